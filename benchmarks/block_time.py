@@ -1,6 +1,6 @@
 """Where the time of a block goes: seconds of each stage, averaged over some blocks after the first.
 
-    python -m benchmarks.block_time --blocks 6 --variant="--preset fast" --variant="--preset best" -- --calibration.samples 32
+    python -m benchmarks.block_time --blocks 6 --variant="--preset fast" --variant="--preset best" -- --calibration.windows 32
 
 The first block of a variant is not counted: it compiles the programs. Each stage waits for its results, so that nothing overlaps.
 On a machine that does other work, ``taskset -c 0 python -m benchmarks.block_time --cpu`` counts the CPU seconds of one core.

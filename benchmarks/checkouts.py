@@ -2,7 +2,7 @@
 
     git worktree add ../before 671ae79
     taskset -c 0 python -m benchmarks.checkouts --before ../before --after . --variant="--preset fast" --variant="--preset best" -- \\
-        --calibration.source file:c4.jsonl --calibration.samples 32 --calibration.length 512
+        --calibration.source file:c4.jsonl --calibration.windows 32 --calibration.length 512
 
 Each run is a process of ``optima_tpu.launch`` of its checkout. The CPU time of the process is read when it prints the line of a block,
 and the process is ended behind the last block that counts. The first blocks of a run do not count: they compile the programs.

@@ -1,6 +1,6 @@
 """Measures what checksums cost a run, and how fast a finished run is verified.
 
-    python -m benchmarks.checksums [--work FOLDER] -- --preset fast --calibration.samples 8 ...
+    python -m benchmarks.checksums [--work FOLDER] -- --preset fast --calibration.windows 8 ...
 
 Runs ``optima prune`` once with the settings after ``--``, and counts the CPU seconds of its threads while they compute checksums.
 Prints the CPU seconds of the run as a ratio to those without its checksums. Then compares every file of the run directory with its

@@ -31,7 +31,7 @@ SETTINGS = [
     "false",
     "--calibration.source",
     "random",
-    "--calibration.samples",
+    "--calibration.windows",
     "16",
     "--calibration.length",
     "256",

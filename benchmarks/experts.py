@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", default="8:2,32:4,128:8", help="experts and experts a token of each mixture")
     parser.add_argument("--width", type=int, default=256, help="d_model")
     parser.add_argument("--inner", type=int, default=96, help="width of an expert")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--samples", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=4, help="windows of a step")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
     arguments = parser.parse_args(argv)
-    tokens = arguments.samples * arguments.length
+    tokens = arguments.windows * arguments.length
     print(
         f"d_model {arguments.width}, experts of {arguments.inner}, {tokens} tokens, float32. jax {jax.__version__}, "
         f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}.\n"
@@ -73,8 +73,8 @@ def both_ways(arguments: argparse.Namespace, experts: int, few: int) -> tuple[tu
     graph, state = nnx.split(nnx.eval_shape(lambda: Mixture(config, NAMES)))
     rng, mesh = np.random.default_rng(0), make_mesh("1x1")
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) / leaf.shape[1] ** 0.5, jnp.float32), state)
-    hidden = jnp.asarray(rng.standard_normal((arguments.samples, arguments.length, width)), jnp.float32)
-    valid, numbers = jnp.ones(arguments.samples, bool), tuple(range(experts))
+    hidden = jnp.asarray(rng.standard_normal((arguments.windows, arguments.length, width)), jnp.float32)
+    valid, numbers = jnp.ones(arguments.windows, bool), tuple(range(experts))
 
     @jax.jit
     def grouped(state: nnx.State, x: Array) -> tuple[Array, list[Array]]:

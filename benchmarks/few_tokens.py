@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for variant in arguments.variant or VARIANTS:
         found: dict[tuple[str, ...], Found] = {}
         for key in itertools.product(arguments.windows.split(","), arguments.seeds.split(","), borrows):
-            settings = "--calibration.samples {} --calibration.seed {} --borrow {}".format(*key)
+            settings = "--calibration.windows {} --calibration.seed {} --borrow {}".format(*key)
             where = f"--model {arguments.folder}/model --pattern {arguments.pattern} --layers self_attn.*=dense"
             config = parse(shlex.split(f"{variant} {where} {text} {settings}"))
             found[key] = pruned(config, shared)
@@ -74,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pruned(config: RunConfig, shared: Shared) -> Found:
     """Prunes the mixture; the held-out windows of every layer are those of the evaluation text."""
-    decoder, texts, samples = shared.model(config).decoder, shared.texts(config), config.calibration.fitted
+    decoder, texts, windows = shared.model(config).decoder, shared.texts(config), config.calibration.fitted
     tokens = np.concatenate([texts.calibration.ids, texts.evaluation.ids])
     streams = Streams(*(decoder.embed(tokens) for _ in range(config.target.streams)))
-    walk, reports = Walk(decoder, config.recipe, groups_of_blocks(decoder), samples), []
+    walk, reports = Walk(decoder, config.recipe, groups_of_blocks(decoder), windows), []
     for index in range(decoder.config.blocks):
         layers = prune_block(walk, index, decoder.load_block(index), streams).layers
         reports += [layer for layer in layers if layer.name.endswith(("gate_proj", "up_proj"))]
-    nll = window_nll(decoder, streams.pruned, tokens)[samples:]
+    nll = window_nll(decoder, streams.pruned, tokens)[windows:]
     errors = [layer.held_out_after if layer.dense_after is None else layer.dense_after for layer in reports]
     return Found(
         float(nll.sum()) / texts.evaluation.ids[:, 1:].size,

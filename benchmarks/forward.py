@@ -43,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("block", type=int, help="index of the block")
     parser.add_argument("--model", default=EMBEDDED.model, help="a Llama, as in optima_tpu.launch")
-    parser.add_argument("--samples", type=int, default=8, help="sequences")
+    parser.add_argument("--windows", type=int, default=8, help="windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in one step")
+    parser.add_argument("--batch", type=int, default=4, help="windows in one step")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     pretrained = open_model(arguments.model, "float32")
     decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None), arguments.batch)
-    tokens = np.random.default_rng(0).integers(0, decoder.config.vocab, (arguments.samples, arguments.length))
+    tokens = np.random.default_rng(0).integers(0, decoder.config.vocab, (arguments.windows, arguments.length))
     hidden = decoder.embed(tokens)
     for index in range(arguments.block):
         decoder.apply(index, decoder.load_block(index), hidden)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         largest_difference(backward(), peer.backward(hidden.values)),
     ]
     print(
-        f"Block {arguments.block} of {pretrained.origin}, {arguments.samples} x {arguments.length} tokens in batches of "
+        f"Block {arguments.block} of {pretrained.origin}, {arguments.windows} x {arguments.length} tokens in batches of "
         f"{arguments.batch}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, {torch.get_num_threads()} cores, load {os.getloadavg()[0]:.1f}.\n"
     )

@@ -65,10 +65,10 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
         )
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)
-    decoder, samples, recipe = model.decoder, config.calibration.fitted, config.recipe
+    decoder, windows, recipe = model.decoder, config.calibration.fitted, config.recipe
     calibration, evaluation, *_ = read_texts(config, model)
     hidden, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
-    layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, groups_of_blocks(decoder), samples)
+    layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, groups_of_blocks(decoder), windows)
     others = {}
     for name in beside:
         solver, damping = BESIDE[name]

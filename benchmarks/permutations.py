@@ -55,25 +55,25 @@ def compare(blocks: int, settings: Sequence[str]) -> None:
     config = parse(list(settings))
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)
-    decoder, samples, pattern = model.decoder, config.calibration.fitted, config.pattern
+    decoder, windows, pattern = model.decoder, config.calibration.fitted, config.pattern
     if not isinstance(pattern, NM) or pattern.stride > 1 or decoder.linears != LINEARS or not config.calibration.held_out:
         raise UserError(f"expected a pattern N:M, the layers of Llama and held-out windows, got {pattern}, {decoder.linears}")
     calibration, evaluation, *_ = read_texts(config, model)
-    walk, capture = Walk(decoder, config.recipe, groups_of_blocks(decoder), samples), Capture(((_O,), (_DOWN,)))
+    walk, capture = Walk(decoder, config.recipe, groups_of_blocks(decoder), windows), Capture(((_O,), (_DOWN,)))
     for better in (False, True):
         pruned, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
         dense, layers = pruned.copy(), []
         for index in range(blocks):
             whole = decoder.load_block(index)
             if better:
-                inputs = accumulate(decoder, index, capture, [Stream(whole, pruned.part(0, samples))])
+                inputs = accumulate(decoder, index, capture, [Stream(whole, pruned.part(0, windows))])
                 whole = reordered(decoder, whole, [np.diag(each.hessian) for each in inputs], pattern)
             found = prune_block(walk, index, whole, Streams(pruned, dense.copy() if config.recipe.target.dense_stream else None))
             decoder.apply(index, whole, dense)
             decoder.apply(index, found.parameters, other)
             layers += found.layers
         errors = {name: [r.dense_after or r.held_out_after for r in layers if r.name == name] for name in LINEARS}
-        drift = mean_error(pruned.part(samples, len(pruned)), dense.part(samples, len(dense)))
+        drift = mean_error(pruned.part(windows, len(pruned)), dense.part(windows, len(dense)))
         print("in a better order" if better else "as they are", f"hidden states {drift:.3%}", sep="  ", end="  ")
         print(*(f"{name} {statistics.geometric_mean(each):.3%}" for name, each in errors.items()), sep="  ", flush=True)
         if blocks == decoder.config.blocks:

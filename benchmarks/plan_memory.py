@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan_memory --mesh 4x2
 
-A block is pruned as in a run: calibration with held-out sequences, pruning, forward pass of the pruned block, on a random Llama.
+A block is pruned as in a run: calibration with held-out windows, pruning, forward pass of the pruned block, on a random Llama.
 Simulated devices keep their arrays in this process's memory. So the measured value is the growth of the resident set: its peak
 (VmHWM, reset before) minus its size before. A first block is pruned to compile; the second, with new weights, is measured. Linux
 only.
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder,
             mesh=options.mesh,
             batch=2,
-            calibration=Calibration("random", samples=8 * data, length=options.length, held_out=data),
+            calibration=Calibration("random", windows=8 * data, length=options.length, held_out=data),
         )
         model = open_declared(folder, "float32", config.batch)
     target = local_machine(config.mesh, model.dtype)
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     decoder = dataclasses.replace(model.decoder, tensors=RandomTensors(model.decoder.tensors))
     text = config.calibration
-    walk = Walk(decoder, config.recipe, groups_of_blocks(decoder), text.samples)
-    values = np.random.default_rng(0).standard_normal((text.samples + text.held_out, text.length, options.d_model), np.float32)
+    walk = Walk(decoder, config.recipe, groups_of_blocks(decoder), text.windows)
+    values = np.random.default_rng(0).standard_normal((text.windows + text.held_out, text.length, options.d_model), np.float32)
     hidden = Activations.of(decoder.mesh, values)
     prune_block(walk, 0, decoder.load_block(0), Streams(hidden.copy()))
     settle()

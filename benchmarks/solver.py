@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("block", type=int, help="index of the block")
     parser.add_argument("--model", default=EMBEDDED.model, help="as in optima_tpu.launch")
     parser.add_argument("--source", default=EMBEDDED.calibration.source, help="calibration text")
-    parser.add_argument("--samples", type=int, default=EMBEDDED.calibration.samples, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=EMBEDDED.calibration.windows, help="calibration windows")
     parser.add_argument("--length", type=int, default=EMBEDDED.calibration.length, help="tokens in each")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of every row to prune, chosen by Wanda")
     parser.add_argument(
@@ -114,7 +114,7 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
     decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None))
     if not 0 <= arguments.block < decoder.config.blocks:
         raise UserError(f"expected a block index from 0 to {decoder.config.blocks - 1}, got {arguments.block}")
-    draw = Draw(arguments.samples, arguments.length, seed=0)
+    draw = Draw(arguments.windows, arguments.length, seed=0)
     tokens = calibration_tokens(parse_source(arguments.source), load_tokenizer(pretrained), draw)
     hidden = decoder.embed(tokens.ids)
     for index in range(arguments.block):
@@ -128,7 +128,7 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
     ]
     return layers, (
         f"Block {arguments.block} of {pretrained.origin} after its dense predecessors, Wanda "
-        f"{arguments.sparsity:.0%}, {arguments.samples} x {arguments.length} tokens of {arguments.source}."
+        f"{arguments.sparsity:.0%}, {arguments.windows} x {arguments.length} tokens of {arguments.source}."
     )
 
 

@@ -79,8 +79,8 @@ def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
 
 def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
     """Yields the errors after every block: (on held-out windows, on the evaluation text)."""
-    decoder, samples, recipe = model.decoder, config.calibration.fitted, config.recipe
-    walk = Walk(decoder, recipe, groups_of_blocks(decoder), samples)
+    decoder, windows, recipe = model.decoder, config.calibration.fitted, config.recipe
+    walk = Walk(decoder, recipe, groups_of_blocks(decoder), windows)
     hidden, other = (decoder.embed(text.ids) for text in (texts.calibration, texts.evaluation))
     dense, other_dense = hidden.copy(), other.copy()
     for index in range(blocks):
@@ -90,7 +90,7 @@ def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
         decoder.apply(index, pruned, other)
         for states in (dense, other_dense):
             decoder.apply(index, whole, states)
-        yield mean_error(hidden.part(samples, len(hidden)), dense.part(samples, len(dense))), mean_error(other, other_dense)
+        yield mean_error(hidden.part(windows, len(hidden)), dense.part(windows, len(dense))), mean_error(other, other_dense)
 
 
 def mean_error(pruned: Activations, dense: Activations) -> float:

@@ -20,7 +20,7 @@ from pathlib import Path
 SMALL = [
     "--calibration.source",
     "random",
-    "--calibration.samples",
+    "--calibration.windows",
     "8",
     "--calibration.length",
     "32",

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument("--windows", type=int, default=40, help="windows for measuring perplexity")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each")
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         EMBEDDED.model,
         "--calibration.source",
         EMBEDDED.calibration.source,
-        "--calibration.samples",
-        str(arguments.samples),
+        "--calibration.windows",
+        str(arguments.windows),
         "--calibration.length",
         str(arguments.length),
         "--evaluation.windows",

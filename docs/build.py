@@ -714,7 +714,8 @@ The dense model is the floor; the best pruned model of a column is bold.
 - Under each table a box has the commands, the commit, the hardware and the texts. Commands take their texts from files:
   `c4.jsonl` has 1,200 documents of C4 (`en`, train), `c4.validation.jsonl` 200 of its validation set, a document a line, and
   `wiki.test.raw.txt` is the raw WikiText-2 test set. Commands are those of the recorded commit; the recipes have
-  [settings](../reference/settings.md) of the same names today.
+  [settings](../reference/settings.md) of the same names today, except that windows were called samples: `calibration.samples`,
+  which still stands for `calibration.windows`, the file `smollm2_samples.yaml`, and "32 samples" in the name of a sweep's run.
 
 ## What was measured { #measured }
 
@@ -762,7 +763,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
             "Calibration text": (
                 "calibration-text",
                 "calibration-size",
-                "samples",
+                "windows",
                 "few-tokens",
                 "few-tokens-wide",
                 "written-windows",

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 SPARSITY = 0.5
 DAMPING = 0.01  # without a pull toward the dense weights, a nearly singular layer fits the calibration text with huge weights
 GAP = 1e-3  # the certified distance from the minimum, as a share of it
-SAMPLES, LENGTH, BATCH = 32, 512, 4  # calibration windows, tokens in each, windows at once
+WINDOWS, LENGTH, BATCH = 32, 512, 4  # calibration windows, tokens in each, windows at once
 
 # The inputs of a block's linear layers. Layers that read the same input share its Hessian.
 GROUPS = {
@@ -279,9 +279,9 @@ def save(weights: Mapping[str, Array], source: Path, out: Path) -> None:
 def main(source: Path, text: Path, out: Path) -> None:
     shape, weights = Shape.read(source), load(source)
     tokens = windows(source, text.read_text())
-    if len(tokens) < SAMPLES + 4:
-        sys.exit(f"expected a text of {SAMPLES + 4} windows of {LENGTH} tokens, got {len(tokens)} in {text}: give a longer one")
-    calibration, held_out = tokens[:SAMPLES], tokens[SAMPLES : 2 * SAMPLES]
+    if len(tokens) < WINDOWS + 4:
+        sys.exit(f"expected a text of {WINDOWS + 4} windows of {LENGTH} tokens, got {len(tokens)} in {text}: give a longer one")
+    calibration, held_out = tokens[:WINDOWS], tokens[WINDOWS : 2 * WINDOWS]
     print(f"measuring the dense model on {len(held_out)} windows that are not pruned with", flush=True)
     dense = perplexity(weights, shape, held_out)
     for name, matrix, before, after in pruned(weights, shape, calibration):

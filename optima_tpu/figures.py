@@ -1,7 +1,7 @@
 """The figures of the paper from finished runs: ``python -m optima_tpu.figures``.
 
 layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: every layer's error after the update over its error before
-samples SWEEP -o samples.png                       its Figure 3: perplexity against calibration samples
+windows SWEEP -o windows.png                       its Figure 3: perplexity against calibration windows
 """
 
 import argparse
@@ -33,12 +33,12 @@ def read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
 def _draw(arguments: Sequence[str] | None) -> None:
     chosen, path = read(arguments)
     refuse_foreign(path, curves.is_figure, chosen.force)
-    data: curves.LayerErrors | curves.Samples = (
-        curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.samples(chosen.sweep)
+    data: curves.LayerErrors | curves.WindowCounts = (
+        curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.windows(chosen.sweep)
     )
     from optima_tpu.report import figures  # imported late: matplotlib is slow, and --help and errors need not wait
 
-    drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.samples(data)
+    drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.windows(data)
     figures.write(drawn, path)
     signals.ended(0)
     for remark in data.remarks:
@@ -81,14 +81,14 @@ def make_parser() -> Parser:
         metavar="RUN",
         help="divide by the final errors of other runs instead: one run for all, or one for each RUN",
     )
-    samples = commands.add_parser(
-        "samples",
-        help="perplexity against the number of calibration samples (the paper's Figure 3)",
-        description="Plots the perplexity of the pruned model against the number of calibration samples, for each mask and "
+    windows = commands.add_parser(
+        "windows",
+        help="perplexity against the number of calibration windows (the paper's Figure 3)",
+        description="Plots the perplexity of the pruned model against the number of calibration windows, for each mask and "
         "update of a sweep with several such numbers: mean and standard deviation over seeds.",
     )
-    samples.add_argument("sweep", metavar="SWEEP", help="directory of a sweep, or its results.json")
-    for command in (layers, samples):
+    windows.add_argument("sweep", metavar="SWEEP", help="directory of a sweep, or its results.json")
+    for command in (layers, windows):
         command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
         command.add_argument("--force", action="store_true", help="replace a file that this program did not write")
     return parser

@@ -16,7 +16,7 @@ from tests.support.runs import folder_tensors
 SMALL = {
     "mesh": "4x2",
     "preset": "fast",
-    "calibration": {"source": "random", "samples": 8, "length": 32},
+    "calibration": {"source": "random", "windows": 8, "length": 32},
     "evaluation": {"source": "random", "windows": 4},
 }
 
@@ -223,7 +223,7 @@ def test_a_tensor_without_dense_numbers_is_refused(kind):
         (MODEL_SETTING | {"accept": "held_out"}, "got accept, which"),
         (MODEL_SETTING | {"allocation": "owl"}, "got allocation, which"),
         (MODEL_SETTING | {"layers": "q_proj=dense"}, "got layers, which"),
-        (MODEL_SETTING | {"calibration": {"samples": 128}}, "got calibration, which"),
+        (MODEL_SETTING | {"calibration": {"windows": 128}}, "got calibration, which"),
         (MODEL_SETTING | {"evaluation": {"windows": 3}}, "got evaluation, which"),
         (MODEL_SETTING | {"output": "runs/x"}, "got output, which"),
         (MODEL_SETTING | {"mesh": "4x2"}, "got mesh, which"),

@@ -128,6 +128,9 @@ def _split(words: list[str]) -> Iterator[tuple[list[str], str | None]]:
             command.append(word)
 
 
+RENAMED = {"configs/tables/smollm2_samples.yaml": "configs/tables/smollm2_windows.yaml"}
+"""Files in commands of the results: their name at the recorded commit -> today's."""
+
 PLACEHOLDER = re.compile(r"\.\.\.|…|<.+>|[A-Z][A-Z_-]{2,}")
 
 
@@ -256,6 +259,8 @@ def test_every_command_parses(page, own_files, monkeypatch):
     wrong = []
     for block in found:
         for command in commands(block.code) if block.language in ("sh", "bash", "shell", "console") else ():
+            if page.parent.name == "results":
+                command = command._replace(words=[RENAMED.get(word, word) for word in command.words])
             try:
                 check_command(command, folder)
             except (AssertionError, SystemExit, UserError) as error:

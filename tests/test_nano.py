@@ -84,7 +84,7 @@ def test_an_error_never_rises(nano, run):
 
 
 def test_the_command_writes_a_folder_that_it_can_prune_again(nano, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(nano, "SAMPLES", 4)
+    monkeypatch.setattr(nano, "WINDOWS", 4)
     monkeypatch.setattr(nano, "LENGTH", 32)
     (tmp_path / "text").write_text("All rows of a layer share one Hessian. " * 8)
     nano.main(run.model, tmp_path / "text", tmp_path / "out")

@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
+
+from optima_tpu.errors import UserError
 
 ALIASES: Mapping[str, str] = MappingProxyType(
-    {"calibration.windows": "calibration.samples", "evaluation.samples": "evaluation.windows"}
+    {"calibration.samples": "calibration.windows", "evaluation.samples": "evaluation.windows"}
 )
-"""What may be typed for a setting -> its name. Both count windows of tokens, so each is known by both words."""
+"""What may be typed for a setting -> its name. Other programs call windows of tokens samples."""
 
 ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         **dict.fromkeys(("sparsity", "sparsity_ratio", "ratio", "amount"), ("pattern", "0.5")),
         **dict.fromkeys(("sparsity_type", "prunen", "prunem", "nm", "mask_structure"), ("pattern", "2:4")),
-        **dict.fromkeys(("nsamples", "n_samples", "num_samples", "samples"), ("calibration.samples", "128")),
-        **dict.fromkeys(("num_calibration_samples", "calibration_samples"), ("calibration.samples", "128")),
+        **dict.fromkeys(("nsamples", "n_samples", "num_samples", "samples"), ("calibration.windows", "128")),
+        **dict.fromkeys(("num_calibration_samples", "calibration_samples"), ("calibration.windows", "128")),
         **dict.fromkeys(("seqlen", "seq_len", "seq_length", "sequence_length", "max_seq_length"), ("calibration.length", "2048")),
         **dict.fromkeys(("dataset", "data", "calibration_dataset", "calib_data", "calib_dataset"), ("calibration.source", "c4")),
         **dict.fromkeys(("eval_dataset", "evaluation_dataset"), ("evaluation.source", "wikitext2")),
@@ -31,3 +34,16 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 """A setting's name in the codes of papers and in other libraries -> its name here, and a value."""
+
+
+def by_own_names(part: str, settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The settings of a part, such as ``calibration``, each by its own name where an alias was given.
+
+    Raises:
+      UserError: one setting comes by two names.
+    """
+    own = {key: ALIASES.get(f"{part}.{key}", "").partition(".")[2] or key for key in settings}
+    for key, name in own.items():
+        if key != name and name in settings:
+            raise UserError(f"{origin}: expected {part}.{key} or {part}.{name}, which are one setting, got both")
+    return {own[key]: value for key, value in settings.items()}

@@ -53,7 +53,7 @@ from optima_tpu.config.choices import (
     options_of,
 )
 from optima_tpu.config.flat import flat
-from optima_tpu.config.names import ALIASES, ELSEWHERE
+from optima_tpu.config.names import ALIASES, ELSEWHERE, by_own_names
 from optima_tpu.config.options import (
     PARTS,
     Formatter,
@@ -362,15 +362,10 @@ def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
     for setting, value in document.items():
         if setting in CHOICES:
             document[setting] = method_settings(value)
-        elif setting in PARTS and not isinstance(value, dict):
-            raise UserError(f"{origin}: expected settings under {setting}, such as 'source: c4', got {value!r}")
-    for alias, name in ALIASES.items():
-        part, _, option = alias.partition(".")
-        if option in document.get(part, {}):
-            real = name.partition(".")[2]
-            if real in document[part]:
-                raise UserError(f"{origin}: expected {alias} or {name}, which are one setting, got both")
-            document[part] = {real if key == option else key: value for key, value in document[part].items()}
+        elif setting in PARTS:
+            if not isinstance(value, dict):
+                raise UserError(f"{origin}: expected settings under {setting}, such as 'source: c4', got {value!r}")
+            document[setting] = by_own_names(setting, value, origin)
     return document
 
 
@@ -488,8 +483,9 @@ def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
             example = f"{dashes}{elsewhere}{' ' if dashes else ': '}{value}"
             raise UserError(f"there is no setting {dashes}{name}; did you mean {dashes}{elsewhere}, as in {example}?")
         near = sorted(entry for entry in candidates if entry.rpartition(".")[2] == name.rpartition(".")[2])
-        near += [entry for entry in difflib.get_close_matches(name, candidates, n=3, cutoff=0.6) if entry not in near]
-        meant = " or ".join(dashes + entry for entry in near[:3])
+        spellings = {entry: entry for entry in candidates} | {alias: own for alias, own in ALIASES.items() if own in candidates}
+        near += [spellings[entry] for entry in difflib.get_close_matches(name, spellings, n=3, cutoff=0.6)]
+        meant = " or ".join(dashes + entry for entry in list(dict.fromkeys(near))[:3])
         hint = f"did you mean {meant}?" if near else "see --help for all of them"
         raise UserError(f"there is no setting {dashes}{name}; {hint}")
 

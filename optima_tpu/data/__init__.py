@@ -121,31 +121,31 @@ def read_by_all(source: Source) -> TypeGuard[TFDS]:
 def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Draw, over: sampling.Over = map) -> Tokens:
     """The calibration windows of a model, and held-out windows after them. The same arguments give the same tokens.
 
-    A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with the
-    tokenizer's own special tokens, so the tokenizer decides whether a BOS begins a document. The text is held in memory while it
-    is sampled (a shard of C4: about 1 GB), except for sources whose documents can be read by index.
+    Those of a text are drawn by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with the
+    tokenizer's own special tokens, so the tokenizer decides whether a BOS begins a document. The text is held in memory while
+    windows are drawn (a shard of C4: about 1 GB), except for sources whose documents can be read by index.
 
     Args:
       over: how documents are read and tokenised, see :func:`optima_tpu.data.sampling.calibration_windows`.
 
     Returns:
-      ids [samples + held_out, length] int32, the held-out ones last.
+      ids [windows + held_out, length] int32, the held-out ones last.
 
     Raises:
       UserError: the source can't be read or holds too few tokens, or its ids do not fit the tokenizer.
     """
-    if draw.samples < 1 or draw.length < 1:
-        raise UserError(f"expected at least one calibration window of at least one token, got {draw.samples} of {draw.length}")
+    if draw.windows < 1 or draw.length < 1:
+        raise UserError(f"expected at least one calibration window of at least one token, got {draw.windows} of {draw.length}")
     if draw.seed < 0:
         raise UserError(f"expected a seed of at least 0, got {draw.seed}")
     if draw.held_out < 0:
         raise UserError(f"expected at least 0 held-out windows, got {draw.held_out}")
     if isinstance(source, Mix):
         return source.calibration(
-            draw.samples,
+            draw.windows,
             draw.held_out,
-            lambda text, samples, held_out: calibration_tokens(
-                text, tokenizer, dataclasses.replace(draw, samples=samples, held_out=held_out), over
+            lambda text, windows, held_out: calibration_tokens(
+                text, tokenizer, dataclasses.replace(draw, windows=windows, held_out=held_out), over
             ),
         )
     if isinstance(source, TokenSource):
@@ -166,7 +166,7 @@ def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", dra
 
 
 def stream_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Draw) -> Tokens:
-    """The windows that a pruned model is trained on: at most ``samples``, none of which overlap, fewer where the text is shorter.
+    """The windows that a pruned model is trained on: at most ``windows``, none of which overlap, fewer where the text is shorter.
 
     See :func:`optima_tpu.data.sampling.stream_windows`. A :class:`TokenSource` gives as many as are asked for.
 
@@ -178,7 +178,7 @@ def stream_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Dr
     """
     if isinstance(source, Mix):
         return source.stream(
-            draw.samples, lambda text, windows: stream_tokens(text, tokenizer, dataclasses.replace(draw, samples=windows))
+            draw.windows, lambda text, windows: stream_tokens(text, tokenizer, dataclasses.replace(draw, windows=windows))
         )
     if isinstance(source, TokenSource):
         return _replacing(_token_windows(source, tokenizer, draw), draw.bos)

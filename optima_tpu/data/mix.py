@@ -74,17 +74,17 @@ class Mix:
         known = [each for each in found if each is not None]
         return " ".join(known) if len(known) == len(found) else None
 
-    def calibration(self, samples: int, held_out: int, draw: Callable[[Source, int, int], Tokens]) -> Tokens:
+    def calibration(self, windows: int, held_out: int, draw: Callable[[Source, int, int], Tokens]) -> Tokens:
         """Calibration windows and the held-out windows after them, each a mix.
 
         Args:
-          draw: (text, samples, held_out) -> its windows, the held-out ones last.
+          draw: (text, windows, held_out) -> its windows, the held-out ones last.
 
         Raises:
           UserError: a text would get no window.
         """
         self._refuse_overlap()
-        order, later = self._order(samples), self._order(held_out)
+        order, later = self._order(windows), self._order(held_out)
         self._refuse_without(order, "calibration windows")
         parts = [draw(text, int(np.sum(order == k)), int(np.sum(later == k))) for k, text in enumerate(self.texts)]
         return self._mixed(np.concatenate([order, later]), parts)

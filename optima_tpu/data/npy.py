@@ -48,7 +48,7 @@ class Npy:
         if len(array) < required:
             raise UserError(
                 f"{self.path} holds {len(array)} windows of {length} tokens, {required} are needed: "
-                "ask for fewer (samples and held_out count together) or give more"
+                "ask for fewer (windows and held_out count together) or give more"
             )
         ids = np.asarray(array[:windows])
         low, high = int(ids.min()), int(ids.max())

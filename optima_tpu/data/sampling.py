@@ -30,15 +30,15 @@ class Draw:
     """Which windows are drawn from a text.
 
     Attributes:
-      samples: number of windows.
+      windows: number of windows.
       length: tokens in each.
       seed: the same seed gives the same windows.
-      held_out: number of windows drawn in addition to ``samples``; they share no token position with the calibration windows.
+      held_out: number of windows drawn in addition to ``windows``; they share no token position with the calibration windows.
       bos: the first token of every window, followed by ``length - 1`` tokens of text that is tokenised without special tokens.
         In the windows of a :class:`~optima_tpu.data.source.TokenSource` it replaces the first token.
     """
 
-    samples: int
+    windows: int
     length: int
     seed: int
     held_out: int = 0
@@ -47,24 +47,24 @@ class Draw:
     @property
     def count(self) -> int:
         """The number of all windows."""
-        return self.samples + self.held_out
+        return self.windows + self.held_out
 
 
 def calibration_windows(
     documents: Sequence[str], encode: Encode, draw: Draw, *, separator: int | None, origin: str, over: Over = map
 ) -> Tokens:
-    """``samples`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
+    """``windows`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
 
     The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. The first of these
-    cases that holds decides, where ``samples`` means ``samples + held_out``:
+    cases that holds decides, where ``windows`` means ``windows + held_out``:
 
-    1. ``samples`` documents have more than ``length`` tokens: one window of each of the first such documents, with a uniformly
+    1. ``windows`` documents have more than ``length`` tokens: one window of each of the first such documents, with a uniformly
        drawn start. Further documents are not tokenised. On a large corpus this is SparseGPT's draw of random documents.
-    2. The documents with more than ``length`` tokens hold ``samples * length`` or more together: windows drawn with
+    2. The documents with more than ``length`` tokens hold ``windows * length`` or more together: windows drawn with
        replacement, every window of these documents equally likely. On one long text this is SparseGPT's random start.
        Held-out windows are drawn again until they overlap no calibration window.
-    3. All documents together hold ``samples * length`` or more: they are joined in the order of the visit,
-       ``separator`` between two of them, and the first ``samples * length`` tokens are cut into consecutive windows.
+    3. All documents together hold ``windows * length`` or more: they are joined in the order of the visit,
+       ``separator`` between two of them, and the first ``windows * length`` tokens are cut into consecutive windows.
 
     Args:
       separator: the id of the tokenizer's EOS; None where it has none. Not repeated after a document that ends with it.
@@ -101,7 +101,7 @@ def calibration_windows(
     else:
         raise UserError(
             f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
-            "give a longer text, or ask for fewer or shorter windows (calibration.samples, calibration.held_out and distill.windows "
+            "give a longer text, or ask for fewer or shorter windows (calibration.windows, calibration.held_out and distill.windows "
             "count together); calibration.written lets the model write some"
         )
     return Tokens(np.stack([long[document][start : start + length] for document, start in places]), how, int(sizes.sum()))
@@ -133,23 +133,23 @@ def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw, origin: str
         # Counted from the end of the document's share: the last draw of a share is the document's first window.
         return list(zip(chosen.tolist(), (ends[chosen] - 1 - draws).tolist()))
 
-    places = some(draw.samples)
+    places = some(draw.windows)
     for _ in range(_ATTEMPTS * draw.held_out):
         if len(places) == draw.count:
             break
         document, start = some(1)[0]
-        if all(document != other or abs(start - begin) >= draw.length for other, begin in places[: draw.samples]):
+        if all(document != other or abs(start - begin) >= draw.length for other, begin in places[: draw.windows]):
             places.append((document, start))
     if len(places) < draw.count:
         raise UserError(
-            f"{origin} has no room for {draw.held_out} held-out windows of {draw.length} tokens beside the {draw.samples} "
+            f"{origin} has no room for {draw.held_out} held-out windows of {draw.length} tokens beside the {draw.windows} "
             "calibration windows: give a longer text, or ask for fewer"
         )
     return places
 
 
 def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, separator: int | None, origin: str) -> Tokens:
-    """At most ``samples`` windows of ``length`` tokens, none of which overlap: a text shorter than that gives fewer.
+    """At most ``windows`` windows of ``length`` tokens, none of which overlap: a text shorter than that gives fewer.
 
     The documents are visited in an order drawn with numpy's PCG64 from ``seed``, joined as in the third case of
     :func:`calibration_windows`, and cut into consecutive windows. Further documents are not tokenised. More windows begin with the
@@ -163,9 +163,9 @@ def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, sepa
     for _, joined in _visited(documents, encode, np.random.Generator(np.random.PCG64(draw.seed)), separator):
         parts.append(joined)
         total += joined.size
-        if total >= draw.samples * length:
+        if total >= draw.windows * length:
             break
-    count = min(draw.samples, total // length)
+    count = min(draw.windows, total // length)
     if not count:
         raise UserError(
             f"{origin} holds {total} tokens of text, one window needs {length}: give a longer text or shorter windows"

@@ -15,7 +15,7 @@ class Tokens(NamedTuple):
     """Windows of token ids and where they come from.
 
     Attributes:
-      ids: [samples, length] int32.
+      ids: [windows, length] int32.
       how: one sentence for the report.
       available: number of tokens to choose from: of the whole source, or of the part that was read.
       cache: says that the tokens came from the token cache, or why they could not be saved there; not part of a run's record.

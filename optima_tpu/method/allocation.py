@@ -70,7 +70,7 @@ class OWL(Allocation):
 
     A block's outliers are the weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the block's mean, with the dense
     model's inputs ``x``. The block with the largest share of outliers is denser by ``2 * limit`` than the block with the
-    smallest. This costs one pass of the calibration samples through the dense model. The published code uses each block's exact
+    smallest. This costs one pass of the calibration windows through the dense model. The published code uses each block's exact
     density and balances all blocks together. Here densities are rounded to the steps of this module, and sparsity moves only
     between blocks of equal size.
 
@@ -111,12 +111,12 @@ class Measured(Allocation):
     Block by block, the dense model runs with only this block pruned, once below and once above the pattern's sparsity. The trials
     always use Wanda's masks and ``cg``, not the run's own methods: they are cheap, and runs that compare methods get the same
     sparsities. The loss ``L_b`` is the divergence ``KL(dense || pruned)`` of the next-token distribution on the held-out
-    sequences. ``log L_b`` is assumed to be linear in the sparsity, and losses to be additive:
+    windows. ``log L_b`` is assumed to be linear in the sparsity, and losses to be additive:
 
         minimise  sum_b L_b(s_b)     subject to     mean s_b = s,   |s_b - s| <= limit
 
-    This costs two prunings of every block and about ``blocks^2`` runs of a block over the held-out sequences. The hosts hold the
-    hidden states of these sequences (two streams for each block).
+    This costs two prunings of every block and about ``blocks^2`` runs of a block over the held-out windows. The hosts hold the
+    hidden states of these windows (two streams for each block).
 
     Attributes:
       limit: the largest difference between a block's sparsity and the pattern's.

@@ -1,4 +1,4 @@
-"""Hidden states, on the hosts, where each process holds the samples of its own devices, or on the devices; and batches of them."""
+"""Hidden states, on the hosts, where each process holds the windows of its own devices, or on the devices; and batches of them."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,15 @@ from optima_tpu.runtime.mesh import DATA, MODEL, divisible, padded
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Hidden states of samples ``first`` to ``last - 1``, on the hosts.
+    """Hidden states of windows ``first`` to ``last - 1``, on the hosts.
 
-    Sample ``i`` belongs to slice ``i mod D`` of the ``D`` slices of the data axis, and is held by the processes that have a
-    device of that slice: any range of samples is spread evenly, and a process holds only samples that its devices compute.
+    Window ``i`` belongs to slice ``i mod D`` of the ``D`` slices of the data axis, and is held by the processes that have a
+    device of that slice: any range of windows is spread evenly, and a process holds only windows that its devices compute.
 
     Attributes:
       mesh: axes ("data", "model").
-      first, last: which samples.
-      values: [held, length, d_model], the samples that this process holds, in order; see :attr:`rows`.
+      first, last: which windows.
+      values: [held, length, d_model], the windows that this process holds, in order; see :attr:`rows`.
     """
 
     mesh: Mesh
@@ -35,7 +35,7 @@ class Activations:
 
     @classmethod
     def of(cls, mesh: Mesh, values: np.ndarray) -> "Activations":
-        """From all samples [samples, length, d_model]; the process keeps its own."""
+        """From all windows [windows, length, d_model]; the process keeps its own."""
         rows = held_rows(mesh, 0, len(values))
         return cls(mesh, 0, len(values), values if len(rows) == len(values) else values[rows])
 
@@ -44,16 +44,16 @@ class Activations:
 
     @property
     def length(self) -> int:
-        """The number of tokens in a sample."""
+        """The number of tokens in a window."""
         return self.values.shape[1]
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """[held] int64, the samples that this process holds, ascending."""
+        """[held] int64, the windows that this process holds, ascending."""
         return held_rows(self.mesh, self.first, self.last)
 
     def part(self, first: int, last: int) -> "Activations":
-        """Samples ``first`` to ``last - 1``, without a copy."""
+        """Windows ``first`` to ``last - 1``, without a copy."""
         start, stop = np.searchsorted(self.rows, (first, last))
         return Activations(self.mesh, first, last, self.values[start:stop])
 
@@ -62,13 +62,13 @@ class Activations:
         return dataclasses.replace(self, values=self.values.copy())
 
     def room(self, width: int) -> "Activations":
-        """Room for arrays of another width, for the same samples."""
+        """Room for arrays of another width, for the same windows."""
         return dataclasses.replace(self, values=np.empty((*self.values.shape[:-1], width), self.values.dtype))
 
     def on_devices(self, batch: int) -> "Resident":
-        """A copy of all samples on the devices, for batches of up to ``batch`` samples on a slice of the data axis."""
+        """A copy of all windows on the devices, for batches of up to ``batch`` windows on a slice of the data axis."""
         if self.first:
-            raise ValueError(f"expected all samples, got those from {self.first} on")
+            raise ValueError(f"expected all windows, got those from {self.first} on")
         slices = self.mesh.shape[DATA]
         rows = _by_slice(self.mesh, np.arange(slices * (padded(len(self), slices) // slices + batch)))
         held = on_mesh(self.mesh, rows, self.take, self.values.shape[1:])
@@ -77,7 +77,7 @@ class Activations:
         )
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Samples that this process holds, [len(rows), length, d_model]; zeros for rows after the last sample."""
+        """Windows that this process holds, [len(rows), length, d_model]; zeros for rows after the last window."""
         there = rows < self.last
         if there.all():
             return self.values[np.searchsorted(self.rows, rows)]
@@ -86,10 +86,10 @@ class Activations:
         return found
 
     def put(self, rows: np.ndarray, output: Array) -> None:
-        """Overwrites samples with the rows of an array on the mesh; rows after the last sample are dropped."""
+        """Overwrites windows with the rows of an array on the mesh; rows after the last window are dropped."""
         seen = set()
         for shard in output.addressable_shards:
-            if str(shard.index) in seen:  # the same slice of samples on another device of the model axis
+            if str(shard.index) in seen:  # the same slice of windows on another device of the model axis
                 continue
             seen.add(str(shard.index))
             mine = rows[shard.index[0]]
@@ -112,10 +112,10 @@ class Activations:
             self.put(*last)
 
     def batches(self, size: int) -> Iterator["Batch"]:
-        """Cuts the samples into batches of one shape, the last one padded with zeros.
+        """Cuts the windows into batches of one shape, the last one padded with zeros.
 
         Args:
-          size: the largest number of samples that a batch gives to one slice of the data axis.
+          size: the largest number of windows that a batch gives to one slice of the data axis.
         """
         for rows in _rows_of_batches(self.mesh, self.first, self.last, size):
             hidden = on_mesh(self.mesh, rows, self.take, self.values.shape[1:])
@@ -123,7 +123,7 @@ class Activations:
 
 
 def _rows_of_batches(mesh: Mesh, first: int, last: int, size: int) -> Iterator[np.ndarray]:
-    """The samples of each batch, in the order in which the devices hold them."""
+    """The windows of each batch, in the order in which the devices hold them."""
     slices = mesh.shape[DATA]
     size = min(size, padded(last - first, slices) // slices) * slices
     for start in range(first, last, size):
@@ -131,7 +131,7 @@ def _rows_of_batches(mesh: Mesh, first: int, last: int, size: int) -> Iterator[n
 
 
 def _by_slice(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
-    """Ascending samples in the order in which the slices of the data axis hold them."""
+    """Ascending windows in the order in which the slices of the data axis hold them."""
     return rows[np.argsort(rows % mesh.shape[DATA], kind="stable")]
 
 
@@ -141,10 +141,10 @@ class Resident:
 
     Attributes:
       mesh: axes ("data", "model").
-      first, last: which samples.
-      held: one array [slices * places, length, d_model], which :meth:`put` replaces. Samples are sharded over the data axis, and
-        features over the model axis if it divides them: a batch is gathered when it is taken. On slice ``s`` are the samples ``s``,
-        ``s + slices``, ... in order, then room for the padding of a batch. Parts of the samples share it.
+      first, last: which windows.
+      held: one array [slices * places, length, d_model], which :meth:`put` replaces. Windows are sharded over the data axis, and
+        features over the model axis if it divides them: a batch is gathered when it is taken. On slice ``s`` are the windows ``s``,
+        ``s + slices``, ... in order, then room for the padding of a batch. Parts of the windows share it.
     """
 
     mesh: Mesh
@@ -157,7 +157,7 @@ class Resident:
 
     @property
     def length(self) -> int:
-        """The number of tokens in a sample."""
+        """The number of tokens in a window."""
         return self.held[0].shape[1]
 
     @property
@@ -166,7 +166,7 @@ class Resident:
         return held_rows(self.mesh, self.first, self.last)
 
     def part(self, first: int, last: int) -> "Resident":
-        """Samples ``first`` to ``last - 1``, without a copy."""
+        """Windows ``first`` to ``last - 1``, without a copy."""
         return Resident(self.mesh, first, last, self.held)
 
     def copy(self) -> "Resident":
@@ -174,7 +174,7 @@ class Resident:
         return dataclasses.replace(self, held=[jnp.copy(self.held[0])])
 
     def room(self, width: int) -> "Resident":
-        """Room for arrays of another width, for the same samples."""
+        """Room for arrays of another width, for the same windows."""
         held = self.held[0]
         empty = jnp.zeros((*held.shape[:-1], width), held.dtype, device=_held_sharding(self.mesh, width))
         return dataclasses.replace(self, held=[empty])
@@ -187,7 +187,7 @@ class Resident:
         return there.take(rows)
 
     def put(self, rows: np.ndarray, output: Array) -> None:
-        """Overwrites the samples of a batch; rows after the last sample are dropped."""
+        """Overwrites the windows of a batch; rows after the last window are dropped."""
         self.held[0] = _put(self.mesh, self.held[0], output, int(rows.min()), self.last)
 
     @contextlib.contextmanager
@@ -210,7 +210,7 @@ HiddenStates = Activations | Resident
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _taken(mesh: Mesh, size: int, held: Array, first: int, last: int) -> Array:
-    """The ``size`` samples on each slice from sample ``first`` on, [slices * size, ...]; zeros for samples from ``last`` on."""
+    """The ``size`` windows on each slice from window ``first`` on, [slices * size, ...]; zeros for windows from ``last`` on."""
 
     def local(held: Array, first: int | Array, last: int | Array) -> Array:
         start, there = _places(mesh, size, first, last)
@@ -224,7 +224,7 @@ def _taken(mesh: Mesh, size: int, held: Array, first: int, last: int) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _put(mesh: Mesh, held: Array, output: Array, first: int, last: int) -> Array:
-    """``held`` with the samples that :func:`_taken` takes replaced; what stands for samples from ``last`` on stays."""
+    """``held`` with the windows that :func:`_taken` takes replaced; what stands for windows from ``last`` on stays."""
 
     def local(held: Array, output: Array, first: int | Array, last: int | Array) -> Array:
         start, there = _places(mesh, len(output), first, last)
@@ -241,18 +241,18 @@ def _held_sharding(mesh: Mesh, width: int) -> NamedSharding:
 
 
 def _places(mesh: Mesh, size: int, first: int | Array, last: int | Array) -> tuple[Array, Array]:
-    """On this slice, the place of the first sample of a batch, and for each of its samples whether it is before ``last``."""
+    """On this slice, the place of the first window of a batch, and for each of its windows whether it is before ``last``."""
     slices = mesh.shape[DATA]
-    sample = first + (jax.lax.axis_index(DATA) - first) % slices
-    return sample // slices, sample + slices * jnp.arange(size) < last
+    window = first + (jax.lax.axis_index(DATA) - first) % slices
+    return window // slices, window + slices * jnp.arange(size) < last
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Samples on the mesh, sharded over the data axis.
+    """Windows on the mesh, sharded over the data axis.
 
     Attributes:
-      rows: [size] which samples.
+      rows: [size] which windows.
       there: [size] bool, False for the padding of the last batch.
       hidden: [size, length, d_model].
     """
@@ -264,11 +264,11 @@ class Batch:
 
     @property
     def valid(self) -> Array:
-        """:attr:`there` on the mesh, sharded like the samples."""
+        """:attr:`there` on the mesh, sharded like the windows."""
         return on_mesh(self.mesh, self.rows, lambda rows: self.there[np.isin(self.rows, rows)], ())
 
     def place(self, values: np.ndarray) -> Array:
-        """One entry of ``values`` [samples, ...] for each row, sharded like the samples; zeros for padding."""
+        """One entry of ``values`` [windows, ...] for each row, sharded like the windows; zeros for padding."""
 
         def take(rows):
             found = np.zeros((len(rows), *values.shape[1:]), values.dtype)
@@ -279,7 +279,7 @@ class Batch:
 
 
 def held_rows(mesh: Mesh, first: int, last: int) -> np.ndarray:
-    """The samples out of ``first`` to ``last - 1`` that this process holds, ascending, int64."""
+    """The windows out of ``first`` to ``last - 1`` that this process holds, ascending, int64."""
     slices = [
         index
         for index, devices in enumerate(mesh.devices)

@@ -174,14 +174,14 @@ class Decoder:
         return f"the model overflows in {dtype}, or its weights are damaged; try --dtype float32"
 
     def embed(self, tokens: np.ndarray) -> Activations:
-        """Hidden states before the first block of token windows [samples, length], in the embedding's dtype."""
+        """Hidden states before the first block of token windows [windows, length], in the embedding's dtype."""
         mine, places = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
         # Writable: the output of a block overwrites its input.
         hidden = together(lambda: np.require(self.embedded(self._read, mine, places), requirements="W"))
         return Activations(self.mesh, 0, len(tokens), hidden)
 
     def embedded(self, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
-        """Embeddings [samples, length, d_model] of tokens [samples, length] at ``places`` [length]; see ``Family.embed``."""
+        """Embeddings [windows, length, d_model] of tokens [windows, length] at ``places`` [length]; see ``Family.embed``."""
         if self.family.embed is None:
             return read(self.family.embedding)[tokens]
         return self.family.embed(self.config, read, tokens, places)
@@ -198,7 +198,7 @@ class Decoder:
 
         Args:
           batch: stands in for the decoder's.
-          known: inputs of layers for the same samples, by the layer's name; what they depend on is not computed.
+          known: inputs of layers for the same windows, by the layer's name; what they depend on is not computed.
         """
         positions, alike, batch = self.positions(index, hidden.length), self.at(index), batch or self.batch
         state = alike.state(parameters)
@@ -242,7 +242,7 @@ class Decoder:
         return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap, self.config.logit_scale)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits [samples, length, vocab] float32 of a few sequences, on the host."""
+        """Logits [windows, length, vocab] float32 of a few windows, on the host."""
         hidden = self.embed(tokens)
         for index, parameters in enumerate(self.blocks(range(self.config.blocks))):
             self.apply(index, parameters, hidden)

@@ -148,7 +148,7 @@ class Family:
       layers: the prefix of a block's names, after the root.
       embedding: the table of token embeddings, [vocab, d_embedding]; its name after the root.
       embedding_extras: shapes of the other tensors that the embedding needs, by name.
-      embed: (config, read, tokens [samples, length], places [length]) -> [samples, length, d_model]; None for the plain table.
+      embed: (config, read, tokens [windows, length], places [length]) -> [windows, length, d_model]; None for the plain table.
         It computes with numpy arrays on the host, and with jax arrays in a traced program.
       head: full name of the output projection, [vocab, d_embedding]; not read if it is tied.
       attended: the layers that read the output of attention; each block has one of them. Its input is kept while the block is

@@ -79,7 +79,7 @@ class Sampling(NamedTuple):
 
 
 def generate(
-    decoder: Decoder, sampling: Sampling, *, samples: int, length: int, budget: float = math.inf, progress: Progress | None = None
+    decoder: Decoder, sampling: Sampling, *, windows: int, length: int, budget: float = math.inf, progress: Progress | None = None
 ) -> np.ndarray:
     """Windows of tokens, each token drawn from the model's distribution of the next token:
 
@@ -95,24 +95,24 @@ def generate(
       progress: shows a stage, in which each step is some tokens of some windows.
 
     Returns:
-      [samples, length] int32, the same in every process.
+      [windows, length] int32, the same in every process.
 
     Raises:
       UserError: the model does not fit the devices as a whole; or its logits are not finite.
     """
-    mesh, size = decoder.mesh, windows_at_once(decoder, samples, length, budget)
+    mesh, size = decoder.mesh, windows_at_once(decoder, windows, length, budget)
     model = load(decoder, length)
     program = jax.jit(functools.partial(_write, decoder), donate_argnums=2)
     sampling = sampling._replace(seed=np.uint32(sampling.seed % 2**32))
-    windows = np.full((samples, length), sampling.start, np.int32)
+    written = np.full((windows, length), sampling.start, np.int32)
     stretches, progress, began = -(-(length - 1) // _STRETCH), progress or Progress(Console(quiet=True)), time.monotonic()
     progress.stage(
-        f"writing {samples} windows of {length} tokens with the dense model, {min(size, samples)} at once",
-        stretches * -(-samples // size),
+        f"writing {windows} windows of {length} tokens with the dense model, {min(size, windows)} at once",
+        stretches * -(-windows // size),
     )
     # One cache for all batches: the entries of an earlier batch are not read.
     caches = empty_cache(decoder, size, length)
-    for first in range(0, samples, size):
+    for first in range(0, windows, size):
         rows = np.arange(first, first + size)
         state: State = (caches, place(mesh, np.full(size, sampling.start, np.int32), P(DATA)))
         for stretch in range(stretches):
@@ -123,12 +123,12 @@ def generate(
             drawn, finite = fetch((drawn, finite))
             if not finite:
                 raise UserError(f"the logits of the dense model hold NaN or infinite values: {decoder.overflowed}")
-            there, last = rows < samples, min(begin + _STRETCH, length - 1)
-            windows[rows[there], begin + 1 : last + 1] = drawn[: last - begin, there].T
+            there, last = rows < windows, min(begin + _STRETCH, length - 1)
+            written[rows[there], begin + 1 : last + 1] = drawn[: last - begin, there].T
             progress.advance()
         caches, _ = state
-    progress.note(f"{windows.size / (time.monotonic() - began):,.0f} tokens a second")
-    return windows
+    progress.note(f"{written.size / (time.monotonic() - began):,.0f} tokens a second")
+    return written
 
 
 def load(decoder: Decoder, length: int) -> Resident:
@@ -238,7 +238,7 @@ def _write(
 
 
 def windows_at_once(
-    decoder: Decoder, samples: int, length: int, budget: float, limit: int | None = None, advice: str = _CALIBRATION_ADVICE
+    decoder: Decoder, windows: int, length: int, budget: float, limit: int | None = None, advice: str = _CALIBRATION_ADVICE
 ) -> int:
     """How many windows are written at once: as many as fit, in batches of nearly equal size.
 
@@ -260,7 +260,7 @@ def windows_at_once(
     whole = sum(blocks) + max(size / len(indices) for size, (_, indices) in zip(blocks, decoder.stretches)) + tables + positions
     slices = mesh.shape[DATA]
     each = sum(map(bytes_on_device, jax.tree.leaves(_caches_of(decoder, slices, length)))) + _LOGITS * 4 * config.vocab
-    most = min(samples, limit or samples)
+    most = min(windows, limit or windows)
     if budget < math.inf:
         most = min(most, int((budget - whole) // each) * slices)
     if most < 1:
@@ -268,7 +268,7 @@ def windows_at_once(
             f"the whole model and its cache take {(whole + each) / GIB:.3g} GiB of each device, more than the "
             f"{max(budget, 0) / GIB:.3g} GiB that there are for them: {advice}"
         )
-    return padded(-(-samples // -(-samples // most)), slices)
+    return padded(-(-windows // -(-windows // most)), slices)
 
 
 def _embedding_names(decoder: Decoder) -> list[str]:

@@ -79,7 +79,7 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
 
     Args:
       walk: the run's. Of its recipe, the pattern and the layer rules are used.
-      tokens: [samples + held out, length] int32.
+      tokens: [windows + held out, length] int32.
       advance: called after every block.
 
     Raises:
@@ -89,7 +89,7 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
     steps, sparsity = allocation_steps(decoder, recipe, allocation), recipe.pattern.sparsity
     free = [_free(decoder, index, recipe) for index in range(decoder.config.blocks)]
     if isinstance(allocation, OWL):
-        scores = _outliers(walk, tokens[: walk.samples], allocation.outlier, free, advance)
+        scores = _outliers(walk, tokens[: walk.windows], allocation.outlier, free, advance)
     else:
         far = steps.most * steps.size
         trials = tuple(recipe.pattern.at(there) for there in (sparsity - far, sparsity + far))
@@ -167,11 +167,11 @@ def _outliers(
 def _losses(
     walk: Walk, tokens: np.ndarray, trials: tuple[Pattern, ...], free: list[tuple[str, ...]], advance: Callable[[], None]
 ) -> np.ndarray:
-    """``KL(dense || pruned)`` per prediction on the held-out sequences if only one block is pruned, [blocks, trials] float64.
+    """``KL(dense || pruned)`` per prediction on the held-out windows if only one block is pruned, [blocks, trials] float64.
 
     All these models pass through the blocks together, so every block is read once.
     """
-    decoder, samples = walk.decoder, walk.samples
+    decoder, windows = walk.decoder, walk.windows
     walks = [
         dataclasses.replace(walk, recipe=Recipe(pattern, Wanda(), CG(), layers=walk.recipe.layers), given=None)
         for pattern in trials
@@ -185,18 +185,18 @@ def _losses(
             pruned = [parameters] * len(trials)
             # A pass has room for one pruned block; the blocks of the other trials need more.
             calibrating = dataclasses.replace(walks[0], budget=walk.budget - (len(trials) - 1) * block_bytes(decoder, index))
-            for part, statistics in _calibrated(calibrating, index, Stream(parameters, hidden.part(0, samples))):
+            for part, statistics in _calibrated(calibrating, index, Stream(parameters, hidden.part(0, windows))):
                 sets = tuple(map(TokenSets, statistics))
                 pruned = [prune_groups(trial, index, changed, part, sets).parameters for trial, changed in zip(walks, pruned)]
             for trial, changed in enumerate(pruned):
-                streams[index, trial] = hidden.part(samples, len(tokens)).copy()
+                streams[index, trial] = hidden.part(windows, len(tokens)).copy()
                 decoder.apply(index, changed, streams[index, trial])
         decoder.apply(index, parameters, hidden)
         advance()
     head, found = decoder.head(), np.zeros((decoder.config.blocks, len(trials)))
-    dense = hidden.part(samples, len(tokens))
+    dense = hidden.part(windows, len(tokens))
     for place, stream in streams.items():
-        sums = window_scores((head, head), (dense, stream), tokens, decoder.batch).kl[samples:]
+        sums = window_scores((head, head), (dense, stream), tokens, decoder.batch).kl[windows:]
         found[place] = sums.mean(dtype=np.float64) / (tokens.shape[1] - 1)
     return found
 

@@ -78,7 +78,7 @@ class Stream(NamedTuple):
     Attributes:
       parameters: the block's parameters by name: as pruned so far, or dense.
       hidden: the hidden states that enter the block.
-      known: inputs of layers for the same samples, by the layer's name, from an earlier pass. What they depend on is not computed.
+      known: inputs of layers for the same windows, by the layer's name, from an earlier pass. What they depend on is not computed.
       kept: where this pass puts the inputs of layers, by the layer's name.
     """
 
@@ -93,7 +93,7 @@ class Stream(NamedTuple):
         return {**self.known, **self.kept}
 
     def part(self, first: int, last: int) -> "Stream":
-        """Samples ``first`` to ``last - 1``, without a copy."""
+        """Windows ``first`` to ``last - 1``, without a copy."""
         known, kept = ({name: every.part(first, last) for name, every in inputs.items()} for inputs in (self.known, self.kept))
         return Stream(self.parameters, self.hidden.part(first, last), known, kept)
 
@@ -135,9 +135,9 @@ def accumulate(
 
     Args:
       index: the block's number, for messages.
-      streams: the pruned stream and, for a target with a dense stream, the dense one, both of the same samples. ``advance``
+      streams: the pruned stream and, for a target with a dense stream, the dense one, both of the same windows. ``advance``
         replaces the hidden states of the dense one by those that leave the block.
-      squares: for a target that weighs tokens by the loss, from :func:`loss_gradient.mean_squares`, of all samples.
+      squares: for a target that weighs tokens by the loss, from :func:`loss_gradient.mean_squares`, of all windows.
 
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
@@ -385,7 +385,7 @@ def pass_batch(
       known: as for :func:`forward`.
     """
     output, found = forward(program.graph, state, hidden, positions, known)
-    # Every process puts away whole samples, and Gram matrices read whole rows: the model axis holds copies.
+    # Every process puts away whole windows, and Gram matrices read whole rows: the model axis holds copies.
     whole = jax.NamedSharding(program.mesh, P(DATA))
     inputs = {name: jax.lax.with_sharding_constraint(found[name], whole) for name in program.names}
     return jax.lax.with_sharding_constraint(output, whole) if program.output else None, inputs
@@ -407,7 +407,7 @@ def add_batch(
       inputs: of each stream, from :func:`pass_batch`.
       weights: by name, the dense weights of the layers ``program.multiplied``.
       factors: by the layers ``program.by_loss``, from :func:`loss_factors`, [batch, length].
-      valid: [batch] bool, the samples that count (``Batch.valid``).
+      valid: [batch] bool, the windows that count (``Batch.valid``).
     """
     statistics, totals, means = [], [], []
     for groups, places, before, total, mean in zip(program.groups, program.residuals, *sums):

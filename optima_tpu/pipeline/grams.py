@@ -85,7 +85,7 @@ def add_routed(
       experts: their numbers, ascending.
       before: the sums, each array with a first axis for these experts.
       streams: the layer's input in the pruned stream and, if there is a drift, in the dense one.
-      valid: [batch] bool, False for samples that do not count.
+      valid: [batch] bool, False for windows that do not count.
       weights: for each layer whose drift has an energy, its dense weights [experts, d_out, d_in].
     """
     size, model = streams[0].rows.shape[-1], mesh.shape[MODEL]
@@ -134,7 +134,7 @@ def gram_of_tokens(mesh: Mesh, stream: Routed, valid: Array) -> Array:
     """``X'X`` [d, d] in float32 of all tokens of a batch, once each, from the input of experts; sharded as :func:`gram`.
 
     Args:
-      valid: [batch] bool, False for samples that do not count.
+      valid: [batch] bool, False for windows that do not count.
     """
 
     def local(stream: Routed, valid: Array) -> Array:

@@ -53,10 +53,10 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
 
 def short_text(text: Calibration, widest: int) -> str:
     """What to do about a calibration text that is short for layers of ``widest`` inputs; empty if it is not."""
-    tokens, more = text.fitted * text.window, -(-_ENOUGH * widest // text.window) - text.fitted
+    tokens, more = text.fitted * text.window_length, -(-_ENOUGH * widest // text.window_length) - text.fitted
     if tokens >= _FEW * widest:
         return ""
-    said = f"{tokens:,} tokens are few for layers of {widest:,} inputs: take --calibration.samples {text.samples + more}"
+    said = f"{tokens:,} tokens are few for layers of {widest:,} inputs: take --calibration.windows {text.windows + more}"
     if isinstance(parse_source(text.source), SelfGenerated):
         return said
     return f"{said}, or let the model write more by --calibration.written {text.written + more}"

@@ -53,7 +53,7 @@ class Texts(NamedTuple):
         Args:
           written: what the model wrote beside them, for calibration.
         """
-        first = config.calibration.samples
+        first = config.calibration.windows
         last = first + (config.distill.windows if config.distill else 0)
         parts, how = [drawn.ids[:first], drawn.ids[last:]], drawn.how
         if written:
@@ -158,7 +158,7 @@ def on_context(config: RunConfig, model: PretrainedConfig, console: Console | No
     text = config.calibration
     length = window_length(model, "--calibration.length", text.length)
     window_length(model, "--evaluation.length", config.evaluation.length)
-    if console and length < text.window:
+    if console and length < text.window_length:
         say(console, f"no --calibration.length was given: windows of {length} tokens, the model's context")
     return dataclasses.replace(config, calibration=dataclasses.replace(text, length=length))
 
@@ -172,14 +172,14 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
         other,
         tokenizer,
         Draw(
-            samples=text.samples + (config.distill.windows if config.distill else 0),
-            length=text.window,
+            windows=text.windows + (config.distill.windows if config.distill else 0),
+            length=text.window_length,
             seed=text.seed,
             held_out=text.held_out,
             bos=window_bos(model, tokenizer),
         ),
         _Score(
-            length=config.evaluation.length or text.window,
+            length=config.evaluation.length or text.window_length,
             windows=config.evaluation.windows,
             bos=window_bos(model, tokenizer, config.evaluation.bos),
         ),

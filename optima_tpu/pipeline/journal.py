@@ -14,7 +14,7 @@ carries the SHA-256 of its files, in a bucket the CRC32C that the store computes
 prunes a damaged block again.
 
 Hidden states are written before the journal entry of their block, and older ones are removed after it. Hidden states that are
-missing or damaged, or that later blocks need, are computed again from the finished blocks. Hidden states of many samples are
+missing or damaged, or that later blocks need, are computed again from the finished blocks. Hidden states of many windows are
 larger than a block, so they are written only when computing them again would take as long as the setting ``recompute`` says. That is
 a forward pass through each block since the last save, a small part of what it took to prune them.
 
@@ -219,7 +219,7 @@ class Journal:
           weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
           masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
           report: JSON values.
-          streams: the hidden states after the block, in the model's dtype, and the dense model's of the same samples, if the run
+          streams: the hidden states after the block, in the model's dtype, and the dense model's of the same windows, if the run
             has them; empty where no walk goes on from them.
           scales: HF name of a quantised weight -> [d_out, groups] in the dtype of the weight.
 
@@ -307,37 +307,37 @@ class Journal:
         """The report of a finished block, as it was saved."""
         return check_record(read_metadata(self.entry(index)).custom_metadata, _Entry, self.entry(index))["report"]
 
-    def last_activations(self, mesh: Mesh, before: int, samples: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
+    def last_activations(self, mesh: Mesh, before: int, windows: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
         """The last block before ``before`` with undamaged saved hidden states, and these; None if there is no such block."""
         for index in reversed(range(before)):
-            if (found := self.activations(mesh, index, samples, name)) is not None:
+            if (found := self.activations(mesh, index, windows, name)) is not None:
                 return index, found
         return None
 
-    def activations(self, mesh: Mesh, index: int, samples: int, name: str = HIDDEN) -> Activations | None:
+    def activations(self, mesh: Mesh, index: int, windows: int, name: str = HIDDEN) -> Activations | None:
         """This process's hidden states after a finished block; None if they are missing or damaged.
 
         Args:
           mesh: may differ from the mesh that they were saved from.
-          samples: the number of all samples.
+          windows: the number of all windows.
           name: ``HIDDEN``, or ``DENSE`` for the dense model's hidden states.
         """
         folder = self._states(index)
         if not from_first(lambda: folder.is_dir() and not damage(folder)):
             return None
-        wanted = held_rows(mesh, 0, samples)
+        wanted = held_rows(mesh, 0, windows)
         values, found = None, np.zeros(len(wanted), bool)
         for path in sorted(folder.glob("*.safetensors")):
             with read_here(path) as here, safetensors.safe_open(here, framework="np") as file:
                 rows = file.get_tensor("rows")
                 mine = np.isin(rows, wanted)
-                if name in file.keys():  # also if none is mine: a process without samples still needs their shape
+                if name in file.keys():  # also if none is mine: a process without windows still needs their shape
                     states, places = file.get_tensor(name), np.searchsorted(wanted, rows[mine])
                     values = np.empty((len(wanted), *states.shape[1:]), states.dtype) if values is None else values
                     values[places], found[places] = states[mine], True
         if not everywhere(bool(found.all())) or values is None:
             return None
-        return Activations(mesh, 0, samples, values)
+        return Activations(mesh, 0, windows, values)
 
     def _group(self, index: int, group: str) -> dict[str, np.ndarray]:
         return load_group(self.entry(index), group, read_metadata(self.entry(index)).metadata.get(group) or {})
@@ -351,7 +351,7 @@ class Journal:
 
 
 def _write_states(folder: Path, streams: Sequence[HiddenStates]) -> None:
-    """Writes the samples of this process that no process with a lower number holds, and their checksum."""
+    """Writes the windows of this process that no process with a lower number holds, and their checksum."""
     rows = _owned_rows(streams[0])
     if not len(rows) and not is_first():
         return
@@ -364,7 +364,7 @@ def _write_states(folder: Path, streams: Sequence[HiddenStates]) -> None:
 
 
 def _owned_rows(activations: HiddenStates) -> np.ndarray:
-    """The samples that this process writes: the slices of the data axis whose lowest-numbered process is this one."""
+    """The windows that this process writes: the slices of the data axis whose lowest-numbered process is this one."""
     slices = [
         index
         for index, devices in enumerate(activations.mesh.devices)

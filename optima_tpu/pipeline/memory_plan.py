@@ -333,12 +333,12 @@ def _states_on_devices(decoder: Decoder, recipe: Recipe, windows: tuple[int, int
 
     So they do on CPU devices, whose memory is that of the host, and where they would take more than a quarter of the budget.
     """
-    samples, length = windows
+    count, length = windows
     widths = [decoder.config.d_model]
     if recipe.recapture:
         widths.append(max(decoder.at(kind).input_width(decoder.at(kind).attended) for kind in decoder.config.kinds))
     dtype, model = decoder.tensors.dtype(decoder.root + decoder.family.embedding), decoder.mesh.shape[MODEL]
-    places = -(-samples // decoder.mesh.shape[DATA]) + decoder.batch
+    places = -(-count // decoder.mesh.shape[DATA]) + decoder.batch
     columns = sum(width // model if width % model == 0 else width for width in widths)
     size = recipe.target.streams * places * length * columns * dtype.itemsize
     return 0 if on_cpu(decoder.mesh) or size > _STATES_SHARE * budget else size

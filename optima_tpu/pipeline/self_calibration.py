@@ -29,7 +29,7 @@ CALIBRATION = "calibration.npy"
 def written_windows(config: RunConfig) -> int:
     """The number of windows that the dense model writes for a run; 0 for most runs."""
     text = config.calibration
-    return text.samples + text.held_out if isinstance(parse_source(text.source), SelfGenerated) else text.written
+    return text.windows + text.held_out if isinstance(parse_source(text.source), SelfGenerated) else text.written
 
 
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:
@@ -64,9 +64,9 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
                 start, len(tokenizer), text.seed, temperature, restart=eos if before_each and eos != start else None
             )
             budget = device_budget(config.device_memory)
-            ids = generate(decoder, sampling, samples=count, length=text.window, budget=budget, progress=progress)
+            ids = generate(decoder, sampling, windows=count, length=text.window_length, budget=budget, progress=progress)
     how = (
-        f"{count} windows of {text.window} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
+        f"{count} windows of {text.window_length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
         f"temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)
     )
     return Tokens(ids, how, ids.size)

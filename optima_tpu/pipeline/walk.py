@@ -45,19 +45,19 @@ class Walk:
       decoder: the dense model.
       recipe: what is done to every layer.
       groups: for every block the layers that read the same input, from ``calibrate.groups_of_blocks``.
-      samples: the number of calibration sequences; the sequences after them are held out.
+      windows: the number of calibration windows; the windows after them are held out.
       budget: bytes that may be used of each device, beside hidden states that stay there.
       given: masks, and optionally weights, for a recipe without a selector.
       resident: whether the hidden states stay on the devices; otherwise they are on the hosts, and every pass moves them.
       tell: called with every layer's report as soon as the layer is done.
       begin: called before every part of a block with its kind and with words on it; see :func:`block_steps`.
-      squares: from :mod:`loss_gradient`, of all sequences, for a target that weighs tokens by the loss.
+      squares: from :mod:`loss_gradient`, of all windows, for a target that weighs tokens by the loss.
     """
 
     decoder: Decoder
     recipe: Recipe
     groups: tuple[Groups, ...]
-    samples: int
+    windows: int
     budget: float = math.inf
     given: ReadGiven | None = None
     resident: bool = False
@@ -67,7 +67,7 @@ class Walk:
 
 
 class Streams(NamedTuple):
-    """Hidden states of all sequences.
+    """Hidden states of all windows.
 
     Attributes:
       pruned: after the pruned blocks.
@@ -103,7 +103,7 @@ def prune_model(
     """Prunes the blocks that the journal does not hold, one after the other, and saves them there.
 
     Args:
-      tokens: [samples + held out, length] int32, the calibration set and the held-out windows after it.
+      tokens: [windows + held out, length] int32, the calibration set and the held-out windows after it.
       saved: called after every saved block.
     """
     decoder, count = walk.decoder, walk.decoder.config.blocks
@@ -280,10 +280,10 @@ def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, 
 
 
 def _sets(walk: Walk, capture: Capture, total: int) -> Iterator[tuple[Capture, int, int]]:
-    """What is accumulated on the calibration sequences, and on the held-out ones behind them, if there are any."""
-    yield capture, 0, walk.samples
-    if walk.samples < total:
-        yield dataclasses.replace(capture, energy=capture.target.dense_stream, borrow=0.0), walk.samples, total
+    """What is accumulated on the calibration windows, and on the held-out ones behind them, if there are any."""
+    yield capture, 0, walk.windows
+    if walk.windows < total:
+        yield dataclasses.replace(capture, energy=capture.target.dense_stream, borrow=0.0), walk.windows, total
 
 
 def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]:

@@ -17,7 +17,7 @@ class _Target(TypedDict):
 
 class _Calibration(TypedDict):
     source: str
-    samples: Count
+    windows: Count
     length: Count
     written: NotRequired[Count]
 
@@ -257,7 +257,7 @@ class FinishedCell(TypedDict):
     mask: str
     update: str
     pattern: str
-    samples: Count
+    windows: Count
     perplexity: Positive
     dense: Positive
     report: str

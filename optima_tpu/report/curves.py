@@ -55,25 +55,25 @@ class LayerErrors(NamedTuple):
     remarks: Sequence[str] = ()
 
 
-class SamplesLine(NamedTuple):
+class WindowLine(NamedTuple):
     """Perplexities of one method with one pattern.
 
     Attributes:
       mask: label of the mask.
       update: label of the update.
-      samples: numbers of calibration samples, ascending.
-      means: mean perplexity over seeds, for each number of samples.
-      deviations: sample standard deviation over seeds, for each number of samples; NaN for a single seed.
+      windows: numbers of calibration windows, ascending.
+      means: mean perplexity over seeds, for each number of windows.
+      deviations: sample standard deviation over seeds, for each number of windows; NaN for a single seed.
     """
 
     mask: str
     update: str
-    samples: Sequence[int]
+    windows: Sequence[int]
     means: Sequence[float]
     deviations: Sequence[float]
 
 
-class Samples(NamedTuple):
+class WindowCounts(NamedTuple):
     """Data for the paper's Figure 3.
 
     Attributes:
@@ -85,7 +85,7 @@ class Samples(NamedTuple):
 
     title: str
     quantity: str
-    panels: Mapping[str, Sequence[SamplesLine]]
+    panels: Mapping[str, Sequence[WindowLine]]
     remarks: Sequence[str] = ()
 
 
@@ -136,15 +136,15 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
     return LayerErrors(title, quantity, lines, remarks)
 
 
-def samples(sweep: str | Path) -> Samples:
-    """Perplexity as a function of the number of calibration samples, for every mask and update of a sweep.
+def windows(sweep: str | Path) -> WindowCounts:
+    """Perplexity as a function of the number of calibration windows, for every mask and update of a sweep.
 
     Args:
       sweep: directory of the sweep's tables, or its results.json. Cells that are not finished are left out and counted in
         ``remarks``.
 
     Raises:
-      UserError: the file does not exist, no cell is finished, or all cells have the same number of samples.
+      UserError: the file does not exist, no cell is finished, or all cells have the same number of windows.
     """
     path = Path(sweep).expanduser()
     if path.is_dir() and not (path / "results.json").exists():
@@ -158,26 +158,26 @@ def samples(sweep: str | Path) -> Samples:
     done = check_record(finished, list[FinishedCell], path, remedy)
     if not done:
         raise UserError(f"expected finished cells in {path}, got none yet; repeat the sweep's command")
-    counts = sorted({result["samples"] for result in done})
+    counts = sorted({result["windows"] for result in done})
     if len(counts) == 1:
         raise UserError(
-            f"expected several numbers of calibration samples, got {counts[0]} in all finished cells of "
-            f"{path}; give the sweep several, such as samples: [16, 64]"
+            f"expected several numbers of calibration windows, got {counts[0]} in all finished cells of "
+            f"{path}; give the sweep several, such as windows: [16, 64]"
         )
     groups: dict[str, dict[tuple[str, str], dict[int, list[float]]]] = {}
     for result in done:
         methods = groups.setdefault(result["pattern"], {})
         method = methods.setdefault((result["mask"], result["update"]), {})
-        method.setdefault(result["samples"], []).append(result["perplexity"])
+        method.setdefault(result["windows"], []).append(result["perplexity"])
     panels = {
-        pattern: [_samples_line(*method, values) for method, values in methods.items()] for pattern, methods in groups.items()
+        pattern: [_windows_line(*method, values) for method, values in methods.items()] for pattern, methods in groups.items()
     }
     seeds = sorted({len(found) for methods in groups.values() for method in methods.values() for found in method.values()})
     counted = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     spread = f"\nmean and standard deviation over {counted} seeds" if seeds[-1] > 1 else ""
     left = len(results) - len(done)
     remarks = [f"left out {plural(left, 'cell')} of {len(results)} that are not finished"] if left else []
-    return Samples(_samples_title(path.parent, done) + spread, "perplexity", panels, remarks)
+    return WindowCounts(_windows_title(path.parent, done) + spread, "perplexity", panels, remarks)
 
 
 def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]) -> list[tuple[float, float | None]]:
@@ -220,9 +220,9 @@ def _ratio(above: float | None, below: float | None) -> float:
     return above / below
 
 
-def _samples_line(mask: str, update: str, values: Mapping[int, Sequence[float]]) -> SamplesLine:
+def _windows_line(mask: str, update: str, values: Mapping[int, Sequence[float]]) -> WindowLine:
     counts = sorted(values)
-    return SamplesLine(
+    return WindowLine(
         mask,
         update,
         counts,
@@ -231,7 +231,7 @@ def _samples_line(mask: str, update: str, values: Mapping[int, Sequence[float]])
     )
 
 
-def _samples_title(directory: Path, done: Sequence[FinishedCell]) -> str:
+def _windows_title(directory: Path, done: Sequence[FinishedCell]) -> str:
     """Model and texts, from the report of the first finished cell."""
     report = read_report(str(directory / done[0]["report"]))
     text = report["configuration"]["calibration"]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from optima_tpu.report.curves import MADE_BY, LayerErrors, Samples
+from optima_tpu.report.curves import MADE_BY, LayerErrors, WindowCounts
 from optima_tpu.report.summary import short_names
 from optima_tpu.report.view import without_folders
 from optima_tpu.runtime.files import write_bytes, writing
@@ -94,7 +94,7 @@ def layer_errors(data: LayerErrors) -> Figure:
     return figure
 
 
-def samples(data: Samples) -> Figure:
+def windows(data: WindowCounts) -> Figure:
     """A figure with one panel for each pattern and one line for each method, with error bars over seeds.
 
     The colour of a line shows the mask, its style the update.
@@ -115,13 +115,13 @@ def samples(data: Samples) -> Figure:
         }
     entries = [Line2D([], [], **look) for look in looks.values()]
     titles = [f"pattern {pattern}" for pattern in data.panels]
-    figure, panels = _figure(data, titles, _Layout(2, (4.8, 3.2), "calibration samples"), entries)
+    figure, panels = _figure(data, titles, _Layout(2, (4.8, 3.2), "calibration windows"), entries)
     for axes, lines in zip(panels, data.panels.values()):
         for line in lines:
             bars = None if np.isnan(line.deviations).all() else line.deviations
-            axes.errorbar(line.samples, line.means, yerr=bars, capsize=2.5, elinewidth=1, **looks[line.mask, line.update])
+            axes.errorbar(line.windows, line.means, yerr=bars, capsize=2.5, elinewidth=1, **looks[line.mask, line.update])
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(sorted({count for line in lines for count in line.samples})))
+        axes.xaxis.set_major_locator(FixedLocator(sorted({count for line in lines for count in line.windows})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         means = [mean for line in lines for mean in line.means]
@@ -151,7 +151,7 @@ def write(figure: Figure, path: Path) -> None:
 
 
 def _figure(
-    data: LayerErrors | Samples, titles: Sequence[str], layout: _Layout, entries: Sequence[Line2D]
+    data: LayerErrors | WindowCounts, titles: Sequence[str], layout: _Layout, entries: Sequence[Line2D]
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure with a panel for each title and the legend below them.
 

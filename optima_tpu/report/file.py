@@ -93,7 +93,7 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         - configuration: from ``config.to_dict``.
         - environment: from :func:`environment`.
         - model: the model that was pruned: origin, fingerprint, architecture, number of blocks, number of all its weights.
-        - calibration: the calibration text and how it was sampled.
+        - calibration: the calibration text and how its windows were drawn.
         - evaluation: the text that perplexity was measured on.
         - perplexity: "dense" and "pruned".
         - allocation: from ``importance.Allocated.to_json``; None if every block has the pattern's sparsity.

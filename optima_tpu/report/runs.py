@@ -202,7 +202,7 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
     return {
         "model": model_name(configuration),
         "pattern": pattern + (f" ({layers})" if layers else ""),
-        "calibration": f"{'trained' if configuration.get('recover') else 'calibrated'} on {text['source']}, {text['samples']} x "
+        "calibration": f"{'trained' if configuration.get('recover') else 'calibrated'} on {text['source']}, {text['windows']} x "
         f"{text['length']} tokens{written}",
     }
 

@@ -238,4 +238,4 @@ def _remedy(configuration: Mapping[str, Any]) -> str:
     """Advice for an update that improves the calibration text but not held-out text."""
     judged = (configuration.get("accept") or {}).get("name") == "held_out"
     accept = [] if judged else ["--accept held_out, which keeps the selector's weights in such matrices"]
-    return f"try {', '.join([*accept, 'more --calibration.samples or --calibration.written'])}, or a larger --solver.damping"
+    return f"try {', '.join([*accept, 'more --calibration.windows or --calibration.written'])}, or a larger --solver.damping"

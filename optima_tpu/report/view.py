@@ -99,7 +99,7 @@ def commands(text: str) -> Markup:
 
 
 def unbroken(text: str | Markup) -> Markup:
-    """Converts text to markup in which no line ends inside the name of an option, "--calibration.samples"."""
+    """Converts text to markup in which no line ends inside the name of an option, "--calibration.windows"."""
     return Markup(re.sub(r"(?<![\w-])--[a-z][\w.-]*\w", r'<span class="option">\g<0></span>', str(escape(text))))
 
 

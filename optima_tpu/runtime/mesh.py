@@ -1,6 +1,6 @@
 """The device mesh, and how arrays are sharded over it.
 
-Two axes: ``data`` splits calibration samples, ``model`` splits weights and the columns of Hessians. The rows of a layer's
+Two axes: ``data`` splits calibration windows, ``model`` splits weights and the columns of Hessians. The rows of a layer's
 problems are split over both, so that every device solves its own.
 """
 

@@ -429,7 +429,7 @@ def test_run_directory(config, directory):
         (["--solver.dampin", "1"], ["--solver.damping"]),
         (["--solver.eps_abs", "1"], ["--solver.eps_abs", "mpax", "cg"]),
         (["--solver", "null", "--solver.max_steps", "1"], ["--solver.max_steps", "cg", "null"]),
-        (["--calibration.sample", "1"], ["--calibration.samples"]),
+        (["--calibration.sample", "1"], ["--calibration.windows"]),
         (["--zzz"], ["--zzz", "--help"]),
         (["--solver", ""], ["cg, mpax, exact, adam, null"]),
         (["--solver", "lbfgs"], ["cg, mpax, exact, adam, null", "lbfgs"]),

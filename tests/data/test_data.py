@@ -50,8 +50,8 @@ def places(window: np.ndarray, stream: np.ndarray) -> np.ndarray:
     return np.flatnonzero((np.lib.stride_tricks.sliding_window_view(stream, len(window)) == window).all(axis=1))
 
 
-def sample(documents, *, samples, length, seed=0, separator=EOS):
-    return calibration_windows(documents, encode, data.Draw(samples, length, seed), separator=separator, origin="test")
+def drawn(documents, *, windows, length, seed=0, separator=EOS):
+    return calibration_windows(documents, encode, data.Draw(windows, length, seed), separator=separator, origin="test")
 
 
 # Sampling
@@ -62,18 +62,18 @@ documents_strategy = st.lists(st.text("abcdefgh ", max_size=40), min_size=1, max
 
 @settings(deadline=None, max_examples=200)
 @given(documents_strategy, st.integers(1, 6), st.integers(1, 12), st.integers(0, 3))
-def test_every_window_is_a_piece_of_one_document_or_of_the_packed_stream(documents, samples, length, seed):
+def test_every_window_is_a_piece_of_one_document_or_of_the_packed_stream(documents, windows, length, seed):
     tokens = [encode(document) for document in documents if document.strip()]
     long = [ids for ids in tokens if ids.size > length]
     held = sum(ids.size for ids in tokens) + max(len(tokens) - 1, 0)
-    if len(long) < samples and sum(ids.size for ids in long) < samples * length and held < samples * length:
-        with pytest.raises(UserError, match=rf"\b{held} tokens.*\b{samples * length}\b"):
-            sample(documents, samples=samples, length=length, seed=seed)
+    if len(long) < windows and sum(ids.size for ids in long) < windows * length and held < windows * length:
+        with pytest.raises(UserError, match=rf"\b{held} tokens.*\b{windows * length}\b"):
+            drawn(documents, windows=windows, length=length, seed=seed)
         return
 
-    result = sample(documents, samples=samples, length=length, seed=seed)
-    assert result.ids.shape == (samples, length) and result.ids.dtype == np.int32
-    np.testing.assert_array_equal(result.ids, sample(documents, samples=samples, length=length, seed=seed).ids)
+    result = drawn(documents, windows=windows, length=length, seed=seed)
+    assert result.ids.shape == (windows, length) and result.ids.dtype == np.int32
+    np.testing.assert_array_equal(result.ids, drawn(documents, windows=windows, length=length, seed=seed).ids)
     if "packed" not in result.how:
         assert all(any(places(window, ids).size for ids in long) for window in result.ids)
         return
@@ -106,7 +106,7 @@ def test_long_documents_give_one_window_each_and_the_rest_is_not_read():
 
 @settings(deadline=None, max_examples=100)
 @given(documents_strategy, st.integers(1, 5), st.integers(1, 4), st.integers(1, 8), st.integers(0, 3))
-def test_held_out_windows_share_no_token_with_the_others(documents, samples, held_out, length, seed):
+def test_held_out_windows_share_no_token_with_the_others(documents, windows, held_out, length, seed):
     """Every document has letters of its own, and one token a letter, so a window tells its place."""
 
     def encode(text):
@@ -116,14 +116,14 @@ def test_held_out_windows_share_no_token_with_the_others(documents, samples, hel
         "".join(chr(1000 * index + place + 300) for place in range(len(document))) for index, document in enumerate(documents)
     ]
     try:
-        draw = data.Draw(samples, length, seed, held_out)
+        draw = data.Draw(windows, length, seed, held_out)
         result = calibration_windows(documents, encode, draw, separator=None, origin="test")
     except UserError as error:
         assert re.search("no room for|tokens of calibration text", str(error))
         return
-    assert result.ids.shape == (samples + held_out, length) and f"the last {held_out} of them held out" in result.how
-    seen = set(result.ids[:samples].ravel()) - {BOS}
-    assert not seen & set(result.ids[samples:].ravel())
+    assert result.ids.shape == (windows + held_out, length) and f"the last {held_out} of them held out" in result.how
+    seen = set(result.ids[:windows].ravel()) - {BOS}
+    assert not seen & set(result.ids[windows:].ravel())
 
 
 @pytest.mark.parametrize("documents", [["".join(map(chr, range(33, 120)))], [chr(97 + i) * 30 for i in range(26)]])
@@ -135,28 +135,28 @@ def test_holding_out_does_not_change_the_windows_that_calibrate(documents):
 
 
 @pytest.mark.parametrize(
-    "documents, samples",
+    "documents, windows",
     [
         (["".join(map(chr, range(33, 120)))], 4),
         ([chr(97 + i) * 30 for i in range(26)], 4),
         ([chr(97 + i) * 3 for i in range(26)], 5),
     ],
 )
-def test_another_seed_gives_other_windows(documents, samples):
-    first, second = (sample(documents, samples=samples, length=20, seed=seed) for seed in (0, 1))
+def test_another_seed_gives_other_windows(documents, windows):
+    first, second = (drawn(documents, windows=windows, length=20, seed=seed) for seed in (0, 1))
     assert (first.ids != second.ids).any()
 
 
 def test_the_window_of_a_long_document_starts_anywhere():
     stream = encode("abcdefg")
-    windows = [sample(["abcdefg"], samples=1, length=3, seed=seed).ids[0] for seed in range(60)]
+    windows = [drawn(["abcdefg"], windows=1, length=3, seed=seed).ids[0] for seed in range(60)]
     assert {int(places(window, stream)[0]) for window in windows} == set(range(6))
 
 
 def test_windows_of_one_long_text_reach_its_first_and_its_last_token():
     stream, starts = encode("abcdefg"), set()
     for seed in range(60):
-        result = sample(["abcdefg"], samples=4, length=2, seed=seed)
+        result = drawn(["abcdefg"], windows=4, length=2, seed=seed)
         assert "drawn with seed" in result.how and result.available == 8
         starts.update(int(places(window, stream)[0]) for window in result.ids)
     assert starts == set(range(7))
@@ -167,7 +167,7 @@ def test_every_window_of_the_long_documents_is_equally_likely():
     documents = ["".join(map(chr, range(33, 63))), "".join(map(chr, range(80, 90)))]
     streams, counts = [encode(document) for document in documents], np.zeros(38)
     for seed in range(200):
-        for window in sample(documents, samples=8, length=3, seed=seed).ids:
+        for window in drawn(documents, windows=8, length=3, seed=seed).ids:
             found = [places(window, stream) for stream in streams]
             counts[found[0][0] if found[0].size else 29 + found[1][0]] += 1
     assert np.sum((counts - 1600 / 38) ** 2 / (1600 / 38)) < 77.8
@@ -175,7 +175,7 @@ def test_every_window_of_the_long_documents_is_equally_likely():
 
 def test_without_eos_documents_are_joined_directly_and_an_eos_of_the_tokenizer_is_not_doubled():
     documents = ["abc", "def"]
-    assert EOS not in sample(documents, samples=2, length=4, separator=None).ids
+    assert EOS not in drawn(documents, windows=2, length=4, separator=None).ids
 
     def with_eos(text):
         return np.append(encode(text), EOS).astype(np.int32)
@@ -250,10 +250,10 @@ def test_random_ids_are_of_the_vocabulary_and_differ_between_splits(tokenizer):
         data.evaluation_tokens(source, tokenizer, length=50, windows=None)
 
 
-@pytest.mark.parametrize("arguments", [{"samples": 0}, {"length": 0}, {"seed": -1}])
+@pytest.mark.parametrize("arguments", [{"windows": 0}, {"length": 0}, {"seed": -1}])
 def test_impossible_arguments_are_refused(tokenizer, arguments):
     with pytest.raises(UserError):
-        data.calibration_tokens(data.PyDoc(), tokenizer, data.Draw(**{"samples": 1, "length": 8, "seed": 0} | arguments))
+        data.calibration_tokens(data.PyDoc(), tokenizer, data.Draw(**{"windows": 1, "length": 8, "seed": 0} | arguments))
 
 
 # Sources
@@ -470,20 +470,20 @@ def test_a_source_without_its_place_is_told_its_own_form(text, form):
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=4, unique=True), st.integers(36, 60), st.integers(36, 60), st.integers(0, 20)
 )
-def test_a_mix_keeps_its_shares_in_every_first_part_and_every_text_its_own_windows(weights, samples, held_out, cut):
+def test_a_mix_keeps_its_shares_in_every_first_part_and_every_text_its_own_windows(weights, windows, held_out, cut):
     shares = tuple(weight / sum(weights) for weight in weights)
     mix = data.Mix(tuple(data.File(Path(f"{k}.txt")) for k in range(len(weights))), shares)
 
-    def draw(text, samples, held_out=0):
-        return data.Tokens(1000 * int(text.path.stem) + np.arange(samples + held_out)[:, None], str(text), 1)
+    def draw(text, windows, held_out=0):
+        return data.Tokens(1000 * int(text.path.stem) + np.arange(windows + held_out)[:, None], str(text), 1)
 
-    for ids in (mix.calibration(samples, held_out, draw).ids, mix.stream(samples + held_out, draw).ids):
+    for ids in (mix.calibration(windows, held_out, draw).ids, mix.stream(windows + held_out, draw).ids):
         for k, share in enumerate(shares):
             own = np.flatnonzero(ids[:, 0] // 1000 == k)
             assert (ids[own, 0] == 1000 * k + np.arange(len(own))).all()
-            for first in (samples - cut, samples):
+            for first in (windows - cut, windows):
                 assert abs(np.sum(own < first) - share * first) < len(shares)
-    short = mix.stream(samples, lambda text, windows: draw(text, min(windows, 8))).ids
+    short = mix.stream(windows, lambda text, windows: draw(text, min(windows, 8))).ids
     assert (short == mix.stream(len(short), draw).ids).all() and max(np.bincount(short[:, 0] // 1000)) == 8
 
 

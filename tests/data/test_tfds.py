@@ -28,9 +28,9 @@ DOCUMENTS = [
     *(chr(97 + i) * (1 + 7 * i % 60) for i in range(26)),
 ]
 DRAWS = {
-    "one window of each long document": dict(samples=4, length=20),
-    "many of few documents": dict(samples=15, length=30),
-    "packed": dict(samples=9, length=70),
+    "one window of each long document": dict(windows=4, length=20),
+    "many of few documents": dict(windows=15, length=30),
+    "packed": dict(windows=9, length=70),
 }
 
 
@@ -376,7 +376,7 @@ if port != "0":
     processes.start(f"localhost:{port}", 2, int(index), 60)
 read, text = [], TFDS._text
 TFDS._text = lambda source, records, number: (read.append(number), text(source, records, number))[1]
-config = RunConfig(model=model, calibration=Calibration(source, samples=9, length=70, held_out=1), token_cache=False,
+config = RunConfig(model=model, calibration=Calibration(source, windows=9, length=70, held_out=1), token_cache=False,
                    evaluation=Evaluation(source=other, windows=2))
 model = open_model_on_mesh(config)
 manifest = manifest_of(config, model, read_texts(config, model))

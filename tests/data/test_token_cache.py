@@ -16,7 +16,7 @@ from optima_tpu.data.source import Tokens
 from optima_tpu.pipeline.inputs import manifest_of, open_model_on_mesh, read_texts
 from tests.support.tiny_models import tiny_folder
 
-DRAW = dict(samples=4, length=20, held_out=2, seed=0, bos=None)
+DRAW = dict(windows=4, length=20, held_out=2, seed=0, bos=None)
 TOKENS = Tokens(np.arange(12, dtype=np.int32).reshape(3, 4), "three windows", 99)
 
 
@@ -34,7 +34,7 @@ def texts(tmp_path, monkeypatch):
         (tmp_path / f"{name}.txt").write_text(f"the text of file {name}; " * 40)
     return RunConfig(
         model="unused",
-        calibration=Calibration(f"file:{tmp_path}/a.txt", samples=4, length=20, held_out=2),
+        calibration=Calibration(f"file:{tmp_path}/a.txt", windows=4, length=20, held_out=2),
         evaluation=Evaluation(f"file:{tmp_path}/b.txt"),
     )
 
@@ -77,7 +77,7 @@ def test_a_changed_text_is_read_again_even_with_the_size_and_time_it_had(texts, 
     assert again.evaluation.cache
 
 
-@pytest.mark.parametrize("change", [dict(samples=5), dict(length=21), dict(held_out=1), dict(seed=1), dict(bos=1)], ids=str)
+@pytest.mark.parametrize("change", [dict(windows=5), dict(length=21), dict(held_out=1), dict(seed=1), dict(bos=1)], ids=str)
 def test_another_draw_has_another_key(texts, model, change):
     source = data.parse_source(texts.calibration.source)
     key = token_key(source, "calibration", model.pretrained, **DRAW)

@@ -43,7 +43,7 @@ def test_perplexity_is_that_of_torch_with_bos_before_the_text_or_every_window(sa
     for bos in ("text", "window", None):
         config = RunConfig(
             str(folder),
-            calibration=Calibration("random", samples=1, length=LENGTH, held_out=0),
+            calibration=Calibration("random", windows=1, length=LENGTH, held_out=0),
             evaluation=Evaluation(f"file:{folder}/text.jsonl", bos=bos),
         )
         model = opened(config, (1, 1))

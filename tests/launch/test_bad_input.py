@@ -76,7 +76,7 @@ def refused(tmp_path, capfd):
         (["--evaluation.length", "129"], "expected --evaluation.length of at most 128, the model's context, got 129"),
         (["--sparsity", "0.5"], "there is no setting --sparsity; did you mean --pattern, as in --pattern 0.5?"),
         (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
-        (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
+        (["--calibration.sample", "8"], "did you mean --calibration.windows or "),
         (["--solver.damping", "-1"], "damping"),
         (
             ["--solver", "gurobi"],
@@ -99,7 +99,7 @@ def test_a_setting_that_cannot_be(model, refused, settings, expected):
 
 
 def test_without_a_length_windows_are_as_long_as_the_models_context(model, tmp_path, capsys):
-    config = RunConfig(str(model), calibration=Calibration("random", samples=3, held_out=1), evaluation=Evaluation(windows=2))
+    config = RunConfig(str(model), calibration=Calibration("random", windows=3, held_out=1), evaluation=Evaluation(windows=2))
     words = f"--mesh 1x8 --calibration.source random --evaluation.windows 2 --pattern 3:8 --output {tmp_path / 'run'}"
     assert main([str(model), *words.split()]) == 2  # the pattern does not fit
     assert "no --calibration.length was given: windows of 128 tokens, the model's context\n" in capsys.readouterr().out

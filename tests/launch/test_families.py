@@ -77,7 +77,7 @@ def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> 
     config = RunConfig(
         model=str(model),
         output=str(directory),
-        calibration=Calibration("pydoc", samples=6, length=40, held_out=2),
+        calibration=Calibration("pydoc", windows=6, length=40, held_out=2),
         evaluation=Evaluation(windows=4),
         **settings,
     )
@@ -217,7 +217,7 @@ def test_a_relative_with_half_of_its_weights_comes_back_and_loads_in_transformer
 def test_windows_begin_with_bos_where_the_family_needs_it(saved, family, source):
     config = RunConfig(
         model=str(saved(family)),
-        calibration=Calibration(source, samples=4, length=12, held_out=2),
+        calibration=Calibration(source, windows=4, length=12, held_out=2),
         evaluation=Evaluation(windows=4),
     )
     model = opened(config, (1, 1))
@@ -233,6 +233,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     _, model, _ = tiny(reference, {})
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    config = RunConfig(model=str(tmp_path), calibration=Calibration("pydoc", samples=4, length=12))
+    config = RunConfig(model=str(tmp_path), calibration=Calibration("pydoc", windows=4, length=12))
     with pytest.raises(UserError, match="below 64"):
         read_texts(config, opened(config, (1, 1)))

@@ -153,7 +153,7 @@ def test_what_was_damaged_is_done_again_to_the_same_bits(finished, tmp_path, cap
     assert_same_weights(copy, finished.directory)
 
 
-def test_samples_are_spread_evenly_and_come_back_in_order():
+def test_windows_are_spread_evenly_and_come_back_in_order():
     states = np.arange(11 * 2 * 3, dtype=np.float32).reshape(11, 2, 3)
     for shape in ((1, 1), (4, 2), (2, 4)):
         hidden = Activations.of(mesh(*shape), states.copy()).part(3, 11)

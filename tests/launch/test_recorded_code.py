@@ -24,7 +24,7 @@ OWN_METHODS = ["--selector", f"{MODULE}:MyMask", "--selector.strength", "2", "--
 OWN_METHODS += ["--solver.damping", "0.125", "--target", f"{MODULE}:Far", "--recapture", "true"]
 OWN_METHODS += ["--pattern", f"{MODULE}:Comb?every=3", "--layers", f"mlp.down_proj={MODULE}:Comb?every=4"]
 PRUNE = ["prune", "model", "--preset", "fast", *SMALL, *OWN_METHODS]
-SETTINGS = {"calibration": {"source": "random", "samples": 8, "length": 32}}
+SETTINGS = {"calibration": {"source": "random", "windows": 8, "length": 32}}
 RECOVER = ["--tokens", "0.256k", "--source", "random", "--windows", "4", "--length", "32", "--distill.batch", "4"]
 
 

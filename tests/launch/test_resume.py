@@ -154,7 +154,7 @@ def test_a_damaged_record_is_no_traceback(finished, tmp_path, capsys, record):
         (["--selector", "magnitude"], "selector is wanda there, magnitude here"),
         (["--dtype", "bfloat16"], "dtype is null there, bfloat16 here"),
         (["--calibration.seed", "1"], "calibration.seed is 0 there, 1 here"),
-        (["--calibration.samples", "9"], "calibration.samples is 8 there, 9 here"),
+        (["--calibration.windows", "9"], "calibration.windows is 8 there, 9 here"),
     ],
 )
 def test_another_run_is_refused_with_the_settings_that_differ_and_its_command(finished, capfd, change, said):

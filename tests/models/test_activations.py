@@ -6,13 +6,13 @@ import pytest
 from optima_tpu.models.activations import Activations
 from tests.support.meshes import mesh
 
-SAMPLES, LENGTH, WIDTH, BATCH = 11, 3, 4, 2
+WINDOWS, LENGTH, WIDTH, BATCH = 11, 3, 4, 2
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2), (2, 4)])
-@pytest.mark.parametrize("first, last", [(0, SAMPLES), (0, 6), (5, 6), (6, SAMPLES)])
+@pytest.mark.parametrize("first, last", [(0, WINDOWS), (0, 6), (5, 6), (6, WINDOWS)])
 def test_batches_of_a_part_are_taken_and_put_alike_on_hosts_and_devices(shape, first, last):
-    values = np.random.default_rng(0).standard_normal((SAMPLES, LENGTH, WIDTH)).astype(np.float32)
+    values = np.random.default_rng(0).standard_normal((WINDOWS, LENGTH, WIDTH)).astype(np.float32)
     host = Activations.of(mesh(*shape), values.copy())
     device = host.on_devices(BATCH)
     copies = host.copy(), device.copy()
@@ -22,16 +22,16 @@ def test_batches_of_a_part_are_taken_and_put_alike_on_hosts_and_devices(shape, f
         with part.put_behind() as put:
             for batch in part.batches(BATCH):
                 there = batch.rows < last
-                expected = np.where(there[:, None, None], values[np.minimum(batch.rows, SAMPLES - 1)], 0)
+                expected = np.where(there[:, None, None], values[np.minimum(batch.rows, WINDOWS - 1)], 0)
                 assert (batch.hidden == expected).all() and (batch.there == there).all()
                 put(batch.rows, batch.hidden + 1)
-    moved = values + ((first <= np.arange(SAMPLES)) & (np.arange(SAMPLES) < last))[:, None, None]
+    moved = values + ((first <= np.arange(WINDOWS)) & (np.arange(WINDOWS) < last))[:, None, None]
     for whole in (host, device):
         assert (whole.take(whole.rows) == moved).all(), "what is outside of the part was written"
     for copy in copies:
         assert (copy.take(copy.rows) == values).all()
     rooms = [whole.room(WIDTH + 1) for whole in (host, device)]
-    assert [room.take(room.rows).shape for room in rooms] == [(SAMPLES, LENGTH, WIDTH + 1)] * 2
+    assert [room.take(room.rows).shape for room in rooms] == [(WINDOWS, LENGTH, WIDTH + 1)] * 2
 
 
 def test_room_on_the_devices_is_made_for_batches_of_one_size():

@@ -35,7 +35,7 @@ def test_a_rule_that_blows_up_is_refused_by_the_name_of_its_file(blows_up, tmp_p
     (tmp_path / "a.txt").write_text("a" * 60 + " !")
     source, tokenizer = parse_source(f"file:{tmp_path / 'a.txt'}"), load_tokenizer(blows_up)
     for read in (
-        lambda: calibration_tokens(source, tokenizer, Draw(samples=1, length=8, seed=0, held_out=0)),
+        lambda: calibration_tokens(source, tokenizer, Draw(windows=1, length=8, seed=0, held_out=0)),
         lambda: evaluation_tokens(source, tokenizer, length=8, windows=1),
     ):
         with pytest.raises(

@@ -128,7 +128,7 @@ def test_it_is_pruned_and_exported_in_bfloat16(folder, expanded, tmp_path):
         pattern=NM(2, 4),
         selector=Magnitude(),
         solver=None,
-        calibration=Calibration("random", samples=4, length=16, held_out=0),
+        calibration=Calibration("random", windows=4, length=16, held_out=0),
         evaluation=Evaluation("random", windows=4),
     )
     run(config, Console(file=io.StringIO()), opened(config, (1, 1)))

@@ -31,7 +31,7 @@ from tests.support.tiny_models import MemoryTensors, tiny_folder, tiny_llama
 
 RECIPE = Recipe(Unstructured(0.6), Wanda(), CG(tolerance=1e-6))
 TOKENS = np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32)
-SAMPLES = 6
+WINDOWS = 6
 WIDE = {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}  # a grain of 1/48
 
 
@@ -40,7 +40,7 @@ def decoder(shape=(1, 1), **settings) -> Decoder:
 
 
 def measured(model: Decoder, recipe: Recipe, allocation) -> Allocated:
-    return allocated(Walk(model, recipe, groups_of_blocks(model), SAMPLES), TOKENS, allocation)
+    return allocated(Walk(model, recipe, groups_of_blocks(model), WINDOWS), TOKENS, allocation)
 
 
 @given(st.lists(st.floats(-8, 8), min_size=1, max_size=40))
@@ -98,7 +98,7 @@ def test_outliers_are_counted_as_published():
     """Against numpy in float64, with the inputs of the dense model."""
     model = decoder(num_hidden_layers=2)
     found = measured(model, RECIPE, OWL(outlier=2.0))
-    hidden, groups = model.embed(TOKENS[:SAMPLES]), linear_groups(model)
+    hidden, groups = model.embed(TOKENS[:WINDOWS]), linear_groups(model)
     for index in range(2):
         block = model.load_block(index)
         statistics = accumulate(model, index, Capture(groups), (Stream(block, hidden),))
@@ -119,7 +119,7 @@ def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
     # Two steps of 1/48; what the run itself does to the layers does not count.
     mine = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None)
     found = measured(model, mine, Measured(limit=0.05))
-    hidden, groups, index = model.embed(TOKENS[:SAMPLES]), linear_groups(model), 1
+    hidden, groups, index = model.embed(TOKENS[:WINDOWS]), linear_groups(model), 1
     model.apply(0, model.load_block(0), hidden)
     statistics = accumulate(model, index, Capture(groups), (Stream(model.load_block(index), hidden),))
     for sparsity, loss in zip((0.6 - 2 / 48, 0.6 + 2 / 48), found.scores[index]):
@@ -127,7 +127,7 @@ def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
         pruned, _, _ = prune_calibrated(model, index, model.load_block(index), groups, statistics, recipe)
         changed = {model.prefix(index) + name: np.asarray(value) for name, value in pruned.items()}
         other = dataclasses.replace(model, tensors=MemoryTensors(model.tensors.arrays | changed))
-        assert loss == pytest.approx(distance(model, other, TOKENS[SAMPLES:]).kl, rel=1e-3)
+        assert loss == pytest.approx(distance(model, other, TOKENS[WINDOWS:]).kl, rel=1e-3)
         assert loss > 0
 
 

@@ -342,8 +342,8 @@ def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
     monkeypatch.setattr("optima_tpu.pipeline.memory_plan._HESSIANS_SHARE", 0.05)
     told = []
     monkeypatch.setattr("optima_tpu.pipeline.walk.block_passes", lambda *a: told.append(block_passes(*a)) or told[-1])
-    weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, samples=4)
-    same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, samples=4, budget=86_000)
+    weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, windows=4)
+    same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, windows=4, budget=86_000)
     assert described(told[0]) == "" and len(told[1]) > 1
     assert {where.split for part in told[1] for where in part.layouts} == {False, True}, told[1]
     assert any(where.rows for part in told[1] for where in part.layouts), told[1]

@@ -45,8 +45,8 @@ def test_blocks_whose_heads_differ_in_width_have_groups_of_their_own():
     "architecture, shape", [("Llama", (1, 1)), ("Llama", (4, 2)), ("Llama", (2, 4)), ("OPT", (4, 2))], ids=str
 )
 def test_hessians_are_the_mean_outer_product_of_the_inputs(architecture, shape):
-    # 7 samples divide no mesh; d_model 36 is not divisible by 8; 9 heads and 3 key-value heads divide none. OPT's biases make
-    # something of the zeros behind the last sample.
+    # 7 windows divide no mesh; d_model 36 is not divisible by 8; 9 heads and 3 key-value heads divide none. OPT's biases make
+    # something of the zeros behind the last window.
     decoder = Decoder.open(*small(architecture), mesh(*shape), batch=2)
     hidden = np.random.default_rng(0).standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
     parameters = decoder.load_block(1)

@@ -105,7 +105,7 @@ def test_hidden_states_come_back_on_another_mesh(tmp_path, shapes):
     assert_same(open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(*shapes[1]), 0, 7).values, states)
 
 
-def test_a_process_without_samples_gets_none_of_the_right_shape(tmp_path, monkeypatch):
+def test_a_process_without_windows_gets_none_of_the_right_shape(tmp_path, monkeypatch):
     states = np.zeros((2, 3, 4), np.float32)
     weights, masks, report, _ = pruned_block(small_model(), 0)
     open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, [Activations.of(mesh(1, 1), states)])

@@ -79,7 +79,7 @@ def test_mean_squares_are_those_of_torchs_gradients(reference):
 
 @pytest.mark.parametrize("target", [SelfTarget(0.5), DenseTarget(gamma=0.5, weigh_tokens=True, weigh_by_loss=0.5)], ids=repr)
 def test_statistics_are_means_over_the_tokens_by_their_weights(target):
-    """In float64 from the very inputs: ``r^(1 - p) s^p``. 7 samples divide no mesh."""
+    """In float64 from the very inputs: ``r^(1 - p) s^p``. 7 windows divide no mesh."""
     decoder, rng = Decoder.open(*small("Llama"), mesh(4, 2), batch=1), np.random.default_rng(0)
     hidden = rng.standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
     dense = hidden + 0.3 * rng.standard_normal(hidden.shape).astype(np.float32)

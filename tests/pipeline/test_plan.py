@@ -34,7 +34,7 @@ from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import Compiled, compiled
-from optima_tpu.pipeline.plan.estimate import RowShare, Work, assumptions, inputs_of, prune_work, read_by, sequence_flops, storage
+from optima_tpu.pipeline.plan.estimate import RowShare, Work, assumptions, inputs_of, prune_work, read_by, storage, window_flops
 from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, moved, products, sent
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
@@ -207,7 +207,7 @@ def test_the_plan_of_simulated_devices(tmp_path):
     model = open_declared(config.model, None, config.batch).on(mesh(4, 2))
     plan = make_plan(config, model, Machine("here", chip, mesh(4, 2), 1, 0.5))
     calibration, down = plan.programs
-    # 16 sequences in steps of 2 on each of 4 slices, the held-out ones in one step, in each of 3 blocks.
+    # 16 windows in steps of 2 on each of 4 slices, the held-out ones in one step, in each of 3 blocks.
     assert (calibration.calls, down.calls, down.rows, plan.batch) == (3 * 3, 3, math.ceil(36 / 8), 2)
     assert down.name == "down [36, 60]" and not plan.too_large
     assert down.compiled.inside == {} and down.compiled.outside["all-gather"] >= 1
@@ -226,7 +226,7 @@ def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, pr
         {
             "model": config_folder(tmp_path, **sizes),
             "preset": preset,
-            "calibration": {"source": "random", "samples": 8, "length": 64, "held_out": 0},
+            "calibration": {"source": "random", "windows": 8, "length": 64, "held_out": 0},
         }
     )
     model = open_declared(config.model, None, config.batch).on(mesh(1, 1))
@@ -241,7 +241,7 @@ def test_the_plan_of_a_run_that_weighs_by_the_loss_has_the_passes_back(tmp_path)
     """FLOPs are those that the compiler counts, what is kept is as large as what a run keeps, and nothing of it is left."""
     sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, head_dim=32)
     folder = config_folder(tmp_path, **sizes, num_hidden_layers=2, vocab_size=512)
-    text = {"source": "random", "samples": 8, "length": 129, "held_out": 4}
+    text = {"source": "random", "windows": 8, "length": 129, "held_out": 4}
 
     def plan(shape, power):
         config = configure(
@@ -359,11 +359,11 @@ def test_a_token_counts_at_its_own_experts_alone(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         return open_declared(str(tmp_path), None, 1)
 
-    two, four = (sequence_flops(model(few), length) for few in (2, 4))
+    two, four = (window_flops(model(few), length) for few in (2, 4))
     # The compiler counts the body of each loop once, a block of rows; and what a token's experts return is added up.
     assert 1 < (four - two) / (2 * length * products) < 1.1
     groups = linear_groups(model(4).decoder)
-    before, between = (sequence_flops(model(4), length, groups[at][:1]) for at in (2, 3))
+    before, between = (window_flops(model(4), length, groups[at][:1]) for at in (2, 3))
     assert before < two - 2 * length * products and 1 < (between - before) / (4 * length * products * 2 / 3) < 1.1
     assert [reach for _, reach in inputs_of(model(4), groups[:4])] == [1, 1, 0.25, 0.25]
 
@@ -380,7 +380,7 @@ def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp
 
     one, three, length = model(1), model(3), 64
     for index, more in ((0, 0), (1, 2 * 3 * 48 * 24)):  # weights of two more experts' widths
-        before, after = (sequence_flops(each.at(index), length) for each in (one, three))
+        before, after = (window_flops(each.at(index), length) for each in (one, three))
         # The compiler counts the products, and what is done with their results.
         assert (before == after) if not more else 1 < (after - before) / (2 * length * more) < 1.05
         assert three.at(index).block_bytes() - one.at(index).block_bytes() == 4 * more
@@ -389,7 +389,7 @@ def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp
     down, experts = ("mlp.shared_experts.down_proj",), 2 * length * 2 * 3 * 48 * 24
     read = read_by(one.at(1).decoder, (down,), DenseTarget(gamma=0.5))
     assert read == (*down, "before_shared") and read_by(one.at(1).decoder, (down,), SelfTarget()) == down
-    without, within = (sequence_flops(one.at(1), length, names) for names in (down, read))
+    without, within = (window_flops(one.at(1), length, names) for names in (down, read))
     assert 1 < (within - without) / experts < 1.25  # beside the products: router, sorting, the body of each loop once
     names = linear_groups(one.at(1).decoder)
     assert {(len(group), reach) for group, (_, reach) in zip(names, inputs_of(one.at(1), names))} == {
@@ -411,11 +411,11 @@ def test_every_chunk_of_linear_attention_counts_where_its_output_is_needed(tmp_p
     (tmp_path / "config.json").write_text(json.dumps(sizes | delta | named))
     model = open_declared(str(tmp_path), None, 1)
     _, *behind = linear_groups(model.decoder)
-    one, eight = (sequence_flops(model, chunks * 64) for chunks in (1, 8))
+    one, eight = (window_flops(model, chunks * 64) for chunks in (1, 8))
     assert eight == pytest.approx(8 * one, rel=1e-4)
     # A block whose output of attention is known computes none of it.
     rest = sum(2 * 512 * math.prod(model.decoder.block_shapes[name + ".weight"]) for group in behind for name in group)
-    assert 1 < sequence_flops(model, 512, known=behind[0]) / rest < 1.1
+    assert 1 < window_flops(model, 512, known=behind[0]) / rest < 1.1
 
 
 def test_the_passes_of_a_block_are_found_in_one_look_at_its_weights_however_many_experts_it_has(tmp_path, monkeypatch):
@@ -478,11 +478,11 @@ def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path
     stored, chip = model.all_blocks_bytes() + model.end_bytes(), machine.chip
     reading = stored / 2 / (0.5 * chip.bandwidth)
     multiplying = 2 * stored / model.dtype.itemsize * 8 / 8 / (0.5 * (chip.wide if model.dtype.itemsize == 4 else chip.narrow))
-    expected = (config.calibration.window - 1) * (reading + multiplying)
+    expected = (config.calibration.window_length - 1) * (reading + multiplying)
     assert plan(8).seconds["text that the model writes"] == pytest.approx(expected)
     without, beside = plan(0), plan(8)
     assert "text that the model writes" not in without.seconds
-    fitted = config.calibration.samples
+    fitted = config.calibration.windows
     grown = (fitted + 8 + config.calibration.held_out) / (fitted + config.calibration.held_out)
     assert beside.storage.hidden == pytest.approx(grown * without.storage.hidden)
 
@@ -677,7 +677,7 @@ def test_the_readmes_plan_is_that_of_its_page_and_has_its_numbers(tmp_path, caps
 
 def test_the_export_is_as_large_as_planned(finished):
     """Of the files of a run the only ones that nothing compresses."""
-    config = RunConfig(str(finished.model), calibration=Calibration("random", samples=8, length=32))
+    config = RunConfig(str(finished.model), calibration=Calibration("random", windows=8, length=32))
     model = open_declared(config.model, None, config.batch)
     planned = storage(model, config, 1, pruned_layers(config, model.decoder)).disk["export for transformers"]
     written = sum(path.stat().st_size for path in (finished.directory / "hf").glob("*.safetensors"))

@@ -233,15 +233,15 @@ def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
                 np.testing.assert_allclose(value, (change**2).mean(axis=0), rtol=1e-3)
 
 
-def test_held_out_samples_do_not_touch_the_weights():
+def test_held_out_windows_do_not_touch_the_weights():
     tokens, others = np.random.default_rng(1).integers(0, 64, (2, 10, 24)).astype(np.int32)
     others[:6] = tokens[:6]
     decoder = Decoder.open(*tiny_llama(), mesh(1, 1), batch=2)
     groups, recipe = linear_groups(decoder), RECIPES["wanda cg"]
 
-    def walk(tokens, samples=None):
+    def walk(tokens, windows=None):
         hidden = decoder.embed(tokens)
-        weights, _, reports = walk_block(decoder, 0, hidden, groups, recipe, samples=samples)
+        weights, _, reports = walk_block(decoder, 0, hidden, groups, recipe, windows=windows)
         return weights, reports, hidden.part(0, 6).values
 
     weights, reports, hidden = walk(tokens, 6)

@@ -91,9 +91,9 @@ def written():
     return tiny_llama(), write(tiny_llama(), (1, 1), 5)
 
 
-def write(model, shape: tuple[int, int], samples: int, **options) -> np.ndarray:
+def write(model, shape: tuple[int, int], windows: int, **options) -> np.ndarray:
     sampling = Sampling(START, vocabulary=60, seed=7, temperature=1.5, restart=END)
-    return generate(Decoder.open(*model, mesh(*shape)), sampling, samples=samples, length=24, **options)
+    return generate(Decoder.open(*model, mesh(*shape)), sampling, windows=windows, length=24, **options)
 
 
 def test_every_token_follows_the_logits_of_those_before_it(written):
@@ -177,7 +177,7 @@ def arguments(folder) -> list[str]:
 def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, bos):
     """After an EOS in the middle of a window comes a BOS where every text has one, and what the model draws where none has."""
     folder = tiny_folder(tmp_path / "model")
-    text = Calibration("self?temperature=9", samples=16, length=64)
+    text = Calibration("self?temperature=9", windows=16, length=64)
     config = RunConfig(model=str(with_bos(folder) if bos else folder), output=str(tmp_path / "run"), calibration=text)
     model = open_model_on_mesh(config)
     ids = self_calibration.self_calibration(config, model.pretrained, model.decoder).ids
@@ -234,13 +234,13 @@ def test_what_the_model_writes_beside_a_text_stands_between_the_drawn_and_the_he
     folder = tiny_folder(tmp_path / "model")
 
     def texts(distill: KL | None = None, **text) -> Texts:
-        chosen = {"source": "random", "samples": 4, "length": 16, "held_out": 2} | text
+        chosen = {"source": "random", "windows": 4, "length": 16, "held_out": 2} | text
         config = RunConfig(
             str(folder), calibration=Calibration(**chosen), evaluation=Evaluation("random", windows=2), distill=distill
         )
         return read_texts(config, open_model_on_mesh(config))
 
-    alone, self_written = texts(), texts(source="self", samples=3, held_out=0)
+    alone, self_written = texts(), texts(source="self", windows=3, held_out=0)
     beside = texts(written=3)
     expected = np.concatenate([alone.calibration.ids[:4], self_written.calibration.ids, alone.calibration.ids[4:]])
     assert (beside.calibration.ids == expected).all() and (beside.written == self_written.written).all()
@@ -271,20 +271,20 @@ def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monke
 
 
 def test_a_text_that_is_short_for_wide_layers_is_told_with_what_to_do():
-    text = Calibration("file:a.txt", samples=16, length=512)
+    text = Calibration("file:a.txt", windows=16, length=512)
     assert short_text(text, 1536) == (
-        "8,192 tokens are few for layers of 1,536 inputs: take --calibration.samples 48, or let the model write more by "
+        "8,192 tokens are few for layers of 1,536 inputs: take --calibration.windows 48, or let the model write more by "
         "--calibration.written 32"
     )
     assert short_text(dataclasses.replace(text, written=4), 1536).endswith("--calibration.written 32")
-    assert short_text(dataclasses.replace(text, source="self"), 1536).endswith("take --calibration.samples 48")
-    enough = [dataclasses.replace(text, written=32), dataclasses.replace(text, samples=48), Calibration()]
+    assert short_text(dataclasses.replace(text, source="self"), 1536).endswith("take --calibration.windows 48")
+    enough = [dataclasses.replace(text, written=32), dataclasses.replace(text, windows=48), Calibration()]
     assert not any(short_text(each, 1536) for each in enough)
 
 
 def test_a_text_that_the_model_writes_as_a_whole_has_nothing_written_beside_it():
-    with pytest.raises(UserError, match="give 12 samples of it and no calibration.written"):
-        Calibration("self?temperature=0.9", samples=8, written=4)
+    with pytest.raises(UserError, match="give 12 windows of it and no calibration.written"):
+        Calibration("self?temperature=0.9", windows=8, written=4)
 
 
 @pytest.mark.slow

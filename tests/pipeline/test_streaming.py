@@ -42,7 +42,7 @@ def test_a_run_never_holds_more_of_the_checkpoint_than_two_blocks_and_the_embedd
         selector=Magnitude(),
         solver=None,
         export=False,
-        calibration=Calibration("random", samples=4, length=16, held_out=2),
+        calibration=Calibration("random", windows=4, length=16, held_out=2),
         evaluation=Evaluation("random", windows=2),
     )
     pretrained = open_model(config.model)

@@ -47,7 +47,7 @@ class StandIn:
     def read_texts(self, config, model):
         self.counts["texts"] += 1
         rng = np.random.default_rng(config.calibration.seed)
-        calibration = Tokens(rng.integers(0, 9, (config.calibration.samples, 8)), "random windows", 100)
+        calibration = Tokens(rng.integers(0, 9, (config.calibration.windows, 8)), "random windows", 100)
         return Texts(calibration, Tokens(np.full((config.evaluation.windows or 2, 8), 1), "other windows", 16))
 
     def manifest_of(self, config, model, texts):
@@ -156,7 +156,7 @@ def test_other_models_and_texts_are_opened_apart(sweep, stand_in):
 
 @pytest.mark.parametrize(("source", "texts"), [("self", 2), ("self?temperature=0.5", 2), ("random", 1)])
 def test_a_model_of_another_dtype_writes_its_own_text(sweep, stand_in, source, texts):
-    run = TABLE["run"] | {"dtype": "float32", "calibration": {"source": source, "samples": 4}, "evaluation": {"source": "pydoc"}}
+    run = TABLE["run"] | {"dtype": "float32", "calibration": {"source": source, "windows": 4}, "evaluation": {"source": "pydoc"}}
     assert sweep(run=run, updates={"none": {"solver": None}, "cg": {}, "half": {"dtype": "bfloat16"}}) == 0
     assert len(stand_in.ran) == 6 and stand_in.counts["texts"] == texts
 
@@ -172,7 +172,7 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
         "mask": "magnitude",
         "update": "none",
         "pattern": "50%",
-        "samples": 4,
+        "windows": 4,
         "seed": 1,
         "state": "finished",
         "perplexity": 27,
@@ -186,7 +186,7 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
         "rows_refused": 8,
         "sparsity": 0.5,
         "reason": None,
-        "report": "cells/magnitude_none_50_4-samples_seed-1/report.json",
+        "report": "cells/magnitude_none_50_4-windows_seed-1/report.json",
     }
     assert (tmp_path / "out" / last["report"]).exists()
     text = (tmp_path / "out" / "table.md").read_text()
@@ -211,12 +211,12 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
     assert fields[2]["perplexity_spread"] == pytest.approx(0.5**0.5) and fields[2]["error_after"] is None
     assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 1 + 3
     printed = capsys.readouterr().out
-    assert "cell 5 of 6: wanda + cg, 50%, 4 samples, seed 1\n" in printed
+    assert "cell 5 of 6: wanda + cg, 50%, 4 windows, seed 1\n" in printed
     assert "26.50 ± 0.71 (n=2)" in printed and str(tmp_path / "out" / "table.md") in printed
 
 
 def test_an_interrupted_sweep_goes_on_at_the_cell_that_is_not_finished(sweep, stand_in, tmp_path, capsys):
-    stand_in.stop = {"magnitude_none_50_4-samples_seed-0": KeyboardInterrupt()}
+    stand_in.stop = {"magnitude_none_50_4-windows_seed-0": KeyboardInterrupt()}
     assert sweep() == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert [entry["state"] for entry in read_results(tmp_path)] == ["finished", "finished", "missing", "missing"]
@@ -224,7 +224,7 @@ def test_an_interrupted_sweep_goes_on_at_the_cell_that_is_not_finished(sweep, st
     assert "| magnitude | none | - |" in before and "| wanda | none | 24.00 |" in before
     stand_in.stop, stand_in.ran, stand_in.counts = {}, [], Counter()
     assert sweep() == 0
-    assert stand_in.ran == ["magnitude_none_50_4-samples_seed-0", "magnitude_cg_50_4-samples_seed-0"]
+    assert stand_in.ran == ["magnitude_none_50_4-windows_seed-0", "magnitude_cg_50_4-windows_seed-0"]
     assert stand_in.counts["dense"] == 0  # the finished cells know it
     assert "resuming  2 of 4 cells are done" in capsys.readouterr().out
     resumed = (tmp_path / "out" / "table.md").read_text()
@@ -240,20 +240,20 @@ def test_an_interrupted_sweep_goes_on_at_the_cell_that_is_not_finished(sweep, st
 
 
 def test_a_failed_cell_is_told_and_tried_again(sweep, stand_in, tmp_path, capsys):
-    stand_in.stop = {"wanda_cg_50_4-samples_seed-0": UserError("expected 4, got 9")}
+    stand_in.stop = {"wanda_cg_50_4-windows_seed-0": UserError("expected 4, got 9")}
     assert sweep() == 1
     assert len(stand_in.ran) == 4
     assert "failed: expected 4, got 9" in (printed := capsys.readouterr().out)
-    assert "failed  wanda + cg, 50%, 4 samples, seed 0: expected 4, got 9" in printed
+    assert "failed  wanda + cg, 50%, 4 windows, seed 0: expected 4, got 9" in printed
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "| wanda | cg | failed |" in text and "- wanda + cg, 50%, 4 samples, seed 0: expected 4, got 9" in text
+    assert "| wanda | cg | failed |" in text and "- wanda + cg, 50%, 4 windows, seed 0: expected 4, got 9" in text
     assert [(entry["state"], entry["reason"], entry["report"] is None) for entry in read_results(tmp_path)][:2] == [
         ("finished", None, False),
         ("failed", "expected 4, got 9", True),
     ]
     stand_in.stop, stand_in.ran = {}, []
     assert sweep() == 0
-    assert stand_in.ran == ["wanda_cg_50_4-samples_seed-0"]
+    assert stand_in.ran == ["wanda_cg_50_4-windows_seed-0"]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| wanda | cg | 20.00 |" in text and "Failed" not in text
 
@@ -269,9 +269,9 @@ def test_all_settings_are_looked_at_before_the_first_cell_runs(sweep, stand_in, 
     [
         (
             lambda stand_in: {"updates": {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "damping": 0.5}}}},
-            ["wanda_cg_50_4-samples_seed-0", "solver.damping is 0.25 there, 0.5 here"],
+            ["wanda_cg_50_4-windows_seed-0", "solver.damping is 0.25 there, 0.5 here"],
         ),
-        (lambda stand_in: setattr(stand_in, "code", "0+2"), ["wanda_none_50_4-samples_seed-0", "code: 0+1 there, 0+2 here"]),
+        (lambda stand_in: setattr(stand_in, "code", "0+2"), ["wanda_none_50_4-windows_seed-0", "code: 0+1 there, 0+2 here"]),
         (lambda stand_in: {"run": TABLE["run"] | {"evaluation": {"windows": 3}}}, ["measured on another text"]),
     ],
 )
@@ -295,13 +295,13 @@ def test_a_table_with_finished_cells_of_another_sweep_is_not_replaced(sweep, sta
         assert sweep(*argv, updates=exact) == 2
         assert capsys.readouterr().err == (
             f"error: expected a sweep with all finished cells of {tmp_path / 'out' / 'results.json'}, got one without "
-            "wanda + none, 50%, 4 samples, seed 0 and 1 more; choose another --output, put them back into the file, or delete "
+            "wanda + none, 50%, 4 windows, seed 0 and 1 more; choose another --output, put them back into the file, or delete "
             "results.json to go on without them (their runs stay)\n"
         )
     assert not stand_in.ran and snapshot(tmp_path / "out") == before
 
     assert sweep(masks={"wanda": {}}, updates=TABLE["updates"] | exact) == 0  # a row more, and none that was run less
-    assert stand_in.ran == ["wanda_exact_50_4-samples_seed-0"]
+    assert stand_in.ran == ["wanda_exact_50_4-windows_seed-0"]
     (tmp_path / "out" / "results.json").unlink()
     assert sweep(masks={"wanda": {}}, updates=exact) == 0 and len(stand_in.ran) == 1
     assert [entry["update"] for entry in read_results(tmp_path)] == ["exact"]
@@ -322,7 +322,7 @@ def test_a_damaged_results_json_is_replaced_and_another_s_only_by_force(sweep, s
 
 def test_the_pruned_models_of_finished_cells_are_removed(sweep, stand_in, tmp_path):
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0
-    cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"
+    cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-windows_seed-0"
     assert sorted(path.name for path in cell.iterdir()) == ["report.json", "run.json", "run.lock", "sha256-all.json"]
     assert json.loads((cell / "report.json").read_text())["files"] == {"report": str(cell / "report.json")}
     (cell / "checkpoint").mkdir()  # as if that had been interrupted
@@ -334,7 +334,7 @@ def test_kept_checkpoints_stay(sweep, stand_in, tmp_path):
     one = {"updates": {"cg": {}}, "masks": {"wanda": {}}}
     assert sweep("--keep-checkpoints", **one) == 0
     assert sweep(**one) == 0  # also when the table is made again without the option
-    cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"
+    cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-windows_seed-0"
     assert {path.name for path in cell.iterdir()} == {
         "report.json",
         "run.json",
@@ -374,7 +374,7 @@ def test_what_does_not_fit_the_model_is_said_before_the_first_cell_runs(sweep, s
 
     monkeypatch.setattr(runner, "manifest_of", manifest_of)
     assert sweep(updates={"cg": {}, "none": {"solver": None}}, masks={"wanda": {}}) == 2
-    assert capsys.readouterr().err == "error: wanda + none, 50%, 4 samples, seed 0: the rule fits no layer\n"
+    assert capsys.readouterr().err == "error: wanda + none, 50%, 4 windows, seed 0: the rule fits no layer\n"
     assert not stand_in.ran
 
 
@@ -386,22 +386,22 @@ def test_a_cell_whose_report_is_damaged_is_run_again(sweep, stand_in, tmp_path):
 
 
 def test_any_error_of_a_cell_is_its_own(sweep, stand_in, tmp_path, capsys):
-    stand_in.stop = {"wanda_cg_50_4-samples_seed-0": RuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")}
+    stand_in.stop = {"wanda_cg_50_4-windows_seed-0": RuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")}
     assert sweep() == 1 and len(stand_in.ran) == 4
     told = capsys.readouterr()
     assert "failed: RuntimeError: RESOURCE_EXHAUSTED: out of memory\n" in told.out and "Traceback" in told.err
     assert [entry["state"] for entry in read_results(tmp_path)] == ["finished", "failed", "finished", "finished"]
     stand_in.stop = {}
-    assert sweep() == 0 and stand_in.ran[4:] == ["wanda_cg_50_4-samples_seed-0"]
+    assert sweep() == 0 and stand_in.ran[4:] == ["wanda_cg_50_4-windows_seed-0"]
 
 
 def test_only_the_cells_that_were_asked_for_run(sweep, stand_in, tmp_path):
     assert sweep("--only", "magnitude + none") == 0
-    assert stand_in.ran == ["magnitude_none_50_4-samples_seed-0"]
+    assert stand_in.ran == ["magnitude_none_50_4-windows_seed-0"]
     assert sweep("--only", "wanda + cg", "--only=seed 1", seeds=[0, 1]) == 0
     assert stand_in.ran[1:] == [
-        "wanda_cg_50_4-samples_seed-0",
-        *(f"{name}_50_4-samples_seed-1" for name in ("wanda_none", "wanda_cg", "magnitude_none", "magnitude_cg")),
+        "wanda_cg_50_4-windows_seed-0",
+        *(f"{name}_50_4-windows_seed-1" for name in ("wanda_none", "wanda_cg", "magnitude_none", "magnitude_cg")),
     ]
     states = {(entry["mask"], entry["update"], entry["seed"]): entry["state"] for entry in read_results(tmp_path)}
     assert [key for key, state in states.items() if state == "missing"] == [("wanda", "none", 0), ("magnitude", "cg", 0)]
@@ -437,7 +437,7 @@ def test_the_last_to_write_keeps_what_another_terminal_has_finished(sweep, stand
 
 
 def test_a_cell_that_was_another_terminal_s_has_not_failed_once_that_has_finished_it(sweep, beside, tmp_path):
-    beside("--only", "magnitude + none", then={"magnitude_none_50_4-samples_seed-0": UserError("another process is at work")})
+    beside("--only", "magnitude + none", then={"magnitude_none_50_4-windows_seed-0": UserError("another process is at work")})
     assert sweep() == 0
     assert [entry["state"] for entry in read_results(tmp_path)] == ["finished"] * 4
 
@@ -471,7 +471,7 @@ def test_only_with_a_name_of_no_cell_is_an_error(sweep, stand_in, capsys):
 def test_a_dry_run_lists_the_cells_and_runs_none(sweep, stand_in, tmp_path, capsys):
     assert sweep("--dry-run") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:2] == ["cell 1 of 4: wanda + none, 50%, 4 samples, seed 0: to run", "    selector wanda, solver null"]
+    assert printed[:2] == ["cell 1 of 4: wanda + none, 50%, 4 windows, seed 0: to run", "    selector wanda, solver null"]
     assert not stand_in.counts and not (tmp_path / "out").exists()  # the model is not even opened
     assert sweep("--only", "wanda + cg") == 0
     before = snapshot(tmp_path / "out")
@@ -517,7 +517,7 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
     run = {
         "model": str(finished.model),
         "mesh": "4x2",
-        "calibration": {"source": "random", "samples": 8, "length": 32},
+        "calibration": {"source": "random", "windows": 8, "length": 32},
         "evaluation": {"source": "random", "windows": 4},
     }
     updates = {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "tolerance": 1e-6}}}
@@ -534,7 +534,7 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
     monkeypatch.setattr(Journal, "save", stopped)
     assert main([path, "--output", str(out)]) == 130
     assert main([path, "--output", str(out)]) == 0
-    names = [f"{mask}_{update}_50_8-samples_seed-0" for mask in ("wanda", "magnitude") for update in ("none", "cg")]
+    names = [f"{mask}_{update}_50_8-windows_seed-0" for mask in ("wanda", "magnitude") for update in ("none", "cg")]
     assert saved == [(name, index) for name in names for index in range(3)]  # every block of every cell once
     assert capsys.readouterr().out.count("dense perplexity\n") == 1
 
@@ -561,7 +561,7 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
 
 @pytest.mark.slow  # on another mesh of the same process: in the test above
 def test_a_finished_sweep_is_told_again_in_a_process_with_other_devices(finished, tmp_path):
-    run = {"model": str(finished.model), "calibration": {"source": "random", "samples": 8, "length": 32}}
+    run = {"model": str(finished.model), "calibration": {"source": "random", "windows": 8, "length": 32}}
     run |= {"mesh": "4x2", "evaluation": {"source": "random", "windows": 4}}
     one = {"updates": {"none": {"solver": None}}, "patterns": {"50%": {"pattern": 0.5}}}
     path, out = write_sweep(tmp_path / "real.yaml", run=run, **one), tmp_path / "out"

@@ -34,12 +34,12 @@ def test_cells_are_the_product_in_order_seed_by_seed(file):
         and (last.config.solver, last.config.damping) == (CG(), 0.25)
     )
     assert [(rule.path, rule.pattern) for rule in last.config.layers] == [("self_attn.*", None)]
-    assert (last.config.calibration.seed, last.config.calibration.samples, last.config.calibration.length) == (3, 4, 8)
-    assert last.directory == Path("out/cells/magnitude_cg_2of4-mlp_4-samples_seed-3")
+    assert (last.config.calibration.seed, last.config.calibration.windows, last.config.calibration.length) == (3, 4, 8)
+    assert last.directory == Path("out/cells/magnitude_cg_2of4-mlp_4-windows_seed-3")
     assert not any(cell.config.export for cell in grid.cells)
     first = grid.cells[0].config
     assert (first.pattern, first.selector, first.solver, first.layers) == (Unstructured(0.5), Wanda(), None, ())
-    assert str(last) == "magnitude + cg, 2:4 MLP, 4 samples, seed 3"
+    assert str(last) == "magnitude + cg, 2:4 MLP, 4 windows, seed 3"
 
 
 def test_a_plain_sparsity_is_that_of_the_mask_s_own_group(file):
@@ -47,15 +47,27 @@ def test_a_plain_sparsity_is_that_of_the_mask_s_own_group(file):
     assert groups == {"wanda": "row", "magnitude": "layer"}
 
 
-def test_samples_are_an_axis(file):
-    cells = read_grid(file(samples=[2, 16])).cells
-    assert len(cells) == 16 and [cell.config.calibration.samples for cell in cells] == [2] * 8 + [16] * 8
+def test_windows_are_an_axis(file):
+    cells = read_grid(file(windows=[2, 16])).cells
+    assert len(cells) == 16 and [cell.config.calibration.windows for cell in cells] == [2] * 8 + [16] * 8
     assert len({cell.directory for cell in cells}) == 16
+
+
+def test_an_axis_and_a_setting_under_a_label_may_be_called_samples(file):
+    rules = [{"samples": 2, "mask": "wanda"}]
+    own = read_grid(file(windows=[2, 16], leave_out=[{"windows": 2, "mask": "wanda"}])).cells
+    assert len(own) == 12 and read_grid(file(samples=[2, 16], leave_out=rules)).cells == own
+    labels = {"few": {"calibration": {"samples": 2}}, "many": {"calibration": {"windows": 16}}}
+    path = file(patterns=labels, run={"model": "org/name", "calibration": {"source": "pydoc", "samples": 3}})
+    assert [cell.windows for cell in read_grid(path).cells] == 4 * [2] + 4 * [16]
+    for word in ("samples", "windows"):
+        with pytest.raises(UserError, match="expected calibration.windows 2, as the labels of the file say, got 4"):
+            read_grid(path, [f"--calibration.{word}", "4"])
 
 
 def test_a_cell_keeps_its_directory_when_the_table_grows(file):
     small = {cell.directory for cell in read_grid(file()).cells}
-    assert small < {cell.directory for cell in read_grid(file(seeds=[0, 1], samples=[4, 8])).cells}
+    assert small < {cell.directory for cell in read_grid(file(seeds=[0, 1], windows=[4, 8])).cells}
 
 
 def only_cell(file, **changes) -> Cell:
@@ -71,10 +83,10 @@ def test_later_settings_go_over_earlier_ones(file):
         run=run,
         patterns={"p": {"batch": 2, "dtype": "bfloat16", "mesh": "2x1"}},
         masks={"m": {"batch": 3, "dtype": "float16"}},
-        updates={"u": {"batch": 4, "calibration": {"samples": 5}, "export": True}},
+        updates={"u": {"batch": 4, "calibration": {"windows": 5}, "export": True}},
     ).config
     assert (config.mesh, config.dtype, config.batch, config.export) == ("2x1", "float16", 4, True)
-    assert (config.calibration.source, config.calibration.length, config.calibration.samples) == ("pydoc", 9, 5)
+    assert (config.calibration.source, config.calibration.length, config.calibration.windows) == ("pydoc", 9, 5)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +112,8 @@ def test_a_method_takes_the_options_of_its_own_name_only(file, run, update, solv
 
 
 def test_the_command_line_goes_over_all_cells(file):
-    grid = read_grid(file(samples=[2]), ["--model", "other", "--mesh=4x2", "--calibration.samples", "3", "--cpu-devices", "8"])
-    assert {(cell.config.model, cell.config.mesh, cell.samples, cell.config.cpu_devices) for cell in grid.cells} == {
+    grid = read_grid(file(windows=[2]), ["--model", "other", "--mesh=4x2", "--calibration.windows", "3", "--cpu-devices", "8"])
+    assert {(cell.config.model, cell.config.mesh, cell.windows, cell.config.cpu_devices) for cell in grid.cells} == {
         ("other", "4x2", 3, 8)
     }
 
@@ -116,17 +128,17 @@ def test_seeds_that_draw_the_same_tokens_are_no_repetitions(file):
         read_grid(path, ["--calibration.source", "npy:ids.npy"])
     rules = [{"seed": 1, "mask": "magnitude"}, {"seed": 0, "mask": "wanda"}]
     assert len(read_grid(file(seeds=[0, 1], leave_out=rules), ["--calibration.source", "npy:ids.npy"]).cells) == 8
-    assert len(read_grid(file(seeds=[1], samples=[2, 4]), ["--calibration.source", "npy:ids.npy"]).cells) == 16
+    assert len(read_grid(file(seeds=[1], windows=[2, 4]), ["--calibration.source", "npy:ids.npy"]).cells) == 16
 
 
 def test_left_out_cells_match_every_given_key(file):
-    whole = read_grid(file(seeds=[0, 1], samples=[2, 4])).cells
-    rules = [{"mask": "magnitude", "update": "cg"}, {"pattern": "2:4 MLP", "seed": 1, "samples": 2}]
-    left = read_grid(file(seeds=[0, 1], samples=[2, 4], leave_out=rules)).cells
+    whole = read_grid(file(seeds=[0, 1], windows=[2, 4])).cells
+    rules = [{"mask": "magnitude", "update": "cg"}, {"pattern": "2:4 MLP", "seed": 1, "windows": 2}]
+    left = read_grid(file(seeds=[0, 1], windows=[2, 4], leave_out=rules)).cells
     assert list(left) == [
         cell
         for cell in whole
-        if (cell.mask, cell.update) != ("magnitude", "cg") and (cell.pattern, cell.seed, cell.samples) != ("2:4 MLP", 1, 2)
+        if (cell.mask, cell.update) != ("magnitude", "cg") and (cell.pattern, cell.seed, cell.windows) != ("2:4 MLP", 1, 2)
     ]
     assert len(left) == 32 - 8 - 3
 
@@ -161,15 +173,21 @@ ERRORS = [
     ({"run": {"model": "m", "output": "x"}}, ["run has an output"]),
     ({"masks": {"wanda": {"output": "x"}}}, ["masks, wanda has an output"]),
     ({"output": 3}, ["expected output to be a directory, got 3"]),
-    ({"samples": 16}, ["expected samples to be a list", "16"]),
-    ({"samples": [0]}, ["expected samples", "at least 1"]),
-    ({"samples": []}, ["expected samples"]),
+    ({"windows": 16}, ["expected windows to be a list", "16"]),
+    ({"windows": [0]}, ["expected windows", "at least 1"]),
+    ({"windows": []}, ["expected windows"]),
+    ({"windows": [2], "samples": [2]}, ["expected calibration.samples or calibration.windows, which are one setting, got both"]),
+    ({"leave_out": [{"windows": 2, "samples": 2}]}, ["leave_out 1: expected calibration.samples or calibration.windows"]),
+    (
+        {"masks": {"m": {"calibration": {"windows": 2, "samples": 2}}}},
+        ["masks, m: expected calibration.samples or calibration.windows"],
+    ),
     ({"seeds": [0, 0]}, ["expected seeds", "different"]),
     ({"seeds": [True]}, ["expected seeds"]),
     ({"seeds": [0.5]}, ["expected seeds"]),
     ({"leave_out": {"mask": "wanda"}}, ["expected leave_out as a list"]),
     ({"leave_out": [{}]}, ["expected leave_out as a list"]),
-    ({"leave_out": [{"masks": "wanda"}]}, ["leave_out 1: expected some of pattern, mask, update, samples, seed, got 'masks'"]),
+    ({"leave_out": [{"masks": "wanda"}]}, ["leave_out 1: expected some of pattern, mask, update, windows, seed, got 'masks'"]),
     ({"leave_out": [{"mask": "wanda", "update": "cgg"}]}, ["leave_out 1: there is no update 'cgg'", "none, cg"]),
     ({"leave_out": [{"pattern": 0.5}]}, ["there is no pattern 0.5", "50%, 2:4 MLP", "in quotes"]),
     ({"leave_out": [{"seed": 0}]}, ["there is no seed 0", "none in this file"]),
@@ -264,13 +282,13 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(file):
     )
 
 
-def test_sample_counts_are_columns_and_one_seed_has_no_spread(file):
+def test_window_counts_are_columns_and_one_seed_has_no_spread(file):
     results = [
-        Result("wanda", "cg", "50%", samples, 0, "finished", perplexity=20.0 + samples, dense=dense)
-        for samples, dense in ((16, 10.0), (2, 10.5))
+        Result("wanda", "cg", "50%", windows, 0, "finished", perplexity=20.0 + windows, dense=dense)
+        for windows, dense in ((16, 10.0), (2, 10.5))
     ]
     table = layout(read_grid(file()), results)
-    assert table.headings == ("mask", "update", "50%, 2 samples", "50%, 16 samples")
+    assert table.headings == ("mask", "update", "50%, 2 windows", "50%, 16 windows")
     assert table.rows == (("dense", "", "10.50", "10.00"), ("wanda", "cg", "22.00", "36.00"))
 
 
@@ -281,7 +299,7 @@ def test_markdown_has_the_header_the_rows_and_the_failures(file):
     assert lines[0] == "# small" and "- model: org/name" in lines and "- command: python x" in lines
     assert "| mask | update | 50% | 2:4 MLP |" in lines and "| --- | --- | ---: | ---: |" in lines
     assert "| wanda | none | 21.50 ± 2.12 (n=2) | - |" in lines
-    assert "- wanda + cg, 50%, 4 samples, seed 1: it | diverged" in lines
+    assert "- wanda + cg, 50%, 4 windows, seed 1: it | diverged" in lines
     assert "5 of 10 cells are finished" in text and "Seeds: 0, 1" in text
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
@@ -297,7 +315,7 @@ def test_averages_are_mean_and_sample_deviation_of_the_seeds_that_are_finished()
     assert len(fields) == len(averages(RESULTS)) == 5
     whole, half = fields["wanda", "cg", "2:4 MLP"], fields["wanda", "cg", "50%"]
     none = fields["magnitude", "none", "50%"]
-    assert (whole["seeds"], whole["failed"], whole["samples"]) == (2, 0, 4)
+    assert (whole["seeds"], whole["failed"], whole["windows"]) == (2, 0, 4)
     assert whole["perplexity"] == 30.5 and whole["perplexity_spread"] == pytest.approx(np.std([30.25, 30.75], ddof=1))
     assert (half["seeds"], half["failed"], half["perplexity"], half["perplexity_spread"]) == (1, 1, 1234567.8, None)
     assert (none["seeds"], none["perplexity"], none["perplexity_spread"]) == (0, None, None)

@@ -53,7 +53,7 @@ def published_models(name: str) -> list[str]:
 
 
 def test_there_is_a_file_for_every_table_and_one_that_runs_here():
-    assert sorted(TABLES) == ["adam", "levers", "samples", "smollm2", "smollm2_samples", "two_four_mlp", "unstructured"]
+    assert sorted(TABLES) == ["adam", "levers", "smollm2", "smollm2_windows", "two_four_mlp", "unstructured", "windows"]
 
 
 @pytest.mark.parametrize("name", sorted(TABLES))
@@ -71,8 +71,8 @@ def test_every_figure_of_a_header_is_one_of_the_sweep_s(name):
     grid = grid_of(name)
     for figure, runs, option, _ in commands(name, "figures"):
         assert option == "-o"  # what -o takes is in test_figures.py
-        if figure == "samples":
-            assert Path(runs) == grid.output and len({cell.samples for cell in grid.cells}) > 1
+        if figure == "windows":
+            assert Path(runs) == grid.output and len({cell.windows for cell in grid.cells}) > 1
         else:
             drawn = [cell for cell in grid.cells if fnmatchcase(cell.directory.as_posix(), runs)]
             assert figure == "layer-errors" and len(drawn) > 1 and all(cell.config.solver for cell in drawn)
@@ -98,8 +98,8 @@ def test_masks_and_updates_are_the_published_ones(name):
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_texts_are_the_published_ones(name):
     for cell in grid_of(name).cells:
-        samples, seed = (cell.samples, cell.seed) if name == "samples" else (128, 0)
-        assert cell.config.calibration == Calibration("c4", samples, 2048, seed)
+        windows, seed = (cell.windows, cell.seed) if name == "windows" else (128, 0)
+        assert cell.config.calibration == Calibration("c4", windows, 2048, seed)
         assert cell.config.evaluation == Evaluation("wikitext2", 2048)
 
 
@@ -121,7 +121,7 @@ def test_the_grids_are_the_tables():
     three = {(mask, update) for mask in ("wanda", "sparsegpt", "thanos") for update in ("none", "mpax", "cg")}
     two = {(mask, update) for mask, update in three if mask != "thanos"}
     assert methods("unstructured") == methods("two_four_mlp") == three
-    assert methods("samples") == methods("smollm2_samples") == two
+    assert methods("windows") == methods("smollm2_windows") == two
     assert methods("adam") == two | {("wanda", "adam"), ("sparsegpt", "adam")}
     assert methods("smollm2") == methods("adam") | three | {("magnitude", update) for update in ("none", "mpax", "cg")}
     assert grid_of("smollm2").patterns == ("0.5", "0.6", "2:4 MLP", "2:4")

@@ -65,11 +65,11 @@ def tokens(count=8):
     return np.random.default_rng(1).integers(0, 64, (count, 24)).astype(np.int32)
 
 
-def walk(recipe, shape=(1, 1), blocks=2, samples=5, groups=GROUPS):
+def walk(recipe, shape=(1, 1), blocks=2, windows=5, groups=GROUPS):
     decoder = decoder_on(shape)
     hidden, dense = decoder.embed(tokens()), decoder.embed(tokens())
     found = [
-        jax.device_get(walk_block(decoder, index, hidden, groups, recipe, samples=samples, dense=dense))
+        jax.device_get(walk_block(decoder, index, hidden, groups, recipe, windows=windows, dense=dense))
         for index in range(blocks)
     ]
     return found, hidden, dense
@@ -79,7 +79,7 @@ def walk(recipe, shape=(1, 1), blocks=2, samples=5, groups=GROUPS):
     "architecture, weigh", [("Llama", False), ("Llama", True), ("OPT", True), ("Cohere", True), ("Granite", True)]
 )
 def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
-    """In float64 from the very inputs; 7 samples divide no mesh, and OPT's biases make something of the zeros behind them.
+    """In float64 from the very inputs; 7 windows divide no mesh, and OPT's biases make something of the zeros behind them.
 
     The last layer of OPT has so few outputs that their drift is cheaper than that of the inputs. Of its Hessian two panels are
     accumulated, since no devices share its columns.
@@ -316,7 +316,7 @@ def test_a_selector_aims_at_the_target_too():
 def test_making_up_for_the_residual_stream_keeps_it_closer_to_the_dense_models():
     apart = []
     for gamma in (0.0, 0.5):
-        _, hidden, dense = walk(dataclasses.replace(BEYOND, target=DenseTarget(0.5, gamma)), blocks=3, samples=8)
+        _, hidden, dense = walk(dataclasses.replace(BEYOND, target=DenseTarget(0.5, gamma)), blocks=3, windows=8)
         apart.append(np.sum((hidden.values - dense.values) ** 2))
     assert apart[1] < 0.97 * apart[0], apart
 
@@ -362,7 +362,7 @@ def test_recapture_is_a_walk_from_input_to_input():
     """By hand: the statistics of one layer after the other, each from the block as it is by then."""
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(TIGHT, recapture=True)
     hidden, again = decoder.embed(tokens()), decoder.embed(tokens())
-    weights, masks, _ = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5)
+    weights, masks, _ = walk_block(decoder, 0, hidden, GROUPS, recipe, windows=5)
     parameters = decoder.load_block(0)
     for group in GROUPS:
         parts = [accumulate(decoder, 0, Capture((group,)), (Stream(parameters, again.part(*ends)),)) for ends in ((0, 5), (5, 8))]
@@ -371,7 +371,7 @@ def test_recapture_is_a_walk_from_input_to_input():
         assert all((keep == masks[name]).all() for name, keep in keeps.items())
     decoder.apply(0, parameters, again)
     assert (hidden.values == again.values).all()
-    once, _, _ = walk_block(decoder, 0, decoder.embed(tokens()), GROUPS, TIGHT, samples=5)
+    once, _, _ = walk_block(decoder, 0, decoder.embed(tokens()), GROUPS, TIGHT, windows=5)
     first, second = (names[0] + ".weight" for names in GROUPS)
     assert np.abs(once[first] - weights[first]).max() < 1e-3 and np.abs(once[second] - weights[second]).max() > 1e-2
 
@@ -395,7 +395,7 @@ def test_a_dense_target_is_a_walk_of_two_streams():
     decoder, recipe = decoder_on((1, 1)), parse(["--preset", "best"]).recipe
     hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
     for index in range(2):
-        weights, masks, _ = walk_block(decoder, index, hidden, GROUPS, recipe, samples=5, dense=dense)
+        weights, masks, _ = walk_block(decoder, index, hidden, GROUPS, recipe, windows=5, dense=dense)
         whole = parameters = decoder.load_block(index)
         for group in GROUPS:
             parts = []
@@ -415,7 +415,7 @@ def test_a_dense_target_is_a_walk_of_two_streams():
 def test_a_run_that_goes_on_repeats_the_bits_of_both_streams(preset, resident):
     """So does one whose hidden states stay on the devices, where those of the first were on the host. On a mesh the compiler rounds a block otherwise in another program: what is left out of it changes how devices share it."""
     decoder, recipe = decoder_on((2, 2)), parse(["--preset", preset, "--layers", "*.1.*.o_proj=dense"]).recipe
-    walk = Walk(decoder, recipe, groups_of_blocks(decoder), samples=5)
+    walk = Walk(decoder, recipe, groups_of_blocks(decoder), windows=5)
     hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
     if resident:
         again, still = (stream.on_devices(decoder.batch) for stream in (again, still))
@@ -432,7 +432,7 @@ def test_a_run_that_goes_on_repeats_the_bits_of_both_streams(preset, resident):
 def test_the_dense_stream_goes_through_a_block_that_stays_dense():
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, layers=parse_layers("*.0.*=dense"))
     hidden, dense, still = (decoder.embed(tokens()) for _ in range(3))
-    _, masks, reports = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5, dense=dense)
+    _, masks, reports = walk_block(decoder, 0, hidden, GROUPS, recipe, windows=5, dense=dense)
     decoder.apply(0, decoder.load_block(0), still)
     assert not masks and not reports and (dense.values == still.values).all() and (hidden.values == still.values).all()
 

@@ -52,7 +52,7 @@ def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first()
     for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--accept held_out"):
         assert words in line
     (line,) = table.unusual_lines(blocks, {"accept": {"name": "held_out"}})
-    assert "--accept" not in line and "--calibration.samples" in line
+    assert "--accept" not in line and "--calibration.windows" in line
     assert table.traded_lines(blocks) == []
 
 

@@ -32,8 +32,8 @@ def write_sweep(directory: Path, results: list[Result]) -> Path:
     return directory
 
 
-def result(mask: str, update: str, samples: int, seed: int, perplexity: float | None, pattern: str = "0.5") -> Result:
-    return Result(mask, update, pattern, samples, seed, perplexity=perplexity, dense=14.7934, report="cell/report.json")
+def result(mask: str, update: str, windows: int, seed: int, perplexity: float | None, pattern: str = "0.5") -> Result:
+    return Result(mask, update, pattern, windows, seed, perplexity=perplexity, dense=14.7934, report="cell/report.json")
 
 
 def drawn(axes) -> dict[str, tuple[list, list]]:
@@ -201,7 +201,7 @@ def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
     assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
 
 
-def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
+def test_windows_are_means_and_deviations_over_seeds(tmp_path, capsys):
     values = {
         ("wanda", "none", 16): [30.0, 34.0],
         ("wanda", "none", 64): [29.0],
@@ -210,19 +210,19 @@ def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
         ("sparsegpt", "cg", 64): [20.0, 23.0],
     }
     results = [
-        result(mask, update, samples, seed, perplexity)
-        for (mask, update, samples), own in values.items()
+        result(mask, update, windows, seed, perplexity)
+        for (mask, update, windows), own in values.items()
         for seed, perplexity in enumerate(own)
     ]
     sweep = write_sweep(tmp_path / "sweep", [*results[::-1], result("wanda", "none", 64, 1, None)])
-    figure = figures.samples(curves.samples(sweep))
+    figure = figures.windows(curves.windows(sweep))
     (axes,) = figure.axes
     lines = {bars.get_label(): bars for bars in axes.containers}
     assert sorted(lines) == sorted(legend(figure)) == ["sparsegpt + cg", "wanda + cg", "wanda + none"]
     for label, bars in lines.items():
         mask, update = label.split(" + ")
-        own = {samples: found for (*method, samples), found in values.items() if method == [mask, update]}
-        means = {samples: statistics.fmean(found) for samples, found in own.items()}
+        own = {windows: found for (*method, windows), found in values.items() if method == [mask, update]}
+        means = {windows: statistics.fmean(found) for windows, found in own.items()}
         assert dict(zip(*bars.lines[0].get_data())) == means
         # One seed has a segment without an end.
         heights = [np.diff(segment[:, 1]).item() for segment in bars.lines[2][0].get_segments() if len(segment) == 2]
@@ -234,17 +234,17 @@ def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
     look = {label: bars.lines[0] for label, bars in lines.items()}
     assert look["wanda + cg"].get_color() == look["wanda + none"].get_color() != look["sparsegpt + cg"].get_color()
     assert look["wanda + cg"].get_marker() == look["sparsegpt + cg"].get_marker() != look["wanda + none"].get_marker()
-    assert main(["samples", str(sweep), "-o", str(tmp_path / "x.svg")]) == 0
+    assert main(["windows", str(sweep), "-o", str(tmp_path / "x.svg")]) == 0
     assert "left out 1 cell of 10 that are not finished" in capsys.readouterr().out
 
 
 def test_a_pattern_is_a_panel_and_one_seed_has_no_bars(tmp_path):
     results = [
-        result("wanda", "cg", samples, 0, 20 + samples / 10 * factor, pattern)
-        for samples in (8, 16)
+        result("wanda", "cg", windows, 0, 20 + windows / 10 * factor, pattern)
+        for windows in (8, 16)
         for pattern, factor in (("0.5", 1), ("2:4 MLP", 200))
     ]
-    figure = figures.samples(curves.samples(write_sweep(tmp_path / "sweep", results) / "results.json"))
+    figure = figures.windows(curves.windows(write_sweep(tmp_path / "sweep", results) / "results.json"))
     assert [axes.get_title() for axes in figure.axes] == ["pattern 0.5", "pattern 2:4 MLP"]
     assert not any(bars.has_yerr for axes in figure.axes for bars in axes.containers)
     assert "seeds" not in figure.get_suptitle()
@@ -278,11 +278,11 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
         (["layer-errors", "cg", "--against", "none", "longer"], ["--against", "got 2"]),
         (["layer-errors", "odd"], ["the report of odd", "another version", "surprise"]),
         (["layer-errors", "cg", "--against", "odd"], ["the report of odd", "another version", "surprise"]),
-        (["samples", "nowhere"], ["nowhere"]),
-        (["samples", "cg"], ["cg", "results.json"]),
-        (["samples", "cg/report.json"], ["report.json", "results.json of a sweep"]),
-        (["samples", "sweep"], ["calibration samples", "got 16"]),
-        (["samples", "unfinished"], ["expected finished cells"]),
+        (["windows", "nowhere"], ["nowhere"]),
+        (["windows", "cg"], ["cg", "results.json"]),
+        (["windows", "cg/report.json"], ["report.json", "results.json of a sweep"]),
+        (["windows", "sweep"], ["calibration windows", "got 16"]),
+        (["windows", "unfinished"], ["expected finished cells"]),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
@@ -297,7 +297,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     odd["blocks"][0]["layers"][0]["surprise"] = 1
     put(Path("odd/report.json"), json.dumps(odd))
     write_sweep(Path("sweep"), [result("wanda", "cg", 16, seed, 20.0) for seed in (0, 1)])
-    write_sweep(Path("unfinished"), [result("wanda", "cg", samples, 0, None) for samples in (16, 64)])
+    write_sweep(Path("unfinished"), [result("wanda", "cg", windows, 0, None) for windows in (16, 64)])
     message = refusal(capsys, *argv, "-o", "x.png")
     assert [word for word in words if word not in message] == []
     assert not Path("x.png").exists()

@@ -612,7 +612,7 @@ def test_no_line_ends_inside_the_name_of_an_option(tmp_path, unplotted):
     page = drawn(run, to=tmp_path / "x.html")
     text = re.sub(r"<pre.*?</pre>|<style>.*?</style>|<details>.*?</details>", "", (tmp_path / "x.html").read_text(), flags=re.S)
     options = re.findall(r"(<span class=\"option\">)?(--[a-z][\w.]*)", re.sub(r"style=\"[^\"]*\"", "", text))
-    assert ("--calibration.samples" in dict(map(reversed, options))) and all(span for span, _ in options), page.sections[
+    assert ("--calibration.windows" in dict(map(reversed, options))) and all(span for span, _ in options), page.sections[
         "unusual"
     ]
     assert ".option { white-space: nowrap; }" in (tmp_path / "x.html").read_text()

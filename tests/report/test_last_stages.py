@@ -18,7 +18,7 @@ from tests.support.runs import stop_after_the_first_block
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
 WORDS = [
-    *("--calibration.samples", "4", "--calibration.length", "32", "--calibration.held_out", "2"),
+    *("--calibration.windows", "4", "--calibration.length", "32", "--calibration.held_out", "2"),
     *("--evaluation.windows", "4", "--preset", "fast"),
 ]
 

@@ -63,7 +63,7 @@ def test_a_run_says_it_before_its_first_step_and_at_its_end(tmp_path, capsys):
     model = tiny_folder(tmp_path / "model", change=norms, num_hidden_layers=1)
     (tmp_path / "a.txt").write_text("a" * 4000)
     words = f"--calibration.source file:{tmp_path / 'a.txt'} --evaluation.source random --evaluation.windows 4 --solver null"
-    sizes = "--calibration.samples 4 --calibration.length 64 --calibration.held_out 0 --export false"
+    sizes = "--calibration.windows 4 --calibration.length 64 --calibration.held_out 0 --export false"
     assert main([str(model), *words.split(), *sizes.split(), "--output", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     greeting, _, rest = said.partition("dense perplexity")

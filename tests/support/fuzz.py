@@ -29,7 +29,7 @@ from optima_tpu.pipeline.allocate import Allocated, read_allocation, write_alloc
 from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import Check, Outcome, keep_outcome, read_outcome
 from optima_tpu.pipeline.sweep.grid import read_grid
-from optima_tpu.report.curves import samples
+from optima_tpu.report.curves import windows
 from optima_tpu.report.page import render
 from optima_tpu.report.run_record import read_run, write_run
 from optima_tpu.report.runs import read_runs
@@ -200,7 +200,7 @@ def _cells(folder: Path) -> None:
     fake_reports.write_run(folder / "cell")
     shutil.rmtree(folder / "cell/none", ignore_errors=True)
     cell = {"mask": "wanda", "update": "cg", "pattern": "0.5", "perplexity": 3.0, "dense": 2.0, "report": "cell/report.json"}
-    (folder / "results.json").write_text(json.dumps([cell | {"samples": count} for count in (8, 16)]))
+    (folder / "results.json").write_text(json.dumps([cell | {"windows": count} for count in (8, 16)]))
 
 
 KNOWN = {
@@ -209,13 +209,13 @@ KNOWN = {
 }  # fmt: skip
 
 SETTINGS = (
-    "model: a\nselector: wanda\nsolver: {name: cg, damping: 0.1}\ncalibration: &text {source: pydoc, samples: 8}\npattern: 2:4\n"
+    "model: a\nselector: wanda\nsolver: {name: cg, damping: 0.1}\ncalibration: &text {source: pydoc, windows: 8}\npattern: 2:4\n"
 )
 SWEEP = """run: {model: a, calibration: {source: pydoc, length: 64}}
 masks: {wanda: {selector: wanda}}
 updates: {none: {solver: null}, cg: {solver: {name: cg, damping: 0.01}}}
 patterns: {"50%": {pattern: 0.5}, "2:4": {pattern: 2:4, layers: "self_attn.*=dense"}}
-samples: [16, 64]
+windows: [16, 64]
 seeds: [0, 1]
 output: runs/tables/x
 """
@@ -298,7 +298,7 @@ KINDS = {
             {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]}).encode()}),
         CONTINUED.read,
     ),
-    "results.json": Kind("results.json", _cells, samples),
+    "results.json": Kind("results.json", _cells, windows),
     "lm_eval.json": Kind(
         "lm_eval.json", lambda folder: (folder / "lm_eval.json").write_text(json.dumps(KNOWN)), lambda folder: read_known(str(folder), ["lm_eval.json"], "b")
     ),

@@ -17,5 +17,5 @@ def config_folder(path, **settings):
 
 
 def run_config(folder, **settings):
-    text = Calibration("random", samples=16, length=32, held_out=4)
+    text = Calibration("random", windows=16, length=32, held_out=4)
     return RunConfig(folder, **dict(batch=2, calibration=text, layers=parse_layers(LAST, "row")) | settings)

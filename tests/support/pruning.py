@@ -72,7 +72,7 @@ def prune_calibrated(
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """``prune_groups`` of layers whose statistics are here, :class:`TokenSets` or those of calibration tokens alone."""
     sets = tuple(each if isinstance(each, TokenSets) else TokenSets(each) for each in statistics)
-    walk = Walk(decoder, recipe, (groups,) * (index + 1), samples=0, **options)
+    walk = Walk(decoder, recipe, (groups,) * (index + 1), windows=0, **options)
     return prune_groups(walk, index, parameters, Pass(groups, (ON_EVERY_DEVICE,) * len(groups)), sets)[:3]
 
 
@@ -84,13 +84,13 @@ def walk_block(
     recipe: Recipe,
     tell: Callable[[LayerReport], None] = lambda report: None,
     *,
-    samples: int | None = None,
+    windows: int | None = None,
     given: ReadGiven | None = None,
     parameters: Mapping[str, Array] | None = None,
     budget: float = math.inf,
     dense: Activations | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
-    """One step of the walk, by default of a block that is read here, calibrated on all samples: parameters, masks, reports."""
-    walk = Walk(decoder, recipe, (groups,) * (index + 1), len(hidden) if samples is None else samples, budget, given, tell)
+    """One step of the walk, by default of a block that is read here, calibrated on all windows: parameters, masks, reports."""
+    walk = Walk(decoder, recipe, (groups,) * (index + 1), len(hidden) if windows is None else windows, budget, given, tell)
     parameters = decoder.load_block(index) if parameters is None else parameters
     return prune_block(walk, index, parameters, Streams(hidden, dense))[:3]

@@ -17,7 +17,7 @@ from tests.support.meshes import mesh
 SMALL = [
     "--calibration.source",
     "random",
-    "--calibration.samples",
+    "--calibration.windows",
     "8",
     "--calibration.length",
     "32",

@@ -5,7 +5,7 @@ from pathlib import Path
 from optima_tpu.config import yaml12
 
 TABLE = {
-    "run": {"model": "org/name", "calibration": {"source": "random", "samples": 4, "length": 8}},
+    "run": {"model": "org/name", "calibration": {"source": "random", "windows": 4, "length": 8}},
     "masks": {"wanda": {"selector": "wanda"}, "magnitude": {"selector": "magnitude"}},
     "updates": {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "damping": 0.25}}},
     "patterns": {"50%": {"pattern": 0.5}, "2:4 MLP": {"pattern": "2:4", "layers": "self_attn.*=dense"}},

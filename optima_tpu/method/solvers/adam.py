@@ -38,7 +38,7 @@ class Adam(Solver):
       step. Here rows of several matrices are solved together, on all devices without communication. A choice for each row, over
       every point visited, leaves at most the error of the published choice.
     - ``eps`` is 1e-8 of the row's largest gradient at its start. The published one is 1e-8 for a loss that sums over
-      calibration sequences and averages over tokens and outputs. Adam depends on the scale of the loss through ``eps`` alone:
+      calibration windows and averages over tokens and outputs. Adam depends on the scale of the loss through ``eps`` alone:
       without ``eps``, its elementwise step is the same for any scale of the Hessian.
     - Weights and moments are float32. The published ones have the model's dtype, and bfloat16 rounds small steps away.
 

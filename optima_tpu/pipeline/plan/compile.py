@@ -166,9 +166,9 @@ class Entering(NamedTuple):
     positions: Any
 
     @classmethod
-    def of(cls, decoder: Decoder, length: int, samples: int) -> "Entering":
-        """For a block of the decoder's kind, in a step over up to ``samples`` sequences."""
-        mesh, size = decoder.mesh, sequences_at_once(decoder, samples) * decoder.mesh.shape[DATA]
+    def of(cls, decoder: Decoder, length: int, windows: int) -> "Entering":
+        """For a block of the decoder's kind, in a step over up to ``windows`` windows."""
+        mesh, size = decoder.mesh, windows_of_step(decoder, windows) * decoder.mesh.shape[DATA]
         dtype, positions = decoder.tensors.dtype(decoder.root + decoder.family.embedding), decoder.config.positions
         return cls(
             decoder.state({name: _parameter(decoder, name) for name in decoder.block_shapes}),
@@ -228,15 +228,15 @@ class CalibrationCalls(NamedTuple):
         )
 
 
-def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, samples: int) -> CalibrationCalls:
-    """The programs of a step over ``samples`` sequences, with both streams for a dense target.
+def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, windows: int) -> CalibrationCalls:
+    """The programs of a step over ``windows`` windows, with both streams for a dense target.
 
     Args:
       known: the inputs that earlier passes have kept.
       kept: the inputs that this pass keeps.
     """
     mesh, adding = decoder.mesh, SumsProgram.of(decoder, capture)
-    state, hidden, positions = Entering.of(decoder, length, samples)
+    state, hidden, positions = Entering.of(decoder, length, windows)
     size, dtype = len(hidden), hidden.dtype
 
     def entering(width: int) -> Array:
@@ -262,9 +262,9 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
     return CalibrationCalls(tuple(passes), sums)
 
 
-def sequences_at_once(decoder: Decoder, samples: int) -> int:
-    """The number of sequences of a step on one slice of the data axis."""
-    return min(decoder.batch, -(-samples // decoder.mesh.shape[DATA]))
+def windows_of_step(decoder: Decoder, windows: int) -> int:
+    """The number of windows of a step on one slice of the data axis."""
+    return min(decoder.batch, -(-windows // decoder.mesh.shape[DATA]))
 
 
 def pruning_call(

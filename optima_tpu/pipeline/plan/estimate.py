@@ -169,8 +169,8 @@ def read_by(decoder: Decoder, groups: Groups, target: Target) -> tuple[str, ...]
     return tuple(dict.fromkeys([*inputs.values(), *(name for place in places for name in (*place.before, place.after) if name)]))
 
 
-def sequence_flops(model: Declared, length: int, wanted: Collection[str] | None = None, known: Collection[str] = ()) -> float:
-    """FLOPs of one sequence through one block, counted by the compiler before it optimises.
+def window_flops(model: Declared, length: int, wanted: Collection[str] | None = None, known: Collection[str] = ()) -> float:
+    """FLOPs of one window through one block, counted by the compiler before it optimises.
 
     The compiler counts the body of a loop once. The other passes of loops of known length are counted here: the chunks of linear
     attention. So are the products of experts, whose loops are as long as the router makes them.
@@ -214,7 +214,7 @@ def _repeated(program: Jaxpr) -> float:
 
 
 def _expert_flops(decoder: Decoder, length: int, wanted: Collection[str] | None) -> float:
-    """FLOPs of the experts' products for one sequence; each token counts at its own experts."""
+    """FLOPs of the experts' products for one window; each token counts at its own experts."""
     family, names = decoder.family, [name for name in decoder.linears if expert_of(name) is not None]
     streams = {stream for around in family.residuals.values() for stream in around}
     attention = {stream for name in family.attended for stream in family.residuals.get(name, ())}
@@ -226,7 +226,7 @@ def _expert_flops(decoder: Decoder, length: int, wanted: Collection[str] | None)
 
 
 class BlockFlops(NamedTuple):
-    """The forward passes of one sequence through a block, on average over the blocks.
+    """The forward passes of one window through a block, on average over the blocks.
 
     Attributes:
       whole: FLOPs of the whole block.
@@ -253,7 +253,7 @@ def writing_seconds(model: Declared, config: RunConfig, machine: Machine, at_onc
     windows, stored = written_windows(config), model.all_blocks_bytes() + model.end_bytes()
     flops = 2.0 * stored / model.dtype.itemsize * at_once / machine.mesh.size
     token = products(model, flops)._replace(traffic=stored / machine.mesh.shape[MODEL])
-    return -(-windows // at_once) * (config.calibration.window - 1) * token.seconds(machine)
+    return -(-windows // at_once) * (config.calibration.window_length - 1) * token.seconds(machine)
 
 
 def calibration_work(
@@ -261,20 +261,20 @@ def calibration_work(
     block: float,
     inputs: tuple[Input, ...],
     length: int,
-    sequences: float,
+    windows: float,
     drifts: Sequence[tuple[float, int]] = (),
 ) -> Work:
-    """The work of a step of ``calibrate.accumulate`` with ``sequences`` sequences on each slice of the data axis.
+    """The work of a step of ``calibrate.accumulate`` with ``windows`` windows on each slice of the data axis.
 
     Args:
-      block: FLOPs of one sequence of every stream through the part of the block that the pass computes, from
-        :func:`sequence_flops`. The model axis shares them.
+      block: FLOPs of one window of every stream through the part of the block that the pass computes, from
+        :func:`window_flops`. The model axis shares them.
       inputs: the distinct inputs, for their Gram matrices.
       drifts: with a dense target, from :func:`drifts_of`.
     """
     rows = [*((_gram_rows(model, *each), each.size) for each in inputs), *drifts]
     grams = sum(2.0 * length * many * size / _columns(model, size) for many, size in rows)
-    return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + grams))
+    return products(model, windows * (block / model.decoder.mesh.shape[MODEL] + grams))
 
 
 def _gram_rows(model: Declared, size: int, reach: float) -> float:
@@ -324,7 +324,7 @@ class Storage(NamedTuple):
     """Upper bounds in bytes: Orbax compresses what it writes.
 
     Attributes:
-      hidden: hidden states of all calibration sequences.
+      hidden: hidden states of all calibration windows.
       host: memory of one host, by use.
       disk: size of the run directory, by use; hidden states and states of the training are removed.
       resident: whether hidden states stay on the devices while the model is pruned.
@@ -354,7 +354,7 @@ def storage(
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
-    state = text.window * decoder.config.d_model * itemsize  # of one sequence
+    state = text.window_length * decoder.config.d_model * itemsize  # of one window
     hidden = calibrates * (text.fitted + text.held_out) * state * config.target.streams
     block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     whole, ends = model.all_blocks_bytes(), model.end_bytes()
@@ -376,7 +376,7 @@ def storage(
     if kept:
         host["inputs of layers"] = round(share * kept)
     if squares := calibrates * _squares_bytes(model, config):
-        parts = parts_of(decoder, text.fitted + text.held_out, text.window)
+        parts = parts_of(decoder, text.fitted + text.held_out, text.window_length)
         # Measured before there are hidden states of the walk, and then kept beside them.
         entering = len(parts[0]) * state * (decoder.config.blocks + 1) // hosts
         host[GRADIENT] = squares + max(0, entering - share)
@@ -403,7 +403,7 @@ def _squares_bytes(model: Declared, config: RunConfig) -> int:
         return 0
     decoder, text, recipe = model.decoder, config.calibration, config.recipe
     groups = [unrouted(recipe.pruned_groups(each, decoder.prefix(index))) for index, each in enumerate(groups_of_blocks(decoder))]
-    return 4 * (text.fitted + text.held_out) * text.window * sum(map(len, groups))
+    return 4 * (text.fitted + text.held_out) * text.window_length * sum(map(len, groups))
 
 
 def _moving(model: Declared, method: Distillation) -> int:
@@ -423,7 +423,7 @@ def _saved_bytes(model: Declared, method: Distillation) -> int:
 
 def evaluation_tokens(config: RunConfig) -> int:
     """Tokens of the perplexity text."""
-    length = config.evaluation.length or config.calibration.window
+    length = config.evaluation.length or config.calibration.window_length
     return config.evaluation.windows * length if config.evaluation.windows else ASSUMED.evaluation_tokens
 
 
@@ -491,9 +491,9 @@ class RunTime(NamedTuple):
         """Seconds of tokens through all blocks.
 
         Args:
-          block: FLOPs of a sequence through a block.
+          block: FLOPs of a window through a block.
         """
-        share = block * tokens / self.config.calibration.window / self.machine.mesh.size
+        share = block * tokens / self.config.calibration.window_length / self.machine.mesh.size
         return self._blocks * products(self.model, share).seconds(self.machine)
 
     def _forward(self, tokens: float) -> float:
@@ -517,9 +517,9 @@ class RunTime(NamedTuple):
             config.target.weigh_by_loss and self._calibrated
         ):  # forward and back; to a block what enters it, and what led back to it
             moved += 5 * self.stored.hidden / config.target.streams
-            readings += 2 * len(parts_of(self.model.decoder, text.fitted + text.held_out, text.window))
+            readings += 2 * len(parts_of(self.model.decoder, text.fitted + text.held_out, text.window_length))
         if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
-            held_out, window = text.held_out, state * text.window
+            held_out, window = text.held_out, state * text.window_length
             parts, windows = _dense_passes(method, window)
             moved += 2 * window * (windows + held_out)
             readings += parts
@@ -556,14 +556,14 @@ class RunTime(NamedTuple):
             return None
         # The perplexity text measures the pruned model before it is trained, too.
         evaluated = evaluation_tokens(self.config)
-        checked = (len(method.check_steps()) + 1) * text.held_out * text.window
-        windows = _dense_passes(method, self._state * text.window)[1] + text.held_out
-        dense = windows * text.window if method.reads_dense else 0
+        checked = (len(method.check_steps()) + 1) * text.held_out * text.window_length
+        windows = _dense_passes(method, self._state * text.window_length)[1] + text.held_out
+        dense = windows * text.window_length if method.reads_dense else 0
         scored = checked
         if method.by_spans:
             # The trained model's states are computed like the dense one's. The head sees the first and the last model.
-            scored = 2 * text.held_out * text.window
-            dense = 2 * dense + text.held_out * text.window
+            scored = 2 * text.held_out * text.window_length
+            dense = 2 * dense + text.held_out * text.window_length
         head = (1 + method.reads_dense) * self._head(scored) + self._head(evaluated)
         return self._forward(dense + checked + evaluated) + head
 

@@ -15,7 +15,7 @@ from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import head_gradient
 from optima_tpu.pipeline.loss_gradient import GRADIENT, DrawnLabels, backward, parts_of, unrouted
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, sequences_at_once
+from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
@@ -29,9 +29,9 @@ def gradient_programs(model: Declared, config: RunConfig, compile_call: Compile)
     """
     if not config.target.weigh_by_loss:
         return
-    decoder, length = model.decoder, config.calibration.window
+    decoder, length = model.decoder, config.calibration.window_length
     parts, axis = parts_of(decoder, config.calibration.fitted + config.calibration.held_out, length), decoder.mesh.shape[MODEL]
-    batch = sequences_at_once(decoder, len(parts[0]))
+    batch = windows_of_step(decoder, len(parts[0]))
     steps, size = (
         sum(-(-len(part) // (batch * decoder.mesh.shape[DATA])) for part in parts),
         f"{batch} x {length} tokens a device",
@@ -43,7 +43,7 @@ def gradient_programs(model: Declared, config: RunConfig, compile_call: Compile)
         found = compile_call(f"{name}: {size}", functools.partial(_back, alike.decoder, groups, length, len(parts[0])))
         rough = 2 * estimate.forward_memory(alike, estimate.inputs_of(alike, linear_groups(alike.decoder)), length, batch)
         # The pass forward before, the same again, and the products that lead back to what enters: no weight has a gradient.
-        work = estimate.products(model, 3 * batch * estimate.sequence_flops(alike, length) / axis)
+        work = estimate.products(model, 3 * batch * estimate.window_flops(alike, length) / axis)
         blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
         yield Program(name, GRADIENT, blocks * steps, None, None, work, (found and found.memory) or rough, found)
     name = "head: gradient of the loss"
@@ -54,13 +54,13 @@ def gradient_programs(model: Declared, config: RunConfig, compile_call: Compile)
     yield Program(name, GRADIENT, steps, None, None, work, (found and found.memory) or rough, found)
 
 
-def _back(decoder: Decoder, groups: Groups, length: int, samples: int) -> Call:
-    state, hidden, positions = Entering.of(decoder, length, samples)
+def _back(decoder: Decoder, groups: Groups, length: int, windows: int) -> Call:
+    state, hidden, positions = Entering.of(decoder, length, windows)
     return Call(backward, (decoder.graph, groups, state, hidden, positions, hidden))
 
 
-def _head(decoder: Decoder, length: int, samples: int) -> Call:
-    hidden = Entering.of(decoder, length, samples).hidden
+def _head(decoder: Decoder, length: int, windows: int) -> Call:
+    hidden = Entering.of(decoder, length, windows).hidden
     places, valid = (
         struct_on(decoder.mesh, *each, P(DATA)) for each in ((hidden.shape[:2], jnp.int32), (hidden.shape[:1], jnp.bool_))
     )

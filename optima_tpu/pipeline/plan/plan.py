@@ -20,7 +20,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, sequences_at_once
+from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, windows_of_step
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.gradient import gradient_programs
 from optima_tpu.pipeline.plan.model import Declared
@@ -39,7 +39,7 @@ class Plan:
 
     Attributes:
       programs: of the loss's gradient, the calibration step, the solver for each distinct shape, and those of a training step.
-      batch: number of sequences of one step on each slice of the data axis.
+      batch: number of windows of one step on each slice of the data axis.
       storage: host memory and disk.
       seconds: by stage of the run.
       assumptions: the assumptions behind ``seconds``, in words.
@@ -162,7 +162,7 @@ def make_plan(
     refused, writing = walk.refused, 0.0
     if written_windows(config) and not recovering:
         try:
-            at_once = windows_at_once(decoder, written_windows(config), text.window, budget)
+            at_once = windows_at_once(decoder, written_windows(config), text.window_length, budget)
             writing = estimate.writing_seconds(model, config, machine, at_once)
         except UserError as error:
             refused = str(error)  # a run writes its text first
@@ -170,11 +170,11 @@ def make_plan(
     if config.distill:
         trainer = Trainer(decoder, config.distill, budget)
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
-        training = training_programs(model, trainer, text.window, machine, compile_call)
+        training = training_programs(model, trainer, text.window_length, machine, compile_call)
     measuring = () if recovering else gradient_programs(model, config, compile_call)
     programs = (*measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
-    block = _block_flops(model, text.window, config.target.streams, walk.kinds)
+    block = _block_flops(model, text.window_length, config.target.streams, walk.kinds)
     stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
     stored = stored._replace(resident=walk.states > 0)
     running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
@@ -185,7 +185,7 @@ def make_plan(
         model,
         machine,
         programs,
-        sequences_at_once(decoder, config.distill.batch if recovering and config.distill else text.fitted),
+        windows_of_step(decoder, config.distill.batch if recovering and config.distill else text.fitted),
         stored,
         seconds,
         estimate.assumptions(config, machine),
@@ -215,7 +215,7 @@ def _walk(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern], 
     blocks: Iterable[tuple[Pass, ...]]
     states, refused = 0, ""
     try:
-        blocks, _, states = fitted(decoder, groups, recipe, (text.fitted + text.held_out, text.window), budget)
+        blocks, _, states = fitted(decoder, groups, recipe, (text.fitted + text.held_out, text.window_length), budget)
     except UserError as error:
         blocks, refused = _fitting(decoder, groups, recipe, budget), str(error)
     kinds: dict[_Kind, int] = collections.Counter()
@@ -286,8 +286,8 @@ def _block_flops(model: Declared, length: int, streams: int, kinds: Mapping[_Kin
         for kind, count in kinds.items()
     )
     return estimate.BlockFlops(
-        sum(share * estimate.sequence_flops(each, length) for share, each, _ in alike),
-        sum(share * estimate.sequence_flops(each, length, known=known) for share, each, known in alike),
+        sum(share * estimate.window_flops(each, length) for share, each, _ in alike),
+        sum(share * estimate.window_flops(each, length, known=known) for share, each, known in alike),
         sum(kinds.values()) / blocks,
         moved / blocks,
         max((of_streams(kind, kind.after) for kind in kinds), default=0.0),
@@ -299,16 +299,16 @@ def _calibration(
 ) -> Program:
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     inputs = estimate.inputs_of(model, groups)
-    batch = sequences_at_once(decoder, text.fitted)
+    batch = windows_of_step(decoder, text.fitted)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
-    # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
+    # While the held-out windows pass through the block, the Hessians of the calibration windows are on the devices.
     streams, target = config.target.streams, config.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
-    memory = beside + estimate.calibration_memory(model, inputs, text.window, batch, streams)
-    calls = functools.cache(lambda: calibration_calls(decoder, capture, kind.known, kind.kept, text.window, text.fitted))
+    memory = beside + estimate.calibration_memory(model, inputs, text.window_length, batch, streams)
+    calls = functools.cache(lambda: calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted))
     where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
-    name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window} tokens a device"
+    name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window_length} tokens a device"
     sums, found = compile_call(f"{name}, sums: {tokens}", lambda: calls().sums), None
     if sums:
         passes = [compile_call(f"{name}, pass: {tokens}", lambda: calls().passes[0])]
@@ -318,11 +318,11 @@ def _calibration(
     if found and found.memory:
         memory = beside + found.memory
     read = estimate.read_by(decoder, groups, target)
-    block = estimate.sequence_flops(model, text.window, read, kind.known.pruned)
+    block = estimate.window_flops(model, text.window_length, read, kind.known.pruned)
     if streams == 2:  # the last pass moves the dense stream through the whole block
-        block += estimate.sequence_flops(model, text.window, None if kind.last else read, kind.known.dense)
+        block += estimate.window_flops(model, text.window_length, None if kind.last else read, kind.known.dense)
     drifts = tuple(estimate.drifts_of(model, groups, aimed_residuals(decoder, config.recipe))) if streams == 2 else ()
-    work = estimate.calibration_work(model, block, inputs, text.window, batch, drifts)
+    work = estimate.calibration_work(model, block, inputs, text.window_length, batch, drifts)
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
 

@@ -12,7 +12,7 @@ from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.plan import Plan, Program
 from optima_tpu.pipeline.plan.topology import GIB, Machine
-from optima_tpu.report.numbers import duration, number
+from optima_tpu.report.numbers import duration, number, plural
 from optima_tpu.report.progress import say, show
 from optima_tpu.runtime.mesh import DATA, MODEL
 
@@ -41,8 +41,8 @@ def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: b
     """The lines that describe what is planned, printed before the first long step."""
     shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
-    training = f", {config.distill.windows} x {text.window} for the training" if config.distill and not recovering else ""
-    written = f", {text.written} x {text.window} that the model writes" if text.written else ""
+    training = f", {config.distill.windows} x {text.window_length} for the training" if config.distill and not recovering else ""
+    written = f", {text.written} x {text.window_length} that the model writes" if text.written else ""
     recipe = [f"preset   {on_preset(config)}", f"recipe   {recipe_line(config, model.decoder)}"]
     if recovering and (method := config.distill):
         batch = min(method.batch, method.windows)
@@ -52,7 +52,7 @@ def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: b
     return [
         f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",
         *recipe,
-        f"text     {text.source}, {text.samples} x {text.window} tokens{training}{written}, and {text.held_out} windows held out",
+        f"text     {text.source}, {text.windows} x {text.window_length} tokens{training}{written}, and {text.held_out} windows held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
         *(f"note     {note}" for note in (*machine.notes, *filter(None, [idle]))),
@@ -118,7 +118,7 @@ def summary(plan: Plan) -> list[str]:
     ]
     rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
     rows = f"{rows} at once; " if any(program.layout for program in plan.programs) else ""
-    lines.append(f"row batch    {rows}{plan.batch} sequences a device in a step of the forward pass")
+    lines.append(f"row batch    {rows}{plural(plan.batch, 'window')} a device in a step of the forward pass")
     hosts = "on each host: " if machine.hosts > 1 else ""
     lines.append(f"host memory  {hosts}{_sum(stored.host)}")
     lines.append(f"disk         at most {_sum(stored.disk)}")

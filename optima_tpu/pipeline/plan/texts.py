@@ -27,7 +27,7 @@ def counted(config: RunConfig, model: Declared) -> RunConfig:
 
 
 def _windows(source: PyDoc | File | Npy | TFDS, config: RunConfig, model: Declared) -> int:
-    length, most = config.evaluation.length or config.calibration.window, config.evaluation.windows
+    length, most = config.evaluation.length or config.calibration.window_length, config.evaluation.windows
     if isinstance(source, Npy):
         vocabulary = model.decoder.config.vocab
         return len(source.tokens("evaluation", vocabulary=vocabulary, windows=most, length=length, seed=0).ids)

@@ -18,7 +18,7 @@ from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, sequences_at_once
+from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
 from optima_tpu.pipeline.plan.estimate import Work
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.program import Program
@@ -80,7 +80,7 @@ def training_programs(
     """
     decoder, method = model.decoder, trainer.method
     windows = min(method.batch, method.windows)
-    batch = sequences_at_once(decoder, windows)
+    batch = windows_of_step(decoder, windows)
     size = batch * machine.mesh.shape[DATA]
     hidden = Entering.of(decoder, length, windows).hidden
     spans = method.spans(decoder.config.blocks)
@@ -118,7 +118,7 @@ def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
     decoder, block, kinds = model.decoder, trainer.struct(), model.decoder.config.kinds
     axis, kind = decoder.mesh.shape[MODEL], decoder.config.kind
     blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
-    flops = step.batch * estimate.sequence_flops(model, step.length) / axis
+    flops = step.batch * estimate.window_flops(model, step.length) / axis
     inputs = estimate.inputs_of(model, linear_groups(decoder))
     memory, share = estimate.forward_memory(model, inputs, step.length, step.batch), bytes_on_device(*block.masters.values())
     gradient = 4 * sum(math.prod(array.shape) for array in block.masters.values()) // axis

@@ -159,13 +159,13 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
       config: model, text, devices, and with ``distill`` how to train; None trains by the defaults of ``optima recover``.
     """
     asked, text = RecoverConfig(config.model, tokens, distill=config.distill or RecoverConfig.distill), config.calibration
-    windows = asked.training_windows(text.window)
+    windows = asked.training_windows(text.window_length)
     return RunConfig(
         config.model,
         selector=Imported(config.model, weights=True),
         solver=None,
         distill=dataclasses.replace(asked.distill, windows=windows),
-        calibration=dataclasses.replace(text, samples=windows),
+        calibration=dataclasses.replace(text, windows=windows),
         evaluation=config.evaluation,
         **{name: getattr(config, name) for name in ("dtype", "mesh", "cpu_devices", "batch", "device_memory", "export")},
     )

@@ -175,13 +175,13 @@ def _manifest(config: RunConfig, start: Start, texts: Texts) -> dict[str, Any]:
     """All that decides the trained weights."""
     recipe = weights_settings(config)
     recipe["selector"].pop("path", None)  # the model's contents decide the result, not its path
-    samples, ids = config.calibration.samples, texts.calibration.ids
+    windows, ids = config.calibration.windows, texts.calibration.ids
     return {
         "model": start.dense.pretrained.fingerprint,
         "start": start.pruned.model.pretrained.fingerprint,
         "recipe": recipe,
-        "calibration": token_digest(ids[:samples]),
-        "held_out": token_digest(ids[samples:]),
+        "calibration": token_digest(ids[:windows]),
+        "held_out": token_digest(ids[windows:]),
         "code": code_version(),
     }
 
@@ -189,12 +189,14 @@ def _manifest(config: RunConfig, start: Start, texts: Texts) -> dict[str, Any]:
 def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens) -> list[str]:
     method, text, mesh = opened.config.distill, opened.config.calibration, opened.model.decoder.mesh
     assert method is not None
-    batch, asked = min(method.batch, text.samples), config.token_count
+    batch, asked = min(method.batch, text.windows), config.token_count
     used = method.steps // method.passes * batch
-    rest = text.samples - used
+    rest = text.windows - used
     times = "once" if method.passes == 1 else f"{method.passes} times"
-    told = f"{method.steps * batch * text.window:,} tokens: {used:,}{f' of {text.samples:,}' if rest else ''} windows of {text.window}"
-    told += f", each read {times}" + (f"; {rest} do{'es' if rest == 1 else ''} not fill a step of {batch}" if rest else "")
+    told = f"{method.steps * batch * text.window_length:,} tokens: {used:,}{f' of {text.windows:,}' if rest else ''} windows of "
+    told += f"{text.window_length}, each read {times}" + (
+        f"; {rest} do{'es' if rest == 1 else ''} not fill a step of {batch}" if rest else ""
+    )
     lines = [
         f"model        {config.model}: {opened.model.decoder.config.blocks} blocks, {len(start.names)} pruned matrices",
         f"dense model  {start.dense.pretrained.origin}",
@@ -203,7 +205,7 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
         *(f"             {idle}" for idle in filter(None, [Trainer(opened.model.decoder, method).idle])),
         f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
     ]
-    if text.samples < config.training_windows(text.window):
+    if text.windows < config.training_windows(text.window_length):
         lines.append(
             f"             {text.source} has no more: {asked:,} tokens were asked for; more --distill.passes read the windows again"
         )

@@ -18,7 +18,7 @@ class Cell:
       pattern: label of the pattern.
       mask: label of the mask.
       update: label of the update.
-      samples: number of calibration sequences.
+      windows: number of calibration windows.
       seed: seed of their draw.
       config: all settings; ``output`` is the cell's own directory.
     """
@@ -26,12 +26,12 @@ class Cell:
     pattern: str
     mask: str
     update: str
-    samples: int
+    windows: int
     seed: int
     config: RunConfig
 
     def __str__(self) -> str:
-        return cell_name(self.mask, self.update, self.pattern, self.samples, self.seed)
+        return cell_name(self.mask, self.update, self.pattern, self.windows, self.seed)
 
     def inside(self, output: Path) -> Self:
         """The cell with its directory inside ``output``."""
@@ -43,15 +43,15 @@ class Cell:
         return self.config.run_directory
 
 
-def cell_name(mask: str, update: str, pattern: str, samples: int, seed: int) -> str:
+def cell_name(mask: str, update: str, pattern: str, windows: int, seed: int) -> str:
     """The name of a cell; needs no configuration."""
-    return f"{mask} + {update}, {pattern}, {samples} samples, seed {seed}"
+    return f"{mask} + {update}, {pattern}, {windows} windows, seed {seed}"
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:
     """For every cell, the settings in which the cells differ: "pattern 2:4, solver cg, solver.damping 0.1".
 
-    Samples and seed are left out, because the cell's name has them. An option of a method appears only if it differs from its
+    Windows and seed are left out, because the cell's name has them. An option of a method appears only if it differs from its
     default.
     """
     settings = [dict(_told(cell.config)) for cell in cells]
@@ -74,7 +74,7 @@ def refuse_twins(cells: Sequence[Cell]) -> None:
     for cell in cells:
         if (other := places.setdefault(cell.directory, cell)) is not cell:
             raise UserError(f"the cells {other} and {cell} would share the directory {cell.directory}; change a label")
-        text = dataclasses.replace(cell.config.calibration, length=cell.config.calibration.window)
+        text = dataclasses.replace(cell.config.calibration, length=cell.config.calibration.window_length)
         if (other := runs.setdefault(dataclasses.replace(cell.config, output=None, calibration=text), cell)) is not cell:
             raise UserError(f"the cells {other} and {cell} have the same settings; leave one out")
 
@@ -102,7 +102,7 @@ def refuse_idle_seeds(cells: Sequence[Cell]) -> None:
 def _told(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """The settings that describe a cell, without those in its name and without the defaults of its methods."""
     values = to_dict(config)
-    for name in ("samples", "seed"):
+    for name in ("windows", "seed"):
         del values["calibration"][name]
     for key, value in values.items():
         if key in CHOICES:

@@ -4,13 +4,13 @@
     masks:     {wanda: {selector: wanda}, sparsegpt: {selector: sparsegpt}}
     updates:   {none: {solver: null}, cg: {solver: {name: cg, damping: 0.01}}}
     patterns:  {"50%": {pattern: 0.5}, "2:4 MLP": {pattern: 2:4, layers: "self_attn.*=dense"}}
-    samples:   [16, 64]                               # optional, calibration.samples
+    windows:   [16, 64]                               # optional, calibration.windows
     seeds:     [0, 1]                                 # optional, calibration.seed
     leave_out: [{mask: wanda, pattern: "2:4 MLP"}]    # optional; a cell that matches every key is not run
     output:    runs/tables/NAME                       # optional; without it runs/tables/FILE-MODEL
 
 Each label has settings as in the file of a single run. A cell takes the settings of ``run``, then of its pattern, its mask, its
-update, its samples and its seed; later ones override earlier ones. Settings of the command line override all of them, but may
+update, its windows and its seed; later ones override earlier ones. Settings of the command line override all of them, but may
 not change a setting that a label sets.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from optima_tpu.config.choices import CHOICES, plain_name
+from optima_tpu.config.names import by_own_names
 from optima_tpu.config.parse import configure, load_file, method_settings, spelled
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import check_sources
@@ -37,8 +38,8 @@ MOST_CELLS = 10_000
 """Cells of a table, those that are left out included. Reading them takes a minute, and pruning in each one as much and more."""
 
 _AXES = {"pattern": "patterns", "mask": "masks", "update": "updates"}
-_COUNTS = {"samples": 1, "seeds": 0}  # the least that each may be
-_COUNTED = {"samples": "samples", "seeds": "seed"}  # settings under calibration
+_COUNTS = {"windows": 1, "seeds": 0}  # the least that each may be
+_COUNTED = {"windows": "windows", "seeds": "seed"}  # settings under calibration
 _KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
 
 
@@ -73,7 +74,8 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
       UserError: the file is not a sweep, or a cell's settings are wrong; then the message names the cell, and whether the file or
         the command line is to blame.
     """
-    document = load_file(path, "the YAML file of a sweep")
+    # The axes of numbers are settings of the calibration text, with the same other names.
+    document = by_own_names("calibration", load_file(path, "the YAML file of a sweep"), str(path))
     try:
         return _grid(document, argv, output, Path(path).stem, beside)
     except _CommandLineError:
@@ -100,8 +102,8 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
 
     at_least(1, "cells in the table of a sweep", math.prod(map(len, (*axes.values(), *counts.values()))), MOST_CELLS)
     places = [
-        dict(zip(("seeds", "samples", *_AXES), values, strict=True))
-        for values in itertools.product(counts["seeds"], counts["samples"], *axes.values())
+        dict(zip(("seeds", "windows", *_AXES), values, strict=True))
+        for values in itertools.product(counts["seeds"], counts["windows"], *axes.values())
     ]
     for number, rule in enumerate(_rules(document.get("leave_out")), 1):
         wanted = list(_known(number, rule, axes, counts))
@@ -137,7 +139,7 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
             raise UserError(f"expected the name of a setting under {name}, got {key!r}; write options below their method")
     if "output" in value:
         raise UserError(f"{name} has an output, but every cell gets its own directory; give one output beside run")
-    return value
+    return {key: by_own_names(key, own, name) if isinstance(own, dict) else own for key, own in value.items()}
 
 
 def _axis(name: str, value: Any) -> dict[str, dict[str, Any]]:
@@ -174,8 +176,8 @@ def _known(
     number: int, rule: Mapping[str, Any], axes: Mapping[str, Mapping], counts: Mapping[str, list]
 ) -> Iterator[tuple[str, Any]]:
     """The pairs (axis, value) of a rule, after a check that the axis exists and has the value."""
-    values = {key: list(axis) for key, axis in axes.items()} | {"samples": counts["samples"], "seed": counts["seeds"]}
-    for key, value in rule.items():
+    values = {key: list(axis) for key, axis in axes.items()} | {"windows": counts["windows"], "seed": counts["seeds"]}
+    for key, value in by_own_names("calibration", rule, f"leave_out {number}").items():
         if key not in values:
             raise UserError(f"leave_out {number}: expected some of {', '.join(values)}, got {key!r}")
         if value is None or not any(type(value) is type(known) and value == known for known in values[key]):
@@ -225,9 +227,9 @@ def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varyin
     config = configured(**labels)
     text = dataclasses.replace(config.calibration, **{_COUNTED[key]: place[key] for key in varying})
     # The name has all numbers, so that a cell keeps its directory when the file begins to vary another number.
-    parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{text.samples}-samples", f"seed-{text.seed}")
+    parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{text.windows}-windows", f"seed-{text.seed}")
     config = dataclasses.replace(config, calibration=text, output=str(Path("cells", "_".join(parts))))
-    return Cell(**labels, samples=text.samples, seed=text.seed, config=config)
+    return Cell(**labels, windows=text.windows, seed=text.seed, config=config)
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Result:
       mask: label of the mask.
       update: label of the update.
       pattern: label of the pattern.
-      samples: number of calibration sequences.
+      windows: number of calibration windows.
       seed: seed of their draw.
       state: "missing" if the cell was not run yet.
       perplexity: perplexity of the pruned model.
@@ -51,7 +51,7 @@ class Result:
     mask: str
     update: str
     pattern: str
-    samples: int
+    windows: int
     seed: int
     state: Literal["finished", "failed", "missing"] = "missing"
     perplexity: float | None = None
@@ -68,12 +68,12 @@ class Result:
     report: str | None = None
 
     def __str__(self) -> str:
-        return cell_name(self.mask, self.update, self.pattern, self.samples, self.seed)
+        return cell_name(self.mask, self.update, self.pattern, self.windows, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The table as text: a row for each mask and update, a column for each pattern and number of samples.
+    """The table as text: a row for each mask and update, a column for each pattern and number of windows.
 
     Attributes:
       headings: of all columns.
@@ -86,7 +86,7 @@ class Layout:
 
 def missing(cell: Cell) -> Result:
     """The result of a cell that was not run yet."""
-    return Result(cell.mask, cell.update, cell.pattern, cell.samples, cell.seed)
+    return Result(cell.mask, cell.update, cell.pattern, cell.windows, cell.seed)
 
 
 def failed(cell: Cell, reason: str) -> Result:
@@ -149,15 +149,15 @@ def layout(grid: CellGrid, results: Sequence[Result]) -> Layout:
 
     "-" means that nothing was run yet, or that the grid has no such cell.
     """
-    counts = sorted({result.samples for result in results})
+    counts = sorted({result.windows for result in results})
     columns = [
-        (pattern, samples)
+        (pattern, windows)
         for pattern in grid.patterns
-        for samples in counts
-        if any((result.pattern, result.samples) == (pattern, samples) for result in results)
+        for windows in counts
+        if any((result.pattern, result.windows) == (pattern, windows) for result in results)
     ]
-    headings = [f"{pattern}, {samples} samples" if len(counts) > 1 else pattern for pattern, samples in columns]
-    place = {column: [result for result in results if (result.pattern, result.samples) == column] for column in columns}
+    headings = [f"{pattern}, {windows} windows" if len(counts) > 1 else pattern for pattern, windows in columns]
+    place = {column: [result for result in results if (result.pattern, result.windows) == column] for column in columns}
     rows = [("dense", "", *(_dense(place[column]) for column in columns))]
     for mask in grid.masks:
         for update in grid.updates:
@@ -191,18 +191,18 @@ def failure_lines(results: Iterable[Result]) -> list[str]:
 
 
 def averages(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """The fields of the table: averages over the seeds of each mask, update, pattern and number of samples.
+    """The fields of the table: averages over the seeds of each mask, update, pattern and number of windows.
 
     ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`Result` has its mean over
     the finished seeds; the name with ``_spread`` has the sample standard deviation, None for fewer than two seeds.
     """
     groups: dict[tuple, list[Result]] = {}
     for result in results:
-        groups.setdefault((result.mask, result.update, result.pattern, result.samples), []).append(result)
+        groups.setdefault((result.mask, result.update, result.pattern, result.windows), []).append(result)
     fields = []
     for key, group in groups.items():
         states = [result.state for result in group]
-        field = dict(zip(("mask", "update", "pattern", "samples"), key))
+        field = dict(zip(("mask", "update", "pattern", "windows"), key))
         field |= {"seeds": states.count("finished"), "failed": states.count("failed")}
         for name in _MEASURED:
             values = [value for result in group if (value := getattr(result, name)) is not None]
