@@ -38,7 +38,8 @@ from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.runs import method, model_name, read_report
 from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.command import OnDevices, take_devices
+from optima_tpu.runtime.command import take_devices
+from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.mesh import make_mesh
 
 if TYPE_CHECKING:
@@ -413,7 +414,7 @@ def _changed(name: str, value: Any, plain: Any) -> list[str]:
     return [f"{name}.{option}" for option in value if value[option] != plain[option]]
 
 
-def _start(config: OnDevices) -> None:
+def _start(config: Devices) -> None:
     """Takes the devices as the settings say, where JAX has not taken its own yet."""
     try:
         take_devices(config)

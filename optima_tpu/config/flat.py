@@ -1,5 +1,7 @@
-"""Nested settings as flat ones with dotted names."""
+"""Nested settings as flat ones with dotted names, and the order of settings."""
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,3 +12,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def field_names(cls: type) -> list[str]:
+    """The names of a dataclass's fields, its own before those that it inherits."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return sorted(names, key=lambda name: name not in inspect.get_annotations(cls))

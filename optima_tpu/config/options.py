@@ -1,7 +1,6 @@
 """Every setting of a run as a command-line option, made from the dataclasses: their types, defaults and docstrings."""
 
 import argparse
-import dataclasses
 import functools
 import re
 import shutil
@@ -15,6 +14,7 @@ import docstring_parser
 import jsonargparse
 
 from optima_tpu.config.choices import CHOICES, OPEN, method_class, option_classes
+from optima_tpu.config.flat import field_names
 from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, Sinks
 from optima_tpu.runtime.printing import PrintsHelp
@@ -153,7 +153,7 @@ def field_texts(cls: type) -> Mapping[str, str | None]:
 def fields(cls: type) -> Mapping[str, Any]:
     """The type of each field's value in a file; for RunConfig without the fields that are parts."""
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    names = field_names(cls)
     if cls is RunConfig:
         names = [name for name in names if name not in (*CHOICES, *PARTS, "damping")]
         hints["pattern"], hints["layers"] = str | float, str

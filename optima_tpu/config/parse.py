@@ -234,9 +234,9 @@ def parse_command(
       UserError: a setting does not exist, or its value is not allowed.
     """
     argv = _words(argv)
-    own = [field for field in dataclasses.fields(settings) if field.name not in CHOICES]
-    types = {field.name: field.type for field in own}
-    defaults = {field.name: field.default for field in own if field.name != "model"}
+    types = {name: kind for name, kind in fields(settings).items() if name not in CHOICES}
+    given = {field.name: field.default for field in dataclasses.fields(settings)}
+    defaults = {name: given[name] for name in types if name != "model"}
     methods = _methods(settings, argv)
     chosen = {setting: method_name(setting, method) for setting, method in methods.items()}
     parser = SettingsParser(
@@ -270,8 +270,8 @@ def parse_command(
         raise UserError(one_line(error, types)) from None
     refuse_beyond({name: parsed[name] for name in types if name != "model"})
     for setting, method in methods.items():
-        given = {option: parsed[f"{setting}.{option}"] for option in options_of(method) if f"{setting}.{option}" in types}
-        methods[setting] = dataclasses.replace(method, **given)
+        chosen_options = {name: parsed[f"{setting}.{name}"] for name in options_of(method) if f"{setting}.{name}" in types}
+        methods[setting] = dataclasses.replace(method, **chosen_options)
     return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
 
 

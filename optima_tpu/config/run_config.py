@@ -5,9 +5,10 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options_of
+from optima_tpu.config.flat import field_names
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import Acceptance, PerRow
 from optima_tpu.method.allocation import Allocation, Uniform
@@ -21,9 +22,9 @@ from optima_tpu.method.selectors import Imported, Selector, Wanda
 from optima_tpu.method.solvers import CG, Solver
 from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Tuning
-from optima_tpu.runtime.bounds import MOST_SEED, at_least
+from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
+from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.outside import outside_code
 
 MOST_TOKENS = 1 << 28
@@ -43,7 +44,7 @@ def few_tokens(name: str, windows: int | None, length: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class Calibration(Bounded):
     """The text that the pruned model must reproduce.
 
     Attributes:
@@ -59,23 +60,21 @@ class Calibration:
         those of the source. They help most with few windows and on other kinds of text. The whole model must fit the devices.
     """
 
-    source: str = "c4"
-    windows: int = 128
-    length: int | None = None
-    seed: int = 0
-    held_out: int = 8
-    written: int = 0
+    setting: ClassVar[str] = "calibration"
 
-    def __post_init__(self):
+    source: str = "c4"
+    windows: Annotated[int, Bound(1)] = 128
+    length: Annotated[int | None, Bound(2)] = None
+    seed: Annotated[int, Bound(0, MOST_SEED)] = 0
+    held_out: Annotated[int, Bound(0)] = 8
+    written: Annotated[int, Bound(0)] = 0
+
+    def __post_init__(self) -> None:
         if self.written and not self.windows:
             raise UserError(
                 "expected calibration.windows of at least 1, got 0: a model that writes all of the text has calibration.source self"
             )
-        at_least(1, "calibration.windows", self.windows)
-        at_least(2, "calibration.length", self.length)
-        at_least(0, "calibration.seed", self.seed, MOST_SEED)
-        at_least(0, "calibration.held_out", self.held_out)
-        at_least(0, "calibration.written", self.written)
+        super().__post_init__()
         few_tokens("calibration", self.fitted + self.held_out, self.length)
         if self.written and self.source.partition("?")[0] == "self":
             raise UserError(
@@ -95,7 +94,7 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Bounded):
     """The text on which perplexity is measured, before and after.
 
     Attributes:
@@ -107,14 +106,15 @@ class Evaluation:
         for published perplexities. null takes window for the families that need it (Gemma), and text for the others.
     """
 
+    setting: ClassVar[str] = "evaluation"
+
     source: str | None = None
-    length: int | None = None
-    windows: int | None = None
+    length: Annotated[int | None, Bound(2)] = None
+    windows: Annotated[int | None, Bound(1)] = None
     bos: Literal["text", "window"] | None = None
 
-    def __post_init__(self):
-        at_least(2, "evaluation.length", self.length)
-        at_least(1, "evaluation.windows", self.windows)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         few_tokens("evaluation", self.windows, self.length)
 
 
@@ -136,7 +136,7 @@ class Sinks:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Devices):
     """One run, from a checkpoint to a pruned checkpoint.
 
     Attributes:
@@ -145,13 +145,6 @@ class RunConfig:
       dtype: compute and store in this type; null keeps the checkpoint's own.
       output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
         paper (swaps, dense, int4, owl, measured) before the pattern. A stopped run resumes from this directory.
-      coordinator: HOST:PORT of process 0, for a run of several processes on a platform that does not announce them itself (TPU
-        slices, Slurm and Open MPI do). Give every process the same command except for process_id.
-      num_processes: number of processes of the run.
-      process_id: the number of this process, from 0.
-      join_timeout: seconds to wait until all processes have joined.
-      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
-      cpu_devices: simulate this many devices on the CPU, in every process.
       pattern: which weights are pruned: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of every group
         that the published selector compares, 2:4 keeps 2 of every 4, 2:4@128 keeps 2 of every 4 inputs that lie 128 apart.
         A pattern of your own is named by its import path and options: my_lab.patterns:Comb?every=3.
@@ -174,10 +167,6 @@ class RunConfig:
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.
-      batch: windows in one step of the forward pass, on each device; a smaller batch needs less memory.
-      device_memory: GiB of memory to use on each device; null takes 80% of what the device reports, or on CPUs half of the
-        machine's memory for all of them together. It decides how many rows are solved at once, and what is sharded over the
-        devices.
       recompute: minutes of forward passes that a run which was stopped may have to repeat. The hidden states of the calibration text
         are saved only so often, since each save may be larger than a block; 0 saves them after every block.
       export: also write the pruned model as a Hugging Face folder.
@@ -187,12 +176,6 @@ class RunConfig:
     model: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    join_timeout: int = 300
-    mesh: str | None = None
-    cpu_devices: int | None = None
     pattern: Pattern = Unstructured(0.5)
     layers: tuple[LayerRule, ...] = ()
     selector: Selector | Imported = Wanda()
@@ -201,7 +184,7 @@ class RunConfig:
     accept: Acceptance = PerRow()
     target: Target = SelfTarget()
     recapture: bool = False
-    borrow: float = 0.0
+    borrow: Annotated[float, Bound(0)] = 0.0
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
     quantize: Quantizer | None = None
@@ -210,30 +193,18 @@ class RunConfig:
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     token_cache: bool = True
-    batch: int = 4
-    device_memory: float | None = None
-    recompute: int = 10
+    recompute: Annotated[int, Bound(0)] = 10
     export: bool = True
     sinks: Sinks = Sinks()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model.strip():
             raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
         if self.output is not None and not self.output.strip():
             raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
-        at_least(1, "cpu_devices", self.cpu_devices, MOST_DEVICES)
-        at_least(1, "num_processes", self.num_processes)
-        at_least(1, "join_timeout", self.join_timeout)
-        at_least(1, "batch", self.batch)
-        at_least(0, "recompute", self.recompute)
-        if self.device_memory is not None and not self.device_memory > 0:
-            raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
-        if self.mesh is not None:
-            parse_mesh(self.mesh)
-        if self.damping is not None and not 0 <= self.damping < float("inf"):
-            raise UserError(f"expected the solver's damping to be at least 0, got {self.damping}")
-        if not 0 <= self.borrow < float("inf"):
-            raise UserError(f"expected borrow of at least 0, got {self.borrow}")
+        if self.damping is not None:  # an option of the solver for a person
+            Bound(0).refuse("solver.damping", self.damping)
         if self.tuning.by_held_out:
             if self.solver is None:
                 raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
@@ -350,7 +321,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
     A method is ``{"name": ..., its options}``; the choice "null" is None.
     """
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in field_names(type(config))}
     del values["damping"]
     for setting in CHOICES:
         method = values[setting]

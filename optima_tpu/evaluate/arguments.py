@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from optima_tpu.config.model_spec import refuse_early
 from optima_tpu.data import check_files, check_sources
 from optima_tpu.evaluate.config import EvaluateConfig, parse
-from optima_tpu.runtime.devices import refuse_devices
 from optima_tpu.runtime.processes import may_join
 
 
@@ -18,7 +17,7 @@ def read(argv: Sequence[str]) -> EvaluateConfig:
     config = parse(argv)
     refuse_early(config.coordinator, config.model, config.against)
     check_sources(*config.texts)
-    refuse_devices(config)
+    config.refuse_impossible()
     if not may_join(config.coordinator):  # other processes would wait for this one, which has perhaps not all files
         check_files(*config.texts)
     return config

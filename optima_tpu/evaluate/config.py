@@ -3,14 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.asking import Asking
-from optima_tpu.runtime.bounds import MOST, at_least
-from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
+from optima_tpu.runtime.bounds import Bound
+from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.program import program
 
 _PROGRAM = program("evaluate")
@@ -31,7 +31,7 @@ examples:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Devices):
     """One evaluation.
 
     Attributes:
@@ -66,63 +66,37 @@ class EvaluateConfig:
       dtype: compute in this type; null keeps the checkpoint's own.
       output: directory to write evaluation.json to; null takes the run directory, or runs/evaluate-MODEL for other models.
       force: replace files of the same names in that directory that are not of an evaluation.
-      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
-      cpu_devices: simulate this many devices on the CPU, in every process.
       batch: sequences of 2048 tokens in one step of the forward pass, on each device; fewer need less memory. A task whose
         answers are written gets up to 16 times as many of them at once, if the memory of the devices allows.
-      coordinator: HOST:PORT of process 0; needed for several processes if the platform does not provide the address.
-      num_processes: the number of processes.
-      process_id: the number of this process, from 0.
-      join_timeout: seconds to wait until all processes have joined.
     """
 
     model: str
     against: str | None = None
     against_results: str | None = None
     perplexity: str | None = None
-    length: int | None = None
-    windows: int | None = None
+    length: Annotated[int | None, Bound(2)] = None
+    windows: Annotated[int | None, Bound(1)] = None
     bos: Literal["text", "window"] | None = None
     per_block: bool = False
     tasks: str | None = None
     include_path: str | None = None
     data: str | None = None
-    limit: int | None = None
-    fewshot: int | None = None
+    limit: Annotated[int | None, Bound(1)] = None
+    fewshot: Annotated[int | None, Bound(0)] = None
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     gen_kwargs: str | None = None
-    context: int | None = None
+    context: Annotated[int | None, Bound(1)] = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
     force: bool = False
-    mesh: str | None = None
-    cpu_devices: int | None = None
-    batch: int = 4
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    join_timeout: int = 300
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model.strip():
             raise UserError("expected a model: a run directory, a folder, a hub id, a .gguf file or wheel:NAME, got nothing")
-        for name, least in (
-            ("length", 2),
-            ("windows", 1),
-            ("limit", 1),
-            ("fewshot", 0),
-            ("context", 1),
-            ("cpu_devices", 1),
-            ("batch", 1),
-            ("num_processes", 1),
-            ("join_timeout", 1),
-        ):
-            at_least(least, name, getattr(self, name), MOST_DEVICES if name == "cpu_devices" else MOST)
         few_tokens("--perplexity", self.windows, self.length)
-        if self.mesh is not None:
-            parse_mesh(self.mesh)
         if unused := sorted(set(self.folders) - set(self.task_names)):
             raise UserError(
                 f"expected --data for tasks in --tasks ({', '.join(self.task_names) or 'none'}), got it for {', '.join(unused)}"

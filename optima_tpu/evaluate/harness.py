@@ -43,6 +43,7 @@ class DecoderLM(TemplateLM):
       progress: shows how many requests are done.
       name: the name of the model in ``progress``, such as "pruned".
       context: the most tokens that the model reads at once; None takes the model's limit.
+      budget: bytes that may be used of each device; None takes what ``device_budget`` allows.
 
     Raises:
       UserError: ``context`` is more than the model can read, or the tokenizer has neither BOS nor EOS.
@@ -55,8 +56,10 @@ class DecoderLM(TemplateLM):
         progress: Progress,
         name: str = "model",
         context: int | None = None,
+        budget: float | None = None,
     ):
         super().__init__()
+        self._budget = device_budget(None) if budget is None else budget
         self.tokenizer, self._decoder, self._progress, self._name = tokenizer, model.decoder, progress, name
         limit = resolve_max_length(model.pretrained.config, tokenizer)
         if context is not None and context > limit:
@@ -244,7 +247,7 @@ class DecoderLM(TemplateLM):
             self._decoder,
             [Prompt(question.prompt, question.rules.new) for question in asked],
             vocabulary=min(len(self.tokenizer), self._decoder.config.vocab),
-            budget=device_budget(None),
+            budget=self._budget,
             advice="to write answers, take a --mesh with a larger model axis, a --dtype of fewer bytes, or a smaller --context",
         )
         if self._ends.penalty != 1:

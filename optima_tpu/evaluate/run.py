@@ -36,6 +36,7 @@ from optima_tpu.report.run_record import RUN, default_folder
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
+from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import only_program, refuse_unreachable, writing
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first
@@ -165,7 +166,7 @@ class _Questions(NamedTuple):
         if not config.task_names:
             return cls(None, {}, "")
         testers = {
-            name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context)
+            name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context, device_budget(config.device_memory))
             for name, opened in models.items()
             if name not in known
         }

@@ -8,7 +8,7 @@ purpose.
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,18 +20,20 @@ from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.method.problem import Errors, LayerProblem, Pruned, Solution, gained
 from optima_tpu.method.statistics import TokenSets
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 BeforeAndAfter = tuple[Float32[Array, " rows"], Float32[Array, " rows"]]
 """One number for each row: with the selector's weights, and with the solver's."""
 
 
-class Acceptance(abc.ABC):
+class Acceptance(Bounded, abc.ABC):
     """Chooses the rows of one matrix that take the solver's weights. A rule is a frozen dataclass.
 
     Attributes:
       by_held_out: whether held-out tokens decide.
     """
 
+    setting: ClassVar[str] = "accept"
     by_held_out: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -81,11 +83,7 @@ class PerLayer(Acceptance):
       min_converged: share of rows that must have converged, 0.95 in the paper's code.
     """
 
-    min_converged: float = 0.95
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_converged <= 1:
-            raise UserError(f"expected min_converged in [0, 1], got {self.min_converged}")
+    min_converged: Annotated[float, Bound(0, 1)] = 0.95
 
     def __call__(
         self,

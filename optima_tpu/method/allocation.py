@@ -11,11 +11,12 @@ N:M fixes what each block loses, and imported masks are allocated already: neith
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 
 from optima_tpu.errors import UserError
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 # Preferred size of the grain. The grain itself is a multiple of 1 / gcd of the layers' numbers of inputs.
 _GRAIN = 0.02
@@ -33,13 +34,14 @@ class Steps(NamedTuple):
     most: int
 
 
-class Allocation:
+class Allocation(Bounded):
     """How the pattern's sparsity is distributed among the blocks.
 
     Attributes:
       measures: whether the sparsities of blocks depend on measurements of the blocks.
     """
 
+    setting: ClassVar[str] = "allocation"
     measures: ClassVar[bool] = True
     limit: float = 0.0
 
@@ -79,13 +81,8 @@ class OWL(Allocation):
       limit: half of the largest difference between the densities of two blocks; the paper's lambda.
     """
 
-    outlier: float = 5.0
-    limit: float = 0.08
-
-    def __post_init__(self) -> None:
-        if not self.outlier > 0:
-            raise UserError(f"expected allocation.outlier above 0, got {self.outlier}")
-        _check_limit(self.limit)
+    outlier: Annotated[float, Bound(above=0)] = 5.0
+    limit: Annotated[float, Bound(above=0, below=0.5)] = 0.08
 
     @property
     def reach(self) -> float:
@@ -122,10 +119,7 @@ class Measured(Allocation):
       limit: the largest difference between a block's sparsity and the pattern's.
     """
 
-    limit: float = 0.16
-
-    def __post_init__(self) -> None:
-        _check_limit(self.limit)
+    limit: Annotated[float, Bound(above=0, below=0.5)] = 0.16
 
     @property
     def reach(self) -> float:
@@ -225,8 +219,3 @@ def rounded(wanted: np.ndarray) -> np.ndarray:
     most = np.argsort(down - wanted, kind="stable")[: int(-down.sum())]
     down[most] += 1
     return down.astype(int)
-
-
-def _check_limit(limit: float) -> None:
-    if not 0 < limit < 0.5:
-        raise UserError(f"expected allocation.limit above 0 and below 0.5, got {limit}")

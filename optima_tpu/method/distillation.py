@@ -2,14 +2,14 @@
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
-from optima_tpu.errors import UserError
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 if TYPE_CHECKING:
     import optax
@@ -46,7 +46,7 @@ def hidden_error(dense: Float[Array, "*tokens d_model"], pruned: Float[Array, "*
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(abc.ABC):
+class Distillation(Bounded, abc.ABC):
     """Training of the pruned model, with gradients through blocks and the masks held.
 
     Attributes:
@@ -75,30 +75,21 @@ class Distillation(abc.ABC):
     fewest_checks: ClassVar[int] = 4
     """The checks of a short training."""
 
-    windows: int = 128
-    passes: int = 1
-    batch: int = 2
-    learning_rate: float = 7e-5
-    norm_factor: float = 10.0
+    setting: ClassVar[str] = "distill"
+
+    windows: Annotated[int, Bound(1)] = 128
+    passes: Annotated[int, Bound(1)] = 1
+    batch: Annotated[int, Bound(1)] = 2
+    learning_rate: Annotated[float, Bound(above=0, most=1, hint="7e-5 is usual")] = 7e-5
+    norm_factor: Annotated[float, Bound(0)] = 10.0
     train: Literal["all", "weights", "norms"] = "all"
-    warmup: int = 3
-    checks: int | None = None
+    warmup: Annotated[int, Bound(0)] = 3
+    checks: Annotated[int | None, Bound(1)] = None
 
     @staticmethod
     @abc.abstractmethod
     def loss(dense: Array, pruned: Array, targets: Array) -> Array:
         """The loss of each token [...] in nats, from logits [..., vocab] float32 and the next tokens [...] int32."""
-
-    def __post_init__(self) -> None:
-        for name in ("windows", "passes", "batch", "checks"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"expected distill.{name} of at least 1, got {value}")
-        if not 0 < self.learning_rate <= 1:
-            raise UserError(f"expected distill.learning_rate above 0 and at most 1, got {self.learning_rate}; 7e-5 is usual")
-        if self.norm_factor < 0 or self.warmup < 0:
-            raise UserError(
-                f"expected distill.norm_factor and distill.warmup of at least 0, got {self.norm_factor} and {self.warmup}"
-            )
 
     @property
     def smaller(self) -> str:
@@ -197,16 +188,11 @@ class Blocks(KL):
 
     done, by_spans, fewest_checks = "trained block by block", True, 2
 
-    span: int = 1
+    span: Annotated[int, Bound(1)] = 1
 
     @property
     def smaller(self) -> str:
         return "a smaller --distill.span" if self.span > 1 else ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.span < 1:
-            raise UserError(f"expected distill.span of at least 1, got {self.span}")
 
     def spans(self, blocks: int) -> tuple[range, ...]:
         return tuple(range(first, min(first + self.span, blocks)) for first in range(0, blocks, self.span))

@@ -20,14 +20,13 @@ above what its mask is worth: ``CG`` takes two steps in each.
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float32
 
-from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
@@ -37,6 +36,7 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers import SolveMask, Solver, SolveRows
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 # Newton steps for log t, each with an inverse, from where random vectors put t. They end after a short step, since each step squares
 # the error: nearly always after the first.
@@ -50,7 +50,7 @@ _LEAST_DAMPING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Swaps:
+class Swaps(Bounded):
     """Exchanges kept weights for pruned ones of the same row (for N:M, of the same M) where the row's objective gains.
 
     The number of kept weights stays the same in every row, and in every M. A round costs one rough solve that starts
@@ -62,14 +62,10 @@ class Swaps:
         exchanges in the next.
     """
 
-    rounds: int = 4
-    share: float = 0.025
+    setting: ClassVar[str] = "refine"
 
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"expected refine.rounds of at least 1, got {self.rounds}; --refine null leaves the mask as it is")
-        if not 0 < self.share <= 0.5:
-            raise UserError(f"expected refine.share above 0 and at most 0.5, got {self.share}")
+    rounds: Annotated[int, Bound(1, hint="--refine null leaves the mask as it is")] = 4
+    share: Annotated[float, Bound(above=0, most=0.5)] = 0.025
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ worse than its nearest integers. Weights and scales are rounded to the dtype in 
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from optima_tpu.method.linalg.features import WHOLE, Features, matmul
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.selectors.obs import inverse_factor
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 _COLUMNS = 128
 """Most inputs that are rounded between two products with the Hessian."""
@@ -69,7 +70,7 @@ QuantizeRows = Callable[[LayerProblem, Pruned], Quantized]
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantizer:
+class Quantizer(Bounded):
     """Stores the kept weights as integers, with a scale for each row or for each group of a row's inputs.
 
     Attributes:
@@ -82,20 +83,13 @@ class Quantizer:
       sweeps: rounds of coordinate descent over scales and integers after the rounding. More rounds cost time and give less each.
     """
 
+    setting: ClassVar[str] = "quantize"
     bits: ClassVar[int]
 
-    group: int | None = None
-    clip: float = 0.5
+    group: Annotated[int | None, Bound(1, hint="null takes one scale for a row")] = None
+    clip: Annotated[float, Bound(above=0, most=1)] = 0.5
     compensate: bool = True
-    sweeps: int = 4
-
-    def __post_init__(self) -> None:
-        if self.group is not None and self.group < 1:
-            raise UserError(f"expected quantize.group of at least 1, got {self.group}; null takes one scale for a row")
-        if not 0 < self.clip <= 1:
-            raise UserError(f"expected quantize.clip above 0 and at most 1, got {self.clip}")
-        if self.sweeps < 0:
-            raise UserError(f"expected quantize.sweeps of at least 0, got {self.sweeps}")
+    sweeps: Annotated[int, Bound(0)] = 4
 
     def __str__(self) -> str:
         return f"int{self.bits} by {'row' if self.group is None else f'groups of {self.group}'}"
@@ -171,7 +165,7 @@ class Int4(Quantizer):
 
     bits: ClassVar[int] = 4
 
-    group: int | None = 32
+    group: Annotated[int | None, Bound(1, hint="null takes one scale for a row")] = 32
 
 
 def _slope(problem: LayerProblem, weight: Array, first: Array, count: int) -> tuple[Array, Array]:

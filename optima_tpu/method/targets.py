@@ -28,15 +28,15 @@ of the text's own labels.
 
 import abc
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from jax import Array
 from jaxtyping import Float, Float32
 
-from optima_tpu.errors import UserError
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 
-class Target(abc.ABC):
+class Target(Bounded, abc.ABC):
     """What the outputs of a layer should match. A target is a frozen dataclass.
 
     Attributes:
@@ -46,6 +46,7 @@ class Target(abc.ABC):
         a pass of the dense model back through all its blocks, before any is pruned. Routed experts weigh all tokens alike.
     """
 
+    setting: ClassVar[str] = "target"
     dense_stream: ClassVar[bool]
     alpha: float = 0.0
     gamma: float = 0.0
@@ -73,10 +74,7 @@ class SelfTarget(Target):
 
     dense_stream: ClassVar[bool] = False
 
-    weigh_by_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        _refuse_outside(weigh_by_loss=self.weigh_by_loss)
+    weigh_by_loss: Annotated[float, Bound(0, 1)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +96,10 @@ class DenseTarget(Target):
 
     dense_stream: ClassVar[bool] = True
 
-    alpha: float = 0.25
-    gamma: float = 0.0
+    alpha: Annotated[float, Bound(0, 1)] = 0.25
+    gamma: Annotated[float, Bound(0, 1)] = 0.0
     weigh_tokens: bool = False
-    weigh_by_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        _refuse_outside(alpha=self.alpha, gamma=self.gamma, weigh_by_loss=self.weigh_by_loss)
-
-
-def _refuse_outside(**shares: float) -> None:
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"expected the target's {name} in [0, 1], got {value}")
+    weigh_by_loss: Annotated[float, Bound(0, 1)] = 0.0
 
 
 class LinearTerm(NamedTuple):

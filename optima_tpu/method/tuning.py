@@ -2,9 +2,8 @@
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Annotated, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +13,20 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.method.outcomes import PrunedMatrix
 from optima_tpu.method.targets import Target
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 Attempt = Callable[[Array | None, Array | float], tuple[PrunedMatrix, ...]]
 """Solves a group's matrices with a ridge on their problem and an alpha: final weights of every matrix, and outcomes of its rows."""
 
 
-class Tuning(abc.ABC):
+class Tuning(Bounded, abc.ABC):
     """Chooses the damping of the objective, and alpha for a dense-model target.
 
     Attributes:
       by_held_out: whether held-out tokens choose, for each matrix separately.
     """
 
+    setting: ClassVar[str] = "tuning"
     by_held_out: ClassVar[bool]
 
     @abc.abstractmethod
@@ -84,16 +85,8 @@ class Grid(Tuning):
 
     by_held_out: ClassVar[bool] = True
 
-    damping: tuple[float, ...] | None = None
-    alpha: tuple[float, ...] = (0.0, 0.25, 0.5)
-
-    def __post_init__(self) -> None:
-        for damping in self.damping or ():
-            if not 0 <= damping < math.inf:
-                raise UserError(f"expected tuning.damping to hold numbers of at least 0, got {damping}")
-        for alpha in self.alpha:
-            if not 0 <= alpha <= 1:
-                raise UserError(f"expected tuning.alpha to hold numbers in [0, 1], got {alpha}")
+    damping: Annotated[tuple[float, ...] | None, Bound(0)] = None
+    alpha: Annotated[tuple[float, ...], Bound(0, 1)] = (0.0, 0.25, 0.5)
 
     def dampings(self, damping: float) -> tuple[float, ...]:
         """The dampings that are tried.

@@ -11,7 +11,6 @@ from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.recover import config as recover
-from optima_tpu.runtime.devices import refuse_devices
 from optima_tpu.runtime.processes import may_join
 
 
@@ -24,7 +23,7 @@ def read_run(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
     config = parse(argv, beside)
     refuse_early(config.coordinator, config.model)
     data.check_sources(config.calibration.source, config.evaluation.source)
-    refuse_devices(config)
+    config.refuse_impossible()
     if not may_join(config.coordinator):  # other processes would wait for this one, which has perhaps not all files
         data.check_files(config.calibration.source, config.evaluation.source)
         texts_of(config)
@@ -53,7 +52,7 @@ def read_recovery(argv: Sequence[str]) -> recover.RecoverConfig:
     config = recover.parse(argv)
     refuse_early(config.coordinator, config.model, config.against)
     data.check_sources(config.source, config.evaluation)
-    refuse_devices(config)
+    config.refuse_impossible()
     if not may_join(config.coordinator):
         data.check_files(config.source, config.evaluation)
         if config.source:

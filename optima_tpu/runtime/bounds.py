@@ -1,12 +1,20 @@
 """Bounds of the numbers that a person types. What is beyond them is refused in one line, before anything is made of it.
 
-A number has its own bound where its field is, by :func:`at_least`. Whatever has none is below :data:`MOST`, by :func:`refuse_beyond`.
+A number's bound stands beside its type::
+
+    rounds: Annotated[int, Bound(1)] = 4
+    share: Annotated[float, Bound(above=0, most=0.5)] = 0.025
+
+in a dataclass that is :class:`Bounded`. Whatever has no bound is below :data:`MOST`, by :func:`refuse_beyond`.
 """
 
+import dataclasses
+import functools
 import math
 import re
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from optima_tpu.errors import UserError
 
@@ -39,6 +47,70 @@ def byte_count(name: str, text: int | str) -> int:
     if not 1 <= count <= _MOST_BYTES:
         raise UserError(f"expected {name} such as 5GB, from 1 byte to 1000000TB, got {text!r}")
     return count
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What a number may be. NaN and infinity are beyond every bound.
+
+    Attributes:
+      least: the least number, which is allowed.
+      most: the largest number, which is allowed.
+      above: what a number must be larger than.
+      below: what a number must be smaller than.
+      hint: what to type, or what is usual, behind the message.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    hint: str = ""
+
+    def refuse(self, name: str, value: float) -> None:
+        """Raises UserError for a number out of bounds, by the name of its setting."""
+        holds = (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and value <= (MOST if self.most is None else self.most)
+        )
+        if not holds:
+            raise UserError(f"expected {name} {self._words(value)}, got {value}{self.hint and f'; {self.hint}'}")
+
+    def _words(self, value: float) -> str:
+        most = MOST if self.most is None and MOST < value < math.inf else self.most
+        if self.least is not None and most is not None:
+            return f"from {self.least} to {most}"
+        ends = (("of at least", self.least), ("above", self.above), ("of at most", most), ("below", self.below))
+        words = " and ".join(f"{word} {end}" for word, end in ends if end is not None).replace(" and of at most", " and at most")
+        return words if math.isfinite(value) else f"to be a finite number {words}"
+
+
+class Bounded:
+    """A dataclass that refuses what is out of the bounds of its fields. In a field of several numbers each has the bound.
+
+    Attributes:
+      setting: what stands before a field's name in a message, such as "solver" in solver.tolerance.
+    """
+
+    setting: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        kind: type = type(self)
+        for name, bound in _bounds(kind).items():
+            value = getattr(self, name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if each is not None:
+                    bound.refuse(f"{self.setting}.{name}" if self.setting else name, each)
+
+
+@functools.cache
+def _bounds(cls: type) -> Mapping[str, Bound]:
+    """The bound of every field that has one."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: each for name, hint in hints.items() for each in getattr(hint, "__metadata__", ()) if isinstance(each, Bound)}
 
 
 def at_least(least: float, name: str, value: float | None, most: float = MOST) -> None:

@@ -10,11 +10,14 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import printing, signals
 from optima_tpu.runtime.program import refuse_undecodable
+
+if TYPE_CHECKING:
+    from optima_tpu.runtime.devices import Devices
 
 LOST = 69
 """Exit status of a process whose peers have ended (EX_UNAVAILABLE in sysexits.h). Not 75, ``signals.RESUME``: a scheduler that
@@ -33,22 +36,7 @@ _PEER_GONE = re.compile(
 )
 
 
-class OnDevices(Protocol):
-    """The settings of a command that say where it runs; see ``config.RunConfig``. Properties, since settings are frozen."""
-
-    @property
-    def cpu_devices(self) -> int | None: ...
-    @property
-    def coordinator(self) -> str | None: ...
-    @property
-    def num_processes(self) -> int | None: ...
-    @property
-    def process_id(self) -> int | None: ...
-    @property
-    def join_timeout(self) -> int: ...
-
-
-def take_devices(config: OnDevices, alone: bool = False) -> None:
+def take_devices(config: "Devices", alone: bool = False) -> None:
     """Joins the other processes and takes the devices, as the settings say. Call it before the first array exists.
 
     Args:

@@ -1,22 +1,48 @@
-"""Refuses devices and processes that the arguments of a command show to be impossible, before any is taken."""
+"""The devices and processes that a command runs on: the settings, and what they show to be impossible before any is taken."""
 
-from typing import Protocol
+import dataclasses
+from typing import Annotated
 
-from optima_tpu.runtime.command import OnDevices
-from optima_tpu.runtime.mesh import parse_mesh, refuse_count
+from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh, refuse_count
 from optima_tpu.runtime.processes import may_join, refuse_incomplete
 
 
-class Placed(OnDevices, Protocol):
-    """The settings of a command that also say how its devices are arranged; see ``config.RunConfig``."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices(Bounded):
+    """The settings of a command that say where it runs. The configurations of commands inherit them.
 
-    @property
-    def mesh(self) -> str | None: ...
+    Attributes:
+      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
+      cpu_devices: simulate this many devices on the CPU, in every process.
+      batch: windows in one step of the forward pass, on each device; a smaller batch needs less memory.
+      device_memory: GiB of memory to use on each device; null takes 80% of what the device reports, or on CPUs half of the
+        machine's memory for all of them together. It decides how many rows are solved at once, and what is sharded over the
+        devices.
+      coordinator: HOST:PORT of process 0, for several processes on a platform that does not announce them itself (TPU
+        slices, Slurm and Open MPI do). Give every process the same command except for process_id.
+      num_processes: number of processes.
+      process_id: the number of this process, from 0.
+      join_timeout: seconds to wait until all processes have joined.
+    """
 
+    mesh: str | None = None
+    cpu_devices: Annotated[int | None, Bound(1, MOST_DEVICES)] = None
+    batch: Annotated[int, Bound(1)] = 4
+    device_memory: Annotated[float | None, Bound(above=0)] = None
+    coordinator: str | None = None
+    num_processes: Annotated[int | None, Bound(1)] = None
+    process_id: int | None = None
+    join_timeout: Annotated[int, Bound(1)] = 300
 
-def refuse_devices(config: Placed) -> None:
-    """Raises UserError for a process that is not named as a whole, or a mesh of another number of devices than are simulated."""
-    refuse_incomplete(config.coordinator, config.num_processes, config.process_id)
-    processes = config.num_processes or (None if may_join(None) else 1)
-    if config.mesh and config.cpu_devices and processes:
-        refuse_count(parse_mesh(config.mesh), config.cpu_devices * processes, "cpu", processes)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+
+    def refuse_impossible(self) -> None:
+        """Raises UserError for a process that is not named as a whole, or a mesh of another number of devices than are simulated."""
+        refuse_incomplete(self.coordinator, self.num_processes, self.process_id)
+        processes = self.num_processes or (None if may_join(None) else 1)
+        if self.mesh and self.cpu_devices and processes:
+            refuse_count(parse_mesh(self.mesh), self.cpu_devices * processes, "cpu", processes)

@@ -61,12 +61,12 @@ def test_its_mask_is_better_than_wandas_and_its_weights_are_near_the_best_on_it(
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"damping": -0.1}, "damping to be at least 0 and finite, got -0.1"),
+        ({"damping": -0.1}, "selector.damping of at least 0, got -0.1"),
         ({"rho_first": 2.0}, "at most rho_last"),
         ({"rho_last": float("inf")}, "finite"),
-        ({"rho_last": float("nan")}, "rho_first"),
+        ({"rho_last": float("nan")}, "rho_last"),
         ({"levels": 0}, "at least 1"),
-        ({"inverses": 13}, "from 1 to the number of levels"),
+        ({"inverses": 13}, "of at most the number of levels"),
     ],
 )
 def test_impossible_settings_are_refused(options, expected):

@@ -183,7 +183,7 @@ def test_the_mesh_does_not_change_the_result(pattern, rows):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"block": 0}, "block to be at least 1, got 0"),
+        ({"block": 0}, "selector.block of at least 1, got 0"),
         ({"damping": 0.0}, "above 0"),
         ({"damping": float("nan")}, "above 0"),
         ({"damping": float("inf")}, "finite"),

@@ -114,7 +114,7 @@ def test_power_0_and_a_gradient_of_zero_weigh_all_tokens_alike():
 @pytest.mark.parametrize("target", [SelfTarget, DenseTarget])
 def test_a_power_is_a_share(target):
     for power in (-0.1, 1.1):
-        with pytest.raises(UserError, match=rf"expected the target's weigh_by_loss in \[0, 1\], got {power}"):
+        with pytest.raises(UserError, match=rf"expected target.weigh_by_loss from 0 to 1, got {power}"):
             target(weigh_by_loss=power)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features
 
 # A feature with at most this share of the largest feature's energy is dead: no solver moves its weights, and no gap counts it.
@@ -17,12 +16,6 @@ RESOLUTION = 1e-8
 
 # Each row of a batch of factorisations holds a square matrix; this is the memory for all of them together.
 _BATCH_BYTES = 2**28
-
-
-def require(holds: bool, name: str, expected: str, value: object) -> None:
-    """Raises UserError for a solver's setting unless ``holds`` is true."""
-    if not holds:
-        raise UserError(f"expected the solver's {name} to be {expected}, got {value}")
 
 
 def rows_at_once(size: int, dtype: jnp.dtype, *, alone: bool) -> int:

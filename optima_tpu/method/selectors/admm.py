@@ -1,9 +1,8 @@
 """ADMM: mask and weights together, by operator splitting (after ALPS, Meng et al., 2024, algorithm 1, and Boza, 2024)."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
 from optima_tpu.method.resources import Cost
 from optima_tpu.method.selectors.base import Selector
+from optima_tpu.runtime.bounds import Bound
 
 
 class Stage(NamedTuple):
@@ -98,24 +98,19 @@ class ADMM(Selector):
     group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 5
 
-    damping: float = 0.01
-    rho_first: float = 0.03
-    rho_last: float = 1.0
-    levels: int = 12
-    iterations: int = 3
-    inverses: int | None = None
+    damping: Annotated[float, Bound(0)] = 0.01
+    rho_first: Annotated[float, Bound(above=0)] = 0.03
+    rho_last: Annotated[float, Bound(above=0)] = 1.0
+    levels: Annotated[int, Bound(1)] = 12
+    iterations: Annotated[int, Bound(1)] = 3
+    inverses: Annotated[int | None, Bound(1)] = None
 
     def __post_init__(self) -> None:
-        for name, holds, expected in (
-            ("damping", 0 <= self.damping < math.inf, "at least 0 and finite"),
-            ("rho_first", 0 < self.rho_first <= self.rho_last, "above 0 and at most rho_last"),
-            ("rho_last", self.rho_last < math.inf, "finite"),
-            ("levels", self.levels >= 1, "at least 1"),
-            ("iterations", self.iterations >= 1, "at least 1"),
-            ("inverses", self.inverses is None or 1 <= self.inverses <= self.levels, "from 1 to the number of levels, or null"),
-        ):
-            if not holds:
-                raise UserError(f"expected ADMM's {name} to be {expected}, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.rho_first > self.rho_last:
+            raise UserError(f"expected selector.rho_first of at most rho_last, {self.rho_last}, got {self.rho_first}")
+        if self.inverses is not None and self.inverses > self.levels:
+            raise UserError(f"expected selector.inverses of at most the number of levels, {self.levels}, got {self.inverses}")
 
     def cost(self) -> Cost:
         iterations = self.levels * self.iterations  # each chooses a mask; one more product for the target

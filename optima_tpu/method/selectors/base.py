@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.resources import Cost
+from optima_tpu.runtime.bounds import Bounded
 
 
-class Selector(abc.ABC):
+class Selector(Bounded, abc.ABC):
     """Chooses which weights of one layer stay, and may move the ones that do.
 
     A selector is a frozen dataclass. It traces under ``jit``.
@@ -20,6 +21,7 @@ class Selector(abc.ABC):
         guess.
     """
 
+    setting: ClassVar[str] = "selector"
     group: ClassVar[Literal["row", "layer"]] = "row"
     hessians: ClassVar[int] = 6
 
@@ -38,7 +40,7 @@ class Selector(abc.ABC):
         """
         return tuple(map(self, problems, patterns))
 
-    def check(self, pattern: Pattern) -> None:  # noqa: B027  # most selectors take every pattern
+    def check(self, pattern: Pattern) -> None:  # most selectors take every pattern
         """Raises UserError for a pattern that this selector does not support."""
 
     def cost(self) -> Cost | None:

@@ -1,21 +1,20 @@
 """SparseGPT: one sweep over the inputs that prunes and repairs as it goes (Frantar and Alistarh, 2023, algorithm 1)."""
 
 import dataclasses
-import math
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.linalg.smallest import lowest
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors.obs import Sweep, inverse_factor
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.mesh import padded
 
 
@@ -54,14 +53,8 @@ class SparseGPT(Sweep):
 
     hessians: ClassVar[int] = 3
 
-    block: int = 128
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise UserError(f"expected SparseGPT's block to be at least 1, got {self.block}; 128 is the paper's")
-        if not 0 < self.damping < math.inf:
-            raise UserError(f"expected SparseGPT's damping to be above 0 and finite, got {self.damping}; 0.01 is the paper's")
+    block: Annotated[int, Bound(1, hint="128 is the paper's")] = 128
+    damping: Annotated[float, Bound(above=0, hint="0.01 is the paper's")] = 0.01
 
     def sweep(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, inputs = problem.weight.shape

@@ -1,19 +1,19 @@
 """Thanos: prunes one block of columns at a time, all of a row's weights in it at once (Ilin and Richtarik, 2025)."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import live_features, rows_at_once
 from optima_tpu.method.linalg.smallest import lowest
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors.obs import Sweep, inverse_factor
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.mesh import padded
 
 
@@ -48,14 +48,8 @@ class Thanos(Sweep):
     """
 
     hessians: ClassVar[int] = 5
-    block: int = 256
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise UserError(f"expected Thanos's block to be at least 1 column, got {self.block}")
-        if not self.damping > 0:
-            raise UserError(f"expected Thanos's damping to be above 0, got {self.damping}; the published value is 0.01")
+    block: Annotated[int, Bound(1, hint="256 is usual")] = 256
+    damping: Annotated[float, Bound(above=0, hint="the published value is 0.01")] = 0.01
 
     def sweep(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, columns = problem.weight.shape

@@ -9,18 +9,20 @@ The loss is quadratic, so ``H`` represents the whole calibration set: a full-bat
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import PyTree
 
+from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import matmul
-from optima_tpu.method.linalg.scaling import live_features, require
+from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers.base import Solver
+from optima_tpu.runtime.bounds import Bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,13 @@ class Adam(Solver):
       learning_rates: the initial learning rates, such as [1e-2, 1e-3]; each falls linearly to 0.
     """
 
-    steps: int = 20
-    learning_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
+    steps: Annotated[int, Bound(1)] = 20
+    learning_rates: Annotated[tuple[float, ...], Bound(above=0)] = (1e-2, 1e-3, 1e-4, 1e-5)
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps", "at least 1", self.steps)
-        require(len(self.learning_rates) > 0, "learning_rates", "one number or more", self.learning_rates)
-        for rate in self.learning_rates:
-            require(0 < rate < float("inf"), "learning_rates", "finite numbers above 0", rate)
+        super().__post_init__()
+        if not self.learning_rates:
+            raise UserError("expected one number or more in solver.learning_rates, got none")
 
     def footprint(self, damping: float) -> Footprint:
         return Footprint(hessians=3, vectors=10)  # fitted 1.8 and 8.4

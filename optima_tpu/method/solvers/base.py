@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.runtime.bounds import Bounded
 
 
 @runtime_checkable
@@ -31,7 +32,7 @@ SolveRows = Callable[[LayerProblem], SolveMask]
 """Takes the rows' problem, then masks and weights to start from. What one problem's solves share is computed once."""
 
 
-class Solver(abc.ABC):
+class Solver(Bounded, abc.ABC):
     """Moves the kept weights to minimise every row's objective, starting from the pruned weights.
 
     A solver is a frozen dataclass. Rows are independent: a solver may be given any subset of a layer's rows, or rows of several
@@ -43,6 +44,7 @@ class Solver(abc.ABC):
       changes_masks: whether the solver returns new masks, ``Solution.keep``.
     """
 
+    setting: ClassVar[str] = "solver"
     default_damping: ClassVar[float] = 0.0
     changes_masks: ClassVar[bool] = False
 

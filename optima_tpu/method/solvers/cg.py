@@ -18,7 +18,7 @@ a few numbers per row. The check after a cycle costs two all-gathers and two all
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,11 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse_and_root
-from optima_tpu.method.linalg.scaling import RESOLUTION, require, unit_diagonal
+from optima_tpu.method.linalg.scaling import RESOLUTION, unit_diagonal
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers.base import SolveMask, Solver, SolveRows
+from optima_tpu.runtime.bounds import Bound
 
 # Below this damping a float32 inverse of A is too inaccurate for the certificate, and X gets an extra ridge.
 SAFE_DAMPING = 1e-4
@@ -61,14 +62,9 @@ class CG(Solver):
 
     default_damping: ClassVar[float] = 1e-2
 
-    tolerance: float = 1e-3
-    max_steps: int = 96
-    cycle: int = 4
-
-    def __post_init__(self) -> None:
-        require(self.tolerance > 0, "tolerance", "above 0", self.tolerance)
-        require(self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
-        require(self.cycle >= 1, "cycle", "at least 1", self.cycle)
+    tolerance: Annotated[float, Bound(above=0)] = 1e-3
+    max_steps: Annotated[int, Bound(1)] = 96
+    cycle: Annotated[int, Bound(1)] = 4
 
     def footprint(self, damping: float) -> Footprint:
         # H, A, X, R' and the temporary arrays of a factorisation: fitted 5.6. A row's change, residual, direction, best point,

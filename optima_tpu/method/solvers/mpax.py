@@ -12,17 +12,18 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.method.linalg.features import matmul
-from optima_tpu.method.linalg.scaling import RESOLUTION, live_features, require, unit_diagonal
+from optima_tpu.method.linalg.scaling import RESOLUTION, live_features, unit_diagonal
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers.base import Solver
+from optima_tpu.runtime.bounds import Bound
 
 # The one constraint, sum(d) >= _FLOOR, never binds. MPAX estimates the norm of the constraint matrix by power
 # iteration, which is 0 / 0 without a row or with only a zero row: every iterate would be NaN. Row and value are the paper's. They
@@ -69,16 +70,11 @@ class MPAX(Solver):
         1e-3 it does not, and the same number of iterations ends closer to the optimum, often tens of times closer.
     """
 
-    eps_abs: float = 1e-2
-    eps_rel: float = 1e-2
-    iteration_limit: int = 100_000
+    eps_abs: Annotated[float, Bound(above=0)] = 1e-2
+    eps_rel: Annotated[float, Bound(above=0)] = 1e-2
+    iteration_limit: Annotated[int, Bound(1)] = 100_000
     unit_diagonal: bool = False
-    primal_importance: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("eps_abs", "eps_rel", "primal_importance"):
-            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        require(self.iteration_limit >= 1, "iteration_limit", "at least 1", self.iteration_limit)
+    primal_importance: Annotated[float, Bound(above=0)] = 1.0
 
     def footprint(self, damping: float) -> Footprint:
         # Fitted 2.1 and 9.4, as MPAX's own 38 vectors a row are held for an eighth of the rows at once. In a batch of 256 rows it

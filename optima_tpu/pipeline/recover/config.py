@@ -4,18 +4,19 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from optima_tpu.config.choices import method_name, options_of
+from optima_tpu.config.flat import field_names
 from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import MOST_TOKENS, RunConfig, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Distillation
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
-from optima_tpu.runtime.bounds import MOST, at_least
+from optima_tpu.runtime.bounds import MOST_SEED, Bound, at_least
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
+from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.program import program
 
 _PROGRAM = program("recover")
@@ -44,7 +45,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 @dataclasses.dataclass(frozen=True)
-class RecoverConfig:
+class RecoverConfig(Devices):
     """One recovery.
 
     Attributes:
@@ -62,58 +63,29 @@ class RecoverConfig:
       dtype: compute and store in this type; null keeps the checkpoint's own.
       output: directory of the result; null takes runs/recover-MODEL-TOKENS. What was stopped goes on from this directory.
       token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.
-      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
-      cpu_devices: simulate this many devices on the CPU, in every process.
       batch: windows in one forward and backward pass, on each device; fewer need less memory.
-      device_memory: GiB of memory to use on each device; null takes a share of what the device reports.
-      coordinator: HOST:PORT of process 0; needed for several processes if the platform does not provide the address.
-      num_processes: the number of processes.
-      process_id: the number of this process, from 0.
-      join_timeout: seconds to wait until all processes have joined.
     """
 
     model: str
     tokens: str | None = None
     against: str | None = None
     source: str | None = None
-    length: int | None = None
-    seed: int = 0
-    held_out: int = 8
+    length: Annotated[int | None, Bound(2)] = None
+    seed: Annotated[int, Bound(0, MOST_SEED)] = 0
+    held_out: Annotated[int, Bound(1)] = 8
     distill: Distillation = KL()
     evaluation: str | None = None
-    windows: int | None = None
+    windows: Annotated[int | None, Bound(1)] = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
     token_cache: bool = True
-    mesh: str | None = None
-    cpu_devices: int | None = None
-    batch: int = 4
-    device_memory: float | None = None
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    join_timeout: int = 300
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model.strip():
             raise UserError("expected a pruned model: a run directory, a folder or a hub id, got nothing")
-        for name, least in (
-            ("length", 2),
-            ("seed", 0),
-            ("held_out", 1),
-            ("windows", 1),
-            ("cpu_devices", 1),
-            ("batch", 1),
-            ("num_processes", 1),
-            ("join_timeout", 1),
-        ):
-            at_least(least, name, getattr(self, name), MOST_DEVICES if name == "cpu_devices" else MOST)
         if self.output is not None and not self.output.strip():
             raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
-        if self.device_memory is not None and not self.device_memory > 0:
-            raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
-        if self.mesh is not None:
-            parse_mesh(self.mesh)
         few_tokens("--evaluation", self.windows, self.length)
         few_tokens("--source", self.held_out, self.length)
         at_least(1, "tokens", self.token_count, MOST_TOKENS * self.distill.passes)
@@ -130,7 +102,7 @@ class RecoverConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings in JSON types, with ``distill`` in the layout of the YAML files."""
         method = {"name": method_name("distill", self.distill)} | options_of(self.distill)
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+        return {name: getattr(self, name) for name in field_names(type(self))} | {
             "distill": {name: value for name, value in method.items() if f"distill.{name}" not in _MOVED}
         }
 
