@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.command import announce, guarded, take_devices
 from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import program
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(argv: Sequence[str]) -> None:
-    config: RunConfig = rehearsed("optima_tpu.pipeline.arguments:read_run", argv)
+    config: RunConfig = rehearsed("optima_tpu.pipeline.arguments:read_run", argv, first=announce)
     take_devices(config)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.data import check_files

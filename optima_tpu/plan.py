@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
-from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.command import announce, guarded
 from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
 
@@ -85,7 +85,7 @@ def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, RunConfig]":
 
 
 def _plan(argv: Sequence[str]) -> int:
-    options, config = rehearsed("optima_tpu.plan:read", argv)
+    options, config = rehearsed("optima_tpu.plan:read", argv, first=lambda read: announce(read[1]))
     import jax
 
     from optima_tpu.pipeline.recover.config import as_run

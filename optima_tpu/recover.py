@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optima_tpu.launch import draw_page
-from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.command import announce, guarded, take_devices
 from optima_tpu.runtime.light import rehearsed
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recover(argv: Sequence[str]) -> None:
-    config: RecoverConfig = rehearsed("optima_tpu.pipeline.arguments:read_recovery", argv)
+    config: RecoverConfig = rehearsed("optima_tpu.pipeline.arguments:read_recovery", argv, first=announce)
     take_devices(config)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.data import check_files

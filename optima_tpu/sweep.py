@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
-from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.command import announce, guarded, take_devices
 from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
 
@@ -44,7 +44,9 @@ def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, list[str], CellGrid,
 
 
 def _sweep(argv: Sequence[str]) -> int:
-    options, settings, grid, chosen = rehearsed("optima_tpu.sweep:read", argv)
+    options, settings, grid, chosen = rehearsed(
+        "optima_tpu.sweep:read", argv, first=lambda read: announce(read[2].cells[0].config)
+    )
     take_devices(grid.cells[0].config, alone=True)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax

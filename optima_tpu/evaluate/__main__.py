@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.command import announce, guarded, take_devices
 from optima_tpu.runtime.light import rehearsed
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    config: EvaluateConfig = rehearsed("optima_tpu.evaluate.arguments:read", argv)
+    config: EvaluateConfig = rehearsed("optima_tpu.evaluate.arguments:read", argv, first=announce)
     take_devices(config)
     from optima_tpu.evaluate.start import start
 

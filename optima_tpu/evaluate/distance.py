@@ -63,7 +63,7 @@ def distance(
       dense: the reference.
       pruned: a model of the same shape on the same mesh; it need not be pruned.
       tokens: [windows, length] int32, from a text that was not used to calibrate the pruned model.
-      advance: called after every block; the last call comes after the head.
+      advance: called after every block, and after every batch of the head.
       per_block: apply the head to the stream after every block, not only after the last one. This usually costs more time than
         the blocks themselves.
 
@@ -81,10 +81,10 @@ def distance(
         for model, parameters, stream in zip(models, blocks, streams):
             model.apply(index, parameters, stream)
         squares[index] = _squares(*streams)
+        advance()
         if per_block or index == count - 1:
             heads = heads or (dense.head(), pruned.head())
-            scores.append(window_scores(heads, streams, tokens, dense.batch))
-        advance()
+            scores.append(window_scores(heads, streams, tokens, dense.batch, advance))
     last = scores[-1]
     check_finite(dense, tokens, last.dense_nll, "dense model")
     check_finite(pruned, tokens, last.pruned_nll, "pruned model")
@@ -114,18 +114,26 @@ class Sums(NamedTuple):
     pruned_nll: np.ndarray | Array
 
 
-def window_scores(heads: tuple[Head, Head], streams: Sequence[Activations], tokens: np.ndarray, size: int) -> Sums:
+def window_scores(
+    heads: tuple[Head, Head],
+    streams: Sequence[Activations],
+    tokens: np.ndarray,
+    size: int,
+    advance: Callable[[], None] = lambda: None,
+) -> Sums:
     """Applies the heads of two models to their residual streams and compares the predictions; the dense model comes first.
 
     Args:
       tokens: [windows, length] int32. The streams may hold only some of these windows; the sums of the others are undefined.
       size: windows of a batch in each slice of the data axis.
+      advance: called after every batch.
     """
     sums = Sums(*np.empty((len(Sums._fields), len(tokens)), np.float32))
     for dense, pruned in zip(*(stream.batches(size) for stream in streams)):
         found = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens)))
         for whole, part in zip(sums, found):
             whole[dense.rows[dense.there]] = part[dense.there]
+        advance()
     return sums
 
 

@@ -18,7 +18,13 @@ from optima_tpu.models.family import Positions
 from optima_tpu.runtime.processes import fetch
 
 
-def perplexity(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None) -> float:
+def _nothing() -> None:
+    pass
+
+
+def perplexity(
+    decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = _nothing, between: Callable[[], None] = _nothing
+) -> float:
     """``exp`` of the mean negative log-likelihood of all tokens except the first of each window.
 
     Windows do not overlap, have one length, and share no context; so the mean of window means is the mean over tokens. One block
@@ -27,14 +33,17 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None]
     Args:
       tokens: [windows, length] int32.
       advance: called after every block and once after the head.
+      between: called between two batches of the head, which takes as long as several blocks where the vocabulary is large.
 
     Raises:
       UserError: the model's output is not finite. The message names the first layer whose input is not finite.
     """
-    return perplexity_of(token_losses(decoder, tokens, advance).sum(axis=1, dtype=np.float64), tokens)
+    return perplexity_of(token_losses(decoder, tokens, advance, between).sum(axis=1, dtype=np.float64), tokens)
 
 
-def token_losses(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
+def token_losses(
+    decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = _nothing, between: Callable[[], None] = _nothing
+) -> np.ndarray:
     """Negative log-likelihood of every token except the first of each window, [windows, length - 1] float32.
 
     Every process gets all values. Arguments and errors are the same as in :func:`perplexity`.
@@ -43,7 +52,7 @@ def token_losses(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], Non
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         decoder.apply(index, parameters, hidden)
         advance()
-    losses = _token_nll(decoder, hidden, tokens)
+    losses = _token_nll(decoder, hidden, tokens, between)
     advance()
     check_finite(decoder, tokens, losses.sum(axis=1, dtype=np.float64))
     return losses
@@ -59,10 +68,12 @@ def window_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.
     return _token_nll(decoder, hidden, tokens).sum(axis=1, dtype=np.float64)
 
 
-def _token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.ndarray:
+def _token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between: Callable[[], None] = _nothing) -> np.ndarray:
     """Same as :func:`token_losses`, computed from the output of the last block."""
     head, losses = decoder.head(), np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
-    for batch in hidden.batches(decoder.batch):
+    for number, batch in enumerate(hidden.batches(decoder.batch)):
+        if number:
+            between()
         found = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
         losses[batch.rows[batch.there]] = found[batch.there]
     return losses

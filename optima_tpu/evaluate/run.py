@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from optima_tpu import data
 from optima_tpu.config.flat import flat
-from optima_tpu.data import Tokens, token_digest
+from optima_tpu.data import Tokens, token_digest, unigram_perplexity
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.config import EvaluateConfig
@@ -26,9 +27,11 @@ from optima_tpu.evaluate.parts import Parts, questions_digest
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
+from optima_tpu.models.activations import count_batches
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.report.file import environment
+from optima_tpu.report.meaningless import poor_text, unpredicted
 from optima_tpu.report.pace import Step
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, Terminal, say
@@ -66,21 +69,23 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     agree("settings and code", flat(settings | {"code": code_version()}))
     check_signals()
     mesh = make_mesh(config.mesh)
-    say(console, f"checking     the files of {' and '.join(filter(None, (config.model, config.against)))}, by their checksums")
-    models = _open(config, mesh)
+    models = _open(config, mesh, console)
     check_signals()
     known = {}
     if (earlier := config.against_results) is not None:
         fingerprint = models["against"].model.pretrained.fingerprint
         known["against"] = from_first(lambda: read_known(earlier, [*HARNESS.values()], fingerprint))
     from_first(lambda: _check_texts(config.texts, models))
-    texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
+    texts = {}
+    for source in config.texts:
+        say(console, f"reading      {source}")
+        texts[source] = from_first(functools.partial(_read, source, config, models))
     folder = (
         as_path(config.output) if config.output else models["model"].run.directory or default_folder("evaluate", config.model)
     )
     with writing(folder, "choose another --output"):
         first_only(lambda: _make_writable(folder, config.force))
-    say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
+    say(console, "\n".join(_greeting(config, models, texts, mesh, folder)) + "\n")
     evaluated = _evaluated(models)
     decides = {
         "settings": settings,
@@ -96,7 +101,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         questions = _Questions.prepare(config, models, known, progress)
         found = {}
         for number, (source, tokens) in enumerate(texts.items(), 1):
-            later = [text_steps(models["model"].model.decoder, each, "against" in models) for each in [*texts.values()][number:]]
+            decoder, both = models["model"].model.decoder, "against" in models
+            later = [text_steps(decoder, each, both, config.per_block) for each in [*texts.values()][number:]]
             progress.ahead = [*later, *questions.ahead(len(questions.testers))]
             found[source] = parts.measured(source, functools.partial(measure, source, tokens))
         results = questions.answers(parts, config.asking, progress) | known
@@ -116,15 +122,24 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     if is_first() and _draw_page(config, folder, console):
         files["report"] = PAGE
     signals.ended(0)
-    print_evaluation(console, record, {name: str(folder / file) for name, file in files.items()})
+    strange = [
+        line
+        for source, numbers in record["perplexity"].items()
+        for line in (_poor(source, numbers["unigram_perplexity"]), _unpredicted(numbers))
+        if line
+    ]
+    print_evaluation(console, record, {name: str(folder / file) for name, file in files.items()}, strange)
     return record
 
 
-def _open(config: EvaluateConfig, mesh: Mesh) -> dict[str, Evaluated]:
+def _open(config: EvaluateConfig, mesh: Mesh, console: Console) -> dict[str, Evaluated]:
     """The models under "model" and "against". Raises UserError if they can't be compared, or asked as a chat."""
-    models = {"model": open_evaluated(config.model, mesh, config.dtype, config.batch)}
+    models = {}
+    for name, spec in (("model", config.model), ("against", config.against)):
+        if spec is not None:
+            say(console, f"opening      {spec}: its files are compared with their checksums")
+            models[name] = open_evaluated(spec, mesh, config.dtype, config.batch)
     if config.against is not None:
-        models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
         check_pair(**models)
     if config.apply_chat_template:
         _check_chat(models.values())
@@ -257,26 +272,55 @@ def _evaluated(models: Mapping[str, Evaluated]) -> dict[str, Any]:
 
 def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> dict[str, Any]:
     """The entries of a text under "perplexity" and "distance" in the record; None for the distance of a model on its own."""
-    how: dict[str, Any] = {"tokens": int(tokens.ids.size), "how": tokens.how}
-    pruned = models["model"].model.decoder
-    if "against" not in models:
-        steps = text_steps(pruned, tokens, both=False)
-        progress.stage(f"perplexity on {source}", len(steps), steps)
-        value = perplexity(pruned, tokens.ids, progress.advance)
-        return {"perplexity": {"perplexity": value, **how, "against": None}, "distance": None}
-    steps = text_steps(pruned, tokens, both=True)
-    progress.stage(f"both models on {source}", len(steps), steps)
-    apart = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)._asdict()
-    dense = apart.pop("dense_perplexity")
-    return {"perplexity": {"perplexity": apart.pop("pruned_perplexity"), **how, "against": dense}, "distance": apart}
+    how: dict[str, Any] = {
+        "tokens": int(tokens.ids.size),
+        "how": tokens.how,
+        "unigram_perplexity": unigram_perplexity(tokens.ids),
+    }
+    pruned, both = models["model"].model.decoder, "against" in models
+    steps = text_steps(pruned, tokens, both, per_block)
+    progress.stage(f"{'both models' if both else 'perplexity'} on {source}", len(steps), steps)
+    if not both:
+        value = perplexity(pruned, tokens.ids, progress.advance, between=progress.advance)
+        found: dict[str, Any] = {"perplexity": {"perplexity": value, **how, "against": None}, "distance": None}
+    else:
+        apart = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)._asdict()
+        dense = apart.pop("dense_perplexity")
+        found = {"perplexity": {"perplexity": apart.pop("pruned_perplexity"), **how, "against": dense}, "distance": apart}
+    if told := _unpredicted(found["perplexity"]):
+        progress.note(f"unusual: {told}")
+    return found
 
 
-def text_steps(decoder: Decoder, tokens: Tokens, both: bool) -> list[Step]:
-    """What a text takes, for one model or for two. Texts of one length of window run the same programs."""
+def text_steps(decoder: Decoder, tokens: Tokens, both: bool, per_block: bool = False) -> list[Step]:
+    """What a text takes, for one model or for two. Texts of one length of window run the same programs.
+
+    Args:
+      per_block: the head reads the hidden states of every block, as in :func:`distance`.
+    """
     windows, length = tokens.ids.shape
     which = f"{'both models' if both else 'the model'} on windows of {length}"
-    blocks = [Step(f"{which}, {decoder.config.kind_of(index)}", windows) for index in range(decoder.config.blocks)]
-    return blocks if both else [*blocks, Step(f"{which}, head", windows)]
+    batches = count_batches(decoder.mesh, windows, decoder.batch)
+    # The work is counted in weights that windows are multiplied by: the head takes as long as several blocks, and comes last.
+    head, steps = windows / batches * decoder.config.vocab * decoder.config.d_model, list[Step]()
+    for index in range(decoder.config.blocks):
+        kind, weights = f"{which}, {decoder.config.kind_of(index)}", sum(map(math.prod, decoder.at(index).block_shapes.values()))
+        steps.append(Step(kind, float(windows * weights)))
+        if per_block or index == decoder.config.blocks - 1:
+            steps += [Step(f"{which}, head", head, like=kind)] * batches
+    return steps
+
+
+def _poor(source: str, unigram: float) -> str:
+    """What is wrong with a text; empty if nothing is."""
+    return poor_text(source, unigram, "--perplexity")
+
+
+def _unpredicted(found: Mapping[str, Any]) -> str:
+    """What is wrong with the model, or with the one that it is compared with, by an entry under "perplexity" in the record."""
+    dense = found["against"]
+    which, value = ("model", found["perplexity"]) if dense is None else ("model of --against", dense)
+    return unpredicted(value, found["unigram_perplexity"], which)
 
 
 def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], lm: DecoderLM) -> TaskDict:
@@ -334,14 +378,18 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
         keep(folder, files)
 
 
-def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh: Mesh, folder: Path) -> list[str]:
+def _greeting(
+    config: EvaluateConfig, models: Mapping[str, Evaluated], texts: Mapping[str, Tokens], mesh: Mesh, folder: Path
+) -> list[str]:
     """Lines that describe the evaluation, printed before the first long computation."""
     several = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [
         f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
         for name, opened in models.items()
     ]
-    lines += [f"perplexity   {', '.join(config.texts)}"] if config.texts else []
+    lines += [f"perplexity   {', '.join(texts)}"] if texts else []
+    told = [_poor(source, unigram_perplexity(tokens.ids)) for source, tokens in texts.items()]
+    lines += [f"unusual      {line}" for line in told if line]
     known = f"; results of {config.against} from {config.against_results}" if config.against_results else ""
     lines += [f"tasks        {', '.join(config.task_names)}{known}"] if config.task_names else []
     return [

@@ -1,6 +1,6 @@
 """Prints the results of an evaluation to the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,12 +12,13 @@ from optima_tpu.report.progress import show
 from optima_tpu.report.scores import scores
 
 
-def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Prints perplexities, distances, the table of tasks, the paper's average, and where the files are.
+def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping[str, str], strange: Iterable[str] = ()) -> None:
+    """Prints perplexities, distances, why they mean nothing, the table of tasks, the paper's average, and where the files are.
 
     Args:
       record: contents of evaluation.json.
       files: label -> path.
+      strange: why numbers mean nothing.
     """
     console.print()
     lines = []
@@ -31,6 +32,7 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
             f"distance    KL divergence {kl} nats, the same most likely token at {agreement} of {apart['tokens']:,} "
             f"positions, relative error of the last hidden state {number(apart['hidden_errors'][-1])}, on {source}"
         )
+    lines += [f"unusual     {line}" for line in strange]
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if record["tasks"]:

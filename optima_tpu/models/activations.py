@@ -122,6 +122,11 @@ class Activations:
             yield Batch(self.mesh, rows, rows < self.last, hidden)
 
 
+def count_batches(mesh: Mesh, samples: int, size: int) -> int:
+    """How many batches :meth:`Activations.batches` cuts so many samples into."""
+    return sum(1 for _ in _rows_of_batches(mesh, 0, samples, size))
+
+
 def _rows_of_batches(mesh: Mesh, first: int, last: int, size: int) -> Iterator[np.ndarray]:
     """The windows of each batch, in the order in which the devices hold them."""
     slices = mesh.shape[DATA]

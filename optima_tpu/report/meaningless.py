@@ -16,22 +16,26 @@ from optima_tpu.report.numbers import number
 LEAST = 4.0
 
 
-def poor_text(which: str, unigram: float | None) -> str:
-    """What is wrong with a calibration or evaluation text; empty if nothing is, or if its frequencies were not recorded."""
+def poor_text(which: str, unigram: float | None, option: str = "") -> str:
+    """What is wrong with a calibration or evaluation text; empty if nothing is, or if its frequencies were not recorded.
+
+    Args:
+      option: names another text; by default ``which`` with .source.
+    """
     if unigram is None or unigram >= LEAST:
         return ""
     return (
         f"the {which} text is hardly more than one token again and again (its frequencies alone predict it with a perplexity of "
-        f"{number(unigram)}), so no number behind it means anything: give another text by --{which}.source"
+        f"{number(unigram)}), so no number behind it means anything: give another text by {option or f'--{which}.source'}"
     )
 
 
-def unpredicted(dense: float, unigram: float | None) -> str:
+def unpredicted(dense: float, unigram: float | None, which: str = "dense model") -> str:
     """What is wrong with a dense model by its perplexity on the evaluation text; empty if nothing is."""
     if unigram is None or dense < unigram or poor_text("evaluation", unigram):
         return ""
     return (
-        f"the dense model does not predict the evaluation text (perplexity {number(dense, 4)}; the frequencies of the text's tokens alone "
+        f"the {which} does not predict the evaluation text (perplexity {number(dense, 4)}; the frequencies of the text's tokens alone "
         f"give {number(unigram, 4)}), so no number behind it means anything: check that it is the right, undamaged model for this text"
     )
 

@@ -17,11 +17,13 @@ class Step(NamedTuple):
 
     Attributes:
       kind: steps of one kind run the same programs, in whatever stage they are.
-      work: how much it is, compared with other steps of its kind.
+      work: how much it is, compared with other steps of its kind, and of the kind ``like``.
+      like: the kind whose rate stands in while no step of ``kind`` was measured; empty if none does.
     """
 
     kind: str
     work: float = 1.0
+    like: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Pace:
 
     def seconds(self, step: Step) -> float | None:
         """The seconds that work of one kind will take; None if that is not known."""
-        known = self.kinds.get(step.kind)
+        known = self.kinds.get(step.kind) or self.kinds.get(step.like)
         return statistics.median(known) * step.work if known else None
 
     def left(self, steps: Iterable[Step], into: float = 0.0) -> float | None:
@@ -58,11 +60,11 @@ class Pace:
           into: seconds since the first of them began.
         """
         steps = list(steps)
-        work = defaultdict[str, float](float)
+        work = defaultdict[Step, float](float)
         for step in steps:
-            work[step.kind] += step.work
-        found = {kind: self.seconds(Step(kind, total)) for kind, total in work.items()}
-        measured = [step for step in steps if found[step.kind] is not None]
+            work[step._replace(work=1.0)] += step.work
+        found = {step: self.seconds(step._replace(work=total)) for step, total in work.items()}
+        measured = [step for step in steps if found[step._replace(work=1.0)] is not None]
         seconds, unknown = sum((each or 0.0 for each in found.values()), 0.0), len(steps) - len(measured)
         if unknown > _SMALL * len(measured):
             return None

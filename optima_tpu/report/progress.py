@@ -20,8 +20,9 @@ from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import fitted_errors, sparsity
 from optima_tpu.runtime.processes import check_signals
 
-_QUIET = 60.0
-"""Seconds after which a stage prints another line where no bar shows that it goes on, as in the log of a job."""
+_QUIET, _QUIETEST = 10.0, 60.0
+"""Seconds after which a stage prints another line where no bar shows that it goes on, as in the log of a job. They double with
+every such line of the stage, up to the second number: who looks on soon knows that it moves, and a long log stays short."""
 
 _SHORT = 0.5
 """Seconds below which nothing is said of the time left."""
@@ -62,9 +63,9 @@ class Progress:
                 progress.advance()
 
     Prints one line for every stage and every finished block. On a terminal, a bar below these lines shows the step, what is being
-    done, and the time left of the stage and of the run. Elsewhere a stage that prints nothing for a minute prints a line with the
-    same, in the middle of a step too. Only process 0 prints. Create it after the devices are initialised, because it asks JAX for
-    the process index.
+    done, and the time left of the stage and of the run. Elsewhere a stage that prints nothing for ten seconds prints a line with the
+    same, in the middle of a step too; then after 20 and 40 seconds, and every minute. Only process 0 prints. Create it after the
+    devices are initialised, because it asks JAX for the process index.
 
     All estimates come from one :class:`Pace`, which lasts as long as the run: a stage whose steps are of a kind that an earlier
     stage measured has a time left before it begins.
@@ -88,6 +89,7 @@ class Progress:
         self._block: int | None = None
         self._start = self._stage_start = self._step_start = self._block_start = self._said_at = clock()
         self._total = self._done = 0
+        self._quiet = _QUIET
         self._activity = self._last_layer = ""
         self._layers: list[LayerReport] = []
         self._shown = self._speaks and self._console.is_terminal
@@ -125,7 +127,7 @@ class Progress:
         """
         self.end_stage()
         self._stage, self._stage_start = name, self._clock()
-        self._step_start, self._part = self._stage_start, ""
+        self._step_start, self._part, self._quiet = self._stage_start, "", _QUIET
         self._steps = [Step(name)] * total if steps is None else list(steps)
         self._total, self._done = total, 0
         left, words = self._remaining(), [name]
@@ -227,7 +229,7 @@ class Progress:
             return self._activity
         if self._activity:
             return f"{self._activity} (first time, slower)"
-        return "the first step, slower than the others" if len(self._steps) > 1 else ""
+        return "the first step of its kind, slower than the others" if len(self._steps) > 1 else ""
 
     def _watch(self) -> None:
         """Runs in a thread of its own, for a step may take long."""
@@ -235,15 +237,17 @@ class Progress:
             self._tell_if_quiet()
 
     def _tell_if_quiet(self) -> None:
-        """Prints how far the stage is if nothing was printed for a minute and no bar shows it."""
-        if self._shown or self._stage is None or self._clock() - self._said_at < _QUIET:
+        """Prints how far the stage is if nothing was printed for a while and no bar shows it."""
+        if self._shown or self._stage is None or self._clock() - self._said_at < self._quiet:
             return
+        self._quiet = min(2 * self._quiet, _QUIETEST)
+        unknown = "time left not known yet" if self._remaining().stage is None else ""
         at = (
             f"{self._stage}, step {self._done} of {self._total} is done"
             if self._block is None
             else f"block {self._block} ({self._block + 1} of {self._total})"
         )
-        self._say(", ".join(filter(None, [at, self._doing(), self.left() or "time left not known yet"])))
+        self._say(", ".join(filter(None, [at, self._doing(), self.left() or unknown])))
 
     def _say(self, text: str) -> None:
         self._said_at = self._clock()
@@ -281,4 +285,4 @@ class _Times(ProgressColumn):
 
 def _outcome(layers: list[LayerReport]) -> str:
     before, after = fitted_errors(layers)
-    return f"error {percent(before)} -> {percent(after)}, sparsity {percent(sparsity(layers))}"
+    return f"calibration error {percent(before)} -> {percent(after)}, sparsity {percent(sparsity(layers))}"

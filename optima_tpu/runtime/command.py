@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import printing, signals
+from optima_tpu.runtime.light import lightly
 from optima_tpu.runtime.program import refuse_undecodable
+from optima_tpu.runtime.version import code_version
 
 if TYPE_CHECKING:
     from optima_tpu.runtime.devices import Devices
@@ -34,6 +36,18 @@ _REMEDIES = {
 _PEER_GONE = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.IGNORECASE
 )
+
+
+def announce(config: "Devices", model: str) -> None:
+    """Prints a command's first line: importing its libraries takes seconds, and nothing can be said of the model before.
+
+    Processes of a job print none, for which of them is the first is known only after they joined.
+    """
+    if not lightly("optima_tpu.runtime.processes:may_join", config.coordinator):
+        print(
+            legible(f"starting     optima-tpu {code_version()}: loads JAX and the other libraries, then opens {model}"),
+            flush=True,
+        )
 
 
 def take_devices(config: "Devices", alone: bool = False) -> None:

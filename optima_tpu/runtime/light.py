@@ -41,9 +41,18 @@ def rehearse(name: str, *arguments: Any) -> None:
         _tried(name, *arguments)
 
 
-def rehearsed(name: str, *arguments: Any) -> Any:
-    """The result of a function, "module:name", after its rehearsal."""
-    rehearse(name, *arguments)
+def rehearsed(name: str, *arguments: Any, first: Callable[[Any], None] = lambda result: None) -> Any:
+    """The result of a function, "module:name", after its rehearsal.
+
+    Args:
+      first: called once with the result, before the libraries load if the function needs none of them.
+    """
+    try:
+        first(_tried(name, *arguments))
+    except _Undecided:
+        result = _real(name)(*arguments)
+        first(result)
+        return result
     return _real(name)(*arguments)
 
 

@@ -31,6 +31,7 @@ from optima_tpu.runtime import checksums, signals
 from tests.support.processes import at_once, free_port, python, without_gloo
 from tests.support.records import put_json
 from tests.support.runs import only_error, snapshot
+from tests.support.tiny_models import tiny_folder
 
 CHOICE = """
 task: tiny_choice
@@ -394,6 +395,40 @@ def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finishe
     for kind in ("perplexity", "distance"):
         (mine,), (theirs,) = record[kind].values(), whole[kind].values()
         assert {**mine, "how": ""} == {**theirs, "how": ""}
+
+
+@pytest.mark.parametrize("words", [[], ["--against"], ["--against", "--per-block"]], ids=" ".join)
+def test_the_progress_counts_every_step_that_is_taken(words, finished, text, tmp_path, monkeypatch):
+    class Counts(evaluation.Progress):
+        def end_stage(self):
+            counts.append((self._done, self._total))
+            super().end_stage()
+
+    counts: list[tuple[int, int]] = []
+    monkeypatch.setattr(evaluation, "Progress", Counts)
+    values = {"--against": str(finished.model), "--per-block": "true"}
+    given = [each for word in words for each in (word, values[word])]
+    sizes = ["--length", "64", "--batch", "1", "--mesh", "4x2", "--output", str(tmp_path)]
+    assert main([str(finished.directory), *given, "--perplexity", f"file:{text}", *sizes]) == 0
+    # 3 blocks; the head reads 14 windows, 4 at a time, after the last block or after every block.
+    taken = 3 + 4 * (3 if "--per-block" in words else 1)
+    assert set(counts) == {(0, 0), (taken, taken)}
+
+
+def test_a_text_or_a_model_behind_which_no_number_means_anything_is_named(tmp_path, capsys):
+    """Every norm is 0, so every token has the same probability; and one of the texts is one letter."""
+    norms = lambda arrays: [array.fill(0) for name, array in arrays.items() if "norm" in name]  # noqa: E731
+    model = tiny_folder(tmp_path / "model", change=norms, num_hidden_layers=1)
+    (tmp_path / "a.txt").write_text("a" * 4000)
+    words = ["--perplexity", f"file:{tmp_path / 'a.txt'},random", "--windows", "4", "--length", "64"]
+    for against, named in (([], "model"), (["--against", str(model)], "model of --against")):
+        assert main([str(model), *words, *against, "--output", str(tmp_path / "out")]) == 0
+        greeting, _, rest = capsys.readouterr().out.partition(" on file:")
+        poor = f"the file:{tmp_path / 'a.txt'} text is hardly more than one token again and again"
+        assert f"unusual      {poor}" in greeting and f"unusual     {poor}" in rest and "another text by --perplexity" in rest
+        assert rest.count(f"the {named} does not predict the evaluation text (perplexity 258") == 2  # at once, and at the end
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["perplexity"][f"file:{tmp_path / 'a.txt'}"]["unigram_perplexity"] == 1.0
 
 
 def test_the_page_of_a_run_shows_what_was_evaluated_of_it(finished, text, tmp_path, capsys):

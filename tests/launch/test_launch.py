@@ -86,7 +86,10 @@ def test_the_report_is_complete(finished):
 def test_what_is_not_printed_to_a_terminal_is_plain_lines(finished):
     assert "\x1b" not in finished.printed and "\r" not in finished.printed
     for index in range(BLOCKS):
-        assert sum(f"block {index} ({index + 1} of {BLOCKS}): error " in line for line in finished.printed.splitlines()) == 1
+        assert (
+            sum(f"block {index} ({index + 1} of {BLOCKS}): calibration error " in line for line in finished.printed.splitlines())
+            == 1
+        )
     assert "dense perplexity" in finished.printed and "perplexity  dense" in finished.printed
     assert finished.printed.splitlines()[-1].startswith(f"report      {finished.directory}/report.html: open it in a browser; ")
     assert re.search(rf"^record +{finished.directory}/report.json$", finished.printed, re.MULTILINE)
@@ -123,7 +126,7 @@ def test_one_device_in_a_process_of_its_own_without_torch_agrees_with_eight(fini
     result = python("-m", "optima_tpu.launch", *arguments, "--cpu-devices", 1, "--output", tmp_path / "run")
     assert (result.returncode, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout and "\r" not in result.stdout
-    assert "block 2 (3 of 3): error " in result.stdout
+    assert "block 2 (3 of 3): calibration error " in result.stdout
     masks, other_masks = read_masks(finished.directory / "hf"), read_masks(tmp_path / "run" / "hf")
     expected, other = folder_tensors(finished.directory / "hf"), folder_tensors(tmp_path / "run" / "hf")
     for name, keep in masks.items():

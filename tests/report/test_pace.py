@@ -56,6 +56,13 @@ def test_a_few_steps_that_nothing_is_known_of_count_like_the_others_and_many_mak
     assert pace.left([Step("block")] * 10 + [Step("training step")] * 10) is None
 
 
+def test_a_kind_that_was_never_measured_takes_the_rate_of_the_kind_that_it_is_like():
+    pace, head = after(("block", 9.0), ("block", 2.0)), [Step("head", 3.0, like="block")] * 10
+    assert pace.left([*[Step("block")] * 10, *head]) == pytest.approx(80)
+    pace = pace.after(head[0], 99.0).after(head[0], 12.0)
+    assert pace.left([Step("block"), *head]) == pytest.approx(2 + 10 * 12)
+
+
 def test_the_time_of_a_whole_run_comes_from_stages_that_share_their_steps():
     """Dense perplexity, pruning, the same perplexity of the pruned model; within a tenth of the truth from block 1 on."""
     perplexity = [Step("evaluation")] * 10

@@ -203,10 +203,10 @@ def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
         "   0:00  dense perplexity",
         "   0:06  pruning",
         "   0:06  block 0 (1 of 4): its programs are compiled first, or read from an earlier run; blocks like it reuse them",
-        "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
-        "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 20 s left for pruning",
-        "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning",
-        "   0:46  block 3 (4 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
+        "   0:16  block 0 (1 of 4): calibration error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
+        "   0:26  block 1 (2 of 4): calibration error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 20 s left for pruning",
+        "   0:36  block 2 (3 of 4): calibration error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning",
+        "   0:46  block 3 (4 of 4): calibration error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
         "   0:46  pruned perplexity",
     ]
 
@@ -216,7 +216,9 @@ def test_a_resumed_walk_does_not_count_the_blocks_it_skips(clock):
     walk(Progress(out, clock), clock, first=1)
     lines = [line for line in out.file.getvalue().splitlines() if "sparsity" in line]
     assert len(lines) == 3
-    assert lines[1].endswith("block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning")
+    assert lines[1].endswith(
+        "block 2 (3 of 4): calibration error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning"
+    )
 
 
 def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
@@ -236,23 +238,32 @@ def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_stage_that_is_silent_for_a_minute_says_how_far_it_is_where_no_bar_shows_it(clock, terminal):
+def test_a_silent_stage_says_how_far_it_is_ever_less_often_where_no_bar_shows_it(clock, terminal):
     out = console(force_terminal=terminal, color_system=None)
-    progress, expected = (
-        Progress(out, clock),
-        (
-            "1:20  dense perplexity, step 2 of 6 is done, about 2:40 min",
-            "3:20  dense perplexity, step 5 of 6 is done, about 40 s",
-        ),
-    )
-    progress.stage("dense perplexity", total=6)
-    for step in range(6):
-        if step == 3:
+    progress = Progress(out, clock)
+    progress.stage("dense perplexity", total=60)
+    for step in range(60):
+        if step == 40:
             progress.note("a line")  # the next one need not come before a minute from here
-        clock.now += 40
+        clock.now += 4
         progress.advance()
-    told = [line for line in out.file.getvalue().splitlines() if " of 6 is done, " in line]
-    assert told == ([] if terminal else [f"   {line} left for dense perplexity" for line in expected])
+    told = [line for line in out.file.getvalue().splitlines() if " of 60 is done, " in line]
+    expected = [(12, 3, "3:48 min"), (32, 8, "3:28 min"), (72, 18, "2:48 min"), (132, 33, "1:48 min"), (220, 55, "20 s")]
+    assert told == [
+        f"{hms(second):>7}  dense perplexity, step {step} of 60 is done, about {left} left for dense perplexity"
+        for second, step, left in ([] if terminal else expected)
+    ]
+
+
+def test_a_stage_that_is_late_in_its_last_step_does_not_say_that_nothing_is_known(clock):
+    out = console()
+    progress = Progress(out, clock)
+    progress.stage("dense perplexity", total=3)
+    for seconds in (1, 1, 30):
+        clock.now += seconds
+        progress._tell_if_quiet()
+        progress.advance()
+    assert out.file.getvalue().splitlines()[1:] == ["   0:32  dense perplexity, step 2 of 3 is done"]
 
 
 def test_seconds_by_stage(clock):
@@ -274,7 +285,11 @@ def test_on_a_terminal_a_bar_shows_step_layer_and_time_left(clock):
         progress.layer(layer(2))
         progress._bars.refresh()
         text = out.file.getvalue()
-    for words in ("2/4", "about 20 s left for pruning", "block 2 self_attn.q_proj: error 12.3% -> 5.00%, sparsity 50.0%"):
+    for words in (
+        "2/4",
+        "about 20 s left for pruning",
+        "block 2 self_attn.q_proj: calibration error 12.3% -> 5.00%, sparsity 50.0%",
+    ):
         assert words in text
 
 
@@ -306,33 +321,33 @@ def test_a_stage_that_an_earlier_one_measured_says_its_time_before_it_begins(clo
     for name, ahead in (("dense perplexity", [steps, [Step("prompts")]]), ("pruned perplexity", [[Step("prompts")]])):
         progress.ahead = ahead
         progress.stage(name, 5, steps)
-        for seconds in (30, 4, 4, 4, 4):
+        for seconds in (5, 1, 1, 1, 1):
             clock.now += seconds
             progress.advance()
     assert out.file.getvalue().splitlines() == [
         "   0:00  dense perplexity",
-        "   0:46  pruned perplexity, about 20 s, at least 20 s left for the run",
+        "   0:09  pruned perplexity, about 5 s, at least 5 s left for the run",
     ]
 
 
-def test_a_long_step_says_what_is_done_before_it_and_every_minute_of_it(clock):
+def test_a_long_step_says_what_is_done_before_its_end(clock):
     """Not only at the end of the step: the first block was silent for 4:31 minutes."""
     out = console()
     progress = Progress(out, clock)
     progress.stage("pruning", total=2, steps=[Step("calibrating"), Step("solving")] * 2)
     progress.block(0, 2)
     progress.begin("calibrating", "reading the calibration text")
-    for seconds in (59, 1, 30):
+    for seconds in (9, 1, 15):
         clock.now += seconds
         progress._tell_if_quiet()  # a thread asks every second
     progress.begin("solving", "pruning mlp.up_proj")
-    clock.now += 31
+    clock.now += 5
     progress._tell_if_quiet()
     assert out.file.getvalue().splitlines() == [
         "   0:00  pruning",
         "   0:00  block 0 (1 of 2): its programs are compiled first, or read from an earlier run; blocks like it reuse them",
-        "   1:00  block 0 (1 of 2), reading the calibration text (first time, slower), time left not known yet",
-        "   2:01  block 0 (1 of 2), pruning mlp.up_proj (first time, slower), time left not known yet",
+        "   0:10  block 0 (1 of 2), reading the calibration text (first time, slower), time left not known yet",
+        "   0:30  block 0 (1 of 2), pruning mlp.up_proj (first time, slower), time left not known yet",
     ]
 
 
