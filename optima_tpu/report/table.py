@@ -20,6 +20,7 @@ from optima_tpu.report.summary import (
     all_layers,
     by_kind,
     exchanged,
+    fitted_errors,
     gap_meaning,
     held_out_caveat,
     held_out_errors,
@@ -94,6 +95,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     ratio = number(perplexity["pruned"] / perplexity["dense"])
     lines += [
         "",
+        *([f"error       {told}"] if (told := _mean_errors(layers, solver)) else []),
         f"perplexity  {shown} ({ratio} times), on {report['evaluation']['how']}",
         f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices" + whole_model(report),
     ]
@@ -115,6 +117,19 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
     lines += ["", f"result      {plain(result(report))}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _mean_errors(layers: Sequence[LayerReport], solver: str | None) -> str:
+    """The mean error of the layers on each text, the calibration text first as on the page; empty if nobody measured it."""
+    if not measured(layers):
+        return ""
+    texts = {"the calibration text": fitted_errors(layers), "held-out text": held_out_errors(layers)}
+    told = [
+        f"{f'{percent(before)} -> ' if solver and before is not None else ''}{percent(after)} on {text}"
+        for text, (before, after) in texts.items()
+        if after is not None
+    ]
+    return f"{', '.join(told)}; mean of {len(layers):,} {'matrix' if len(layers) == 1 else 'matrices'}"
 
 
 def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
@@ -168,7 +183,7 @@ def sizes(report: Mapping[str, Any]) -> str:
     if not found.get("dense"):
         return ""
     pruned = f", pruned in hf/ {size(found['transformers'])}" if found.get("transformers") else ""
-    why = "the file is not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one"
+    why = "the file is not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and prints its size, a smaller share of bfloat16 (--dtype) than of float32"
     if report["configuration"].get("quantize"):
         why = (
             "the file is not smaller because it holds integers times scales in the source's dtype; optima export --format "

@@ -10,7 +10,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import printing, signals
@@ -38,14 +38,23 @@ _PEER_GONE = re.compile(
 )
 
 
-def announce(config: "Devices", model: str) -> None:
+class Opens(Protocol):
+    """The settings of a command that opens a model. Properties, since settings are frozen."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def coordinator(self) -> str | None: ...
+
+
+def announce(config: Opens) -> None:
     """Prints a command's first line: importing its libraries takes seconds, and nothing can be said of the model before.
 
     Processes of a job print none, for which of them is the first is known only after they joined.
     """
     if not lightly("optima_tpu.runtime.processes:may_join", config.coordinator):
         print(
-            legible(f"starting     optima-tpu {code_version()}: loads JAX and the other libraries, then opens {model}"),
+            legible(f"starting     optima-tpu {code_version()}: loads JAX and the other libraries, then opens {config.model}"),
             flush=True,
         )
 

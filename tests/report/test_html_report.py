@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import html.parser
+import io
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from optima_tpu.config.parse import flags, parse
 from optima_tpu.config.run_config import EMBEDDED, to_dict
@@ -27,6 +29,7 @@ from optima_tpu.report.records import BlockReport
 from optima_tpu.report.results import tiles
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
+from optima_tpu.report.table import print_summary
 from optima_tpu.report.view import without_folders
 from tests.support.fake_reports import layers, write_other_places, write_run
 from tests.support.pages import leave_plots_empty
@@ -420,7 +423,7 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
 def test_a_mean_before_the_update_that_is_not_finite_has_no_number(tmp_path):
     directory = write_run(tmp_path / "run", reports=layers(0, held_out_before=math.inf, held_out_after=0.02))
     _, (run,) = read_runs([directory])
-    assert next(tile.value for tile in tiles(run) if tile.name == "Layer error") == "– → 2.00%"
+    assert "on held-out text – → 2.00%" in next(tile.note for tile in tiles(run) if tile.name == "Layer error")
 
 
 def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp_path, unplotted):
@@ -630,12 +633,24 @@ def test_the_pruned_column_follows_the_dense_one_before_counts(tmp_path, unplott
 
 @pytest.mark.parametrize(("after", "word"), [(0.03, "better"), (0.151, "worse")])
 def test_numbers_before_and_after_have_a_word(after, word, tmp_path):
-    reports = layers(0, held_out_before=0.137, held_out_after=after, dense_before=0.3, dense_after=0.2)
+    reports = layers(0, error_before=0.137, error_after=after, dense_before=0.3, dense_after=0.2)
     _, (run,) = read_runs([write_run(tmp_path / "run", reports=reports)])
     told = {tile.name: tile for tile in tiles(run)}
     assert told["Layer error"].value.startswith("13.7% → ") and f"update, {word}, mean" in told["Layer error"].note
     assert told["Layer error against dense"].value == "30.0% → 20.0%" and ", better, " in told["Layer error against dense"].note
     assert "1.50 times, worse, on" in told["Perplexity"].note
+
+
+def test_page_and_console_lead_with_the_error_on_the_calibration_text_and_name_both_texts(tmp_path):
+    reports = layers(0, error_before=0.2, error_after=0.1, held_out_before=0.3, held_out_after=0.15)
+    directory = write_run(tmp_path / "run", reports=reports)
+    _, (run,) = read_runs([directory])
+    (tile,) = [tile for tile in tiles(run) if tile.name == "Layer error"]
+    assert tile.value == "20.0% → 10.0%" and "on the calibration text; on held-out text 30.0% → 15.0%" in tile.note
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(console, run.report, directory)
+    expected = "error       20.0% -> 10.0% on the calibration text, 30.0% -> 15.0% on held-out text; mean of 21 matrices"
+    assert expected in console.file.getvalue().splitlines()
 
 
 @pytest.mark.parametrize(("unit", "values"), [(percent, [1e-6, 3e-6]), (number, [1e-7, 1.0]), (percent, [0.5, 1.0])])
