@@ -44,8 +44,11 @@ def test_measured_rows_stand_in_the_file_that_they_name():
 def test_the_first_sentence_is_the_number_and_how_sure_it_is():
     said = result(reported(1.33))
     assert said.startswith("Perplexity 20.00 → 26.60: 1.33 times the dense model’s, worse (1.30 to 1.36 with two standard errors")
-    assert "Published methods at 50% with models of about this size (OPT-125M, SmolLM2-135M): 1.21 times (FISTAPruner)" in said
-    assert "to 2.27 times (Wanda), on WikiText-2 and C4." in said
+    assert (
+        "Published methods at 50% with models of about this size: OPT-125M 1.21 times (FISTAPruner) to 1.43 times (Wanda), "
+        in said
+    )
+    assert "on WikiText-2; SmolLM2-135M 1.75 times (OPTIMA from SparseGPT) to 2.27 times (Wanda), on WikiText-2 and C4." in said
     assert not re.search("good|usual|poor|known|rule of thumb", said, re.IGNORECASE)
     assert "how sure that is was not measured" in result(reported(1.33, error=None))
     assert "how sure that is was not measured" in result({**reported(), "tokens": None})
@@ -58,6 +61,11 @@ def test_two_standard_errors_decide_what_is_said(ratio, error):
     assert ("no difference that this text can show" in said) == (abs(math.log(ratio)) <= sure)
     assert ("above all of them" in said) == (math.log(ratio / (66.21 / 29.19)) > sure)
     assert ("below all of them" in said) == (math.log((33.54 / 27.67) / ratio) > sure)
+
+
+def test_a_model_with_one_row_has_no_range():
+    said = result(reported(1.5, settings={"pattern": "2:4"}, weights=7_620_000_000))
+    assert "Qwen2.5-7B 1.66 times (SparseGPT), on WikiText-2." in said
 
 
 def test_on_another_text_the_range_is_given_and_nothing_said_of_it():
