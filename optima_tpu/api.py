@@ -125,7 +125,7 @@ class Result:
           scan_layers: whether all blocks are stacked, for the form "maxtext".
 
         Raises:
-          UserError: the folder exists and is not empty, the run kept no checkpoint, or its model cannot have this form.
+          UserError: the folder holds anything but this export, the run kept no checkpoint, or its model cannot have this form.
         """
         export(self.directory, folder, Options(scan_layers=scan_layers), form=form)
         return Path(folder)
@@ -401,8 +401,12 @@ def _refuse_of_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
         names += [name] if named else _changed(name, chosen[name], plain[name])
     if names:
         others = f", as do{'es' * (len(names) == 2)} {' and '.join(names[1:])}" if names[1:] else ""
+        given = {name.partition(".")[0] for name in settings}
+        by_caller = [name for name in names if name.partition(".")[0] in given]
+        remedies = [f"leave {' and '.join(by_caller)} out"] if by_caller else []
+        remedies += [f"take preset='fast' in the place of {settings.get('preset')!r}"] if len(by_caller) < len(names) else []
         raise UserError(
-            f"expected settings of one layer, got {names[0]}, which needs a whole model{others}; leave it out, take preset='fast', or call "
+            f"expected settings of one layer, got {names[0]}, which needs a whole model{others}; {' and '.join(remedies)}, or call "
             "optima_tpu.prune"
         )
 

@@ -199,6 +199,21 @@ def test_a_tensor_without_dense_numbers_is_refused(kind):
         optima_tpu.prune_layer(tensor, inputs=layer()[1])
 
 
+def test_a_setting_that_needs_a_model_is_mended_where_it_was_chosen():
+    def remedy(**settings):
+        with pytest.raises(UserError) as refused:
+            optima_tpu.prune_layer(layer()[0], **MODEL_SETTING, **settings)
+        return str(refused.value).partition("; ")[2]
+
+    assert remedy(borrow=2.0) == "leave borrow out, or call optima_tpu.prune"
+    assert remedy(borrow=2.0, recapture=True) == "leave recapture and borrow out, or call optima_tpu.prune"
+    assert remedy(preset="best") == "take preset='fast' in the place of 'best', or call optima_tpu.prune"
+    assert (
+        remedy(preset="best", dtype="bfloat16")
+        == "leave dtype out and take preset='fast' in the place of 'best', or call optima_tpu.prune"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
