@@ -31,8 +31,8 @@ TEXTS: Mapping[str, str] = MappingProxyType(
 """Subcommand -> what it does."""
 
 _PACKAGES = ("evaluate", "report")
-_REHEARSED = ("report", "export", "push", "unpack", "figures", "data")
-"""The commands whose modules import libraries. The modules of the others import nothing large before they have read their arguments."""
+_REHEARSED = ("data",)
+"""The commands whose packages import libraries. The modules of the others import nothing large before they have read their arguments."""
 
 _HELP = """\
 OPTIMA-TPU prunes a pretrained language model in one shot.

@@ -6,21 +6,18 @@ import math
 import re
 import sys
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.checkpoints import forms
-from optima_tpu.models.checkpoints.export import FOLDER, export
-from optima_tpu.models.checkpoints.orbax import quiet_orbax
-from optima_tpu.models.checkpoints.packed import Packed
-from optima_tpu.report.file import weights_on_disk
 from optima_tpu.runtime import printing, signals
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import only_program
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
+
+if TYPE_CHECKING:
+    from optima_tpu.models.checkpoints.packed import Packed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,12 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """The parser of the command line."""
+    from optima_tpu.models.checkpoints import forms
+
     parser = Parser(
         prog=program("export"),
         description="Writes the folder that transformers loads, from a finished pruning run. The dense model is not needed.",
     )
     parser.add_argument("run_dir", metavar="RUN", help="output directory of the run")
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or must be empty")
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or must be empty, or holds this export")
     parser.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file (default: %(default)s)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -81,24 +80,37 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _export(arguments: list[str] | None) -> None:
-    chosen = read(arguments)
+    chosen: argparse.Namespace = rehearsed("optima_tpu.export:read", arguments)
+    import jax
+
+    from optima_tpu.models.checkpoints import forms
+    from optima_tpu.models.checkpoints.export import export
+    from optima_tpu.models.checkpoints.orbax import quiet_orbax
+    from optima_tpu.models.checkpoints.packed import Packed
+    from optima_tpu.report.file import weights_on_disk
+
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
     options = forms.Options(byte_count("a shard size", chosen.max_shard_size), chosen.scan_layers)
     with _alone_in_run(as_path(chosen.run_dir).resolve(), as_path(chosen.out).resolve()):
-        dense = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=printing.printed)
+        outcome = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=printing.printed)
     signals.ended(0)
+    if not outcome.anew:
+        return
     print(f"wrote {chosen.out}")
     if told := forms.FORMS[chosen.form].next:
         print(told.replace("FOLDER", str(as_path(chosen.out).absolute())))
     if chosen.form == forms.Packed.name:
         print(sizes(Packed(Path(chosen.out))))
     elif forms.FORMS[chosen.form].compact:
-        print(_weight_files(chosen.form, dense, weights_on_disk(as_path(chosen.out))))
+        print(_weight_files(chosen.form, outcome.dense, weights_on_disk(as_path(chosen.out))))
 
 
 def _alone_in_run(run: Path, out: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps the run's own command away from its hf/ while that is exported by hand."""
+    from optima_tpu.models.checkpoints.export import FOLDER
+    from optima_tpu.runtime.files import only_program
+
     return only_program(run) if run.is_dir() and out == run / FOLDER else contextlib.nullcontext()
 
 
@@ -107,10 +119,10 @@ def _weight_files(form: str, plain: int, small: int) -> str:
     return f"weight files: dense {plain:,} bytes, pruned {plain:,}, {form} {small:,} ({small / plain:.3f} of the dense)"
 
 
-def sizes(packed: Packed) -> str:
+def sizes(packed: "Packed") -> str:
     """What the files of weights take: dense, pruned and packed, in bytes; and in bits a weight the matrices with masks of their own."""
     plain, small = packed.unpacked_bytes, packed.packed_bytes
-    files = _weight_files(forms.Packed.name, plain, small)
+    files = _weight_files("packed", plain, small)
     if not packed.masks:
         return files
     pruned = [packed.tensors[name] for name in packed.masks]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optima_tpu.errors import UserError
-from optima_tpu.report import curves
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.outputs import refuse_foreign
 from optima_tpu.runtime.program import Parser, program
 
@@ -31,13 +31,13 @@ def read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
 
 
 def _draw(arguments: Sequence[str] | None) -> None:
-    chosen, path = read(arguments)
+    chosen, path = rehearsed("optima_tpu.figures:read", arguments)
+    from optima_tpu.report import curves, figures  # matplotlib is slow, and --help and errors need not wait
+
     refuse_foreign(path, curves.is_figure, chosen.force)
     data: curves.LayerErrors | curves.WindowCounts = (
         curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.windows(chosen.sweep)
     )
-    from optima_tpu.report import figures  # imported late: matplotlib is slow, and --help and errors need not wait
-
     drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.windows(data)
     figures.write(drawn, path)
     signals.ended(0)

@@ -5,24 +5,18 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.models.checkpoints.export import FOLDER, SIDECAR
-from optima_tpu.report.file import REPORT
-from optima_tpu.report.page import PAGE
-from optima_tpu.report.run_record import RUN
-from optima_tpu.report.table import size
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.checksums import ALL, changes, listed, refuse_changed
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.inside import refuse_links
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationCopy, HfApi
 
 _PATH = re.compile(
     r"""(?<![\w.:/-])(?:/(?:home|Users|root|mnt|data|scratch|tmp|workspace|content|work|gpfs|lustre)/[^\s"'<>\\|]+"""
@@ -45,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """The parser of the command line."""
+    from optima_tpu.report.file import REPORT
+    from optima_tpu.report.page import PAGE
+
     parser = Parser(
         prog=program("push"),
         description="Publishes the exported folder of a pruned model, with its card, masks and checksums, on the Hugging Face hub. "
@@ -70,7 +67,9 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _push(arguments: list[str] | None) -> None:
-    chosen = read(arguments)
+    chosen: argparse.Namespace = rehearsed("optima_tpu.push:read", arguments)
+    from huggingface_hub import HfApi
+
     check_repository(chosen.repository)
     upload = collect(chosen.run, chosen.include_report, chosen.include_private)
     if chosen.dry_run:
@@ -82,6 +81,9 @@ def _push(arguments: list[str] | None) -> None:
 
 def check_repository(repository: str) -> None:
     """Raises UserError if a text is no repository's id, ORG/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -90,7 +92,7 @@ def check_repository(repository: str) -> None:
         raise UserError(f"expected ORG/NAME, got {repository!r}")
 
 
-def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[str], bool], public: bool = False) -> None:
+def push(files: Mapping[str, Path], repository: str, api: "HfApi", ask: Callable[[str], bool], public: bool = False) -> None:
     """Publishes files in one commit. Nothing goes out before ``ask`` agreed.
 
     Weights that are in the repository and not among the files are deleted: a loader might take them for this model's.
@@ -104,6 +106,9 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
     Raises:
       UserError: nobody agreed, or the hub refused.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
     check_repository(repository)
     total = _list(files)
     try:
@@ -137,6 +142,8 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
 
 def _list(files: Mapping[str, Path]) -> str:
     """Prints each file with its size. Returns the size of all."""
+    from optima_tpu.report.table import size
+
     for name, path in files.items():
         print(f"{size(path.stat().st_size):>10}  {name}")
     return size(sum(path.stat().st_size for path in files.values()))
@@ -157,6 +164,13 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
     Raises:
       UserError: there is no such folder, a file is missing, was changed or does not belong there, or holds something private.
     """
+    from optima_tpu.models.checkpoints.export import FOLDER, SIDECAR
+    from optima_tpu.report.file import REPORT
+    from optima_tpu.report.page import PAGE
+    from optima_tpu.report.run_record import RUN
+    from optima_tpu.runtime.checksums import ALL, changes, listed, refuse_changed
+    from optima_tpu.runtime.files import files_in
+
     path = as_path(run)
     if (path / RUN).is_file():
         refuse_links(path)

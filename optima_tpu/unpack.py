@@ -7,9 +7,8 @@ from pathlib import Path
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import making, refuse_occupied, writing
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -36,7 +35,7 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _unpack(arguments: list[str] | None) -> None:
-    chosen = read(arguments)
+    chosen: argparse.Namespace = rehearsed("optima_tpu.unpack:read", arguments)
     unpack(chosen.packed, chosen.out)
     signals.ended(0)
     print(f"wrote {chosen.out}")
@@ -48,6 +47,9 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     Raises:
       UserError: the packed folder is damaged, ``out`` is in use, one of them is in a bucket, or the disk is full.
     """
+    from optima_tpu.runtime.checksums import write_sums
+    from optima_tpu.runtime.files import making, refuse_occupied, writing
+
     packed, out = as_path(packed), as_path(out).resolve()
     if remote := [path for path in (packed, out) if in_bucket(path)]:
         raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")

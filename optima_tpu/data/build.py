@@ -21,6 +21,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import making, writing
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
 
 VERSION = "1.0.0"
@@ -160,7 +161,7 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _build(arguments: list[str] | None) -> None:
-    chosen = read(arguments)
+    chosen: argparse.Namespace = rehearsed("optima_tpu.data.build:read", arguments)
     console = Console()
     progress = Progress(
         TextColumn("{task.completed:,} documents written"),

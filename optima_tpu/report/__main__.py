@@ -4,21 +4,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from optima_tpu.errors import UserError
-from optima_tpu.report.page import PAGE, is_page, write_page
-from optima_tpu.report.progress import Terminal, say
-from optima_tpu.report.results import comparison
-from optima_tpu.report.runs import Run
-from optima_tpu.report.table import print_summary
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.outputs import refuse_foreign
 from optima_tpu.runtime.program import Parser, program
+
+if TYPE_CHECKING:
+    from optima_tpu.report.runs import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,10 @@ def read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
 
 
 def _report(arguments: Sequence[str] | None) -> None:
-    chosen, path = read(arguments)
+    chosen, path = rehearsed("optima_tpu.report.__main__:read", arguments)
+    from optima_tpu.report.page import is_page, write_page
+    from optima_tpu.report.progress import Terminal, say
+
     console = Terminal()
     if chosen.output is not None or len(chosen.runs) > 1:
         refuse_foreign(path, is_page, chosen.force)
@@ -52,6 +55,8 @@ def output_path(runs: Sequence[str], output: str | None) -> Path:
     Raises:
       UserError: ``output`` is a folder, or its folder does not exist.
     """
+    from optima_tpu.report.page import PAGE
+
     if output is None:
         run = as_path(runs[0])
         return (run if run.is_dir() else run.parent) / PAGE if len(runs) == 1 else Path(PAGE)
@@ -63,12 +68,17 @@ def output_path(runs: Sequence[str], output: str | None) -> Path:
     return path
 
 
-def _tell(console: Console, run: Run) -> None:
+def _tell(console: Console, run: "Run") -> None:
+    from optima_tpu.report.table import print_summary
+
     place = as_path(run.place)
     print_summary(console, run.report, place if place.is_dir() else place.parent)
 
 
-def _compare(console: Console, runs: Sequence[Run]) -> None:
+def _compare(console: Console, runs: "Sequence[Run]") -> None:
+    from optima_tpu.report.progress import say
+    from optima_tpu.report.results import comparison
+
     for data in comparison(runs).tables:
         table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for index, name in enumerate(data.head):
@@ -81,6 +91,8 @@ def _compare(console: Console, runs: Sequence[Run]) -> None:
 
 def make_parser() -> Parser:
     """The parser of the command line."""
+    from optima_tpu.report.page import PAGE
+
     parser = Parser(
         prog=program("report"),
         description="Writes one self-contained HTML page about finished runs: settings, results, time and memory, and the "

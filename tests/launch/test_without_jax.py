@@ -14,9 +14,11 @@ from optima_tpu.cli import main
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.options import alternatives, fields
 from optima_tpu.config.parse import parse
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import token_digest
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import light
+from optima_tpu.runtime.command import announce
 from optima_tpu.runtime.program import MODULES
 from tests.support import ROOT
 
@@ -130,6 +132,41 @@ def test_a_file_is_compared_with_its_checksum_without_jax(narrow, finished, tmp_
     (tmp_path / "run.json").write_bytes((finished.directory / "run.json").read_bytes())
     ((status, printed, _),) = without_libraries([["verify", str(tmp_path)]])
     assert status == 1 and f"damaged: {tmp_path / 'run.json'} " in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "configs"],
+        ["evaluate", "configs"],
+        ["recover", "configs", "--tokens", "1k", "--source", "pydoc"],
+        ["plan", "--model", "configs"],
+        ["sweep", "configs/tables/smollm2.yaml", "--model", "configs"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_first_line_is_printed_before_the_libraries_load(words, narrow):
+    code = f"{CHILD}\ntry:\n    main({words})\nexcept AssertionError as error:\n    print(error)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    first, second = child.stdout.splitlines()
+    assert first.startswith("starting     optima-tpu ") and first.endswith(", then opens configs"), child.stderr
+    assert second.endswith(" is imported")
+
+
+@pytest.mark.parametrize("words", {words[0]: words for words in REFUSED if words[0] != "data"}.values(), ids=" ".join)
+def test_a_module_run_by_its_name_refuses_before_the_libraries_load(words, narrow):
+    name, *rest = words
+    module = MODULES[name] + (".__main__" if name in ("evaluate", "report") else "")
+    code = f"{CHILD}\nimport runpy\nsys.argv = {['x', *rest]}\nrunpy.run_module({module!r}, run_name='__main__')"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert child.returncode == 2 and child.stderr.startswith("error: "), child.stderr
+
+
+def test_processes_of_a_job_print_no_first_line(capsys):
+    announce(RunConfig("org/name"))
+    assert capsys.readouterr().out.endswith(", then opens org/name\n")
+    announce(RunConfig("org/name", coordinator="here:80"))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture(scope="module")

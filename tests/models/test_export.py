@@ -19,6 +19,7 @@ from optima_tpu.models.checkpoints.export import export, is_export_of, read_mask
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.unpack import unpack
 from tests.support.fake_run import ASSETS, BLOCKS, MANIFEST, assert_same, finished_run, on_host, pruned_block, small_model
 from tests.support.meshes import mesh
 from tests.support.processes import process_environment
@@ -246,10 +247,31 @@ def test_what_exists_is_not_overwritten(run, tmp_path):
     assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_a_repeat_of_an_export_that_is_whole_leaves_it(form, run, tmp_path, capsys):
+    """As after a kill between the last step and the end of the command."""
+    words = [str(run), str(tmp_path / "out"), "--format", form]
+    assert main(words) == 0 and "wrote" in capsys.readouterr().out
+    before = snapshot(tmp_path)
+    assert main(words) == 0 and snapshot(tmp_path) == before
+    said = capsys.readouterr().out
+    assert "holds this export already, whole by its checksums: nothing is left to do" in said and "wrote" not in said
+    others = [("--format", "packed" if form == "plain" else "plain"), ("--format", form, "--max-shard-size", "900")]
+    for changed in others:
+        assert main([*words[:2], *changed]) == 2 and "which is not empty" in only_error(capsys.readouterr().err)
+    finished_run(tmp_path / "another", small_model(), MANIFEST | {"tokens": "ef" * 32})
+    assert main([str(tmp_path / "another"), *words[1:]]) == 2 and "which is not empty" in only_error(capsys.readouterr().err)
+
+
+def test_a_folder_that_was_unpacked_is_the_plain_export(run, tmp_path, capsys):
+    assert main([str(run), str(tmp_path / "packed"), "--packed"]) == 0
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    assert main([str(run), str(tmp_path / "plain")]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
 def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path):
     export(run, tmp_path / "out")
-    with pytest.raises(UserError, match="not empty"):
-        export(run, tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").unlink()
     assert not is_export_of(run, tmp_path / "out")
     export(run, tmp_path / "out")

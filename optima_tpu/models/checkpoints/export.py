@@ -13,21 +13,22 @@ or to another form of it; see ``forms.py``.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.exported import Exported
-from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, Plain
+from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, Packed, Plain
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
-from optima_tpu.models.checkpoints.packed import MASKS, SHAPE
+from optima_tpu.models.checkpoints.packed import INDEX, MASKS, SHAPE
 from optima_tpu.models.checkpoints.source import total_bytes
 from optima_tpu.report.contents import Facts
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.licence import CARD
 from optima_tpu.report.model_card import HUB_ID, model_card
 from optima_tpu.report.run_record import Manifest, read_run
+from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
 from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove_if, writing
@@ -44,6 +45,19 @@ class Sidecar(TypedDict):
 
     manifest: Manifest
     files: list[str]
+    form: NotRequired[dict[str, Any]]
+
+
+class Outcome(NamedTuple):
+    """What an export did.
+
+    Attributes:
+      dense: the bytes of the run's tensors in their own dtypes, zeros included.
+      anew: whether it wrote the folder, which did not hold the whole export before.
+    """
+
+    dense: int
+    anew: bool
 
 
 def export(
@@ -53,19 +67,16 @@ def export(
     report: Mapping[str, Any] | None = None,
     form: str = Plain.name,
     say: Callable[[str], object] = lambda text: None,
-) -> int:
-    """Writes the folder. It gets its name only after everything in it has been written, checked and flushed to disk.
+) -> Outcome:
+    """Writes the folder, unless it holds this export already. It gets its name only after everything in it has been written, checked and flushed to disk.
 
     Args:
       run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.
-      out: a new or empty folder, or one that holds only remains of this run's export; in a bucket, also remains of an export that
-        was killed.
+      out: a new or empty folder, or one that holds only this export or its remains; in a bucket, also remains of an export that was
+        killed.
       report: the run's report for the model card; None takes report.json, if the run has one.
       form: one of ``FORMS``.
       say: called with a line about what is written, before it is written.
-
-    Returns:
-      The bytes of the run's tensors in their own dtypes, zeros included.
 
     Raises:
       UserError: the run is not finished, it cannot have this form, ``out`` is in use or cannot hold this form, or the disk is full.
@@ -86,6 +97,9 @@ def export(
         )
     writer, dense = FORMS[form](run, options), total_bytes(run.source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
+        if _is_whole_export(out, run.source.run["manifest"], form, options):
+            say(f"{out} holds this export already, whole by its checksums: nothing is left to do")
+            return Outcome(dense, False)
         remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run["manifest"], own=out.parent == directory))
         refuse_occupied(out, "export to")
         say(
@@ -102,11 +116,12 @@ def export(
             card = model_card(out.name, sidecar, run.assets, facts, writer.library)
             (partial / CARD).write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
+            sidecar["form"] = _written_as(form, options)
             sidecar["files"] = sorted({*shards, MASKS, *others})
             (partial / SIDECAR).write_bytes(encoded(sidecar, indent=2))
             writer.finish({SIDECAR, *others})
             write_sums(partial)
-    return dense
+    return Outcome(dense, True)
 
 
 def _facts(run_directory: Path) -> Facts:
@@ -126,6 +141,27 @@ def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
     written = _written(out, read_run(run_directory)["manifest"])
     # A packed export names the files of the plain one, and holds others.
     return complete(out) and written is not None and written <= known(out).keys() and not damage(out)
+
+
+def _is_whole_export(out: Path, manifest: Mapping[str, Any], form: str, options: Options) -> bool:
+    """Whether a folder holds the whole export of that run in that form, as behind a command that was killed after its last step."""
+    sidecar = known_record(out / SIDECAR, Sidecar) if complete(out) else None
+    return (
+        sidecar is not None
+        and sidecar["manifest"] == manifest
+        and sidecar.get("form") == _written_as(form, options)
+        and (out / INDEX).exists() == (form == Packed.name)
+        and not damage(out)
+    )
+
+
+def _written_as(form: str, options: Options) -> dict[str, Any]:
+    """The entry "form" of optima_tpu.json. A packed folder has the plain one's, which it is unpacked to byte for byte."""
+    return {
+        "name": Plain.name if form == Packed.name else form,
+        "max_shard_size": byte_count("a shard size", options.max_shard_size),
+        "scan_layers": options.scan_layers,
+    }
 
 
 def _is_damaged_export(out: Path, manifest: Mapping[str, Any], own: bool) -> bool:
