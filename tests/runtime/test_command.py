@@ -421,6 +421,22 @@ def test_quickly_compiled_programs_of_a_cpu_are_kept_unless_the_user_set_a_limit
         assert jax.config.jax_persistent_cache_min_compile_time_secs == kept
 
 
+def test_the_programs_that_were_not_read_for_longest_are_removed_where_all_take_too_much(
+    compilation_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPTIMA_TPU_CACHE", str(tmp_path))
+    monkeypatch.setattr("optima_tpu.runtime.compiled._MOST", 250)
+    files = [tmp_path / "xla" / name for name in ("cpu-other/old", "read", "cpu-other/new")]
+    for age, path in zip((3, 1, 2), files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100))
+        os.utime(path, (1e9 - age, 1e9 - 9))
+    for given, left in ((str(tmp_path / "xla"), files), (None, files[1:])):
+        jax.config.update("jax_compilation_cache_dir", given)  # a folder that the user chose is left as it is
+        take_devices(RunConfig(model="a"))
+        assert [path for path in files if path.exists()] == left
+
+
 @pytest.fixture
 def compilation_cache(monkeypatch):
     """Puts jax's settings of its compilation cache back; the user's cache folder is ``mine``."""
