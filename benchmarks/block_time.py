@@ -83,7 +83,7 @@ def block_seconds(
         hidden = decoder.embed(texts.calibration.ids)
         streams = walk.Streams(hidden, hidden.copy() if recipe.target.dense_stream else None)
         for index in range(blocks + 1):
-            counts, parameters, started = index > 0, decoder.load_block(index), clock()
+            counts, parameters, started = index > 0, next(decoder.blocks([index])), clock()
             jax.block_until_ready(walk.prune_block(planned, index, parameters, streams).parameters)
             found["block"] += counts * (clock() - started) / blocks
     return dict(found)

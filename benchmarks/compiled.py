@@ -8,6 +8,8 @@ plan --quick`, which changes none of these counts.
 """
 
 import argparse
+import collections
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +23,13 @@ from optima_tpu.evaluate.perplexity import _batch_nll
 from optima_tpu.models.decoder import run_block
 from optima_tpu.pipeline.calibrate import pass_batch
 from optima_tpu.pipeline.plan.compile import Call, Compiled
-from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, products
+from optima_tpu.pipeline.plan.hlo import collectives
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import topology_machine
 from optima_tpu.runtime.mesh import DATA, struct_on
+
+_PASSES = {"highest": 6, "high": 3, "default": 1}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,6 +70,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         sent = sum(collectives(text)[0].values())
         print(f"| {name} | {' | '.join(map(str, counts))} | {sum(used.values())} | {sent} | {len(host_transfers(text))} |")
+
+
+def products(hlo: str) -> dict[tuple[str, int], int]:
+    """Counts the matrix products of a program for a TPU, by the wider dtype of their factors and by passes of the matrix unit.
+
+    ``("f32", 6)`` are float32 products at full precision. A product of bfloat16 arrays is exact in one pass at every precision. The
+    body of a loop counts once. What a kernel multiplies is not in the text.
+    """
+    made = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[", hlo, re.MULTILINE))
+    found: collections.Counter[tuple[str, int]] = collections.Counter()
+    for factors, rest in re.findall(r" (?:convolution|dot)\(([^)]*)\)(.*)", hlo):
+        dtypes = {made[name.split("%")[-1].strip()] for name in factors.split(",")}
+        asked = re.search(r"operand_precision=\{(\w+)", rest)
+        wide = max(dtypes, key=lambda dtype: int(re.sub(r"\D", "", dtype) or 0))
+        found[wide, _PASSES[asked[1] if asked else "default"] if wide == "f32" else 1] += 1
+    return dict(found)
+
+
+def kernels(hlo: str) -> dict[str, int]:
+    """Counts the kernels for TPUs in a program, by name."""
+    named = re.findall(r'^\s*(?:ROOT )?%?([a-z_]+)[\w.\-]* = .*custom_call_target="tpu_custom_call"', hlo, re.MULTILINE)
+    return dict(collections.Counter(named))
+
+
+def host_transfers(hlo: str) -> list[str]:
+    """What waits for the host, or moves an array to it or from it, while the program runs: instructions, and targets of calls."""
+    return [
+        *re.findall(r" (infeed|outfeed)\(", hlo),
+        *re.findall(r" (send|recv)\([^\n]*is_host_transfer=true", hlo),
+        *re.findall(r'custom_call_target="([^"]*(?:[Hh]ost|callback)[^"]*)"', hlo),
+    ]
 
 
 if __name__ == "__main__":

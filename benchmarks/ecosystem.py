@@ -45,6 +45,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.runtime.mesh import make_mesh
 from tests.support.ecosystem import MODELS, configured
 from tests.support.fake_run import pruned_run
+from tests.support.oracles import logits_of
 from tests.support.tiny_models import random_tensors
 
 LENGTH = 40  # longer than the windows of MODELS
@@ -112,7 +113,7 @@ def pruned(root: Path, name: str, **changed: Any) -> Pruned:
     decoder = Decoder.open(opened.config, opened.tensors, make_mesh("1x1"))
     assert isinstance(decoder.config, llama.Config)
     count = sum(int(np.sum(~keep)) for keep in read_masks(root / "hf").values())
-    return Pruned(run, root / "hf", decoder.logits(TOKENS), count, decoder.config)
+    return Pruned(run, root / "hf", logits_of(decoder, TOKENS), count, decoder.config)
 
 
 def _zeros(state: Any) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.mixture import LENGTH
 from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.evaluate.perplexity import perplexity, window_nll
+from optima_tpu.evaluate.perplexity import perplexity, token_nll
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.sweep.runner import Shared
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
@@ -79,12 +79,12 @@ def pruned(config: RunConfig, shared: Shared) -> Found:
     streams = Streams(*(decoder.embed(tokens) for _ in range(config.target.streams)))
     walk, reports = Walk(decoder, config.recipe, groups_of_blocks(decoder), windows), []
     for index in range(decoder.config.blocks):
-        layers = prune_block(walk, index, decoder.load_block(index), streams).layers
+        layers = prune_block(walk, index, next(decoder.blocks([index])), streams).layers
         reports += [layer for layer in layers if layer.name.endswith(("gate_proj", "up_proj"))]
-    nll = window_nll(decoder, streams.pruned, tokens)[windows:]
+    nll = token_nll(decoder, streams.pruned, tokens)[windows:]
     errors = [layer.held_out_after if layer.dense_after is None else layer.dense_after for layer in reports]
     return Found(
-        float(nll.sum()) / texts.evaluation.ids[:, 1:].size,
+        float(nll.sum(dtype=np.float64)) / texts.evaluation.ids[:, 1:].size,
         np.array([layer.tokens for layer in reports]),
         np.array(errors, np.float64),
     )

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = np.random.default_rng(0).integers(0, decoder.config.vocab, (arguments.windows, arguments.length))
     hidden = decoder.embed(tokens)
     for index in range(arguments.block):
-        decoder.apply(index, decoder.load_block(index), hidden)
-    parameters, groups = decoder.load_block(arguments.block), linear_groups(decoder)
+        decoder.apply(index, next(decoder.blocks([index])), hidden)
+    parameters, groups = next(decoder.blocks([arguments.block])), linear_groups(decoder)
     peer = Peer(
         pretrained.config,
         arguments,

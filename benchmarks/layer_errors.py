@@ -19,10 +19,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from benchmarks.stream_error import check_walk
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.perplexity import perplexity_of, window_nll
+from optima_tpu.evaluate.perplexity import perplexity_of, token_nll
 from optima_tpu.method.acceptance import PerRow
 from optima_tpu.method.solvers import CG, Exact
 from optima_tpu.pipeline.calibrate import groups_of_blocks
@@ -75,7 +77,7 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
         rival = dataclasses.replace(recipe, solver=solver, own_damping=damping, accept=PerRow())
         others[name] = dataclasses.replace(walk, recipe=rival)
     for index in range(blocks):
-        whole = decoder.load_block(index)
+        whole = next(decoder.blocks([index]))
         for name, rival in others.items():
             found[name] += prune_block(rival, index, whole, Streams(hidden.copy())).layers
         pruned, _, reports = prune_block(walk, index, whole, Streams(hidden))[:3]
@@ -89,7 +91,7 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
         )
     _print_means(layers, found)
     if blocks == decoder.config.blocks:
-        value = perplexity_of(window_nll(decoder, other, evaluation.ids), evaluation.ids)
+        value = perplexity_of(token_nll(decoder, other, evaluation.ids).sum(axis=1, dtype=np.float64), evaluation.ids)
         print(f"perplexity {value:.3f}, on {evaluation.how}")
 
 

@@ -26,11 +26,11 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import check_same_shape
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.models.decoder import Decoder, forward
-from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import project
 from optima_tpu.pipeline.calibrate import inverse_norm, linear_groups
 from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
 from optima_tpu.report.runs import read_report
+from tests.support.oracles import input_of
 
 Errors = dict[str, np.ndarray]
 """Layer -> [runs, 2] float64: for each run the relative error over tokens with equal weights, and over weighed tokens."""

@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks.stream_error import check_walk, mean_error
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.perplexity import perplexity_of, window_nll
+from optima_tpu.evaluate.perplexity import perplexity_of, token_nll
 from optima_tpu.method.patterns import NM
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.llama import LINEARS
@@ -64,7 +64,7 @@ def compare(blocks: int, settings: Sequence[str]) -> None:
         pruned, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
         dense, layers = pruned.copy(), []
         for index in range(blocks):
-            whole = decoder.load_block(index)
+            whole = next(decoder.blocks([index]))
             if better:
                 inputs = accumulate(decoder, index, capture, [Stream(whole, pruned.part(0, windows))])
                 whole = reordered(decoder, whole, [np.diag(each.hessian) for each in inputs], pattern)
@@ -77,7 +77,7 @@ def compare(blocks: int, settings: Sequence[str]) -> None:
         print("in a better order" if better else "as they are", f"hidden states {drift:.3%}", sep="  ", end="  ")
         print(*(f"{name} {statistics.geometric_mean(each):.3%}" for name, each in errors.items()), sep="  ", flush=True)
         if blocks == decoder.config.blocks:
-            value = perplexity_of(window_nll(decoder, other, evaluation.ids), evaluation.ids)
+            value = perplexity_of(token_nll(decoder, other, evaluation.ids).sum(axis=1, dtype=np.float64), evaluation.ids)
             print(f"perplexity {value:.3f}, on {evaluation.how}", flush=True)
 
 

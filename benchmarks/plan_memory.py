@@ -110,10 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     walk = Walk(decoder, config.recipe, groups_of_blocks(decoder), text.windows)
     values = np.random.default_rng(0).standard_normal((text.windows + text.held_out, text.length, options.d_model), np.float32)
     hidden = Activations.of(decoder.mesh, values)
-    prune_block(walk, 0, decoder.load_block(0), Streams(hidden.copy()))
+    prune_block(walk, 0, next(decoder.blocks([0])), Streams(hidden.copy()))
     settle()
     before = resident()
-    prune_block(walk, 1, decoder.load_block(1), Streams(hidden))
+    prune_block(walk, 1, next(decoder.blocks([1])), Streams(hidden))
     measured = resident("VmHWM") - before
     for program in plan.programs:
         print(f"{program.name:<32}{program.memory * target.mesh.size / 2**20:8.0f} MiB on {target.mesh.size} devices")

@@ -118,8 +118,8 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
     tokens = calibration_tokens(parse_source(arguments.source), load_tokenizer(pretrained), draw)
     hidden = decoder.embed(tokens.ids)
     for index in range(arguments.block):
-        decoder.apply(index, decoder.load_block(index), hidden)
-    parameters, names = decoder.load_block(arguments.block), linear_groups(decoder)
+        decoder.apply(index, next(decoder.blocks([index])), hidden)
+    parameters, names = next(decoder.blocks([arguments.block])), linear_groups(decoder)
     layers = [
         ([parameters[name + ".weight"] for name in group], hessian)
         for group, (hessian, *_) in zip(

@@ -84,7 +84,7 @@ def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
     hidden, other = (decoder.embed(text.ids) for text in (texts.calibration, texts.evaluation))
     dense, other_dense = hidden.copy(), other.copy()
     for index in range(blocks):
-        whole = decoder.load_block(index)
+        whole = next(decoder.blocks([index]))
         before = dense.copy() if recipe.target.dense_stream else None
         pruned = prune_block(walk, index, whole, Streams(hidden, before)).parameters
         decoder.apply(index, pruned, other)

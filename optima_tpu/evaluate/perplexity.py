@@ -52,23 +52,13 @@ def token_losses(
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         decoder.apply(index, parameters, hidden)
         advance()
-    losses = _token_nll(decoder, hidden, tokens, between)
+    losses = token_nll(decoder, hidden, tokens, between)
     advance()
     check_finite(decoder, tokens, losses.sum(axis=1, dtype=np.float64))
     return losses
 
 
-def window_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.ndarray:
-    """Sum of the negative log-likelihoods of all tokens except the first of each window, [windows] float64.
-
-    Args:
-      hidden: output of the last block.
-      tokens: [windows, length] int32.
-    """
-    return _token_nll(decoder, hidden, tokens).sum(axis=1, dtype=np.float64)
-
-
-def _token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between: Callable[[], None] = _nothing) -> np.ndarray:
+def token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between: Callable[[], None] = _nothing) -> np.ndarray:
     """Same as :func:`token_losses`, computed from the output of the last block."""
     head, losses = decoder.head(), np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
     for number, batch in enumerate(hidden.batches(decoder.batch)):
@@ -123,7 +113,7 @@ def _finite_inputs(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positio
 
 @jax.jit
 def _batch_nll(head: Head, hidden: Array, tokens: Array) -> Array:
-    """Same as :func:`_token_nll`, for a batch of windows on the devices."""
+    """Same as :func:`token_nll`, for a batch of windows on the devices."""
 
     def score(targets, states):
         logits = head_logits(head, states)

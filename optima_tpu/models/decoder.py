@@ -30,7 +30,7 @@ from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
 from optima_tpu.models.layers import Known, project
 from optima_tpu.runtime.mesh import MODEL, divisible, place, spread, struct_on
-from optima_tpu.runtime.processes import fetch, together
+from optima_tpu.runtime.processes import together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +144,6 @@ class Decoder:
         inner = {family.embedding: table} | family.embedding_extras(config) | _shapes(self._final[1])
         return {self.root + name: shape for name, shape in inner.items()} | ({} if config.tied else {family.head: table})
 
-    def load_block(self, index: int) -> dict[str, Array]:
-        """Block ``index``'s parameters on the mesh, in the checkpoint's dtypes, as :meth:`blocks` gives them."""
-        return next(self.blocks([index]))
-
     def blocks(self, indices: Sequence[int]) -> Iterator[dict[str, Array]]:
         """The parameters of several blocks, one block after the other; the next block is read while the caller works on one.
 
@@ -240,17 +236,6 @@ class Decoder:
         projection = placed.pop(name)
         parameters = {name.removeprefix(self.root): array for name, array in placed.items()}
         return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap, self.config.logit_scale)
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits [windows, length, vocab] float32 of a few windows, on the host."""
-        hidden = self.embed(tokens)
-        for index, parameters in enumerate(self.blocks(range(self.config.blocks))):
-            self.apply(index, parameters, hidden)
-        head = self.head()
-        logits = np.empty((*tokens.shape, self.config.vocab), np.float32)
-        for batch in hidden.batches(self.batch):
-            logits[batch.rows[batch.there]] = fetch(run_head(head, batch.hidden))[batch.there]
-        return logits
 
     def _read(self, name: str) -> np.ndarray:
         """A tensor of :attr:`end_shapes` on the host, by its name after the root."""
@@ -361,14 +346,8 @@ def forward(
     return output, {_name(path[:-1] if path[-1] == "x" else path): value for path, (value,) in nnx.to_flat_state(taps)}
 
 
-@jax.jit
-def run_head(head: Head, hidden: Array) -> Array:
-    """Logits [batch, length, vocab] in float32 of hidden states [batch, length, d_model]."""
-    return head_logits(head, hidden)
-
-
 def head_logits(head: Head, hidden: Array) -> Array:
-    """The traceable part of :func:`run_head`."""
+    """Logits [batch, length, vocab] in float32 of hidden states [batch, length, d_model]. Traceable."""
     states = nnx.merge(head.graph, head.state)(hidden)
     # Straight to float32: rounding logits to bfloat16 would cost perplexity its third digit.
     logits = project(states, head.projection, jnp.float32)

@@ -10,7 +10,7 @@ experts on different devices would need no such sum, but a device whose experts 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -176,27 +176,6 @@ class Routed:
     chosen: Array
     experts: int
     slices: int
-
-    def read_by(self, expert: int) -> Array:
-        """What one expert reads, [batch, length, d_in], with zeros for tokens that are sent elsewhere."""
-
-        def of_slice(rows: Array, chosen: Array) -> Array:
-            mine = chosen == expert
-            row = jnp.take_along_axis(Route.of(chosen, self.experts).row, jnp.argmax(mine, axis=1)[:, None], axis=1)[:, 0]
-            return jnp.where(jnp.any(mine, axis=1)[:, None], rows[row], 0)
-
-        rows = self.rows.reshape(self.slices, -1, self.rows.shape[1])
-        found = jax.vmap(of_slice)(rows, self.chosen.reshape(self.slices, -1, self.chosen.shape[-1]))
-        return found.reshape(*self.chosen.shape[:2], -1)
-
-
-def input_of(inputs: Mapping[str, Any], name: str) -> Array:
-    """The input [batch, length, d_in] of a layer, from the inputs of :func:`~optima_tpu.models.decoder.forward`.
-
-    For the layer of an expert a copy is made, with zeros for the tokens of other experts.
-    """
-    expert = expert_of(name)
-    return inputs[name] if expert is None else inputs[name].read_by(expert)
 
 
 def check_given(config: Any, *names: str) -> None:

@@ -10,10 +10,11 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import _batch_scores, distance
 from optima_tpu.evaluate.perplexity import perplexity
-from optima_tpu.models.decoder import Decoder, run_head
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.records import encoded
 from tests.support.meshes import mesh
+from tests.support.oracles import run_head
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
 BLOCKS, VOCAB = 3, 64
@@ -37,7 +38,7 @@ def streams(decoder: Decoder) -> list[np.ndarray]:
     """The hidden states after every block."""
     hidden, found = decoder.embed(TOKENS), []
     for index in range(BLOCKS):
-        decoder.apply(index, decoder.load_block(index), hidden)
+        decoder.apply(index, next(decoder.blocks([index])), hidden)
         found.append(hidden.values.copy())
     return found
 

@@ -13,6 +13,7 @@ from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.models.decoder import run_block
 from optima_tpu.report.progress import Progress
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.tiny_models import MemoryTensors, tiny_folder, tiny_llama, with_bos
 
 CONTEXT, SHORT = 128, 64
@@ -82,7 +83,7 @@ def test_the_likeliest_continuation_is_called_greedy(folder, reference):
 
     def likeliest(tokens):
         padded = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, 48 - len(tokens))))
-        return int(lm._decoder.logits(padded)[0, len(tokens) - 1].argmax())
+        return int(logits_of(lm._decoder, padded)[0, len(tokens) - 1].argmax())
 
     for size in (1, 5, 20, 40):
         context, greedy = rng.integers(0, 256, size).tolist(), []

@@ -24,6 +24,7 @@ from optima_tpu.pipeline.run import run
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import MANIFEST, assert_same, on_host
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, tiny
 from tests.support.runs import folder_tensors, opened
 from tests.support.tiny_models import byte_tokenizer
@@ -177,7 +178,7 @@ def assert_loads(folder: Path, family: str, shape: tuple[int, int]) -> None:
         # transformers 5.24 fails to name what a Llama 4 that reads images returns.
         text = loaded.language_model if family == LLAMA_IMAGES.model else loaded
         expected = text.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    logits = Decoder.open(ours.config, ours.tensors, mesh(*shape), batch=1).logits(tokens)
+    logits = logits_of(Decoder.open(ours.config, ours.tensors, mesh(*shape), batch=1), tokens)
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
 

@@ -15,6 +15,7 @@ from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.processes import python
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder
@@ -102,7 +103,7 @@ def test_transformers_agrees_with_our_forward_pass_on_the_exported_model(finishe
     folder = finished.directory / "hf"
     ids = np.random.default_rng(3).integers(0, 258, (8, 32)).astype(np.int32)
     pretrained = open_model(str(folder))
-    ours = Decoder.open(pretrained.config, pretrained.tensors, mesh(4, 2)).logits(ids)
+    ours = logits_of(Decoder.open(pretrained.config, pretrained.tensors, mesh(4, 2)), ids)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.tensor(ids, dtype=torch.long)).logits.numpy()

@@ -65,7 +65,7 @@ def test_certificates_hold_against_float64_on_real_hessians(model):
     decoder, hidden = opened(model, (1, 1))
     groups, certified, rows, errors = linear_groups(decoder), 0, 0, []
     for index in range(12):
-        parameters = decoder.load_block(index)
+        parameters = next(decoder.blocks([index]))
         if index in (0, 11):
             statistics = accumulate(decoder, index, Capture(groups), (Stream(parameters, hidden),))
             for names, (hessian, *_) in zip(groups, statistics):
@@ -96,7 +96,7 @@ def test_the_mesh_does_not_change_masks_or_weights(model):
     found = []
     for shape in ((1, 1), (2, 4)):
         decoder, hidden = opened(model, shape)
-        groups, parameters = linear_groups(decoder), decoder.load_block(0)
+        groups, parameters = linear_groups(decoder), next(decoder.blocks([0]))
         statistics = accumulate(decoder, 0, Capture(groups), (Stream(parameters, hidden),))
         parameters, masks, _ = prune_calibrated(decoder, 0, parameters, groups, statistics, recipe)
         found.append(jax.device_get((parameters, masks)))

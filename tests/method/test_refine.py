@@ -230,7 +230,7 @@ def test_a_layer_with_another_pattern_keeps_it():
     decoder, groups = Decoder.open(*tiny_llama(), mesh(1, 1)), (("mlp.gate_proj", "mlp.up_proj"),)
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("mlp.up_proj", NM(2, 4)),), refine=Swaps(2, 0.1))
     statistics = (TokenStatistics(jnp.asarray(correlated_hessian(np.random.default_rng(6), 36)), jnp.int32(99)),)
-    _, keeps, reports = prune_calibrated(decoder, 0, decoder.load_block(0), groups, statistics, recipe)
+    _, keeps, reports = prune_calibrated(decoder, 0, next(decoder.blocks([0])), groups, statistics, recipe)
     gate, up = (np.asarray(keeps[name + ".weight"]) for name in groups[0])
     assert (up.reshape(-1, 4).sum(axis=1) == 2).all() and (gate.sum(axis=1) == 18).all()
     assert (gate.reshape(-1, 4).sum(axis=1) != 2).any() and all(report.exchanged > 0 for report in reports)

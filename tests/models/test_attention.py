@@ -7,12 +7,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.compiled import kernels, products
 from optima_tpu.models import splash
 from optima_tpu.models.cache import Cache
 from optima_tpu.models.family import Positions
 from optima_tpu.models.layers import attention
 from optima_tpu.models.splash import Scores
-from optima_tpu.pipeline.plan.hlo import kernels, products
 from optima_tpu.pipeline.plan.topology import QUICK, has_libtpu, topology_machine
 from tests.support.meshes import mesh
 

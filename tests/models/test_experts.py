@@ -16,6 +16,7 @@ from optima_tpu.models.greedy import Prompt, greedy, make_plan
 from optima_tpu.models.grouped import Stretches, grouped_dot, grouped_outer
 from optima_tpu.runtime.mesh import place
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.references import MIXTURES, REFERENCES, tiny
 
 FEW = {reference.model: reference for reference in REFERENCES if reference.model in MIXTURES}
@@ -61,7 +62,7 @@ def dense_way(x, router, experts, few, normalise):
 def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
     config, _, tensors = tiny(FEW[model], {})
     decoder = Decoder.open(config, tensors, mesh(*shape))
-    whole, kinds = decoder.load_block(0), decoder.family.linears[-3:]
+    whole, kinds = next(decoder.blocks([0])), decoder.family.linears[-3:]
     name = kinds[0].split(".")[0]
     mine = {key: value for key, value in whole.items() if key.startswith(name)}
 
@@ -104,5 +105,5 @@ def test_blocks_that_differ_write_what_a_pass_through_them_says():
     decoder, prompts = Decoder.open(config, tensors, mesh(1, 1)), [Prompt((3, 1, 4), 8), Prompt((1, 5, 9, 2, 6, 5), 5)]
     assert [len(blocks) for _, blocks in decoder.stretches] == [1, 1]
     for (prompt, _), answer in zip(prompts, greedy(decoder, make_plan(decoder, prompts, vocabulary=60, advice="")), strict=True):
-        logits = decoder.logits(np.array([[*prompt, *answer]], np.int32))[0]
+        logits = logits_of(decoder, np.array([[*prompt, *answer]], np.int32))[0]
         assert answer == logits[len(prompt) - 1 : -1, :60].argmax(axis=-1).tolist()

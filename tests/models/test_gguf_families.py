@@ -11,6 +11,7 @@ from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.references import REFERENCES, tiny
 from tests.support.tiny_models import NEW_READER
 
@@ -120,7 +121,7 @@ def test_the_file_computes_what_the_model_did(tmp_path, arch):
     tokens = np.random.default_rng(0).integers(4, 200, (2, 40)).astype(np.int32)
     with torch.no_grad():
         expected = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    assert np.abs(decoder.logits(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(logits_of(decoder, tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("arch", CASES)

@@ -10,6 +10,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.greedy import Prompt, greedy, make_plan
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
 VOCABULARY = 60  # the embedding has 64 rows
@@ -42,7 +43,7 @@ def test_every_token_is_the_likeliest_after_one_pass_over_those_before_it(writte
         for (prompt, new), answer in zip(PROMPTS, answers, strict=True):
             whole = np.zeros((1, 96), np.int32)
             whole[0, : len(prompt) + new] = [*prompt, *answer]
-            expected = alone.logits(whole)[0, len(prompt) - 1 : len(prompt) + new - 1, :VOCABULARY].argmax(axis=-1)
+            expected = logits_of(alone, whole)[0, len(prompt) - 1 : len(prompt) + new - 1, :VOCABULARY].argmax(axis=-1)
             assert answer == expected.tolist()
 
 

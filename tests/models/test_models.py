@@ -16,10 +16,10 @@ from optima_tpu.models import cohere, family_of, gemma4
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import RMSNorm, ShiftedLayerNorm, ShiftedRMSNorm, WideRMSNorm
 from optima_tpu.models.rope import Rope
 from tests.support.meshes import mesh
+from tests.support.oracles import input_of, logits_of
 from tests.support.pruning import compiled_forward
 from tests.support.references import BASE, LLAMA3, MIXTURES, REFERENCES, Reference, tiny
 
@@ -45,7 +45,7 @@ def compared(reference: Reference, settings: dict, *, dtype=torch.float32, shape
     tokens = np.random.default_rng(0).integers(1, 64, (3, 40)).astype(np.int32)
     with torch.no_grad():
         expected = model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
-    ours = Decoder.open(config, tensors, mesh(*shape), batch=2).logits(tokens)
+    ours = logits_of(Decoder.open(config, tensors, mesh(*shape), batch=2), tokens)
     return np.abs(ours - expected).max(axis=-1) / np.abs(expected).max()
 
 
@@ -146,7 +146,7 @@ def test_a_block_goes_on_from_the_output_of_attention(reference):
     """With the input of ``Decoder.attended`` known, everything behind it is as before, and nothing before it matters."""
     config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
     decoder = Decoder.open(config, tensors, mesh(1, 1)).at(1)
-    parameters, attended = decoder.load_block(1), decoder.attended
+    parameters, attended = next(decoder.blocks([1])), decoder.attended
     hidden = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
     whole, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 9))
 
@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite_are_refused_by_name():
     tensors.arrays[name] = tensors.arrays[name].copy()
     tensors.arrays[name][3, 4] = np.nan
     with pytest.raises(UserError, match=name):
-        Decoder.open(config, tensors, mesh(1, 1)).load_block(1)
+        next(Decoder.open(config, tensors, mesh(1, 1)).blocks([1]))
 
 
 def test_weights_of_another_shape_are_refused_by_name():
@@ -256,4 +256,4 @@ def test_weights_of_another_shape_are_refused_by_name():
     name = "model.layers.0.self_attn.k_proj.weight"
     tensors.arrays[name] = tensors.arrays[name][:-1]
     with pytest.raises(UserError, match=name):
-        Decoder.open(config, tensors, mesh(1, 1)).load_block(0)
+        next(Decoder.open(config, tensors, mesh(1, 1)).blocks([0]))

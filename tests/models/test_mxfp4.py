@@ -22,6 +22,7 @@ from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.run import run
 from tests.support.fake_run import assert_same
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.references import REFERENCES, tiny
 from tests.support.runs import folder_tensors, opened
 from tests.support.tiny_models import MemoryTensors, byte_tokenizer
@@ -114,7 +115,7 @@ def test_the_folder_is_the_model_that_transformers_expands(folder, expanded):
     assert open_declared(str(folder), None, 4).decoder.tensors.dtype(NAME) == ml_dtypes.bfloat16
 
     tokens = np.random.default_rng(0).integers(1, 256, (2, 24)).astype(np.int32)
-    logits = Decoder.open(mine.config, mine.tensors, mesh(1, 1), batch=2).logits(tokens)
+    logits = logits_of(Decoder.open(mine.config, mine.tensors, mesh(1, 1), batch=2), tokens)
     model = transformers.AutoModelForCausalLM.from_pretrained(expanded, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()

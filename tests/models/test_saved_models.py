@@ -14,6 +14,7 @@ from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.references import LLAMA3, LONG, MULTIMODAL, REFERENCES, tiny
 
 torch = pytest.importorskip("torch")
@@ -103,7 +104,7 @@ def test_logits_are_those_of_transformers(tmp_path, model, settings, change):
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32")
     with torch.no_grad():
         expected = reference.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    assert np.abs(opened(folder).logits(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(logits_of(opened(folder), tokens) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_whether_a_multimodal_head_is_tied_stands_beside_the_text_config(tmp_path):

@@ -100,7 +100,7 @@ def test_outliers_are_counted_as_published():
     found = measured(model, RECIPE, OWL(outlier=2.0))
     hidden, groups = model.embed(TOKENS[:WINDOWS]), linear_groups(model)
     for index in range(2):
-        block = model.load_block(index)
+        block = next(model.blocks([index]))
         statistics = accumulate(model, index, Capture(groups), (Stream(block, hidden),))
         wide = {name: np.asarray(value, np.float64) for name, value in block.items()}
         scores = np.concatenate(
@@ -120,11 +120,11 @@ def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
     mine = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None)
     found = measured(model, mine, Measured(limit=0.05))
     hidden, groups, index = model.embed(TOKENS[:WINDOWS]), linear_groups(model), 1
-    model.apply(0, model.load_block(0), hidden)
-    statistics = accumulate(model, index, Capture(groups), (Stream(model.load_block(index), hidden),))
+    model.apply(0, next(model.blocks([0])), hidden)
+    statistics = accumulate(model, index, Capture(groups), (Stream(next(model.blocks([index])), hidden),))
     for sparsity, loss in zip((0.6 - 2 / 48, 0.6 + 2 / 48), found.scores[index]):
         recipe = Recipe(Unstructured(sparsity), Wanda(), CG())
-        pruned, _, _ = prune_calibrated(model, index, model.load_block(index), groups, statistics, recipe)
+        pruned, _, _ = prune_calibrated(model, index, next(model.blocks([index])), groups, statistics, recipe)
         changed = {model.prefix(index) + name: np.asarray(value) for name, value in pruned.items()}
         other = dataclasses.replace(model, tensors=MemoryTensors(model.tensors.arrays | changed))
         assert loss == pytest.approx(distance(model, other, TOKENS[WINDOWS:]).kl, rel=1e-3)

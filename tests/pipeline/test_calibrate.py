@@ -6,10 +6,10 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.experts import input_of
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups
 from optima_tpu.pipeline.grams import whole
 from tests.support.meshes import mesh
+from tests.support.oracles import input_of
 from tests.support.pruning import compiled_forward
 from tests.support.references import MIXTURES, REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
@@ -49,7 +49,7 @@ def test_hessians_are_the_mean_outer_product_of_the_inputs(architecture, shape):
     # something of the zeros behind the last window.
     decoder = Decoder.open(*small(architecture), mesh(*shape), batch=2)
     hidden = np.random.default_rng(0).standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
-    parameters = decoder.load_block(1)
+    parameters = next(decoder.blocks([1]))
     groups = linear_groups(decoder)
     statistics = accumulate(decoder, 1, Capture(groups), (Stream(parameters, Activations.of(decoder.mesh, hidden)),))
     _, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
@@ -67,7 +67,10 @@ def test_activations_that_are_not_finite_are_refused_by_name():
     hidden[1, 2, 3] = np.inf
     with pytest.raises(UserError, match="input of model.layers.0.self_attn"):
         accumulate(
-            decoder, 0, Capture(linear_groups(decoder)), (Stream(decoder.load_block(0), Activations.of(decoder.mesh, hidden)),)
+            decoder,
+            0,
+            Capture(linear_groups(decoder)),
+            (Stream(next(decoder.blocks([0])), Activations.of(decoder.mesh, hidden)),),
         )
 
 
@@ -76,7 +79,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
     config, _, tensors = tiny(reference, {})
     decoder = Decoder.open(config, tensors, mesh(4, 2), batch=1)
     hidden = np.random.default_rng(0).standard_normal((7, 11, config.hidden_size)).astype(np.float32)
-    parameters, groups = decoder.load_block(0), linear_groups(decoder)
+    parameters, groups = next(decoder.blocks([0])), linear_groups(decoder)
     stream = Stream(parameters, Activations.of(decoder.mesh, hidden))
     statistics = dict(zip(groups, accumulate(decoder, 0, Capture(groups), (stream,))))
     _, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(0, 11))

@@ -322,7 +322,7 @@ def test_spans_of_blocks_come_nearer_to_the_dense_hidden_states_with_masks_held(
     errors = []
     for index in range(3):
         for decoder, stream in zip((after, dense), streams):
-            decoder.apply(index, decoder.load_block(index), stream)
+            decoder.apply(index, next(decoder.blocks([index])), stream)
         theirs, wanted = (stream.values.astype(np.float64) for stream in streams)
         errors.append(np.mean(np.sum((theirs - wanted) ** 2, axis=-1) / np.sum(wanted**2, axis=-1)))
     for span in outcome.spans:

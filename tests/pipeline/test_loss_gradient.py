@@ -20,6 +20,7 @@ from optima_tpu.recover import main as recover
 from optima_tpu.report.runs import read_report
 from optima_tpu.runtime.signals import INTERRUPTED
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.pruning import compiled_forward
 from tests.support.references import REFERENCES, small, tiny
 from tests.support.runs import SMALL, assert_same_weights, stop_after_the_first_block
@@ -58,7 +59,7 @@ def test_mean_squares_are_those_of_torchs_gradients(reference):
     decoder = Decoder.open(config, tensors, mesh(1, 1), batch=2)
     text = text_of(decoder)
     found = mean_squares(text, range(5))
-    drawn, outputs = torch.tensor(labels(text, decoder.logits(text.tokens)), dtype=torch.long), {}
+    drawn, outputs = torch.tensor(labels(text, logits_of(decoder, text.tokens)), dtype=torch.long), {}
 
     def keep(name, module, inputs, output):
         outputs[name] = output[0] if isinstance(output, tuple) else output
@@ -83,7 +84,7 @@ def test_statistics_are_means_over_the_tokens_by_their_weights(target):
     decoder, rng = Decoder.open(*small("Llama"), mesh(4, 2), batch=1), np.random.default_rng(0)
     hidden = rng.standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
     dense = hidden + 0.3 * rng.standard_normal(hidden.shape).astype(np.float32)
-    whole, groups = decoder.load_block(1), linear_groups(decoder)
+    whole, groups = next(decoder.blocks([1])), linear_groups(decoder)
     squares = {names[0]: rng.lognormal(size=(7, 11)).astype(np.float32) for names in groups}
     streams = [Stream(whole, Activations.of(decoder.mesh, states.copy())) for states in (hidden, dense)][: target.streams]
     found = accumulate(decoder, 1, Capture(groups, target), streams, squares)

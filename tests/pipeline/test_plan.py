@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.lax import Precision
 from jax.sharding import AbstractMesh
 
+from benchmarks.compiled import host_transfers, kernels, products
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import configure
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
@@ -35,7 +36,7 @@ from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import Compiled, compiled
 from optima_tpu.pipeline.plan.estimate import RowShare, Work, assumptions, inputs_of, prune_work, read_by, storage, window_flops
-from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, moved, products, sent
+from optima_tpu.pipeline.plan.hlo import collectives, moved, sent
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.program import Program

@@ -168,7 +168,7 @@ def test_the_second_block_compiles_nothing(caplog):
 
 def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
     decoder = Decoder.open(*tiny_llama(), mesh(4, 2))
-    parameters, name = decoder.load_block(0), "self_attn.o_proj"
+    parameters, name = next(decoder.blocks([0])), "self_attn.o_proj"
     weight = np.asarray(parameters[name + ".weight"])
     nothing = jax.device_put(np.zeros((weight.shape[1],) * 2, np.float32), jax.NamedSharding(decoder.mesh, jax.P()))
     parameters, keeps, (report,) = prune_calibrated(
@@ -187,7 +187,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
 def test_weights_of_a_selector_that_are_no_numbers_are_refused():
     """All inputs of a layer are one: its Hessian cannot be factorised without a damping worth the name."""
     decoder = Decoder.open(*tiny_llama(), mesh(1, 1))
-    parameters, name = decoder.load_block(0), "self_attn.o_proj"
+    parameters, name = next(decoder.blocks([0])), "self_attn.o_proj"
     singular = (TokenStatistics(jnp.ones((parameters[name + ".weight"].shape[1],) * 2), jnp.int32(99)),)
     for solver in (None, CG()):
         recipe = Recipe(Unstructured(0.5), SparseGPT(damping=1e-12), solver)

@@ -18,6 +18,7 @@ from optima_tpu.pipeline import self_calibration
 from optima_tpu.pipeline.greeting import short_text
 from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.processes import several
 from tests.support.references import REFERENCES, tiny
 from tests.support.runs import SMALL, folder_tensors, snapshot, stop_after_the_first_block
@@ -99,7 +100,7 @@ def write(model, shape: tuple[int, int], windows: int, **options) -> np.ndarray:
 def test_every_token_follows_the_logits_of_those_before_it(written):
     """What one pass over the finished windows says, and the random numbers, give the same tokens."""
     model, windows = written
-    logits = Decoder.open(*model, mesh(1, 1)).logits(windows)[:, :-1, :60].astype(np.float64)
+    logits = logits_of(Decoder.open(*model, mesh(1, 1)), windows)[:, :-1, :60].astype(np.float64)
     keys = [jax.random.fold_in(jax.random.key(7), window) for window in range(5)]
     noise = np.array([[jax.random.gumbel(jax.random.fold_in(key, at), (64,)) for at in range(1, 24)] for key in keys])[..., :60]
     expected = np.where(windows[:, :-1] == END, START, np.argmax(logits / 1.5 + noise, axis=-1))

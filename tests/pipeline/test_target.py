@@ -29,7 +29,6 @@ from optima_tpu.method.targets import DenseTarget, SelfTarget
 from optima_tpu.method.tuning import Fixed, Grid, best_of
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import scaled
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups, stages
 from optima_tpu.pipeline.greeting import greet
@@ -45,6 +44,7 @@ from optima_tpu.report.summary import unusual
 from tests.support import ports
 from tests.support.memory import block_of
 from tests.support.meshes import mesh
+from tests.support.oracles import input_of
 from tests.support.plans import config_folder, run_config
 from tests.support.problems import linear_of, oracle
 from tests.support.pruning import compiled_forward, group_arguments, measure, prune_calibrated, prune_matrices, walk_block
@@ -88,7 +88,7 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     decoder, rng = Decoder.open(*small(architecture, **settings), mesh(*shape), batch=1), np.random.default_rng(0)
     hidden = rng.standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
     dense = hidden + 0.3 * rng.standard_normal(hidden.shape).astype(np.float32)
-    whole, groups = decoder.load_block(1), linear_groups(decoder)
+    whole, groups = next(decoder.blocks([1])), linear_groups(decoder)
     pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
     target, further = DenseTarget(gamma=0.5, weigh_tokens=weigh), Activations.of(decoder.mesh, dense.copy())
     capture = Capture(groups, target, energy=True, advance=True)
@@ -143,7 +143,7 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
     assert bool(residuals) != between
     x = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
     for kind in decoder.config.kinds:
-        alike, parameters = decoder.at(kind), decoder.load_block(kind)
+        alike, parameters = decoder.at(kind), next(decoder.blocks([kind]))
         output, taps = compiled_forward(alike.graph, alike.state(parameters), x, decoder.positions(kind, 9))
         for name, (before, after) in residuals.items():
             if name in alike.linears:  # not so the layers of experts
@@ -174,7 +174,7 @@ def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
     hidden = rng.standard_normal((7, 11, config.hidden_size)).astype(np.float32)
     dense = hidden + 0.5 * rng.standard_normal(hidden.shape).astype(np.float32)
     whole, groups = (
-        decoder.load_block(0),
+        next(decoder.blocks([0])),
         tuple((f"mlp.experts.{expert}.{name}_proj",) for expert in (0, 1) for name in ("up", "down")),
     )
     streams = [Stream(whole, Activations.of(decoder.mesh, each)) for each in (hidden, dense)]
@@ -363,7 +363,7 @@ def test_recapture_is_a_walk_from_input_to_input():
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(TIGHT, recapture=True)
     hidden, again = decoder.embed(tokens()), decoder.embed(tokens())
     weights, masks, _ = walk_block(decoder, 0, hidden, GROUPS, recipe, windows=5)
-    parameters = decoder.load_block(0)
+    parameters = next(decoder.blocks([0]))
     for group in GROUPS:
         parts = [accumulate(decoder, 0, Capture((group,)), (Stream(parameters, again.part(*ends)),)) for ends in ((0, 5), (5, 8))]
         sets = tuple(map(TokenSets, *parts))
@@ -396,7 +396,7 @@ def test_a_dense_target_is_a_walk_of_two_streams():
     hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
     for index in range(2):
         weights, masks, _ = walk_block(decoder, index, hidden, GROUPS, recipe, windows=5, dense=dense)
-        whole = parameters = decoder.load_block(index)
+        whole = parameters = next(decoder.blocks([index]))
         for group in GROUPS:
             parts = []
             for ends, energy in (((0, 5), False), ((5, 8), True)):
@@ -420,7 +420,7 @@ def test_a_run_that_goes_on_repeats_the_bits_of_both_streams(preset, resident):
     if resident:
         again, still = (stream.on_devices(decoder.batch) for stream in (again, still))
     for index in range(2):
-        whole = decoder.load_block(index)
+        whole = next(decoder.blocks([index]))
         pruned = prune_block(walk, index, whole, Streams(hidden, dense if recipe.target.dense_stream else None)).parameters
         repeat_block(walk, index, pruned, again, dense=False)
         assert (again.take(again.rows) == hidden.values).all()
@@ -433,7 +433,7 @@ def test_the_dense_stream_goes_through_a_block_that_stays_dense():
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, layers=parse_layers("*.0.*=dense"))
     hidden, dense, still = (decoder.embed(tokens()) for _ in range(3))
     _, masks, reports = walk_block(decoder, 0, hidden, GROUPS, recipe, windows=5, dense=dense)
-    decoder.apply(0, decoder.load_block(0), still)
+    decoder.apply(0, next(decoder.blocks([0])), still)
     assert not masks and not reports and (dense.values == still.values).all() and (hidden.values == still.values).all()
 
 

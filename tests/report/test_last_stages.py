@@ -12,6 +12,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline import continuations as writing
 from optima_tpu.pipeline import perplexities
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.processes import several
 from tests.support.records import put
 from tests.support.runs import stop_after_the_first_block
@@ -47,7 +48,7 @@ def test_losses_of_tokens_are_those_of_the_logits(length, shape):
     config, tensors = tiny_llama(max_position_embeddings=256)
     tokens = np.random.default_rng(0).integers(0, 64, (5, length)).astype(np.int32)
     decoder = Decoder.open(config, tensors, mesh(*shape))
-    logits = Decoder.open(config, tensors, mesh(1, 1)).logits(tokens)[:, :-1].astype(np.float64)
+    logits = logits_of(Decoder.open(config, tensors, mesh(1, 1)), tokens)[:, :-1].astype(np.float64)
     peak = logits.max(axis=-1, keepdims=True)
     total = np.log(np.exp(logits - peak).sum(axis=-1)) + peak[..., 0]
     expected = total - np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]

@@ -92,5 +92,5 @@ def walk_block(
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """One step of the walk, by default of a block that is read here, calibrated on all windows: parameters, masks, reports."""
     walk = Walk(decoder, recipe, (groups,) * (index + 1), len(hidden) if windows is None else windows, budget, given, tell)
-    parameters = decoder.load_block(index) if parameters is None else parameters
+    parameters = next(decoder.blocks([index])) if parameters is None else parameters
     return prune_block(walk, index, parameters, Streams(hidden, dense))[:3]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, export
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import Pattern
@@ -46,10 +46,6 @@ class Call(NamedTuple):
         """The program for the devices of its arguments."""
         lowered: jax.stages.Lowered = self.function.lower(*self.arguments)
         return lowered
-
-    def exported(self, platform: str) -> export.Exported:
-        """The program for as many devices of a platform, "cuda", which need not be installed."""
-        return export.export(self.function, platforms=[platform])(*self.arguments)
 
 
 class Compiled(NamedTuple):

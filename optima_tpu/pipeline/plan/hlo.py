@@ -1,4 +1,4 @@
-"""Reads collectives, matrix products, kernels and transfers to the host from the text of a compiled program."""
+"""Reads collectives from the text of a compiled program."""
 
 import collections
 import math
@@ -111,37 +111,3 @@ def text_inside_loops(hlo: str) -> str:
         inside.add(name)
         waiting |= named(bodies[name], "calls|to_apply|body|condition|true_computation|false_computation") - inside
     return "\n".join(bodies[name] for name in inside)
-
-
-_PASSES = {"highest": 6, "high": 3, "default": 1}
-
-
-def products(hlo: str) -> dict[tuple[str, int], int]:
-    """Counts the matrix products of a program for a TPU, by the wider dtype of their factors and by passes of the matrix unit.
-
-    ``("f32", 6)`` are float32 products at full precision. A product of bfloat16 arrays is exact in one pass at every precision. The
-    body of a loop counts once. What a kernel multiplies is not in the text.
-    """
-    made = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[", hlo, re.MULTILINE))
-    found: collections.Counter[tuple[str, int]] = collections.Counter()
-    for factors, rest in re.findall(r" (?:convolution|dot)\(([^)]*)\)(.*)", hlo):
-        dtypes = {made[name.split("%")[-1].strip()] for name in factors.split(",")}
-        asked = re.search(r"operand_precision=\{(\w+)", rest)
-        wide = max(dtypes, key=lambda dtype: int(re.sub(r"\D", "", dtype) or 0))
-        found[wide, _PASSES[asked[1] if asked else "default"] if wide == "f32" else 1] += 1
-    return dict(found)
-
-
-def kernels(hlo: str) -> dict[str, int]:
-    """Counts the kernels for TPUs in a program, by name."""
-    named = re.findall(r'^\s*(?:ROOT )?%?([a-z_]+)[\w.\-]* = .*custom_call_target="tpu_custom_call"', hlo, re.MULTILINE)
-    return dict(collections.Counter(named))
-
-
-def host_transfers(hlo: str) -> list[str]:
-    """What waits for the host, or moves an array to it or from it, while the program runs: instructions, and targets of calls."""
-    return [
-        *re.findall(r" (infeed|outfeed)\(", hlo),
-        *re.findall(r" (send|recv)\([^\n]*is_host_transfer=true", hlo),
-        *re.findall(r'custom_call_target="([^"]*(?:[Hh]ost|callback)[^"]*)"', hlo),
-    ]
