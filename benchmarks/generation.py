@@ -28,8 +28,8 @@ from benchmarks.harness_parity import write_folder
 from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import load
-from optima_tpu.models.greedy import Prompt, greedy, make_plan
+from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
+from optima_tpu.models.whole_model import load
 from optima_tpu.runtime.mesh import make_mesh
 
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts = [Prompt(tuple(ids[start : start + size]), arguments.new) for start, size in zip(starts, sizes)]
 
         decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None))
-        plan = make_plan(decoder, prompts, vocabulary=len(tokenizer), advice="take a smaller model")
+        plan = plan_generation(decoder, prompts, Sampling(len(tokenizer)), advice="take a smaller model")
         peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         padded = torch.zeros((len(prompts), max(sizes)), dtype=torch.long)
         for row, prompt in zip(padded, prompts):
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return written[:, max(sizes) :].tolist()
 
         def ours() -> list[list[int]]:
-            return greedy(decoder, plan)
+            return generate(decoder, plan)
 
         def read() -> None:
             jax.block_until_ready(load(decoder, plan.batches[0].room))

@@ -21,17 +21,20 @@ from optima_tpu.data import tokenizing
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.answers import Ends, Question, Rules, read_rules
 from optima_tpu.evaluate.likelihood import Likelihood, Request, likelihoods, make_plan
-from optima_tpu.models.greedy import Prompt, greedy
-from optima_tpu.models.greedy import make_plan as plan_answers
+from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from optima_tpu.models.model import Model
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.device_memory import device_budget
+from optima_tpu.runtime.mesh import DATA
 from optima_tpu.runtime.processes import SharedError, from_first
 
 Asked = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of the harness: (context and continuation as texts or None, tokens of the context, tokens of the continuation)."""
+
+_TOGETHER = 16
+"""Answers that are written at once on a slice of the data axis, for every sequence of ``Decoder.batch``, if memory allows."""
 
 
 class DecoderLM(TemplateLM):
@@ -243,12 +246,13 @@ class DecoderLM(TemplateLM):
 
     def _write(self, questions: Sequence[Question]) -> list[str]:
         asked = list(dict.fromkeys(questions))
-        plan = plan_answers(
+        plan = plan_generation(
             self._decoder,
             [Prompt(question.prompt, question.rules.new) for question in asked],
-            vocabulary=min(len(self.tokenizer), self._decoder.config.vocab),
-            budget=self._budget,
+            Sampling(min(len(self.tokenizer), self._decoder.config.vocab)),
             advice="to write answers, take a --mesh with a larger model axis, a --dtype of fewer bytes, or a smaller --context",
+            budget=self._budget,
+            limit=_TOGETHER * self._decoder.batch * self._decoder.mesh.shape[DATA],
         )
         if self._ends.penalty != 1:
             self._progress.note(
@@ -261,7 +265,7 @@ class DecoderLM(TemplateLM):
             [Step("writing answers")] * plan.steps,
         )
         began = time.monotonic()
-        written = greedy(
+        written = generate(
             self._decoder,
             plan,
             lambda number, tokens: self._ends.answer(tokens, asked[number].rules.until)[1],

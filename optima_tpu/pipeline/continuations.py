@@ -7,7 +7,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.token_changes import pieces, readable
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.greedy import Prompt, greedy, make_plan
+from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from optima_tpu.models.model import Model
 from optima_tpu.report.contents import Continuation, Continuations
 from optima_tpu.report.progress import Progress
@@ -46,16 +46,16 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     if not all(prompts) or (limit and max(map(len, prompts)) + _NEW > limit):
         return {"reason": "The prompts and their continuations do not fit the model’s context."}
     try:
-        plan = make_plan(
+        plan = plan_generation(
             model.decoder,
             [Prompt(tuple(prompt), _NEW) for prompt in prompts],
-            vocabulary=min(len(tokenizer), model.decoder.config.vocab),
-            budget=_SHARE * budget,
+            Sampling(min(len(tokenizer), model.decoder.config.vocab)),
             advice="take a --mesh with a larger model axis, or a larger --device_memory",
+            budget=_SHARE * budget,
         )
         written = []
         for decoder in (model.decoder, pruned):
-            written.append(greedy(decoder, plan))
+            written.append(generate(decoder, plan))
             progress.advance()
     except UserError as error:
         return {"reason": f"The models were not asked to continue prompts: {error}."}

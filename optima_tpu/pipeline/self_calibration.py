@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from optima_tpu.data.sampling import held_out_text
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import Sampling, generate
+from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from optima_tpu.report.progress import Progress, Terminal
 from optima_tpu.report.run_record import RUN, read_run, refuse_another
 from optima_tpu.runtime.checksums import intact, keep
@@ -24,6 +25,12 @@ from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import from_first, is_first, together
 
 CALIBRATION = "calibration.npy"
+
+ADVICE = (
+    "to write its own calibration text, take a --mesh with a larger model axis, a --dtype of fewer bytes, shorter windows, a larger "
+    "--device_memory, or only stored text: another --calibration.source (c4, file:PATH) and no --calibration.written"
+)
+"""What to do if the model does not fit the devices as a whole."""
 
 
 def written_windows(config: RunConfig) -> int:
@@ -43,7 +50,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
       console: prints the progress.
 
     Raises:
-      UserError: the tokenizer has neither token; or see :func:`optima_tpu.models.generate.generate`.
+      UserError: the tokenizer has neither token; the model does not fit the devices as a whole; or its logits are not finite.
     """
     source, text, count = parse_source(config.calibration.source), config.calibration, written_windows(config)
     temperature = source.temperature if isinstance(source, SelfGenerated) else 1.0
@@ -61,10 +68,17 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
         before_each = list(tokenizer("")["input_ids"][:1]) == [start]
         with Progress(console or Terminal(quiet=not is_first())) as progress:
             sampling = Sampling(
-                start, len(tokenizer), text.seed, temperature, restart=eos if before_each and eos != start else None
+                len(tokenizer), temperature, text.seed, follow=(eos, start) if before_each and eos != start else None
             )
-            budget = device_budget(config.device_memory)
-            ids = generate(decoder, sampling, windows=count, length=text.window_length, budget=budget, progress=progress)
+            prompts, budget = [Prompt((start,), text.window_length - 1)] * count, device_budget(config.device_memory)
+            plan = plan_generation(decoder, prompts, sampling, advice=ADVICE, budget=budget, room=text.window_length)
+            at_once, began = len(plan.batches[0].prompts), time.monotonic()
+            progress.stage(
+                f"writing {count} windows of {text.window_length} tokens with the dense model, {at_once} at once", plan.steps
+            )
+            written = generate(decoder, plan, advance=progress.advance)
+            ids = np.array([[start, *tokens] for tokens in written], np.int32)
+            progress.note(f"{ids.size / (time.monotonic() - began):,.0f} tokens a second")
     how = (
         f"{count} windows of {text.window_length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
         f"temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.greedy import Prompt, greedy, make_plan
+from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from optima_tpu.models.grouped import Stretches, grouped_dot, grouped_outer
 from optima_tpu.runtime.mesh import place
 from tests.support.meshes import mesh
@@ -104,6 +104,7 @@ def test_blocks_that_differ_write_what_a_pass_through_them_says():
     config, _, tensors = tiny(reference, {})
     decoder, prompts = Decoder.open(config, tensors, mesh(1, 1)), [Prompt((3, 1, 4), 8), Prompt((1, 5, 9, 2, 6, 5), 5)]
     assert [len(blocks) for _, blocks in decoder.stretches] == [1, 1]
-    for (prompt, _), answer in zip(prompts, greedy(decoder, make_plan(decoder, prompts, vocabulary=60, advice="")), strict=True):
+    plan = plan_generation(decoder, prompts, Sampling(60), advice="")
+    for (prompt, _), answer in zip(prompts, generate(decoder, plan), strict=True):
         logits = logits_of(decoder, np.array([[*prompt, *answer]], np.int32))[0]
         assert answer == logits[len(prompt) - 1 : -1, :60].argmax(axis=-1).tolist()

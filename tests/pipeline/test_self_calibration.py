@@ -13,7 +13,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.distillation import KL
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import Sampling, draw, empty_cache, generate, load, step, windows_at_once
+from optima_tpu.models.generate import Prompt, Sampling, choose, generate, plan_generation
+from optima_tpu.models.whole_model import empty_cache, load, step
 from optima_tpu.pipeline import self_calibration
 from optima_tpu.pipeline.greeting import short_text
 from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
@@ -79,7 +80,7 @@ def test_tokens_are_drawn_in_proportion_to_their_probabilities():
     """The chi-square statistic of 20,000 draws, five degrees of freedom: above 25.7 once in 10,000 seeds."""
     logits, temperature, count = np.array([2.0, 1.0, 0.0, -1.0, 0.5, 0.2, 9.0, 9.0], np.float32), 0.7, 20_000
     keys = jax.random.split(jax.random.key(0), count)
-    drawn = np.asarray(jax.jit(draw, static_argnums=3)(jnp.tile(logits, (count, 1)), keys, temperature, 6))
+    drawn = np.asarray(jax.jit(choose)(jnp.tile(logits, (count, 1)), Sampling(6, temperature), keys))
     shares = np.exp(logits[:6].astype(np.float64) / temperature)
     expected = count * shares / shares.sum()
     assert drawn.max() < 6  # the last two rows of the embedding belong to no token
@@ -89,12 +90,16 @@ def test_tokens_are_drawn_in_proportion_to_their_probabilities():
 @pytest.fixture(scope="module")
 def written():
     """Five windows of a tiny model that are written at once on one device."""
-    return tiny_llama(), write(tiny_llama(), (1, 1), 5)
+    return tiny_llama(), write(tiny_llama(), (1, 1), 5, 5)
 
 
-def write(model, shape: tuple[int, int], windows: int, **options) -> np.ndarray:
-    sampling = Sampling(START, vocabulary=60, seed=7, temperature=1.5, restart=END)
-    return generate(Decoder.open(*model, mesh(*shape)), sampling, windows=windows, length=24, **options)
+def write(model, shape: tuple[int, int], windows: int, at_once: int, **options) -> np.ndarray:
+    decoder, sampling = Decoder.open(*model, mesh(*shape)), Sampling(vocabulary=60, temperature=1.5, seed=7, follow=(END, START))
+    plan = plan_generation(
+        decoder, [Prompt((START,), 23)] * windows, sampling, advice=self_calibration.ADVICE, room=24, **options
+    )
+    assert plan.batches[0].rows == at_once
+    return np.array([[START, *tokens] for tokens in generate(decoder, plan)])
 
 
 def test_every_token_follows_the_logits_of_those_before_it(written):
@@ -105,28 +110,26 @@ def test_every_token_follows_the_logits_of_those_before_it(written):
     noise = np.array([[jax.random.gumbel(jax.random.fold_in(key, at), (64,)) for at in range(1, 24)] for key in keys])[..., :60]
     expected = np.where(windows[:, :-1] == END, START, np.argmax(logits / 1.5 + noise, axis=-1))
     assert (windows[:, 0] == START).all() and (windows[:, 1:] == expected).all()
-    assert (windows == END).any() and windows.dtype == np.int32
+    assert (windows == END).any()
 
 
 def test_a_window_depends_neither_on_the_others_nor_on_the_mesh(written):
     model, windows = written
-    assert (write(model, (1, 1), 2) == windows[:2]).all()
+    assert (write(model, (1, 1), 2, 2) == windows[:2]).all()
     # A budget for one window on each of four slices: two batches, the second one filled up.
-    decoder, budget = Decoder.open(*model, mesh(4, 2)), 100_000
-    assert windows_at_once(decoder, 5, 24, budget) == 4
-    assert (write(model, (4, 2), 5, budget=budget) == windows).all()
+    assert (write(model, (4, 2), 5, 4, budget=100_000) == windows).all()
 
 
 def test_a_model_that_does_not_fit_the_devices_is_refused():
     with pytest.raises(UserError, match="GiB of each.*--mesh.*--calibration.source"):
-        write(tiny_llama(), (1, 1), 2, budget=2**14)
+        write(tiny_llama(), (1, 1), 2, 2, budget=2**14)
 
 
 def test_logits_that_are_not_finite_are_told():
     config, tensors = tiny_llama()
     tensors.arrays["model.norm.weight"] = np.full_like(tensors.arrays["model.norm.weight"], 3e38)
     with pytest.raises(UserError, match="overflows even in float32"):
-        write((config, tensors), (1, 1), 5)
+        write((config, tensors), (1, 1), 5, 5)
 
 
 @pytest.mark.parametrize(

@@ -109,13 +109,13 @@ def test_they_are_not_written_twice(words, tmp_path, monkeypatch):
     shutil.copytree(words[1], run)
     (run / "report.json").unlink()
     put(run / "continuations.json", '{"reason": "kept"}')
-    monkeypatch.setattr(writing, "greedy", None)
+    monkeypatch.setattr(writing, "generate", None)
     assert main([*words[0], "--output", str(run)]) == 0
     assert record(run)["continuations"] == {"reason": "kept"}
 
 
 def test_where_nobody_would_read_them_none_are_written(words, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "greedy", None)
+    monkeypatch.setattr(writing, "generate", None)
     assert main([*words[0], "--export", "false", "--output", str(tmp_path / "run")]) == 0
     for run in (tmp_path / "run", finished.directory):  # whose text is random tokens
         assert record(run)["continuations"] is None and not (run / "continuations.json").exists()

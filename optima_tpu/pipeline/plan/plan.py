@@ -14,7 +14,7 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import windows_at_once
+from optima_tpu.models.whole_model import windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
@@ -28,7 +28,7 @@ from optima_tpu.pipeline.plan.program import STAGES, Program
 from optima_tpu.pipeline.plan.texts import counted
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import refusal, training_programs
-from optima_tpu.pipeline.self_calibration import written_windows
+from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import DATA, MODEL
 
@@ -162,7 +162,7 @@ def make_plan(
     refused, writing = walk.refused, 0.0
     if written_windows(config) and not recovering:
         try:
-            at_once = windows_at_once(decoder, written_windows(config), text.window_length, budget)
+            at_once = windows_at_once(decoder, written_windows(config), text.window_length, budget, ADVICE)
             writing = estimate.writing_seconds(model, config, machine, at_once)
         except UserError as error:
             refused = str(error)  # a run writes its text first

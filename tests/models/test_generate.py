@@ -1,4 +1,4 @@
-"""Greedy continuations: every token is the likeliest one after a pass over what is before it, whatever else is in the batch."""
+"""Continuations: every token follows from a pass over what is before it, whatever else is in the batch."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.greedy import Prompt, greedy, make_plan
+from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.tiny_models import MemoryTensors, tiny_llama
@@ -24,8 +24,8 @@ def opened(shape, seed=0):
     return Decoder.open(*tiny_llama(seed), mesh(*shape))
 
 
-def planned(decoder, prompts=PROMPTS, **options):
-    return make_plan(decoder, prompts, vocabulary=VOCABULARY, advice="take more", **options)
+def planned(decoder, prompts=PROMPTS, temperature=0.0, **options):
+    return plan_generation(decoder, prompts, Sampling(VOCABULARY, temperature), advice="take more", **options)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def written():
     """What two models write on one device."""
     decoders = [opened((1, 1), seed) for seed in (0, 1)]
     plan = planned(decoders[0])
-    return [greedy(decoder, plan) for decoder in decoders]
+    return [generate(decoder, plan) for decoder in decoders]
 
 
 def test_every_token_is_the_likeliest_after_one_pass_over_those_before_it(written):
@@ -47,12 +47,17 @@ def test_every_token_is_the_likeliest_after_one_pass_over_those_before_it(writte
             assert answer == expected.tolist()
 
 
+def test_hardly_any_temperature_draws_the_likeliest_tokens(written):
+    decoder = opened((1, 1))
+    assert generate(decoder, planned(decoder, temperature=1e-6)) == written[0]
+
+
 def test_neither_the_others_nor_the_mesh_change_an_answer(written):
     decoder = dataclasses.replace(opened((2, 2)), batch=1)
     # A budget for two prompts on each of two slices, and for one with the longer cache.
     plan = planned(decoder, budget=150_000)
     assert [(len(batch.prompts), batch.rows, batch.room) for batch in plan.batches] == [(1, 2, 96), (4, 4, 64), (3, 4, 64)]
-    assert greedy(decoder, plan) == written[0]
+    assert generate(decoder, plan) == written[0]
 
 
 def test_a_second_model_of_the_same_shape_compiles_nothing(caplog):
@@ -61,7 +66,7 @@ def test_a_second_model_of_the_same_shape_compiles_nothing(caplog):
     for seed in (0, 1):
         decoder = opened((1, 1), seed)
         with jax.log_compiles():
-            greedy(decoder, plan)
+            generate(decoder, plan)
         compiled.append([record.message for record in caplog.records if record.message.startswith("Compiling")])
         caplog.clear()
     first, second = compiled
@@ -77,7 +82,7 @@ def test_a_batch_ends_when_all_of_its_answers_are_enough(written):
         asked.append(number)
         return len(tokens) >= 9
 
-    answers = greedy(decoder, plan, enough, lambda: calls.append(1))
+    answers = generate(decoder, plan, enough, lambda: calls.append(1))
     assert [answer[:9] for answer in answers] == written[0][:3] and len(calls) == plan.steps == 2
     assert sorted(asked) == [0, 1, 2] and [len(answer) for answer in answers] == [32, 27, 30]
 
@@ -89,4 +94,4 @@ def test_a_model_that_does_not_fit_and_one_that_overflows_are_told():
     arrays["model.norm.weight"] = np.full(36, 3e38, np.float32)
     broken = dataclasses.replace(opened((1, 1)), tensors=MemoryTensors(arrays))
     with pytest.raises(UserError, match="after a prompt: the model overflows even in float32"):
-        greedy(broken, planned(broken, PROMPTS[:1]))
+        generate(broken, planned(broken, PROMPTS[:1]))
