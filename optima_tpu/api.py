@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Sharding
@@ -39,7 +38,6 @@ from optima_tpu.report.runs import method, model_name, read_report
 from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import take_devices
-from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.mesh import make_mesh
 
 if TYPE_CHECKING:
@@ -193,7 +191,7 @@ def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -
     from optima_tpu.pipeline.run import run
 
     check_sources(config.calibration.source, config.evaluation.source)
-    _start(config)
+    take_devices(config)
     quiet_orbax()  # an evaluation does it itself
     record = run(config, None if progress else Console(quiet=True))
     return _with_page(Result(config.run_directory, record))
@@ -229,7 +227,7 @@ def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any)
     config = EvaluateConfig(str(model), **settings)
     from optima_tpu.evaluate.start import start
 
-    _start(config)
+    take_devices(config)
     return start(config, None if progress else Console(quiet=True))
 
 
@@ -308,7 +306,7 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
     from optima_tpu.data import check_sources
 
     check_sources(config.source, config.evaluation)
-    _start(config)
+    take_devices(config)
     from optima_tpu.pipeline.recover.run import recover
 
     quiet_orbax()
@@ -416,16 +414,3 @@ def _changed(name: str, value: Any, plain: Any) -> list[str]:
     if not (isinstance(value, dict) and isinstance(plain, dict) and value.get("name") == plain.get("name")):
         return [name] if value != plain else []
     return [f"{name}.{option}" for option in value if value[option] != plain[option]]
-
-
-def _start(config: Devices) -> None:
-    """Takes the devices as the settings say, where JAX has not taken its own yet."""
-    try:
-        take_devices(config)
-    except RuntimeError as error:
-        if "before" not in str(error):
-            raise
-        raise UserError(
-            f"expected cpu_devices before JAX has started, which has {jax.device_count()} devices now: restart Python, or "
-            "leave cpu_devices out"
-        ) from None

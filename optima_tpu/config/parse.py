@@ -175,7 +175,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:
-        raise UserError(one_line(error, kinds(chosen))) from None
+        raise UserError(_refusal(error, kinds(chosen))) from None
     config = _build(namespace, chosen)
     return config
 
@@ -267,7 +267,7 @@ def parse_command(
     try:
         parsed = parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(one_line(error, types)) from None
+        raise UserError(_refusal(error, types)) from None
     refuse_beyond({name: parsed[name] for name in types if name != "model"})
     for setting, method in methods.items():
         chosen_options = {name: parsed[f"{setting}.{name}"] for name in options_of(method) if f"{setting}.{name}" in types}
@@ -417,7 +417,7 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
     try:
         early, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(one_line(error)) from None
+        raise UserError(_refusal(error)) from None
     if early.config and len(early.config) > 1:
         raise UserError(f"expected one --config, got {len(early.config)}: put the settings into one file")
     early.config = early.config and early.config[0]
@@ -490,8 +490,12 @@ def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
         raise UserError(f"there is no setting {dashes}{name}; {hint}")
 
 
-def one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
-    """The message of an argparse or jsonargparse error, in one line."""
+def _refusal(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
+    """The message of an argparse or jsonargparse error, in one line.
+
+    The error has no other trace of the setting and its value than its text. Where another version words it otherwise, the text
+    itself is the message.
+    """
     message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
     found = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
     if not found or not types:

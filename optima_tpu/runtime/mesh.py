@@ -134,11 +134,30 @@ def platform() -> str:
 def simulate_devices(count: int | None) -> None:
     """Gives this process ``count`` simulated CPU devices and no others; None changes nothing.
 
-    Call it before the first array exists: the number of devices is fixed from then on.
+    Raises:
+      UserError: JAX has its devices already, since the first array exists, and another number of them.
     """
-    if count is not None:
-        jax.config.update("jax_platforms", "cpu")
+    if count is None:
+        return
+    jax.config.update("jax_platforms", "cpu")
+    try:
         jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        raise UserError(
+            f"expected cpu_devices before JAX has started, which has {jax.device_count()} devices now: restart Python, or "
+            "leave cpu_devices out"
+        ) from None
+
+
+def has_devices() -> bool:
+    """Whether JAX has taken its devices. No function of JAX says so, but from then on it refuses another number of CPU devices."""
+    count = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    try:
+        jax.config.update("jax_num_cpu_devices", count + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", count)
+    return False
 
 
 def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.bounds import whole
+from optima_tpu.runtime.mesh import has_devices
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -96,12 +97,13 @@ def _port(coordinator: str) -> int:
 
 
 def _join_announced(timeout: int, certain: bool) -> None:
+    if not certain and has_devices() and alone():
+        return  # a single TPU host, in a second run of one Python process
     try:
         _initialize(timeout, method="mpi4py" if _open_mpi_5() else None)
-    except (ValueError, RuntimeError) as error:
-        # A single TPU host: jax found no cluster, or has its devices already, as in a second run of one Python process.
-        no_cluster, late = "coordinator_address" in str(error), "must be called before" in str(error)
-        if certain or not (no_cluster or (late and alone())):
+    except ValueError as error:
+        # Where jax finds no cluster it misses the argument that names one. Other values that it refuses are the environment's.
+        if certain or "coordinator_address" not in str(error):
             raise
 
 

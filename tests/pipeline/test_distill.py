@@ -383,7 +383,11 @@ def test_the_page_says_what_became_of_every_span():
     found = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, None, 18.0)), 4, 512, 21.0, spans=spans)
     assert Outcome.from_json(found.to_json()) == found
     assert Check.from_json({"step": 4, "held_out": 0.4, "training": None, "perplexitx": 18.0}) == Check(4, 0.4)
-    report = {"distillation": found.to_json(), "perplexity": {"pruned": 19.0}, "configuration": {"distill": {"name": "blocks"}}}
+    report = {
+        "distillation": found.to_json(),
+        "perplexity": {"dense": 12.0, "pruned": 19.0},
+        "configuration": {"distill": {"name": "blocks"}},
+    }
     (section,) = distillation([Run("", "run", report, (), None)])
     assert "its blocks were trained in order with fixed masks" in section.text[0]
     checks, blocks = section.tables

@@ -1,6 +1,7 @@
 """How processes come together: by their arguments, by what a platform announces, or not at all where there is one."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import processes
+from optima_tpu.runtime.mesh import has_devices, simulate_devices
 from tests.support.processes import free_port, process_environment, without_gloo
 
 
@@ -67,6 +69,7 @@ ALONE = {
 JOINING = """
 import jax
 from optima_tpu.runtime import processes
+from optima_tpu.runtime.mesh import has_devices, simulate_devices
 
 processes.start(None, None, None, 60)
 jax.config.update("jax_platforms", "cpu")
@@ -111,3 +114,19 @@ def test_a_second_run_on_a_tpu_host_goes_on_without_joining(monkeypatch):
     finally:
         jax.config.update("jax_platforms", before)
     assert processes.alone()
+
+
+def test_another_number_of_devices_is_refused_once_jax_has_its_own():
+    count = jax.device_count()
+    given = jax.config.jax_num_cpu_devices
+    assert has_devices() and jax.config.jax_num_cpu_devices == given
+    with pytest.raises(UserError, match=f"has {count} devices now: restart Python, or leave cpu_devices out"):
+        simulate_devices(given + 1)
+
+
+def test_whether_jax_has_its_devices_is_known_without_taking_them():
+    code = "from optima_tpu.runtime.mesh import has_devices, simulate_devices; import jax; "
+    code += "print(has_devices()); simulate_devices(3); print(has_devices(), jax.device_count(), has_devices())"
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "3", "True"]
