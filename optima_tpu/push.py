@@ -142,7 +142,7 @@ def push(files: Mapping[str, Path], repository: str, api: "HfApi", ask: Callable
 
 def _list(files: Mapping[str, Path]) -> str:
     """Prints each file with its size. Returns the size of all."""
-    from optima_tpu.report.table import size
+    from optima_tpu.report.facts import size
 
     for name, path in files.items():
         print(f"{size(path.stat().st_size):>10}  {name}")

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
+from optima_tpu.report.facts import size, sizes
 from optima_tpu.report.runs import Run
-from optima_tpu.report.table import size, sizes
 from optima_tpu.report.view import NONE, Section, Table, command, commands
 from optima_tpu.runtime.buckets import in_bucket
 

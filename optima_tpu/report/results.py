@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report import plots
-from optima_tpu.report.distillation import perplexities
+from optima_tpu.report.facts import facts, sizes
 from optima_tpu.report.meaningless import meaningless_lines
-from optima_tpu.report.numbers import direction, number, percent, plural
+from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import Run, differences
 from optima_tpu.report.scores import how_asked, scores
-from optima_tpu.report.summary import fitted_errors, held_out_errors, means, measured, unusual, worsened
-from optima_tpu.report.table import in_the_source, size, sizes, whole_model
+from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual, worsened
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
 
 _SIZE = (
@@ -25,66 +24,23 @@ _SHOWN = 4
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The most important numbers of one run."""
-    report, dense, pruned = run.report, run.report["perplexity"]["dense"], run.report["perplexity"]["pruned"]
-    models = perplexities(report)
-    shown = [
-        Tile(
-            "Perplexity",
-            " → ".join(number(each, 4) for each in models.values()),
-            f"{' → '.join(models)}, {number(pruned / dense)} times, {direction(dense, pruned)}, on {without_folders(report['evaluation']['how'])}",
-        )
+    """The most important numbers of one run: its facts, behind the perplexity what an evaluation measured."""
+    first, *others = (fact.tile for fact in facts(run.report, run.layers))
+    evaluated = [
+        Tile(f"Divergence from {run.beside}", number(distance["kl"]), f"nats per token, on {text}")
+        for text, distance in _part(run, "distance").items()
     ]
-    for text, found in _part(run, "distance").items():
-        shown.append(Tile(f"Divergence from {run.beside}", number(found["kl"]), f"nats per token, on {text}"))
     if run.evaluation and run.evaluation.get("average") is not None:
-        shown.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
-    shown += _error_tiles(run)
-    shown += [
-        Tile(
-            "Sparsity",
-            percent(report["sparsity"]),
-            f"{report['pruned']:,} of {report['weights']:,} weights in these matrices{whole_model(report)}",
-        ),
-        Tile("Time", run.time, f"on {devices(run)}" + (", including the parts before it was resumed" if run.earlier else "")),
-    ]
-    sizes_found = report.get("sizes") or {}
-    if sizes_found.get("dense") and sizes_found.get("transformers"):
-        dense_size, pruned_size = size(sizes_found["dense"]), size(sizes_found["transformers"])
-        what = f"dense{in_the_source(sizes_found)} → pruned, not smaller: zeros are stored like other numbers"
-        shown.append(Tile("File", f"{dense_size} → {pruned_size}", what))
-    if peak := (report.get("memory") or {}).get("host_peak"):
-        shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "peak on the host"))
+        evaluated.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
+    again = ", including the parts before it was resumed" if run.earlier else ""
+    return [first, *evaluated, *others, Tile("Time", run.time, f"on {devices(run)}{again}"), _unusual_tile(run)]
+
+
+def _unusual_tile(run: Run) -> Tile:
+    if meaningless_lines(run.report):
+        return Tile("Unusual", "no meaning", "text or dense model, named below")
     count = unusual_count(run)
-    if meaningless_lines(report):
-        return [*shown, Tile("Unusual", "no meaning", "text or dense model, named below")]
-    return [*shown, Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")]
-
-
-def _error_tiles(run: Run) -> list[Tile]:
-    """The mean error of the layers, and with a dense target also the error that this target lowers; none if nobody measured them."""
-    if not measured(run.layers):
-        return []
-    before, after, held_before, held_after = mean_errors(run)
-    of = f"mean of {len(run.layers):,} matrices"
-    unseen = "none was held out" if held_after is None else f"on held-out text {_change(held_before, held_after, run)}"
-    aim = "; a dense target lowers the error against dense instead" if aims_at_dense(run) else ""
-    tiles = [_error_tile("Layer error", before, after, f"{of}, on the calibration text; {unseen}{aim}", run)]
-    first, last = means(run.layers, ("dense_before", "dense_after"))
-    if first is not None and last is not None:
-        tiles.append(_error_tile("Layer error against dense", first, last, f"{of}, on held-out text", run))
-    return tiles
-
-
-def _change(before: float | None, after: float | None, run: Run) -> str:
-    """ "2.98% → 1.56%"; without a solver the second alone."""
-    first, last = (NONE if error is None else percent(error) for error in (before, after))
-    return f"{first} → {last}" if run.solver else last
-
-
-def _error_tile(name: str, before: float | None, after: float | None, of: str, run: Run) -> Tile:
-    better = f"{direction(before, after)}, " if before is not None and after is not None else ""
-    return Tile(name, _change(before, after, run), f"before → after the update, {better}{of}" if run.solver else of)
+    return Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")
 
 
 def comparison(runs: Sequence[Run]) -> Section:

@@ -1,6 +1,5 @@
 """Prints the summary at the end of a run to the terminal."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,22 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.report.distillation import distilled_line, perplexities
+from optima_tpu.report.distillation import distilled_line
+from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
-from optima_tpu.report.numbers import direction, number, percent, plural
+from optima_tpu.report.numbers import direction, percent, plural
 from optima_tpu.report.published import result
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
 from optima_tpu.report.summary import (
     all_layers,
     by_kind,
-    exchanged,
-    fitted_errors,
     gap_meaning,
     held_out_caveat,
     held_out_errors,
     means,
     measured,
-    quantized_line,
     short_names,
-    sparsity,
     traded,
     unusual,
     worsened,
@@ -55,7 +51,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
       directory: current path of the run.
     """
     blocks = blocks_from_json(report["blocks"], directory)
-    configuration, perplexity, memory = report["configuration"], report["perplexity"], report.get("memory", {})
+    configuration = report["configuration"]
     solver = configuration["solver"] and configuration["solver"]["name"]
     # People open the page, report.html, which the command names when it is drawn.
     files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.get("files", {})).items()}
@@ -89,27 +85,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
         tolerance = configuration["solver"].get("tolerance")
         stops = "" if tolerance is None else f". A row stops at {percent(tolerance)}, solver.tolerance"
         lines.append(f"Gap: {gap_meaning([solver])}{stops}.")
-    models = perplexities(report)
-    shown = ", ".join(f"{what} {number(each, 4)}" for what, each in models.items())
-    weights = sum(math.prod(layer.shape) for layer in layers)
-    ratio = number(perplexity["pruned"] / perplexity["dense"])
-    lines += [
-        "",
-        *([f"error       {told}"] if (told := _mean_errors(layers, solver)) else []),
-        f"perplexity  {shown} ({ratio} times), on {report['evaluation']['how']}",
-        f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices" + whole_model(report),
-    ]
-    if size := sizes(report):
-        lines += [f"size        {size}"]
-    if told := quantized_line(layers):
-        lines += [f"quantised   {configuration['quantize']['name']}; mean error {told}"]
-    if (share := exchanged(layers)) is not None:
-        lines += [f"masks       {percent(share)} of the kept weights came in by exchange: the selector had pruned them"]
-    device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""
-    if memory.get("host_peak"):
-        lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
-    if told := distilled_line(report):
-        lines += [f"trained     {told}"]
+    lines += ["", *(plain(fact.line) for fact in facts(report, layers))]
     strange = meaningless_lines(report) + unusual_lines(blocks, configuration)
     lines += [f"unusual     {line}" for line in strange] or ["unusual     nothing"]
     lines += [f"note        {line}" for line in traded_lines(blocks)]
@@ -117,19 +93,6 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
     lines += ["", f"result      {plain(result(report))}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-
-def _mean_errors(layers: Sequence[LayerReport], solver: str | None) -> str:
-    """The mean error of the layers on each text, the calibration text first as on the page; empty if nobody measured it."""
-    if not measured(layers):
-        return ""
-    texts = {"the calibration text": fitted_errors(layers), "held-out text": held_out_errors(layers)}
-    told = [
-        f"{f'{percent(before)} -> ' if solver and before is not None else ''}{percent(after)} on {text}"
-        for text, (before, after) in texts.items()
-        if after is not None
-    ]
-    return f"{', '.join(told)}; mean of {len(layers):,} {'matrix' if len(layers) == 1 else 'matrices'}"
 
 
 def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
@@ -169,39 +132,6 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
 def plain(text: str) -> str:
     """Converts text of the page for a terminal: removes backquotes, and replaces arrows and typographic apostrophes."""
     return text.replace("`", "").replace("’", "'").replace("→", "->")
-
-
-def whole_model(report: Mapping[str, Any]) -> str:
-    """ ", 39.5% of all 134,515,008 weights of the model"; empty for a report without the model's number of weights."""
-    weights = (report.get("model") or {}).get("weights")
-    return f", {percent(report['pruned'] / weights)} of all {weights:,} weights of the model" if weights else ""
-
-
-def sizes(report: Mapping[str, Any]) -> str:
-    """The sizes of the source, the dense and the pruned file and why the last two are equal; empty if they were not recorded."""
-    found = report.get("sizes") or {}
-    if not found.get("dense"):
-        return ""
-    pruned = f", pruned in hf/ {size(found['transformers'])}" if found.get("transformers") else ""
-    why = "the file is not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and prints its size, a smaller share of bfloat16 (--dtype) than of float32"
-    if report["configuration"].get("quantize"):
-        why = (
-            "the file is not smaller because it holds integers times scales in the source's dtype; optima export --format "
-            "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
-        )
-    return f"dense weights {size(found['dense'])}{in_the_source(found)}{pruned}: {why}"
-
-
-def in_the_source(sizes: Mapping[str, Any]) -> str:
-    """ " (253 MB in the source's files)" where these take less than the tensors in the run's dtype, as quantised weights do."""
-    source = sizes.get("source")
-    return f" ({size(source)} in the source's files)" if source and source < 0.9 * sizes["dense"] else ""
-
-
-def size(count: int) -> str:
-    """Formats a number of bytes: "538 MB", "16.1 GB"."""
-    exponent = min(max((len(str(count)) - 1) // 3, 0), 4)
-    return f"{count} bytes" if not exponent else f"{number(count / 1000**exponent)} {('kB', 'MB', 'GB', 'TB')[exponent - 1]}"
 
 
 def unusual_lines(blocks: Sequence[BlockReport], configuration: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.method.acceptance import HeldOut
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
 from optima_tpu.report import summary, table
+from optima_tpu.report.facts import size
 from optima_tpu.report.file import size_on_disk
 from optima_tpu.report.left import FILES
 from optima_tpu.report.page import render, write_page
@@ -113,7 +114,7 @@ def test_the_result_is_at_the_top_of_the_page_and_the_end_of_the_console(tmp_pat
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (538_060_032, "538 MB"), (16_060_000_000, "16.1 GB")],
 )
 def test_sizes_for_people(count, text):
-    assert table.size(count) == text
+    assert size(count) == text
 
 
 def test_sizes_are_counted_on_the_disk(tmp_path):
@@ -137,8 +138,8 @@ def test_sizes_and_the_sparsity_of_the_whole_model_are_said(tmp_path, unplotted)
     report = with_sizes(write_run(tmp_path / "run"))
     text = printed(report)
     assert "sparsity    50.0% of the 840 weights in 21 matrices, 20.0% of all 2,100 weights of the model\n" in text
-    why = "the file is not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and prints its size, a smaller share of bfloat16 (--dtype) than of float32"
-    said = f"dense weights 538 MB, pruned in hf/ 538 MB: {why}"
+    why = "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and prints its size, a smaller share of bfloat16 (--dtype) than of float32"
+    said = f"dense weights 538 MB, pruned in hf/ 538 MB, {why}"
     assert f"size        {said}\n" in text
     page = drawn(tmp_path / "run", to=tmp_path / "x.html")
     assert said in page.sections["outcome"] and "File538 MB → 538 MB" in page.words and "20.0% of all 2,100" in page.words
@@ -147,9 +148,9 @@ def test_sizes_and_the_sparsity_of_the_whole_model_are_said(tmp_path, unplotted)
 def test_a_source_of_fewer_bytes_than_its_weights_is_said(tmp_path, unplotted):  # noqa: F811
     """Quantised weights are decoded: a pruned model in float32 may take more than the file that it came from."""
     report = with_sizes(write_run(tmp_path / "run"))
-    for source, said in ((95_000_000, " (95.0 MB in the source's files)"), (538_070_000, ""), (None, "")):
+    for source, said in ((95_000_000, "95.0 MB in the source's files; "), (538_070_000, ""), (None, "")):
         report["sizes"] = {"source": source, **SIZES}
-        assert f"dense weights 538 MB{said}, pruned in hf/ 538 MB" in printed(report)
+        assert f"dense weights 538 MB, pruned in hf/ 538 MB, {said}not smaller" in printed(report)
 
 
 def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unplotted):  # noqa: F811

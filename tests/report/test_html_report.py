@@ -649,7 +649,10 @@ def test_page_and_console_lead_with_the_error_on_the_calibration_text_and_name_b
     assert tile.value == "20.0% → 10.0%" and "on the calibration text; on held-out text 30.0% → 15.0%" in tile.note
     console = Console(file=io.StringIO(), width=200)
     print_summary(console, run.report, directory)
-    expected = "error       20.0% -> 10.0% on the calibration text, 30.0% -> 15.0% on held-out text; mean of 21 matrices"
+    expected = (
+        "error       before 20.0%, after the update 10.0%, better, mean of 21 matrices, on the calibration text; on held-out text "
+        "30.0% -> 15.0%"
+    )
     assert expected in console.file.getvalue().splitlines()
 
 

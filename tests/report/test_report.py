@@ -427,7 +427,7 @@ def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["q_proj"] == ["16.2%", "5.00%", "50.0%", "not", "finite", "9", "3", "3"]
     assert rows["down_proj"] == ["21.2%", "5.00%", "50.0%", "0.100%", "8", "0", "2"]
-    assert "dense 29.19, pruned 48.35 (1.66 times), on pydoc, 40 windows of 512" in text
+    assert "dense 29.19, pruned 48.35, 1.66 times, worse, on pydoc, 40 windows of 512" in text
     assert "50.0% of the 200 weights in 4 matrices" in text
     assert "1.50 GiB on the host" in text
     for words in (
