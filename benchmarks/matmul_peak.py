@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, matmul
+from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG
 
