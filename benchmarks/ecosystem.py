@@ -101,7 +101,7 @@ class Pruned(NamedTuple):
     folder: Path
     logits: np.ndarray
     pruned: int
-    config: llama.Config
+    config: llama.LlamaConfig
 
 
 def pruned(root: Path, name: str, **changed: Any) -> Pruned:
@@ -111,7 +111,7 @@ def pruned(root: Path, name: str, **changed: Any) -> Pruned:
     export(run, root / "hf")
     opened = open_model(str(root / "hf"))
     decoder = Decoder.open(opened.config, opened.tensors, make_mesh("1x1"))
-    assert isinstance(decoder.config, llama.Config)
+    assert isinstance(decoder.config, llama.LlamaConfig)
     count = sum(int(np.sum(~keep)) for keep in read_masks(root / "hf").values())
     return Pruned(run, root / "hf", logits_of(decoder, TOKENS), count, decoder.config)
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 
 from optima_tpu.method.statistics import TokenStatistics
-from optima_tpu.models.experts import Config, Mixture
+from optima_tpu.models.experts import Mixture, MixtureConfig
 from optima_tpu.models.layers import project
 from optima_tpu.models.rope import Rope
 from optima_tpu.pipeline.grams import add_routed, gram
@@ -69,7 +69,7 @@ def both_ways(arguments: argparse.Namespace, experts: int, few: int) -> tuple[tu
     width, inner = arguments.width, arguments.inner
     sizes = dict(d_model=width, d_embedding=width, blocks=1, vocab=2, tied=True, heads=1, kv_heads=1, head_dim=width, eps=1e-6)
     rope = Rope.from_hf(dict(rope_type="default", rope_theta=1e4))
-    config = Config(**sizes, d_ff=inner, rope=rope, experts=experts, experts_per_token=few, normalise=True)
+    config = MixtureConfig(**sizes, d_ff=inner, rope=rope, experts=experts, experts_per_token=few, normalise=True)
     graph, state = nnx.split(nnx.eval_shape(lambda: Mixture(config, NAMES)))
     rng, mesh = np.random.default_rng(0), make_mesh("1x1")
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) / leaf.shape[1] ** 0.5, jnp.float32), state)

@@ -41,7 +41,7 @@ def make_parser() -> Parser:
         "--packed",
         dest="form",
         action="store_const",
-        const=forms.Packed.name,
+        const=forms.PackedForm.name,
         default=forms.Plain.name,
         help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, and "
         "that optima unpack makes the plain folder of",
@@ -100,7 +100,7 @@ def _export(arguments: list[str] | None) -> None:
     print(f"wrote {chosen.out}")
     if told := forms.FORMS[chosen.form].next:
         print(told.replace("FOLDER", str(as_path(chosen.out).absolute())))
-    if chosen.form == forms.Packed.name:
+    if chosen.form == forms.PackedForm.name:
         print(sizes(Packed(Path(chosen.out))))
     elif forms.FORMS[chosen.form].compact:
         print(_weight_files(chosen.form, outcome.dense, weights_on_disk(as_path(chosen.out))))

@@ -23,7 +23,7 @@ from optima_tpu.method.selectors import ADMM, Imported, Magnitude, Selector, Spa
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
 from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Grid
-from optima_tpu.runtime.outside import import_class, import_path, imported_class, is_import_path, only_named
+from optima_tpu.runtime.own_classes import import_class, import_path, imported_class, is_import_path, only_named
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
     {

@@ -73,7 +73,7 @@ from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
 from optima_tpu.runtime.inside import refuse_special
-from optima_tpu.runtime.outside import is_import_path
+from optima_tpu.runtime.own_classes import is_import_path
 from optima_tpu.runtime.program import refuse_undecodable
 
 T = TypeVar("T", bound=Method)

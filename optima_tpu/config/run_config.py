@@ -25,7 +25,7 @@ from optima_tpu.method.tuning import Fixed, Tuning
 from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
-from optima_tpu.runtime.outside import outside_code
+from optima_tpu.runtime.own_classes import outside_code
 
 MOST_TOKENS = 1 << 28
 """Tokens of a text that is read into memory. Their hidden states take a terabyte in a model of width 2048."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import few_tokens
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.asking import Asking
+from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.program import program

@@ -105,7 +105,7 @@ def distance(
     )
 
 
-class Sums(NamedTuple):
+class DistanceSums(NamedTuple):
     """Sums over the predictions of each window, [windows] float32."""
 
     kl: np.ndarray | Array
@@ -120,7 +120,7 @@ def window_scores(
     tokens: np.ndarray,
     size: int,
     advance: Callable[[], None] = lambda: None,
-) -> Sums:
+) -> DistanceSums:
     """Applies the heads of two models to their residual streams and compares the predictions; the dense model comes first.
 
     Args:
@@ -128,7 +128,7 @@ def window_scores(
       size: windows of a batch in each slice of the data axis.
       advance: called after every batch.
     """
-    sums = Sums(*np.empty((len(Sums._fields), len(tokens)), np.float32))
+    sums = DistanceSums(*np.empty((len(DistanceSums._fields), len(tokens)), np.float32))
     for dense, pruned in zip(*(stream.batches(size) for stream in streams)):
         found = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens)))
         for whole, part in zip(sums, found):
@@ -138,12 +138,14 @@ def window_scores(
 
 
 @jax.jit
-def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens: Array) -> Sums:
+def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens: Array) -> DistanceSums:
     def score(targets, *states):
         logits = [head_logits(head, state) for head, state in zip(heads, states)]
         first = [values.argmax(axis=-1) for values in logits]
         p, q = (jax.nn.log_softmax(values, axis=-1) for values in logits)
-        return Sums(jnp.sum(jnp.exp(p) * (p - q), axis=-1), first[0] == first[1], -picked(p, targets), -picked(q, targets))
+        return DistanceSums(
+            jnp.sum(jnp.exp(p) * (p - q), axis=-1), first[0] == first[1], -picked(p, targets), -picked(q, targets)
+        )
 
     return sum_over_windows(score, tokens, *hidden)
 

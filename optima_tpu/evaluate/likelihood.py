@@ -61,7 +61,7 @@ class Group(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LikelihoodPlan:
     """Assigns requests to batches and waves.
 
     Attributes:
@@ -122,7 +122,7 @@ class Places(NamedTuple):
     target: np.ndarray
 
 
-def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave: int = WAVE) -> Plan:
+def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave: int = WAVE) -> LikelihoodPlan:
     """Sorts requests by length and cuts them into batches of a few shapes.
 
     The first text of a batch determines its length; shorter texts fill the rest of the batch. Only the very last batch may have
@@ -153,7 +153,7 @@ def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave:
             waves[-1][-1] = before._replace(last=group.last)
         else:
             waves[-1].append(group)
-    return Plan(requests, tuple(texts), owners, tuple(map(tuple, waves)))
+    return LikelihoodPlan(requests, tuple(texts), owners, tuple(map(tuple, waves)))
 
 
 def _batches(sizes: Sequence[int], slices: int, batch: int, longest: int) -> Iterator[Group]:
@@ -170,7 +170,7 @@ def _batches(sizes: Sequence[int], slices: int, batch: int, longest: int) -> Ite
         first = last
 
 
-def likelihoods(decoder: Decoder, plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Likelihood]:
+def likelihoods(decoder: Decoder, plan: LikelihoodPlan, advance: Callable[[], None] = lambda: None) -> list[Likelihood]:
     """Computes a plan, in the order of its requests. Requests with the same inputs share the forward pass.
 
     Args:

@@ -17,15 +17,15 @@ from optima_tpu import data
 from optima_tpu.config.flat import flat
 from optima_tpu.data import Tokens, token_digest, unigram_perplexity
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.evaluate.distance import distance
+from optima_tpu.evaluate.earlier_results import check_known, read_known
 from optima_tpu.evaluate.harness import DecoderLM
-from optima_tpu.evaluate.known import check_known, read_known
 from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
 from optima_tpu.evaluate.parts import Parts, questions_digest
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
+from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
 from optima_tpu.models.activations import count_batches
 from optima_tpu.models.decoder import Decoder

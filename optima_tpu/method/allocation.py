@@ -22,7 +22,7 @@ from optima_tpu.runtime.bounds import Bound, Bounded
 _GRAIN = 0.02
 
 
-class Steps(NamedTuple):
+class SparsitySteps(NamedTuple):
     """The sparsities that a block may have.
 
     Attributes:
@@ -50,7 +50,7 @@ class Allocation(Bounded):
         """The largest difference between a block's sparsity and the pattern's."""
         return self.limit
 
-    def wanted(self, scores: np.ndarray, steps: Steps) -> np.ndarray:
+    def wanted(self, scores: np.ndarray, steps: SparsitySteps) -> np.ndarray:
         """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
 
         Args:
@@ -89,7 +89,7 @@ class OWL(Allocation):
         """A block's sparsity differs from the pattern's by less than this."""
         return 2 * self.limit
 
-    def wanted(self, scores: np.ndarray, steps: Steps) -> np.ndarray:
+    def wanted(self, scores: np.ndarray, steps: SparsitySteps) -> np.ndarray:
         """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
 
         Args:
@@ -126,7 +126,7 @@ class Measured(Allocation):
         """A block's sparsity differs from the pattern's by at most this."""
         return self.limit
 
-    def wanted(self, scores: np.ndarray, steps: Steps) -> np.ndarray:
+    def wanted(self, scores: np.ndarray, steps: SparsitySteps) -> np.ndarray:
         """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
 
         Args:
@@ -158,7 +158,7 @@ def grain(inputs: Sequence[int]) -> float:
     return max(1, round(_GRAIN * divisor)) / divisor
 
 
-def steps_of(allocation: Allocation, sparsity: float, inputs: Iterable[int]) -> Steps:
+def steps_of(allocation: Allocation, sparsity: float, inputs: Iterable[int]) -> SparsitySteps:
     """The steps that an allocation may take from the pattern's sparsity.
 
     Args:
@@ -170,7 +170,7 @@ def steps_of(allocation: Allocation, sparsity: float, inputs: Iterable[int]) -> 
     """
     inputs = tuple(inputs)
     size = grain(inputs)
-    steps = Steps(size, math.floor(allocation.limit / size + 1e-9))
+    steps = SparsitySteps(size, math.floor(allocation.limit / size + 1e-9))
     if size >= 0.5:
         raise UserError(
             "expected layers whose numbers of inputs have a large common divisor, so that one step of sparsity is a "
@@ -191,7 +191,7 @@ def steps_of(allocation: Allocation, sparsity: float, inputs: Iterable[int]) -> 
     return steps
 
 
-def allocate(allocation: Allocation, scores: np.ndarray, weights: Sequence[int], steps: Steps) -> np.ndarray:
+def allocate(allocation: Allocation, scores: np.ndarray, weights: Sequence[int], steps: SparsitySteps) -> np.ndarray:
     """The difference between each block's sparsity and the pattern's in steps, [blocks] int.
 
     Sparsity moves only between blocks with equally many weights. Among these the numbers sum to 0, so the total number of pruned

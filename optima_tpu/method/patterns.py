@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int32
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
 from optima_tpu.runtime.bounds import at_least, whole
-from optima_tpu.runtime.outside import import_class, import_path, is_import_path, only_named, read_options, write_options
+from optima_tpu.runtime.own_classes import import_class, import_path, is_import_path, only_named, read_options, write_options
 
 _TOLERANCE = 0.01
 """How far the sparsity of a layer with an imported mask may be from an unstructured pattern: published SparseGPT prunes one

@@ -20,7 +20,7 @@ Outputs = TypeVar("Outputs")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How the problems of one layer input are sharded over the mesh while they are solved.
 
     Attributes:
@@ -54,7 +54,7 @@ class Layout:
         return Features(MODEL) if self.split else WHOLE
 
 
-ON_EVERY_DEVICE = Layout()
+ON_EVERY_DEVICE = RowLayout()
 """The default layout: the Hessian replicated, all rows of a device at once."""
 
 
@@ -68,7 +68,7 @@ class RowSharding:
     """
 
     mesh: Mesh
-    layout: Layout = ON_EVERY_DEVICE
+    layout: RowLayout = ON_EVERY_DEVICE
 
     def rows(self, weight: Array) -> NamedSharding:
         """The sharding of a matrix [d_out, d_in] while its mask is chosen: rows over all devices that divide them."""

@@ -8,9 +8,9 @@ from optima_tpu.models.layers import MLP
 from optima_tpu.models.rope import Rope
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.ArceeConfig``."""
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config, "relu2"),
         rope=Rope.from_hf(config.rope_parameters),
         qkv_bias=config.attention_bias,
@@ -19,7 +19,7 @@ def read_config(config: Any) -> llama.Config:
     )
 
 
-def block(config: llama.Config) -> llama.PreNormBlock:
+def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
     """One decoder block."""
     mlp = MLP(config.d_model, config.d_ff, activation="relu2", bias=config.mlp_bias)
     return llama.PreNormBlock(config, llama.rotary_attention(config), mlp)

@@ -26,20 +26,20 @@ def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
     return rotate_neighbours(x.astype(jnp.float32), cos.astype(x.dtype), sin.astype(x.dtype)).astype(x.dtype)
 
 
-def read_cohere(config: Any) -> llama.Config:
+def read_cohere(config: Any) -> llama.LlamaConfig:
     """From ``transformers.CohereConfig``."""
     return dataclasses.replace(_read(config), qk_norm=bool(config.use_qk_norm))
 
 
-def read_cohere2(config: Any) -> llama.Config:
+def read_cohere2(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Cohere2Config``."""
     settings, windows = _read(config), llama.windows_by_type(config)
     rotated = (window is not None for window in windows or (None,) * settings.blocks)
     return dataclasses.replace(settings, rope=RopeByBlock.where(rotated, Rope.from_hf(config.rope_parameters)), windows=windows)
 
 
-def _read(config: Any) -> llama.Config:
-    return llama.Config(
+def _read(config: Any) -> llama.LlamaConfig:
+    return llama.LlamaConfig(
         **llama.read_sizes(config, eps="layer_norm_eps"),
         rope=Rope.from_hf(config.rope_parameters),
         rotation=rotate,
@@ -56,7 +56,7 @@ class ParallelBlock(nnx.Module):
     It sows the residual stream as if attention came first.
     """
 
-    def __init__(self, config: llama.Config):
+    def __init__(self, config: llama.LlamaConfig):
         self.input_layernorm = config.norm(config.d_model, eps=config.eps)
         self.self_attn = llama.rotary_attention(config)
         self.mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
@@ -71,7 +71,7 @@ class ParallelBlock(nnx.Module):
         return x
 
 
-def block(config: llama.Config) -> ParallelBlock:
+def block(config: llama.LlamaConfig) -> ParallelBlock:
     """One decoder block. Its norms of queries and keys, if it has them, have weights for every head."""
     made = ParallelBlock(config)
     if config.qk_norm:

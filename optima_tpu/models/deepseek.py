@@ -25,7 +25,7 @@ from optima_tpu.runtime.mesh import MODEL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(experts.Config):
+class DeepseekConfig(experts.MixtureConfig):
     """The numbers that shape a block; ``head_dim`` is the width of the part of a head that turns.
 
     Attributes:
@@ -41,7 +41,7 @@ class Config(experts.Config):
     value_dim: int
 
 
-def read_v2(config: Any) -> Config:
+def read_v2(config: Any) -> DeepseekConfig:
     """From ``transformers.DeepseekV2Config``. Raises UserError for a setting that is not supported."""
     for name, expected in dict(mlp_bias=(False,), norm_topk_prob=(False, None)).items():
         if (found := getattr(config, name)) not in expected:
@@ -57,12 +57,12 @@ def read_v2(config: Any) -> Config:
     return dataclasses.replace(settings, rotation=rotate_neighbours_wide, normalise=False)
 
 
-def read_v3(config: Any) -> Config:
+def read_v3(config: Any) -> DeepseekConfig:
     """From ``transformers.DeepseekV3Config``."""
     return read_latent(config, dense_first(config))
 
 
-def read_latent(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> Config:
+def read_latent(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> DeepseekConfig:
     """The settings of a model with latent attention.
 
     Args:
@@ -78,7 +78,7 @@ def read_latent(config: Any, mixed: tuple[bool, ...], groups: Groups | None = No
     rope = Rope.from_hf(parameters)
     if parameters.get("rope_type", "default") != "default" and (share := parameters.get("mscale_all_dim")):
         scale *= (1 + 0.1 * share * math.log(max(parameters["factor"], 1.0))) ** 2
-    return Config(
+    return DeepseekConfig(
         **llama.read_sizes(config) | dict(head_dim=config.qk_rope_head_dim) | read_mixture(config, mixed, groups),
         rope=rope,
         rotation=rotate_neighbours if getattr(config, "rope_interleave", True) else rotate,
@@ -98,7 +98,7 @@ def dense_first(config: Any) -> tuple[bool, ...]:
 
 
 def read_mixture(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> dict[str, Any]:
-    """The settings of the mixtures, as arguments of :class:`~optima_tpu.models.experts.Config`."""
+    """The settings of the mixtures, as arguments of :class:`~optima_tpu.models.experts.MixtureConfig`."""
     experts.check_given(config, "num_experts_per_tok", "moe_intermediate_size")
     if not config.n_shared_experts:
         raise UserError(f"expected n_shared_experts of at least 1, got {config.n_shared_experts}: not supported")
@@ -120,10 +120,10 @@ def further_tokens(*blocks: int) -> Mapping[str, str]:
     return {rf"model\.layers\.({'|'.join(map(str, blocks))})\..*": reason}
 
 
-class Attention(nnx.Module):
+class DeepseekAttention(nnx.Module):
     """Latent attention; the norms of the latent vectors have an ``eps`` of their own."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: DeepseekConfig):
         self.config, self.width, self.mesh = config, config.still_dim + config.head_dim, None
         if config.q_rank is None:
             self.q_proj = Linear(config.d_model, config.heads * self.width)
@@ -154,8 +154,8 @@ ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 """``Family.exact``: rounded, they would send tokens to other experts."""
 
 
-def _family(read_config: Callable[[Any], Config], **fields: Any) -> Family:
-    made = experts.family(read_config, attention=Attention)
+def _family(read_config: Callable[[Any], DeepseekConfig], **fields: Any) -> Family:
+    made = experts.family(read_config, attention=DeepseekAttention)
     projections = ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "q_b_proj", "kv_b_proj")
     wide = tuple(f"self_attn.{name}" for name in projections)
     return dataclasses.replace(

@@ -16,9 +16,9 @@ def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
     return rotate_neighbours(x.astype(jnp.float32), cos, sin).astype(x.dtype)
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Ernie4_5Config``."""
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         rotation=rotate,

@@ -10,11 +10,11 @@ from optima_tpu.models import llama, olmo2
 from optima_tpu.models.rope import Rope, RopeByBlock
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Exaone4Config``."""
     windows = llama.windows_by_type(config)
     rotated = (config.sliding_window is None or kind == "sliding_attention" for kind in config.layer_types)
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config),
         rope=RopeByBlock.where(rotated, Rope.from_hf(config.rope_parameters)),
         windows=windows,
@@ -22,7 +22,7 @@ def read_config(config: Any) -> llama.Config:
     )
 
 
-def block(config: llama.Config) -> olmo2.PostNormBlock:
+def block(config: llama.LlamaConfig) -> olmo2.PostNormBlock:
     """One decoder block."""
     return olmo2.PostNormBlock(config, llama.rotary_attention(config))
 

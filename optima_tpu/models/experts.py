@@ -40,7 +40,7 @@ class Gated:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(llama.Config):
+class MixtureConfig(llama.LlamaConfig):
     """The numbers that shape a block; ``d_ff`` is the width of one expert.
 
     Attributes:
@@ -94,7 +94,7 @@ class Config(llama.Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class MixtureNames:
     """How a family's checkpoint names the parts of a mixture.
 
     Attributes:
@@ -113,7 +113,7 @@ class Layout:
     shared: str = "shared_experts"
     bias: bool = False
 
-    def sizes(self, config: Config) -> dict[str, tuple[int, int]]:
+    def sizes(self, config: MixtureConfig) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the layers of an expert."""
         both = 2 * config.d_ff // len(self.wide)
         return dict.fromkeys(self.wide, (config.d_model, both)) | {self.narrow: (config.d_ff, config.d_model)}
@@ -184,7 +184,7 @@ def check_given(config: Any, *names: str) -> None:
         raise UserError(f"expected {', '.join(missing)} in config.json, got none: check the file")
 
 
-def router(config: Config) -> nnx.Module:
+def router(config: MixtureConfig) -> nnx.Module:
     """The router of a mixture."""
     sizes = config.d_model, config.experts, config.experts_per_token, config.normalise
     return Router(*sizes) if config.groups is None else GroupRouter(*sizes, config.groups)
@@ -193,7 +193,7 @@ def router(config: Config) -> nnx.Module:
 class Expert(nnx.Module):
     """The parameters of one expert, under the names of the checkpoint."""
 
-    def __init__(self, config: Config, layout: Layout):
+    def __init__(self, config: MixtureConfig, layout: MixtureNames):
         for name, sizes in layout.sizes(config).items():
             setattr(self, name, Linear(*sizes, bias=layout.bias))
 
@@ -207,7 +207,7 @@ class Experts(nnx.Module):
       mesh: the mesh that the block runs on; None for one device.
     """
 
-    def __init__(self, config: Config, layout: Layout, router: Callable[[Config], nnx.Module] = router):
+    def __init__(self, config: MixtureConfig, layout: MixtureNames, router: Callable[[MixtureConfig], nnx.Module] = router):
         self.layout, self.mesh, self.way = layout, None, _Way(config.neurons, config.share_first)
         setattr(self, layout.router, router(config))
         self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
@@ -231,7 +231,7 @@ class Experts(nnx.Module):
 class Mixture(Experts):
     """What takes the place of an MLP: experts, and a shared expert whose output is added, if the configuration has one."""
 
-    def __init__(self, config: Config, layout: Layout, router: Callable[[Config], nnx.Module] = router):
+    def __init__(self, config: MixtureConfig, layout: MixtureNames, router: Callable[[MixtureConfig], nnx.Module] = router):
         super().__init__(config, layout, router)
         if config.shared_width:
             setattr(self, layout.shared, GatedMLP(config.d_model, config.shared_width, activation=config.activation))
@@ -250,7 +250,7 @@ class Mixture(Experts):
         return getattr(self, self.layout.shared)(x)
 
 
-class Block(llama.PreNormBlock):
+class MixtureBlock(llama.PreNormBlock):
     """A block with a mixture. It sows the residual stream without the shared expert's output too."""
 
     def behind_attention(self, x: Array) -> Array:
@@ -271,7 +271,7 @@ class _Sent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """How a mixture computes, as in :class:`Config`. Equal ones share their compiled programs."""
+    """How a mixture computes, as in :class:`MixtureConfig`. Equal ones share their compiled programs."""
 
     neurons: Callable[..., Array]
     share_first: bool
@@ -351,10 +351,10 @@ def _mix(
 
 
 def family(
-    read_config: Callable[[Any], Config],
-    layout: Layout = Layout(),
+    read_config: Callable[[Any], MixtureConfig],
+    layout: MixtureNames = MixtureNames(),
     attention: Callable[[Any], nnx.Module] = llama.rotary_attention,
-    mixture: Callable[[Config, Layout], Mixture] = Mixture,
+    mixture: Callable[[MixtureConfig, MixtureNames], Mixture] = Mixture,
 ) -> Family:
     """A family with Llama's blocks, of which all or some have a mixture in the place of the MLP.
 
@@ -363,9 +363,9 @@ def family(
       mixture: makes the mixture of a block.
     """
 
-    def block(config: Config) -> llama.PreNormBlock:
+    def block(config: MixtureConfig) -> llama.PreNormBlock:
         if config.has_mixture:
-            return Block(config, attention(config), mixture(config, layout), layout.mlp)
+            return MixtureBlock(config, attention(config), mixture(config, layout), layout.mlp)
         mlp = GatedMLP(config.d_model, config.mlp_width, activation=config.activation)
         return llama.PreNormBlock(config, attention(config), mlp, layout.mlp)
 

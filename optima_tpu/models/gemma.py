@@ -31,12 +31,12 @@ def read_activation(config: Any, setting: str = "hidden_activation") -> str:
     return activation
 
 
-def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.Config:
+def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.LlamaConfig:
     """``setting`` is the name of the activation."""
     activation = read_activation(config, setting)
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError("expected use_bidirectional_attention false, got true: only causal models are supported")
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.named_sizes(config),
         rope=rope,
         activation=activation,
@@ -46,7 +46,7 @@ def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.Config:
     )
 
 
-def _read_capped(config: Any, rope: Rope | RopeByBlock, **settings: Any) -> llama.Config:
+def _read_capped(config: Any, rope: Rope | RopeByBlock, **settings: Any) -> llama.LlamaConfig:
     """What Gemma 2 and 3 have beyond Gemma 1."""
     return dataclasses.replace(
         _read(config, "hidden_activation", rope),
@@ -57,39 +57,41 @@ def _read_capped(config: Any, rope: Rope | RopeByBlock, **settings: Any) -> llam
     )
 
 
-def read_gemma(config: Any) -> llama.Config:
+def read_gemma(config: Any) -> llama.LlamaConfig:
     """From ``transformers.GemmaConfig``. Raises UserError, by name, for a setting that is not supported."""
     return _read(config, "hidden_act", Rope.from_hf(config.rope_parameters))
 
 
-def read_gemma2(config: Any) -> llama.Config:
+def read_gemma2(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Gemma2Config``. Raises UserError, by name, for a setting that is not supported."""
     return _read_capped(config, Rope.from_hf(config.rope_parameters), score_cap=config.attn_logit_softcapping)
 
 
-def read_gemma3(config: Any) -> llama.Config:
+def read_gemma3(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Gemma3TextConfig``. Raises UserError, by name, for a setting that is not supported."""
     if config.attn_logit_softcapping:  # transformers reads it and does not use it: no reference exists
         raise UserError(f"expected attn_logit_softcapping null in a Gemma 3, got {config.attn_logit_softcapping}: not supported")
     return _read_capped(config, RopeByBlock.from_hf(config.rope_parameters, config.layer_types), qk_norm=True)
 
 
-def read_multimodal(config: Any) -> llama.Config:
+def read_multimodal(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Gemma3Config``, the text half. Raises UserError, by name, for a setting that is not supported."""
     # tie_word_embeddings is not among the text's settings. The cap of its logits is never applied (transformers 5.24).
     return dataclasses.replace(read_gemma3(config.get_text_config()), logit_cap=None, tied=config.tie_word_embeddings)
 
 
-def embed(config: llama.Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
+def embed(
+    config: llama.LlamaConfig, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray
+) -> Array | np.ndarray:
     """Embeddings times ``sqrt(d_model)``, which is rounded to their dtype first, as the model was trained."""
     table = read(llama.FAMILY.embedding)
     return table[tokens] * np.asarray(config.d_model**0.5).astype(table.dtype)
 
 
-class Block(nnx.Module):
+class GemmaBlock(nnx.Module):
     """A block with four norms: x [batch, length, d_model] to the same."""
 
-    def __init__(self, config: llama.Config, attention: nnx.Module, mlp: nnx.Module):
+    def __init__(self, config: llama.LlamaConfig, attention: nnx.Module, mlp: nnx.Module):
         norm = functools.partial(config.norm, eps=config.eps)
         self.input_layernorm = norm(config.d_model)
         self.self_attn = attention
@@ -108,9 +110,9 @@ class Block(nnx.Module):
         return output
 
 
-def block(config: llama.Config) -> Block:
+def block(config: llama.LlamaConfig) -> GemmaBlock:
     """One decoder block of Gemma 2 or 3."""
-    return Block(config, llama.rotary_attention(config), GatedMLP(config.d_model, config.d_ff, activation=config.activation))
+    return GemmaBlock(config, llama.rotary_attention(config), GatedMLP(config.d_model, config.d_ff, activation=config.activation))
 
 
 GEMMA = dataclasses.replace(llama.FAMILY, read_config=read_gemma, embed=embed, needs_bos=True)

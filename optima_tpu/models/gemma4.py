@@ -39,7 +39,7 @@ class Heads(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(experts.Config):
+class Gemma4Config(experts.MixtureConfig):
     """The settings of the blocks; ``d_ff`` is the width of an expert, ``head_dim`` and ``kv_heads`` are those of the last block.
 
     Attributes:
@@ -57,7 +57,7 @@ class Config(experts.Config):
         return Positions(*tables, llama.window_at(self.windows, index, length))
 
 
-def read_config(config: Any) -> Config:
+def read_config(config: Any) -> Gemma4Config:
     """From ``transformers.Gemma4TextConfig``. Raises UserError, by name, for a setting that is not supported."""
     _check(config)
     activation, windowed = gemma.read_activation(config), llama.windows_by_type(config)
@@ -67,7 +67,7 @@ def read_config(config: Any) -> Config:
     if getattr(config, "enable_moe_block", False):  # 12B (gemma4_unified) has no such setting
         experts.check_given(config, "num_experts", "top_k_experts", "moe_intermediate_size")
         mixture = dict(experts=config.num_experts, experts_per_token=config.top_k_experts, d_ff=config.moe_intermediate_size)
-    return Config(
+    return Gemma4Config(
         **sizes[-1] | mixture,
         all_heads=tuple(Heads(each["head_dim"], each["kv_heads"], both) for each, both in zip(sizes, shared, strict=True)),
         rope=RopeByBlock.from_hf(config.rope_parameters, config.layer_types, (*TYPES, "proportional")),
@@ -97,10 +97,10 @@ def _check(config: Any) -> None:
         )
 
 
-class Attention(RotaryAttention):
+class Gemma4Attention(RotaryAttention):
     """Attention whose values are normalised as its keys are, without a weight."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Gemma4Config):
         width, kv_heads, keys_are_values = config.all_heads[config.kind]
         super().__init__(
             config.d_model,
@@ -121,13 +121,13 @@ class Attention(RotaryAttention):
         return over_rms(v, self.eps).astype(v.dtype)
 
 
-class Router(nnx.Module):
+class Gemma4Router(nnx.Module):
     """The experts with the largest softmax, whose sum is scaled to one; then each expert has a factor of its own.
 
     It reads the residual stream, normalised, times a factor of each channel. Rounded where the reference rounds.
     """
 
-    def __init__(self, config: experts.Config):
+    def __init__(self, config: experts.MixtureConfig):
         self.proj = Linear(config.d_model, config.experts)
         self.scale, self.per_expert_scale = nnx.Param(jnp.ones((config.d_model,))), nnx.Param(jnp.ones((config.experts,)))
         self.few, self.eps = config.experts_per_token, config.eps
@@ -140,26 +140,28 @@ class Router(nnx.Module):
         return chosen, shares * self.per_expert_scale[...].astype(jnp.float32)[chosen]
 
 
-LAYOUT = experts.Layout(mlp="", router="router")
+LAYOUT = experts.MixtureNames(mlp="", router="router")
 
 
-class Block(gemma.Block):
+class Gemma4Block(gemma.GemmaBlock):
     """A block of Gemma 2 with the attention of Gemma 4, whose output is multiplied by a number."""
 
-    def __init__(self, config: Config):
-        super().__init__(config, Attention(config), GatedMLP(config.d_model, config.mlp_width, activation=config.activation))
+    def __init__(self, config: Gemma4Config):
+        super().__init__(
+            config, Gemma4Attention(config), GatedMLP(config.d_model, config.mlp_width, activation=config.activation)
+        )
         self.layer_scalar = nnx.Param(jnp.ones((1,)))
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         return super().__call__(x, positions) * self.layer_scalar[...].astype(x.dtype)
 
 
-class MixedBlock(Block, experts.Experts):
+class MixedBlock(Gemma4Block, experts.Experts):
     """A block that adds the output of experts to that of its MLP; router and experts stand in the block itself."""
 
-    def __init__(self, config: Config):
-        Block.__init__(self, config)
-        experts.Experts.__init__(self, config, LAYOUT, Router)
+    def __init__(self, config: Gemma4Config):
+        Gemma4Block.__init__(self, config)
+        experts.Experts.__init__(self, config, LAYOUT, Gemma4Router)
         norm = functools.partial(config.norm, config.d_model, eps=config.eps)
         self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2 = norm(), norm()
         self.pre_feedforward_layernorm_2 = norm()
@@ -169,9 +171,9 @@ class MixedBlock(Block, experts.Experts):
         return self.post_feedforward_layernorm_1(super().behind_attention(x)) + self.post_feedforward_layernorm_2(routed)
 
 
-def block(config: Config) -> Block:
+def block(config: Gemma4Config) -> Gemma4Block:
     """One decoder block."""
-    return MixedBlock(config) if config.experts else Block(config)
+    return MixedBlock(config) if config.experts else Gemma4Block(config)
 
 
 *_WIDE, _NARROW = LAYOUT.layers

@@ -15,9 +15,9 @@ from optima_tpu.models.family import Positions
 from optima_tpu.models.rope import Rope, rotate_neighbours
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.GlmConfig`` or ``transformers.Glm4Config``."""
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters, partial=True),
         rotation=rotate_neighbours,
@@ -25,20 +25,20 @@ def read_config(config: Any) -> llama.Config:
     )
 
 
-def block(config: llama.Config) -> llama.PreNormBlock:
+def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
     """One decoder block of the first release."""
-    return llama.PreNormBlock(config, llama.rotary_attention(config), phi3.MLP(config))
+    return llama.PreNormBlock(config, llama.rotary_attention(config), phi3.Phi3MLP(config))
 
 
-class Block(nnx.Module):
+class GLMBlock(nnx.Module):
     """One decoder block of the second release: x [batch, length, d_model] to the same."""
 
-    def __init__(self, config: llama.Config):
+    def __init__(self, config: llama.LlamaConfig):
         norm = functools.partial(config.norm, config.d_model, eps=config.eps)
         self.input_layernorm, self.post_self_attn_layernorm = norm(), norm()
         self.self_attn = llama.rotary_attention(config)
         self.post_attention_layernorm, self.post_mlp_layernorm = norm(), norm()
-        self.mlp = phi3.MLP(config)
+        self.mlp = phi3.Phi3MLP(config)
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), positions))
@@ -52,4 +52,4 @@ GLM = dataclasses.replace(
     linears=(*llama.LINEARS[:4], *phi3.FAMILY.linears[2:]),
     sharding={**llama.SHARDING, **phi3.FAMILY.sharding},
 )
-GLM4 = dataclasses.replace(GLM, block=Block, residuals={})  # a norm follows each sublayer
+GLM4 = dataclasses.replace(GLM, block=GLMBlock, residuals={})  # a norm follows each sublayer

@@ -8,9 +8,9 @@ from optima_tpu.models import deepseek, experts, llama
 from optima_tpu.models.rope import Rope
 
 
-def read_config(config: Any) -> experts.Config:
+def read_config(config: Any) -> experts.MixtureConfig:
     """From ``transformers.Glm4MoeConfig``; a part of each head turns."""
-    return experts.Config(
+    return experts.MixtureConfig(
         **llama.read_sizes(config) | deepseek.read_mixture(config, deepseek.dense_first(config)),
         rope=Rope.from_hf(config.rope_parameters, partial=True),
         qkv_bias=config.attention_bias,
@@ -18,7 +18,7 @@ def read_config(config: Any) -> experts.Config:
     )
 
 
-def read_lite(config: Any) -> deepseek.Config:
+def read_lite(config: Any) -> deepseek.DeepseekConfig:
     """From ``transformers.Glm4MoeLiteConfig``. Raises UserError for MLPs that are neither dense nor sparse."""
     found, blocks = config.mlp_layer_types, config.num_hidden_layers
     if len(found) != blocks or set(found) - {"dense", "sparse"}:

@@ -32,9 +32,9 @@ class Clamped:
         return (up + 1) * (gate * jax.nn.sigmoid(gate * self.alpha))
 
 
-def read_config(config: Any) -> experts.Config:
+def read_config(config: Any) -> experts.MixtureConfig:
     """From ``transformers.GptOssConfig``, of which ``hidden_act`` is not used."""
-    return experts.Config(
+    return experts.MixtureConfig(
         **llama.named_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         windows=llama.windows_by_type(config),
@@ -49,12 +49,12 @@ def read_config(config: Any) -> experts.Config:
     )
 
 
-def router(config: experts.Config) -> nnx.Module:
+def router(config: experts.MixtureConfig) -> nnx.Module:
     """The router of a mixture."""
     return BiasedRouter(config.d_model, config.experts, config.experts_per_token)
 
 
-def mixture(config: experts.Config, layout: experts.Layout) -> experts.Mixture:
+def mixture(config: experts.MixtureConfig, layout: experts.MixtureNames) -> experts.Mixture:
     """The mixture of a block."""
     return experts.Mixture(config, layout, router)
 
@@ -65,6 +65,6 @@ STACKS = {
     for ending, what in (("", "weight"), ("_bias", "bias"))
 }
 FAMILY = dataclasses.replace(
-    experts.family(read_config, experts.Layout(router="router", wide=("gate_up_proj",), bias=True), mixture=mixture),
+    experts.family(read_config, experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True), mixture=mixture),
     stacks=STACKS,
 )

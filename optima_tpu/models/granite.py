@@ -12,13 +12,13 @@ from optima_tpu.models.layers import scaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(llama.Config):
+class GraniteConfig(llama.LlamaConfig):
     """The settings of a Llama, and the factor of its embeddings."""
 
     embedding_scale: float
 
 
-def read_config(config: Any) -> Config:
+def read_config(config: Any) -> GraniteConfig:
     """From ``transformers.GraniteConfig``."""
     settings = dataclasses.replace(
         llama.read_config(config),
@@ -26,10 +26,10 @@ def read_config(config: Any) -> Config:
         branch_scale=config.residual_multiplier,
         logit_scale=1 / config.logits_scaling,
     )
-    return Config(**vars(settings), embedding_scale=config.embedding_multiplier)
+    return GraniteConfig(**vars(settings), embedding_scale=config.embedding_multiplier)
 
 
-def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
+def embed(config: GraniteConfig, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
     """Embeddings times their factor."""
     return scaled(read(llama.FAMILY.embedding)[tokens], config.embedding_scale)
 

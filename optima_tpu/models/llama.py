@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.1, 3.2 and models of the same architecture (SmolLM2): RMSNorm, rotary GQA attention, SwiGLU.
 
-Many families are the same block with other settings, which :class:`Config` has: see their files.
+Many families are the same block with other settings, which :class:`LlamaConfig` has: see their files.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ SHARDING: dict[str, P] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
+class LlamaConfig(DecoderConfig):
     """The settings of a Llama block and of its relatives.
 
     Attributes:
@@ -104,7 +104,7 @@ def read_sizes(config: Any, activation: str = "silu", eps: str = "rms_norm_eps")
 
 
 def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """The settings that have the same names in many transformers configurations, as arguments of :class:`Config`.
+    """The settings that have the same names in many transformers configurations, as arguments of :class:`LlamaConfig`.
 
     Args:
       eps: the name of the norms' ``eps``.
@@ -134,9 +134,9 @@ def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
     )
 
 
-def read_config(config: Any) -> Config:
+def read_config(config: Any) -> LlamaConfig:
     """From ``transformers.LlamaConfig``."""
-    return Config(
+    return LlamaConfig(
         **read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         qkv_bias=config.attention_bias,
@@ -187,7 +187,7 @@ class PreNormBlock(nnx.Module):
       name: the name of the MLP in the checkpoint.
     """
 
-    def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
+    def __init__(self, config: LlamaConfig, attention: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
         self.branch_scale, self.attention = config.branch_scale, config.attention
         self.input_layernorm = config.norm(config.d_model, eps=config.eps)
         setattr(self, self.attention, attention)
@@ -210,7 +210,7 @@ class PreNormBlock(nnx.Module):
         return output
 
 
-def rotary_attention(config: Config) -> RotaryAttention:
+def rotary_attention(config: LlamaConfig) -> RotaryAttention:
     """The attention of a block."""
     return RotaryAttention(
         config.d_model,
@@ -228,16 +228,16 @@ def rotary_attention(config: Config) -> RotaryAttention:
     )
 
 
-def block(config: Config) -> PreNormBlock:
+def block(config: LlamaConfig) -> PreNormBlock:
     """One decoder block."""
     mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
     return PreNormBlock(config, rotary_attention(config), mlp)
 
 
-class Final(nnx.Module):
+class LlamaFinal(nnx.Module):
     """The norm before the head."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: LlamaConfig):
         self.norm = config.norm(config.d_model, eps=config.eps)
 
     def __call__(self, x: Array) -> Array:
@@ -249,7 +249,7 @@ FAMILY = Family(
     block=block,
     linears=LINEARS,
     sharding=SHARDING,
-    final=Final,
+    final=LlamaFinal,
     residuals={
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
         "mlp.down_proj": Residual("after_attention", "after_mlp"),

@@ -18,7 +18,7 @@ from optima_tpu.models.rope import Rope, rotate_neighbours_wide
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(experts.Config):
+class Llama4Config(experts.MixtureConfig):
     """The settings of the blocks.
 
     Attributes:
@@ -49,13 +49,13 @@ class Config(experts.Config):
         return Positions(cos, sin, (place % chunk + 1).astype(np.int32))
 
 
-def read_config(config: Any) -> Config:
+def read_config(config: Any) -> Llama4Config:
     """From ``transformers.Llama4TextConfig``. Raises UserError for a setting that is not supported."""
     chunks = llama.by_type(config, {"full_attention": None, "chunked_attention": config.attention_chunk_size})
     count = config.num_hidden_layers
     if len(config.no_rope_layers) != count:
         raise UserError(f"expected {count} no_rope_layers in config.json, got {len(config.no_rope_layers)}")
-    return Config(
+    return Llama4Config(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         rotation=rotate_neighbours_wide,
@@ -75,10 +75,10 @@ def read_config(config: Any) -> Config:
     )
 
 
-class Attention(RotaryAttention):
+class Llama4Attention(RotaryAttention):
     """Llama's attention, whose norms come behind the rotation, and a factor of the queries where nothing turns."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Llama4Config):
         super().__init__(
             config.d_model,
             config.heads,
@@ -100,10 +100,10 @@ class Attention(RotaryAttention):
         return over_rms(q, self.eps).astype(q.dtype), over_rms(k, self.eps).astype(k.dtype)
 
 
-class Router(nnx.Module):
+class Llama4Router(nnx.Module):
     """The experts with the largest logits; their shares are the sigmoids of these."""
 
-    def __init__(self, config: experts.Config):
+    def __init__(self, config: experts.MixtureConfig):
         self.weight, self.few = nnx.Param(jnp.zeros((config.experts, config.d_model))), config.experts_per_token
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -111,15 +111,18 @@ class Router(nnx.Module):
         return chosen, jax.nn.sigmoid(values.astype(jnp.float32)).astype(x.dtype)
 
 
-def mixture(config: experts.Config, layout: experts.Layout) -> experts.Mixture:
+def mixture(config: experts.MixtureConfig, layout: experts.MixtureNames) -> experts.Mixture:
     """The mixture of a block."""
-    return experts.Mixture(config, layout, Router)
+    return experts.Mixture(config, layout, Llama4Router)
 
 
 _EXPERT = "feed_forward.experts.*.{}_proj.weight"
 FAMILY = dataclasses.replace(
     experts.family(
-        read_config, experts.Layout("feed_forward", router="router", shared="shared_expert"), attention=Attention, mixture=mixture
+        read_config,
+        experts.MixtureNames("feed_forward", router="router", shared="shared_expert"),
+        attention=Llama4Attention,
+        mixture=mixture,
     ),
     stacks={
         "feed_forward.experts.gate_up_proj": Stack((_EXPERT.format("gate"), _EXPERT.format("up"))),

@@ -6,9 +6,9 @@ from optima_tpu.models import experts, llama
 from optima_tpu.models.rope import Rope
 
 
-def read_config(config: Any) -> experts.Config:
+def read_config(config: Any) -> experts.MixtureConfig:
     """From ``transformers.MixtralConfig``; every block has the same window, or none."""
-    return experts.Config(
+    return experts.MixtureConfig(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         windows=llama.same_windows(config),
@@ -19,6 +19,6 @@ def read_config(config: Any) -> experts.Config:
     )
 
 
-LAYOUT = experts.Layout("block_sparse_moe", wide=("w1", "w3"), narrow="w2")
+LAYOUT = experts.MixtureNames("block_sparse_moe", wide=("w1", "w3"), narrow="w2")
 """transformers holds the experts of a block in two arrays, and stores them under these names."""
 FAMILY = experts.family(read_config, LAYOUT)

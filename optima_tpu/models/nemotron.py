@@ -8,9 +8,9 @@ from optima_tpu.models.layers import ShiftedLayerNorm
 from optima_tpu.models.rope import Rope
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.NemotronConfig``."""
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config, "relu2", "norm_eps"),
         rope=Rope.from_hf(config.rope_parameters, partial=True),
         qkv_bias=config.attention_bias,

@@ -16,19 +16,19 @@ from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, WideRMS
 from optima_tpu.models.rope import Rope, RopeByBlock, rotate_wide
 
 
-def read_olmo2(config: Any) -> llama.Config:
+def read_olmo2(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Olmo2Config``."""
     return _read(config, Rope.from_hf(config.rope_parameters))
 
 
-def read_olmo3(config: Any) -> llama.Config:
+def read_olmo3(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Olmo3Config``."""
     ropes = RopeByBlock.from_hf(config.rope_parameters, config.layer_types)
     return dataclasses.replace(_read(config, ropes), windows=llama.windows_by_type(config))
 
 
-def _read(config: Any, rope: Rope | RopeByBlock) -> llama.Config:
-    return llama.Config(
+def _read(config: Any, rope: Rope | RopeByBlock) -> llama.LlamaConfig:
+    return llama.LlamaConfig(
         **llama.read_sizes(config),
         rope=rope,
         rotation=rotate_wide,
@@ -53,7 +53,9 @@ class NormOverHeads(_OverHeads, RMSNorm):
     """``RMSNorm`` over all heads together."""
 
 
-def attention(config: llama.Config, norm: type[WideNormOverHeads] | type[NormOverHeads] = WideNormOverHeads) -> RotaryAttention:
+def attention(
+    config: llama.LlamaConfig, norm: type[WideNormOverHeads] | type[NormOverHeads] = WideNormOverHeads
+) -> RotaryAttention:
     """Llama's attention with queries and keys normalised over all heads together."""
     found = llama.rotary_attention(config)
     found.q_norm = norm(config.heads * config.head_dim, eps=config.eps)
@@ -64,7 +66,7 @@ def attention(config: llama.Config, norm: type[WideNormOverHeads] | type[NormOve
 class PostNormBlock(nnx.Module):
     """x [batch, length, d_model] to the same shape: adds norm(attention(x)) to x, then norm(MLP(x))."""
 
-    def __init__(self, config: llama.Config, self_attn: RotaryAttention):
+    def __init__(self, config: llama.LlamaConfig, self_attn: RotaryAttention):
         self.self_attn = self_attn
         self.post_attention_layernorm = config.norm(config.d_model, eps=config.eps)
         self.mlp = GatedMLP(config.d_model, config.d_ff, activation="silu")
@@ -75,7 +77,7 @@ class PostNormBlock(nnx.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-def block(config: llama.Config) -> PostNormBlock:
+def block(config: llama.LlamaConfig) -> PostNormBlock:
     """One decoder block."""
     return PostNormBlock(config, attention(config))
 

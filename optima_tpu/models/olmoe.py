@@ -8,12 +8,12 @@ from optima_tpu.models import experts, llama, olmo2
 from optima_tpu.models.rope import Rope, rotate_wide
 
 
-def read_config(config: Any) -> experts.Config:
+def read_config(config: Any) -> experts.MixtureConfig:
     """From ``transformers.OlmoeConfig``. Raises UserError for a model that clips queries, keys and values."""
     if config.clip_qkv is not None:
         raise UserError(f"expected clip_qkv null, got {config.clip_qkv}: not supported")
     experts.check_given(config, "num_experts")
-    return experts.Config(
+    return experts.MixtureConfig(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         rotation=rotate_wide,

@@ -19,7 +19,7 @@ OFFSET = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
+class OPTConfig(DecoderConfig):
     """The numbers that shape a block.
 
     Attributes:
@@ -42,7 +42,7 @@ class Config(DecoderConfig):
         return Positions()
 
 
-def read_config(config: Any) -> Config:
+def read_config(config: Any) -> OPTConfig:
     """From ``transformers.OPTConfig``. Raises UserError for an activation that is not supported."""
     if config.activation_function not in ACTIVATIONS:
         raise UserError(
@@ -53,7 +53,7 @@ def read_config(config: Any) -> Config:
             f"expected a hidden_size that num_attention_heads divides, got {config.hidden_size} and {config.num_attention_heads} in "
             "config.json: check the file"
         )
-    return Config(
+    return OPTConfig(
         d_model=config.hidden_size,
         d_embedding=config.word_embed_proj_dim,
         d_ff=config.ffn_dim,
@@ -70,7 +70,7 @@ def read_config(config: Any) -> Config:
     )
 
 
-def embedding_extras(config: Config) -> dict[str, Shape]:
+def embedding_extras(config: OPTConfig) -> dict[str, Shape]:
     """The table of positions, and the projection of embeddings that are narrower than the hidden states."""
     extras: dict[str, Shape] = {POSITIONS: (config.length + OFFSET, config.d_model)}
     if config.d_embedding != config.d_model:
@@ -78,7 +78,7 @@ def embedding_extras(config: Config) -> dict[str, Shape]:
     return extras
 
 
-def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
+def embed(config: OPTConfig, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
     """Token embedding (projected if it is narrower than the hidden states) + embedding of the position."""
     hidden = read(EMBEDDING)[tokens]
     if config.d_embedding != config.d_model:
@@ -86,10 +86,10 @@ def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: 
     return hidden + read(POSITIONS)[OFFSET + places]
 
 
-class Attention(nnx.Module):
+class OPTAttention(nnx.Module):
     """Causal attention without rotary positions; queries are scaled before the product, as the reference does."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: OPTConfig):
         self.head_dim, self.mesh = config.d_model // config.heads, None
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             Linear(config.d_model, config.d_model, bias=config.bias) for _ in range(4)
@@ -101,12 +101,12 @@ class Attention(nnx.Module):
         return self.out_proj(mixed.reshape(x.shape))
 
 
-class Block(nnx.Module):
+class OPTBlock(nnx.Module):
     """One decoder block: x [batch, length, d_model] to the same."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: OPTConfig):
         self.norm_first, self.activation = config.norm_first, ACTIVATIONS[config.activation]
-        self.self_attn = Attention(config)
+        self.self_attn = OPTAttention(config)
         self.self_attn_layer_norm = LayerNorm(config.d_model, affine=config.affine)
         self.fc1 = Linear(config.d_model, config.d_ff, bias=config.bias)
         self.fc2 = Linear(config.d_ff, config.d_model, bias=config.bias)
@@ -126,10 +126,10 @@ class Block(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-class Final(nnx.Module):
+class OPTFinal(nnx.Module):
     """The norm before the head, if the model has one, and the projection back to the width of the embedding."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: OPTConfig):
         if config.final_norm:
             self.final_layer_norm = LayerNorm(config.d_model, affine=config.affine)
         if config.d_embedding != config.d_model:
@@ -154,9 +154,9 @@ SHARDING = {
 
 FAMILY = Family(
     read_config=read_config,
-    block=Block,
+    block=OPTBlock,
     sharding=SHARDING,
-    final=Final,
+    final=OPTFinal,
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     # The second root: checkpoints saved without the head, as some published ones are.
     roots=("model.decoder.", "decoder."),

@@ -19,7 +19,7 @@ from optima_tpu.models.rope import Rope, rotate
 from optima_tpu.runtime.mesh import MODEL
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Phi3Config``; every block has the same window, or none."""
     parameters = dict(config.rope_parameters)
     # The original length may be an attribute of the configuration only, and the factor may be missing: it is then the ratio of
@@ -27,15 +27,15 @@ def read_config(config: Any) -> llama.Config:
     original = parameters.setdefault("original_max_position_embeddings", config.original_max_position_embeddings)
     if parameters.get("factor") is None:
         parameters["factor"] = config.max_position_embeddings / original
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config),
         windows=llama.same_windows(config),
         rope=Rope.from_hf(parameters, ("default", "longrope"), partial=True),
     )
 
 
-class Attention(nnx.Module):
-    def __init__(self, config: llama.Config):
+class Phi3Attention(nnx.Module):
+    def __init__(self, config: llama.LlamaConfig):
         self.head_dim, self.mesh = config.head_dim, None
         self.cuts = (config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim)
         self.qkv_proj = Linear(config.d_model, (config.heads + 2 * config.kv_heads) * config.head_dim)
@@ -47,8 +47,8 @@ class Attention(nnx.Module):
         return self.o_proj(attention(q, k, v, positions, mesh=self.mesh).reshape(*x.shape[:2], -1))
 
 
-class MLP(nnx.Module):
-    def __init__(self, config: llama.Config):
+class Phi3MLP(nnx.Module):
+    def __init__(self, config: llama.LlamaConfig):
         self.gate_up_proj = Linear(config.d_model, 2 * config.d_ff)
         self.down_proj = Linear(config.d_ff, config.d_model)
 
@@ -57,9 +57,9 @@ class MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
-def block(config: llama.Config) -> llama.PreNormBlock:
+def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
     """One decoder block."""
-    return llama.PreNormBlock(config, Attention(config), MLP(config))
+    return llama.PreNormBlock(config, Phi3Attention(config), Phi3MLP(config))
 
 
 FAMILY = dataclasses.replace(

@@ -7,9 +7,9 @@ from optima_tpu.models import llama
 from optima_tpu.models.rope import Rope
 
 
-def read_qwen2(config: Any) -> llama.Config:
+def read_qwen2(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Qwen2Config``; the biases are not a setting of it."""
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         windows=llama.windows_by_type(config),
@@ -17,9 +17,9 @@ def read_qwen2(config: Any) -> llama.Config:
     )
 
 
-def read_qwen3(config: Any) -> llama.Config:
+def read_qwen3(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Qwen3Config``."""
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         windows=llama.windows_by_type(config),

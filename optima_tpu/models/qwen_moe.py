@@ -16,20 +16,20 @@ from optima_tpu.models.layers import project
 from optima_tpu.models.rope import Rope
 
 
-def read_qwen2(config: Any) -> experts.Config:
+def read_qwen2(config: Any) -> experts.MixtureConfig:
     """From ``transformers.Qwen2MoeConfig``."""
     settings = _read(config, windows=llama.windows_by_type(config), qkv_bias=config.qkv_bias)
     return dataclasses.replace(settings, shared_width=config.shared_expert_intermediate_size)
 
 
-def read_qwen3(config: Any) -> experts.Config:
+def read_qwen3(config: Any) -> experts.MixtureConfig:
     """From ``transformers.Qwen3MoeConfig``; every block has the same window, or none."""
     biases = dict(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
     return _read(config, windows=llama.same_windows(config), qk_norm=True, **biases)
 
 
-def _read(config: Any, **attention: Any) -> experts.Config:
-    return experts.Config(
+def _read(config: Any, **attention: Any) -> experts.MixtureConfig:
+    return experts.MixtureConfig(
         **llama.read_sizes(config) | read_mixture(config) | read_mixed(config),
         rope=Rope.from_hf(config.rope_parameters),
         normalise=config.norm_topk_prob,
@@ -38,7 +38,7 @@ def _read(config: Any, **attention: Any) -> experts.Config:
 
 
 def read_mixture(config: Any) -> dict[str, Any]:
-    """The sizes of the mixtures, as arguments of :class:`~optima_tpu.models.experts.Config`."""
+    """The sizes of the mixtures, as arguments of :class:`~optima_tpu.models.experts.MixtureConfig`."""
     experts.check_given(config, "num_experts", "moe_intermediate_size")
     return dict(d_ff=config.moe_intermediate_size, experts=config.num_experts, experts_per_token=config.num_experts_per_tok)
 
@@ -60,10 +60,10 @@ class Gate(nnx.Module):
         return jax.nn.sigmoid(project(x, self.weight[...]))
 
 
-class Mixture(experts.Mixture):
+class QwenMixture(experts.Mixture):
     """A mixture whose shared expert has a share."""
 
-    def __init__(self, config: experts.Config, layout: experts.Layout):
+    def __init__(self, config: experts.MixtureConfig, layout: experts.MixtureNames):
         super().__init__(config, layout)
         self.shared_expert_gate = Gate(config.d_model)
 
@@ -71,9 +71,9 @@ class Mixture(experts.Mixture):
         return self.shared_expert_gate(x) * super().shared_output(x)
 
 
-LAYOUT = experts.Layout(shared="shared_expert")
+LAYOUT = experts.MixtureNames(shared="shared_expert")
 QWEN2 = dataclasses.replace(
-    experts.family(read_qwen2, LAYOUT, mixture=Mixture),
+    experts.family(read_qwen2, LAYOUT, mixture=QwenMixture),
     residuals=llama.FAMILY.residuals,  # the shared expert adds its share only
 )
 QWEN3 = experts.family(read_qwen3)

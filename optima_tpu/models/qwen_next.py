@@ -17,7 +17,7 @@ from optima_tpu.runtime.mesh import MODEL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(experts.Config):
+class QwenNextConfig(experts.MixtureConfig):
     """The settings of the blocks.
 
     Attributes:
@@ -37,26 +37,26 @@ class Config(experts.Config):
         return list(zip(self.linear, self.mixed, strict=True))
 
 
-def read_next(config: Any) -> Config:
+def read_next(config: Any) -> QwenNextConfig:
     """From ``transformers.Qwen3NextConfig``."""
     width = config.shared_expert_intermediate_size
     mixture = qwen_moe.read_mixture(config) | qwen_moe.read_mixed(config) | dict(shared_width=width)
     return _read(config, joined=True, normalise=config.norm_topk_prob, **mixture)
 
 
-def read_mixture(config: Any) -> Config:
+def read_mixture(config: Any) -> QwenNextConfig:
     """From ``transformers.Qwen3_5MoeTextConfig``: a mixture in every block."""
     mixed, width = (True,) * config.num_hidden_layers, config.shared_expert_intermediate_size
     return _read(config, normalise=True, mixed=mixed, shared_width=width, **qwen_moe.read_mixture(config))
 
 
-def read_dense(config: Any) -> Config:
+def read_dense(config: Any) -> QwenNextConfig:
     """From ``transformers.Qwen3_5TextConfig``: no mixture in any block."""
     mixed, width = (False,) * config.num_hidden_layers, config.intermediate_size
     return _read(config, experts=0, experts_per_token=0, normalise=False, mixed=mixed, mlp_width=width)
 
 
-def _read(config: Any, joined: bool = False, **settings: Any) -> Config:
+def _read(config: Any, joined: bool = False, **settings: Any) -> QwenNextConfig:
     linear = llama.by_type(config, {"linear_attention": True, "full_attention": False})
     heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
     if heads % key_heads:
@@ -64,7 +64,7 @@ def _read(config: Any, joined: bool = False, **settings: Any) -> Config:
             f"expected linear_num_value_heads that linear_num_key_heads divides, got {heads} and {key_heads} in config.json: "
             "check the file"
         )
-    return Config(
+    return QwenNextConfig(
         **llama.read_sizes(config) | settings,
         rope=Rope.from_hf(config.rope_parameters, partial=True),
         norm=ShiftedRMSNorm,
@@ -79,14 +79,14 @@ def _read(config: Any, joined: bool = False, **settings: Any) -> Config:
     )
 
 
-def attention(config: Config) -> nnx.Module:
+def attention(config: QwenNextConfig) -> nnx.Module:
     """The attention of a block."""
     linear = config.linear[config.kind]
     return DeltaNet(config.d_model, config.delta, config.eps) if linear else llama.rotary_attention(config)
 
 
-def _family(read_config: Callable[[Any], Config], **fields: Any) -> Family:
-    made = experts.family(read_config, qwen_moe.LAYOUT, attention, qwen_moe.Mixture)
+def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Family:
+    made = experts.family(read_config, qwen_moe.LAYOUT, attention, qwen_moe.QwenMixture)
     wide = tuple(f"linear_attn.in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a"))
     narrow = "linear_attn.out_proj"
     return dataclasses.replace(

@@ -6,7 +6,7 @@ from typing import Any
 from optima_tpu.models import llama
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.SeedOssConfig``."""
     return dataclasses.replace(llama.read_config(config), o_bias=config.attention_out_bias)
 

@@ -8,7 +8,7 @@ from optima_tpu.models import llama
 from optima_tpu.models.rope import Rope, RopeByBlock
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.SmolLM3Config``.
 
     Raises:

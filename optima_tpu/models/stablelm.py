@@ -11,17 +11,17 @@ from optima_tpu.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(llama.Config):
+class StableLMConfig(llama.LlamaConfig):
     """The settings of a Llama, and whether attention and MLP read one norm."""
 
     parallel: bool
 
 
-def read_config(config: Any) -> Config:
+def read_config(config: Any) -> StableLMConfig:
     """From ``transformers.StableLmConfig``. Raises UserError for norms over queries and keys."""
     if config.qk_layernorm:
         raise UserError("expected qk_layernorm false, got true: a norm for each head of queries and keys is not supported")
-    return Config(
+    return StableLMConfig(
         **llama.read_sizes(config, eps="layer_norm_eps"),
         rope=Rope.from_hf(config.rope_parameters, partial=True),
         qkv_bias=config.use_qkv_bias,
@@ -30,7 +30,7 @@ def read_config(config: Any) -> Config:
     )
 
 
-def block(config: Config) -> llama.PreNormBlock | ParallelBlock:
+def block(config: StableLMConfig) -> llama.PreNormBlock | ParallelBlock:
     """One decoder block."""
     return ParallelBlock(config) if config.parallel else llama.block(config)
 

@@ -16,9 +16,9 @@ from optima_tpu.runtime.mesh import MODEL
 ACTIVATION = "gelu_pytorch_tanh"
 
 
-def read_config(config: Any) -> llama.Config:
+def read_config(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Starcoder2Config``; every block has the same window, or none."""
-    return llama.Config(
+    return llama.LlamaConfig(
         **llama.read_sizes(config, ACTIVATION, "norm_epsilon"),
         rope=Rope.from_hf(config.rope_parameters),
         windows=llama.same_windows(config),
@@ -29,8 +29,8 @@ def read_config(config: Any) -> llama.Config:
     )
 
 
-class MLP(nnx.Module):
-    def __init__(self, config: llama.Config):
+class Starcoder2MLP(nnx.Module):
+    def __init__(self, config: llama.LlamaConfig):
         self.c_fc = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.c_proj = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
@@ -38,9 +38,9 @@ class MLP(nnx.Module):
         return self.c_proj(ACTIVATIONS[ACTIVATION](self.c_fc(x)))
 
 
-def block(config: llama.Config) -> llama.PreNormBlock:
+def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
     """One decoder block."""
-    return llama.PreNormBlock(config, llama.rotary_attention(config), MLP(config))
+    return llama.PreNormBlock(config, llama.rotary_attention(config), Starcoder2MLP(config))
 
 
 FAMILY = dataclasses.replace(

@@ -14,7 +14,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import window_scores
-from optima_tpu.method.allocation import OWL, Allocation, Steps, allocate, steps_of
+from optima_tpu.method.allocation import OWL, Allocation, SparsitySteps, allocate, steps_of
 from optima_tpu.method.layer_rules import LayerRule
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
@@ -120,7 +120,7 @@ def write_allocation(directory: Path, found: Allocated) -> None:
     _KEPT.write(directory, {"sparsity": found.sparsity, "scores": found.scores})
 
 
-def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> Steps:
+def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> SparsitySteps:
     """The sparsities that blocks may have. Raises UserError as ``allocation.steps_of``, or if rules name every layer."""
     inputs = {
         decoder.at(index).block_shapes[name + ".weight"][1]

@@ -25,7 +25,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.resources import Footprint
-from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
+from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.experts import expert_of
@@ -95,7 +95,7 @@ class GroupLoad:
         """Whether the Hessian may be split over the model axis."""
         return self.footprint.split and self.d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
 
-    def layout(self, mesh: Mesh, budget: float) -> Layout | None:
+    def layout(self, mesh: Mesh, budget: float) -> RowLayout | None:
         """The first layout that fits: a replicated Hessian and enough rows at once, a split one, then both with few rows.
 
         Args:
@@ -113,7 +113,7 @@ class GroupLoad:
                     row = self.bytes(mesh, split, 1) - self.bytes(mesh, split, 0)
                     most = int((budget - self.bytes(mesh, split, 0)) / row)
                 if most:
-                    return Layout(split, None if most >= each else -(-each // -(-each // most)))
+                    return RowLayout(split, None if most >= each else -(-each // -(-each // most)))
         return None
 
 
@@ -134,7 +134,7 @@ class Pass(NamedTuple):
     """
 
     groups: Groups
-    layouts: tuple[Layout, ...]
+    layouts: tuple[RowLayout, ...]
     kept: Kept = Kept()
 
 
@@ -243,7 +243,7 @@ class _Block:
         rows = self.recipe.target.streams * d_in + sum(shapes[name + ".weight"][0] for name in names if name in residuals)
         return 2 * 4 * rows * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
 
-    def _layout(self, names: tuple[str, ...], together: float) -> Layout:
+    def _layout(self, names: tuple[str, ...], together: float) -> RowLayout:
         """The layout of a group in a pass whose statistics take ``together`` bytes."""
         load, mesh = group_load(self.decoder, names, self.recipe), self.decoder.mesh
         # The load counts the statistics of its own input once. But statistics that are split by columns are gathered into copies

@@ -18,7 +18,7 @@ from optima_tpu.runtime.outputs import refuse_foreign
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
-    from optima_tpu.report.runs import Run
+    from optima_tpu.report.runs import FinishedRun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,14 +68,14 @@ def output_path(runs: Sequence[str], output: str | None) -> Path:
     return path
 
 
-def _tell(console: Console, run: "Run") -> None:
+def _tell(console: Console, run: "FinishedRun") -> None:
     from optima_tpu.report.table import print_summary
 
     place = as_path(run.place)
     print_summary(console, run.report, place if place.is_dir() else place.parent)
 
 
-def _compare(console: Console, runs: "Sequence[Run]") -> None:
+def _compare(console: Console, runs: "Sequence[FinishedRun]") -> None:
     from optima_tpu.report.progress import say
     from optima_tpu.report.results import comparison
 

@@ -118,7 +118,7 @@ class Continuations(TypedDict):
     reason: NotRequired[str]
 
 
-class Check(TypedDict):
+class CheckRecord(TypedDict):
     """A check of a distillation, see ``pipeline.distill.outcome.Check``."""
 
     step: Count
@@ -127,26 +127,26 @@ class Check(TypedDict):
     perplexity: NotRequired[float | None]
 
 
-class Span(TypedDict):
+class SpanRecord(TypedDict):
     """What became of blocks that were trained together, see ``pipeline.distill.outcome.Span``."""
 
     first: Block
     last: Block
-    checks: Annotated[list[Check], msgspec.Meta(min_length=1)]
+    checks: Annotated[list[CheckRecord], msgspec.Meta(min_length=1)]
     kept: Count
 
 
-class Outcome(TypedDict):
+class OutcomeRecord(TypedDict):
     """The contents of distillation.json, see ``pipeline.distill.outcome.Outcome``."""
 
-    checks: Annotated[list[Check], msgspec.Meta(min_length=1)]
+    checks: Annotated[list[CheckRecord], msgspec.Meta(min_length=1)]
     kept: Count
     tokens: Count
     seconds: NotRequired[float]
     perplexity_before: float | None
     held_out_before: float
     held_out_after: float
-    spans: NotRequired[list[Span]]
+    spans: NotRequired[list[SpanRecord]]
 
 
 class _Sizes(TypedDict):
@@ -162,7 +162,7 @@ class Facts(TypedDict):
     calibration: NotRequired[_Text]
     perplexity: NotRequired[_Perplexity]
     evaluation: NotRequired[_Scored]
-    distillation: NotRequired[Outcome | None]
+    distillation: NotRequired[OutcomeRecord | None]
 
 
 class Report(TypedDict):
@@ -186,7 +186,7 @@ class Report(TypedDict):
     sizes: NotRequired[_Sizes | None]
     tokens: NotRequired[_Changes | None]
     continuations: NotRequired[Continuations | None]
-    distillation: NotRequired[Outcome | None]
+    distillation: NotRequired[OutcomeRecord | None]
     files: NotRequired[dict[str, str]]
 
 
@@ -232,7 +232,7 @@ class _Identities(TypedDict):
     against: NotRequired[_Identity]
 
 
-class Evaluation(TypedDict):
+class EvaluationRecord(TypedDict):
     """What is read of evaluation.json, see ``evaluate.run``."""
 
     model: NotRequired[str | None]
@@ -245,8 +245,8 @@ class Evaluation(TypedDict):
     average: NotRequired[float | None]
 
 
-class Cell(TypedDict):
-    """What is read of each entry of a sweep's results.json, see ``pipeline.sweep.tables.Result``."""
+class CellRecord(TypedDict):
+    """What is read of each entry of a sweep's results.json, see ``pipeline.sweep.tables.CellResult``."""
 
     perplexity: Positive | None
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.report.contents import Cell, FinishedCell
+from optima_tpu.report.contents import CellRecord, FinishedCell
 from optima_tpu.report.numbers import number, plural
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import model_name, names, read_blocks, read_report
@@ -153,7 +153,7 @@ def windows(sweep: str | Path) -> WindowCounts:
     refuse_changed(path.parent, [path.name], "repeat the sweep's command, which writes the file again")
     remedy = "it is no results.json of a sweep, or it is damaged"
     results = read_record(path, list[dict[str, Any]], remedy)
-    check_record(results, list[Cell], path, remedy)
+    check_record(results, list[CellRecord], path, remedy)
     finished = [result for result in results if result["perplexity"] is not None]
     done = check_record(finished, list[FinishedCell], path, remedy)
     if not done:

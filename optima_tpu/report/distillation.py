@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report.numbers import duration, number, percent
-from optima_tpu.report.runs import Run
+from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table
 
 
@@ -40,7 +40,7 @@ def _loss(report: Mapping[str, Any]) -> str:
     return "cross-entropy" if name == "cross_entropy" else "divergence from the dense model"
 
 
-def distillation(runs: Sequence[Run]) -> list[Section]:
+def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
     trained = [
         (run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := run.report.get("distillation"))

@@ -12,7 +12,7 @@ from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import aims_at_dense, mean_errors, unusual_count
-from optima_tpu.report.runs import Run
+from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.summary import (
     LayerKind,
     by_kind,
@@ -36,7 +36,7 @@ _LISTED = 1000
 """Most layers that a table lists; report.json has all of them."""
 
 
-def layer_errors(runs: Sequence[Run]) -> Section:
+def layer_errors(runs: Sequence[FinishedRun]) -> Section:
     """Section on layer errors: plots by block, tables by kind of layer and by layer."""
     several = len(runs) > 1
     panels = [plots.Panel(title, _error_lines(runs, kind), log=True) for kind, title in _kinds(runs).items()]
@@ -54,7 +54,7 @@ def layer_errors(runs: Sequence[Run]) -> Section:
     )
 
 
-def _error_lines(runs: Sequence[Run], kind: str) -> list[plots.Line]:
+def _error_lines(runs: Sequence[FinishedRun], kind: str) -> list[plots.Line]:
     """The errors of one kind of layer by block: of several runs after the update alone."""
     lines, several = [], len(runs) > 1
     for index, run in enumerate(runs):
@@ -76,7 +76,7 @@ def _error_lines(runs: Sequence[Run], kind: str) -> list[plots.Line]:
     return lines
 
 
-def _error_legend(runs: Sequence[Run]) -> list[Key]:
+def _error_legend(runs: Sequence[FinishedRun]) -> list[Key]:
     if len(runs) > 1:
         legend = [Key(run.label, index) for index, run in enumerate(runs)]
     else:
@@ -85,11 +85,11 @@ def _error_legend(runs: Sequence[Run]) -> list[Key]:
     return legend + ([Key("calibration text"), Key("held-out text", dashed=True)] if held_out else [])
 
 
-def _has_held_out(run: Run) -> bool:
+def _has_held_out(run: FinishedRun) -> bool:
     return any(layer.held_out_after is not None for layer in run.layers)
 
 
-def _said_of_errors(runs: Sequence[Run]) -> list[str]:
+def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
     """What the errors are, and on what text, in paragraphs."""
     several = len(runs) > 1
     text = [
@@ -130,14 +130,14 @@ def _said_of_errors(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def maps(runs: Sequence[Run]) -> Section:
+def maps(runs: Sequence[FinishedRun]) -> Section:
     """Section with maps of the sparsity and the error of every layer, by block and kind."""
     several, elements = len(runs) > 1, []
     kinds = _kinds(runs)
     blocks = 1 + max((layer.block for run in runs for layer in run.layers), default=0)
     unseen = all(any(layer.held_out_after is not None for layer in run.layers) for run in runs)
 
-    def grid(run: Run, value: Callable[[LayerReport], float | None]) -> np.ndarray:
+    def grid(run: FinishedRun, value: Callable[[LayerReport], float | None]) -> np.ndarray:
         cells = np.full((len(kinds), blocks), np.nan)
         for row, kind in enumerate(kinds):
             where, values = _by_block([layer for layer in run.layers if kind_name(layer.name) == kind], value)
@@ -172,7 +172,7 @@ def maps(runs: Sequence[Run]) -> Section:
     )
 
 
-def solver(runs: Sequence[Run]) -> Section:
+def solver(runs: Sequence[FinishedRun]) -> Section:
     """Section on the solver: iterations, gaps, rows that did not converge."""
     several, solved = len(runs) > 1, [(index, run) for index, run in enumerate(runs) if run.solver]
     if not solved:
@@ -231,7 +231,7 @@ def solver(runs: Sequence[Run]) -> Section:
     return Section("solver", "Solver", text, [figure(elements, legend=legend)], tables)
 
 
-def strange(runs: Sequence[Run]) -> Section:
+def strange(runs: Sequence[FinishedRun]) -> Section:
     """Section on unusual layers, by name."""
     several, text, folded = len(runs) > 1, [], []
     fine = [run for run in runs if not unusual_count(run) and not meaningless_lines(run.report)]
@@ -271,7 +271,7 @@ def strange(runs: Sequence[Run]) -> Section:
     return Section("unusual", "Anything unusual", text, folded=folded)
 
 
-def _kinds(runs: Sequence[Run]) -> dict[str, str]:
+def _kinds(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """Maps every kind of layer in the runs to its short name."""
     return short_names(list(dict.fromkeys(kind_name(layer.name) for run in runs for layer in run.layers)))
 
@@ -300,7 +300,7 @@ def _by_block(
     ]
 
 
-def _kind_table(run: Run, caption: str) -> Table:
+def _kind_table(run: FinishedRun, caption: str) -> Table:
     kinds = by_kind(run.blocks)
     short = short_names([kind.name for kind in kinds])
     rows = []
@@ -327,7 +327,7 @@ def _kind_table(run: Run, caption: str) -> Table:
     )
 
 
-def _layer_table(run: Run, several: bool) -> Table:
+def _layer_table(run: FinishedRun, several: bool) -> Table:
     layers, routed = run.layers, any(kind_name(layer.name) != layer.name for layer in run.layers)
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
@@ -368,20 +368,20 @@ _AGAINST_DENSE = {
 }
 
 
-def _errors_of(run: Run) -> list[str]:
+def _errors_of(run: FinishedRun) -> list[str]:
     """The column headings of a run's errors."""
     return [*_ERRORS, *(_AGAINST_DENSE.values() if aims_at_dense(run) else ())]
 
 
-def _weighs_tokens(run: Run) -> bool:
+def _weighs_tokens(run: FinishedRun) -> bool:
     return bool(run.report.get("weighed_layers"))
 
 
-def _weighs_by_loss(run: Run) -> bool:
+def _weighs_by_loss(run: FinishedRun) -> bool:
     return bool(run.report["configuration"].get("target", {}).get("weigh_by_loss"))
 
 
-def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
+def _against_dense(run: FinishedRun, of: LayerReport | LayerKind | None) -> list[str]:
     """Errors of a layer or kind against the dense model; the mean over all layers for None; empty without a dense target."""
     if not aims_at_dense(run):
         return []
@@ -393,7 +393,7 @@ def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
     return [NONE if value is None else percent(value) for value in values.values()]
 
 
-def _errors(run: Run, before: float, after: float, held_before: float | None, held_after: float | None) -> list[str]:
+def _errors(run: FinishedRun, before: float, after: float, held_before: float | None, held_after: float | None) -> list[str]:
     """The four errors as text. Without a solver, the errors after the update are blank."""
     texts = [NONE if value is None else percent(value) for value in (before, after, held_before, held_after)]
     return texts if run.solver else [texts[0], NONE, texts[2], NONE]

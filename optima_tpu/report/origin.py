@@ -10,12 +10,12 @@ from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.results import devices
 from optima_tpu.report.run_record import recorded_words
-from optima_tpu.report.runs import Run
+from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
 from optima_tpu.runtime.program import program
 
 
-def cost(runs: Sequence[Run]) -> Section:
+def cost(runs: Sequence[FinishedRun]) -> Section:
     """Section on time by stage and by block, and on peak memory."""
     several = len(runs) > 1
     stages = [run.report["seconds"] for run in runs]
@@ -73,7 +73,7 @@ def cost(runs: Sequence[Run]) -> Section:
     )
 
 
-def origin(runs: Sequence[Run]) -> Section:
+def origin(runs: Sequence[FinishedRun]) -> Section:
     """Section on what was run and in which environment, with the command that repeats the run."""
     several, tables, code, files = len(runs) > 1, [], [], []
     for run in runs:
@@ -120,7 +120,7 @@ def _command(words: Sequence[str], name: str) -> str:
     return line if len(line) <= 100 else " \\\n    ".join([command, *settings])
 
 
-def _facts(run: Run) -> list[list[str]]:
+def _facts(run: FinishedRun) -> list[list[str]]:
     """Rows of (name, value); a value that was not recorded reads "not recorded"."""
     report, place = run.report, run.report["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in place.get("packages", {}).items() if version)
@@ -144,7 +144,7 @@ def _digest(text: str | None) -> str | None:
     return text and f"sha256 {text}"
 
 
-def _gib(run: Run, key: str) -> str:
+def _gib(run: FinishedRun, key: str) -> str:
     value = (run.report.get("memory") or {}).get(key)
     return f"{number(value / 2**30)} GiB" if value else "not counted" if run.report.get("memory") else "not recorded"
 

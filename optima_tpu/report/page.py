@@ -11,13 +11,13 @@ import jinja2
 
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.layers import layer_errors, maps, solver, strange
-from optima_tpu.report.left import left
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.origin import cost, origin
 from optima_tpu.report.plots import MARKERS, SERIES
 from optima_tpu.report.published import result
 from optima_tpu.report.results import comparison, distance, outcome, tiles
-from optima_tpu.report.runs import Run, method, model_name, read_runs
+from optima_tpu.report.run_files import run_files
+from optima_tpu.report.runs import FinishedRun, method, model_name, read_runs
 from optima_tpu.report.summary import measured
 from optima_tpu.report.view import Section, Tile, commands, unbroken, without_folders
 from optima_tpu.report.writing import continuations, tokens
@@ -56,7 +56,7 @@ def is_page(data: bytes) -> bool:
     return b"Created from report.json by OPTIMA-TPU" in data  # in the footer
 
 
-def write_page(places: Sequence[str | Path], path: Path) -> list[Run]:
+def write_page(places: Sequence[str | Path], path: Path) -> list[FinishedRun]:
     """Writes the page about finished runs and returns them. A file with the same content is not written again.
 
     Args:
@@ -74,7 +74,7 @@ def write_page(places: Sequence[str | Path], path: Path) -> list[Run]:
     return runs
 
 
-def render(title: str, runs: Sequence[Run]) -> str:
+def render(title: str, runs: Sequence[FinishedRun]) -> str:
     """The page as HTML. ``title`` lists what the runs have in common."""
     sections = [
         outcome(runs),
@@ -84,7 +84,7 @@ def render(title: str, runs: Sequence[Run]) -> str:
         *continuations(runs),
         *([layer_errors(runs), maps(runs), solver(runs), strange(runs)] if all(measured(run.layers) for run in runs) else []),
         cost(runs),
-        *(left(run) for run in runs if len(runs) == 1),
+        *(run_files(run) for run in runs if len(runs) == 1),
         origin(runs),
     ]
     code = ", ".join(dict.fromkeys(run.report.get("manifest", {}).get("code", "unknown") for run in runs))

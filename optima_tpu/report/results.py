@@ -10,7 +10,7 @@ from optima_tpu.report.facts import facts, sizes
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.published import Published, comparable
-from optima_tpu.report.runs import Run, differences
+from optima_tpu.report.runs import FinishedRun, differences
 from optima_tpu.report.scores import how_asked, scores
 from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual, worsened
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
@@ -23,7 +23,7 @@ _SHOWN = 4
 """Most commands that the page shows for several runs."""
 
 
-def tiles(run: Run) -> list[Tile]:
+def tiles(run: FinishedRun) -> list[Tile]:
     """The most important numbers of one run: its facts, behind the perplexity what an evaluation measured."""
     first, *others = (fact.tile for fact in facts(run.report, run.layers))
     evaluated = [
@@ -36,14 +36,14 @@ def tiles(run: Run) -> list[Tile]:
     return [first, *evaluated, *others, Tile("Time", run.time, f"on {devices(run)}{again}"), _unusual_tile(run)]
 
 
-def _unusual_tile(run: Run) -> Tile:
+def _unusual_tile(run: FinishedRun) -> Tile:
     if meaningless_lines(run.report):
         return Tile("Unusual", "no meaning", "text or dense model, named below")
     count = unusual_count(run)
     return Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")
 
 
-def comparison(runs: Sequence[Run]) -> Section:
+def comparison(runs: Sequence[FinishedRun]) -> Section:
     """Section that compares several runs: the settings that differ, and the results."""
     settings = differences({run.place: run.report["configuration"] | _elsewhere(run) for run in runs})
     settings.pop("output", None)
@@ -69,7 +69,7 @@ def comparison(runs: Sequence[Run]) -> Section:
     )
 
 
-def outcome(runs: Sequence[Run]) -> Section:
+def outcome(runs: Sequence[FinishedRun]) -> Section:
     """Section on perplexity and tasks, dense against pruned."""
     several = len(runs) > 1
     missing = [run for run in runs if not run.evaluation]
@@ -110,7 +110,7 @@ def _published_table(rows: Sequence[Published]) -> Table:
     )
 
 
-def _perplexity_tables(runs: Sequence[Run]) -> list[Table]:
+def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     """A table for each model that pruned ones are measured beside."""
     several = len(runs) > 1
     rows: dict[str, list[list[str]]] = {"dense": []}
@@ -152,7 +152,7 @@ def _perplexity_tables(runs: Sequence[Run]) -> list[Table]:
     ]
 
 
-def _task_tables(runs: Sequence[Run]) -> list[Table]:
+def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     """The same for the tasks."""
     tables, several = [], len(runs) > 1
     asked = {run.label: how_asked(run.evaluation) for run in runs if run.evaluation and _part(run, "tasks")}
@@ -173,7 +173,7 @@ def _task_tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-def distance(runs: Sequence[Run]) -> list[Section]:
+def distance(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the distance to the dense or another model, by block; empty if it was not measured."""
     several = len(runs) > 1
     rows: dict[str, list[list[str]]] = {}
@@ -221,7 +221,7 @@ def distance(runs: Sequence[Run]) -> list[Section]:
     return [Section("distance", f"Distance to the {other} model", [text], drawn, tables)]
 
 
-def _evaluate(run: Run) -> str:
+def _evaluate(run: FinishedRun) -> str:
     """The commands that evaluate a run and write its page again, with the run's own paths."""
     directory, configuration = str(run.directory), run.report["configuration"]
     text = (configuration.get("evaluation") or {}).get("source") or configuration["calibration"]["source"]
@@ -229,7 +229,7 @@ def _evaluate(run: Run) -> str:
     return f"{evaluate}\n{command('report', directory)}"
 
 
-def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
+def mean_errors(run: FinishedRun) -> tuple[float, float, float | None, float | None]:
     """Means over layers of the errors before and after the update, on the calibration text and on held-out text."""
     layers = run.layers
     if not layers:
@@ -237,12 +237,12 @@ def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
     return *fitted_errors(layers), *held_out_errors(layers)
 
 
-def aims_at_dense(run: Run) -> bool:
+def aims_at_dense(run: FinishedRun) -> bool:
     """Whether the errors against the dense model were measured, as with a dense target."""
     return any(layer.dense_after is not None for layer in run.layers)
 
 
-def devices(run: Run) -> str:
+def devices(run: FinishedRun) -> str:
     """ "8 × TPU v5e, mesh 4×2"."""
     place = run.report["environment"]
     if not {"device", "devices"} <= place.keys():
@@ -251,7 +251,7 @@ def devices(run: Run) -> str:
     return f"{place['devices']} × {place['device']}, mesh {mesh}"
 
 
-def unusual_count(run: Run) -> int:
+def unusual_count(run: FinishedRun) -> int:
     """The number of layers with an unusual finding."""
     return len({*worsened(run.blocks), *(layer for layers in unusual(run.blocks).values() for layer in layers)})
 
@@ -260,7 +260,7 @@ _BY_BLOCK = {"hidden_errors": "Hidden state error", "kls": "Divergence", "agreem
 _UNITS: Mapping[str, Mapping[str, Any]] = {"hidden_errors": {"log": True}, "kls": {"unit": number, "log": True}, "agreements": {}}
 
 
-def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
+def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     """The rows of the comparison."""
     rows: dict[str, list[str]] = {}
     for run in runs:
@@ -292,7 +292,7 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: values for name, values in rows.items() if set(values) != {NONE}}
 
 
-def _tasks(run: Run, label: list[str]) -> list[list[str]]:
+def _tasks(run: FinishedRun, label: list[str]) -> list[list[str]]:
     def told(metric: str, value: float | None, error: float | None) -> str:
         if value is None:
             return NONE
@@ -324,14 +324,14 @@ def _error(value: float | None, scale: float = 1) -> str:
     return "" if value is None else f" ± {number(scale * value, 2)}"
 
 
-def _part(run: Run, name: str) -> Mapping[str, Any]:
+def _part(run: FinishedRun, name: str) -> Mapping[str, Any]:
     """A part of evaluation.json, empty if it is missing. Folders of file names are removed if the names stay distinct."""
     found = (run.evaluation or {}).get(name) or {}
     short = {without_folders(text): value for text, value in found.items()}
     return short if len(short) == len(found) else found
 
 
-def _elsewhere(run: Run) -> dict[str, Any]:
+def _elsewhere(run: FinishedRun) -> dict[str, Any]:
     """Facts other than settings that may differ between runs."""
     return {
         "code": run.report.get("manifest", {}).get("code"),
@@ -340,7 +340,7 @@ def _elsewhere(run: Run) -> dict[str, Any]:
     }
 
 
-def _setting(values: Mapping[str, Any], run: Run) -> str:
+def _setting(values: Mapping[str, Any], run: FinishedRun) -> str:
     if run.place not in values:
         return NONE
     value = values[run.place]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import UserError
-from optima_tpu.report.contents import Evaluation, Report, Task
+from optima_tpu.report.contents import EvaluationRecord, Report, Task
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.numbers import duration
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
@@ -35,7 +35,7 @@ _ELSEWHERE = (
 )
 
 
-class Run(NamedTuple):
+class FinishedRun(NamedTuple):
     """A finished run.
 
     Attributes:
@@ -93,7 +93,7 @@ class Run(NamedTuple):
         return f"at least {told}" if self.earlier else told
 
 
-def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
+def read_runs(places: Sequence[str | Path]) -> tuple[str, list[FinishedRun]]:
     """Reads runs; returns a title with the settings they share, and the runs.
 
     Args:
@@ -111,7 +111,7 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
     labels |= {place: f"{labels[place]}, {place}" for place in twins}  # runs with the same settings are distinguished by path
     return title, [
-        Run(labels[place], place, report, read_blocks(place, report), *_evaluation(place, report))
+        FinishedRun(labels[place], place, report, read_blocks(place, report), *_evaluation(place, report))
         for place, report in reports.items()
     ]
 
@@ -207,7 +207,7 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _evaluation(place: str, report: Report) -> tuple[Evaluation | None, str | None]:
+def _evaluation(place: str, report: Report) -> tuple[EvaluationRecord | None, str | None]:
     """(evaluation.json next to report.json, None); or (None, name of the evaluated model) if it is not this run's model."""
     path = as_path(place)
     path = (path if path.is_dir() else path.parent) / "evaluation.json"
@@ -215,7 +215,7 @@ def _evaluation(place: str, report: Report) -> tuple[Evaluation | None, str | No
         return None, None
     remedy = "move the file away, or evaluate again"
     refuse_changed(path.parent, [path.name], remedy)
-    values = read_record(path, Evaluation, remedy)
+    values = read_record(path, EvaluationRecord, remedy)
     if not {"perplexity", "distance", "tasks"} & values.keys():
         raise UserError(f"expected the results of optima_tpu.evaluate in {path}, got something else; {remedy}")
     for name, task in (values.get("tasks") or {}).items():

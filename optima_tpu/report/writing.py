@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from optima_tpu.report.numbers import number, percent
-from optima_tpu.report.runs import Run
+from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import Section, Table
 
 
-def tokens(runs: Sequence[Run]) -> list[Section]:
+def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the tokens that got worse; empty if no run has recorded losses per token."""
     several, text = len(runs) > 1, []
     tables: list[Table] = []
@@ -53,7 +53,7 @@ def tokens(runs: Sequence[Run]) -> list[Section]:
     return [Section("tokens", "Which tokens got worse", text, tables=tables, folded=folded)]
 
 
-def continuations(runs: Sequence[Run]) -> list[Section]:
+def continuations(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the texts that both models write; empty if no run has recorded any."""
     several, text, tables = len(runs) > 1, [], []
     for run in runs:

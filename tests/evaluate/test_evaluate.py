@@ -21,10 +21,10 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate import run as evaluation
 from optima_tpu.evaluate import tasks as evaluate_tasks
 from optima_tpu.evaluate.__main__ import main
-from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.table import task_table
+from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
 from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime import checksums, signals

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.__main__ import main
-from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.model import open_evaluated
+from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.evaluate.tasks import load_tasks, metrics, run_tasks
 from optima_tpu.report.progress import Progress
 from tests.support.meshes import mesh

@@ -405,7 +405,7 @@ def test_a_part_never_grows_beyond_its_tensor(copy, part, expected):
 
 
 def test_a_mask_has_no_bits_behind_its_last_element():
-    tensor, bits = packed.Tensor("file", "BF16", (1, 5), packed.SPARSE, (0, 0, 0), ""), zstandard.ZstdCompressor()
+    tensor, bits = packed.PackedTensor("file", "BF16", (1, 5), packed.SPARSE, (0, 0, 0), ""), zstandard.ZstdCompressor()
     assert packed._decode_bits("weight", tensor, bits.compress(b"\xf8")) == 0xF8
     with pytest.raises(PackedError, match="weight: the mask has bits behind its last element"):
         packed._decode_bits("weight", tensor, bits.compress(b"\xfc"))

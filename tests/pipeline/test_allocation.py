@@ -14,7 +14,7 @@ from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import distance
 from optima_tpu.launch import main
-from optima_tpu.method.allocation import OWL, Measured, Steps, Uniform, allocate, grain, rounded, steps_of
+from optima_tpu.method.allocation import OWL, Measured, SparsitySteps, Uniform, allocate, grain, rounded, steps_of
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.recipe import Recipe
@@ -63,7 +63,7 @@ def test_a_step_is_the_same_share_of_every_layer(sparsity, inputs, steps):
 def test_measured_is_the_minimum(blocks, most):
     """No two blocks can trade a little and lose less, by what was measured of them."""
     low, rise = np.asarray(blocks).T
-    wanted = Measured().wanted(np.exp(np.stack([low, low + rise], axis=1)), Steps(0.02, most))
+    wanted = Measured().wanted(np.exp(np.stack([low, low + rise], axis=1)), SparsitySteps(0.02, most))
     assert abs(wanted.sum()) < 1e-6 and (np.abs(wanted) < most + 1e-6).all()
     slope = rise / (2 * most)
     marginal = np.log(slope) + low + slope * (wanted + most)
@@ -78,7 +78,7 @@ def test_blocks_trade_with_those_of_their_size(allocation, data):
     weights = data.draw(st.lists(st.sampled_from([0, 100, 300]), min_size=2, max_size=10))
     number = st.floats(1e-6, 1.0)
     scores = np.asarray(data.draw(st.lists(st.tuples(number, number), min_size=len(weights), max_size=len(weights))))
-    steps = Steps(1 / 48, 3)
+    steps = SparsitySteps(1 / 48, 3)
     found = allocate(allocation, scores, weights, steps)
     reach = math.ceil(allocation.reach / steps.size) if isinstance(allocation, OWL) else steps.most
     assert (np.abs(found) <= reach).all()
@@ -89,9 +89,9 @@ def test_blocks_trade_with_those_of_their_size(allocation, data):
 
 def test_more_outliers_keep_more():
     shares = np.array([[0.01], [0.03], [0.02], [0.03]])
-    wanted = OWL(limit=0.08).wanted(shares, Steps(0.02, 4))
+    wanted = OWL(limit=0.08).wanted(shares, SparsitySteps(0.02, 4))
     assert np.abs(wanted - 8 * (0.625 - np.array([0, 1, 0.5, 1]))).max() < 1e-9
-    assert not OWL().wanted(np.full((4, 1), 0.3), Steps(0.02, 4)).any()
+    assert not OWL().wanted(np.full((4, 1), 0.3), SparsitySteps(0.02, 4)).any()
 
 
 def test_outliers_are_counted_as_published():

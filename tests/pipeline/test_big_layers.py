@@ -25,7 +25,7 @@ from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import Layout, RowSharding
+from optima_tpu.method.row_sharding import RowLayout, RowSharding
 from optima_tpu.method.selectors import ADMM, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.models.decoder import Decoder
@@ -42,7 +42,7 @@ from tests.support.pruning import group_arguments, prune_matrices, walk_block
 from tests.support.runs import SMALL
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
-SPLIT = Layout(split=True)
+SPLIT = RowLayout(split=True)
 RECIPE = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6))
 
 
@@ -193,10 +193,10 @@ def solved(shape, where):
     return jax.device_get(jax.jit(RowSharding(mesh(*shape), where).solve(solver))(*problem_and_mask()))
 
 
-@pytest.mark.parametrize("shape, where", [((1, 4), SPLIT), ((4, 2), Layout(True, 2))])
+@pytest.mark.parametrize("shape, where", [((1, 4), SPLIT), ((4, 2), RowLayout(True, 2))])
 def test_the_layout_does_not_change_the_solution(shape, where):
     problem, pruned = problem_and_mask()
-    found, whole = solved(shape, where), solved((1, 1), Layout())
+    found, whole = solved(shape, where), solved((1, 1), RowLayout())
     np.testing.assert_allclose(found.weight, whole.weight, atol=1e-5)
     np.testing.assert_allclose(found.gap, whole.gap, rtol=1e-4)
     assert (found.weight[~np.asarray(pruned.keep)] == 0).all()
@@ -238,7 +238,7 @@ def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hes
     )
 
 
-@pytest.mark.parametrize("where, shape", [(Layout(False, 32), (1, 1)), (SPLIT, (2, 4))])
+@pytest.mark.parametrize("where, shape", [(RowLayout(False, 32), (1, 1)), (SPLIT, (2, 4))])
 def test_the_memory_model_bounds_what_xla_reports(where, shape):
     found = compiled(where, shape).memory_analysis()
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
@@ -252,7 +252,7 @@ def test_the_layout_follows_from_the_budget():
     def choose(budget, recipe=cg):
         return GroupLoad(28672, 8192, recipe.footprint()).layout(grid, budget)
 
-    assert choose(math.inf) == choose(60 * GIB) == Layout()
+    assert choose(math.inf) == choose(60 * GIB) == RowLayout()
     batches = choose(22.5 * GIB)
     assert not batches.split and 64 <= batches.rows <= 512
     assert choose(15 * GIB) == SPLIT
@@ -327,9 +327,9 @@ def test_a_layers_own_hessians_are_counted_once_where_they_are_used_as_they_come
     take += 2.5 * 4 * rows * size  # the block's own weights
     cut = functools.partial(block_passes, block_of({"a": (rows, size)}, mesh(*shape)), 0, (("a",),), recipe)
     least = take + (times - 1) * 2 * 4 * size**2  # the calibration's and that of the held-out tokens
-    assert cut(least * 1.001)[0].layouts == (Layout(),)
+    assert cut(least * 1.001)[0].layouts == (RowLayout(),)
     with contextlib.suppress(UserError):
-        assert cut(least * 0.98)[0].layouts != (Layout(),)
+        assert cut(least * 0.98)[0].layouts != (RowLayout(),)
 
 
 def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):

@@ -22,15 +22,15 @@ from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors,
 from optima_tpu.models.decoder import forward, head_logits
 from optima_tpu.pipeline.distill import states
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
-from optima_tpu.pipeline.distill.model import Model
+from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import Check, Distilled, Outcome, Span, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import distill, refuse_large, training_steps
-from optima_tpu.pipeline.distill.windows import Inputs, Stream, Windows
+from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream, Windows
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.progress import Progress
-from optima_tpu.report.runs import Run
+from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE
 from optima_tpu.runtime.mesh import bytes_on_device
 from optima_tpu.runtime.signals import Stopped
@@ -164,8 +164,8 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
         for name, gradient in own.items():
             assert np.abs(share * gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
     # A step updates each block behind its own backward pass, and the blocks before it read none of it.
-    model = Model(trainer, range(3), others, NextToken(METHOD, head), positions)
-    model.step(Stream(tokens, dense.embed(tokens), final), float(rate))
+    model = TrainedBlocks(trainer, range(3), others, NextToken(METHOD, head), positions)
+    model.step(TrainingStream(tokens, dense.embed(tokens), final), float(rate))
     for moved, block, gradient in zip(model.blocks, blocks, found):
         for name, expected in trainer.update(block, gradient, share, rate).masters.items():
             assert (moved.masters[name] == expected).all(), name
@@ -232,7 +232,7 @@ def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, win
     def train(**settings):
         return run(pruned, windows, **settings) if whole else by_spans(pruned, windows, tmp_path, (1, 1), **settings)
 
-    monkeypatch.setattr(Model, "measure", measure)
+    monkeypatch.setattr(TrainedBlocks, "measure", measure)
     with pytest.raises(Stopped):
         train(advance=stopped_in_step_6() if whole else stopped_in_step_6(2 + 1 + 8 + 2 + 1 + 1))
     outcome, journal = train()
@@ -388,7 +388,7 @@ def test_the_page_says_what_became_of_every_span():
         "perplexity": {"dense": 12.0, "pruned": 19.0},
         "configuration": {"distill": {"name": "blocks"}},
     }
-    (section,) = distillation([Run("", "run", report, (), None)])
+    (section,) = distillation([FinishedRun("", "run", report, (), None)])
     assert "its blocks were trained in order with fixed masks" in section.text[0]
     checks, blocks = section.tables
     assert checks.rows[1] == ["4", NONE, "0.4000", "18.00", "kept"]

@@ -16,7 +16,7 @@ from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import Pruned
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
+from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Exact
 from optima_tpu.method.statistics import Drift, TokenSets, TokenStatistics
@@ -84,7 +84,7 @@ def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
 
 
 @pytest.mark.parametrize(
-    "preset, layout", [("fast", Layout(split=True, rows=2)), ("best", ON_EVERY_DEVICE)], ids=["fast, split", "best"]
+    "preset, layout", [("fast", RowLayout(split=True, rows=2)), ("best", ON_EVERY_DEVICE)], ids=["fast, split", "best"]
 )
 def test_groups_that_lie_apart_are_pruned_like_the_same_inputs_side_by_side(preset, layout):
     """Of two matrices with one input, 2:4@8 and 2:4 of the sorted inputs: the same masks, weights and errors, on held-out tokens too."""

@@ -16,7 +16,7 @@ from optima_tpu.method.distillation import KL, Blocks
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
-from optima_tpu.pipeline.distill.model import Model
+from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.recover import run as recovering
 from optima_tpu.pipeline.recover.config import RecoverConfig, parse
 from optima_tpu.recover import main
@@ -153,7 +153,7 @@ def test_a_directory_of_other_files_is_refused_before_a_model_is_opened(pruned, 
 def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch, capsys):
     """In the third step, after a check behind the second, which nothing but the next state keeps."""
     command = [str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]
-    step, steps = Model.step, []
+    step, steps = TrainedBlocks.step, []
 
     def stop(model, *given):
         steps.append(step(model, *given))
@@ -165,7 +165,7 @@ def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypa
         monkeypatch.undo()
         raise signals.Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(Model, "step", stop)
+    monkeypatch.setattr(TrainedBlocks, "step", stop)
     assert main(command) == signals.RESUME
     assert "saved  3 of 4 steps" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out/distillation").iterdir()] == ["step_0000003"]

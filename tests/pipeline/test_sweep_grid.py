@@ -14,7 +14,7 @@ from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG, MPAX
 from optima_tpu.pipeline.sweep.cells import Cell, differences
 from optima_tpu.pipeline.sweep.grid import read_grid
-from optima_tpu.pipeline.sweep.tables import Result, averages, csv_text, layout, markdown
+from optima_tpu.pipeline.sweep.tables import CellResult, averages, csv_text, layout, markdown
 
 
 def test_cells_are_the_product_in_order_seed_by_seed(file):
@@ -256,16 +256,16 @@ def test_what_is_not_a_sweep_is_said_with_the_file(tmp_path, text, said):
 
 
 RESULTS = [
-    Result("wanda", "none", "50%", 4, 0, "finished", perplexity=20.0, dense=10.0),
-    Result("wanda", "none", "50%", 4, 1, "finished", perplexity=23.0, dense=10.0),
-    Result("wanda", "cg", "50%", 4, 0, "finished", perplexity=1234567.8, dense=10.0),
-    Result("wanda", "cg", "50%", 4, 1, "failed", reason="it | diverged"),
-    Result("magnitude", "none", "50%", 4, 0, "failed", reason="no"),
-    Result("magnitude", "none", "50%", 4, 1),
-    Result("magnitude", "cg", "50%", 4, 0),
-    Result("magnitude", "cg", "50%", 4, 1),
-    Result("wanda", "cg", "2:4 MLP", 4, 0, "finished", perplexity=30.25, dense=10.0),
-    Result("wanda", "cg", "2:4 MLP", 4, 1, "finished", perplexity=30.75, dense=10.0),
+    CellResult("wanda", "none", "50%", 4, 0, "finished", perplexity=20.0, dense=10.0),
+    CellResult("wanda", "none", "50%", 4, 1, "finished", perplexity=23.0, dense=10.0),
+    CellResult("wanda", "cg", "50%", 4, 0, "finished", perplexity=1234567.8, dense=10.0),
+    CellResult("wanda", "cg", "50%", 4, 1, "failed", reason="it | diverged"),
+    CellResult("magnitude", "none", "50%", 4, 0, "failed", reason="no"),
+    CellResult("magnitude", "none", "50%", 4, 1),
+    CellResult("magnitude", "cg", "50%", 4, 0),
+    CellResult("magnitude", "cg", "50%", 4, 1),
+    CellResult("wanda", "cg", "2:4 MLP", 4, 0, "finished", perplexity=30.25, dense=10.0),
+    CellResult("wanda", "cg", "2:4 MLP", 4, 1, "finished", perplexity=30.75, dense=10.0),
 ]
 
 
@@ -284,7 +284,7 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(file):
 
 def test_window_counts_are_columns_and_one_seed_has_no_spread(file):
     results = [
-        Result("wanda", "cg", "50%", windows, 0, "finished", perplexity=20.0 + windows, dense=dense)
+        CellResult("wanda", "cg", "50%", windows, 0, "finished", perplexity=20.0 + windows, dense=dense)
         for windows, dense in ((16, 10.0), (2, 10.5))
     ]
     table = layout(read_grid(file()), results)

@@ -21,7 +21,7 @@ from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import Layout
+from optima_tpu.method.row_sharding import RowLayout
 from optima_tpu.method.selectors import ADMM, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.method.statistics import Drift, TokenSets
@@ -215,7 +215,7 @@ def statistics_of(weight, x, other, lost=None):
     )
 
 
-def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout(), few=False):
+def group_of(weight, sets, recipe, shape=(1, 1), layout=RowLayout(), few=False):
     """Args: few: the drift is held for the outputs, as ``accumulate`` does it where there are few of them."""
     (hessian, drift), (unseen, unseen_drift) = (statistics_of(weight, *streams) for streams in sets)
     pull = recipe.target.alpha * weight @ drift.cross
@@ -242,7 +242,7 @@ def dense_error(streams, dense, weight):
 
 
 @pytest.mark.parametrize(
-    "shape, layout, few", [((1, 1), Layout(), False), ((2, 4), Layout(split=True, rows=2), True)], ids=["whole", "split"]
+    "shape, layout, few", [((1, 1), RowLayout(), False), ((2, 4), RowLayout(split=True, rows=2), True)], ids=["whole", "split"]
 )
 def test_the_minimiser_is_that_of_the_normal_equations(shape, layout, few):
     weight, sets = two_sets(np.random.default_rng(0))
@@ -260,7 +260,9 @@ def test_the_minimiser_is_that_of_the_normal_equations(shape, layout, few):
     assert after.sum() < before.sum()
 
 
-@pytest.mark.parametrize("shape, layout", [((1, 1), Layout()), ((2, 4), Layout(split=True, rows=2))], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "shape, layout", [((1, 1), RowLayout()), ((2, 4), RowLayout(split=True, rows=2))], ids=["whole", "split"]
+)
 def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
     rng = np.random.default_rng(2)
     weight, sets = two_sets(rng)

@@ -17,9 +17,9 @@ from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
 from optima_tpu.report import summary, table
 from optima_tpu.report.facts import size
 from optima_tpu.report.file import size_on_disk
-from optima_tpu.report.left import FILES
 from optima_tpu.report.page import render, write_page
 from optima_tpu.report.records import BlockReport
+from optima_tpu.report.run_files import FILES
 from optima_tpu.report.runs import read_runs
 from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  (a fixture)
 from tests.support.fake_reports import layer, layers, write_run

@@ -16,7 +16,7 @@ from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import NM
 from optima_tpu.method.solvers import MPAX
 from optima_tpu.method.targets import DenseTarget
-from optima_tpu.pipeline.sweep.tables import Result
+from optima_tpu.pipeline.sweep.tables import CellResult
 from optima_tpu.report import curves, figures
 from tests.support.fake_reports import NAMES, layers, write_other_places, write_run
 from tests.support.records import put
@@ -26,14 +26,14 @@ WANDA_CG = EMBEDDED
 WANDA_MPAX = dataclasses.replace(EMBEDDED, solver=MPAX())
 
 
-def write_sweep(directory: Path, results: list[Result]) -> Path:
+def write_sweep(directory: Path, results: list[CellResult]) -> Path:
     write_run(directory / "cell")
     (directory / "results.json").write_text(json.dumps([dataclasses.asdict(result) for result in results]))
     return directory
 
 
-def result(mask: str, update: str, windows: int, seed: int, perplexity: float | None, pattern: str = "0.5") -> Result:
-    return Result(mask, update, pattern, windows, seed, perplexity=perplexity, dense=14.7934, report="cell/report.json")
+def result(mask: str, update: str, windows: int, seed: int, perplexity: float | None, pattern: str = "0.5") -> CellResult:
+    return CellResult(mask, update, pattern, windows, seed, perplexity=perplexity, dense=14.7934, report="cell/report.json")
 
 
 def drawn(axes) -> dict[str, tuple[list, list]]:

@@ -21,7 +21,7 @@ from optima_tpu.config.parse import parse
 from optima_tpu.data.cache import TokenCache
 from optima_tpu.data.source import Tokens
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.known import read_known
+from optima_tpu.evaluate.earlier_results import read_known
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_masks

@@ -16,7 +16,7 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Given, LayerProblem, Pruned, ReadGiven
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout, RowSharding
+from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout, RowSharding
 from optima_tpu.method.statistics import Drift, Groups, TokenSets, TokenStatistics
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
@@ -50,7 +50,7 @@ def group_arguments(
     patterns: tuple[Pattern, ...] | None = None,
     given: tuple[Given, ...] | None = None,
     held_out: Array | None = None,
-    layout: Layout = ON_EVERY_DEVICE,
+    layout: RowLayout = ON_EVERY_DEVICE,
     drift: Drift | None = None,
     held_out_drift: Drift | None = None,
 ) -> tuple:

@@ -21,7 +21,7 @@ from optima_tpu.method.selectors.base import Selector
 from optima_tpu.runtime.bounds import Bound
 
 
-class Stage(NamedTuple):
+class ADMMStage(NamedTuple):
     """The levels that share an inverse.
 
     Attributes:
@@ -117,11 +117,11 @@ class ADMM(Selector):
         passes = iterations * (PASSES_OF_A_MASK + 10)
         return Cost(iterations + 1, passes, inverses=self.inverses or self.levels, rough=iterations)
 
-    def stages(self) -> "tuple[Stage, ...]":
+    def stages(self) -> "tuple[ADMMStage, ...]":
         """All levels in their order, those together that share an inverse."""
         penalties, count = np.geomspace(self.rho_first, self.rho_last, self.levels), self.inverses or self.levels
         parts = [penalties] if count == 1 else [*np.array_split(penalties[:-1], count - 1), penalties[-1:]]
-        return tuple(Stage(tuple(part.tolist()), self.damping + float(part[0] + part[-1]) / 2) for part in parts)
+        return tuple(ADMMStage(tuple(part.tolist()), self.damping + float(part[0] + part[-1]) / 2) for part in parts)
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         return self.choose((problem,), (pattern,))[0]

@@ -16,7 +16,7 @@ from optima_tpu.method.resources import Cost
 from optima_tpu.method.selectors.base import Selector
 
 
-class Sweep(Selector):
+class InputSweep(Selector):
     """A selector that goes over the inputs from the first to the last, and chooses a row part by part.
 
     Where the inputs of a comparison group lie apart, it goes over them group by group.

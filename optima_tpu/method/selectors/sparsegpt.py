@@ -13,13 +13,13 @@ from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.linalg.smallest import lowest
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.selectors.obs import Sweep, inverse_factor
+from optima_tpu.method.selectors.obs import InputSweep, inverse_factor
 from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.mesh import padded
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGPT(Sweep):
+class SparseGPT(InputSweep):
     """Prunes input by input, from the first to the last, and moves the weights of later inputs to compensate.
 
     With ``U'U`` the inverse of the damped Hessian (:func:`inverse_factor`) and ``w`` the weights as moved so far,

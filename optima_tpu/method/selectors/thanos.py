@@ -12,13 +12,13 @@ from optima_tpu.method.linalg.scaling import live_features, rows_at_once
 from optima_tpu.method.linalg.smallest import lowest
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.selectors.obs import Sweep, inverse_factor
+from optima_tpu.method.selectors.obs import InputSweep, inverse_factor
 from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.mesh import padded
 
 
 @dataclasses.dataclass(frozen=True)
-class Thanos(Sweep):
+class Thanos(InputSweep):
     """Prunes block after block of columns, by ``|w_ij| * ||x_j||`` of the moved weights, and moves the rest of a row.
 
     Let ``k`` be the number of weights that the pattern still has to prune. A block of columns ``[i, i + block)`` loses its

@@ -14,14 +14,14 @@ _Small = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 _Number = Annotated[float, msgspec.Meta(gt=0, lt=1e12)]
 
 
-class Named(TypedDict, total=False):
+class DeclaredKind(TypedDict, total=False):
     """What says which sizes belong in the rest."""
 
     architectures: list[str] | None
     model_type: str
 
 
-class Declared(Named, total=False):
+class Declared(DeclaredKind, total=False):
     dtype: str | None
     torch_dtype: str | None
     quantization_config: dict[str, Any] | None

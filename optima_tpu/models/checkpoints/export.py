@@ -19,7 +19,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.exported import Exported
-from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, Packed, Plain
+from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, PackedForm, Plain
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import INDEX, MASKS, SHAPE
 from optima_tpu.models.checkpoints.source import total_bytes
@@ -150,7 +150,7 @@ def _is_whole_export(out: Path, manifest: Mapping[str, Any], form: str, options:
         sidecar is not None
         and sidecar["manifest"] == manifest
         and sidecar.get("form") == _written_as(form, options)
-        and (out / INDEX).exists() == (form == Packed.name)
+        and (out / INDEX).exists() == (form == PackedForm.name)
         and not damage(out)
     )
 
@@ -158,7 +158,7 @@ def _is_whole_export(out: Path, manifest: Mapping[str, Any], form: str, options:
 def _written_as(form: str, options: Options) -> dict[str, Any]:
     """The entry "form" of optima_tpu.json. A packed folder has the plain one's, which it is unpacked to byte for byte."""
     return {
-        "name": Plain.name if form == Packed.name else form,
+        "name": Plain.name if form == PackedForm.name else form,
         "max_shard_size": byte_count("a shard size", options.max_shard_size),
         "scan_layers": options.scan_layers,
     }

@@ -77,7 +77,7 @@ class Form:
         self.stacked = stacks_among(stacks_of_parts(run.source.names(), stacks) if listed is None else listed, stacks)
         if self.stacked and not self.stacks:
             raise UserError(
-                f"expected --format {Plain.name} or {Packed.name} for a model that stores its experts in one tensor, got "
+                f"expected --format {Plain.name} or {PackedForm.name} for a model that stores its experts in one tensor, got "
                 f"{self.name}: not supported"
             )
 
@@ -168,7 +168,7 @@ class Plain(Form):
         return zeros
 
 
-class Packed(Plain):
+class PackedForm(Plain):
     """The plain folder in one file, from which ``optima unpack`` makes it again, byte for byte."""
 
     name = "packed"
@@ -307,7 +307,7 @@ class MaxText(Form):
         return zeros
 
 
-FORMS: Mapping[str, type[Form]] = {form.name: form for form in (Plain, Packed, Compressed, CompressedW8A8, GGUF, MaxText)}
+FORMS: Mapping[str, type[Form]] = {form.name: form for form in (Plain, PackedForm, Compressed, CompressedW8A8, GGUF, MaxText)}
 
 
 def _readable(folder: Path) -> int:

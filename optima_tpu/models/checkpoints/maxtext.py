@@ -97,7 +97,7 @@ class Leaf(NamedTuple):
         return np.stack(slices, axis=SCAN_AXIS) if self.stacked else slices[0]
 
 
-class Layout(NamedTuple):
+class MaxTextArrays(NamedTuple):
     """The arrays of a model, and the settings of MaxText that describe it."""
 
     leaves: tuple[Leaf, ...]
@@ -180,7 +180,7 @@ class _Kind:
     scales: bool = False
     gemma: bool = False
     windows: Callable[[int, int], tuple[int | None, ...]] | None = None
-    mixture: tuple[str, experts.Layout] | None = None
+    mixture: tuple[str, experts.MixtureNames] | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -202,7 +202,7 @@ _KINDS: Mapping[str, _Kind] = {
     "Qwen2ForCausalLM": _Kind("qwen2", _LLAMA_NORMS, scales=True, settings={"attention_bias": True}),
     "Qwen3ForCausalLM": _Kind("qwen3", _LLAMA_NORMS, scales=True, settings={"use_qk_norm": True}),
     "Qwen3MoeForCausalLM": _Kind(
-        "qwen3_moe", _LLAMA_NORMS, scales=True, mixture=("moe_block", experts.Layout()), settings={"use_qk_norm": True}
+        "qwen3_moe", _LLAMA_NORMS, scales=True, mixture=("moe_block", experts.MixtureNames()), settings={"use_qk_norm": True}
     ),
     "GemmaForCausalLM": _Kind(
         "gemma", {"input_layernorm": "pre_self_attention_norm", "post_attention_layernorm": "pre_ffw_norm"}, gemma=True
@@ -222,7 +222,7 @@ _KINDS: Mapping[str, _Kind] = {
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
-def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = True) -> Layout:
+def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = True) -> MaxTextArrays:
     """The layout of a model in MaxText.
 
     Args:
@@ -240,7 +240,7 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
             f"expected a model of {', '.join(_KINDS)} for MaxText, got {', '.join(hf_config.architectures or ())}: take --format plain"
         )
     config = family.read_config(hf_config)
-    assert isinstance(config, llama.Config), "all of these families have this configuration"
+    assert isinstance(config, llama.LlamaConfig), "all of these families have this configuration"
     settings = _settings(config, kind) | {"scan_layers": scan, "param_scan_axis": SCAN_AXIS}
     root = next((root for root in family.roots if root + family.embedding in source.names()), family.roots[0])
     dtype = source.dtype(root + family.embedding)
@@ -265,7 +265,7 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
             found[path] = Leaf(path, (), part.convert, place.stacked, part.experts)
     leaves += (leaf._replace(names=tuple(names[path])) for path, leaf in found.items())
     check_names((name for leaf in leaves for name in leaf.names), source, family.ignored)
-    return Layout(tuple(leaves), settings)
+    return MaxTextArrays(tuple(leaves), settings)
 
 
 class _Part(NamedTuple):
@@ -280,7 +280,7 @@ _WI_WO = ("wi_0", "wi_1", "wo")
 """MaxText's names of gate, up and down."""
 
 
-def _parts(config: llama.Config, kind: _Kind, shift: float) -> dict[str, _Part]:
+def _parts(config: llama.LlamaConfig, kind: _Kind, shift: float) -> dict[str, _Part]:
     """The tensors of a block, by their names in it."""
     width, heads, kv_heads, size = config.d_model, config.heads, config.kv_heads, config.head_dim
     wanted = size**-0.5 if config.scale is None else config.scale
@@ -308,13 +308,13 @@ def _parts(config: llama.Config, kind: _Kind, shift: float) -> dict[str, _Part]:
     return parts
 
 
-def _mlp(config: llama.Config) -> dict[str, _Part]:
+def _mlp(config: llama.LlamaConfig) -> dict[str, _Part]:
     sizes = {"gate": (config.d_model, config.d_ff), "up": (config.d_model, config.d_ff), "down": (config.d_ff, config.d_model)}
     return {f"mlp.{ours}_proj.weight": _Part(("mlp", name, "kernel"), Convert(sizes[ours])) for ours, name in zip(sizes, _WI_WO)}
 
 
-def _mixture(config: llama.Config, name: str, layout: experts.Layout) -> dict[str, _Part]:
-    assert isinstance(config, experts.Config), "a family with a mixture has this configuration"
+def _mixture(config: llama.LlamaConfig, name: str, layout: experts.MixtureNames) -> dict[str, _Part]:
+    assert isinstance(config, experts.MixtureConfig), "a family with a mixture has this configuration"
     router = _Part((name, "gate", "kernel"), Convert((config.d_model, config.experts)))
     return {f"{layout.mlp}.{layout.router}.weight": router} | {
         f"{layout.mlp}.experts.{number}.{ours}.weight": _Part((name, theirs), Convert(size), config.experts)
@@ -323,13 +323,13 @@ def _mixture(config: llama.Config, name: str, layout: experts.Layout) -> dict[st
     }
 
 
-def _neighbours(config: llama.Config) -> bool:
+def _neighbours(config: llama.LlamaConfig) -> bool:
     return isinstance(config.rope, Rope) and config.rope.scaling == _LLAMA31
 
 
-def _settings(config: llama.Config, kind: _Kind) -> dict[str, Any]:
+def _settings(config: llama.LlamaConfig, kind: _Kind) -> dict[str, Any]:
     """The settings of MaxText for a model. Raises UserError, by name, for what MaxText has no setting for."""
-    mixture = config if isinstance(config, experts.Config) else None
+    mixture = config if isinstance(config, experts.MixtureConfig) else None
     for what, found in {
         "biases of q, k and v": config.qkv_bias != kind.settings.get("attention_bias", False),
         "a bias of o": config.o_bias,
@@ -368,11 +368,11 @@ def _settings(config: llama.Config, kind: _Kind) -> dict[str, Any]:
     }
 
 
-def _sizes(mixture: experts.Config) -> dict[str, Any]:
+def _sizes(mixture: experts.MixtureConfig) -> dict[str, Any]:
     return {"num_experts": mixture.experts, "num_experts_per_tok": mixture.experts_per_token, "base_moe_mlp_dim": mixture.d_ff}
 
 
-def _windows(config: llama.Config, kind: _Kind) -> dict[str, Any]:
+def _windows(config: llama.LlamaConfig, kind: _Kind) -> dict[str, Any]:
     widths = {width for width in config.windows if width}
     if kind.windows is None and not widths:
         return {}
@@ -385,7 +385,7 @@ def _windows(config: llama.Config, kind: _Kind) -> dict[str, Any]:
     raise _refusal("windows in other blocks than MaxText")
 
 
-def _rotary(config: llama.Config, kind: _Kind) -> dict[str, Any]:
+def _rotary(config: llama.LlamaConfig, kind: _Kind) -> dict[str, Any]:
     ropes = config.rope.ropes if isinstance(config.rope, RopeByBlock) else (config.rope,) * config.blocks
     whole = next((rope for rope, window in zip(ropes, config.windows or (None,) * len(ropes)) if not window), ropes[0])
     local = next((rope for rope, window in zip(ropes, config.windows) if window), whole)

@@ -63,7 +63,7 @@ class PackedError(Exception):
         super().__init__("".join(sign if sign.isprintable() else " " for sign in message[:1000]))
 
 
-class Tensor(NamedTuple):
+class PackedTensor(NamedTuple):
     """What the index says of a tensor.
 
     Attributes:
@@ -98,7 +98,7 @@ class Tensor(NamedTuple):
         return self.nbytes // self.width
 
 
-class Span(NamedTuple):
+class TensorSpan(NamedTuple):
     """A tensor in a safetensors file.
 
     Attributes:
@@ -123,7 +123,7 @@ class Packer:
 
     def __init__(self, out: Path):
         self._out = out
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, PackedTensor] = {}
         self._weights: dict[str, dict[str, str]] = {}
         self._files: dict[str, str] = {}
         self._masks: list[str] = []
@@ -149,7 +149,7 @@ class Packer:
             }
             room = len(_header(longest))
             target.write(bytes(room))
-            written: dict[str, Span] = {}
+            written: dict[str, TensorSpan] = {}
             begin = 0
             for tensor, span in spans.items():
                 raw = _Raw(source, 8 + len(header) + span.begin, span)
@@ -158,7 +158,7 @@ class Packer:
                 for part in parts:
                     digest.update(part)
                     target.write(part)
-                record = Tensor(name, span.dtype, span.shape, encoding, tuple(map(len, parts)), digest.hexdigest())
+                record = PackedTensor(name, span.dtype, span.shape, encoding, tuple(map(len, parts)), digest.hexdigest())
                 if not all(map(np.array_equal, _decode(tensor, record, parts), raw.pieces())):
                     raise RuntimeError(f"{tensor} does not come back from its packed form")
                 self._tensors[tensor] = record
@@ -407,7 +407,7 @@ class _Raw(NamedTuple):
 
     file: BinaryIO
     begin: int
-    span: Span
+    span: TensorSpan
 
     @property
     def width(self) -> int:
@@ -465,7 +465,7 @@ def _planes(pieces: Iterable[np.ndarray], count: int, width: int) -> list[bytes 
     return [frame.end() for frame in frames]
 
 
-def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview | bytearray]) -> Iterator[np.ndarray]:
+def _decode(name: str, tensor: PackedTensor, parts: Sequence[bytes | memoryview | bytearray]) -> Iterator[np.ndarray]:
     """The elements of a tensor as unsigned integers, [at most _PIECE] at a time, from its parts.
 
     Raises:
@@ -489,7 +489,7 @@ def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview | byte
             yield elements
 
 
-def _decode_bits(name: str, tensor: Tensor, part: bytes | memoryview | bytearray) -> np.ndarray:
+def _decode_bits(name: str, tensor: PackedTensor, part: bytes | memoryview | bytearray) -> np.ndarray:
     """The mask of a sparse tensor, [ceil(count / 8)] uint8, the first element in the highest bit."""
     frame = _Unpacked(name, part, (tensor.elements + 7) // 8)
     bits = frame.read(frame.left)
@@ -580,15 +580,15 @@ class _Unpacked:
 # Headers and the index.
 
 
-def _stored_as(tensor: Tensor, begin: int) -> Span:
+def _stored_as(tensor: PackedTensor, begin: int) -> TensorSpan:
     """The entry of a tensor in its packed file's header: its own dtype and shape if it is plain, else bytes."""
     size = sum(tensor.parts)
     if tensor.encoding == PLAIN:
-        return Span(tensor.dtype, tensor.shape, begin, begin + size)
-    return Span("U8", (size,), begin, begin + size)
+        return TensorSpan(tensor.dtype, tensor.shape, begin, begin + size)
+    return TensorSpan("U8", (size,), begin, begin + size)
 
 
-def _header(spans: Mapping[str, Span], room: int = 0) -> bytes:
+def _header(spans: Mapping[str, TensorSpan], room: int = 0) -> bytes:
     """The header of a safetensors file with its length in front: ``room`` bytes, or more in multiples of 8."""
     entries = {
         name: {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [span.begin, span.end]}
@@ -600,7 +600,7 @@ def _header(spans: Mapping[str, Span], room: int = 0) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _read_header(path: Path) -> tuple[bytes, dict[str, Span]]:
+def _read_header(path: Path) -> tuple[bytes, dict[str, TensorSpan]]:
     """The header of a safetensors file as it is stored, without its length, and the tensors by their offsets.
 
     Raises:
@@ -621,7 +621,7 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, Span]]:
     return header, spans
 
 
-def _parse_header(header: bytes, where: str) -> dict[str, Span]:
+def _parse_header(header: bytes, where: str) -> dict[str, TensorSpan]:
     """The tensors that a header lists, by their offsets. They cover the bytes behind the header without gap or overlap."""
     try:
         record = json.loads(header.decode())
@@ -632,7 +632,7 @@ def _parse_header(header: bytes, where: str) -> dict[str, Span]:
     for name, entry in entries.items():
         try:
             begin, end = entry["data_offsets"]
-            span = Span(entry["dtype"], tuple(entry["shape"]), begin, end)
+            span = TensorSpan(entry["dtype"], tuple(entry["shape"]), begin, end)
             right = _counts((begin, end, *span.shape)) and span.dtype in BITS and end - begin == _nbytes(span.dtype, span.shape)
             right = right and math.prod(max(1, size) for size in span.shape) < _MOST_ELEMENTS
         except (TypeError, ValueError, KeyError):
@@ -663,14 +663,14 @@ def _nbytes(dtype: str, shape: Sequence[int]) -> int:
     return (math.prod(shape) * BITS[dtype] + 7) // 8
 
 
-def _parse_tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
+def _parse_tensor(name: str, entry: Mapping[str, Any]) -> PackedTensor:
     """A tensor of the index.
 
     Raises:
       PackedError: the entry is not as the format wants it.
     """
     try:
-        tensor = Tensor(**entry)._replace(shape=tuple(entry["shape"]), parts=tuple(entry["parts"]))
+        tensor = PackedTensor(**entry)._replace(shape=tuple(entry["shape"]), parts=tuple(entry["parts"]))
         parts = {PLAIN: 1, PLANES: tensor.width, SPARSE: 1 + tensor.width}[tensor.encoding]
         right = _counts((*tensor.shape, *tensor.parts)) and len(tensor.parts) == parts
         right = right and (tensor.encoding != PLAIN or tensor.parts == (tensor.nbytes,))

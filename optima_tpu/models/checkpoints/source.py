@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from optima_tpu.errors import UserError, one_line, some
 from optima_tpu.models import refuse_architecture
-from optima_tpu.models.checkpoints.declared import DECIDING, Declared, Named
+from optima_tpu.models.checkpoints.declared import DECIDING, Declared, DeclaredKind
 from optima_tpu.runtime.records import check_record, parse_record
 
 _CHECK = "check the file, or download it again"
@@ -167,7 +167,7 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
       UserError: the file is no JSON object, a size in it is above every bound, transformers does not know the model type, the file
         names no architecture or one that does not fit, or the weights are quantised.
     """
-    record: dict[str, Any] = dict(parse_record(config, Named, f"{where}: config.json", _CHECK))
+    record: dict[str, Any] = dict(parse_record(config, DeclaredKind, f"{where}: config.json", _CHECK))
     refuse_architecture(record.get("architectures") or (), record.get("model_type"))  # before its sizes look wrong
     check_record(record, Declared, f"{where}: config.json", _CHECK)
     if (text := record.get("text_config")) is not None:

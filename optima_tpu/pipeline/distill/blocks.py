@@ -36,7 +36,7 @@ Pull = Callable[[Array], tuple[Tree, Array]]
 """From the cotangent of a block's output to those of its masters and of its input: a pytree of what it reads."""
 
 
-class Block(NamedTuple):
+class TrainedBlock(NamedTuple):
     """A block that is trained.
 
     Attributes:
@@ -148,7 +148,7 @@ class Trainer:
                 total += size * math.prod(NamedSharding(decoder.mesh, decoder.sharding(name)).shard_shape(shape))
         return total
 
-    def open(self, parameters: Mapping[str, Array], keep: Mapping[str, np.ndarray | Array]) -> Block:
+    def open(self, parameters: Mapping[str, Array], keep: Mapping[str, np.ndarray | Array]) -> TrainedBlock:
         """A block that nothing has moved yet.
 
         Args:
@@ -158,9 +158,9 @@ class Trainer:
         masters = {name: jax.device_put(parameters[name], self.shards(name)).astype(jnp.float32) for name in self.factors}
         fixed = {name: array for name, array in parameters.items() if name not in masters}
         masks = {name: self.place(name, np.asarray(keep[name])) for name in masters if name in keep}
-        return Block(masters, fixed, masks, _start(masters))
+        return TrainedBlock(masters, fixed, masks, _start(masters))
 
-    def struct(self) -> Block:
+    def struct(self) -> TrainedBlock:
         """Shapes, dtypes and shardings of a block from :meth:`open` whose matrices all have masks; no weight is read."""
 
         def split(name: str, dtype: Any) -> Array:
@@ -175,7 +175,7 @@ class Trainer:
         keep = {name: split(name, jnp.bool_) for name in masters if name.removesuffix(".weight") in self.decoder.linears}
         started: Any = jax.eval_shape(_start, masters)
         count = struct_on(self.decoder.mesh, (), started.count.dtype, P())
-        return Block(masters, fixed, keep, started._replace(count=count, mu=masters, nu=masters))
+        return TrainedBlock(masters, fixed, keep, started._replace(count=count, mu=masters, nu=masters))
 
     def place(self, name: str, array: np.ndarray) -> Array:
         """An array of the host with the shape of a master, split as the master is."""
@@ -207,7 +207,7 @@ class Trainer:
         """``(masters, fixed, hidden [batch, length, d_model], positions) -> hidden`` behind the block."""
         return jax.jit(self._run)
 
-    def ahead(self, block: Block, hidden: Array, positions: Positions, keep: bool) -> tuple[Array, Pull]:
+    def ahead(self, block: TrainedBlock, hidden: Array, positions: Positions, keep: bool) -> tuple[Array, Pull]:
         """What leaves a block, and what :attr:`backward` goes back through it with.
 
         Args:
@@ -217,14 +217,14 @@ class Trainer:
         inside = block.masters, block.fixed, hidden, positions
         return self._kept(*inside) if keep else (self.forward(*inside), self.again(*inside))
 
-    def bytes_kept(self, block: Block, hidden: Array, positions: Positions) -> int:
+    def bytes_kept(self, block: TrainedBlock, hidden: Array, positions: Positions) -> int:
         """The bytes on each device that :meth:`ahead` keeps of a block, at most: the compiler decides what devices share."""
         if hidden.shape not in self._kept_bytes:
             pull = jax.eval_shape(self._linearised, block.masters, block.fixed, hidden, positions)[1]
             self._kept_bytes[hidden.shape] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
         return self._kept_bytes[hidden.shape]
 
-    def kept(self, span: range, blocks: Sequence[Block], hidden: Array, positions: Sequence[Positions]) -> list[int]:
+    def kept(self, span: range, blocks: Sequence[TrainedBlock], hidden: Array, positions: Sequence[Positions]) -> list[int]:
         """As :meth:`bytes_kept`, for each block of a span; 0 where memory has no room and a block keeps nothing."""
         room, found = self.room, list[int]()
         for index, block, where in zip(span, blocks, positions):
@@ -280,7 +280,7 @@ class Trainer:
         the factor comes here, in float32.
         """
 
-        def update(block: Block, gradient: Tree, share: Array, rate: Array) -> Block:
+        def update(block: TrainedBlock, gradient: Tree, share: Array, rate: Array) -> TrainedBlock:
             gradient = {name: share * total for name, total in gradient.items()}
             masks = {name: block.keep.get(name, True) for name in gradient}
             moved, moments = keep_zeros(optimizer(), masks).update(gradient, block.moments)

@@ -10,8 +10,8 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.distill.blocks import Block, Goal, Trainer, Tree
-from optima_tpu.pipeline.distill.windows import Stream
+from optima_tpu.pipeline.distill.blocks import Goal, TrainedBlock, Trainer, Tree
+from optima_tpu.pipeline.distill.windows import TrainingStream
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.runtime.processes import fetch
 
@@ -20,7 +20,7 @@ _HOST = "pinned_host"
 
 
 @dataclasses.dataclass
-class Model:
+class TrainedBlocks:
     """The blocks of a model that are trained together.
 
     Attributes:
@@ -31,12 +31,12 @@ class Model:
 
     trainer: Trainer
     span: range
-    blocks: list[Block]
+    blocks: list[TrainedBlock]
     goal: Goal
     positions: Sequence[Positions]
 
     @classmethod
-    def open(cls, trainer: Trainer, journal: Journal, span: range, goal: Goal, length: int) -> "Model":
+    def open(cls, trainer: Trainer, journal: Journal, span: range, goal: Goal, length: int) -> "TrainedBlocks":
         """Blocks as they were pruned, for windows of ``length`` tokens."""
         blocks, decoder = [], trainer.decoder
         for index, parameters in zip(span, decoder.blocks(span)):
@@ -57,7 +57,7 @@ class Model:
             for trainer, block in pairs
         ]
 
-    def measure(self, stream: Stream) -> tuple[float, float | None]:
+    def measure(self, stream: TrainingStream) -> tuple[float, float | None]:
         """The mean loss of a token, and the perplexity where the goal reads the next token."""
         totals, batch = np.zeros(2), self.trainer.decoder.batch
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
@@ -69,7 +69,7 @@ class Model:
         loss, nll = totals / self._terms(stream)
         return float(loss), float(np.exp(min(nll, 709.0))) if len(sums) > 1 else None
 
-    def step(self, stream: Stream, rate: float) -> float:
+    def step(self, stream: TrainingStream, rate: float) -> float:
         """One step of Adam on some windows; the mean loss of a token before it.
 
         Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh. The
@@ -95,7 +95,7 @@ class Model:
             total += float(np.sum(fetch(sums), dtype=np.float64))
         return total / count
 
-    def _terms(self, stream: Stream) -> int:
+    def _terms(self, stream: TrainingStream) -> int:
         return len(stream.entering) * self.goal.count(stream.tokens.shape[1])
 
 

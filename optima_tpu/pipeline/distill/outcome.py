@@ -14,7 +14,7 @@ from optima_tpu.runtime.processes import first_only, from_first
 FOLDER = "distillation"
 OUTCOME, DISTILLED = "distillation.json", "distilled"
 REMEDY = "the pruned blocks are intact; make room and repeat the command"
-_KEPT = KeptRecord(OUTCOME, contents.Outcome, REMEDY)
+_KEPT = KeptRecord(OUTCOME, contents.OutcomeRecord, REMEDY)
 
 
 class Check(NamedTuple):
@@ -33,11 +33,11 @@ class Check(NamedTuple):
     perplexity: float | None = None
 
     @classmethod
-    def from_json(cls, record: contents.Check) -> "Check":
+    def from_json(cls, record: contents.CheckRecord) -> "Check":
         """From ``_asdict()``. Other names are not read: a damaged file may have them."""
         return cls(record["step"], record["held_out"], record["training"], record.get("perplexity"))
 
-    def to_json(self) -> contents.Check:
+    def to_json(self) -> contents.CheckRecord:
         """What the record of the training and the report have."""
         return {"step": self.step, "held_out": self.held_out, "training": self.training, "perplexity": self.perplexity}
 
@@ -57,11 +57,11 @@ class Span(NamedTuple):
     kept: int
 
     @classmethod
-    def from_json(cls, record: contents.Span) -> "Span":
+    def from_json(cls, record: contents.SpanRecord) -> "Span":
         """From :meth:`to_json`."""
         return cls(**record | {"checks": tuple(map(Check.from_json, record["checks"]))})  # type: ignore[arg-type]
 
-    def to_json(self) -> contents.Span:
+    def to_json(self) -> contents.SpanRecord:
         """What the metadata of the blocks and the report have."""
         return {"first": self.first, "last": self.last, "checks": [check.to_json() for check in self.checks], "kept": self.kept}
 
@@ -96,7 +96,7 @@ class Outcome:
         """The held-out loss of the result."""
         return next(check.held_out for check in self.checks if check.step == self.kept)
 
-    def to_json(self) -> contents.Outcome:
+    def to_json(self) -> contents.OutcomeRecord:
         """What ``distillation.json`` and the report have."""
         return {
             "checks": [check.to_json() for check in self.checks],
@@ -110,7 +110,7 @@ class Outcome:
         }
 
     @classmethod
-    def from_json(cls, record: contents.Outcome) -> "Outcome":
+    def from_json(cls, record: contents.OutcomeRecord) -> "Outcome":
         """From :meth:`to_json`."""
         checks = tuple(map(Check.from_json, record["checks"]))
         spans = tuple(map(Span.from_json, record.get("spans", ())))

@@ -16,11 +16,11 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Trainer
-from optima_tpu.pipeline.distill.model import Model
+from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Distilled, Outcome, Span
 from optima_tpu.pipeline.distill.states import States, write_blocks
 from optima_tpu.pipeline.distill.train import Training, finite
-from optima_tpu.pipeline.distill.windows import Inputs, Parts, Stream
+from optima_tpu.pipeline.distill.windows import Inputs, TrainingParts, TrainingStream
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
 from optima_tpu.report.numbers import percent
@@ -33,7 +33,7 @@ from optima_tpu.runtime.records import check_record
 class _Trained(TypedDict):
     """The metadata of a trained block; ``seconds`` are those of its span."""
 
-    span: contents.Span
+    span: contents.SpanRecord
     seconds: float
 
 
@@ -46,7 +46,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     dense, journal, method, windows = inputs.dense, inputs.journal, inputs.method, inputs.windows
     trainer, blocks = inputs.trainer, inputs.dense.config.blocks
     spans = method.spans(blocks)
-    parts = Parts.of(method, len(windows.training), 1)
+    parts = TrainingParts.of(method, len(windows.training), 1)
     windows = windows._replace(training=windows.training[: parts.steps * parts.batch])  # the others fill no step
     training, held_out = (_begin(dense, tokens) for tokens in windows)
     trained = from_first(lambda: _trained(journal, spans))
@@ -59,7 +59,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
             progress.advance()
         del parameters  # a block of the dense model would stay on the devices while the span is trained
         if number == len(trained):
-            model = Model.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
+            model = TrainedBlocks.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
             trained.append(_train(model, journal, training, held_out, progress))
             progress.note(", ".join(filter(None, [_told(Span.from_json(trained[-1]["span"]), blocks), progress.left()])))
             del model  # two spans would be on the devices while the next one is opened
@@ -89,21 +89,23 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     )
 
 
-def _begin(dense: Decoder, tokens: np.ndarray) -> Stream:
+def _begin(dense: Decoder, tokens: np.ndarray) -> TrainingStream:
     """Windows before the first block of both models."""
     embedded = dense.embed(tokens)
-    return Stream(tokens, embedded, embedded.copy())
+    return TrainingStream(tokens, embedded, embedded.copy())
 
 
-def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, progress: Progress) -> _Trained:
+def _train(
+    model: TrainedBlocks, journal: Journal, stream: TrainingStream, held_out: TrainingStream, progress: Progress
+) -> _Trained:
     """Trains the blocks of a span, and saves them, with the weights of the best check or as they were pruned."""
     span, method = model.span, model.trainer.method
     # The lines of its checks would be a hundred for a model of thirty blocks.
     training = Training(model, States(journal.directory / FOLDER, f"block_{span.start:04d}_"), progress, speaks=False)
     training.resume()
-    parts = Parts.of(method, len(stream.tokens), 1)
+    parts = TrainingParts.of(method, len(stream.tokens), 1)
 
-    def windows(step: int) -> Stream:
+    def windows(step: int) -> TrainingStream:
         first = step % parts.steps * parts.batch
         return stream.part(first, first + parts.batch)
 
@@ -136,9 +138,9 @@ def _through(decoder: Decoder, blocks: range, *streams: Activations, advance: Ca
         advance()
 
 
-def _measure(trainer: Trainer, goal: Goal, stream: Stream, progress: Progress) -> tuple[float, float | None]:
+def _measure(trainer: Trainer, goal: Goal, stream: TrainingStream, progress: Progress) -> tuple[float, float | None]:
     """Loss and perplexity of what left the last block."""
-    found = Model(trainer, range(0), [], goal, []).measure(stream)
+    found = TrainedBlocks(trainer, range(0), [], goal, []).measure(stream)
     progress.advance()
     return found
 

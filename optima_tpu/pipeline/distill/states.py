@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.models.checkpoints.orbax import load_group, read_metadata, save_tree
-from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree
-from optima_tpu.pipeline.distill.model import Model, on_host
+from optima_tpu.pipeline.distill.blocks import TrainedBlock, Trainer, Tree
+from optima_tpu.pipeline.distill.model import TrainedBlocks, on_host
 from optima_tpu.pipeline.distill.outcome import DISTILLED, REMEDY, Distilled
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
@@ -32,13 +32,13 @@ class State(TypedDict):
     """
 
     step: Count
-    checks: list[contents.Check]
+    checks: list[contents.CheckRecord]
     losses: list[float]
     seconds: float
 
 
 def write_blocks(
-    model: Model, moved: Sequence[Tree], journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})
+    model: TrainedBlocks, moved: Sequence[Tree], journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Writes blocks with their masks, of which the weights that move are ``moved``, in the checkpoint's dtypes."""
     first_only(lambda: (journal.directory / DISTILLED).mkdir(exist_ok=True))
@@ -84,7 +84,7 @@ class States:
     def __init__(self, folder: Path, prefix: str = ""):
         self.folder, self._prefix = folder, prefix
 
-    def save(self, model: Model, best: Sequence[Tree] | None, about: State) -> None:
+    def save(self, model: TrainedBlocks, best: Sequence[Tree] | None, about: State) -> None:
         """Saves the state of a step. The one before is removed."""
         step = about["step"]
         tree: dict[str, Any] = {"masters": {}, "first": {}, "second": {}, "count": {}}
@@ -109,7 +109,7 @@ class States:
         """Where the state of a step is."""
         return self.folder / f"{self._prefix}step_{step:07d}"
 
-    def last(self, model: Model) -> State | None:
+    def last(self, model: TrainedBlocks) -> State | None:
         """Brings the model to the last state that was saved, and returns what belongs to it; None where none was saved."""
 
         def read() -> State | None:
@@ -129,7 +129,7 @@ class States:
                 model.blocks[index] = block._replace(masters=masters, moments=moments)
         return found
 
-    def best(self, model: Model, about: State) -> list[Tree] | None:
+    def best(self, model: TrainedBlocks, about: State) -> list[Tree] | None:
         """The weights of the best check, from the last saved state, of which ``model`` has the rest; see ``Training``."""
         if _best(about) in (0, about["step"]):
             return model.rounded() if _best(about) else None
@@ -150,7 +150,7 @@ def _best(about: State) -> int:
     return min(about["checks"], key=lambda check: check["held_out"])["step"]
 
 
-def _moments(block: Block) -> tuple[Array, Tree, Tree]:
+def _moments(block: TrainedBlock) -> tuple[Array, Tree, Tree]:
     """The count and the two moments of Adam."""
     state: Any = block.moments
     return state.count, state.mu, state.nu

@@ -10,10 +10,10 @@ import numpy as np
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, Tree
-from optima_tpu.pipeline.distill.model import Model
+from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Outcome
 from optima_tpu.pipeline.distill.states import State, States, write_blocks
-from optima_tpu.pipeline.distill.windows import Feed, Inputs, Stream
+from optima_tpu.pipeline.distill.windows import Feed, Inputs, TrainingStream
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.processes import from_first
@@ -53,7 +53,7 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
     """
     method, journal, head = inputs.method, inputs.journal, inputs.dense.head()
     span, length = range(inputs.dense.config.blocks), inputs.windows.training.shape[1]
-    model = Model.open(inputs.trainer, journal, span, NextToken(method, head), length)
+    model = TrainedBlocks.open(inputs.trainer, journal, span, NextToken(method, head), length)
     training = Training(model, States(journal.directory / FOLDER), progress)
     training.resume()
     feed = Feed(inputs, progress)
@@ -77,7 +77,7 @@ class Training:
       speaks: whether it prints a line after every check, and after steps.
       checks: so far.
       losses: of the steps since the last check.
-      best: the weights of the best check, from ``Model.rounded``; None where the model as it was pruned is best.
+      best: the weights of the best check, from ``TrainedBlocks.rounded``; None where the model as it was pruned is best.
       seconds: that all steps and checks took.
       saved: the step of the last saved state.
       saved_at: when, by ``time.monotonic()``; at first the start.
@@ -85,7 +85,7 @@ class Training:
       told_at: when a line was last printed.
     """
 
-    model: Model
+    model: TrainedBlocks
     states: "States"
     progress: Progress
     speaks: bool = True
@@ -112,7 +112,7 @@ class Training:
             self.seconds, self.best = found["seconds"], self.states.best(self.model, found)
             self._note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
 
-    def run(self, held_out: Stream, windows: Callable[[int], Stream]) -> Check:
+    def run(self, held_out: TrainingStream, windows: Callable[[int], TrainingStream]) -> Check:
         """Takes the steps and checks that are left, and returns the best check.
 
         Args:
@@ -137,7 +137,7 @@ class Training:
             raise
         return min(self.checks, key=lambda check: check.held_out)
 
-    def take(self, stream: Stream) -> None:
+    def take(self, stream: TrainingStream) -> None:
         """One step of Adam."""
         start, rate = time.monotonic(), self.model.trainer.method.rate(self.step)
         self.losses.append(finite(self.model.step(stream, rate), self.step))
@@ -148,7 +148,7 @@ class Training:
         if not self.due:
             self._save_in_time()
 
-    def check(self, held_out: Stream) -> None:
+    def check(self, held_out: TrainingStream) -> None:
         """Measures the model on the held-out windows, and keeps it if it is the best so far."""
         start, goal = time.monotonic(), self.model.goal
         loss, perplexity = self.model.measure(held_out)

@@ -59,7 +59,7 @@ class Inputs:
         return self.method.steps * min(self.method.batch, len(training)) * training.shape[1]
 
 
-class Stream(NamedTuple):
+class TrainingStream(NamedTuple):
     """Windows on their way through both models.
 
     Attributes:
@@ -72,12 +72,12 @@ class Stream(NamedTuple):
     entering: Activations
     dense: Activations
 
-    def part(self, first: int, last: int) -> "Stream":
+    def part(self, first: int, last: int) -> "TrainingStream":
         """Windows ``first`` to ``last - 1``, without a copy."""
         return self._replace(entering=self.entering.part(first, last), dense=self.dense.part(first, last))
 
 
-class Parts(NamedTuple):
+class TrainingParts(NamedTuple):
     """How training reads its windows.
 
     Attributes:
@@ -91,7 +91,7 @@ class Parts(NamedTuple):
     at_once: int
 
     @classmethod
-    def of(cls, method: Distillation, windows: int, state: int) -> "Parts":
+    def of(cls, method: Distillation, windows: int, state: int) -> "TrainingParts":
         """Of ``windows`` whose hidden states take ``state`` bytes each, once before a block and once behind it."""
         batch, steps = min(method.batch, windows), max(1, windows // method.batch)
         # Every span reads what left the one before, of all windows.
@@ -110,16 +110,16 @@ class Feed:
     def __init__(self, inputs: Inputs, progress: Progress):
         self._inputs, self._progress, dense, training = inputs, progress, inputs.dense, inputs.windows.training
         state = training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
-        self._batch, self._steps, self._at_once = Parts.of(inputs.method, len(training), state)
+        self._batch, self._steps, self._at_once = TrainingParts.of(inputs.method, len(training), state)
         self._held = -1
 
-    def begin(self, step: int) -> Stream:
+    def begin(self, step: int) -> TrainingStream:
         """Gets the windows of a step ready, and returns the held-out ones."""
         self._held, training = self._place(step)
         self._part, found = _streams(self._inputs, (training, self._inputs.windows.held_out), self._progress.advance)
         return found
 
-    def step(self, step: int) -> Stream:
+    def step(self, step: int) -> TrainingStream:
         """The windows of a step."""
         number, training = self._place(step)
         if number != self._held:
@@ -137,15 +137,15 @@ class Feed:
         return number, used[number * size : (number + 1) * size]
 
 
-def _streams(inputs: Inputs, sets: Sequence[np.ndarray], advance: Callable[[], None]) -> tuple[Stream, ...]:
+def _streams(inputs: Inputs, sets: Sequence[np.ndarray], advance: Callable[[], None]) -> tuple[TrainingStream, ...]:
     """Sets of windows, embedded, and behind the last block of the dense model if the loss reads it."""
     dense = inputs.dense
     embedded = [dense.embed(tokens) for tokens in sets]
     if not inputs.method.reads_dense:
-        return tuple(map(Stream, sets, embedded, embedded))
+        return tuple(map(TrainingStream, sets, embedded, embedded))
     finals = [hidden.copy() for hidden in embedded]
     for index, parameters in enumerate(dense.blocks(range(dense.config.blocks))):
         for final in finals:
             dense.apply(index, parameters, final)
         advance()
-    return tuple(map(Stream, sets, embedded, finals))
+    return tuple(map(TrainingStream, sets, embedded, finals))

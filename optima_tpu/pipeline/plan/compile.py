@@ -16,7 +16,7 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Given
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import Layout, RowSharding
+from optima_tpu.method.row_sharding import RowLayout, RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.pipeline.calibrate import (
@@ -264,7 +264,7 @@ def windows_of_step(decoder: Decoder, windows: int) -> int:
 
 
 def pruning_call(
-    decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool, layout: Layout
+    decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool, layout: RowLayout
 ) -> Call:
     """``prune_group`` for the layers ``names`` of a block, as the walk calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)

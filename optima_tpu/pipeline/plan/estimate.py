@@ -28,11 +28,11 @@ from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import few_outputs, groups_of_blocks, residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE
-from optima_tpu.pipeline.distill.windows import Parts
+from optima_tpu.pipeline.distill.windows import TrainingParts
 from optima_tpu.pipeline.grams import halved, panels
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.loss_gradient import GRADIENT, parts_of, unrouted
-from optima_tpu.pipeline.plan.model import NOWHERE, Declared
+from optima_tpu.pipeline.plan.model import NOWHERE, DeclaredModel
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.runtime.mesh import MODEL
@@ -155,7 +155,7 @@ class Input(NamedTuple):
     reach: float
 
 
-def inputs_of(model: Declared, groups: Groups) -> tuple[Input, ...]:
+def inputs_of(model: DeclaredModel, groups: Groups) -> tuple[Input, ...]:
     """The input of each group."""
     decoder = model.decoder
     return tuple(Input(decoder.block_shapes[name + ".weight"][1], decoder.config.reach(name)) for name, *_ in groups)
@@ -169,7 +169,7 @@ def read_by(decoder: Decoder, groups: Groups, target: Target) -> tuple[str, ...]
     return tuple(dict.fromkeys([*inputs.values(), *(name for place in places for name in (*place.before, place.after) if name)]))
 
 
-def window_flops(model: Declared, length: int, wanted: Collection[str] | None = None, known: Collection[str] = ()) -> float:
+def window_flops(model: DeclaredModel, length: int, wanted: Collection[str] | None = None, known: Collection[str] = ()) -> float:
     """FLOPs of one window through one block, counted by the compiler before it optimises.
 
     The compiler counts the body of a loop once. The other passes of loops of known length are counted here: the chunks of linear
@@ -243,12 +243,12 @@ class BlockFlops(NamedTuple):
     kept: float
 
 
-def products(model: Declared, flops: float) -> Work:
+def products(model: DeclaredModel, flops: float) -> Work:
     """The work of products in the model's dtype: ``wide`` for float32, ``narrow`` for a narrower one."""
     return Work(wide=flops) if model.dtype.itemsize == 4 else Work(narrow=flops)
 
 
-def writing_seconds(model: Declared, config: RunConfig, machine: Machine, at_once: int) -> float:
+def writing_seconds(model: DeclaredModel, config: RunConfig, machine: Machine, at_once: int) -> float:
     """Seconds in which the dense model writes its windows, ``at_once`` of them together: every token of them reads all weights."""
     windows, stored = written_windows(config), model.all_blocks_bytes() + model.end_bytes()
     flops = 2.0 * stored / model.dtype.itemsize * at_once / machine.mesh.size
@@ -257,7 +257,7 @@ def writing_seconds(model: Declared, config: RunConfig, machine: Machine, at_onc
 
 
 def calibration_work(
-    model: Declared,
+    model: DeclaredModel,
     block: float,
     inputs: tuple[Input, ...],
     length: int,
@@ -277,14 +277,14 @@ def calibration_work(
     return products(model, windows * (block / model.decoder.mesh.shape[MODEL] + grams))
 
 
-def _gram_rows(model: Declared, size: int, reach: float) -> float:
+def _gram_rows(model: DeclaredModel, size: int, reach: float) -> float:
     """The rows of a Gram matrix that a token is added to, on average over the columns and over all tokens."""
     if reach < 1 or not halved(model.decoder.mesh):
         return size * reach
     return sum((last - first) * (size - first) for first, last in panels(size)) / size
 
 
-def drifts_of(model: Declared, groups: Groups, added: Collection[str]) -> Iterator[tuple[float, int]]:
+def drifts_of(model: DeclaredModel, groups: Groups, added: Collection[str]) -> Iterator[tuple[float, int]]:
     """Of every product of a drift with the tokens' inputs, a token's share of the rows, and d_in.
 
     Args:
@@ -297,19 +297,19 @@ def drifts_of(model: Declared, groups: Groups, added: Collection[str]) -> Iterat
         yield from ((decoder.config.d_model, size) for name in names if name in added)
 
 
-def _columns(model: Declared, size: int) -> int:
+def _columns(model: DeclaredModel, size: int) -> int:
     """The number of parts that the columns of a Hessian are split into."""
     axis = model.decoder.mesh.shape[MODEL]
     return axis if size % axis == 0 else 1
 
 
-def calibration_memory(model: Declared, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
+def calibration_memory(model: DeclaredModel, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
     """Bytes of a step of ``calibrate.accumulate`` on a device: a forward pass, and the sums twice."""
     sums = sum(4 * size * size // _columns(model, size) for size, _ in inputs)
     return forward_memory(model, inputs, length, batch, streams) + streams * 2 * sums
 
 
-def forward_memory(model: Declared, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
+def forward_memory(model: DeclaredModel, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
     """Bytes of a forward pass on a device: the block, the inputs of all layers and two arrays of attention scores."""
     decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
     read = round(tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(size * reach for size, reach in inputs)))
@@ -342,7 +342,12 @@ class Storage(NamedTuple):
 
 
 def storage(
-    model: Declared, config: RunConfig, hosts: int, patterns: Mapping[str, Pattern], kept: float = 0.0, calibrates: bool = True
+    model: DeclaredModel,
+    config: RunConfig,
+    hosts: int,
+    patterns: Mapping[str, Pattern],
+    kept: float = 0.0,
+    calibrates: bool = True,
 ) -> Storage:
     """Host memory and disk of a run.
 
@@ -381,7 +386,7 @@ def storage(
         entering = len(parts[0]) * state * (decoder.config.blocks + 1) // hosts
         host[GRADIENT] = squares + max(0, entering - share)
     if config.distill:
-        batch, _, at_once = Parts.of(config.distill, config.distill.windows, state)
+        batch, _, at_once = TrainingParts.of(config.distill, config.distill.windows, state)
         waiting = 2 * (at_once * batch + text.held_out) * state
         host["text of the training"] = -(-waiting // hosts)
         host["weights of the best check"] = -(-_moving(model, config.distill) * itemsize // hosts)
@@ -397,7 +402,7 @@ def storage(
     return Storage(hidden, host, disk)
 
 
-def _squares_bytes(model: Declared, config: RunConfig) -> int:
+def _squares_bytes(model: DeclaredModel, config: RunConfig) -> int:
     """Bytes of the mean squares of the loss's gradient; 0 where no token is weighed by the loss."""
     if not config.target.weigh_by_loss:
         return 0
@@ -406,7 +411,7 @@ def _squares_bytes(model: Declared, config: RunConfig) -> int:
     return 4 * (text.fitted + text.held_out) * text.window_length * sum(map(len, groups))
 
 
-def _moving(model: Declared, method: Distillation) -> int:
+def _moving(model: DeclaredModel, method: Distillation) -> int:
     """How many numbers a training moves at once, at most: those of the blocks that are trained together."""
     sizes = [
         sum(math.prod(alike.block_shapes[name]) for name in Trainer(alike, method).factors)
@@ -416,7 +421,7 @@ def _moving(model: Declared, method: Distillation) -> int:
     return max(sum(sizes[index] for index in span) for span in method.spans(len(sizes)))
 
 
-def _saved_bytes(model: Declared, method: Distillation) -> int:
+def _saved_bytes(model: DeclaredModel, method: Distillation) -> int:
     """Bytes of a saved state of a training: of what moves, weights and two moments in float32, and the best weights."""
     return (12 + model.itemsize(next(iter(model.decoder.end_shapes)))) * _moving(model, method)
 
@@ -435,7 +440,7 @@ class RunTime(NamedTuple):
       block: the forward passes through a block.
     """
 
-    model: Declared
+    model: DeclaredModel
     config: RunConfig
     machine: Machine
     stored: Storage
@@ -574,7 +579,7 @@ def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
     Args:
       state: bytes of the hidden states of a window.
     """
-    batch, steps, at_once = Parts.of(method, method.windows, state)
+    batch, steps, at_once = TrainingParts.of(method, method.windows, state)
     parts = -(-steps // at_once)
     times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
     return parts * times, steps * batch * times

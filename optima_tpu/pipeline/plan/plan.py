@@ -11,7 +11,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
+from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.whole_model import windows_at_once
@@ -23,7 +23,7 @@ from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, windows_of_step
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.gradient import gradient_programs
-from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import STAGES, Program
 from optima_tpu.pipeline.plan.texts import counted
 from optima_tpu.pipeline.plan.topology import Machine
@@ -46,7 +46,7 @@ class Plan:
       refused: why a run would refuse to begin; empty if it would begin.
     """
 
-    model: Declared
+    model: DeclaredModel
     machine: Machine
     programs: tuple[Program, ...]
     batch: int
@@ -101,7 +101,7 @@ class _Shape(NamedTuple):
 
     shapes: tuple[tuple[int, ...], ...]
     patterns: tuple[Pattern, ...]
-    layout: Layout
+    layout: RowLayout
     residual: bool  # whether the target includes the residual-drift correction
 
 
@@ -139,7 +139,7 @@ class _Kind(NamedTuple):
 
 def make_plan(
     config: RunConfig,
-    model: Declared,
+    model: DeclaredModel,
     machine: Machine,
     tell: Callable[[str], None] = lambda line: None,
     recovering: bool = False,
@@ -241,7 +241,9 @@ def _walk(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern], 
     return _Walk(kinds, layers, states, refused)
 
 
-def _walk_programs(config: RunConfig, model: Declared, machine: Machine, walk: _Walk, compile_call: Compile) -> Iterable[Program]:
+def _walk_programs(
+    config: RunConfig, model: DeclaredModel, machine: Machine, walk: _Walk, compile_call: Compile
+) -> Iterable[Program]:
     """The calibration and the pruning of all blocks."""
     programs = [
         _calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in walk.kinds.items()
@@ -265,7 +267,7 @@ def _fitting(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget:
             yield (Pass(pruned, (ON_EVERY_DEVICE,) * len(pruned)),)
 
 
-def _block_flops(model: Declared, length: int, streams: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
+def _block_flops(model: DeclaredModel, length: int, streams: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
     """The forward passes through a block, with the passes of all blocks as found."""
     decoder = model.decoder
     blocks = decoder.config.blocks
@@ -295,7 +297,7 @@ def _block_flops(model: Declared, length: int, streams: int, kinds: Mapping[_Kin
 
 
 def _calibration(
-    config: RunConfig, model: Declared, machine: Machine, kind: _Kind, blocks: int, compile_call: Compile
+    config: RunConfig, model: DeclaredModel, machine: Machine, kind: _Kind, blocks: int, compile_call: Compile
 ) -> Program:
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     inputs = estimate.inputs_of(model, groups)
@@ -326,7 +328,9 @@ def _calibration(
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
 
-def _pruning(model: Declared, machine: Machine, recipe: Recipe, shape: _Shape, layers: _Layers, compile_call: Compile) -> Program:
+def _pruning(
+    model: DeclaredModel, machine: Machine, recipe: Recipe, shape: _Shape, layers: _Layers, compile_call: Compile
+) -> Program:
     decoder, layout, mesh, held_out = model.decoder, shape.layout, machine.mesh, layers.held_out
     load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
     rows = -(-load.rows * parts // mesh.size)

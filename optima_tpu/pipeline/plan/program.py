@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from optima_tpu.method.row_sharding import Layout
+from optima_tpu.method.row_sharding import RowLayout
 from optima_tpu.pipeline.loss_gradient import GRADIENT
 from optima_tpu.pipeline.plan.compile import Compiled
 from optima_tpu.pipeline.plan.estimate import Work
@@ -30,7 +30,7 @@ class Program(NamedTuple):
     stage: str
     calls: int
     rows: int | None
-    layout: Layout | None
+    layout: RowLayout | None
     work: Work
     memory: int
     compiled: Compiled | None

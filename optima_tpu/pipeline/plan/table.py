@@ -9,7 +9,7 @@ from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.greeting import recipe_line
-from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.plan import Plan, Program
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.report.numbers import duration, number, plural
@@ -37,7 +37,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
 
 
-def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: bool = False) -> list[str]:
+def greeting(config: RunConfig, model: DeclaredModel, machine: Machine, recovering: bool = False) -> list[str]:
     """The lines that describe what is planned, printed before the first long step."""
     shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"

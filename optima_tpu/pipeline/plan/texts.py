@@ -8,13 +8,13 @@ from optima_tpu.data import TFDS, File, Npy, PyDoc
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.model import Model, window_bos
-from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.model import DeclaredModel
 
 CHARACTERS = 4
 """Characters of English for each token, where the tokenizer is not at hand."""
 
 
-def counted(config: RunConfig, model: Declared) -> RunConfig:
+def counted(config: RunConfig, model: DeclaredModel) -> RunConfig:
     """The run with ``evaluation.windows`` as many as it would measure on, if its text is on this machine; otherwise as it is."""
     source = data.parse_source(config.evaluation.source or config.calibration.source)
     if not isinstance(source, PyDoc | File | Npy | TFDS):
@@ -26,7 +26,7 @@ def counted(config: RunConfig, model: Declared) -> RunConfig:
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, windows=windows))
 
 
-def _windows(source: PyDoc | File | Npy | TFDS, config: RunConfig, model: Declared) -> int:
+def _windows(source: PyDoc | File | Npy | TFDS, config: RunConfig, model: DeclaredModel) -> int:
     length, most = config.evaluation.length or config.calibration.window_length, config.evaluation.windows
     if isinstance(source, Npy):
         vocabulary = model.decoder.config.vocab

@@ -20,7 +20,7 @@ from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
 from optima_tpu.pipeline.plan.estimate import Work
-from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
@@ -70,7 +70,7 @@ class _Part(NamedTuple):
 
 
 def training_programs(
-    model: Declared, trainer: Trainer, length: int, machine: Machine, compile_call: Compile
+    model: DeclaredModel, trainer: Trainer, length: int, machine: Machine, compile_call: Compile
 ) -> tuple[Program, ...]:
     """The programs of a step of training: each kind of block forward, backward and updated, and the head's loss.
 
@@ -113,7 +113,7 @@ def _kept(trainer: Trainer, span: range, hidden: Array) -> int:
     return sum(trainer.kept(span, [blocks[kind] for kind in kinds], hidden, [positions[kind] for kind in kinds]))
 
 
-def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
+def _of_block(model: DeclaredModel, trainer: Trainer, step: _Step) -> list[_Part]:
     """Forward pass, backward pass and update of the blocks of the decoder's kind."""
     decoder, block, kinds = model.decoder, trainer.struct(), model.decoder.config.kinds
     axis, kind = decoder.mesh.shape[MODEL], decoder.config.kind
@@ -165,7 +165,7 @@ def _of_hidden_states(decoder: Decoder, step: _Step, spans: int) -> _Part:
     )
 
 
-def _of_head(model: Declared, method: Distillation, head: Head, step: _Step) -> _Part:
+def _of_head(model: DeclaredModel, method: Distillation, head: Head, step: _Step) -> _Part:
     """The loss and its gradient with respect to what leaves the last block."""
     config, mesh, windows = model.decoder.config, model.decoder.mesh, len(step.hidden)
     # The logits of both models, or of the pruned one; and the gradient of the pruned one's.

@@ -18,7 +18,7 @@ from optima_tpu.pipeline.run import run
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
-from optima_tpu.pipeline.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
+from optima_tpu.pipeline.sweep.tables import CellResult, describe, failed, finished, missing, refuse_loss, write_tables
 from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import say
@@ -105,10 +105,10 @@ class Sweep:
         return self._reports.keys()
 
     @property
-    def results(self) -> list[Result]:
+    def results(self) -> list[CellResult]:
         """One result for every cell, in the order of the grid."""
 
-        def result(cell: Cell) -> Result:
+        def result(cell: Cell) -> CellResult:
             if cell in self._reports:
                 return finished(cell, self._reports[cell], self.grid.output)
             return failed(cell, self._failures[cell]) if cell in self._failures else missing(cell)

@@ -24,7 +24,7 @@ _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_bef
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class CellResult:
     """The result of one cell. A number is None if the cell is not finished, or if its run has no such number.
 
     Attributes:
@@ -72,7 +72,7 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TableText:
     """The table as text: a row for each mask and update, a column for each pattern and number of windows.
 
     Attributes:
@@ -84,17 +84,17 @@ class Layout:
     rows: tuple[tuple[str, ...], ...]
 
 
-def missing(cell: Cell) -> Result:
+def missing(cell: Cell) -> CellResult:
     """The result of a cell that was not run yet."""
-    return Result(cell.mask, cell.update, cell.pattern, cell.windows, cell.seed)
+    return CellResult(cell.mask, cell.update, cell.pattern, cell.windows, cell.seed)
 
 
-def failed(cell: Cell, reason: str) -> Result:
+def failed(cell: Cell, reason: str) -> CellResult:
     """The result of a cell whose run failed."""
     return dataclasses.replace(missing(cell), state="failed", reason=reason)
 
 
-def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
+def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> CellResult:
     """The result of a finished cell.
 
     Args:
@@ -144,7 +144,7 @@ def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def layout(grid: CellGrid, results: Sequence[Result]) -> Layout:
+def layout(grid: CellGrid, results: Sequence[CellResult]) -> TableText:
     """Perplexity of every cell, the mean over seeds with the sample standard deviation.
 
     "-" means that nothing was run yet, or that the grid has no such cell.
@@ -166,10 +166,10 @@ def layout(grid: CellGrid, results: Sequence[Result]) -> Layout:
             ]
             if any(groups):
                 rows.append((mask, update, *map(_entry, groups)))
-    return Layout(("mask", "update", *headings), tuple(rows))
+    return TableText(("mask", "update", *headings), tuple(rows))
 
 
-def markdown(title: str, header: Mapping[str, str], table: Layout, results: Sequence[Result]) -> str:
+def markdown(title: str, header: Mapping[str, str], table: TableText, results: Sequence[CellResult]) -> str:
     """The table and the origin of its numbers, as a page of Markdown."""
     lines = [f"# {title}", ""]
     lines += [f"- {key}: {value}" for key, value in header.items()] + [""]
@@ -185,18 +185,18 @@ def markdown(title: str, header: Mapping[str, str], table: Layout, results: Sequ
     return "\n".join(lines) + "\n"
 
 
-def failure_lines(results: Iterable[Result]) -> list[str]:
+def failure_lines(results: Iterable[CellResult]) -> list[str]:
     """One line for each failed cell, with the reason."""
     return [f"{result}: {result.reason}" for result in results if result.state == "failed"]
 
 
-def averages(results: Iterable[Result]) -> list[dict[str, Any]]:
+def averages(results: Iterable[CellResult]) -> list[dict[str, Any]]:
     """The fields of the table: averages over the seeds of each mask, update, pattern and number of windows.
 
-    ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`Result` has its mean over
+    ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`CellResult` has its mean over
     the finished seeds; the name with ``_spread`` has the sample standard deviation, None for fewer than two seeds.
     """
-    groups: dict[tuple, list[Result]] = {}
+    groups: dict[tuple, list[CellResult]] = {}
     for result in results:
         groups.setdefault((result.mask, result.update, result.pattern, result.windows), []).append(result)
     fields = []
@@ -223,7 +223,7 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def terminal_table(table: Layout) -> Table:
+def terminal_table(table: TableText) -> Table:
     """The table for the terminal."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, heading in enumerate(table.headings):
@@ -233,10 +233,10 @@ def terminal_table(table: Layout) -> Table:
     return shown
 
 
-def write_tables(grid: CellGrid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
+def write_tables(grid: CellGrid, results: Sequence[CellResult], header: Mapping[str, str]) -> dict[str, Path]:
     """Writes the table and its results, each file in one step. The folder must exist.
 
-    table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`Result`.
+    table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`CellResult`.
     """
     texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
     for name, records in (("table", averages(results)), ("results", list(map(dataclasses.asdict, results)))):
@@ -272,12 +272,12 @@ def refuse_loss(grid: CellGrid, force: bool = False) -> None:
         )
 
 
-def _results(path: Path) -> list[Result]:
+def _results(path: Path) -> list[CellResult]:
     """The contents of results.json; empty if the file is missing or damaged. The runs of its cells have all that it says."""
-    return known_record(path, list[Result]) or []
+    return known_record(path, list[CellResult]) or []
 
 
-def _entry(group: Sequence[Result]) -> str:
+def _entry(group: Sequence[CellResult]) -> str:
     """One field of the table from the seeds of one cell."""
     values = [result.perplexity for result in group if result.perplexity is not None]
     failures = sum(result.state == "failed" for result in group)
@@ -290,6 +290,6 @@ def _entry(group: Sequence[Result]) -> str:
     return mean + spread + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _dense(results: Iterable[Result]) -> str:
+def _dense(results: Iterable[CellResult]) -> str:
     known = dict.fromkeys(number(result.dense, 4) for result in results if result.dense is not None)
     return " or ".join(known) or "-"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from optima_tpu.report.facts import size, sizes
-from optima_tpu.report.runs import Run
+from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table, command, commands
 from optima_tpu.runtime.buckets import in_bucket
 
@@ -55,7 +55,7 @@ prompt = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
 
 
-def left(run: Run) -> Section:
+def run_files(run: FinishedRun) -> Section:
     """Section on the files in the directory of one run."""
     report, directory = run.report, run.directory
     recorded = (report.get("sizes") or {}).get("left") or {}

@@ -1,4 +1,4 @@
-"""How tasks are asked."""
+"""The settings by which tasks are asked."""
 
 import dataclasses
 from typing import Any
