@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| program | bfloat16 | float32, 6 passes | 3 | 1 | kernels | collectives in loops | waits for the host |")
     print("|---|" + 7 * "---:|")
     for name, text in texts:
-        found, used = products(text), kernels(text)
+        passes, used = products(text), kernels(text)
         counts = [
-            sum(count for (dtype, _), count in found.items() if dtype != "f32"),
-            *(found.get(("f32", n), 0) for n in (6, 3, 1)),
+            sum(count for (dtype, _), count in passes.items() if dtype != "f32"),
+            *(passes.get(("f32", n), 0) for n in (6, 3, 1)),
         ]
         sent = sum(collectives(text)[0].values())
         print(f"| {name} | {' | '.join(map(str, counts))} | {sum(used.values())} | {sent} | {len(host_transfers(text))} |")
@@ -79,13 +79,13 @@ def products(hlo: str) -> dict[tuple[str, int], int]:
     body of a loop counts once. What a kernel multiplies is not in the text.
     """
     made = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[", hlo, re.MULTILINE))
-    found: collections.Counter[tuple[str, int]] = collections.Counter()
+    passes: collections.Counter[tuple[str, int]] = collections.Counter()
     for factors, rest in re.findall(r" (?:convolution|dot)\(([^)]*)\)(.*)", hlo):
         dtypes = {made[name.split("%")[-1].strip()] for name in factors.split(",")}
         asked = re.search(r"operand_precision=\{(\w+)", rest)
         wide = max(dtypes, key=lambda dtype: int(re.sub(r"\D", "", dtype) or 0))
-        found[wide, _PASSES[asked[1] if asked else "default"] if wide == "f32" else 1] += 1
-    return dict(found)
+        passes[wide, _PASSES[asked[1] if asked else "default"] if wide == "f32" else 1] += 1
+    return dict(passes)
 
 
 def kernels(hlo: str) -> dict[str, int]:

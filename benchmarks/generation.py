@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     clock = time.process_time if arguments.cpu else time.monotonic
 
-    with tempfile.TemporaryDirectory() as place:
-        folder = write_folder(arguments.model, Path(place))
+    with tempfile.TemporaryDirectory() as directory:
+        folder = write_folder(arguments.model, Path(directory))
         pretrained = open_model(str(folder), None)
         tokenizer = load_tokenizer(pretrained)
         ids = tokenizer(inspect.getsource(argparse), verbose=False)["input_ids"]

@@ -280,15 +280,15 @@ def _methods(settings: type[Method], argv: Sequence[str]) -> dict[str, Any]:
     choices = [field for field in dataclasses.fields(settings) if field.name in CHOICES]
     if not choices:
         return {}
-    early, found = _early(argv), {}
+    early, chosen = _early(argv), {}
     for field in choices:
         given = getattr(early, field.name)
         cls = type(field.default) if given is None else method_class(field.name, canonical_name(field.name, given))
         if cls is None:
             needed = ", ".join(name for name, each in CHOICES[field.name].items() if each)
             raise UserError(f"expected {field.name} to be one of {needed}, got {given}")
-        found[field.name] = cls()
-    return found
+        chosen[field.name] = cls()
+    return chosen
 
 
 def dump(config: RunConfig) -> str:
@@ -298,10 +298,10 @@ def dump(config: RunConfig) -> str:
 
 def flags(config: RunConfig) -> list[str]:
     """The command line that :func:`parse` reads back to the configuration: the model, and the changes to the defaults."""
-    told = {"model": config.model} | _changed(to_dict(config), to_dict(default_run(config.model)))
-    if default_preset(told.get("selector.name"), told.get("solver.name")) != PLAIN:
-        told["preset"] = PLAIN
-    return words_of(told)
+    changes = {"model": config.model} | _changed(to_dict(config), to_dict(default_run(config.model)))
+    if default_preset(changes.get("selector.name"), changes.get("solver.name")) != PLAIN:
+        changes["preset"] = PLAIN
+    return words_of(changes)
 
 
 def on_preset(config: RunConfig) -> str:
@@ -321,15 +321,15 @@ def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
 
     A class of the user's own has all its options here.
     """
-    mine, theirs = dict(values), dict(base)
+    settings, defaults = dict(values), dict(base)
     for setting in CHOICES:
-        mine[setting], theirs[setting] = method_settings(mine[setting]), method_settings(theirs[setting])
-        if mine[setting]["name"] != theirs[setting]["name"]:
-            name = mine[setting]["name"]
+        settings[setting], defaults[setting] = method_settings(settings[setting]), method_settings(defaults[setting])
+        if settings[setting]["name"] != defaults[setting]["name"]:
+            name = settings[setting]["name"]
             # The defaults of the user's own class are in its code, which is not imported where only a record names it.
-            theirs[setting] = default_options(setting, name) if name in CHOICES[setting] else {}
-    default = flat(theirs)
-    return {key: value for key, value in flat(mine).items() if value != default.get(key)}
+            defaults[setting] = default_options(setting, name) if name in CHOICES[setting] else {}
+    default = flat(defaults)
+    return {key: value for key, value in flat(settings).items() if value != default.get(key)}
 
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:
@@ -497,16 +497,16 @@ def _refusal(error: argparse.ArgumentError, types: Mapping[str, Any] | None = No
     itself is the message.
     """
     message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
-    found = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-    if not found or not types:
+    match = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if not match or not types:
         return " ".join(message.replace(".name:", ":").split())
-    names = [str(name) for kind in alternatives(types[found[1]]) for name in typing.get_args(kind)]
+    names = [str(name) for kind in alternatives(types[match[1]]) for name in typing.get_args(kind)]
     words = [
         ", ".join(map(str, typing.get_args(kind)))
         if typing.get_origin(kind) is Literal
         else "numbers in brackets such as [1, 2]"
         if typing.get_origin(kind) is tuple
         else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")
-        for kind in alternatives(types[found[1]])
+        for kind in alternatives(types[match[1]])
     ]
-    return f"expected {found[1]} to be {' or '.join(words)}, got {found[2] or 'nothing'}{did_you_mean(found[2], names)}"
+    return f"expected {match[1]} to be {' or '.join(words)}, got {match[2] or 'nothing'}{did_you_mean(match[2], names)}"

@@ -124,8 +124,8 @@ class DecoderLM(TemplateLM):
             before = len(windows)
             windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
             counts.append(len(windows) - before)
-        found = iter(self._loglikelihood_tokens(windows))
-        return [sum(next(found)[0] for _ in range(count)) for count in counts]
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
         asked: list[Question] = []
@@ -196,7 +196,7 @@ class DecoderLM(TemplateLM):
             long += len(context) + len(continuation) > limit + 1
             asked.append(Request(tuple(whole[:-1]), tuple(continuation)))
         self._note_cut(long, len(asked), "texts")
-        return [(found.logarithm, found.greedy) for found in self._in_all(DecoderLM._score, asked)]
+        return [(each.logarithm, each.greedy) for each in self._in_all(DecoderLM._score, asked)]
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         vocab = self._decoder.config.vocab

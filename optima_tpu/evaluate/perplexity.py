@@ -64,8 +64,8 @@ def token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between
     for number, batch in enumerate(hidden.batches(decoder.batch)):
         if number:
             between()
-        found = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
-        losses[batch.rows[batch.there]] = found[batch.there]
+        nll = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
+        losses[batch.rows[batch.there]] = nll[batch.there]
     return losses
 
 

@@ -17,7 +17,7 @@ class Cache:
       arrays: by names that the attention chooses, each [blocks, batch, ...]. What arrives under another name is
         that of the only block.
       block: the index of the block that is traced among those that are alike, int32 scalar.
-      place: the position of the first new token, int32 scalar.
+      first: the position of the first new token, int32 scalar.
       end: the position of the first token that does not count, int32 scalar; None if all count. It is read again later.
     """
 
@@ -25,10 +25,10 @@ class Cache:
         self,
         arrays: Mapping[str, Array] | None = None,
         block: Array | int = 0,
-        place: Array | int = 0,
+        first: Array | int = 0,
         end: Array | int | None = None,
     ):
-        self.arrays, self.block, self.place, self.end = dict(arrays or {}), block, place, end
+        self.arrays, self.block, self.first, self.end = dict(arrays or {}), block, first, end
 
     def extended(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Adds keys and values [batch, new, heads, head_dim]. Returns all of the block [batch, length, heads, head_dim].
@@ -41,7 +41,7 @@ class Cache:
         # Heads before positions, so that no product has to transpose them.
         new = jnp.swapaxes(new, 1, 2)[None]
         if name in self.arrays:
-            new = jax.lax.dynamic_update_slice(self.arrays[name], new, (self.block, 0, 0, self.place, 0))
+            new = jax.lax.dynamic_update_slice(self.arrays[name], new, (self.block, 0, 0, self.first, 0))
         self.arrays[name] = new
         return jnp.swapaxes(jax.lax.dynamic_index_in_dim(new, self.block, keepdims=False), 1, 2)
 
@@ -49,8 +49,8 @@ class Cache:
         """What the block kept under a name, [batch, ...]; ``empty`` before the first token, whatever an earlier text left."""
         if name not in self.arrays:
             return empty
-        mine = jax.lax.dynamic_index_in_dim(self.arrays[name], self.block, keepdims=False)
-        return jnp.where(self.place == 0, empty, mine)
+        kept = jax.lax.dynamic_index_in_dim(self.arrays[name], self.block, keepdims=False)
+        return jnp.where(self.first == 0, empty, kept)
 
     def keep(self, name: str, array: Array) -> None:
         """Replaces what the block kept under a name."""
@@ -61,4 +61,4 @@ class Cache:
 
     def counted(self, length: int) -> Array | int:
         """How many of ``length`` new tokens count."""
-        return length if self.end is None else jnp.clip(self.end - self.place, 0, length)
+        return length if self.end is None else jnp.clip(self.end - self.first, 0, length)

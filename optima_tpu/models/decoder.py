@@ -115,8 +115,8 @@ class Decoder:
         """The layers of a block that are pruned, by their path in it."""
         kinds = {kind: position for position, kind in enumerate(self.family.linears)}
         names = [name.removesuffix(".weight") for name in self.block_shapes if name.endswith(".weight")]
-        found = [name for name in names if kind_name(name) in kinds]
-        return tuple(sorted(found, key=lambda name: (list(map(int, re.findall(r"\d+", name))), kinds[kind_name(name)])))
+        linears = [name for name in names if kind_name(name) in kinds]
+        return tuple(sorted(linears, key=lambda name: (list(map(int, re.findall(r"\d+", name))), kinds[kind_name(name)])))
 
     @functools.cached_property
     def attended(self) -> str:
@@ -171,9 +171,9 @@ class Decoder:
 
     def embed(self, tokens: np.ndarray) -> Activations:
         """Hidden states before the first block of token windows [windows, length], in the embedding's dtype."""
-        mine, places = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
+        held, places = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
         # Writable: the output of a block overwrites its input.
-        hidden = together(lambda: np.require(self.embedded(self._read, mine, places), requirements="W"))
+        hidden = together(lambda: np.require(self.embedded(self._read, held, places), requirements="W"))
         return Activations(self.mesh, 0, len(tokens), hidden)
 
     def embedded(self, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
@@ -248,10 +248,10 @@ class Decoder:
         return array
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        found = tuple(self.tensors.shape(name))
-        if found != shape:
+        stored = tuple(self.tensors.shape(name))
+        if stored != shape:
             raise UserError(
-                f"{name}: expected shape {shape} from the model's configuration, got {found}; "
+                f"{name}: expected shape {shape} from the model's configuration, got {stored}; "
                 "config.json and weights do not belong together"
             )
 

@@ -131,8 +131,8 @@ class MixtureNames:
 
 def expert_of(name: str) -> int | None:
     """The number of the expert that a layer belongs to, 7 for "mlp.experts.7.up_proj"; None for another layer."""
-    found = re.search(r"(?:^|\.)experts\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)experts\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 class Route(NamedTuple):

@@ -252,7 +252,7 @@ def attention(q: Array, k: Array, v: Array, positions: Positions, scores: Scores
     if mesh is not None and splash.takes(mesh, q, k, positions):
         return splash.attention(mesh, q, k, v, positions.window, scores)
     (scale, cap, sinks), cache = scores, positions.cache
-    first, (k, v) = (0, (k, v)) if cache is None else (cache.place, cache.extended(k, v))
+    first, (k, v) = (0, (k, v)) if cache is None else (cache.first, cache.extended(k, v))
     batch, length, heads, size = q.shape
     groups = (batch, length, k.shape[2], heads // k.shape[2], size)  # axis 2: the head of keys and values that queries share
     queries, keys, values = (jnp.moveaxis(array, 1, -2) for array in (q.reshape(groups), k, v))

@@ -69,6 +69,6 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     texts: list[Continuation] = []
     for text, prompt, *both in zip(PROMPTS, prompts, *written, strict=True):
         first, second = (ids[: ids.index(end)] if end in ids else ids for ids in both)
-        common = next((place for place, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+        common = next((index for index, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
         texts.append({"prompt": readable(text), "dense": parted(prompt, first, common), "pruned": parted(prompt, second, common)})
     return {"texts": texts}

@@ -69,8 +69,8 @@ def run_files(run: FinishedRun) -> Section:
     text: list = [f"Sizes: {said}."] if (said := sizes(report)) else []
     exported = "hf" in {PurePath(path).name for path in report.get("files", {}).values()}
     if not exported:
-        told = command("export", str(directory), str(directory / "hf"))
-        text.append(commands(f"The run did not write a folder for transformers. `{told}` writes one from checkpoint/."))
+        again = command("export", str(directory), str(directory / "hf"))
+        text.append(commands(f"The run did not write a folder for transformers. `{again}` writes one from checkpoint/."))
     elif in_bucket(directory):
         text.append(f"Copy {directory / 'hf'} to this machine first: transformers does not read buckets.")
     text.append(

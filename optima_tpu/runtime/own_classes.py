@@ -69,16 +69,16 @@ def imported_class(path: str, base: type[T]) -> type[T]:
     if module not in sys.modules:
         raise only_named(path)
     try:
-        found = getattr(sys.modules[module], name)
+        cls = getattr(sys.modules[module], name)
     except AttributeError:
         raise UserError(f"{path}: the module {module} has no class {name}") from None
     whole = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"{path}: expected a class derived from {whole}, got {found!r:.80}")
-    parameters = getattr(found, "__dataclass_params__", None)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UserError(f"{path}: expected a class derived from {whole}, got {cls!r:.80}")
+    parameters = getattr(cls, "__dataclass_params__", None)
     if parameters is None or not parameters.frozen:
         raise UserError(f"{path}: expected a frozen dataclass; write @dataclasses.dataclass(frozen=True) above class {name}")
-    return found
+    return cls
 
 
 def only_named(path: str) -> UserError:

@@ -180,7 +180,7 @@ def spread(work: Callable[[S], T], items: Sequence[S], at_once: int = 16) -> Ite
     for first in range(0, len(items), count * at_once):
         part = items[first : first + count * at_once]
         everyone: list[list[T]] = everyones(together(functools.partial(list, map(work, part[index::count]))))
-        yield from (everyone[place % count][place // count] for place in range(len(part)))
+        yield from (everyone[index % count][index // count] for index in range(len(part)))
 
 
 def agree(what: str, values: dict[str, Any]) -> None:
@@ -327,7 +327,7 @@ def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:
         server = socket.create_server(("", int(port)))
     except OSError as error:
         raise UserError(f"could not listen at port {port} of this host: {error.strerror}; choose another --coordinator") from None
-    waiting, there = set(range(1, count)), []
+    waiting, connections = set(range(1, count)), []
     with server:
         try:
             while waiting:
@@ -336,19 +336,19 @@ def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:
                 number = _number(connection)
                 if number in waiting:
                     waiting.discard(number)
-                    there.append(connection)
+                    connections.append(connection)
                 else:
                     connection.close()
         except TimeoutError:
             missing = ", ".join(map(str, sorted(waiting)))
-            for connection in there:
+            for connection in connections:
                 connection.sendall(f"process {missing} did not join".encode())
             raise UserError(
                 f"process {missing} of {count} did not join within {timeout} s: check its host, or raise --join_timeout"
             ) from None
-        for connection in there:
+        for connection in connections:
             connection.sendall(b"go")
-        for connection in there:  # the other ends close first, so that the port is free at once
+        for connection in connections:  # the other ends close first, so that the port is free at once
             connection.settimeout(5)
             connection.recv(1)
             connection.close()
