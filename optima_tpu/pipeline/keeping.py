@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Work(NamedTuple):
+class StageWork(NamedTuple):
     """What every stage gets before its inputs.
 
     Attributes:
@@ -38,7 +38,7 @@ class Work(NamedTuple):
     resources: contextlib.ExitStack
 
 
-def not_kept(work: Work, *inputs: Any, **named: Any) -> None:
+def not_kept(work: StageWork, *inputs: Any, **named: Any) -> None:
     """The ``read`` of a stage that every start does again."""
 
 
@@ -55,8 +55,8 @@ class Stage(Generic[P, T]):
     """
 
     name: str
-    make: Callable[Concatenate[Work, P], T]
-    read: Callable[Concatenate[Work, P], T | None] = not_kept
+    make: Callable[Concatenate[StageWork, P], T]
+    read: Callable[Concatenate[StageWork, P], T | None] = not_kept
     steps: Callable[[Opened], list[Step]] = lambda opened: []
     count: Callable[[Opened], int] | None = None
 
@@ -87,7 +87,7 @@ class Keeper:
       stages: from :func:`traced`.
     """
 
-    def __init__(self, work: Work, stages: Iterable[Stage]):
+    def __init__(self, work: StageWork, stages: Iterable[Stage]):
         self._work = work
         self._ahead = {stage.name: stage.steps(work.opened) for stage in stages}
 

@@ -17,7 +17,7 @@ from optima_tpu.evaluate.perplexity import perplexity_of, token_losses
 from optima_tpu.evaluate.token_changes import token_changes
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.keeping import Work
+from optima_tpu.pipeline.keeping import StageWork
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.report.pace import Step
 from optima_tpu.runtime.checksums import keep
@@ -38,7 +38,7 @@ class _Record(TypedDict):
     losses: NotRequired[str]
 
 
-class Measured(NamedTuple):
+class TextPerplexity(NamedTuple):
     """What a model makes of the evaluation text.
 
     Attributes:
@@ -56,12 +56,12 @@ def perplexity_steps(opened: Opened) -> list[Step]:
     return [*(Step(f"evaluation text {config.kind_of(index)}") for index in range(config.blocks)), Step("evaluation text, head")]
 
 
-def measured(work: Work, decoder: Decoder) -> Measured:
+def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
     """Measures a model on the evaluation text of a run. Every process calls it."""
     ids = work.opened.texts.evaluation.ids
     losses = token_losses(decoder, ids, work.progress.advance)
     first = losses[: max(1, _KEPT // ids.shape[1])].copy()  # a view would keep all of them
-    return Measured(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
+    return TextPerplexity(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
 
 
 def names_of(model: str) -> tuple[str, str]:
@@ -69,16 +69,16 @@ def names_of(model: str) -> tuple[str, str]:
     return f"{model}.json", f"{model}_losses.npy"
 
 
-def read_perplexity(opened: Opened, model: str) -> Measured | None:
+def read_perplexity(opened: Opened, model: str) -> TextPerplexity | None:
     """What an earlier start of the run measured on this text; None if nothing was kept. Every process calls it."""
     directory, digest = opened.directory, token_digest(opened.texts.evaluation.ids)
     record = _record(model).read(directory)
     if record is None or record["tokens"] != digest:
         return None
-    return Measured(record["perplexity"], from_first(lambda: _losses(directory / names_of(model)[1], record.get("losses"))))
+    return TextPerplexity(record["perplexity"], from_first(lambda: _losses(directory / names_of(model)[1], record.get("losses"))))
 
 
-def keep_perplexity(opened: Opened, model: str, measured: Measured) -> None:
+def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> None:
     """Writes what was measured into the run directory, unless it has it. Every process calls it.
 
     Raises:
@@ -103,7 +103,7 @@ def keep_perplexity(opened: Opened, model: str, measured: Measured) -> None:
     _record(model).write(opened.directory, record)
 
 
-def changes(opened: Opened, dense: Measured, pruned: Measured) -> dict[str, Any] | None:
+def changes(opened: Opened, dense: TextPerplexity, pruned: TextPerplexity) -> dict[str, Any] | None:
     """The tokens of the evaluation text that got worse; None if a model's losses were not saved."""
     if dense.losses is None or pruned.losses is None or dense.losses.shape != pruned.losses.shape:
         return None

@@ -16,9 +16,9 @@ from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.allocate import Allocated
 from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts, token_digest
 from optima_tpu.pipeline.journal import Journal, refuse_unusable
-from optima_tpu.pipeline.keeping import Keep, Keeper, Work, traced
+from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
 from optima_tpu.pipeline.opened import Opened
-from optima_tpu.pipeline.perplexities import Measured
+from optima_tpu.pipeline.perplexities import TextPerplexity
 from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.stages import Results, continues
@@ -92,7 +92,7 @@ class PrunedRun(NamedTuple):
       allocation: the sparsity of every block; None where all blocks have the pattern's.
     """
 
-    dense: Measured
+    dense: TextPerplexity
     blocks: Journal
     sinks: Steps
     allocation: Allocated | None = None
@@ -128,7 +128,7 @@ def finish(opened: Opened, body: Callable[[Keep], dict[str, Any]], console: Cons
         with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as resources:
             for line in from_first(lambda: mend(opened.directory, opened.config.export)):
                 progress.note(line)
-            keep = Keeper(Work(opened, progress, resources), traced(body))
+            keep = Keeper(StageWork(opened, progress, resources), traced(body))
             progress.note(f"stages: {', '.join(keep.names)}")
             report = body(keep)
         console.print()

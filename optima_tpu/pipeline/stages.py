@@ -23,12 +23,12 @@ from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
-from optima_tpu.pipeline.keeping import Stage, Work
+from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.pipeline.loss_gradient import GRADIENT as GRADIENT_NAME
 from optima_tpu.pipeline.loss_gradient import Squares, Text, forget_all, measure, missing, read
 from optima_tpu.pipeline.memory_plan import block_bytes
 from optima_tpu.pipeline.opened import Opened
-from optima_tpu.pipeline.perplexities import Measured, changes, keep_perplexity, measured, perplexity_steps, read_perplexity
+from optima_tpu.pipeline.perplexities import TextPerplexity, changes, keep_perplexity, measured, perplexity_steps, read_perplexity
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
 from optima_tpu.report.contents import Continuations
@@ -43,7 +43,7 @@ from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.processes import first_only, from_first
 
 
-class Pruned(NamedTuple):
+class PrunedModel(NamedTuple):
     """The model in RUN/checkpoint.
 
     Attributes:
@@ -64,8 +64,8 @@ class Results(NamedTuple):
       allocation: the sparsity of every block; None where all blocks have the pattern's.
     """
 
-    dense: Measured
-    pruned: Measured
+    dense: TextPerplexity
+    pruned: TextPerplexity
     outcome: Outcome | None
     allocation: Allocated | None
 
@@ -73,7 +73,7 @@ class Results(NamedTuple):
 # Each stage below: what it will do, what an earlier start kept, how it is done.
 
 
-def _open(work: Work) -> Journal:
+def _open(work: StageWork) -> Journal:
     """Writes what a resume must agree with into the run directory. From here on the run can be resumed."""
     opened, progress = work.opened, work.progress
     journal = open_journal(
@@ -89,12 +89,12 @@ WRITTEN_TEXT = Stage("keeping the text", _open)
 """Keeps calibration text that the model wrote. It took minutes, and to write it shows that the model works in its dtype."""
 
 
-def _read_dense(work: Work) -> Measured | None:
+def _read_dense(work: StageWork) -> TextPerplexity | None:
     given = work.opened.dense
-    return read_perplexity(work.opened, "dense") if given is None else Measured(given)
+    return read_perplexity(work.opened, "dense") if given is None else TextPerplexity(given)
 
 
-def _measure_dense(work: Work) -> Measured:
+def _measure_dense(work: StageWork) -> TextPerplexity:
     dense = measured(work, work.opened.model.decoder)
     if note := unpredicted(dense.perplexity, unigram_perplexity(work.opened.texts.evaluation.ids)):
         work.progress.note(f"unusual: {note}")
@@ -108,7 +108,7 @@ def _steps_of(model: str) -> Callable[[Opened], list[Step]]:
 DENSE = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense"))
 
 
-def _record(work: Work, dense: Measured, journal: Journal | None) -> Journal:
+def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> Journal:
     journal = journal or _open(work)
     keep_perplexity(work.opened, "dense", dense)
     return journal
@@ -118,7 +118,7 @@ JOURNAL = Stage("recording", _record)
 """The first that writes into the run directory: every weight was read then, and the model works in opened dtype."""
 
 
-def _open_sinks(work: Work, journal: Journal) -> Steps:
+def _open_sinks(work: StageWork, journal: Journal) -> Steps:
     opened = work.opened
     sinks = work.resources.enter_context(open_sinks(opened.config.sinks, opened.directory, opened.configuration))
     steps = Steps(sinks, journal)
@@ -134,13 +134,13 @@ def _allocation_steps(opened: Opened) -> list[Step]:
     return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
 
 
-def _read_allocation(work: Work, journal: Journal) -> Allocated | None:
+def _read_allocation(work: StageWork, journal: Journal) -> Allocated | None:
     if allocation := read_allocation(work.opened.directory):
         work.progress.note(allocation.told)
     return allocation
 
 
-def _allocate(work: Work, journal: Journal) -> Allocated:
+def _allocate(work: StageWork, journal: Journal) -> Allocated:
     opened = work.opened
     allocation = allocated(_walk(opened), opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
     write_allocation(opened.directory, allocation)
@@ -163,7 +163,7 @@ def _gradient_steps(opened: Opened) -> list[Step]:
     return [step for part in missing(text, opened.directory) for step in text.steps(part)] if unfinished(opened) else []
 
 
-def _read_gradient(work: Work, journal: Journal) -> Squares | None:
+def _read_gradient(work: StageWork, journal: Journal) -> Squares | None:
     opened = work.opened
     text = _gradient_text(opened)
     if len(journal.finished) == text.decoder.config.blocks:
@@ -171,7 +171,7 @@ def _read_gradient(work: Work, journal: Journal) -> Squares | None:
     return None if missing(text, opened.directory) else read(text, opened.directory)
 
 
-def _measure_gradient(work: Work, journal: Journal) -> Squares:
+def _measure_gradient(work: StageWork, journal: Journal) -> Squares:
     text = _gradient_text(work.opened)
     measure(text, work.opened.directory, work.progress.advance)
     return read(text, work.opened.directory)
@@ -213,12 +213,12 @@ def _pruning_steps(opened: Opened) -> list[Step]:
     return [step for index in unfinished(opened) for step in block_steps(walk, index)]
 
 
-def read_pruned(work: Work, journal: Journal, *inputs: Any) -> Journal | None:
+def read_pruned(work: StageWork, journal: Journal, *inputs: Any) -> Journal | None:
     """The journal where the run directory has a checkpoint, which refers to every block of it."""
     return journal if from_first(lambda: checkpointed_blocks(work.opened.directory)) is not None else None
 
 
-def _prune(work: Work, journal: Journal, sinks: Steps, allocation: Allocated | None, squares: Squares | None) -> Journal:
+def _prune(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocated | None, squares: Squares | None) -> Journal:
     opened, progress = work.opened, work.progress
     walk = _with_sparsities(_walk(opened), allocation)
     walk = dataclasses.replace(walk, tell=progress.layer, begin=progress.begin, squares=squares)
@@ -236,7 +236,7 @@ def _training_steps(opened: Opened) -> list[Step]:
     return [] if method is None or _checkpointed(opened) else training_steps(method, opened.model.decoder.config.blocks)
 
 
-def _train(work: Work, journal: Journal) -> Outcome:
+def _train(work: StageWork, journal: Journal) -> Outcome:
     opened = work.opened
     method, texts, config = opened.config.distill, opened.texts, opened.config
     assert method is not None and texts.distillation is not None, "a run without training has no such stage"
@@ -249,7 +249,7 @@ def _train(work: Work, journal: Journal) -> Outcome:
     return outcome
 
 
-def _read_training(work: Work, journal: Journal) -> Outcome | None:
+def _read_training(work: StageWork, journal: Journal) -> Outcome | None:
     directory = work.opened.directory
     return read_outcome(directory, used=_checkpointed(work.opened))
 
@@ -257,7 +257,7 @@ def _read_training(work: Work, journal: Journal) -> Outcome | None:
 TRAINING = Stage("training", _train, _read_training, _training_steps)
 
 
-def _compare(work: Work, journal: Journal, outcome: Outcome) -> Outcome:
+def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:
     dense = work.opened.model.decoder
     untrained = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
     outcome = dataclasses.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
@@ -282,15 +282,17 @@ def _checkpoint_steps(opened: Opened) -> list[Step]:
     return [Step(WRITING, max(1.0, total_bytes(decoder.tensors) - blocks))]
 
 
-def _read_checkpoint(work: Work, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> Pruned | None:
+def _read_checkpoint(
+    work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None
+) -> PrunedModel | None:
     directory = work.opened.directory
     blocks: list[dict[str, Any]] | None = from_first(lambda: checkpointed_blocks(directory))
     if blocks is None:
         return None
-    return Pruned(dataclasses.replace(work.opened.model.decoder, tensors=CheckpointTensors(directory)), blocks)
+    return PrunedModel(dataclasses.replace(work.opened.model.decoder, tensors=CheckpointTensors(directory)), blocks)
 
 
-def _write_checkpoint(work: Work, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> Pruned:
+def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> PrunedModel:
     pretrained, decoder = work.opened.model
     # If no step of the distillation improved the model, the blocks stay as they were pruned.
     blocks = Distilled(journal) if outcome and outcome.kept else journal
@@ -304,7 +306,7 @@ def _write_checkpoint(work: Work, journal: Journal, outcome: Outcome | None, all
 CHECKPOINTING = Stage("writing the checkpoint", _write_checkpoint, _read_checkpoint, _checkpoint_steps)
 
 
-def _measure_pruned(work: Work, pruned: Pruned) -> Measured:
+def _measure_pruned(work: StageWork, pruned: PrunedModel) -> TextPerplexity:
     found = measured(work, pruned.decoder)
     keep_perplexity(work.opened, "pruned", found)
     return found
@@ -315,7 +317,7 @@ PERPLEXITY = Stage(
 )
 
 
-def _send(work: Work, sinks: Steps, results: Results) -> None:
+def _send(work: StageWork, sinks: Steps, results: Results) -> None:
     measures = {"perplexity/dense": results.dense.perplexity, "perplexity/pruned": results.pruned.perplexity}
     sinks.write(work.opened.model.decoder.config.blocks, measures)
 
@@ -327,12 +329,12 @@ def _export_steps(opened: Opened) -> list[Step]:
     return [Step(WRITING, total_bytes(opened.model.decoder.tensors))]
 
 
-def _read_export(work: Work, results: Results) -> bool | None:
+def _read_export(work: StageWork, results: Results) -> bool | None:
     directory = work.opened.directory
     return from_first(lambda: is_export_of(directory, directory / FOLDER)) or None
 
 
-def _export(work: Work, results: Results) -> bool:
+def _export(work: StageWork, results: Results) -> bool:
     directory, facts = work.opened.directory, _facts(work.opened, results)
     first_only(lambda: export(directory, directory / FOLDER, report=facts))
     work.progress.advance()
@@ -347,7 +349,7 @@ def continues(config: RunConfig) -> bool:
     return config.export and "random" not in (config.calibration.source, config.evaluation.source)
 
 
-def _continue(work: Work, pruned: Pruned) -> Continuations:
+def _continue(work: StageWork, pruned: PrunedModel) -> Continuations:
     opened = work.opened
     texts = continuations(opened.model, pruned.decoder, device_budget(opened.config.device_memory), work.progress)
     CONTINUED.write(opened.directory, texts)
@@ -366,7 +368,7 @@ PROMPTS = Stage(
 
 
 def _report(
-    work: Work, results: Results, pruned: Pruned, memory: dict[str, int | None], prompts: Continuations | None
+    work: StageWork, results: Results, pruned: PrunedModel, memory: dict[str, int | None], prompts: Continuations | None
 ) -> dict[str, Any]:
     opened = work.opened
     (pretrained, decoder), directory, config = opened.model, opened.directory, opened.config

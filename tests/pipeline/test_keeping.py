@@ -7,7 +7,7 @@ import pytest
 
 from optima_tpu.config.parse import parse
 from optima_tpu.pipeline import run, stages
-from optima_tpu.pipeline.keeping import Keeper, Stage, Work, traced
+from optima_tpu.pipeline.keeping import Keeper, Stage, StageWork, traced
 from optima_tpu.report.pace import Step
 
 
@@ -41,7 +41,7 @@ def take(kept):
         one = keep(first)
         return keep(last, one, keep(second, one))
 
-    keep = Keeper(Work(SimpleNamespace(), progress, contextlib.ExitStack()), traced(body))
+    keep = Keeper(StageWork(SimpleNamespace(), progress, contextlib.ExitStack()), traced(body))
     return keep.names, body(keep), made, progress.stages
 
 

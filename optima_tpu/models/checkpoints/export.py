@@ -48,7 +48,7 @@ class Sidecar(TypedDict):
     form: NotRequired[dict[str, Any]]
 
 
-class Outcome(NamedTuple):
+class ExportOutcome(NamedTuple):
     """What an export did.
 
     Attributes:
@@ -67,7 +67,7 @@ def export(
     report: Mapping[str, Any] | None = None,
     form: str = Plain.name,
     say: Callable[[str], object] = lambda text: None,
-) -> Outcome:
+) -> ExportOutcome:
     """Writes the folder, unless it holds this export already. It gets its name only after everything in it has been written, checked and flushed to disk.
 
     Args:
@@ -99,7 +99,7 @@ def export(
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_whole_export(out, run.source.run["manifest"], form, options):
             say(f"{out} holds this export already, whole by its checksums: nothing is left to do")
-            return Outcome(dense, False)
+            return ExportOutcome(dense, False)
         remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run["manifest"], own=out.parent == directory))
         refuse_occupied(out, "export to")
         say(
@@ -121,7 +121,7 @@ def export(
             (partial / SIDECAR).write_bytes(encoded(sidecar, indent=2))
             writer.finish({SIDECAR, *others})
             write_sums(partial)
-    return Outcome(dense, True)
+    return ExportOutcome(dense, True)
 
 
 def _facts(run_directory: Path) -> Facts:

@@ -22,7 +22,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
-from optima_tpu.pipeline.keeping import Keep, Stage, Work
+from optima_tpu.pipeline.keeping import Keep, Stage, StageWork
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
@@ -97,7 +97,7 @@ def recovering(config: RunConfig, start: Start, keep: Keep) -> dict[str, Any]:
 
 
 def _taking(start: Start) -> Stage[[Journal], Journal]:
-    def take(work: Work, journal: Journal) -> Journal:
+    def take(work: StageWork, journal: Journal) -> Journal:
         decoder = work.opened.model.decoder
         missing = [index for index in range(decoder.config.blocks) if index not in journal.finished]
         for index, parameters in zip(missing, start.decoder.blocks(missing)):
