@@ -30,8 +30,9 @@ class LayerRule:
     pattern: Pattern | None
 
     def matches(self, path: str, name: str) -> bool:
-        """Whether the rule matches the layer ``path``, whose path inside its block is ``name``."""
-        return fnmatchcase(path, self.path) or fnmatchcase(name, self.path)
+        """Whether the rule matches the layer ``path``, whose path inside its block is ``name``, and its pattern is for such layers."""
+        named = fnmatchcase(path, self.path) or fnmatchcase(name, self.path)
+        return named and (self.pattern is None or self.pattern.takes(name))
 
 
 def parse_layers(text: str, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> tuple[LayerRule, ...]:
@@ -72,7 +73,7 @@ def pattern_of(rules: Sequence[LayerRule], default: Pattern, path: str, name: st
     for rule in reversed(rules):
         if rule.matches(path, name):
             return rule.pattern
-    return default
+    return default if default.takes(name) else None
 
 
 def check_layers(
@@ -111,7 +112,8 @@ def check_layers(
     for nm, found in inputs.items():
         _check_inputs(rules, default, nm, found)
     if not patterns:
-        raise UserError(f"expected a layer to prune, but --layers {layers_text(rules)} leaves all of them dense")
+        by = f"--layers {layers_text(rules)}" if rules else f"the pattern {default.text()}"
+        raise UserError(f"expected a layer to prune, but {by} leaves all of them dense")
     return patterns
 
 

@@ -18,8 +18,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
+from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay, totals
 from optima_tpu.runtime.bounds import at_least, whole
+from optima_tpu.runtime.mesh import padded
 from optima_tpu.runtime.own_classes import import_class, import_path, is_import_path, only_named, read_options, write_options
 
 _TOLERANCE = 0.01
@@ -27,6 +28,8 @@ _TOLERANCE = 0.01
 weight more in every block, and implementations round the count differently."""
 MOST_INPUTS = 1 << 24
 """The most inputs of a layer that a pattern is for. The widest layers that anybody has have a hundredth of them."""
+MULTIPLE = 128
+"""Kept inputs come in multiples of this: matrix units read so many at a time."""
 _TPU_STRIDES = (128, 16, 32)
 """The strides that the TPU kernel reads: of matrices [d_out, d_in], and of transposed ones in bfloat16 and in int8."""
 
@@ -49,6 +52,10 @@ class Pattern(abc.ABC):
     @property
     def span(self) -> int | None:
         return None
+
+    def takes(self, name: str) -> bool:
+        """Whether the pattern is for the layer of that path inside a block; other layers stay as they would be without it."""
+        return True
 
     def order(self, columns: int) -> np.ndarray | None:
         """The inputs [columns] int, sorted so that those of a group are consecutive; None if they are already."""
@@ -141,6 +148,21 @@ class Pattern(abc.ABC):
         return import_path(type(self)) + write_options(self)
 
 
+def _refuse_share(sparsity: float, what: str) -> None:
+    if not 0 <= sparsity < 1:
+        half = f"; 0.5 prunes half of the {what}" if sparsity >= 1 else ""
+        raise UserError(f"expected a sparsity in [0, 1), got {sparsity}{half}")
+
+
+def _share_of(size: int, sparsity: float) -> int:
+    """``floor(size * sparsity)`` in exact arithmetic, but fewer than ``size``.
+
+    Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first. At least one stays,
+    because the sparsity is below 1.
+    """
+    return min(math.floor(round(size * sparsity, 6)), max(size - 1, 0))
+
+
 @dataclasses.dataclass(frozen=True)
 class Unstructured(Pattern):
     """Prunes the given share of every comparison group, at any positions.
@@ -157,11 +179,9 @@ class Unstructured(Pattern):
     group: str = "row"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            half = "; 0.5 prunes half of the weights" if self.sparsity >= 1 else ""
-            raise UserError(f"expected a sparsity in [0, 1), got {self.sparsity}{half}")
+        _refuse_share(self.sparsity, "weights")
         if self.group not in ("row", "layer"):
-            raise UserError(f"expected comparison group 'row' or 'layer', got {self.group!r}")
+            raise UserError(f"expected 'row', 'layer', 'input' or 'neuron' behind a share, got {self.group!r}")
 
     def __str__(self) -> str:
         return f"{self.sparsity:.4g} per {self.group}"
@@ -170,12 +190,8 @@ class Unstructured(Pattern):
         return dataclasses.replace(self, sparsity=sparsity)
 
     def pruned_in(self, size: int) -> int:
-        """How many weights a group of ``size`` loses: ``floor(size * sparsity)`` in exact arithmetic.
-
-        Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first. At least one weight
-        stays, because the sparsity is below 1.
-        """
-        return min(math.floor(round(size * self.sparsity, 6)), max(size - 1, 0))
+        """How many weights a group of ``size`` loses: ``floor(size * sparsity)`` in exact arithmetic."""
+        return _share_of(size, self.sparsity)
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
@@ -343,6 +359,91 @@ class NM(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class WholeInputs(Pattern):
+    """Prunes whole inputs: one set of inputs is pruned in all rows, so that the matrix without them computes the same.
+
+    An input's score is the sum of the scores of its weights.
+
+    Attributes:
+      sparsity: share of inputs pruned, in [0, 1).
+      multiple: the number of kept inputs is rounded up to a multiple of this.
+    """
+
+    group = "layer"
+    word: ClassVar[str] = "input"
+
+    sparsity: float = 0.25
+    multiple: int = MULTIPLE
+
+    def __post_init__(self) -> None:
+        _refuse_share(self.sparsity, f"{self.word}s")
+        at_least(1, f"the multiple in a pattern SHARE/{self.word}@MULTIPLE", self.multiple, MOST_INPUTS)
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.4g} of the {self.word}s"
+
+    def kept(self, columns: int) -> int:
+        """How many of so many inputs stay.
+
+        Raises:
+          UserError: all of them would, although the share is not 0.
+        """
+        kept = padded(columns - _share_of(columns, self.sparsity), self.multiple)
+        if self.sparsity and kept >= columns:
+            raise UserError(
+                f"{self.text()} prunes none of {columns} inputs, since the kept number is rounded up to a multiple of {self.multiple}; "
+                f"take {self._instead(columns)}"
+            )
+        return min(kept, columns)
+
+    def _instead(self, columns: int) -> str:
+        """What to type for so many inputs, of which this pattern would prune none."""
+        most = (columns - 1) // self.multiple * self.multiple
+        larger = [dataclasses.replace(self, sparsity=math.ceil((columns - most) / columns * 1e4) / 1e4)] if most else []
+        finer = (dataclasses.replace(self, multiple=self.multiple >> shift) for shift in range(1, self.multiple.bit_length()))
+        kept = columns - _share_of(columns, self.sparsity)
+        fits = [pattern for pattern in finer if padded(kept, pattern.multiple) < columns]
+        return " or ".join(pattern.text() for pattern in larger + fits[:1]) or "a larger share"
+
+    def pruned_count(self, shape: tuple[int, int]) -> int:
+        rows, columns = shape
+        return rows * (columns - self.kept(columns))
+
+    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+        columns = scores.shape[1]
+        return jnp.broadcast_to(~lowest(totals(scores), columns - self.kept(columns), "row"), scores.shape)
+
+    def holds(self, zero: np.ndarray) -> bool:
+        return bool(zero.all(axis=0).sum() >= zero.shape[1] - self.kept(zero.shape[1]))
+
+    def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
+        expected, some = keep.shape[1] - self.kept(keep.shape[1]), keep.any(axis=0)
+        whole = int(np.sum(~some))
+        if whole < expected or (whole > expected and not or_fewer):
+            return f"expected {expected:,} of {keep.shape[1]:,} inputs pruned in all rows, got {whole:,}"
+        if or_fewer or keep.all(axis=0)[some].all():
+            return None
+        return (
+            f"expected every input pruned in all rows or in none, got input {np.argmax(some & ~keep.all(axis=0))} pruned in some"
+        )
+
+    def text(self, group: str | None = None) -> str:
+        return f"{float(self.sparsity)!r}/{self.word}" + (f"@{self.multiple}" if self.multiple != MULTIPLE else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Neurons(WholeInputs):
+    """Prunes whole neurons of the MLPs: inputs of the layer that ends an MLP. It is no pattern for other layers."""
+
+    word: ClassVar[str] = "neuron"
+    layers: ClassVar[frozenset[str]] = frozenset({"mlp.down_proj", "mlp.c_proj", "fc2"})
+    """The layer that reads the neurons, by its path inside a block, in each of the model families."""
+
+    def takes(self, name: str) -> bool:
+        return name in self.layers
+
+
+@dataclasses.dataclass(frozen=True)
 class NamedPattern(Pattern):
     """A pattern of the user's own as a record names it: its text, of which nothing is imported.
 
@@ -382,7 +483,8 @@ def import_pattern(text: str) -> Pattern:
 
 
 def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> Pattern:
-    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "2:4", "2:4@128" or "my_lab.patterns:Banded?width=4".
+    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "0.25/input" (a quarter of the inputs),
+    "0.25/neuron", "0.25/input@64", "2:4", "2:4@128" or "my_lab.patterns:Banded?width=4".
 
     Args:
       group: the comparison group of a plain "0.5": that of the published selector.
@@ -400,6 +502,10 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
             m, apart, stride = m.partition("@")
             return NM(whole(n), whole(m), whole(stride) if apart else 1)
         sparsity, _, given = text.partition("/")
+        unit, apart, multiple = given.partition("@")
+        for cls in (WholeInputs, Neurons):
+            if unit == cls.word:
+                return cls(float(sparsity), whole(multiple) if apart else MULTIPLE)
         return Unstructured(float(sparsity), given or group)
     except ValueError:
-        raise UserError(f"expected a pattern such as 0.5, 0.5/layer, 2:4 or 2:4@128, got {text!r}") from None
+        raise UserError(f"expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got {text!r}") from None

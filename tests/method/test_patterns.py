@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.linalg.smallest import lowest, pairs_that_pay
-from optima_tpu.method.patterns import NM, Unstructured, parse_pattern
+from optima_tpu.method.linalg.smallest import lowest, pairs_that_pay, totals
+from optima_tpu.method.patterns import NM, Neurons, Unstructured, WholeInputs, parse_pattern
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
     st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16), NM(2, 4, 8), NM(3, 4, 4), NM(4, 16, 2)]),
+    st.sampled_from([WholeInputs(0.25, 4), WholeInputs(0.4, 1), WholeInputs(0.5, 3), WholeInputs(0.0), Neurons(0.5, 16)]),
 )
 
 
@@ -31,6 +32,9 @@ def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(patt
         ]
     else:
         parts = [np.s_[:, :]]
+    if isinstance(pattern, WholeInputs):
+        assert (keep == keep[0]).all()
+        scores, keep = scores.sum(axis=0, keepdims=True), keep[:1]
     flat = isinstance(pattern, Unstructured) and pattern.group == "layer"
     lines = [(row, kept) for part in parts for row, kept in zip(scores[part], keep[part])]
     for group_scores, group_keep in [(scores.ravel(), keep.ravel())] if flat else lines:
@@ -60,6 +64,10 @@ def test_nan_scores_go_first():
         ("2:4", NM(2, 4)),
         ("6:8", NM(6, 8)),
         ("2:4@128", NM(2, 4, 128)),
+        ("0.25/input", WholeInputs(0.25, 128)),
+        ("0.25/input@64", WholeInputs(0.25, 64)),
+        ("0.3/neuron", Neurons(0.3)),
+        ("0.3/neuron@1", Neurons(0.3, 1)),
     ],
 )
 def test_patterns_are_read_from_text(text, expected):
@@ -67,7 +75,29 @@ def test_patterns_are_read_from_text(text, expected):
     assert parse_pattern(expected.text()) == expected
 
 
-@pytest.mark.parametrize("text", ["1.0", "-0.1", "4:4", "0:4", "half", "2:4:8", "0.5/block", "nan", "2:4@", "2:4@0", "2@4:8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.0",
+        "-0.1",
+        "4:4",
+        "0:4",
+        "half",
+        "2:4:8",
+        "0.5/block",
+        "nan",
+        "2:4@",
+        "2:4@0",
+        "2@4:8",
+        "1/input",
+        "-1/input",
+        "0.5/input@",
+        "0.5/input@0",
+        "0.5/input@x",
+        "x/neuron",
+        "2:4/input",
+    ],
+)
 def test_what_is_no_pattern_is_refused(text):
     with pytest.raises(UserError, match="expected"):
         parse_pattern(text)
@@ -133,3 +163,58 @@ def test_the_pairs_that_pay_are_those_of_two_sorted_lists(seed):
 
 def test_a_sparsity_below_one_leaves_a_weight():
     assert Unstructured(1 - 1e-12).pruned_in(4096) == 4095 and Unstructured(0.5).pruned_in(0) == 0
+
+
+def test_kept_inputs_come_in_multiples():
+    assert [WholeInputs(0.25).kept(columns) for columns in (1536, 8960, 4864)] == [1152, 6784, 3712]
+    assert WholeInputs(0.25, 1).kept(101) == 76 and WholeInputs(0.0).kept(100) == 100
+    assert WholeInputs(0.25).pruned_count((576, 1536)) == 576 * 384
+
+
+@pytest.mark.parametrize(
+    "pattern, columns, instead",
+    [
+        (WholeInputs(0.05), 1536, "0.0834/input or 0.05/input@64"),
+        (WholeInputs(0.25), 96, "0.25/input@16"),
+        (Neurons(0.25), 32, "0.25/neuron@8"),
+        (WholeInputs(0.01, 1), 32, "0.0313/input@1"),
+        (WholeInputs(0.5), 1, "a larger share"),
+    ],
+)
+def test_a_share_that_prunes_nothing_is_refused_with_one_that_works(pattern, columns, instead):
+    with pytest.raises(UserError, match=rf"prunes none of {columns} inputs, .*multiple of {pattern.multiple}; take {instead}$"):
+        pattern.keep_mask(jnp.ones((2, columns)))
+    for text in instead.split(" or ") if "/" in instead else ():
+        assert 0 < parse_pattern(text).kept(columns) < columns
+
+
+def test_what_violates_whole_inputs_is_named():
+    pattern, keep = WholeInputs(0.5, 2), np.ones((3, 8), bool)
+    keep[:, [1, 2, 5, 6]] = False
+    assert pattern.holds(~keep) and pattern.violation(keep) is None
+    assert pattern.violation(keep | (np.arange(8) == 1)) == "expected 4 of 8 inputs pruned in all rows, got 3"
+    fewer = keep & (np.arange(8) != 0)
+    assert pattern.violation(fewer) == "expected 4 of 8 inputs pruned in all rows, got 5"
+    assert pattern.violation(fewer, or_fewer=True) is None and pattern.holds(~fewer)
+    ragged = keep.copy()
+    ragged[1, 3] = False
+    assert pattern.violation(ragged) == "expected every input pruned in all rows or in none, got input 3 pruned in some"
+    assert pattern.violation(ragged, or_fewer=True) is None
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([0, -100, 100]))
+@settings(max_examples=30, deadline=None)
+def test_totals_are_sums_that_do_not_depend_on_the_order_of_rows(rows, seed, exponent):
+    rng = np.random.default_rng(seed)
+    scores = (rng.standard_normal((rows, 8)) * 2.0**exponent * np.exp(rng.standard_normal(8))).astype(np.float32)
+    found = np.asarray(totals(jnp.asarray(scores)))
+    assert (found == totals(jnp.asarray(scores[rng.permutation(rows)]))).all()
+    sums = scores.sum(axis=0, dtype=np.float64)
+    unit = 2.0 ** (30 - rows.bit_length() - np.frexp(np.abs(scores).max())[1])
+    np.testing.assert_allclose(found[0], sums * unit, rtol=1e-6, atol=1e-6 * np.abs(scores).max() * unit)
+
+
+def test_an_input_with_an_unknown_score_goes_first():
+    scores = jnp.array([[jnp.nan, -5.0, 3.0, 1.0], [9.0, -5.0, 3.0, jnp.inf]])
+    assert WholeInputs(0.25, 1).keep_mask(scores).tolist() == [[False, True, True, True]] * 2
+    assert WholeInputs(0.5, 1).keep_mask(scores).tolist() == [[False, False, True, True]] * 2

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.method.patterns import NM, Pattern, Unstructured
+from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import NM, Pattern, Unstructured, WholeInputs
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors import ADMM, Magnitude, Selector, SparseGPT, Thanos, Wanda
 from optima_tpu.runtime.mesh import ROWS, make_mesh
@@ -28,7 +29,17 @@ SELECTORS = {
 # Those that rank the weights of dead inputs by size; the others prune them first.
 BLIND = (Magnitude(), Wanda(shift_zero=True))
 contract = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
-patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+# Sweeps choose a row part by part, and refuse to choose whole inputs.
+SWEEPS = {"sparsegpt", "thanos"}
+
+
+def with_patterns(patterns):
+    """Every selector with every pattern that it takes."""
+    pairs = {f"{pattern}-{name}": (selector, pattern) for pattern in patterns for name, selector in SELECTORS.items()}
+    taken = {
+        name: pair for name, pair in pairs.items() if not (isinstance(pair[1], WholeInputs) and name.rpartition("-")[2] in SWEEPS)
+    }
+    return pytest.mark.parametrize("selector, pattern", taken.values(), ids=taken)
 
 
 def problem_of(seed: int, weight: np.ndarray | None = None, hessian: np.ndarray | None = None) -> LayerProblem:
@@ -57,10 +68,13 @@ def assert_obeys(pruned: Pruned, pattern: Pattern):
     """The exact number of zeros in every comparison group, none of them negative, and numbers everywhere else."""
     weight, keep = np.asarray(pruned.weight), np.asarray(pruned.keep)
     assert weight.dtype == np.float32 and keep.dtype == bool and weight.shape == keep.shape == (COUNT, SIZE)
-    lost = ~groups(keep, pattern)
-    share = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(lost.shape[1])
-    assert (lost.sum(axis=1) == share).all()
-    assert lost.sum() == pattern.pruned_count(weight.shape)
+    if isinstance(pattern, WholeInputs):
+        assert (keep == keep[0]).all()
+    else:
+        lost = ~groups(keep, pattern)
+        share = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(lost.shape[1])
+        assert (lost.sum(axis=1) == share).all()
+    assert np.sum(~keep) == pattern.pruned_count(weight.shape)
     assert np.isfinite(weight).all()
     assert (weight[~keep] == 0).all() and not np.signbit(weight[~keep]).any()
 
@@ -68,8 +82,11 @@ def assert_obeys(pruned: Pruned, pattern: Pattern):
 def assert_prunes_the_smallest(scores: np.ndarray, keep: np.ndarray, selector: Selector, pattern: Pattern, by_index: bool = True):
     """Of what competes at once the smallest scores go, of equal ones those with the lower index, or any.
 
-    An unstructured mask may be chosen block by block of inputs.
+    An unstructured mask may be chosen block by block of inputs. Whole inputs compete by the sums of their scores, for which it takes
+    scores whose sums are exact.
     """
+    if isinstance(pattern, WholeInputs):
+        scores, keep, pattern = scores.sum(axis=0, keepdims=True), keep[:1], Unstructured(group="row")
     starts = range(0, SIZE, SIZE if isinstance(pattern, NM) else getattr(selector, "block", SIZE))
     for start in starts:
         part = slice(start, None if isinstance(pattern, NM) else start + starts.step)
@@ -78,8 +95,7 @@ def assert_prunes_the_smallest(scores: np.ndarray, keep: np.ndarray, selector: S
             assert (ordered[1:] >= ordered[:-1]).all()
 
 
-@contract
-@patterns
+@with_patterns(PATTERNS)
 def test_every_group_loses_its_exact_share(selector, pattern):
     problem = problem_of(10)
     pruned = select(selector, problem, pattern)
@@ -94,8 +110,7 @@ def test_nothing_moves_where_nothing_goes(selector):
     assert pruned.keep.all() and (pruned.weight == problem.weight).all()
 
 
-@contract
-@patterns
+@with_patterns(PATTERNS)
 def test_the_scale_of_the_hessian_does_not_matter(selector, pattern):
     problem = problem_of(12)
     once = select(selector, problem, pattern)
@@ -105,8 +120,7 @@ def test_the_scale_of_the_hessian_does_not_matter(selector, pattern):
         assert np.abs(again.weight - once.weight).max() <= 1e-4 * np.abs(once.weight).max()
 
 
-@contract
-@patterns
+@with_patterns(PATTERNS)
 def test_the_scale_of_a_row_does_not_matter(selector, pattern):
     """Of all rows together where they compete."""
     problem = problem_of(13)
@@ -118,8 +132,7 @@ def test_the_scale_of_a_row_does_not_matter(selector, pattern):
     assert np.abs(again.weight / scale - once.weight).max() <= 1e-5 * np.abs(once.weight).max()
 
 
-@contract
-@patterns
+@with_patterns(PATTERNS)
 def test_dead_inputs_go_first_and_poison_nothing(selector, pattern):
     """One that sees nothing and one that sees rounding noise, whose weights grow a thousandfold."""
     silent, noisy = dead = [3, 20]
@@ -138,8 +151,7 @@ def test_dead_inputs_go_first_and_poison_nothing(selector, pattern):
         assert (once.keep == again.keep).all() and (once.weight == again.weight).all()
 
 
-@contract
-@patterns
+@with_patterns(PATTERNS)
 def test_a_layer_that_sees_nothing_loses_its_share_and_nothing_moves(selector, pattern):
     problem = problem_of(15, hessian=np.zeros((SIZE, SIZE)))
     pruned = select(selector, problem, pattern)
@@ -150,8 +162,7 @@ def test_a_layer_that_sees_nothing_loses_its_share_and_nothing_moves(selector, p
     assert_prunes_the_smallest(scores, keep, selector, pattern)
 
 
-@contract
-@patterns
+@with_patterns(PATTERNS)
 def test_of_equal_weights_those_with_the_lower_index_go(selector, pattern):
     """Weights of few levels, as a 4-bit checkpoint has, behind inputs that are all alike.
 
@@ -175,16 +186,29 @@ def test_groups_that_lie_apart_are_chosen_like_the_same_inputs_side_by_side(sele
         np.testing.assert_allclose(found.weight[:, order], expected.weight, atol=1e-4)
 
 
-@contract
-def test_the_mask_is_that_of_one_device_on_a_mesh(selector):
+@with_patterns([Unstructured(0.6, "layer"), WholeInputs(0.3, multiple=8)])
+def test_the_mask_is_that_of_one_device_on_a_mesh(selector, pattern):
     """With one row on each of eight devices, all of them competing, also where ties have to be broken."""
-    mesh, pattern = make_mesh("4x2"), Unstructured(0.6, "layer")
+    mesh = make_mesh("4x2")
     rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, P())
     for problem in (problem_of(17), problem_of(17, four_bits(17), np.eye(SIZE))):
         once = select(selector, problem, pattern)
         again = select(selector, jax.device_put(problem, LayerProblem(rows, everywhere)), pattern)
         np.testing.assert_array_equal(again.keep, once.keep)
         np.testing.assert_allclose(again.weight, once.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(SWEEPS))
+def test_sweeps_refuse_whole_inputs_and_name_another_selector(name):
+    with pytest.raises(UserError, match=r"a part of a row loses, got 0.3 of the inputs; take --selector wanda$"):
+        SELECTORS[name].check(WholeInputs(0.3))
+
+
+def test_wanda_removes_the_inputs_with_the_lowest_sums_of_its_score():
+    problem = problem_of(19)
+    sums = np.sum(np.abs(problem.weight, dtype=np.float64) * np.sqrt(np.diag(problem.hessian)), axis=0)
+    keep = np.asarray(Wanda()(problem, WholeInputs(0.5, multiple=8)).keep)
+    assert keep[0].sum() == 16 and sums[keep[0]].min() > sums[~keep[0]].max()
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6, "layer"), NM(2, 4)], ids=str)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.patterns import NM, Unstructured, WholeInputs
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.method.solvers import Solver
 
@@ -17,9 +17,10 @@ PATTERNS = [
     NM(4, 8),
     NM(6, 8),
     NM(2, 4, stride=8),
+    WholeInputs(0.3, multiple=8),
 ]
-"""What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, 6:8, and groups whose
-inputs lie apart."""
+"""What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, 6:8, groups whose
+inputs lie apart, and whole inputs."""
 
 
 def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None = None, spread: float = 1.0) -> np.ndarray:

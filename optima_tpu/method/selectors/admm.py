@@ -174,7 +174,8 @@ class _Matrix:
         """One iteration; ``solve`` is the inverse of its stage, whose ridge exceeds ``damping + rho`` by ``slack``."""
         solved = rough_matmul(self.pull + rho * state.move - state.dual + slack * state.solved, solve)
         move = solved + state.dual / rho
-        keep = self.pattern.keep_mask(jnp.abs(self.weight + move))
+        # Squares: where rows lose the same inputs, the nearest z keeps the largest sums of squares.
+        keep = self.pattern.keep_mask(jnp.square(self.weight + move))
         return _State(solved, jnp.where(keep, move, -self.weight), jnp.where(keep, 0.0, rho * (self.weight + move)), keep)
 
 
