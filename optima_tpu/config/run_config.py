@@ -15,7 +15,7 @@ from optima_tpu.method.allocation import Allocation, Uniform
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.layer_rules import LayerRule, layers_text
 from optima_tpu.method.mask_swaps import Swaps
-from optima_tpu.method.patterns import Pattern, Unstructured
+from optima_tpu.method.patterns import Pattern, Unstructured, WholeInputs
 from optima_tpu.method.quantization import Quantizer
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported, Selector, Wanda
@@ -147,6 +147,8 @@ class RunConfig(Devices):
         paper (swaps, dense, int4, owl, measured) before the pattern. A stopped run resumes from this directory.
       pattern: which weights are pruned: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of every group
         that the published selector compares, 2:4 keeps 2 of every 4, 2:4@128 keeps 2 of every 4 inputs that lie 128 apart.
+        0.25/neuron cuts a quarter of the neurons of every MLP and leaves the other layers dense, so that the exported model is
+        smaller; 0.25/input prunes whole inputs of every layer. Both keep a multiple of 128, or with @64 behind, of 64.
         A pattern of your own is named by its import path and options: my_lab.patterns:Comb?every=3.
       layers: rules for layers with another pattern: PATH=PATTERN or PATH=dense, separated by commas; the last rule that matches
         holds. "self_attn.*=dense" leaves attention dense, "model.layers.0.*=0.3" prunes the first block less.
@@ -214,11 +216,16 @@ class RunConfig(Devices):
                 "expected a solver where refine is swaps, got none: its solution says what to exchange; "
                 "take --solver cg or --refine null"
             )
-        for pattern in self._patterns:
+        for pattern in self.patterns:
             if self.recipe.selector:
                 self.recipe.selector.check(pattern)
             if self.refine and not pattern.exchanges:
                 raise UserError(f"expected a pattern whose masks can be exchanged, got {pattern}; take --refine null")
+            if isinstance(pattern, WholeInputs) and self.quantize and self.quantize.group is not None:
+                raise UserError(
+                    f"expected one scale for a row where the pattern is {pattern.text()}, which takes groups of inputs apart, got groups "
+                    f"of {self.quantize.group}; take --quantize.group null"
+                )
         if self.allocation.measures:
             name = method_name("allocation", self.allocation)
             if not self.pattern.free:
@@ -247,7 +254,8 @@ class RunConfig(Devices):
                     raise UserError(f"expected calibration.held_out of at least 1 where {setting} is {name}, got 0")
 
     @property
-    def _patterns(self) -> list[Pattern]:
+    def patterns(self) -> list[Pattern]:
+        """The pattern, and those of the rules for layers."""
         return [self.pattern, *(rule.pattern for rule in self.layers if rule.pattern)]
 
     @property
@@ -273,7 +281,7 @@ class RunConfig(Devices):
     def outside_code(self) -> dict[str, str]:
         """The user's own classes in this run, by import path, and the SHA-256 of the file that each was read from."""
         methods = (getattr(self, setting) for setting in CHOICES)
-        return outside_code([*self._patterns, *filter(None, methods)])
+        return outside_code([*self.patterns, *filter(None, methods)])
 
     @property
     def model_name(self) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from optima_tpu.models import llama
+from optima_tpu.models.family import NeuronLayers
 from optima_tpu.models.layers import MLP
 from optima_tpu.models.rope import Rope
 
@@ -26,5 +27,9 @@ def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
 
 
 FAMILY = dataclasses.replace(
-    llama.FAMILY, read_config=read_config, block=block, linears=tuple(name for name in llama.LINEARS if name != "mlp.gate_proj")
+    llama.FAMILY,
+    read_config=read_config,
+    block=block,
+    linears=tuple(name for name in llama.LINEARS if name != "mlp.gate_proj"),
+    neurons=NeuronLayers(made_by=("mlp.up_proj",)),
 )

@@ -128,6 +128,20 @@ class Stack(NamedTuple):
         return axes[::-1] if self.turned else axes
 
 
+class NeuronLayers(NamedTuple):
+    """The layers of the MLP in every block, whose shapes have the number of its neurons.
+
+    Attributes:
+      made_by: the layers whose outputs make the neurons; one layer may hold gate and up, one behind the other.
+      read_by: the layer whose inputs they are.
+      setting: their number in a configuration of ``transformers``.
+    """
+
+    made_by: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    read_by: str = "mlp.down_proj"
+    setting: str = "intermediate_size"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One decoder family. The rest of the program knows only what is declared here.
@@ -156,6 +170,7 @@ class Family:
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
+      neurons: the layers of the MLP, for families that have one in every block; None where neurons cannot be cut.
       shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
         borrow from the others. Where a token's share multiplies its input (Llama 4), it lends what its first expert reads.
       stacks: the tensors that hold parameters of all experts, by their names in the block.
@@ -178,6 +193,7 @@ class Family:
     head: str = "lm_head.weight"
     attended: tuple[str, ...] = ("self_attn.o_proj",)
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
+    neurons: NeuronLayers | None = None
     shared: tuple[str, ...] = ()
     stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)
     exact: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.family import DecoderConfig, Family, Positions, Residual
+from optima_tpu.models.family import DecoderConfig, Family, NeuronLayers, Positions, Residual
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, scaled
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
 from optima_tpu.runtime.mesh import MODEL
@@ -254,4 +254,5 @@ FAMILY = Family(
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
         "mlp.down_proj": Residual("after_attention", "after_mlp"),
     },
+    neurons=NeuronLayers(),
 )

@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
+from optima_tpu.models.family import DecoderConfig, Family, NeuronLayers, Positions, ReadTensor, Residual, Shape
 from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, split_heads
 from optima_tpu.runtime.mesh import MODEL
 
@@ -165,4 +165,5 @@ FAMILY = Family(
     embed=embed,
     attended=("self_attn.out_proj",),
     residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"), "fc2": Residual("before_mlp", "after_mlp")},
+    neurons=NeuronLayers(made_by=("fc1",), read_by="fc2", setting="ffn_dim"),
 )

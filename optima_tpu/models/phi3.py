@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models import llama
-from optima_tpu.models.family import Positions
+from optima_tpu.models.family import NeuronLayers, Positions
 from optima_tpu.models.layers import Linear, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate
 from optima_tpu.runtime.mesh import MODEL
@@ -67,6 +67,7 @@ FAMILY = dataclasses.replace(
     read_config=read_config,
     block=block,
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    neurons=NeuronLayers(made_by=("mlp.gate_up_proj",)),
     # Slices of the model axis do not end at the borders of q, k and v; XLA moves the rows.
     sharding={
         "self_attn.qkv_proj.weight": P(MODEL, None),

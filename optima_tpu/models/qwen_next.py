@@ -118,7 +118,7 @@ STACKS = {"mlp.experts.gate_up_proj": Stack((_GATE, _UP), turned=False), "mlp.ex
 """Of the mixtures as they are published; transformers writes each expert by itself."""
 
 NEXT = _family(read_next)
-DENSE = _family(read_dense)
+DENSE = _family(read_dense, neurons=llama.FAMILY.neurons)
 MIXTURE = _family(read_mixture, stacks=STACKS)
 DENSE_MULTIMODAL = _beside_images(DENSE)
 MIXTURE_MULTIMODAL = _beside_images(MIXTURE)

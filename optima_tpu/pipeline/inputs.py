@@ -16,7 +16,7 @@ from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import check_layers
-from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.patterns import Neurons, Pattern
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_damaged_model
@@ -186,13 +186,20 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     )
 
 
-def pruned_layers(config: RunConfig, decoder: Decoder) -> dict[str, Pattern]:
+def pruned_layers(config: RunConfig, model: Model) -> dict[str, Pattern]:
     """The pattern of every layer that is pruned, by its whole path.
 
     Raises:
-      UserError: as ``check_layers``, or groups of integers do not divide the inputs of a layer.
+      UserError: as ``check_layers``, or neurons cannot be cut from this model, or groups of integers do not divide the inputs of a
+        layer.
     """
-    shapes = list(linear_shapes(decoder))
+    cut = next((pattern for pattern in config.patterns if isinstance(pattern, Neurons)), None)
+    if cut and model.decoder.family.neurons is None:
+        raise UserError(
+            f"expected a model with one MLP in every block where the pattern is {cut.text()}, got "
+            f"{', '.join(model.pretrained.config.architectures)}, from which neurons cannot be cut; take another pattern, such as 2:4"
+        )
+    shapes = list(linear_shapes(model.decoder))
     patterns = check_layers(config.layers, config.pattern, shapes)
     for path, _, (_, d_in) in shapes:
         if config.quantize and path in patterns:
@@ -217,7 +224,7 @@ def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]
 
 
 def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
-    patterns = pruned_layers(config, model.decoder)
+    patterns = pruned_layers(config, model)
     fitted, ids = config.calibration.fitted, texts.calibration.ids
     manifest = {
         "model": model.pretrained.fingerprint,

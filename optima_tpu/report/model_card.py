@@ -23,6 +23,10 @@ _IN_FILES = (
     "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp. Zeros save time only with "
     "a kernel that uses them.\n"
 )
+_CUT = (
+    "This is an ordinary model with narrower MLPs: its files are smaller, and every program that loads the dense model loads it and "
+    "computes less."
+)
 _IN_MAXTEXT = (
     "`0/items` holds the parameters in MaxText's layout, and maxtext.yml the settings that belong to it: "
     "`maxtext.yml load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER`, with absolute paths, are arguments of MaxText's trainer. "
@@ -39,7 +43,7 @@ def model_card(
 
     Args:
       folder: name of the exported folder; the title if the model has no name.
-      sidecar: contents of optima_tpu.json: ``model``, ``manifest``, ``layers``.
+      sidecar: contents of optima_tpu.json: ``model``, ``manifest``, ``layers``, and ``neurons`` if some were cut.
       assets: the source's files; config.json, the licence and the model card are read.
       report: report.json of the run. The card shows ``recipe``, the text that was read, ``perplexity`` (``dense`` and ``pruned``)
         and the evaluation text if the report has them.
@@ -47,14 +51,25 @@ def model_card(
     """
     recipe = sidecar["manifest"]["recipe"]
     origin = sidecar["model"]
-    layers = sidecar["layers"]
-    pruned = sum(layer["pruned"] for layer in layers)
-    weights = sum(math.prod(layer["shape"]) for layer in layers)
+    layers, neurons = sidecar["layers"], sidecar.get("neurons")
+    masked = [layer for layer in layers if "cut_from" not in layer]
+    pruned = sum(layer["pruned"] for layer in masked)
+    weights = sum(math.prod(layer["shape"]) for layer in masked)
+    done = []
+    if neurons:
+        done.append(f"every MLP has {neurons['kept']:,} of {neurons['total']:,} neurons left, and the others are deleted")
+    if masked or not neurons:
+        done.append(
+            f"{pruned:,} of the {weights:,} weights in its {len(masked)} pruned matrices are zero ({pruned / max(weights, 1):.2%})"
+        )
+    files = _IN_FILES
+    if neurons:
+        files = _CUT + (" Its zeros are stored like other numbers." if masked else "") + "\n"
     licence = licence_of(assets)
     front = ModelCardData(
         base_model=_base_model(origin, assets),
         library_name=library,
-        tags=["pruned", "sparse", "optima-tpu"],
+        tags=["pruned", *(["sparse"] if masked or not neurons else []), "optima-tpu"],
         license=licence.id,
         license_name=licence.name,
         license_link=licence.link,
@@ -62,8 +77,8 @@ def model_card(
     parts = [
         f"---\n{front}\n---\n",
         f"# {_plain(_title(origin, folder))}, pruned {_plain(str(parse_pattern(recipe['pattern'])))}{' and trained' * bool(_trained(report))}\n",
-        f"{_plain(origin or 'A language model')}, {_done(sidecar['manifest'], report)}: {pruned:,} of the {weights:,} weights in "
-        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(origin, recipe, report)}\n",
+        f"{_plain(origin or 'A language model')}, {_done(sidecar['manifest'], report)}: {'; '.join(done)}. "
+        f"{_others(origin, recipe, report)}\n",
         *(
             [
                 f"The kept weights are integers of {_plain(str(quantize['name']))} times scales, chosen by the pruning's own objective. A folder whose "
@@ -72,9 +87,9 @@ def model_card(
             if (quantize := recipe.get("quantize"))
             else []
         ),
-        _IN_MAXTEXT if library == "maxtext" else _IN_FILES,
+        _IN_MAXTEXT if library == "maxtext" else files,
         "## Recipe\n",
-        *([f"{_plain(done)}. {_read(sidecar['manifest'], report)}All settings:\n"] if (done := report.get("recipe")) else []),
+        *([f"{_plain(told)}. {_read(sidecar['manifest'], report)}All settings:\n"] if (told := report.get("recipe")) else []),
         _table(
             ("setting", "value"), [(_plain(name), _plain(_typed(value))) for name, value in flat(recipe).items() if value != ""]
         ),

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from transformers import PretrainedConfig
 
+from optima_tpu.method.layer_rules import parse_layers, pattern_of
+from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.models.decoder import Decoder
@@ -48,21 +51,32 @@ def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, dict, t
     return weights, masks, {"index": block, "seconds": None, "layers": layers}, on_host(activations_after(block))
 
 
-def pruned_run(directory: Path, config: PretrainedConfig, source: MemoryTensors) -> Path:
-    """A run over the model that a configuration of transformers describes: half of every row is pruned at random."""
+def pruned_run(
+    directory: Path, config: PretrainedConfig, source: MemoryTensors, pattern: str | None = None, layers: str = ""
+) -> Path:
+    """A run over the model that a configuration of transformers describes: half of every row is pruned at random.
+
+    Args:
+      pattern, layers: another pattern, and rules for layers, as they are typed. Weights are pruned by random scores.
+    """
     decoder = Decoder.open(config, source, mesh(1, 1))
     settings = config.to_diff_dict() | {"architectures": config.architectures, "dtype": "float32"}
-    journal = open_journal(directory, MANIFEST, {"config.json": json.dumps(settings).encode()}, {})
+    manifest = MANIFEST if pattern is None else MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": pattern, "layers": layers}}
+    journal = open_journal(directory, manifest, {"config.json": json.dumps(settings).encode()}, {})
     random = np.random.default_rng(0)
+
+    def mask(name: str, linear: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        if pattern is None:
+            return random.permuted(np.tile(np.arange(shape[1]) % 2 == 0, (shape[0], 1)), axis=1)
+        chosen = pattern_of(parse_layers(layers), parse_pattern(pattern), name.removesuffix(".weight"), linear)
+        return chosen and np.asarray(chosen.keep_mask(jnp.asarray(random.random(shape), jnp.float32)))
+
     for block in range(decoder.config.blocks):
-        names = {f"{decoder.prefix(block)}{linear}.weight": linear for linear in decoder.linears}
-        masks = {
-            name: random.permuted(np.tile(np.arange(dense.shape[1]) % 2 == 0, (len(dense), 1)), axis=1)
-            for name, dense in ((name, source.read(name)) for name in names)
-        }
+        names = {f"{decoder.prefix(block)}{linear}.weight": linear for linear in decoder.at(block).linears}
+        masks = {name: keep for name, linear in names.items() if (keep := mask(name, linear, source.shape(name))) is not None}
         weights = {name: np.where(keep, source.read(name), 0).astype(source.dtype(name)) for name, keep in masks.items()}
-        layers = [{"block": block, "name": linear, "pruned": int((~masks[name]).sum())} for name, linear in names.items()]
-        report = {"index": block, "seconds": None, "layers": layers}
+        pruned = [{"block": block, "name": names[name], "pruned": int((~keep).sum())} for name, keep in masks.items()]
+        report = {"index": block, "seconds": None, "layers": pruned}
         journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 1), np.float32)))
     write_checkpoint(journal, source, mesh(1, 1))
     return directory

@@ -2,7 +2,7 @@
 
     OUT/model.safetensors           or model-00001-of-0000N.safetensors with their index: every tensor in the source's
                                     dtype, the pruned weights exactly zero, the others as the source had them
-    OUT/config.json, tokenizer...   the source's own files, byte for byte
+    OUT/config.json, tokenizer...   the source's own files, byte for byte; where neurons were cut, config.json has their number
     OUT/pruning_masks.npz           which weights were kept, one bit each; see read_masks
     OUT/optima_tpu.json             recipe, sparsity and error of every layer
     OUT/README.md                   model card
@@ -106,6 +106,10 @@ def export(
             f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "
             "model"
         )
+        if run.neurons:
+            say(f"every MLP has {run.neurons.kept:,} of {run.neurons.total:,} neurons left, and the others are not written")
+        if run.zeros_stay:
+            say(run.zeros_stay)
         with making(out) as partial:
             for name, data in run.assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,14 +204,22 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _sidecar(run: Exported, zeros: Mapping[str, int]) -> dict[str, Any]:
-    """Recipe, and for each pruned weight its zeros counted from the file and its layer report."""
-    source = run.source
+    """Recipe, the neurons that are left, and for each pruned weight its layer report and its zeros counted from the file.
+
+    A matrix that lost columns has none, and its whole shape as "cut_from".
+    """
+    source, cut = run.source, run.neurons
     origin = source.run["configuration"].get("model")
     layers = []
     for name, count in zeros.items():
         size = int(np.prod(source.shape(name)))
         counted = {"name": name, "shape": list(source.shape(name)), "pruned": count, "sparsity": count / size}
         layers.append(run.report_on(name) | counted)
+    for name in sorted(cut.whole) if cut else ():
+        shape = list(source.shape(name))
+        counted = {"name": name, "shape": shape, "pruned": 0, "sparsity": 0.0, "cut_from": [shape[0], cut.total]}
+        layers.append(run.report_on(name) | counted)
+    neurons = {"neurons": {"kept": cut.kept, "total": cut.total}} if cut else {}
     # For a local model only the folder's name, because this file may be published.
     model = origin if origin is None or HUB_ID.fullmatch(origin) else Path(origin).name
-    return {"model": model, "manifest": source.run["manifest"], "layers": layers}
+    return {"model": model, "manifest": source.run["manifest"], **neurons, "layers": layers}

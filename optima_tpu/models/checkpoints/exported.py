@@ -14,6 +14,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers, pattern_of
 from optima_tpu.method.patterns import Pattern, parse_pattern
 from optima_tpu.method.quantization import Quantizer
+from optima_tpu.models import family_named
+from optima_tpu.models.checkpoints.neurons import CutNeurons, cut_neurons
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.report.run_record import read_assets
@@ -40,17 +42,30 @@ class Exported:
       source: its checkpoint.
       assets: the source's own files, such as config.json: name -> contents.
       patterns: the pattern of every pruned weight, without unstructured masks from elsewhere, which were checked there.
+      neurons: the neurons that were cut, which neither ``source`` nor ``assets`` has; None if none was.
+      zeros_stay: why inputs that are pruned in all rows are still in ``source``; empty if there are none.
     """
 
     directory: Path
     source: CheckpointTensors
     assets: Mapping[str, bytes]
     patterns: Mapping[str, Pattern]
+    neurons: CutNeurons | None = None
+    zeros_stay: str = ""
 
     @classmethod
     def open(cls, directory: Path) -> "Exported":
-        source = CheckpointTensors(directory)
-        return cls(directory, source, read_assets(directory), _patterns(source))
+        """Opens a run, and cuts the neurons that it pruned in every block alike."""
+        source, assets = CheckpointTensors(directory), read_assets(directory)
+        patterns = _patterns(source)
+        family = family_named(_architectures(assets))
+        cut = cut_neurons(source, patterns, family.neurons if family else None)
+        if isinstance(cut, str):
+            return cls(directory, source, assets, patterns, zeros_stay=cut)
+        # What a matrix loses elsewhere is in the other patterns' groups, unless rows compete.
+        patterns = {name: each for name, each in patterns.items() if name not in cut.parts or each.group == "row"}
+        assets = {**assets, "config.json": cut.config(assets["config.json"])}
+        return cls(directory, source.without(cut.parts, cut.whole), assets, patterns, cut)
 
     def config(self) -> PretrainedConfig:
         return read_config(self.assets["config.json"], str(self.directory))[0]
@@ -73,7 +88,9 @@ class Exported:
     def zeros(self, name: str, zero: np.ndarray, keep: np.ndarray) -> int:
         """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask, recorded count and pattern."""
         pattern = self.patterns.get(name)
-        if np.any(~keep & ~zero) or zero.sum() < self.report_on(name)["pruned"] or not (pattern is None or pattern.holds(zero)):
+        # The recorded count has the zeros of rows that were cut.
+        recorded = 0 if self.neurons and name in self.neurons.parts else self.report_on(name)["pruned"]
+        if np.any(~keep & ~zero) or zero.sum() < recorded or not (pattern is None or pattern.holds(zero)):
             raise RuntimeError(f"the zeros of {name} do not match mask and pattern {pattern}")
         return int(zero.sum())
 
@@ -95,12 +112,16 @@ class Exported:
 
     def architectures(self) -> list[str] | None:
         """The names of the model's class in config.json."""
-        found: list[str] | None = json.loads(self.assets["config.json"]).get("architectures")
-        return found
+        return _architectures(self.assets)
 
     def report_on(self, name: str) -> dict[str, Any]:
         """The record of the layer that a pruned weight belongs to."""
         return _report_on(name, self.source)
+
+
+def _architectures(assets: Mapping[str, bytes]) -> list[str] | None:
+    found: list[str] | None = json.loads(assets["config.json"]).get("architectures")
+    return found
 
 
 def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:

@@ -8,13 +8,14 @@ second time; such a checkpoint names no parts and is read as it is. No other mod
 """
 
 import contextlib
+import copy
 import logging
 import re
 import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, Self, TypedDict
 
 import jax
 import numpy as np
@@ -266,6 +267,18 @@ def refuse_damaged_checkpoint(directory: Path) -> None:
         raise UserError(f"{directory / CHECKPOINT} is damaged ({found}): repeat the run's command, which writes it again")
 
 
+class Part(NamedTuple):
+    """The rows or the columns of a tensor that stay.
+
+    Attributes:
+      indices: which.
+      axis: 0 for rows, 1 for columns.
+    """
+
+    indices: np.ndarray
+    axis: int
+
+
 class OrbaxTensors:
     """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host on demand.
 
@@ -277,12 +290,29 @@ class OrbaxTensors:
         self._trees = trees
         self._found = {group: _leaves(trees, group) for group in ("weights", "masks", "scales")}
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
+        self._left: Mapping[str, Part] = {}
+
+    def without(self, left: Mapping[str, Part], whole: Collection[str]) -> Self:
+        """The same tensors, of which only parts are left.
+
+        Args:
+          left: the parts, by the name of the tensor. Of columns the others must be zero.
+          whole: those that no longer count as pruned.
+        """
+        found = copy.copy(self)
+        found._left, found._held = left, (("", ""), {})
+        masks = {name: leaf for name, leaf in self._found["masks"].items() if name not in whole}
+        found._found = self._found | {"masks": masks}
+        return found
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._found["weights"]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._found["weights"][name].shape)
+        shape = list(self._found["weights"][name].shape)
+        if part := self._left.get(name):
+            shape[part.axis] = len(part.indices)
+        return tuple(shape)
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self._found["weights"][name].dtype)
@@ -330,7 +360,16 @@ class OrbaxTensors:
         found: dict[str, np.ndarray] = {}
         for path, tree in self._trees.items():
             found |= load_group(path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names})
-        return found
+        return {name: self._part(group, name, array) for name, array in found.items()}
+
+    def _part(self, group: str, name: str, array: np.ndarray) -> np.ndarray:
+        part = self._left.get(name)
+        if part is None or (group == "scales" and part.axis == 1):  # one scale for a row
+            return array
+        left = np.take(array, part.indices, part.axis)
+        if group == "weights" and part.axis == 1 and np.count_nonzero(left) != np.count_nonzero(array):
+            raise RuntimeError(f"{name}: the checkpoint holds weights other than zero in inputs that were cut")
+        return left
 
 
 class CheckpointTensors(OrbaxTensors):
