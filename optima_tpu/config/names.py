@@ -30,6 +30,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
         **dict.fromkeys(("groupsize", "group_size"), ("quantize.group", "128")),
         **dict.fromkeys(("lr", "learning_rate"), ("distill.learning_rate", "7e-5")),
         **dict.fromkeys(("epochs", "num_train_epochs"), ("distill.passes", "1")),
+        **dict.fromkeys(("cut", "pruning_ratio"), ("pattern", "0.25/neuron")),
         "ignore": ("layers", "PATH=dense"),
     }
 )

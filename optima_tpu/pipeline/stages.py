@@ -5,11 +5,12 @@ Inside of PRUNING, which is the walk, the journal keeps block by block; inside o
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import unigram_perplexity
+from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
 from optima_tpu.models.checkpoints.source import Layered, total_bytes
@@ -21,7 +22,7 @@ from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import recipe_line
-from optima_tpu.pipeline.inputs import token_digest
+from optima_tpu.pipeline.inputs import pruned_layers, token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.pipeline.loss_gradient import GRADIENT as GRADIENT_NAME
@@ -35,8 +36,9 @@ from optima_tpu.report.contents import Continuations
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.pace import Step
-from optima_tpu.report.records import blocks_from_json
+from optima_tpu.report.records import BlockReport, blocks_from_json
 from optima_tpu.report.sinks import Steps, open_sinks
+from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete
@@ -398,7 +400,7 @@ def _report(
     def write() -> dict[str, Any]:
         measured_here = {"sizes": _sizes(opened), "tokens": changes(opened, results.dense, results.pruned)}
         blocks = blocks_from_json(pruned.blocks, directory / CHECKPOINT)
-        return write_report(directory / REPORT, entries | measured_here, blocks)
+        return write_report(directory / REPORT, entries | measured_here | {"neurons": _neurons(opened, blocks)}, blocks)
 
     report: dict[str, Any] = from_first(write)
     return report
@@ -427,6 +429,24 @@ def _facts(opened: Opened, results: Results) -> dict[str, Any]:
         },
         "distillation": results.outcome and results.outcome.to_json(),
     }
+
+
+def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, Any] | None:
+    """The neurons of an MLP, and the numbers that blocks have left; None if the run cuts none."""
+    config, family = opened.config, opened.model.decoder.family
+    if family.neurons is None or not any(isinstance(pattern, WholeInputs) for pattern in config.patterns):
+        return None
+    patterns, prefix = pruned_layers(config, opened.model), opened.model.decoder.prefix
+    cut = [
+        layer
+        for layer in all_layers(blocks)
+        if layer.name == family.neurons.read_by and isinstance(patterns.get(prefix(layer.block) + layer.name), WholeInputs)
+    ]
+    if not cut:
+        return None
+    total = cut[0].shape[1]
+    left = {total - layer.pruned // layer.shape[0] for layer in cut} | ({total} if len(cut) < len(blocks) else set())
+    return {"left": sorted(left), "total": total}
 
 
 def _weighed_layers(opened: Opened) -> list[str]:

@@ -149,6 +149,11 @@ class OutcomeRecord(TypedDict):
     spans: NotRequired[list[SpanRecord]]
 
 
+class _Neurons(TypedDict):
+    left: Annotated[list[Count], msgspec.Meta(min_length=1)]
+    total: Count
+
+
 class _Sizes(TypedDict):
     dense: NotRequired[Count]
     transformers: NotRequired[Count | None]
@@ -183,6 +188,7 @@ class Report(TypedDict):
     recipe: NotRequired[str]
     weighed_layers: NotRequired[list[str]]
     memory: NotRequired[dict[str, Count | None] | None]
+    neurons: NotRequired[_Neurons | None]
     sizes: NotRequired[_Sizes | None]
     tokens: NotRequired[_Changes | None]
     continuations: NotRequired[Continuations | None]

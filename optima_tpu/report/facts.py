@@ -116,6 +116,20 @@ def _sparsity(run: Finished) -> Fact:
     return Fact("sparsity", "Sparsity", [percent(sparsity(run.layers))], note)
 
 
+def _neurons(run: Finished) -> Fact | None:
+    cut = run.report.get("neurons")
+    if not cut:
+        return None
+    *fewer, most = (f"{count:,}" for count in cut["left"])
+    left = f"{fewer[0]} to {most}" if fewer else most
+    note = (
+        "; blocks differ, so the exported model has zeros where others were"
+        if fewer
+        else "; the exported model is without the others"
+    )
+    return Fact("neurons", "Neurons", [left], f"of {cut['total']:,} left in {'an' if fewer else 'every'} MLP{note}")
+
+
 def _quantised(run: Finished) -> Fact | None:
     errors = quantized_line(run.layers)
     name = errors and run.report["configuration"]["quantize"]["name"]
@@ -153,6 +167,8 @@ def _why_not_smaller(report: Mapping[str, Any]) -> str:
             "not smaller because it holds integers times scales in the source's dtype; optima export --format "
             "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
         )
+    if len((report.get("neurons") or {}).get("left", ())) == 1:
+        return "the neurons that were cut are in no file"
     return (
         "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and "
         "prints its size, a smaller share of bfloat16 (--dtype) than of float32"
@@ -180,7 +196,7 @@ def _trained(run: Finished) -> Fact | None:
 
 
 FACTS: Sequence[Callable[[Finished], Fact | None]] = (
-    *(_perplexity, _error, _against_dense, _sparsity, _quantised, _masks, _size, _memory, _trained),
+    *(_perplexity, _error, _against_dense, _sparsity, _neurons, _quantised, _masks, _size, _memory, _trained),
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
 

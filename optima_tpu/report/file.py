@@ -26,7 +26,7 @@ _PACKAGES = ("optima-tpu", "jax", "jaxlib", "flax", "orbax-checkpoint", "mpax", 
 
 _KEYS = (
     *("manifest", "configuration", "environment", "model", "calibration", "evaluation", "perplexity"),
-    *("sparsity", "model_sparsity", "allocation", "distillation", "weighed_layers", "recipe", "weights", "pruned"),
+    *("sparsity", "model_sparsity", "allocation", "distillation", "neurons", "weighed_layers", "recipe", "weights", "pruned"),
     *("unusual", "layer_kinds", "seconds", "memory", "sizes", "tokens", "continuations", "files", "blocks"),
 )
 """The keys of the file, in its order."""
@@ -98,6 +98,7 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         - perplexity: "dense" and "pruned".
         - allocation: from ``importance.Allocated.to_json``; None if every block has the pattern's sparsity.
         - distillation: from ``distill.Outcome.to_json``; None if the pruned model was not trained.
+        - neurons: of each MLP: "total", and "left", the numbers that blocks have left; None if no neurons were cut.
         - weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
         - recipe: one line on the method, with only those settings that have an effect on the model's family.
         - seconds: by stage, from ``Progress.seconds``: of the last start of the run.

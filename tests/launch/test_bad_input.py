@@ -56,7 +56,26 @@ def refused(tmp_path, capfd):
         (["--pattern", "1.0"], "pattern: expected a sparsity in [0, 1), got 1.0; 0.5 prunes half of the weights"),
         (["--pattern=-0.1"], "expected a sparsity in [0, 1), got -0.1"),
         (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
-        (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer, 2:4 or 2:4@128, got 'half'"),
+        (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got 'half'"),
+        (["--pattern", "1/neuron"], "pattern: expected a sparsity in [0, 1), got 1.0; 0.5 prunes half of the neurons"),
+        (
+            ["--pattern", "0.25/neuron", "--preset", "fast"],
+            "layers.0.mlp.down_proj: 0.25/neuron prunes none of 36 inputs, since the kept number is rounded up to a multiple of 128; "
+            "take 0.25/neuron@32\n",
+        ),
+        (
+            ["--pattern", "0.25/input", "--preset", "best"],
+            "whose masks can be exchanged, got 0.25 of the inputs; take --refine null",
+        ),
+        (
+            ["--pattern", "0.25/input@4", "--preset", "fast", "--selector", "sparsegpt"],
+            "expected a pattern that says how many weights a part of a row loses, got 0.25 of the inputs; take --selector wanda",
+        ),
+        (
+            ["--pattern", "0.25/neuron@4", "--preset", "fast", "--quantize", "int4"],
+            "expected one scale for a row where the pattern is 0.25/neuron@4, which takes groups of inputs apart, got groups of 32",
+        ),
+        (["--cut", "0.25"], "there is no setting --cut; did you mean --pattern, as in --pattern 0.25/neuron?"),
         (["--pattern", "3:8"], "divisible by 8, got 36 in self_attn.q_proj, "),
         (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
         (["--mesh", "1000000000x1"], "there are 8 (cpu): choose a mesh whose product is 8\n"),

@@ -6,14 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
 from optima_tpu.method.patterns import Neurons, parse_pattern
 from optima_tpu.models import FAMILIES
+from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.checkpoints.source import Pretrained
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model
+from optima_tpu.pipeline.inputs import pruned_layers
+from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
+from tests.support.meshes import mesh
 from tests.support.references import BESIDE_IMAGES, REFERENCES, Reference, tiny
-from tests.support.runs import folder_tensors
-from tests.support.tiny_models import tiny_llama
+from tests.support.runs import SMALL, folder_tensors
+from tests.support.tiny_models import tiny_folder, tiny_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -146,3 +156,39 @@ def test_weights_of_neurons_that_are_not_zero_are_not_deleted(run, tmp_path, mon
     )
     with pytest.raises(RuntimeError, match="holds weights other than zero in inputs that were cut"):
         export(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_a_model_of_experts_is_refused_by_name(model):
+    reference = next(each for each in REFERENCES if each.model == model)
+    config, _, source = tiny(reference, {})
+    opened = Model(Pretrained(config, source, {}, "", "here"), Decoder.open(config, source, mesh(1, 1)))
+    with pytest.raises(UserError, match=f"one MLP in every block where the pattern is 0.25/neuron@8, got {model}, from which"):
+        pruned_layers(RunConfig(model="here", pattern=CUT), opened)
+    assert len(pruned_layers(RunConfig(model="here", pattern=parse_pattern("0.25/input@4")), opened)) > 8
+
+
+def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
+    model = tiny_folder(tmp_path / "model", intermediate_size=64)
+    run, words = tmp_path / "run", ["--preset", "fast", "--pattern", "0.25/neuron@8", "--mesh", "4x2"]
+    assert main(["--model", str(model), "--output", str(run), *words, *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert "neurons     48 of 64 left in every MLP; the exported model is without the others\n" in printed
+    report = json.loads((run / "report.json").read_text())
+    assert report["neurons"] == {"left": [48], "total": 64} and report["sparsity"] == 0.25
+    assert report["sizes"]["dense"] - report["sizes"]["transformers"] > 3 * 16 * 36 * 3 * 4 - 20_000
+    assert {layer["name"] for block in report["blocks"] for layer in block["layers"]} == {"mlp.down_proj"}
+    small, dense = folder_tensors(run / "hf"), folder_tensors(model)
+    for name, weight in small.items():
+        if ".mlp." not in name:
+            assert weight.tobytes() == dense[name].tobytes(), name
+    export(run, tmp_path / "packed", form="packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (run / "hf" / "model.safetensors").read_bytes()
+    export(run, tmp_path / "maxtext", form="maxtext")
+    assert "base_mlp_dim: 48\n" in (tmp_path / "maxtext" / "maxtext.yml").read_text()
+    export(run, tmp_path / "gguf", form="gguf")
+    opened = open_model(str(tmp_path / "gguf" / "model.gguf"))
+    assert opened.config.intermediate_size == 48
+    for name in opened.tensors.names():
+        np.testing.assert_array_equal(opened.tensors.read(name), small[name])

@@ -24,7 +24,7 @@ NAMES = (
 
 ENTRIES: dict[str, Any] = {
     **{key: {} for key in ("manifest", "environment", "model", "calibration", "memory", "sizes", "files")},
-    **dict.fromkeys(("allocation", "distillation", "tokens", "continuations")),
+    **dict.fromkeys(("allocation", "distillation", "neurons", "tokens", "continuations")),
     "evaluation": {"how": "the first 4 windows of pydoc"},
     "perplexity": {"dense": 2.0, "pruned": 3.0},
     "weighed_layers": [],
