@@ -417,15 +417,14 @@ class WholeInputs(Pattern):
         return bool(zero.all(axis=0).sum() >= zero.shape[1] - self.kept(zero.shape[1]))
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
-        expected, some = keep.shape[1] - self.kept(keep.shape[1]), keep.any(axis=0)
+        expected, some = keep.shape[1] - self.kept(keep.shape[1]), np.any(keep, axis=0)
+        every = np.all(keep, axis=0)
         whole = int(np.sum(~some))
         if whole < expected or (whole > expected and not or_fewer):
             return f"expected {expected:,} of {keep.shape[1]:,} inputs pruned in all rows, got {whole:,}"
-        if or_fewer or keep.all(axis=0)[some].all():
+        if or_fewer or every[some].all():
             return None
-        return (
-            f"expected every input pruned in all rows or in none, got input {np.argmax(some & ~keep.all(axis=0))} pruned in some"
-        )
+        return f"expected every input pruned in all rows or in none, got input {np.argmax(some & ~every)} pruned in some"
 
     def text(self, group: str | None = None) -> str:
         return f"{float(self.sparsity)!r}/{self.word}" + (f"@{self.multiple}" if self.multiple != MULTIPLE else "")

@@ -65,7 +65,10 @@ def run(
     check_signals()
     found = model.pretrained.config
     config = together(lambda: on_context(config, found, console))
-    together(lambda: pruned_layers(config, model))  # a pattern that does not fit is refused before the texts are read
+    name = ", ".join(found.architectures or ())
+    together(
+        lambda: pruned_layers(config, model.decoder, name)
+    )  # a pattern that does not fit is refused before the texts are read
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console, dense)
     return finish(opened, functools.partial(pruning, config), console)
 

@@ -436,7 +436,7 @@ def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, Any] | 
     config, family = opened.config, opened.model.decoder.family
     if family.neurons is None or not any(isinstance(pattern, WholeInputs) for pattern in config.patterns):
         return None
-    patterns, prefix = pruned_layers(config, opened.model), opened.model.decoder.prefix
+    patterns, prefix = pruned_layers(config, opened.model.decoder), opened.model.decoder.prefix
     cut = [
         layer
         for layer in all_layers(blocks)

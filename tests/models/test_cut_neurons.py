@@ -164,8 +164,8 @@ def test_a_model_of_experts_is_refused_by_name(model):
     config, _, source = tiny(reference, {})
     opened = Model(Pretrained(config, source, {}, "", "here"), Decoder.open(config, source, mesh(1, 1)))
     with pytest.raises(UserError, match=f"one MLP in every block where the pattern is 0.25/neuron@8, got {model}, from which"):
-        pruned_layers(RunConfig(model="here", pattern=CUT), opened)
-    assert len(pruned_layers(RunConfig(model="here", pattern=parse_pattern("0.25/input@4")), opened)) > 8
+        pruned_layers(RunConfig(model="here", pattern=CUT), opened.decoder, model)
+    assert len(pruned_layers(RunConfig(model="here", pattern=parse_pattern("0.25/input@4")), opened.decoder)) > 8
 
 
 def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):

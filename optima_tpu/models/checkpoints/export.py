@@ -215,11 +215,13 @@ def _sidecar(run: Exported, zeros: Mapping[str, int]) -> dict[str, Any]:
         size = int(np.prod(source.shape(name)))
         counted = {"name": name, "shape": list(source.shape(name)), "pruned": count, "sparsity": count / size}
         layers.append(run.report_on(name) | counted)
-    for name in sorted(cut.whole) if cut else ():
-        shape = list(source.shape(name))
-        counted = {"name": name, "shape": shape, "pruned": 0, "sparsity": 0.0, "cut_from": [shape[0], cut.total]}
-        layers.append(run.report_on(name) | counted)
-    neurons = {"neurons": {"kept": cut.kept, "total": cut.total}} if cut else {}
+    neurons = {}
+    if cut:
+        neurons = {"neurons": {"kept": cut.kept, "total": cut.total}}
+        for name in sorted(cut.whole):
+            shape = list(source.shape(name))
+            counted = {"name": name, "shape": shape, "pruned": 0, "sparsity": 0.0, "cut_from": [shape[0], cut.total]}
+            layers.append(run.report_on(name) | counted)
     # For a local model only the folder's name, because this file may be published.
     model = origin if origin is None or HUB_ID.fullmatch(origin) else Path(origin).name
     return {"model": model, "manifest": source.run["manifest"], **neurons, "layers": layers}
