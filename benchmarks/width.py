@@ -23,7 +23,6 @@ from optima_tpu.method.linalg.inverses import inverse, inverse_and_root
 from optima_tpu.method.mask_swaps import kept_share, schur_diagonal
 from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.resources import Cost
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     clock = time.process_time if arguments.cpu else time.perf_counter
     recipe = parse(["--preset", arguments.preset, "--pattern", "0.5/row"]).recipe
-    print("| rows x d_in | part | s | products | s of inverses, by the stated cost |\n|---|---|---|---|---|")
+    print("| rows x d_in | part | s | products |\n|---|---|---|---|")
     for shape in arguments.shapes.split(","):
         rows, size = map(int, shape.split("x"))
         for line in lines(recipe, random_problem(size, rows, recipe.damping), arguments.repeats, clock):
@@ -63,22 +62,20 @@ def lines(recipe: Recipe, problem: LayerProblem, repeats: int, clock: Callable[[
     ridge = hessian + jnp.mean(jnp.diagonal(hessian)) * jnp.eye(len(hessian))
     invert, root = timed(functools.partial(inverse, ridge=1.0), ridge)[0], timed(inverse_and_root, ridge)[0]
 
-    def line(part: str, seconds: float, cost: Cost | None = None) -> str:
-        inverses = "" if cost is None else f"{cost.inverses * invert:.2f}"
-        return f"{part} | {seconds:.2f} | {seconds / product:.1f} | {inverses}"
+    def line(part: str, seconds: float) -> str:
+        return f"{part} | {seconds:.2f} | {seconds / product:.1f}"
 
     yield line("one product", product)
     yield line("one inverse", invert)
     yield line("one inverse with the factor of a certificate", root)
     masks, pruned = timed(lambda problem: selector(problem, pattern), problem)
-    yield line("masks", masks, selector.cost())
+    yield line("masks", masks)
     if recipe.refine is not None:
         prices = timed(lambda hessian: schur_diagonal(hessian, recipe.damping, kept_share(pattern, len(hessian))), hessian)[0]
         yield line("prices of exchanges", prices)
-    yield line("the solve of one mask", timed(solver, problem, pruned)[0], solver.cost())
-    update = recipe.update(pattern)
-    solves = timed(update, problem, pruned)[0]
-    yield line("solves, with prices and exchanges", solves, update.cost())
+    yield line("the solve of one mask", timed(solver, problem, pruned)[0])
+    solves = timed(recipe.update(pattern), problem, pruned)[0]
+    yield line("solves, with prices and exchanges", solves)
     yield line("all", masks + solves)
 
 

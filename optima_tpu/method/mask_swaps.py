@@ -30,19 +30,19 @@ from jaxtyping import Float32
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
-from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.linalg.traces import inverse_traces
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
-from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers import SolveMask, Solver, SolveRows
 from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.runtime.loops import usual_turns
 
 # Newton steps for log t, each with an inverse, from where random vectors put t. They end after a short step, since each step squares
 # the error: nearly always after the first.
 _MOST_STEPS = 6
 _SHORT_STEP = 0.1
-_INVERSES = 1
+_USUAL_STEPS = 1
 # Halvings of the interval that t is known to be in; they leave less than a hundredth of a step.
 _HALVINGS = 12
 # The smallest damping of the estimate. Without damping, no t exists if a row keeps more inputs than the rank of the Hessian.
@@ -93,19 +93,6 @@ class Exchanging(Solver):
         # temporary arrays of the selection.
         solver = self.solver.footprint(damping)
         return Footprint(solver.hessians + 2, solver.vectors + 5)
-
-    def cost(self) -> Cost | None:
-        full, rough, rounds = self.solver.cost(), self.solver.rough_cost(), self.swaps.rounds
-        if full is None or rough is None:
-            return None
-        return Cost(
-            products=2 * full.products + rounds * rough.products,
-            # A round counts its pairs in two arrays, and makes two masks.
-            passes=2 * full.passes + rounds * (rough.passes + 4 * PASSES_OF_A_MASK),
-            inverses=full.inverses + _INVERSES,
-            factorisations=2 * full.factorisations + rounds * rough.factorisations,
-            rough=2 * full.rough + rounds * rough.rough,
-        )
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian, problem.damping)(problem)(pruned)
@@ -221,7 +208,8 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
         return _Search(state.steps + 1, following, jnp.abs(step), schur)
 
     start = _Search(0, _estimated_ridge(matrix, damping, kept), jnp.float32(jnp.inf), jnp.zeros_like(scale))
-    found = jax.lax.while_loop(lambda state: (state.steps < _MOST_STEPS) & (state.last > _SHORT_STEP), newton, start)
+    with usual_turns(_USUAL_STEPS):
+        found = jax.lax.while_loop(lambda state: (state.steps < _MOST_STEPS) & (state.last > _SHORT_STEP), newton, start)
     schur = jnp.maximum(found.schur, 0.0)
     # If there is no inverse in float32, everything is NaN and nothing is exchanged.
     return jnp.where(live & (schur > 0), scale**2 * schur, 0.0)

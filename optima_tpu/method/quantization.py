@@ -40,7 +40,7 @@ from jaxtyping import Float32
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features, matmul
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
-from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.resources import Footprint
 from optima_tpu.method.selectors.obs import inverse_factor
 from optima_tpu.runtime.bounds import Bound, Bounded
 
@@ -107,12 +107,6 @@ class Quantizer(Bounded):
         """The device memory of quantising rows."""
         # H, A, U and what the factorisation of U needs. Of a row: dense, solved, pull, change, scales, and the result of each step.
         return Footprint(hessians=5, vectors=9)
-
-    def cost(self) -> Cost:
-        """The operations of quantising rows, for plans."""
-        # Two objectives and the compensation; a sweep takes one product for the scales and one for the integers.
-        products = (3 if self.compensate else 0) + 2 * self.sweeps
-        return Cost(products, passes=2 * _SCALES + 6 * products, inverses=int(self.compensate))
 
     def __call__(self, problem: LayerProblem, pruned: Pruned, dtype: np.dtype) -> Quantized:
         """As :meth:`prepare`, for rows at hand."""

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from optima_tpu.models.layers import project
+from optima_tpu.runtime.loops import usual_turns
 
 
 class Stretches(NamedTuple):
@@ -40,6 +41,7 @@ class _Visits(NamedTuple):
       total: how many there are, int32 scalar.
       group, start, end: of each visit its group, its first row, and the first row behind the group, [visits] int32.
       size: rows of a block.
+      usual: how many a plan counts: each row once, without the empty parts of blocks.
     """
 
     total: Array
@@ -47,6 +49,7 @@ class _Visits(NamedTuple):
     start: Array
     end: Array
     size: int
+    usual: float
 
 
 def _visits(stretches: Stretches, rows: int) -> _Visits:
@@ -57,7 +60,9 @@ def _visits(stretches: Stretches, rows: int) -> _Visits:
     ends, visit = jnp.cumsum(each), jnp.arange(rows // size + groups)
     group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), groups - 1)
     first = stretches.first[group]
-    return _Visits(ends[-1], group, first + (visit - (ends - each)[group]) * size, first + stretches.rows[group], size)
+    return _Visits(
+        ends[-1], group, first + (visit - (ends - each)[group]) * size, first + stretches.rows[group], size, rows / size
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -80,7 +85,8 @@ def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike
         # What a block writes behind its group is overwritten by the next group.
         return jax.lax.dynamic_update_slice_in_dim(y, project(part, weight, dtype), start, 0)
 
-    y = jax.lax.fori_loop(0, visits.total, visit, jnp.zeros((len(x), weights.shape[1]), dtype))
+    with usual_turns(visits.usual):
+        y = jax.lax.fori_loop(0, visits.total, visit, jnp.zeros((len(x), weights.shape[1]), dtype))
     return y[: len(x) - visits.size]
 
 
@@ -124,4 +130,5 @@ def grouped_outer(left: Array, right: Array, stretches: Stretches) -> Array:
         return jax.lax.dynamic_update_index_in_dim(total, before + product, group, 0)
 
     shape = (len(stretches.rows), left.shape[1], right.shape[1])
-    return jax.lax.fori_loop(0, visits.total, visit, jnp.zeros(shape, jnp.float32))
+    with usual_turns(visits.usual):
+        return jax.lax.fori_loop(0, visits.total, visit, jnp.zeros(shape, jnp.float32))

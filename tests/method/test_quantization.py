@@ -19,7 +19,9 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.checkpoints.compressed_tensors import integers, pack
 from optima_tpu.pipeline.memory_plan import GroupLoad
-from optima_tpu.pipeline.plan.estimate import RowShare, prune_work
+from optima_tpu.pipeline.plan.compile import Call
+from optima_tpu.pipeline.plan.counting import counted
+from optima_tpu.pipeline.plan.topology import CHIPS, Machine
 from tests.support.meshes import mesh
 from tests.support.problems import layer, oracle, row_objective
 from tests.support.pruning import group_arguments
@@ -181,14 +183,22 @@ def test_its_memory_is_counted():
 
 
 def test_a_plan_counts_its_products():
-    share, plain = RowShare(rows=320, d_in=192), Recipe(Unstructured(0.5), Wanda(), CG())
-    before, after = (
-        prune_work(recipe, plain.pattern, share, True) for recipe in (plain, replace(plain, quantize=Int4(sweeps=3)))
-    )
-    # Six for the sweeps, three for the rounding, three to measure the result on each set of tokens; one factorisation.
-    assert after.wide - before.wide == pytest.approx(15 * 2 * 192 * 192 * 320)
-    assert after.rough - before.rough == pytest.approx(2 / 3 * 192**3)  # R'R
-    assert after.factor - before.factor == pytest.approx(4 / 3 * 192**3) and after.traffic > before.traffic
+    rows, size, plain = 320, 192, Recipe(Unstructured(0.5), Wanda(), CG())
+    machine = Machine("here", CHIPS["v5e"], mesh(1, 1), 1, 0.5, here=True)
+
+    def work(recipe):
+        weight, hessian = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, size), (size, size)))
+        return counted(
+            Call(prune_group, group_arguments((weight,), hessian, recipe, machine.mesh, held_out=hessian)), machine
+        ).work
+
+    before, after = (work(recipe) for recipe in (plain, replace(plain, quantize=Int4(sweeps=3))))
+    # Six for the sweeps, three for the rounding, two to measure the result on each set of tokens, which know the energy; and in
+    # every sweep the products of the integers and of their changes inside of a group.
+    inside = 3 * 2 * 32 / size
+    assert after.wide - before.wide == pytest.approx((13 + inside) * 2 * size * size * rows)
+    assert after.rough == before.rough  # nothing reads R'R
+    assert after.factor - before.factor == pytest.approx(4 / 3 * size**3) and after.traffic > before.traffic
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=["float32", "float16", "bfloat16"])

@@ -10,23 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from jax.extend.core import jaxprs_in_params
-from jax.lax import Precision
 from jax.sharding import AbstractMesh
 
 from benchmarks.compiled import host_transfers, kernels, products
-from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import configure
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Blocks
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
-from optima_tpu.method.solvers import CG
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import CG, Solver, Unchanged
 from optima_tpu.method.targets import DenseTarget, SelfTarget
 from optima_tpu.pipeline import memory_plan
 from optima_tpu.pipeline.calibrate import linear_groups
@@ -34,14 +30,16 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
-from optima_tpu.pipeline.plan.compile import Compiled, compiled
-from optima_tpu.pipeline.plan.estimate import RowShare, Work, assumptions, inputs_of, prune_work, read_by, storage, window_flops
+from optima_tpu.pipeline.plan.compile import Call, Compiled, compiled
+from optima_tpu.pipeline.plan.counting import Work, counted
+from optima_tpu.pipeline.plan.estimate import inputs_of, read_by, storage, window_flops
 from optima_tpu.pipeline.plan.hlo import collectives, moved, sent
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.table import summary
-from optima_tpu.pipeline.plan.texts import CHARACTERS, counted
+from optima_tpu.pipeline.plan.texts import CHARACTERS
+from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
 from optima_tpu.pipeline.recover.config import as_run
 from optima_tpu.plan import main
@@ -64,45 +62,25 @@ def test_a_mesh_splits_the_dimensions_of_a_v5e_alone(topology, splits):
             topology_machine(topology, "8x2", compiling=False)
 
 
-def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
-    for setting in ("solver", "selector"):
-        for cls in CHOICES[setting].values():
-            if cls not in (None, Imported):
-                cost = cls().cost()
-                assert 0 <= cost.rough <= cost.products
-
+def test_a_loop_that_does_not_say_how_often_it_runs_is_named(tmp_path):
     @dataclasses.dataclass(frozen=True)
-    class Mine(CG):
-        def cost(self):
-            return None
+    class Mine(Solver):
+        def __call__(self, problem, pruned):
+            weight = jax.lax.while_loop(lambda weight: jnp.any(weight > 1), lambda weight: weight / 2, pruned.weight)
+            return Unchanged()(problem, pruned._replace(weight=weight))
 
-    config, here = RunConfig(model="a", solver=Mine()), local_machine(None, np.dtype("float32"), compiling=False)
-    assert "the work of Mine is not counted: its class states no cost" in assumptions(config, here)
-    assert not any("not counted: its class" in line for line in assumptions(RunConfig(model="a"), here))
+    machine = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    for solver, named in ((CG(), 0), (Mine(), 1)):
+        config = run_config(config_folder(tmp_path), solver=solver)
+        plan = make_plan(config, open_declared(config.model, None, config.batch).on(machine.mesh), machine)
+        said = [line for line in plan.to_json()["assumptions"] if "does not say how often it usually runs" in line]
+        assert len(said) == named and all("test_plan.py" in line for line in said)
 
 
 def test_products_that_only_choose_take_a_tpu_half_as_long():
     """Three passes of its matrix unit for six."""
     tpu = topology_machine("v5e:1x1", None, compiling=False)
     assert Work(rough=1e12).seconds(tpu) == Work(wide=1e12).seconds(tpu) / 2
-
-
-def test_every_product_that_chooses_admms_mask_is_counted_as_such():
-    """Counted in the program: those of all rows with the precision HIGH, in all passes of the loop over its levels."""
-    selector, rows, d_in = ADMM(levels=6, iterations=1), 24, 16
-    hessian = jnp.eye(d_in) + 0.1
-    problem = LayerProblem(jnp.ones((rows, d_in)), hessian)
-    program = jax.make_jaxpr(lambda problem: selector(problem, Unstructured(0.5, "row")))(problem)
-
-    def rough(jaxpr, times=1):
-        for equation in jaxpr.eqns:
-            times_here = times * equation.params.get("length", 1)
-            if equation.primitive.name == "dot_general" and equation.params["precision"] == (Precision.HIGH,) * 2:
-                yield times_here * (equation.outvars[0].aval.shape[0] == rows)
-            for inner in jaxprs_in_params(equation.params):
-                yield from rough(inner, times_here)
-
-    assert sum(rough(program.jaxpr)) == selector.cost().rough == 6
 
 
 @pytest.mark.parametrize("text", ["v5e-8", "v5litepod-8", "v5e:8", "v5e:0x2", "v5e:", "tpu7x:2x2x1", "h100:2x2"])
@@ -191,7 +169,7 @@ def test_the_tokens_of_the_evaluation_are_those_of_the_run(tmp_path):
 
     def windows(folder, source, most=None):
         config = RunConfig(folder, calibration=Calibration("c4", length=32), evaluation=Evaluation(source, windows=most))
-        return counted(config, open_declared(folder, None, 4)).evaluation.windows
+        return with_windows(config, open_declared(folder, None, 4)).evaluation.windows
 
     in_run = len(evaluation_tokens(PyDoc(), byte_tokenizer(), length=32, windows=None).ids)
     assert windows(whole, "pydoc") == in_run and windows(bare, "pydoc") == pytest.approx(in_run / CHARACTERS, rel=0.01)
@@ -566,22 +544,12 @@ def test_counted_products_and_memory_agree_with_the_compiler():
     recipe = Recipe(Unstructured(0.5), Wanda(), None)
     shapes, grid = ((problem,), hessian), mesh(1, 1)
     found = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid, held_out=hessian)))
-    work = prune_work(recipe, recipe.pattern, RowShare(rows, size), held_out=True)
+    call = Call(prune_group, group_arguments(*shapes, recipe, grid, held_out=hessian))
+    work, _ = counted(call, Machine("here", CHIPS["v5e"], grid, 1, 0.5, here=True))
     assert 0.95 < work.flops / found.flops < 1.05
     recipe = Recipe(Unstructured(0.5), Wanda(), CG())
     with_solver = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid)))
     assert 0.5 < GroupLoad(size, rows, recipe.footprint()).bytes(grid, False, rows) / with_solver.memory < 2
-
-
-def test_inverses_are_counted_once_for_an_input_and_shared_by_the_devices_that_make_them():
-    def count(selector, **share):
-        recipe = Recipe(Unstructured(0.5), selector, None)
-        return prune_work(recipe, recipe.pattern, RowShare(0, 64, panels=True, **share), held_out=False)
-
-    assert count(ADMM(levels=5)).flops == 5 * 6 * 64**3
-    assert count(ADMM(levels=5), together=8).flops == 5 * 6 * 64**3 / 8
-    assert count(SparseGPT()).flops == 6 * 64**3 and count(Wanda()).flops == 0
-    assert count(SparseGPT()).rough == 2 * 64**3  # R'R
 
 
 def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ sharded, the device that owns the panel broadcasts it, and every device updates 
 
 Each device holds only its own columns of ``A``, ``R`` and ``X``, and one panel. Updates are masked over the full height of the
 matrix. So shapes are fixed, and the compiled program does not grow with the matrix. The cost is ``6 d_in^3 / n`` operations on
-each of ``n`` devices, and ``2 d_in^2`` broadcast numbers. An inverse that skips the zeros (``inverses.inverse``) needs ``5/3
+each of ``n`` devices, and ``2 d_in^2`` broadcast numbers. An inverse by halves (``inverses.inverse``) skips zeros and needs ``2
 d_in^3`` operations in all.
 """
 

@@ -15,9 +15,6 @@ from jaxtyping import Bool, Float, Int32, UInt32
 PASSES = 16
 """Passes over the entries to determine a threshold."""
 
-PASSES_OF_A_MASK = PASSES + 4
-"""Passes over the scores to choose a mask by :func:`lowest`."""
-
 
 def lowest(
     scores: Float[Array, "rows columns"], count: Int32[Array, "#rows 1"] | Int32[Array, ""] | int, group: str

@@ -13,12 +13,11 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import rough_matmul
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
-from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
-from optima_tpu.method.resources import Cost
 from optima_tpu.method.selectors.base import Selector
 from optima_tpu.runtime.bounds import Bound
+from optima_tpu.runtime.loops import usual_turns
 
 
 class ADMMStage(NamedTuple):
@@ -112,11 +111,6 @@ class ADMM(Selector):
         if self.inverses is not None and self.inverses > self.levels:
             raise UserError(f"expected selector.inverses of at most the number of levels, {self.levels}, got {self.inverses}")
 
-    def cost(self) -> Cost:
-        iterations = self.levels * self.iterations  # each chooses a mask; one more product for the target
-        passes = iterations * (PASSES_OF_A_MASK + 10)
-        return Cost(iterations + 1, passes, inverses=self.inverses or self.levels, rough=iterations)
-
     def stages(self) -> "tuple[ADMMStage, ...]":
         """All levels in their order, those together that share an inverse."""
         penalties, count = np.geomspace(self.rho_first, self.rho_last, self.levels), self.inverses or self.levels
@@ -143,7 +137,8 @@ class ADMM(Selector):
                     each.iterated(state, rho, sigma - self.damping - rho, solve) for each, state in zip(matrices, states)
                 )
 
-            return jax.lax.fori_loop(first, last, iteration, states), None
+            with usual_turns(self.levels * self.iterations / len(stages)):
+                return jax.lax.fori_loop(first, last, iteration, states), None
 
         plan = (np.asarray([stage.sigma for stage in stages], np.float32), ends[:-1], ends[1:])
         states, _ = jax.lax.scan(through, tuple(each.start() for each in matrices), jax.tree.map(jnp.asarray, plan))

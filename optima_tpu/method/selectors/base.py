@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.resources import Cost
 from optima_tpu.runtime.bounds import Bounded
 
 
@@ -42,7 +41,3 @@ class Selector(Bounded, abc.ABC):
 
     def check(self, pattern: Pattern) -> None:  # most selectors take every pattern
         """Raises UserError for a pattern that this selector does not support."""
-
-    def cost(self) -> Cost | None:
-        """The selector's operations without its last mask, for plans; None if they have not been counted."""
-        return None

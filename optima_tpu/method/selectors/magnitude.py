@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.resources import Cost
 from optima_tpu.method.selectors.base import Selector
 
 
@@ -22,9 +21,6 @@ class Magnitude(Selector):
 
     group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 0
-
-    def cost(self) -> Cost:
-        return Cost()
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         keep = pattern.keep_mask(jnp.abs(problem.weight))

@@ -12,7 +12,6 @@ from optima_tpu.method.linalg.inverses import inverse_cholesky
 from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.resources import Cost
 from optima_tpu.method.selectors.base import Selector
 
 
@@ -41,9 +40,6 @@ class InputSweep(Selector):
     def check(self, pattern: Pattern) -> None:
         if not pattern.span:
             pattern.pruned_in(1)  # raises where the pattern does not say how many weights a part loses
-
-    def cost(self) -> Cost:
-        return Cost(products=2, inverses=1)  # a factorisation, and a sweep over the columns
 
 
 def inverse_factor(hessian: Float32[Array, "d_in d_in"], damping: float) -> Float32[Array, "d_in d_in"]:

@@ -15,6 +15,7 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors.obs import InputSweep, inverse_factor
 from optima_tpu.runtime.bounds import Bound
+from optima_tpu.runtime.loops import usual_turns
 from optima_tpu.runtime.mesh import padded
 
 
@@ -135,7 +136,8 @@ def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
         scores = jnp.where(live, jnp.abs(here.T) / diagonal, 0.0)
         chosen = _choose(jnp.where(real, scores, jnp.inf), block.losing, pattern)
         keep = jax.lax.dynamic_update_slice_in_dim(keep, chosen.T, first, axis=0)
-        return jax.lax.fori_loop(first, first + width, prune_input, (weight, errors, keep))
+        with usual_turns(width):
+            return jax.lax.fori_loop(first, first + width, prune_input, (weight, errors, keep))
 
     # Inputs are the first axis, so that the loop reads and writes contiguous memory.
     start = (weight.T, jnp.zeros((size, rows), weight.dtype), jnp.ones((size, rows), bool))

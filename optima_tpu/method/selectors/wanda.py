@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.resources import Cost
 from optima_tpu.method.selectors.base import Selector
 
 
@@ -27,9 +26,6 @@ class Wanda(Selector):
     hessians: ClassVar[int] = 0
 
     shift_zero: bool = False
-
-    def cost(self) -> Cost:
-        return Cost()
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         energy = jnp.maximum(jnp.diagonal(problem.hessian), 0.0)

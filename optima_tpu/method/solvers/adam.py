@@ -20,7 +20,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
-from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import Solver
 from optima_tpu.runtime.bounds import Bound
 
@@ -65,10 +65,6 @@ class Adam(Solver):
 
     def footprint(self, damping: float) -> Footprint:
         return Footprint(hessians=3, vectors=10)  # fitted 1.8 and 8.4
-
-    def cost(self) -> Cost:
-        products = len(self.learning_rates) * (self.steps + 1) + 2
-        return Cost(products, passes=14 * products)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         import optax  # here, so that whoever takes another solver needs no optax

@@ -1,7 +1,6 @@
 """The base class of all solvers."""
 
 import abc
-import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -11,7 +10,7 @@ from jaxtyping import Float32
 
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
-from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.resources import Footprint
 from optima_tpu.runtime.bounds import Bounded
 
 
@@ -68,15 +67,6 @@ class Solver(Bounded, abc.ABC):
         """The device memory of the solver. This default is a cautious guess."""
         return Footprint(hessians=8, vectors=40)
 
-    def cost(self) -> Cost | None:
-        """The solver's usual operations, for plans; None if they have not been counted."""
-        return None
-
-    def rough_cost(self) -> Cost | None:
-        """The operations of a rough solve, see :class:`SolveMask`, beside those that it shares with the last solve."""
-        each = self.cost()
-        return each and dataclasses.replace(each, inverses=0)
-
     @property
     def title(self) -> str:
         """The solver's name in messages."""
@@ -92,6 +82,3 @@ class Unchanged(Solver):
 
     def footprint(self, damping: float) -> Footprint:
         return Footprint(hessians=1, vectors=4, split=True)
-
-    def cost(self) -> Cost:
-        return Cost()

@@ -31,15 +31,16 @@ from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse_and_root
 from optima_tpu.method.linalg.scaling import RESOLUTION, unit_diagonal
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
-from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import SolveMask, Solver, SolveRows
 from optima_tpu.runtime.bounds import Bound
+from optima_tpu.runtime.loops import usual_turns
 
 # Below this damping a float32 inverse of A is too inaccurate for the certificate, and X gets an extra ridge.
 SAFE_DAMPING = 1e-4
 _EXTRA_RIDGE = 1e-3
-# Steps until a layer has converged, for plans, and their products: two a step, two more every fourth step, and two at the start.
-_STEPS, _PRODUCTS = 12, 32
+# Steps until a layer has converged, for plans.
+_STEPS = 12
 # Steps of a rough solve, which only has to tell a better mask from a worse one.
 _ROUGH_STEPS = 2
 
@@ -70,14 +71,6 @@ class CG(Solver):
         # H, A, X, R' and the temporary arrays of a factorisation: fitted 5.6. A row's change, residual, direction, best point,
         # image and preconditioned residual: fitted 7.3. Features may be split if no eigenvalue of the whole Hessian is needed.
         return Footprint(hessians=6, vectors=8, split=damping >= SAFE_DAMPING)
-
-    def cost(self) -> Cost:
-        products = min(_PRODUCTS, 3 * self.max_steps + 5)
-        return Cost(products, passes=7 * products, inverses=1, rough=min(_STEPS, self.max_steps))
-
-    def rough_cost(self) -> Cost:
-        products = 2 * _ROUGH_STEPS + 1
-        return Cost(products, passes=7 * products, rough=_ROUGH_STEPS)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian, problem.damping)(problem)(pruned)
@@ -134,7 +127,8 @@ class CG(Solver):
             steps=jnp.zeros(path.value.shape, jnp.int32),
         )
         limit = -(-self.max_steps // self.cycle)
-        state = jax.lax.while_loop(lambda s: (s.cycles < limit) & jnp.any(s.path.active), cycle, state)
+        with usual_turns(min(limit, -(-_STEPS // self.cycle))):
+            state = jax.lax.while_loop(lambda s: (s.cycles < limit) & jnp.any(s.path.active), cycle, state)
         return Solution(
             rows.moved(pruned, state.best - path.change),
             state.gap,

@@ -8,7 +8,7 @@ from jax import Array
 
 from optima_tpu.method.linalg.scaling import RESOLUTION, rows_at_once, unit_diagonal
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
-from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import Solver
 
 
@@ -24,9 +24,6 @@ class Exact(Solver):
         # Fitted 6.8 (float64 matrices count twice) and 5.0, with one factorisation at a time; ``rows_at_once`` bounds the memory
         # of more.
         return Footprint(hessians=8, vectors=6)
-
-    def cost(self) -> Cost:
-        return Cost(products=6, passes=20, factorisations=1)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         # Double precision is a property of the trace, not of this process: nothing outside the call changes.

@@ -21,9 +21,10 @@ from jax import Array
 from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import RESOLUTION, live_features, unit_diagonal
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
-from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import Solver
 from optima_tpu.runtime.bounds import Bound
+from optima_tpu.runtime.loops import usual_turns
 
 # The one constraint, sum(d) >= _FLOOR, never binds. MPAX estimates the norm of the constraint matrix by power
 # iteration, which is 0 / 0 without a row or with only a zero row: every iterate would be NaN. Row and value are the paper's. They
@@ -35,8 +36,10 @@ _SMALLEST_DIAGONAL = 1e-6
 # The rounds of _solve_rows. A row that passes MPAX's third test, after 137 iterations, ends in the first round. With fewer rows
 # at a time, rows wait less for each other, but each part reads the Hessian again. Chosen on two CPU cores.
 _FIRST_LIMIT, _GROWTH, _PARTS, _LEAST = 128, 4, 8, 64
-# Products for plans, one per iteration: most rows of SmolLM2-135M need 73 or 137, the last one 14,473.
-_PRODUCTS = 500
+# MPAX tests every so many iterations, each with one product.
+_TESTED = 64
+# Iterations of a row, for plans: most rows of SmolLM2-135M need 73 or 137, the last one 14,473.
+_ITERATIONS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +84,6 @@ class MPAX(Solver):
         # is a quarter of the rows, and the fit is 13.8.
         return Footprint(hessians=4, vectors=14)
 
-    def cost(self) -> Cost:
-        products = min(_PRODUCTS, self.iteration_limit)
-        return Cost(products, passes=60 * products)
-
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         # MPAX builds its loops from fresh closures, so outside jit each call would compile all of them anew.
         return _solve(
@@ -98,11 +97,15 @@ class MPAX(Solver):
                 "iteration_limit": self.iteration_limit,
                 "primal_importance": self.primal_importance,
             },
+            min(_ITERATIONS, self.iteration_limit),
         )
 
 
-@functools.partial(jax.jit, static_argnames="in_unit_diagonal")
-def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, damping: Array, options: dict[str, Array]) -> Solution:
+@functools.partial(jax.jit, static_argnames=("in_unit_diagonal", "usual"))
+def _solve(
+    problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, damping: Array, options: dict[str, Array], usual: int
+) -> Solution:
+    """The solution; ``usual`` iterations of a row are what a plan counts."""
     weight, pull = problem.weight, pull_of(problem)
     live = live_features(problem.hessian)
     diagonal = jnp.where(live, jnp.diagonal(problem.hessian), 0.0)
@@ -132,7 +135,7 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
     # Products in full float32: TF32 and bfloat16, the defaults of GPU and TPU, stall or diverge on ill-conditioned
     # layers.
     with jax.default_matmul_precision("highest"), _root_logger_kept():
-        change, optimal, _, steps = _solve_rows(options, matrix, _Rows(slope, lower, upper))
+        change, optimal, _, steps = _solve_rows(options, matrix, _Rows(slope, lower, upper), usual)
 
     solved = sound & jnp.all(jnp.isfinite(change), axis=1, keepdims=True)
     moved = jnp.where(free & solved, weight + change * unit, jnp.where(pruned.keep, pruned.weight, 0.0))
@@ -160,7 +163,7 @@ class _Found(NamedTuple):
     steps: Array  # [rows], iterations
 
 
-def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found:
+def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows, usual: int) -> _Found:
     """Solves all rows in rounds, so that the many rows that converge early do not wait for the few that do not.
 
     A vmapped loop ends with its last row. In a real layer most rows need 73 or 137 iterations, and the last one thousands. So the
@@ -182,18 +185,20 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
         def one_part(state: tuple[int | Array, _Found]) -> tuple[int | Array, _Found]:
             start, found = state
             part = jax.lax.dynamic_slice_in_dim(waiting, start, at_a_time)
-            some = solve(
-                options | {"iteration_limit": limit}, matrix, jax.tree.map(lambda every: every.at[part].get(mode="clip"), rows)
-            )
+            selected = jax.tree.map(lambda every: every.at[part].get(mode="clip"), rows)
+            with usual_turns(-(-usual // _TESTED)):
+                some = solve(options | {"iteration_limit": limit}, matrix, selected)
             return start + at_a_time, jax.tree.map(lambda every, new: every.at[part].set(new, mode="drop"), found, some)
 
         first: tuple[int | Array, _Found] = (0, found)
-        return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, first)[1]
+        with usual_turns(-(-count // at_a_time)):
+            return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, first)[1]
 
     unsolved = _Found(jnp.zeros_like(rows.slope), jnp.zeros(count, bool), jnp.ones(count, bool), jnp.zeros(count, jnp.int32))
-    return jax.lax.while_loop(
-        lambda state: (state[0] < last) & jnp.any(state[1].late), one_round, (jnp.zeros_like(last), unsolved)
-    )[1]
+    with usual_turns(1):  # the iterations of a plan are those of all rounds
+        return jax.lax.while_loop(
+            lambda state: (state[0] < last) & jnp.any(state[1].late), one_round, (jnp.zeros_like(last), unsolved)
+        )[1]
 
 
 def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:

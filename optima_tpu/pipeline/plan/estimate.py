@@ -1,7 +1,4 @@
-"""Counts work, memory and time without a compiler.
-
-Solvers stop when their rows have converged, so the number of products of a layer is an assumption: :func:`assumptions` states it.
-"""
+"""Counts memory and time without a compiler."""
 
 import dataclasses
 import math
@@ -16,10 +13,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.resources import Cost
 from optima_tpu.method.statistics import Groups
 from optima_tpu.method.targets import Target
 from optima_tpu.models.decoder import Decoder, forward
@@ -32,6 +26,7 @@ from optima_tpu.pipeline.distill.windows import TrainingParts
 from optima_tpu.pipeline.grams import halved, panels
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.loss_gradient import GRADIENT, parts_of, unrouted
+from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import NOWHERE, DeclaredModel
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import written_windows
@@ -63,84 +58,6 @@ class Assumed:
 
 
 ASSUMED = Assumed()
-
-
-class Work(NamedTuple):
-    """The work of one device in one call of a program.
-
-    Attributes:
-      narrow: FLOPs of products in the model's dtype.
-      wide: FLOPs of float32 products at full precision.
-      factor: FLOPs of factorisations.
-      traffic: bytes of device memory that vector operations read and write, and the matrices of products.
-      rough: FLOPs of float32 products that only choose.
-    """
-
-    narrow: float = 0.0
-    wide: float = 0.0
-    factor: float = 0.0
-    traffic: float = 0.0
-    rough: float = 0.0
-
-    @property
-    def flops(self) -> float:
-        return self.narrow + self.wide + self.rough + self.factor
-
-    def seconds(self, machine: Machine) -> float:
-        """Seconds without overlap: products and traffic at ``utilisation`` of the chip's rates, plus factorisations."""
-        chip = machine.chip
-        products = (self.narrow / chip.narrow + self.wide / chip.wide + self.rough / chip.rough) / machine.utilisation
-        return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * machine.utilisation)
-
-
-class RowShare(NamedTuple):
-    """A device's share of pruning the matrices that read one input.
-
-    Attributes:
-      rows: number of rows on the device.
-      d_in: size of the input.
-      parts: number of parts of a split Hessian and its features; a device then works on one part of ``parts`` times as many rows.
-      panels: whether a matrix that no mesh axis splits is inverted in panels too, as on a TPU; see ``linalg.inverses``.
-      together: number of devices that share these panels.
-    """
-
-    rows: float
-    d_in: int
-    parts: int = 1
-    panels: bool = False
-    together: int = 1
-
-
-def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool) -> Work:
-    """The work of ``prune_group``, by the cost that its methods state. A method that states no cost counts as 0."""
-    cost, chooser = recipe.update(pattern).cost() or Cost(), (recipe.selector and recipe.selector.cost()) or Cost()
-    rounder = recipe.quantize.cost() if recipe.quantize else Cost()
-    candidates = recipe.tuning.candidates(recipe.damping, recipe.target)
-    # Besides the solver: the target, and the objective before and after it. Without a solver these two are one.
-    change = 2 if recipe.solver else 1
-    # The quantised weights are compared with the nearest integers as the solver's are with the selector's.
-    measures = (1 + change) + (3 if recipe.quantize else 0)
-    times = candidates * (cost.products + rounder.products + measures + held_out * measures) + chooser.products
-    times += recipe.target.dense_stream * (1 + held_out)
-    rough = candidates * cost.rough + chooser.rough
-    inverses = candidates * (cost.inverses + rounder.inverses) + chooser.inverses
-    passes = candidates * (cost.passes + rounder.passes + 30) + PASSES_OF_A_MASK + chooser.passes
-    rows, d_in = share.rows, share.d_in
-    factor = candidates * cost.factorisations * rows / 3 * d_in**3
-    if share.parts > 1 or share.panels:
-        # See linalg/blocked_cholesky.py: R, and its square.
-        each = d_in**3 / max(share.parts, share.together)
-        root, square = 4.0 * inverses * each, 2.0 * inverses * each
-    else:
-        # Cholesky, a triangular solve with the identity, and a product of triangles. An inverse with a solver's certificate takes
-        # 4/3 d_in^3 more, which are not counted; see linalg/inverses.py.
-        factor, root, square = factor + inverses * 4 / 3 * d_in**3, 0.0, 2 / 3 * inverses * d_in**3
-    return Work(
-        wide=2.0 * d_in * d_in * (times - rough) * rows + root,
-        factor=factor,
-        traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / share.parts),
-        rough=2.0 * d_in * d_in * rough * rows + square,
-    )
 
 
 class Input(NamedTuple):
@@ -585,22 +502,24 @@ def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
     return parts * times, steps * batch * times
 
 
-def assumptions(config: RunConfig, machine: Machine) -> list[str]:
-    """The assumptions behind the time, in words."""
+def assumptions(config: RunConfig, machine: Machine, unknown: Collection[str] = ()) -> list[str]:
+    """The assumptions behind the time, in words.
+
+    Args:
+      unknown: the loops that do not say how often they run.
+    """
     chip, share = machine.chip, f"{100 * machine.utilisation:.0f}%"
-    unknown = [type(method).__name__ for method in (config.recipe.selector, config.solver) if method and method.cost() is None]
     words = [
         f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype, of {chip.wide / 1e12:,.4g} in float32, "
         f"and of {chip.rough / 1e12:,.4g} where they only choose, vector work at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
         f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s",
     ]
-    if unknown:
-        words.append(f"the work of {' and '.join(unknown)} is not counted: its class states no cost")
-    if config.solver and (cost := config.solver.cost()):
+    if config.solver:
         words.append(
-            f"a layer converges after {cost.products:.0f} products with H; FLOPs and bytes of the solver's loop use this number, "
-            "since the compiler counts the body of a loop once"
+            "FLOPs and bytes of the solver are counted in its program; its loop, which ends when a layer's rows have converged, counts "
+            "as often as it usually runs"
         )
+    words += [f"the loop at {loop} does not say how often it usually runs, and counts once" for loop in sorted(unknown)]
     unknown_text = "" if config.evaluation.windows else " (evaluation.windows is null, and the text is not on this machine)"
     words.append(f"a perplexity text of {evaluation_tokens(config):,} tokens{unknown_text}")
     if written_windows(config):

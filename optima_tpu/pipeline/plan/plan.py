@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
@@ -21,11 +20,12 @@ from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, windows_of_step
+from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.gradient import gradient_programs
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import STAGES, Program
-from optima_tpu.pipeline.plan.texts import counted
+from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import refusal, training_programs
 from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
@@ -85,6 +85,7 @@ class Plan:
                     "seconds": program.work.seconds(machine),
                     "layout": program.layout and dataclasses.asdict(program.layout),
                     "compiled": program.compiled and program.compiled._asdict(),
+                    "unknown": sorted(program.unknown),
                 }
                 for program in self.programs
             ],
@@ -155,7 +156,7 @@ def make_plan(
     Raises:
       UserError: pattern or layer rules do not fit the model.
     """
-    config, compile_call = counted(config, model), compile_call or compiler(machine, tell)
+    config, compile_call = with_windows(config, model), compile_call or compiler(machine, tell)
     decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
@@ -173,6 +174,7 @@ def make_plan(
         training = training_programs(model, trainer, text.window_length, machine, compile_call)
     measuring = () if recovering else gradient_programs(model, config, compile_call)
     programs = (*measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
+    unknown = frozenset[str]().union(*(program.unknown for program in programs))
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     block = _block_flops(model, text.window_length, config.target.streams, walk.kinds)
     stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
@@ -188,7 +190,7 @@ def make_plan(
         windows_of_step(decoder, config.distill.batch if recovering and config.distill else text.fitted),
         stored,
         seconds,
-        estimate.assumptions(config, machine),
+        estimate.assumptions(config, machine, unknown),
         refused,
     )
 
@@ -335,17 +337,13 @@ def _pruning(
     load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
     rows = -(-load.rows * parts // mesh.size)
     name = f"{_short((layers.names,))} [{load.rows:,}, {load.d_in:,}]"
-    together = mesh.size if machine.is_tpu and divided(load.d_in, mesh.size) else 1
-    share = estimate.RowShare(rows / parts, load.d_in, parts, machine.is_tpu, together)
-    work = estimate.prune_work(recipe, shape.patterns[0], share, held_out)
+    call = pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout)
+    work, unknown = counted(call, machine)
     memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
-    found = compile_call(
-        f"solver for {name}: {rows:,} rows a device",
-        lambda: pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout),
-    )
+    found = compile_call(f"solver for {name}: {rows:,} rows a device", lambda: call)
     if found and found.memory:
         memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
-    return Program(name, "pruning", layers.calls, rows, layout, work, memory, found)
+    return Program(name, "pruning", layers.calls, rows, layout, work, memory, found, unknown)
 
 
 def _short(groups: Groups) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from optima_tpu.method.row_sharding import RowLayout
 from optima_tpu.pipeline.loss_gradient import GRADIENT
 from optima_tpu.pipeline.plan.compile import Compiled
-from optima_tpu.pipeline.plan.estimate import Work
+from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.hlo import sent
 from optima_tpu.pipeline.plan.topology import Machine
 
@@ -24,6 +24,7 @@ class Program(NamedTuple):
       work: of one call, on each device.
       memory: bytes on a device while it runs, including what else the run holds there.
       compiled: what the compiler reports; None if nothing was compiled.
+      unknown: the loops that do not say how often they run; they count once.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Program(NamedTuple):
     work: Work
     memory: int
     compiled: Compiled | None
+    unknown: frozenset[str] = frozenset()
 
     @property
     def refused(self) -> str | None:

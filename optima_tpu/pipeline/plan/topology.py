@@ -109,9 +109,9 @@ class Machine(NamedTuple):
     here: bool = False
 
     @property
-    def is_tpu(self) -> bool:
-        """Whether the devices are TPUs. Devices that are not attached always are."""
-        return not self.here or jax.default_backend() == "tpu"
+    def platform(self) -> str:
+        """The platform of the devices. Devices that are not attached are TPUs."""
+        return jax.default_backend() if self.here else "tpu"
 
     @property
     def compiles(self) -> bool:

@@ -19,7 +19,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gr
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
-from optima_tpu.pipeline.plan.estimate import Work
+from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.topology import Machine

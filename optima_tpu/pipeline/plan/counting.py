@@ -1,0 +1,415 @@
+"""Counts the work of a program from its jaxpr, without a compiler and for devices that need not be here.
+
+Products and factorisations count as they are written; a loop counts as often as it runs. A loop of unknown length says itself how
+often it usually runs, see ``runtime.loops``; if it does not, it counts once, and :class:`Counted` says so.
+
+The bytes of device memory follow from one assumption about fusion: what is computed element by element between two products is one
+pass over memory. It reads each array once, and writes those that something behind a later product or reduction reads. A product, a
+sort, a factorisation or a collective reads its operands from memory. What leads out of a product or of a reduction stays in the pass
+behind it. Slices, and what is written into a part of an array, count as large as the part.
+
+Outside ``shard_map`` the shapes are those of all devices together. An equation there is split over the mesh axes that any of its
+operands is split over.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from optima_tpu.pipeline.plan.compile import Call
+from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.runtime.loops import stated_turns
+
+
+class Work(NamedTuple):
+    """The work of one device in one call of a program.
+
+    Attributes:
+      narrow: FLOPs of products in the model's dtype.
+      wide: FLOPs of float32 products at full precision.
+      factor: FLOPs of factorisations.
+      traffic: bytes of device memory that are read and written.
+      rough: FLOPs of float32 products that only choose.
+    """
+
+    narrow: float = 0.0
+    wide: float = 0.0
+    factor: float = 0.0
+    traffic: float = 0.0
+    rough: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.narrow + self.wide + self.rough + self.factor
+
+    def plus(self, other: "Work", times: float = 1.0) -> "Work":
+        """This and ``times`` the other."""
+        return Work(*(a + times * b for a, b in zip(self, other)))
+
+    def seconds(self, machine: Machine) -> float:
+        """Seconds without overlap: products and traffic at ``utilisation`` of the chip's rates, plus factorisations."""
+        chip = machine.chip
+        products = (self.narrow / chip.narrow + self.wide / chip.wide + self.rough / chip.rough) / machine.utilisation
+        return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * machine.utilisation)
+
+
+class Counted(NamedTuple):
+    """The work of a program.
+
+    Attributes:
+      unknown: the files and lines of loops that do not say how often they run; each counts once.
+    """
+
+    work: Work
+    unknown: frozenset[str] = frozenset()
+
+
+def counted(call: Call, machine: Machine) -> Counted:
+    """The work of a program on one device, without what no result depends on."""
+    reader, jaxpr = _Reader(dict(machine.mesh.shape), machine.platform), call.function.trace(*call.arguments).jaxpr.jaxpr
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(call.arguments) if hasattr(leaf, "shape")]
+    needed, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    split = [_axes(sharding.spec) if sharding else _WHOLE for sharding, use in zip(shardings, used, strict=True) if use]
+    return Counted(reader.body(needed, split).work, frozenset(reader.unknown))
+
+
+Axes = frozenset[str]
+_WHOLE: Axes = frozenset()
+
+
+def _axes(spec: Iterable[Any]) -> Axes:
+    """The mesh axes of a ``PartitionSpec``."""
+    return frozenset(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
+
+
+class _Value:
+    """An array of a program.
+
+    Attributes:
+      size: bytes on a device.
+      level: number of products and reductions that lead to it: that of the pass that computes it.
+      axes: the mesh axes that it is split over.
+      stored: whether it is in memory anyway. Otherwise it is written if anything needs it there.
+      free: whether it follows from no array, as the places of a diagonal do: a pass that reads it makes it anew.
+      needed: whether anything does.
+      passes: the levels of the passes that read it.
+      loads: how often a product or the like reads it.
+    """
+
+    def __init__(self, size: float, level: int, axes: Axes, stored: bool = False, free: bool = False):
+        self.size, self.level, self.axes, self.stored, self.free = size, level, axes, stored, free
+        self.needed, self.passes, self.loads = False, set[int](), 0
+
+    def read(self, level: int) -> None:
+        if not self.free and (self.stored or level > self.level):
+            self.passes.add(level)
+
+    def load(self) -> None:
+        self.loads += 1
+
+    @property
+    def traffic(self) -> float:
+        reads = len(self.passes) + self.loads
+        return self.size * (reads + (not self.stored and (self.needed or reads > 0)))
+
+
+class _Body(NamedTuple):
+    """What one run of a jaxpr does.
+
+    Attributes:
+      out: the axes of each output.
+      same: for each output the position of the input that it is, or None.
+    """
+
+    work: Work
+    out: tuple[Axes, ...]
+    same: tuple[int | None, ...]
+
+
+_VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "copy"}
+_PARTS = {"slice", "dynamic_slice", "gather"}
+_INTO = {
+    "dynamic_update_slice": 1,
+    "scatter": 2,
+    "scatter-add": 2,
+    "scatter_add": 2,
+    "scatter_mul": 2,
+}  # the operand with the part
+_ALONE = {
+    "sort",
+    "top_k",
+    "fft",
+    "psum",
+    "pmax",
+    "pmin",
+    "psum_invariant",
+    "all_gather",
+    "all_to_all",
+    "ppermute",
+    "reduce_scatter",
+}
+_REDUCTIONS = ("reduce", "cum", "arg")
+
+
+def _dot(equation: Any) -> float:
+    """FLOPs of a product."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> float:
+    kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+
+
+def _matrix(share: float) -> Callable[[Any], float]:
+    """FLOPs of a factorisation of matrices [..., n, n]: ``share * n^3`` each."""
+    return lambda equation: share * math.prod(equation.invars[0].aval.shape) * equation.invars[0].aval.shape[-1]
+
+
+def _triangular_solve(equation: Any) -> float:
+    return float(math.prod(equation.invars[1].aval.shape) * equation.invars[0].aval.shape[-1])
+
+
+_PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}
+_FACTORS = {"cholesky": _matrix(1 / 3), "lu": _matrix(2 / 3), "eigh": _matrix(9.0), "triangular_solve": _triangular_solve}
+
+
+def _kind(equation: Any) -> str:
+    """The field of :class:`Work` that a product belongs to."""
+    if equation.invars[0].aval.dtype.itemsize < 4:
+        return "narrow"
+    precision = equation.params["precision"]
+    pair = precision if isinstance(precision, tuple) else (precision,)
+    full = not any(each in (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH) for each in pair)
+    return "wide" if full else "rough"
+
+
+@dataclasses.dataclass
+class _Reader:
+    """Reads the jaxprs of one program.
+
+    Attributes:
+      sizes: of the mesh axes.
+      platform: where programs differ by platform, the one of this platform counts.
+      unknown: see :class:`Counted`.
+    """
+
+    sizes: Mapping[str, int]
+    platform: str
+    unknown: set[str] = dataclasses.field(default_factory=set)
+
+    def bytes(self, aval: Any, axes: Axes) -> float:
+        """The size of an array on a device."""
+        return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 8) / self.parts(axes)
+
+    def parts(self, axes: Axes) -> int:
+        """The number of devices that share what is split over some axes."""
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def body(self, jaxpr: Jaxpr, split: Sequence[Axes], scopes: str = "") -> _Body:
+        """One run of a jaxpr whose inputs and outputs are in memory.
+
+        Args:
+          split: the axes of each input.
+          scopes: the names around it.
+        """
+        run = _Run(self)
+        inputs = [run.new(var.aval, 0, axes, stored=True) for var, axes in zip(jaxpr.invars, split, strict=True)]
+        out = run.through(jaxpr, inputs, scopes)
+        for value in out:
+            value.needed = True
+        place = {id(value): index for index, value in enumerate(inputs)}
+        return _Body(run.done, tuple(value.axes for value in out), tuple(place.get(id(value)) for value in out))
+
+    def turn(self, jaxpr: Jaxpr, split: Sequence[Axes], constant: int, carried: int) -> _Body:
+        """One turn of a loop whose carry is split in the same way before it and behind it.
+
+        Args:
+          constant: number of inputs before the carry.
+          carried: number of arrays in the carry, which are the first outputs.
+        """
+        while True:
+            found, before = self.body(jaxpr, split), split[constant : constant + carried]
+            joined = [old | new for old, new in zip(before, found.out)]
+            if joined == list(before):
+                return found
+            split = [*split[:constant], *joined, *split[constant + carried :]]
+
+
+@dataclasses.dataclass
+class _Run:
+    """One run of the equations of a jaxpr, and of those that it calls.
+
+    Attributes:
+      work: of products, factorisations and loops, and the bytes that do not belong to one of the values.
+      values: all of them.
+      known: results by what computes them, for the compiler computes equal things once.
+    """
+
+    reader: _Reader
+    work: Work = Work()
+    values: list[_Value] = dataclasses.field(default_factory=list)
+    known: dict[Any, list[_Value]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def done(self) -> Work:
+        """All work, once the run is over."""
+        return self.work.plus(Work(traffic=sum(value.traffic for value in self.values)))
+
+    def new(self, aval: Any, level: int, axes: Axes, stored: bool = False, free: bool = False) -> _Value:
+        axes = axes if math.prod(aval.shape) > 1 else _WHOLE  # what is summed over everything is on all devices
+        self.values.append(_Value(self.reader.bytes(aval, axes), level, axes, stored, free))
+        return self.values[-1]
+
+    def through(self, jaxpr: Jaxpr, inputs: Sequence[_Value], scopes: str) -> list[_Value]:
+        """The outputs of a jaxpr inside of scopes."""
+        found: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        found |= {var: self.new(var.aval, 0, _WHOLE, stored=True) for var in jaxpr.constvars}
+
+        def value(var: Any) -> _Value:
+            if isinstance(var, Literal):
+                return self._once(("literal", str(var.val), str(var.aval)), lambda: [_Value(0.0, 0, _WHOLE, free=True)])[0]
+            return found[var]
+
+        for equation in jaxpr.eqns:
+            operands = [value(var) for var in equation.invars]
+            found.update(zip(equation.outvars, self._equation(equation, operands, scopes), strict=True))
+        return [value(var) for var in jaxpr.outvars]
+
+    def _once(self, key: Any, make: Callable[[], list[_Value]]) -> list[_Value]:
+        try:
+            if key not in self.known:
+                self.known[key] = make()
+            return self.known[key]
+        except TypeError:  # a parameter that has no hash
+            return make()
+
+    def _stored(self, key: Any, aval: Any, level: int, axes: Any) -> list[_Value]:
+        return self._once(key, lambda: [self.new(aval, level, axes, stored=True)])
+
+    def _equation(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
+        name, avals = equation.primitive.name, [var.aval for var in equation.outvars]
+        inside = [] if name.startswith(("reduce", "scatter")) else list(jaxprs_in_params(equation.params))
+        if inside:  # a statement about loops holds inside of calls and branches too
+            scopes = f"{scopes}/{equation.source_info.name_stack}"
+            if special := {"scan": self._scan, "while": self._while, "cond": self._cond, "shard_map": self._shard_map}.get(name):
+                return special(equation, operands, scopes)
+            if len(inside) == 1 and len(inside[0].invars) == len(operands):
+                return self.through(inside[0], operands, scopes)
+        if name == "sharding_constraint":
+            return self._constrained(equation, operands)
+        key = name, tuple(sorted(equation.params.items())), tuple(map(id, operands)), tuple(map(str, avals))
+        return self._once(key, lambda: self._simple(equation, name, operands, avals))
+
+    def _simple(self, equation: Any, name: str, operands: list[_Value], avals: list[Any]) -> list[_Value]:
+        """The results of an equation without equations inside."""
+        level = max((value.level for value in operands), default=0)
+        axes = _WHOLE.union(*(value.axes for value in operands))
+        if name in _VIEWS:
+            return operands[:1]
+        if name in _PARTS:
+            operands[0].needed = True
+            for value in operands[1:]:
+                value.read(level)
+            return [self.new(avals[0], level + (not operands[0].stored), operands[0].axes, stored=True)]
+        if name in _INTO:
+            part, position = operands[_INTO[name]], _INTO[name]
+            operands[0].needed = True
+            for value in operands[1:]:
+                value.read(level)
+            adds = 1 + (name not in ("dynamic_update_slice", "scatter"))
+            self.work = self.work.plus(Work(traffic=adds * self.reader.bytes(equation.invars[position].aval, part.axes)))
+            return [self.new(avals[0], level, axes, stored=True)]
+        if name in _PRODUCTS:
+            flops = _PRODUCTS[name](equation) / self.reader.parts(axes)
+            self.work = self.work.plus(Work(**{_kind(equation): flops}))
+            for value in operands:
+                value.load()
+            return [self.new(aval, level + 1, axes) for aval in avals]
+        if name in _FACTORS or name in _ALONE:
+            factor = _FACTORS[name](equation) / self.reader.parts(axes) if name in _FACTORS else 0.0
+            for value in operands:
+                value.load()
+            found = [self.new(aval, level + 1, axes, stored=True) for aval in avals]
+            self.work = self.work.plus(Work(factor=factor, traffic=sum(value.size for value in found)))
+            return found
+        for value in operands:
+            value.read(level)
+        behind = level + (name.startswith(_REDUCTIONS) and name != "reduce_precision")
+        free = all(value.free for value in operands)
+        return [self.new(aval, behind, axes, free=free) for aval in avals]
+
+    def _constrained(self, equation: Any, operands: list[_Value]) -> list[_Value]:
+        (value,), axes = operands, _axes(equation.params["sharding"].spec)
+        if axes == value.axes:
+            return operands
+        value.read(value.level)
+        return self._once(("sharded", id(value), axes), lambda: [self.new(equation.outvars[0].aval, value.level, axes)])
+
+    def _shard_map(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
+        """Inside, shapes are those of one device."""
+        jaxpr, inputs, outputs = equation.params["jaxpr"], [], []
+        for value, var, spec in zip(operands, jaxpr.invars, equation.params["in_specs"], strict=True):
+            value.needed = True
+            key = "inside", id(value), str(spec)
+            inputs += self._stored(key, var.aval, 0, _WHOLE)
+        came = {id(inside): outside for inside, outside in zip(inputs, operands)}
+        for value, var, spec in zip(
+            self.through(jaxpr, inputs, scopes), equation.outvars, equation.params["out_specs"], strict=True
+        ):
+            value.needed = True
+            key = "outside", id(value), str(spec)
+            outputs += [came[id(value)]] if id(value) in came else self._stored(key, var.aval, value.level + 1, _axes(spec))
+        return outputs
+
+    def _scan(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
+        params = equation.params
+        constant, carried = params["num_consts"], params["num_carry"]
+        turn = self.reader.turn(params["jaxpr"].jaxpr, [value.axes for value in operands], constant, carried)
+        self.work = self.work.plus(turn.work, params["length"])
+        return self._behind(equation, operands, turn, constant)
+
+    def _while(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
+        params, split = equation.params, [value.axes for value in operands]
+        tested, constant = params["cond_nconsts"], params["body_nconsts"]
+        carried = len(split) - tested - constant
+        times = stated_turns(scopes)
+        if times is None:
+            self.reader.unknown.add(source_info_util.summarize(equation.source_info))
+        turn = self.reader.turn(params["body_jaxpr"].jaxpr, split[tested:], constant, carried)
+        test = self.reader.body(params["cond_jaxpr"].jaxpr, [*split[:tested], *turn.out])
+        self.work = self.work.plus(turn.work.plus(test.work), 1.0 if times is None else times)
+        return self._behind(equation, operands[tested:], turn, constant)
+
+    def _behind(self, equation: Any, operands: list[_Value], turn: _Body, constant: int) -> list[_Value]:
+        """What leaves a loop."""
+        level = 1 + max((value.level for value in operands), default=0)
+        for value in operands:
+            value.needed = True
+        return [
+            operands[came] if came == constant + index else self.new(var.aval, level, axes, stored=True)
+            for index, (var, axes, came) in enumerate(zip(equation.outvars, turn.out, turn.same, strict=True))
+        ]
+
+    def _cond(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
+        """The branch of the platform; otherwise as much as the largest branch."""
+        _, *operands = operands
+        branches, platforms = equation.params["branches"], equation.params.get("branches_platforms")
+        if platforms:
+            chosen = next(index for index, names in enumerate(platforms) if names is None or self.reader.platform in names)
+            return self.through(branches[chosen].jaxpr, operands, scopes)
+        found = [self.reader.body(branch.jaxpr, [value.axes for value in operands], scopes) for branch in branches]
+        self.work = self.work.plus(Work(*map(max, zip(*(each.work for each in found)))))
+        level = 1 + max((value.level for value in operands), default=0)
+        for value in operands:
+            value.needed = True
+        axes = [_WHOLE.union(*each) for each in zip(*(each.out for each in found))]
+        return [self.new(var.aval, level, each, stored=True) for var, each in zip(equation.outvars, axes, strict=True)]

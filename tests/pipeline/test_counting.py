@@ -1,0 +1,231 @@
+"""Programs are counted as they are written: products and factorisations exactly, bytes by one rule, on each device."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.config.choices import CHOICES
+from optima_tpu.method.linalg.features import matmul, rough_matmul
+from optima_tpu.method.linalg.inverses import inverse, inverse_and_root
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import LayerProblem
+from optima_tpu.method.prune_group import prune_group
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
+from optima_tpu.method.solvers import CG
+from optima_tpu.pipeline.plan.compile import Call
+from optima_tpu.pipeline.plan.counting import Work, counted
+from optima_tpu.pipeline.plan.topology import CHIPS, Machine
+from optima_tpu.runtime.loops import usual_turns
+from optima_tpu.runtime.mesh import ROWS, struct_on
+from tests.support.pruning import group_arguments
+
+ROW, SIZE = 64, 32  # of the arrays here: their traffic is in float32 arrays [ROW, SIZE]
+ARRAY, PRODUCT = 4 * ROW * SIZE, 2 * ROW * SIZE * SIZE
+
+
+def machine(data=1, model=1, here=False) -> Machine:
+    return Machine("there", CHIPS["v5e"], AbstractMesh((data, model), ("data", "model")), 1, 0.5, here=here)
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+X, Y, W = struct(ROW, SIZE), struct(ROW, SIZE), struct(SIZE, SIZE)
+MATRIX = 4 * SIZE * SIZE
+
+
+def work(function, *arguments, on: Machine | None = None) -> Work:
+    found = counted(Call(jax.jit(function), arguments), on or machine())
+    assert not found.unknown
+    return found.work
+
+
+def test_products_count_by_dtype_and_precision_and_factorisations_by_themselves():
+    narrow = struct(ROW, SIZE, dtype=jnp.bfloat16), struct(SIZE, SIZE, dtype=jnp.bfloat16)
+    assert work(jnp.matmul, *narrow) == Work(narrow=PRODUCT, traffic=(2 * ARRAY + MATRIX) / 2)
+    assert work(matmul, X, W) == Work(wide=PRODUCT, traffic=2 * ARRAY + MATRIX)
+    assert work(rough_matmul, X, W) == Work(rough=PRODUCT, traffic=2 * ARRAY + MATRIX)
+    batched = work(lambda a, b: jnp.einsum("brs,bst->brt", a, b), struct(5, ROW, SIZE), struct(5, SIZE, SIZE))
+    assert batched.flops == 5 * PRODUCT
+    assert work(lambda a: lax.linalg.cholesky(a, symmetrize_input=False), W) == Work(
+        factor=SIZE**3 / 3,
+        traffic=4 * MATRIX,  # and another pass for the zeros above the diagonal
+    )
+    assert work(lambda a, b: lax.linalg.triangular_solve(a, b), W, X).factor == ROW * SIZE**2
+
+
+def test_what_is_computed_element_by_element_is_one_pass():
+    assert work(lambda x, y: jnp.exp(x) * y + x, X, Y).traffic == 3 * ARRAY
+    # A row's sum is needed before its share: the array is read twice, and once written.
+    assert work(lambda x: x / jnp.sum(x, axis=1, keepdims=True), X).traffic == 3 * ARRAY
+    # The factor of a product is written for it; its result is added to where it is computed.
+    assert work(lambda x, y, w: matmul(x * 2, w) + y, X, Y, W).traffic == (1 + 2 + 1 + 1) * ARRAY + MATRIX
+    assert work(lambda x, y: x, X, Y).traffic == 0  # nothing is done
+
+
+def test_a_part_of_an_array_counts_as_large_as_it_is():
+    part = ARRAY // 8
+    assert work(lambda x: lax.dynamic_slice_in_dim(x, 3, ROW // 8) * 2, X).traffic == 2 * part
+    written = work(lambda x, y: lax.dynamic_update_slice_in_dim(x, 2 * y[: ROW // 8], 3, 0), X, Y)
+    assert written.traffic == 2 * part
+
+
+def test_equal_things_are_computed_once_and_what_nothing_needs_never():
+    assert work(lambda x, w: (matmul(x, w) + 1, matmul(x, w) + 2), X, W).wide == PRODUCT
+    assert work(lambda x, w: (matmul(x, w), x)[1] + 1, X, W).wide == 0
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori", "while"])
+def test_a_loop_counts_as_often_as_it_runs(loop):
+    def program(x, w):
+        if loop == "scan":
+            return lax.scan(lambda x, _: (matmul(x, w), None), x, None, length=5)[0]
+        if loop == "fori":
+            return lax.fori_loop(0, 5, lambda _, x: matmul(x, w), x)
+        with usual_turns(5):
+            return lax.while_loop(lambda x: jnp.any(x < 1), lambda x: matmul(x, w), x)
+
+    found = work(program, X, W)
+    assert found.wide == 5 * PRODUCT
+    assert found.traffic == pytest.approx(5 * (2 * ARRAY + MATRIX + (loop == "while") * ARRAY), rel=1e-2)
+
+
+def test_a_loop_that_says_nothing_counts_once_and_is_named():
+    def program(x, w):
+        return lax.while_loop(lambda x: jnp.any(x < 1), lambda x: matmul(x, w), x)
+
+    found = counted(Call(jax.jit(program), (X, W)), machine())
+    (where,) = found.unknown
+    assert found.work.wide == PRODUCT and "test_counting.py" in where
+
+    # What is said holds inside of calls and of branches, and not inside of the loop itself.
+    def said(x, w):
+        with usual_turns(3):
+            return lax.cond(jnp.any(x > 0), jax.jit(program), lambda x, w: x, x, w)
+
+    assert work(said, X, W).wide == 3 * PRODUCT
+
+    def nested(x, w):
+        with usual_turns(3):
+            return lax.while_loop(lambda x: jnp.any(x < 1), lambda x: program(x, w), x)
+
+    found = counted(Call(jax.jit(nested), (X, W)), machine())
+    assert found.work.wide == 3 * PRODUCT and found.unknown == {where}
+
+
+def test_of_branches_the_largest_counts_and_of_platforms_the_machines_own():
+    def branches(x, w):
+        return lax.cond(jnp.any(x > 0), lambda x: matmul(matmul(x, w), w), lambda x: matmul(x, w), x)
+
+    def platforms(x, w):
+        return lax.platform_dependent(x, tpu=lambda x: matmul(x, w), default=lambda x: x)
+
+    assert work(branches, X, W).wide == 2 * PRODUCT
+    assert work(platforms, X, W).wide == PRODUCT and work(platforms, X, W, on=machine(here=True)).wide == 0
+
+
+def test_the_work_of_a_device_is_its_share():
+    on = machine(4, 2)
+    x, whole = struct_on(on.mesh, X.shape, X.dtype, ROWS), struct_on(on.mesh, W.shape, W.dtype, P())
+
+    def outside(x, w):
+        return matmul(x, matmul(w, w)) + 1
+
+    found = work(outside, x, whole, on=on)
+    assert found.wide == PRODUCT / 8 + 2 * SIZE**3  # what no device shares is computed by each
+    assert found.traffic == 2 * ARRAY / 8 + 4 * MATRIX
+
+    def inside(x, w):
+        return jax.shard_map(matmul, mesh=on.mesh, in_specs=(ROWS, P()), out_specs=ROWS, check_vma=False)(x, w)
+
+    assert work(inside, x, whole, on=on) == Work(wide=PRODUCT / 8, traffic=2 * ARRAY / 8 + MATRIX)
+
+    def constrained(x, w):
+        return matmul(lax.with_sharding_constraint(x, jax.NamedSharding(on.mesh, P("data"))), w)
+
+    assert work(constrained, struct(ROW, SIZE), whole, on=on).wide == PRODUCT / 4
+
+
+def test_bytes_are_fewer_than_those_of_the_cpus_compiler_and_flops_are_the_same():
+    """It fuses less than the rule assumes."""
+
+    def elements(x, y, w):
+        return jax.nn.softmax(jnp.where(x > 0, x, 0) * y, axis=1), jnp.tanh(matmul(x * y, w)) * x
+
+    problem = LayerProblem(struct(512, 256), struct(256, 256))
+    for call, arguments in (
+        (elements, (struct(512, 256), struct(512, 256), struct(256, 256))),
+        (lambda problem, weight: problem.errors(weight), (problem, struct(512, 256))),
+    ):
+        found, compiled = work(call, *arguments, on=machine(here=True)), jax.jit(call).lower(*arguments).compile().cost_analysis()
+        assert 0.97 < found.flops / compiled["flops"] <= 1
+        assert 0.5 < found.traffic / compiled["bytes accessed"] <= 1
+
+
+def pruning(recipe: Recipe, rows: int, size: int, on: Machine, **options):
+    arrays = (
+        (struct_on(on.mesh, (rows, size), jnp.dtype(jnp.float32), ROWS),),
+        struct_on(on.mesh, (size, size), jnp.dtype(jnp.float32), P()),
+    )
+    return counted(Call(prune_group, group_arguments(*arrays, recipe, on.mesh, **options)), on)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_every_loop_of_every_method_says_how_often_it_runs(pattern):
+    for setting in ("solver", "selector"):
+        for cls in CHOICES[setting].values():
+            if cls not in (None, Imported):
+                methods = (cls(), CG()) if setting == "selector" else (Wanda(), cls())
+                found = pruning(Recipe(pattern, *methods), 32, 16, machine())
+                assert not found.unknown and found.work.flops > 0, cls
+
+
+def test_a_solve_counts_its_usual_steps_on_every_device():
+    """Of the default solver 12: two products each, two more after every fourth, one at the start; others measure the result."""
+    rows, size = 4096, 256
+    for on, devices in ((machine(), 1), (machine(4, 2), 8)):
+        product = 2 * rows * size**2 / devices
+        one, solved = (pruning(Recipe(Unstructured(0.5), Wanda(), solver), rows, size, on).work for solver in (None, CG()))
+        assert solved.rough - one.rough == pytest.approx(12 * product + 2 * size**3)  # and R'R, on each device
+        # Without a solver the weights before and after it are one.
+        assert solved.wide - one.wide == pytest.approx((12 + 6 + 1 + 1) * product)
+        assert solved.factor == pytest.approx(4 / 3 * size**3)
+
+
+def test_inverses_are_shared_by_the_tpus_that_make_them():
+    """By panels of 128 columns; see ``linalg.blocked_cholesky``."""
+    size, panel = 2048, 128
+    for call, kinds in ((lambda matrix: inverse(matrix, 1.0), {"rough"}), (inverse_and_root, {"wide", "rough"})):
+        for devices in (1, 8):
+            on = machine(devices, 1)
+
+            def program(matrix, call=call, on=on):
+                with jax.sharding.use_abstract_mesh(on.mesh):
+                    return call(matrix)
+
+            found = work(program, struct_on(on.mesh, (size, size), jnp.dtype(jnp.float32), P()), on=on)
+            products = (6 * size**3 + 2 * size**2 * panel) / devices + 2 * size**2 * panel  # each device has the whole panel
+            assert {name for name in ("narrow", "wide", "rough") if getattr(found, name)} == kinds
+            assert found.flops - found.factor == pytest.approx(products)
+    halves = work(lambda matrix: inverse(matrix, 1.0), struct(size, size), on=machine(here=True))
+    assert halves.flops == pytest.approx(2 * size**3, rel=0.05)
+
+
+def test_a_selector_makes_its_inverses_once_for_an_input():
+    rows, size, on = 64, 512, machine()
+
+    def rough(selector):
+        return pruning(Recipe(Unstructured(0.5), selector, None), rows, size, on).work.rough
+
+    product, one = 2 * rows * size**2, rough(ADMM(levels=6, inverses=1, iterations=1))
+    assert rough(ADMM(levels=6, inverses=1, iterations=3)) - one == pytest.approx(12 * product)
+    made = 6 * size**3 + 4 * size**2 * 128
+    assert one - made == pytest.approx(6 * product) and rough(ADMM(levels=6, inverses=3, iterations=1)) - one == pytest.approx(
+        2 * made
+    )
+    assert rough(SparseGPT()) == rough(Wanda()) == 0  # nothing reads SparseGPT's R'R
