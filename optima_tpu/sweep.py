@@ -44,9 +44,7 @@ def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, list[str], CellGrid,
 
 
 def _sweep(argv: Sequence[str]) -> int:
-    options, settings, grid, chosen = rehearsed(
-        "optima_tpu.sweep:read", argv, first=lambda read: announce(read[2].cells[0].config)
-    )
+    options, settings, grid, chosen = rehearsed("optima_tpu.sweep:read", argv, first=_announce)
     take_devices(grid.cells[0].config, alone=True)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
@@ -71,6 +69,12 @@ def _sweep(argv: Sequence[str]) -> int:
     show(console, terminal_table(layout(grid, sweep.results)))
     say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
     return 1 if failures else 0
+
+
+def _announce(found: "tuple[argparse.Namespace, list[str], CellGrid, tuple[Cell, ...]]") -> None:
+    options, _, grid, _ = found
+    if not options.dry_run:  # which opens nothing, and lists the cells alone
+        announce(grid.cells[0].config)
 
 
 def make_parser() -> Parser:

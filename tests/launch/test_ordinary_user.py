@@ -16,7 +16,7 @@ AS_ORDINARY_USER = """
 import contextlib, importlib, io, json, os, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-import datasets, optima_tpu.data, optima_tpu.pipeline.run  # what commands import later may lie where this user sees nothing
+import datasets, optima_tpu.data, optima_tpu.models.checkpoints.export, optima_tpu.pipeline.run, optima_tpu.report.page  # what commands import later may lie where this user sees nothing
 from optima_tpu import cli, export, launch, report, verify
 import optima_tpu.report.__main__
 
