@@ -12,9 +12,10 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.predictions import per_token, picked
-from optima_tpu.models.activations import Activations
+from optima_tpu.models.activations import Activations, count_batches
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
+from optima_tpu.report.pace import Step
 from optima_tpu.runtime.processes import fetch
 
 
@@ -120,3 +121,23 @@ def _batch_nll(head: Head, hidden: Array, tokens: Array) -> Array:
         return jax.nn.logsumexp(logits, axis=-1) - picked(logits, targets)
 
     return per_token(score, tokens, hidden)
+
+
+def text_steps(decoder: Decoder, tokens: np.ndarray, both: bool, per_block: bool = False) -> list[Step]:
+    """What a text takes, for one model or for two. Texts of one length of window run the same programs.
+
+    Args:
+      tokens: [windows, length] int32.
+      per_block: the head reads the hidden states of every block, as in :func:`distance`.
+    """
+    windows, length = tokens.shape
+    which = f"{'both models' if both else 'the model'} on windows of {length}"
+    batches = count_batches(decoder.mesh, windows, decoder.batch)
+    # The work is counted in weights that windows are multiplied by: the head takes as long as several blocks, and comes last.
+    head, steps = windows / batches * decoder.config.vocab * decoder.config.d_model, list[Step]()
+    for index in range(decoder.config.blocks):
+        kind, weights = f"{which}, {decoder.config.kind_of(index)}", sum(map(math.prod, decoder.at(index).block_shapes.values()))
+        steps.append(Step(kind, float(windows * weights)))
+        if per_block or index == decoder.config.blocks - 1:
+            steps += [Step(f"{which}, head", head, like=kind)] * batches
+    return steps

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,12 +22,10 @@ from optima_tpu.evaluate.earlier_results import check_known, read_known
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
 from optima_tpu.evaluate.parts import Parts, questions_digest
-from optima_tpu.evaluate.perplexity import perplexity
+from optima_tpu.evaluate.perplexity import perplexity, text_steps
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
-from optima_tpu.models.activations import count_batches
-from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.report.file import environment
 from optima_tpu.report.meaningless import poor_text, unpredicted
@@ -102,7 +99,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         found = {}
         for number, (source, tokens) in enumerate(texts.items(), 1):
             decoder, both = models["model"].model.decoder, "against" in models
-            later = [text_steps(decoder, each, both, config.per_block) for each in [*texts.values()][number:]]
+            later = [text_steps(decoder, each.ids, both, config.per_block) for each in [*texts.values()][number:]]
             progress.ahead = [*later, *questions.ahead(len(questions.testers))]
             found[source] = parts.measured(source, functools.partial(measure, source, tokens))
         results = questions.answers(parts, config.asking, progress) | known
@@ -278,7 +275,7 @@ def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progr
         "unigram_perplexity": unigram_perplexity(tokens.ids),
     }
     pruned, both = models["model"].model.decoder, "against" in models
-    steps = text_steps(pruned, tokens, both, per_block)
+    steps = text_steps(pruned, tokens.ids, both, per_block)
     progress.stage(f"{'both models' if both else 'perplexity'} on {source}", len(steps), steps)
     if not both:
         value = perplexity(pruned, tokens.ids, progress.advance, between=progress.advance)
@@ -290,25 +287,6 @@ def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progr
     if told := _unpredicted(found["perplexity"]):
         progress.note(f"unusual: {told}")
     return found
-
-
-def text_steps(decoder: Decoder, tokens: Tokens, both: bool, per_block: bool = False) -> list[Step]:
-    """What a text takes, for one model or for two. Texts of one length of window run the same programs.
-
-    Args:
-      per_block: the head reads the hidden states of every block, as in :func:`distance`.
-    """
-    windows, length = tokens.ids.shape
-    which = f"{'both models' if both else 'the model'} on windows of {length}"
-    batches = count_batches(decoder.mesh, windows, decoder.batch)
-    # The work is counted in weights that windows are multiplied by: the head takes as long as several blocks, and comes last.
-    head, steps = windows / batches * decoder.config.vocab * decoder.config.d_model, list[Step]()
-    for index in range(decoder.config.blocks):
-        kind, weights = f"{which}, {decoder.config.kind_of(index)}", sum(map(math.prod, decoder.at(index).block_shapes.values()))
-        steps.append(Step(kind, float(windows * weights)))
-        if per_block or index == decoder.config.blocks - 1:
-            steps += [Step(f"{which}, head", head, like=kind)] * batches
-    return steps
 
 
 def _poor(source: str, unigram: float) -> str:

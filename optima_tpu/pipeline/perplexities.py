@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from optima_tpu.data import token_digest
-from optima_tpu.evaluate.perplexity import perplexity_of, token_losses
+from optima_tpu.evaluate.perplexity import perplexity_of, text_steps, token_losses
 from optima_tpu.evaluate.token_changes import token_changes
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
@@ -52,14 +52,13 @@ class TextPerplexity(NamedTuple):
 
 def perplexity_steps(opened: Opened) -> list[Step]:
     """The steps of :func:`measured`, the same for every model of this shape."""
-    config = opened.model.decoder.config
-    return [*(Step(f"evaluation text {config.kind_of(index)}") for index in range(config.blocks)), Step("evaluation text, head")]
+    return text_steps(opened.model.decoder, opened.texts.evaluation.ids, both=False)
 
 
 def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
     """Measures a model on the evaluation text of a run. Every process calls it."""
     ids = work.opened.texts.evaluation.ids
-    losses = token_losses(decoder, ids, work.progress.advance)
+    losses = token_losses(decoder, ids, work.progress.advance, between=work.progress.advance)
     first = losses[: max(1, _KEPT // ids.shape[1])].copy()  # a view would keep all of them
     return TextPerplexity(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
 
