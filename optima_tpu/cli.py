@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = MODULES[name] + (".__main__" if name in _PACKAGES else "")
     if name in _REHEARSED and (status := guarded(lambda: rehearse(f"{module}:read", rest), "the same command does it again")):
         return status
+    signals.ended(None)  # the arguments are read, and no more than that is done
     status = importlib.import_module(module).main(rest)
     return status
 

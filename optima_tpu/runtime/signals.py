@@ -10,6 +10,7 @@ import atexit
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,10 +41,12 @@ class Stopped(BaseException):
 
 
 def listen() -> None:
-    """Listens for SIGTERM and Ctrl-C until the process ends. Does nothing if the process listens already."""
+    """Listens for SIGTERM and Ctrl-C until the process ends. Does nothing if the process listens already.
+
+    A process whose work is done (:func:`ended`) ends behind Python's exit handlers.
+    """
     if _LISTENER.start():
-        # Registered first and so called last. Python then gives its handlers back to the system and takes a while to end.
-        atexit.register(_LISTENER.ignore)
+        atexit.register(_LISTENER.leave)  # registered first and so called last
 
 
 @contextmanager
@@ -57,6 +60,9 @@ def listening(again: str) -> Iterator[None]:
     _LISTENER.again, _LISTENER.status = again, None
     try:
         yield
+    except BaseException:
+        _LISTENER.status = None  # Python prints the error, and ends with its own status
+        raise
     finally:
         if mine:
             _LISTENER.stop()
@@ -88,8 +94,8 @@ def end_later(seconds: float) -> None:
     _LISTENER.later = seconds
 
 
-def ended(status: int) -> None:
-    """Says that the work is done: from now on a signal ends the process at once, with this status.
+def ended(status: int | None) -> None:
+    """Says that the work is done: from now on a signal ends the process at once, with this status. None says that more work follows.
 
     A command that writes calls it when all is written, before it prints what it wrote: neither a signal nor an output that nobody
     reads makes the command fail then.
@@ -170,10 +176,21 @@ class _Listener:
         self._thread.start()
         return True
 
-    def ignore(self) -> None:
-        """Lets the process end with its own status whatever comes."""
-        for number in self._before:
+    def leave(self) -> None:
+        """Ends a process whose work is done; lets any other end with its own status whatever comes.
+
+        Python would go on to free every module, and what the libraries hold. That takes more than a CPU second, and ten seconds where
+        SIGTERM stopped a large model on busy cores: a scheduler has few left then.
+        """
+        for number in self._before:  # Python gives its handlers back to the system and takes a while to end
             signal.signal(number, signal.SIG_IGN)
+        if self.status is None:
+            return
+        with suppress(OSError, ValueError):  # Python itself prints that an output fails only now, and ends with 120
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+            os._exit(self.status)
 
     def stop(self) -> None:
         """Takes the handlers back and ends the thread."""

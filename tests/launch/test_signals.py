@@ -52,18 +52,59 @@ def start(*command, folder, **environment):
         ("evaluate", "numpy", signal.SIGINT),
         ("data.build", "pyarrow", signal.SIGTERM),
         ("launch", "orbax.checkpoint", signal.SIGTERM),
+        ("cli data", "pyarrow", signal.SIGTERM),  # its arguments are read before
     ],
 )
 def test_a_signal_while_a_command_imports_its_modules(model, tmp_path, module, at, sent):
     (tmp_path / "sitecustomize.py").write_text((CHILDREN / "sitecustomize.py").read_text() + AT_IMPORT)
     run = ["--model", model, *SMALL, "--output", "run"]
-    words = {"launch": run, "cli": ["prune", *run], "evaluate": [model], "data.build": ["a@data", "a.txt"]}[module]
+    build = ["a@data", "a.txt"]
+    words = {"launch": run, "cli": ["prune", *run], "evaluate": [model], "data.build": build, "cli data": ["data", *build]}[
+        module
+    ]
+    (tmp_path / "a.txt").write_text("text")
     path = f"{tmp_path}{os.pathsep}{process_environment()['PYTHONPATH']}"
-    process = start("-m", f"optima_tpu.{module}", *words, folder=tmp_path, PYTHONPATH=path, SIGNAL_AT=at, SIGNAL=str(int(sent)))
+    process = start(
+        "-m", f"optima_tpu.{module.split()[0]}", *words, folder=tmp_path, PYTHONPATH=path, SIGNAL_AT=at, SIGNAL=str(int(sent))
+    )
     said = process.communicate(timeout=120)[1]
     status, line = ENDS[sent]
     assert process.returncode == status and said.startswith(line) and said.count("\n") == 1, said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_command_ends_behind_pythons_exit_handlers(tmp_path):
+    program = """
+import atexit, sys
+from optima_tpu import cli
+
+class Kept:
+    def __del__(self):
+        print("freed")
+
+kept = Kept()
+sys.argv = ["optima", "verify", "missing"]
+status = cli.main()
+atexit.register(print, "handled")
+sys.exit(status)
+"""
+    process = start("-c", program, folder=tmp_path)
+    assert process.communicate(timeout=120)[0] == "handled\n" and process.returncode == 2
+
+
+def test_an_error_behind_the_work_of_a_command_decides_its_status(tmp_path):
+    program = """
+from optima_tpu.runtime import command, signals
+
+def work():
+    signals.ended(0)
+    raise ValueError("broken")
+
+signals.listen()
+command.guarded(work, "again")
+"""
+    process = start("-c", program, folder=tmp_path)
+    assert "ValueError: broken" in process.communicate(timeout=120)[1] and process.returncode == 1
 
 
 @pytest.mark.slow
