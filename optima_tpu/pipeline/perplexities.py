@@ -19,6 +19,7 @@ from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.keeping import StageWork
 from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.repair import perplexity_files
 from optima_tpu.report.pace import Step
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import writing
@@ -63,18 +64,15 @@ def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
     return TextPerplexity(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
 
 
-def names_of(model: str) -> tuple[str, str]:
-    """The two files of a model's perplexity in the run directory. ``model`` is "dense" or "pruned"."""
-    return f"{model}.json", f"{model}_losses.npy"
-
-
 def read_perplexity(opened: Opened, model: str) -> TextPerplexity | None:
     """What an earlier start of the run measured on this text; None if nothing was kept. Every process calls it."""
     directory, digest = opened.directory, token_digest(opened.texts.evaluation.ids)
     record = _record(model).read(directory)
     if record is None or record["tokens"] != digest:
         return None
-    return TextPerplexity(record["perplexity"], from_first(lambda: _losses(directory / names_of(model)[1], record.get("losses"))))
+    return TextPerplexity(
+        record["perplexity"], from_first(lambda: _losses(directory / perplexity_files(model)[1], record.get("losses")))
+    )
 
 
 def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> None:
@@ -86,7 +84,7 @@ def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> Non
     kept = read_perplexity(opened, model)
     if kept and kept.perplexity == measured.perplexity and (kept.losses is not None or measured.losses is None):
         return
-    name = names_of(model)[1]
+    name = perplexity_files(model)[1]
     record: _Record = {"tokens": token_digest(opened.texts.evaluation.ids), "perplexity": measured.perplexity}
     if measured.losses is not None:
         file = io.BytesIO()
@@ -113,7 +111,7 @@ def changes(opened: Opened, dense: TextPerplexity, pruned: TextPerplexity) -> di
 
 
 def _record(model: str) -> KeptRecord[_Record]:
-    return KeptRecord(names_of(model)[0], _Record)
+    return KeptRecord(perplexity_files(model)[0], _Record)
 
 
 def _losses(path: Path, digest: str | None) -> np.ndarray | None:

@@ -17,7 +17,6 @@ from optima_tpu.pipeline.allocate import ALLOCATION
 from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import OUTCOME
 from optima_tpu.pipeline.journal import finished_blocks
-from optima_tpu.pipeline.perplexities import names_of
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, recorded_command
@@ -28,7 +27,13 @@ from optima_tpu.runtime.inside import OutsideError, inside, refuse_links
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import known_record
 
-_PAIRS = tuple(map(names_of, ("dense", "pruned")))
+
+def perplexity_files(model: str) -> tuple[str, str]:
+    """The two files of a model's perplexity in the run directory. ``model`` is "dense" or "pruned"."""
+    return f"{model}.json", f"{model}_losses.npy"
+
+
+_PAIRS = tuple(map(perplexity_files, ("dense", "pruned")))
 """One pass over the text measures both files of a pair."""
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
 """The folders of the folders that are written block by block, or check by check."""

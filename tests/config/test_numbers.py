@@ -49,7 +49,7 @@ def test_a_stride_that_fits_is_found_among_the_divisors_of_the_widths():
 
 @pytest.mark.parametrize("text", ["\uff12:\uff14", "2:4@\u0663", "1_0:2_0", "1:+-4"])
 def test_a_pattern_is_written_with_the_digits_0_to_9(text):
-    assert "such as 0.5, 0.5/layer, 2:4 or 2:4@128" in refusal(parse_pattern, text)
+    assert "such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128" in refusal(parse_pattern, text)
 
 
 def test_a_mesh_has_a_bound():

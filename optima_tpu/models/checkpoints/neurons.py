@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optima_tpu.method.patterns import Pattern, WholeInputs
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, Part
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
 from optima_tpu.models.family import NeuronLayers
 
 
@@ -24,7 +24,7 @@ class CutNeurons(NamedTuple):
 
     kept: int
     total: int
-    parts: Mapping[str, Part]
+    parts: Mapping[str, TensorPart]
     whole: frozenset[str]
     setting: str
 
@@ -54,18 +54,18 @@ def cut_neurons(source: CheckpointTensors, patterns: Mapping[str, Pattern], laye
     names = [name for name in inputs if name.endswith("." + ending)]
     if not names:
         return f"inputs that are pruned in all rows stay as zeros, since those of {inputs[0]} are no neurons of an MLP"
-    parts, whole, kept = dict[str, Part](), set[str](), set[int]()
+    parts, whole, kept = dict[str, TensorPart](), set[str](), set[int]()
     for name in names:
         mask, prefix, total = source.masks([name])[name], name.removesuffix(ending), source.shape(name)[1]
         left = np.flatnonzero(mask.any(axis=0))
         kept.add(len(left))
-        parts[name] = Part(left, 1)
+        parts[name] = TensorPart(left, 1)
         if mask[:, left].all():
             whole.add(name)
         made = (f"{prefix}{layer}.{what}" for layer in layers.made_by for what in ("weight", "bias"))
         for maker in present.intersection(made):
             firsts = range(0, source.shape(maker)[0], total)  # gate and up may be one matrix, one behind the other
-            parts[maker] = Part(np.concatenate([left + first for first in firsts]), 0)
+            parts[maker] = TensorPart(np.concatenate([left + first for first in firsts]), 0)
     if len(names) < len(source.run["blocks"]):
         kept.add(total)
     if len(kept) > 1:

@@ -267,7 +267,7 @@ def refuse_damaged_checkpoint(directory: Path) -> None:
         raise UserError(f"{directory / CHECKPOINT} is damaged ({found}): repeat the run's command, which writes it again")
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """The rows or the columns of a tensor that stay.
 
     Attributes:
@@ -290,9 +290,9 @@ class OrbaxTensors:
         self._trees = trees
         self._found = {group: _leaves(trees, group) for group in ("weights", "masks", "scales")}
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
-        self._left: Mapping[str, Part] = {}
+        self._left: Mapping[str, TensorPart] = {}
 
-    def without(self, left: Mapping[str, Part], whole: Collection[str]) -> Self:
+    def without(self, left: Mapping[str, TensorPart], whole: Collection[str]) -> Self:
         """The same tensors, of which only parts are left.
 
         Args:
