@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from jax.sharding import Mesh
@@ -54,6 +54,7 @@ class _Sidecar(TypedDict):
 
     manifest: Manifest
     model: str | None
+    neurons: NotRequired[dict[str, int]]
     layers: list[dict[str, Any]]
 
 
@@ -195,6 +196,11 @@ def _record(spec: str, decoder: Decoder) -> _Record:
     exported = known_record(path / SIDECAR, _Sidecar) if path.is_dir() else None
     if exported is None or not exported["manifest"].get("recipe"):
         return _Record()
+    if exported.get("neurons"):
+        raise UserError(
+            f"expected a model of the dense model's size, got {spec}, an export that is without the neurons that were cut; give the "
+            "directory of its run"
+        )
     beside = known_record(path.resolve().parent / RUN, RunRecord)
     known = beside["configuration"] if beside and beside["manifest"] == exported["manifest"] else {}
     layers = {layer["name"]: layer for layer in exported["layers"]}
