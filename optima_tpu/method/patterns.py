@@ -417,14 +417,13 @@ class WholeInputs(Pattern):
         return bool(zero.all(axis=0).sum() >= zero.shape[1] - self.kept(zero.shape[1]))
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
-        expected, some = keep.shape[1] - self.kept(keep.shape[1]), np.any(keep, axis=0)
-        every = np.all(keep, axis=0)
-        whole = int(np.sum(~some))
+        expected = keep.shape[1] - self.kept(keep.shape[1])
+        whole, ragged = int(np.sum(~np.any(keep, axis=0))), np.flatnonzero(np.any(keep, axis=0) != np.all(keep, axis=0))
         if whole < expected or (whole > expected and not or_fewer):
             return f"expected {expected:,} of {keep.shape[1]:,} inputs pruned in all rows, got {whole:,}"
-        if or_fewer or every[some].all():
+        if or_fewer or not len(ragged):
             return None
-        return f"expected every input pruned in all rows or in none, got input {np.argmax(some & ~every)} pruned in some"
+        return f"expected every input pruned in all rows or in none, got input {ragged[0]} pruned in some"
 
     def text(self, group: str | None = None) -> str:
         return f"{float(self.sparsity)!r}/{self.word}" + (f"@{self.multiple}" if self.multiple != MULTIPLE else "")

@@ -186,11 +186,8 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     )
 
 
-def pruned_layers(config: RunConfig, decoder: Decoder, name: str = "one of another kind") -> dict[str, Pattern]:
+def pruned_layers(config: RunConfig, decoder: Decoder, model: PretrainedConfig) -> dict[str, Pattern]:
     """The pattern of every layer that is pruned, by its whole path.
-
-    Args:
-      name: of the architecture, for a message.
 
     Raises:
       UserError: as ``check_layers``, or neurons cannot be cut from this model, or groups of integers do not divide the inputs of a
@@ -199,8 +196,8 @@ def pruned_layers(config: RunConfig, decoder: Decoder, name: str = "one of anoth
     cut = next((pattern for pattern in config.patterns if isinstance(pattern, Neurons)), None)
     if cut and decoder.family.neurons is None:
         raise UserError(
-            f"expected a model with one MLP in every block where the pattern is {cut.text()}, got {name}, from which "
-            "neurons cannot be cut; take another pattern, such as 2:4"
+            f"expected a model with one MLP in every block where the pattern is {cut.text()}, got "
+            f"{', '.join(model.architectures or [model.model_type])}, from which neurons cannot be cut; take another pattern, such as 2:4"
         )
     shapes = list(linear_shapes(decoder))
     patterns = check_layers(config.layers, config.pattern, shapes)
@@ -227,7 +224,7 @@ def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]
 
 
 def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
-    patterns = pruned_layers(config, model.decoder)
+    patterns = pruned_layers(config, model.decoder, model.pretrained.config)
     fitted, ids = config.calibration.fitted, texts.calibration.ids
     manifest = {
         "model": model.pretrained.fingerprint,

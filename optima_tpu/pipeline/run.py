@@ -65,10 +65,8 @@ def run(
     check_signals()
     found = model.pretrained.config
     config = together(lambda: on_context(config, found, console))
-    name = ", ".join(found.architectures or ())
-    together(
-        lambda: pruned_layers(config, model.decoder, name)
-    )  # a pattern that does not fit is refused before the texts are read
+    # A pattern that does not fit is refused before the texts are read.
+    together(lambda: pruned_layers(config, model.decoder, found))
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console, dense)
     return finish(opened, functools.partial(pruning, config), console)
 

@@ -433,10 +433,11 @@ def _facts(opened: Opened, results: Results) -> dict[str, Any]:
 
 def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, Any] | None:
     """The neurons of an MLP, and the numbers that blocks have left; None if the run cuts none."""
-    config, family = opened.config, opened.model.decoder.family
+    config, (pretrained, decoder) = opened.config, opened.model
+    family = decoder.family
     if family.neurons is None or not any(isinstance(pattern, WholeInputs) for pattern in config.patterns):
         return None
-    patterns, prefix = pruned_layers(config, opened.model.decoder), opened.model.decoder.prefix
+    patterns, prefix = pruned_layers(config, decoder, pretrained.config), decoder.prefix
     cut = [
         layer
         for layer in all_layers(blocks)

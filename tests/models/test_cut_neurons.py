@@ -14,9 +14,7 @@ from optima_tpu.models import FAMILIES
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
-from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
@@ -162,10 +160,10 @@ def test_weights_of_neurons_that_are_not_zero_are_not_deleted(run, tmp_path, mon
 def test_a_model_of_experts_is_refused_by_name(model):
     reference = next(each for each in REFERENCES if each.model == model)
     config, _, source = tiny(reference, {})
-    opened = Model(Pretrained(config, source, {}, "", "here"), Decoder.open(config, source, mesh(1, 1)))
+    decoder = Decoder.open(config, source, mesh(1, 1))
     with pytest.raises(UserError, match=f"one MLP in every block where the pattern is 0.25/neuron@8, got {model}, from which"):
-        pruned_layers(RunConfig(model="here", pattern=CUT), opened.decoder, model)
-    assert len(pruned_layers(RunConfig(model="here", pattern=parse_pattern("0.25/input@4")), opened.decoder)) > 8
+        pruned_layers(RunConfig(model="here", pattern=CUT), decoder, config)
+    assert len(pruned_layers(RunConfig(model="here", pattern=parse_pattern("0.25/input@4")), decoder, config)) > 8
 
 
 def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
