@@ -59,7 +59,7 @@ def perplexity_steps(opened: Opened) -> list[Step]:
 def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
     """Measures a model on the evaluation text of a run. Every process calls it."""
     ids = work.opened.texts.evaluation.ids
-    losses = token_losses(decoder, ids, work.progress.advance, between=work.progress.advance)
+    losses = token_losses(decoder, ids, work.progress.advance, work.progress.advance)
     first = losses[: max(1, _KEPT // ids.shape[1])].copy()  # a view would keep all of them
     return TextPerplexity(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
 
