@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay, totals
 from optima_tpu.runtime.bounds import at_least, whole
 from optima_tpu.runtime.mesh import padded
@@ -181,7 +181,8 @@ class Unstructured(Pattern):
     def __post_init__(self) -> None:
         _refuse_share(self.sparsity, "weights")
         if self.group not in ("row", "layer"):
-            raise UserError(f"expected 'row', 'layer', 'input' or 'neuron' behind a share, got {self.group!r}")
+            meant = did_you_mean(self.group, ("row", "layer", "input", "neuron"))
+            raise UserError(f"expected 'row', 'layer', 'input' or 'neuron' behind a share, got {self.group!r}{meant}")
 
     def __str__(self) -> str:
         return f"{self.sparsity:.4g} per {self.group}"
@@ -402,7 +403,9 @@ class WholeInputs(Pattern):
         larger = [dataclasses.replace(self, sparsity=math.ceil((columns - most) / columns * 1e4) / 1e4)] if most else []
         finer = (dataclasses.replace(self, multiple=self.multiple >> shift) for shift in range(1, self.multiple.bit_length()))
         kept = columns - _share_of(columns, self.sparsity)
-        fits = [pattern for pattern in finer if padded(kept, pattern.multiple) < columns]
+        # The coarsest that cuts nearly what was asked for, or else the coarsest that cuts anything.
+        near = [pattern for pattern in finer if padded(kept, pattern.multiple) - kept <= 0.1 * (columns - kept)]
+        fits = [pattern for pattern in near if padded(kept, pattern.multiple) < columns]
         return " or ".join(pattern.text() for pattern in larger + fits[:1]) or "a larger share"
 
     def pruned_count(self, shape: tuple[int, int]) -> int:

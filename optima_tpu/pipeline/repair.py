@@ -26,6 +26,7 @@ from optima_tpu.runtime.files import complete, files_in, remove, remove_unfinish
 from optima_tpu.runtime.inside import OutsideError, inside, refuse_links
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.version import code_version
 
 
 def perplexity_files(model: str) -> tuple[str, str]:
@@ -129,8 +130,14 @@ def _remedy(folder: Path) -> str:
     """What to type when a file of a run directory or of an exported folder is damaged."""
     if run := next((each for each in (folder, folder.parent) if (each / RUN).is_file()), None):
         record = known_record(run / RUN, RunRecord)
-        command = recorded_command(record["configuration"]) if record else ""
-        return f"{command or 'the command that made the run'} writes again what is damaged, and keeps the rest"
+        command = (recorded_command(record["configuration"]) if record else "") or "the command that made the run"
+        code = record["manifest"].get("code") if record else None
+        if code not in (None, code_version()):  # a run goes on with the code that began it
+            return (
+                f"optima-tpu {code} made this run, and this is {code_version()}, which does not go on with it: with that version, {command} "
+                "writes again what is damaged; with this one, take another --output"
+            )
+        return f"{command} writes again what is damaged, and keeps the rest"
     form = " --packed" if (folder / INDEX).is_file() else ", with its --format"
     return f"copy the folder again, or export its run to a new one: {program('export')} RUN OUT{form}"
 

@@ -268,7 +268,7 @@ def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:
 
 
 UNTRAINED = Stage(
-    "perplexity before the training",
+    "perplexity without the training",
     _compare,
     lambda work, journal, outcome: None if outcome.perplexity_before is None else outcome,
     lambda opened: [] if _checkpointed(opened) else perplexity_steps(opened),

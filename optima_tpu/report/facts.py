@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optima_tpu.report.distillation import distilled_line, perplexities
-from optima_tpu.report.numbers import direction, number, percent
+from optima_tpu.report.numbers import became, direction, number, percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import exchanged, fitted_errors, held_out_errors, means, measured, quantized_line, sparsity
 from optima_tpu.report.view import NONE, Tile, without_folders
@@ -69,7 +69,10 @@ class Fact(NamedTuple):
 def _perplexity(run: Finished) -> Fact:
     models, report = perplexities(run.report), run.report
     dense, last = report["perplexity"]["dense"], report["perplexity"]["pruned"]
-    note = f"{number(last / dense)} times, {direction(dense, last)}, on {without_folders(report['evaluation']['how'])}"
+    ratio = number(last / dense)
+    # The result says what the text can show; a word here must not say more.
+    word = "" if ratio == number(1.0) else f" {direction(dense, last)},"
+    note = f"{ratio} times,{word} on {without_folders(report['evaluation']['how'])}"
     return Fact("perplexity", "Perplexity", [number(each, 4) for each in models.values()], note, list(models))
 
 
@@ -93,7 +96,7 @@ def _against_dense(run: Finished) -> Fact | None:
 
 def _change(name: str, title: str, errors: tuple[float | None, float | None], text: str, run: Finished) -> Fact:
     before, after = errors
-    better = f"{direction(before, after)}, " if run.solved and before is not None and after is not None else ""
+    better = f"{became(before, after, percent)}, " if run.solved and before is not None and after is not None else ""
     labels = ("before", "after the update") if run.solved else ()
     return Fact(name, title, _both(*errors, run), f"{better}mean of {_matrices(run)}, {text}", labels)
 

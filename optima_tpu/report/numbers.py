@@ -1,6 +1,7 @@
 """Formats numbers for people."""
 
 import math
+from collections.abc import Callable
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -29,6 +30,11 @@ def percent(share: float | None) -> str:
 def direction(before: float, after: float) -> str:
     """Says in a word what became of a number of which less is better: "worse", "better", "unchanged"."""
     return "worse" if after > before else "better" if after < before else "unchanged"
+
+
+def became(before: float, after: float, show: Callable[[float], str]) -> str:
+    """As :func:`direction`, but "unchanged" where both are shown alike."""
+    return "unchanged" if show(before) == show(after) else direction(before, after)
 
 
 def duration(seconds: float) -> str:

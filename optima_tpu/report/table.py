@@ -13,7 +13,7 @@ from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
-from optima_tpu.report.numbers import direction, percent, plural
+from optima_tpu.report.numbers import became, percent, plural
 from optima_tpu.report.published import result
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
 from optima_tpu.report.summary import (
@@ -163,8 +163,8 @@ def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
         (before, after), (far, near) = held_out_errors(layers), means(layers, ("dense_before", "dense_after"))
         if before is not None and after is not None and far is not None and near is not None:
             told.append(
-                f"{len(layers)} {short[kind]} ({percent(before)} to {percent(after)}, {direction(before, after)}; against dense "
-                f"{percent(far)} to {percent(near)}, {direction(far, near)})"
+                f"{len(layers)} {short[kind]} ({percent(before)} to {percent(after)}, {became(before, after, percent)}; against dense "
+                f"{percent(far)} to {percent(near)}, {became(far, near, percent)})"
             )
     count = sum(map(len, kinds.values()))
     return [

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, did_you_mean, one_line
 from optima_tpu.runtime.bounds import refuse_beyond, whole
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?")
@@ -71,7 +71,8 @@ def imported_class(path: str, base: type[T]) -> type[T]:
     try:
         cls = getattr(sys.modules[module], name)
     except AttributeError:
-        raise UserError(f"{path}: the module {module} has no class {name}") from None
+        known = [each for each, value in vars(sys.modules[module]).items() if isinstance(value, type)]
+        raise UserError(f"{path}: the module {module} has no class {name}{did_you_mean(name, known)}") from None
     whole = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"{path}: expected a class derived from {whole}, got {cls!r:.80}")

@@ -11,6 +11,7 @@ import pytest
 from optima_tpu import export, verify
 from optima_tpu.evaluate.__main__ import main as evaluate
 from optima_tpu.launch import main
+from optima_tpu.pipeline import repair
 from optima_tpu.pipeline.repair import verified
 from optima_tpu.runtime.checksums import ALL
 from tests.support.runs import SMALL, assert_same_weights, only_error, stop_after_the_first_block
@@ -84,6 +85,13 @@ def test_after_damage_verify_says_what_to_type(finished, tmp_path, capsys):
         assert verify.main([str(folder)]) == 1
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith("to mend it: ") and remedy in last
+
+
+def test_after_damage_to_a_run_of_other_code_verify_does_not_promise_a_mending(finished, tmp_path, monkeypatch, capsys):
+    run = Path(shutil.copytree(finished.directory, tmp_path / "run"))
+    flip(run / "hf" / "model.safetensors", 999)
+    monkeypatch.setattr("optima_tpu.pipeline.repair.code_version", lambda: "another")
+    assert "and this is another, which does not go on with it: with that version, " in repair._remedy(run)
 
 
 def test_a_run_that_mends_a_block_does_not_count_it_as_done(finished, tmp_path, capsys):

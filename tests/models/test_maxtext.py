@@ -271,7 +271,8 @@ def test_the_command_line_writes_it_whole_or_not_at_all(finished, tmp_path, caps
     capsys.readouterr()
     assert main([str(finished.directory), str(out), "--format", "maxtext"]) == 0  # of the same run and damaged: made again
     assert settings(out)["scan_layers"] is True and "decoder/layers/mlp/wo/kernel" in items(out)
-    assert main([str(finished.directory), str(out), "--format", "maxtext"]) == 2
+    assert main([str(finished.directory), str(out), "--format", "maxtext"]) == 0  # whole: nothing is left to do
+    assert main([str(finished.directory), str(out), "--format", "maxtext", "--unscanned"]) == 2
     assert "expected a new or empty folder" in only_error(capsys.readouterr().err)
 
 

@@ -87,7 +87,7 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     assert "on 512 tokens: 16 windows of 32, each read once\n" in printed and "not one-shot pruning" in printed
     assert "  training\n" in printed and "step 1 of 4: " in printed
     # The time left of a training is tested with a clock that is fed; here it is too short to be said.
-    assert "  stages: dense perplexity, taking the pruned blocks, training, perplexity before the training, " in printed
+    assert "  stages: dense perplexity, taking the pruned blocks, training, perplexity without the training, " in printed
     assert_same_weights(tmp_path / "out", pruned / "recovered")
     assert main(command) == 0  # finished: nothing is done again
     assert "finished     nothing is left to do" in capsys.readouterr().out

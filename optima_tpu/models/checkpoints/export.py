@@ -121,7 +121,7 @@ def export(
             (partial / CARD).write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
             sidecar["form"] = _written_as(form, options)
-            sidecar["files"] = sorted({*shards, MASKS, *others})
+            sidecar["files"] = sorted({*shards, *([MASKS] if list(run.source.pruned()) else []), *others})
             (partial / SIDECAR).write_bytes(encoded(sidecar, indent=2))
             writer.finish({SIDECAR, *others})
             write_sums(partial)

@@ -91,9 +91,10 @@ class Form:
           RuntimeError: what was written does not match checkpoint, masks or patterns.
         """
         zeros = self.write_weights(folder)
-        with written_here(folder / MASKS) as here:
-            source = self.run.source
-            write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
+        source = self.run.source
+        if names := list(source.pruned()):  # none where every pruned matrix lost whole inputs
+            with written_here(folder / MASKS) as here:
+                write_masks(here, ((name, source.mask(name)) for name in names))
         return [], zeros
 
     def write_weights(self, folder: Path) -> Zeros:
