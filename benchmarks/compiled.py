@@ -12,7 +12,7 @@ import collections
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     calls: list[Call] = []
     texts: list[tuple[str, str]] = []
 
-    def read(what: str, call: Callable[[], Call]) -> Compiled:
+    def read(what: str, call: Call) -> Compiled:
         """Compiles, and keeps the text; the memory of the program does not matter here."""
         start = time.monotonic()
-        calls.append(call())
+        calls.append(call)
         texts.append((what.rpartition(":")[0] or what, calls[-1].lower().compile(dict(machine.options or {})).as_text() or ""))
         print(f"compiled the {what} in {time.monotonic() - start:.0f} s", file=sys.stderr)
         return Compiled(0.0)

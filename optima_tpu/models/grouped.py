@@ -52,7 +52,7 @@ class _Visits(NamedTuple):
     usual: float
 
 
-def _visits(stretches: Stretches, rows: int) -> _Visits:
+def _visits(stretches: Stretches, rows: int, share: float) -> _Visits:
     groups = len(stretches.rows)
     # Half of the mean group: a group's last block is half empty on average.
     size = max(_LEAST, min(_MOST, 1 << max(rows // (2 * groups), 1).bit_length() - 1))
@@ -61,12 +61,12 @@ def _visits(stretches: Stretches, rows: int) -> _Visits:
     group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), groups - 1)
     first = stretches.first[group]
     return _Visits(
-        ends[-1], group, first + (visit - (ends - each)[group]) * size, first + stretches.rows[group], size, rows / size
+        ends[-1], group, first + (visit - (ends - each)[group]) * size, first + stretches.rows[group], size, share * rows / size
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike, share: float = 1.0) -> Array:
     """``x_i W_g'`` for every row i of every group g, accumulated in float32: [rows, d_out] in ``dtype``.
 
     Rows of no group are unspecified. The precision matters for float32 only.
@@ -74,8 +74,9 @@ def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike
     Args:
       x: [rows, d_in].
       weights: [groups, d_out, d_in].
+      share: for plans, how many of the rows are in a group.
     """
-    visits, weights = _visits(stretches, len(x)), weights.astype(x.dtype)
+    visits, weights = _visits(stretches, len(x), share), weights.astype(x.dtype)
     x = jnp.pad(x, ((0, visits.size), (0, 0)))  # the last block of the last group
 
     def visit(index: Array, y: Array) -> Array:
@@ -90,28 +91,32 @@ def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike
     return y[: len(x) - visits.size]
 
 
-def _forward(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array, Stretches]]:
-    return grouped_dot(x, weights, stretches, dtype), (x, weights, stretches)
+def _forward(
+    x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike, share: float
+) -> tuple[Array, tuple[Array, Array, Stretches]]:
+    return grouped_dot(x, weights, stretches, dtype, share), (x, weights, stretches)
 
 
-def _backward(dtype: DTypeLike, saved: tuple[Array, Array, Stretches], cotangent: Array) -> tuple[Array, Array, None]:
+def _backward(
+    dtype: DTypeLike, share: float, saved: tuple[Array, Array, Stretches], cotangent: Array
+) -> tuple[Array, Array, None]:
     # The products of the backward pass have factors in x's dtype, as those of the forward pass.
     (x, weights, stretches), cotangent = saved, cotangent.astype(saved[0].dtype)
-    towards_x = grouped_dot(cotangent, jnp.swapaxes(weights, 1, 2), stretches, x.dtype)
-    return towards_x, grouped_outer(cotangent, x, stretches).astype(weights.dtype), None
+    towards_x = grouped_dot(cotangent, jnp.swapaxes(weights, 1, 2), stretches, x.dtype, share)
+    return towards_x, grouped_outer(cotangent, x, stretches, share).astype(weights.dtype), None
 
 
 grouped_dot.defvjp(_forward, _backward)
 
 
-def grouped_outer(left: Array, right: Array, stretches: Stretches) -> Array:
-    """``L_g'R_g`` over the rows of every group g, [groups, d_left, d_right] float32.
+def grouped_outer(left: Array, right: Array, stretches: Stretches, share: float = 1.0) -> Array:
+    """``L_g'R_g`` over the rows of every group g, [groups, d_left, d_right] float32; ``share`` as for :func:`grouped_dot`.
 
     Args:
       left: [rows, d_left].
       right: [rows, d_right].
     """
-    visits = _visits(stretches, len(left))
+    visits = _visits(stretches, len(left), share)
     left, right = (jnp.pad(array, ((0, visits.size), (0, 0))) for array in (left, right))
 
     def visit(index: Array, total: Array) -> Array:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models.family import Positions
+from optima_tpu.runtime.loops import usual_turns
 from optima_tpu.runtime.mesh import DATA, MODEL, divisible, on_tpu, padded
 
 # Queries, and keys, of a block in each dtype that the kernel takes. Float32 blocks of 512 did not fit a v5e for heads of 256.
@@ -92,15 +93,20 @@ class _Kernel(NamedTuple):
         queries, keys, values = (jnp.pad(jnp.moveaxis(array, 1, 2), more) for array in (q, k, v))
         kernel = self._made(q.dtype, window)
         each = jax.vmap(lambda sinks, *arrays: kernel(*arrays, sinks=sinks), in_axes=(None, 0, 0, 0))
-        mixed = _at("highest" if q.dtype == jnp.float32 else "default", each)(sinks, queries, keys, values)
+        blocks = queries.shape[2] // self._block(q.dtype)
+        with usual_turns((blocks + 1) / (2 * blocks)):  # the blocks that a query sees
+            mixed = _at("highest" if q.dtype == jnp.float32 else "default", each)(sinks, queries, keys, values)
         return jnp.moveaxis(mixed[:, :, : self.length], 2, 1)
+
+    def _block(self, dtype: jnp.dtype) -> int:
+        """Queries, and keys, of a block."""
+        return math.gcd(padded(self.length, _LANES), _BLOCKS[jnp.dtype(dtype)])
 
     def _made(self, dtype: jnp.dtype, window: Array | np.ndarray | None) -> Any:
         """A ``SplashAttentionKernel``: of [heads, length, head_dim] queries, keys and values, and of sinks."""
         from jax.experimental.pallas.ops.tpu import splash_attention  # takes a tenth of a second, which only TPUs wait for
 
-        whole = padded(self.length, _LANES)
-        block = math.gcd(whole, _BLOCKS[jnp.dtype(dtype)])
+        whole, block = padded(self.length, _LANES), self._block(dtype)
         names = [f"block_{part}{of}" for of in ("", "_dkv", "_dq") for part in ("q", "kv")]
         blocks: dict[str, Any] = dict.fromkeys([*names, "block_kv_compute", "block_kv_dkv_compute"], block)
         mask: Any = splash_attention.MultiHeadMask([splash_attention.CausalMask((whole, whole))])  # one head stands for all

@@ -89,6 +89,7 @@ def add_routed(
       weights: for each layer whose drift has an energy, its dense weights [experts, d_out, d_in].
     """
     size, model = streams[0].rows.shape[-1], mesh.shape[MODEL]
+    share = len(experts) / streams[0].experts
     rows = tuple(P(None, MODEL) if weight.shape[1] % model == 0 else P() for weight in weights)
     matrix = P(None, *_columns(mesh, size))
 
@@ -99,17 +100,17 @@ def add_routed(
         counts = valid[route.token // streams[0].chosen.shape[1]]
         x = jnp.where(counts[:, None], streams[0].rows, 0)
         tokens = jnp.zeros(streams[0].experts, jnp.int32).at[route.expert].add(counts.astype(jnp.int32))[chosen]
-        found: tuple[Any, ...] = (grouped_outer(x, _own_columns(x, mesh), mine), tokens)
+        found: tuple[Any, ...] = (grouped_outer(x, _own_columns(x, mesh), mine, share), tokens)
         if before.drift is not None:
             theirs = streams[1].chosen.reshape(-1, streams[1].chosen.shape[-1])[route.token] == route.expert[:, None]
             other = streams[1].rows[routes[1].row[route.token, jnp.argmax(theirs, axis=1)]]
             both = counts & jnp.any(theirs, axis=1)
             difference = jnp.where(both[:, None], other - x, 0)
-            energy = (jnp.square(grouped_dot(difference, weight, mine, jnp.float32)) for weight in weights)
+            energy = (jnp.square(grouped_dot(difference, weight, mine, jnp.float32, share)) for weight in weights)
             ones = jnp.ones((len(x), 1), jnp.float32)
             found += (
-                grouped_outer(difference, _own_columns(x, mesh), mine),
-                tuple(grouped_outer(ones, squares, mine)[:, 0] for squares in energy),
+                grouped_outer(difference, _own_columns(x, mesh), mine, share),
+                tuple(grouped_outer(ones, squares, mine, share)[:, 0] for squares in energy),
             )
         return jax.lax.psum(found, DATA)
 

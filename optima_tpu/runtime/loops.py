@@ -7,7 +7,10 @@ import jax
 
 
 def usual_turns(turns: float) -> contextlib.AbstractContextManager[None]:
-    """A context in which a loop of unknown length is traced, to say how often its body usually runs. The program is the same."""
+    """A context in which a loop of unknown length is traced, to say how often its body usually runs. The program is the same.
+
+    Of a kernel, which has a step for each block of its grid, it says the share of the steps that do something.
+    """
     return jax.named_scope(f"usually_{turns:.6g}_turns")
 
 

@@ -56,8 +56,10 @@ def on_cpu(mesh: Mesh | AbstractMesh) -> bool:
 
 
 def on_tpu(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether the devices of a mesh are TPUs, which need not be attached; False if there are no devices."""
-    return isinstance(mesh, Mesh) and all(device.platform == "tpu" for device in mesh.devices.flat)
+    """Whether the devices of a mesh are TPUs, which need not be attached; False if nothing is known of them."""
+    if isinstance(mesh, AbstractMesh):
+        return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    return all(device.platform == "tpu" for device in mesh.devices.flat)
 
 
 def make_mesh(text: str | None) -> Mesh:

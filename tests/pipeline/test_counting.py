@@ -16,6 +16,10 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG
+from optima_tpu.method.statistics import TokenStatistics
+from optima_tpu.models import splash
+from optima_tpu.models.experts import Routed
+from optima_tpu.pipeline.grams import add_routed
 from optima_tpu.pipeline.plan.compile import Call
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
@@ -149,6 +153,58 @@ def test_the_work_of_a_device_is_its_share():
         return matmul(lax.with_sharding_constraint(x, jax.NamedSharding(on.mesh, P("data"))), w)
 
     assert work(constrained, struct(ROW, SIZE), whole, on=on).wide == PRODUCT / 4
+
+
+def test_a_product_whose_factors_are_split_over_an_axis_is_summed_over_it():
+    on = machine(4, 2)
+    x, w = (
+        struct_on(on.mesh, each.shape, each.dtype, P("data" if each is X else "model", axis))
+        for each, axis in ((X, "model"), (W, None))
+    )
+    summed, out = work(matmul, x, w, on=on), ARRAY / 4
+    assert summed == Work(wide=PRODUCT / 8, traffic=ARRAY / 8 + MATRIX / 2 + 3 * out)
+    # What follows is done by every device of the axis, and an axis of one device splits nothing.
+    assert work(lambda x, w: matmul(x, w) * 2, x, w, on=on).traffic == summed.traffic + 2 * out
+    alone = struct_on(machine().mesh, X.shape, X.dtype, P("data", "model"))
+    assert work(matmul, alone, W).traffic == 2 * ARRAY + MATRIX
+
+
+def test_what_was_narrow_before_it_was_converted_counts_so():
+    def widened(x, w):
+        return matmul(x.astype(jnp.float32), w.astype(jnp.float32))
+
+    narrow = struct(ROW, SIZE, dtype=jnp.bfloat16)
+    assert work(widened, narrow, struct(SIZE, SIZE, dtype=jnp.bfloat16)).narrow == PRODUCT
+    assert work(widened, narrow, W).wide == PRODUCT
+    assert work(lambda x, y: x.astype(jnp.float32) * y, narrow, Y).traffic == 2.5 * ARRAY
+
+
+def test_a_kernel_counts_the_steps_that_do_something_and_holds_the_rest_on_the_chip():
+    """That of attention, causal: with 4 blocks of queries and of keys 10 of 16 steps."""
+    heads, length, size = 4, 2048, 128
+    arrays = [struct(2, length, count, size, dtype=jnp.bfloat16) for count in (heads, heads, heads)]
+    on = machine()
+
+    def attend(q, k, v):
+        return splash.attention(on.mesh, q, k, v, None)
+
+    found = work(attend, *arrays, on=on)
+    assert found.flops == found.narrow == 10 / 16 * 2 * (2 * heads * 2 * length**2 * size)
+    assert found.traffic < 4 * 2 * heads * length**2 / 2  # half of the scores in float32
+
+
+@pytest.mark.parametrize("chosen", [range(8), range(3)], ids=["all", "some"])
+def test_experts_count_the_rows_that_are_sent_to_them(chosen):
+    rows, experts, few = 512, 8, 2
+    on = machine()
+
+    def sums(before, routed, valid):
+        return add_routed(on.mesh, tuple(chosen), before, [routed], valid, ())
+
+    routed = Routed(struct(few * rows, SIZE), struct(4, rows // 4, few, dtype=jnp.int32), experts, 1)
+    before = TokenStatistics(struct(len(chosen), SIZE, SIZE), struct(len(chosen), dtype=jnp.int32))
+    found = work(sums, before, routed, struct(4, dtype=jnp.bool_), on=on)
+    assert found.flops == pytest.approx(2 * few * rows * len(chosen) / experts * SIZE**2)
 
 
 def test_bytes_are_fewer_than_those_of_the_cpus_compiler_and_flops_are_the_same():

@@ -163,7 +163,7 @@ class _Found(NamedTuple):
     steps: Array  # [rows], iterations
 
 
-def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows, usual: int) -> _Found:
+def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows, usual: int = _ITERATIONS) -> _Found:
     """Solves all rows in rounds, so that the many rows that converge early do not wait for the few that do not.
 
     A vmapped loop ends with its last row. In a real layer most rows need 73 or 137 iterations, and the last one thousands. So the

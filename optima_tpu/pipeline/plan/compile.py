@@ -4,7 +4,7 @@ import collections
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowLayout, RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets
-from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.decoder import Decoder, forward, head_logits, run_block
 from optima_tpu.pipeline.calibrate import (
     Capture,
     SumsProgram,
@@ -73,18 +73,18 @@ class Compiled(NamedTuple):
     moved: Mapping[str, int] = {}
 
 
-Compile = Callable[[str, Callable[[], Call]], Compiled | None]
+Compile = Callable[[str, Call], Compiled | None]
 """Compiles a program, which comes behind what it is in words; None if nothing is compiled."""
 
 
 def compiler(machine: Machine, tell: Callable[[str], None]) -> Compile:
     """Compiles for a machine, and tells what it compiles and what it found."""
 
-    def compile_call(what: str, call: Callable[[], Call]) -> Compiled | None:
+    def compile_call(what: str, call: Call) -> Compiled | None:
         if not machine.compiles:
             return None
         tell(f"compiling the {what}")
-        return compiled(lambda: call().lower(), tell, machine.options)
+        return compiled(call.lower, tell, machine.options)
 
     return compile_call
 
@@ -171,6 +171,24 @@ class Entering(NamedTuple):
             struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA)),
             jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), positions(decoder.config.kind, length)),
         )
+
+
+def block_call(decoder: Decoder, length: int, windows: int, known: Iterable[str] = ()) -> Call:
+    """A step of ``Decoder.apply`` over up to ``windows`` windows.
+
+    Args:
+      known: the layers whose inputs are known.
+    """
+    state, hidden, positions = Entering.of(decoder, length, windows)
+    inputs = {
+        name: struct_on(decoder.mesh, (*hidden.shape[:2], decoder.input_width(name)), hidden.dtype, P(DATA)) for name in known
+    }
+    return Call(run_block, (decoder.graph, state, hidden, positions, inputs))
+
+
+def head_call(decoder: Decoder, length: int, windows: int) -> Call:
+    """The logits of a step."""
+    return Call(jax.jit(head_logits), (decoder.head_struct(), Entering.of(decoder, length, windows).hidden))
 
 
 class CalibrationCalls(NamedTuple):

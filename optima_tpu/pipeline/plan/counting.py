@@ -3,16 +3,20 @@
 Products and factorisations count as they are written; a loop counts as often as it runs. A loop of unknown length says itself how
 often it usually runs, see ``runtime.loops``; if it does not, it counts once, and :class:`Counted` says so.
 
-The bytes of device memory follow from one assumption about fusion: what is computed element by element between two products is one
-pass over memory. It reads each array once, and writes those that something behind a later product or reduction reads. A product, a
-sort, a factorisation or a collective reads its operands from memory. What leads out of a product or of a reduction stays in the pass
-behind it. Slices, and what is written into a part of an array, count as large as the part.
+The bytes of device memory follow from one assumption about fusion: what is computed element by element between two products or
+reductions is one pass over memory. It reads each array once, and writes those that a later pass reads. A product, a sort, a
+factorisation or a collective reads its operands from memory; the result of a product or a reduction stays in the pass behind it.
+Slices, and what is written into a part of an array, count as large as the part; what is converted to a wider dtype as large as before,
+and a product of such arrays as one of the narrow dtype.
 
 Outside ``shard_map`` the shapes are those of all devices together. An equation there is split over the mesh axes that any of its
-operands is split over.
+operands is split over. Where both factors of a product are split over an axis, each device has a part of the sums: the result is
+written, summed over the axis, and then the same on its devices.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,6 +52,10 @@ class Work(NamedTuple):
     def flops(self) -> float:
         return self.narrow + self.wide + self.rough + self.factor
 
+    def times(self, factor: float) -> "Work":
+        """The work of so many calls."""
+        return Work().plus(self, factor)
+
     def plus(self, other: "Work", times: float = 1.0) -> "Work":
         """This and ``times`` the other."""
         return Work(*(a + times * b for a, b in zip(self, other)))
@@ -75,7 +83,7 @@ def counted(call: Call, machine: Machine) -> Counted:
     reader, jaxpr = _Reader(dict(machine.mesh.shape), machine.platform), call.function.trace(*call.arguments).jaxpr.jaxpr
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(call.arguments) if hasattr(leaf, "shape")]
     needed, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    split = [_axes(sharding.spec) if sharding else _WHOLE for sharding, use in zip(shardings, used, strict=True) if use]
+    split = [reader.axes(sharding.spec) if sharding else _WHOLE for sharding, use in zip(shardings, used, strict=True) if use]
     return Counted(reader.body(needed, split).work, frozenset(reader.unknown))
 
 
@@ -83,16 +91,12 @@ Axes = frozenset[str]
 _WHOLE: Axes = frozenset()
 
 
-def _axes(spec: Iterable[Any]) -> Axes:
-    """The mesh axes of a ``PartitionSpec``."""
-    return frozenset(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
-
-
 class _Value:
     """An array of a program.
 
     Attributes:
       size: bytes on a device.
+      itemsize: of its dtype; the smaller one if it was converted from that.
       level: number of products and reductions that lead to it: that of the pass that computes it.
       axes: the mesh axes that it is split over.
       stored: whether it is in memory anyway. Otherwise it is written if anything needs it there.
@@ -102,7 +106,8 @@ class _Value:
       loads: how often a product or the like reads it.
     """
 
-    def __init__(self, size: float, level: int, axes: Axes, stored: bool = False, free: bool = False):
+    def __init__(self, size: float, itemsize: int, level: int, axes: Axes, stored: bool = False, free: bool = False):
+        self.itemsize = itemsize
         self.size, self.level, self.axes, self.stored, self.free = size, level, axes, stored, free
         self.needed, self.passes, self.loads = False, set[int](), 0
 
@@ -134,27 +139,16 @@ class _Body(NamedTuple):
 
 _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "copy"}
 _PARTS = {"slice", "dynamic_slice", "gather"}
-_INTO = {
-    "dynamic_update_slice": 1,
-    "scatter": 2,
-    "scatter-add": 2,
-    "scatter_add": 2,
-    "scatter_mul": 2,
-}  # the operand with the part
-_ALONE = {
-    "sort",
-    "top_k",
-    "fft",
-    "psum",
-    "pmax",
-    "pmin",
-    "psum_invariant",
-    "all_gather",
-    "all_to_all",
-    "ppermute",
-    "reduce_scatter",
-}
+_INTO = {"dynamic_update_slice": 1, "scatter": 2, "scatter-add": 2, "scatter_mul": 2}  # which operand is the part
+_COLLECTIVES = {"psum", "pmax", "pmin", "psum_invariant", "all_gather", "all_to_all", "ppermute", "reduce_scatter"}
+_ALONE = {"sort", "top_k", "fft", *_COLLECTIVES}
 _REDUCTIONS = ("reduce", "cum", "arg")
+
+
+def _named(equation: Any) -> tuple[str, ...]:
+    """The mesh axes of a collective."""
+    axes = equation.params.get("axes", equation.params.get("axis_name"))
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def _dot(equation: Any) -> float:
@@ -162,6 +156,11 @@ def _dot(equation: Any) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _summable(equation: Any) -> bool:
+    """Whether an axis of both factors can only be one that is summed over: a product of a batch of matrices may split the batch."""
+    return equation.primitive.name == "dot_general" and not equation.params["dimension_numbers"][1][0]
 
 
 def _convolution(equation: Any) -> float:
@@ -182,14 +181,21 @@ _PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}
 _FACTORS = {"cholesky": _matrix(1 / 3), "lu": _matrix(2 / 3), "eigh": _matrix(9.0), "triangular_solve": _triangular_solve}
 
 
-def _kind(equation: Any) -> str:
-    """The field of :class:`Work` that a product belongs to."""
-    if equation.invars[0].aval.dtype.itemsize < 4:
-        return "narrow"
+def _itemsize(aval: Any) -> int:
+    return getattr(aval.dtype, "itemsize", 8)  # a random key has none
+
+
+def _kind(equation: Any, narrow: bool, platform: str) -> str:
+    """The field of :class:`Work` that a product belongs to, of factors that are all narrow or not."""
     precision = equation.params["precision"]
-    pair = precision if isinstance(precision, tuple) else (precision,)
-    full = not any(each in (None, jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGH) for each in pair)
-    return "wide" if full else "rough"
+    pair = set(precision if isinstance(precision, tuple) else (precision,))
+    if narrow:
+        return "narrow"
+    if jax.lax.Precision.HIGH in pair:
+        return "rough"
+    # By default a TPU rounds the factors to bfloat16, and a GPU to TF32.
+    rounded = {"tpu": "narrow", "gpu": "rough"}.get(platform, "wide")
+    return rounded if pair & {None, jax.lax.Precision.DEFAULT} else "wide"
 
 
 @dataclasses.dataclass
@@ -206,9 +212,14 @@ class _Reader:
     platform: str
     unknown: set[str] = dataclasses.field(default_factory=set)
 
+    def axes(self, spec: Iterable[Any]) -> Axes:
+        """The mesh axes of a ``PartitionSpec``, but for those of one device."""
+        named = (axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
+        return frozenset(axis for axis in named if self.sizes[axis] > 1)
+
     def bytes(self, aval: Any, axes: Axes) -> float:
         """The size of an array on a device."""
-        return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 8) / self.parts(axes)
+        return math.prod(aval.shape) * _itemsize(aval) / self.parts(axes)
 
     def parts(self, axes: Axes) -> int:
         """The number of devices that share what is split over some axes."""
@@ -266,7 +277,7 @@ class _Run:
 
     def new(self, aval: Any, level: int, axes: Axes, stored: bool = False, free: bool = False) -> _Value:
         axes = axes if math.prod(aval.shape) > 1 else _WHOLE  # what is summed over everything is on all devices
-        self.values.append(_Value(self.reader.bytes(aval, axes), level, axes, stored, free))
+        self.values.append(_Value(self.reader.bytes(aval, axes), _itemsize(aval), level, axes, stored, free))
         return self.values[-1]
 
     def through(self, jaxpr: Jaxpr, inputs: Sequence[_Value], scopes: str) -> list[_Value]:
@@ -276,7 +287,7 @@ class _Run:
 
         def value(var: Any) -> _Value:
             if isinstance(var, Literal):
-                return self._once(("literal", str(var.val), str(var.aval)), lambda: [_Value(0.0, 0, _WHOLE, free=True)])[0]
+                return self._once(("literal", str(var.val), str(var.aval)), lambda: [_Value(0.0, 8, 0, _WHOLE, free=True)])[0]
             return found[var]
 
         for equation in jaxpr.eqns:
@@ -286,21 +297,40 @@ class _Run:
 
     def _once(self, key: Any, make: Callable[[], list[_Value]]) -> list[_Value]:
         try:
-            if key not in self.known:
-                self.known[key] = make()
-            return self.known[key]
-        except TypeError:  # a parameter that has no hash
+            hash(key)
+        except TypeError:  # a parameter of an equation that has no hash
             return make()
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
 
-    def _stored(self, key: Any, aval: Any, level: int, axes: Any) -> list[_Value]:
-        return self._once(key, lambda: [self.new(aval, level, axes, stored=True)])
+    def _in_memory(self, equation: Any, operands: Sequence[_Value], axes: Iterable[Axes] | None = None) -> list[_Value]:
+        """The results of what finds its operands in memory and leaves its results there.
+
+        Args:
+          axes: of each result; None for those of all operands.
+        """
+        level = 1 + max((value.level for value in operands), default=0)
+        every = itertools.repeat(_WHOLE.union(*(value.axes for value in operands)))
+        for value in operands:
+            value.needed = True
+        return [self.new(var.aval, level, each, stored=True) for var, each in zip(equation.outvars, axes or every)]
+
+    def _alone(self, equation: Any, operands: Sequence[_Value], work: Work) -> list[_Value]:
+        """As :meth:`_in_memory`, where the operands are read and the results written once."""
+        for value in operands:
+            value.load()
+        found = self._in_memory(equation, operands)
+        self.work = self.work.plus(work).plus(Work(traffic=sum(value.size for value in found)))
+        return found
 
     def _equation(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
         name, avals = equation.primitive.name, [var.aval for var in equation.outvars]
         inside = [] if name.startswith(("reduce", "scatter")) else list(jaxprs_in_params(equation.params))
         if inside:  # a statement about loops holds inside of calls and branches too
             scopes = f"{scopes}/{equation.source_info.name_stack}"
-            if special := {"scan": self._scan, "while": self._while, "cond": self._cond, "shard_map": self._shard_map}.get(name):
+            loops = {"scan": self._scan, "while": self._while, "cond": self._cond}
+            if special := (loops | {"shard_map": self._shard_map, "pallas_call": self._kernel}).get(name):
                 return special(equation, operands, scopes)
             if len(inside) == 1 and len(inside[0].invars) == len(operands):
                 return self.through(inside[0], operands, scopes)
@@ -313,8 +343,10 @@ class _Run:
         """The results of an equation without equations inside."""
         level = max((value.level for value in operands), default=0)
         axes = _WHOLE.union(*(value.axes for value in operands))
-        if name in _VIEWS:
+        if name in _VIEWS or (name == "convert_element_type" and _itemsize(equation.invars[0].aval) < _itemsize(avals[0])):
             return operands[:1]
+        if name in _COLLECTIVES and math.prod(self.reader.sizes[axis] for axis in _named(equation)) == 1:
+            return operands
         if name in _PARTS:
             operands[0].needed = True
             for value in operands[1:]:
@@ -330,25 +362,24 @@ class _Run:
             return [self.new(avals[0], level, axes, stored=True)]
         if name in _PRODUCTS:
             flops = _PRODUCTS[name](equation) / self.reader.parts(axes)
-            self.work = self.work.plus(Work(**{_kind(equation): flops}))
+            narrow = all(value.itemsize < 4 for value in operands)
+            self.work = self.work.plus(Work(**{_kind(equation, narrow, self.reader.platform): flops}))
             for value in operands:
                 value.load()
-            return [self.new(aval, level + 1, axes) for aval in avals]
-        if name in _FACTORS or name in _ALONE:
-            factor = _FACTORS[name](equation) / self.reader.parts(axes) if name in _FACTORS else 0.0
-            for value in operands:
-                value.load()
-            found = [self.new(aval, level + 1, axes, stored=True) for aval in avals]
-            self.work = self.work.plus(Work(factor=factor, traffic=sum(value.size for value in found)))
+            summed = operands[0].axes & operands[1].axes if _summable(equation) else _WHOLE
+            found = [self.new(aval, level + 1, axes - summed, stored=bool(summed)) for aval in avals]
+            self.work = self.work.plus(Work(traffic=3.0 * sum(value.size for value in found) * bool(summed)))
             return found
+        if name in _FACTORS or name in _ALONE:
+            flops = _FACTORS[name](equation) / self.reader.parts(axes) if name in _FACTORS else 0.0
+            return self._alone(equation, operands, Work(factor=flops))
         for value in operands:
             value.read(level)
         behind = level + (name.startswith(_REDUCTIONS) and name != "reduce_precision")
-        free = all(value.free for value in operands)
-        return [self.new(aval, behind, axes, free=free) for aval in avals]
+        return [self.new(aval, behind, axes, free=all(value.free for value in operands)) for aval in avals]
 
     def _constrained(self, equation: Any, operands: list[_Value]) -> list[_Value]:
-        (value,), axes = operands, _axes(equation.params["sharding"].spec)
+        (value,), axes = operands, self.reader.axes(equation.params["sharding"].spec)
         if axes == value.axes:
             return operands
         value.read(value.level)
@@ -356,19 +387,20 @@ class _Run:
 
     def _shard_map(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
         """Inside, shapes are those of one device."""
-        jaxpr, inputs, outputs = equation.params["jaxpr"], [], []
+        jaxpr, inputs, outputs = equation.params["jaxpr"], list[_Value](), list[_Value]()
         for value, var, spec in zip(operands, jaxpr.invars, equation.params["in_specs"], strict=True):
             value.needed = True
-            key = "inside", id(value), str(spec)
-            inputs += self._stored(key, var.aval, 0, _WHOLE)
-        came = {id(inside): outside for inside, outside in zip(inputs, operands)}
-        for value, var, spec in zip(
-            self.through(jaxpr, inputs, scopes), equation.outvars, equation.params["out_specs"], strict=True
-        ):
+            inputs += self._once(("inside", id(value), str(spec)), functools.partial(self._stored, var.aval, 0, _WHOLE))
+        came = {id(inside): [outside] for inside, outside in zip(inputs, operands)}
+        out = self.through(jaxpr, inputs, scopes)
+        for value, var, spec in zip(out, equation.outvars, equation.params["out_specs"], strict=True):
             value.needed = True
-            key = "outside", id(value), str(spec)
-            outputs += [came[id(value)]] if id(value) in came else self._stored(key, var.aval, value.level + 1, _axes(spec))
+            make = functools.partial(self._stored, var.aval, value.level + 1, self.reader.axes(spec))
+            outputs += came.get(id(value)) or self._once(("outside", id(value), str(spec)), make)
         return outputs
+
+    def _stored(self, aval: Any, level: int, axes: Axes) -> list[_Value]:
+        return [self.new(aval, level, axes, stored=True)]
 
     def _scan(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
         params = equation.params
@@ -389,15 +421,17 @@ class _Run:
         self.work = self.work.plus(turn.work.plus(test.work), 1.0 if times is None else times)
         return self._behind(equation, operands[tested:], turn, constant)
 
+    def _kernel(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
+        """Its operands and results are in memory, and what it computes on the way is not."""
+        jaxpr, steps = equation.params["jaxpr"], math.prod(equation.params["grid_mapping"].grid)
+        step = self.reader.body(jaxpr, [_WHOLE] * len(jaxpr.invars), scopes).work._replace(traffic=0.0)
+        return self._alone(equation, operands, step.times(steps * (stated_turns(scopes) or 1.0)))
+
     def _behind(self, equation: Any, operands: list[_Value], turn: _Body, constant: int) -> list[_Value]:
         """What leaves a loop."""
-        level = 1 + max((value.level for value in operands), default=0)
-        for value in operands:
-            value.needed = True
-        return [
-            operands[came] if came == constant + index else self.new(var.aval, level, axes, stored=True)
-            for index, (var, axes, came) in enumerate(zip(equation.outvars, turn.out, turn.same, strict=True))
-        ]
+        found = self._in_memory(equation, operands, turn.out)
+        unchanged = [came == constant + index for index, came in enumerate(turn.same)]
+        return [operands[constant + index] if same else found[index] for index, same in enumerate(unchanged)]
 
     def _cond(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
         """The branch of the platform; otherwise as much as the largest branch."""
@@ -408,8 +442,4 @@ class _Run:
             return self.through(branches[chosen].jaxpr, operands, scopes)
         found = [self.reader.body(branch.jaxpr, [value.axes for value in operands], scopes) for branch in branches]
         self.work = self.work.plus(Work(*map(max, zip(*(each.work for each in found)))))
-        level = 1 + max((value.level for value in operands), default=0)
-        for value in operands:
-            value.needed = True
-        axes = [_WHOLE.union(*each) for each in zip(*(each.out for each in found))]
-        return [self.new(var.aval, level, each, stored=True) for var, each in zip(equation.outvars, axes, strict=True)]
+        return self._in_memory(equation, operands, [_WHOLE.union(*each) for each in zip(*(each.out for each in found))])

@@ -2,32 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import jax
-from jax import Array
-from jax.extend.core import Jaxpr, jaxpr_as_fun, jaxprs_in_params
-from jax.interpreters.partial_eval import dce_jaxpr
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.statistics import Groups
-from optima_tpu.method.targets import Target
-from optima_tpu.models.decoder import Decoder, forward
-from optima_tpu.models.experts import expert_of
-from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.calibrate import few_outputs, groups_of_blocks, residual_names
+from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE
 from optima_tpu.pipeline.distill.windows import TrainingParts
-from optima_tpu.pipeline.grams import halved, panels
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.loss_gradient import GRADIENT, parts_of, unrouted
 from optima_tpu.pipeline.plan.counting import Work
-from optima_tpu.pipeline.plan.model import NOWHERE, DeclaredModel
+from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.runtime.mesh import MODEL
@@ -78,140 +67,32 @@ def inputs_of(model: DeclaredModel, groups: Groups) -> tuple[Input, ...]:
     return tuple(Input(decoder.block_shapes[name + ".weight"][1], decoder.config.reach(name)) for name, *_ in groups)
 
 
-def read_by(decoder: Decoder, groups: Groups, target: Target) -> tuple[str, ...]:
-    """What a pass of the calibration reads: the inputs of layers by the layer's name, and residual streams by theirs."""
-    # All experts read parts of one array: one of them stands for them.
-    inputs = {kind_name(name): name for name, *_ in groups}
-    places = [place for place in residual_names(decoder, groups, target) if place]
-    return tuple(dict.fromkeys([*inputs.values(), *(name for place in places for name in (*place.before, place.after) if name)]))
-
-
-def window_flops(model: DeclaredModel, length: int, wanted: Collection[str] | None = None, known: Collection[str] = ()) -> float:
-    """FLOPs of one window through one block, counted by the compiler before it optimises.
-
-    The compiler counts the body of a loop once. The other passes of loops of known length are counted here: the chunks of linear
-    attention. So are the products of experts, whose loops are as long as the router makes them.
-
-    Args:
-      wanted: only what these need, as :func:`read_by` names them; None for the output of the block.
-      known: the layers whose inputs are known: what these depend on is not computed.
-    """
-    decoder = model.on(NOWHERE).decoder
-    state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
-
-    def array(width: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, length, width), model.dtype)
-
-    def through(state: Any, hidden: Array, positions: Positions, known: Mapping[str, Array]) -> Any:
-        output, inputs = forward(decoder.graph, state, hidden, positions, known)
-        return output if wanted is None else [inputs[name] for name in wanted]
-
-    kept = {name: array(decoder.input_width(name)) for name in known}
-    traced = jax.jit(through).trace(
-        state, array(decoder.config.d_model), decoder.config.positions(decoder.config.kind, length), kept
-    )
-    needed, _ = dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.out_avals))
-    return _counted(traced.lower()) + _repeated(needed) + _expert_flops(decoder, length, wanted)
-
-
-def _counted(lowered: jax.stages.Lowered) -> float:
-    return (lowered.cost_analysis() or {}).get("flops", 0.0)
-
-
-def _repeated(program: Jaxpr) -> float:
-    """FLOPs of all passes of loops of known length but the first."""
-    more = 0.0
-    for equation in program.eqns:
-        if equation.primitive is jax.lax.scan_p:
-            body = equation.params["jaxpr"]
-            whole = _counted(jax.jit(jaxpr_as_fun(body)).lower(*body.in_avals)) + _repeated(body.jaxpr)
-            more += (equation.params["length"] - 1) * whole
-        more += sum(map(_repeated, jaxprs_in_params(equation.params)))
-    return more
-
-
-def _expert_flops(decoder: Decoder, length: int, wanted: Collection[str] | None) -> float:
-    """FLOPs of the experts' products for one window; each token counts at its own experts."""
-    family, names = decoder.family, [name for name in decoder.linears if expert_of(name) is not None]
-    streams = {stream for around in family.residuals.values() for stream in around}
-    attention = {stream for name in family.attended for stream in family.residuals.get(name, ())}
-    behind = streams - attention  # the experts add to these
-    if wanted is not None and behind.isdisjoint(wanted):
-        wide = [name for name in names if kind_name(name) in family.shared]
-        names = wide if any(name in wanted for name in names if name not in wide) else []
-    return sum(2.0 * length * decoder.config.reach(name) * math.prod(decoder.block_shapes[name + ".weight"]) for name in names)
-
-
-class BlockFlops(NamedTuple):
-    """The forward passes of one window through a block, on average over the blocks.
+class ForwardPasses(NamedTuple):
+    """The forward passes of one window: through a block on average over the blocks, and through the head.
 
     Attributes:
-      whole: FLOPs of the whole block.
-      pruned: FLOPs of the pruned block, which may know the inputs of some layers.
+      whole: work of a device in the whole block.
+      pruned: the same of the pruned block, which may know the inputs of some layers.
+      head: the same of the head.
       passes: number of passes of the calibration.
       moved: the size of the kept inputs of layers, every time that they leave or enter the devices, in sizes of the hidden states.
       kept: the size of the kept inputs of layers, in sizes of the hidden states.
     """
 
-    whole: float
-    pruned: float
+    whole: Work
+    pruned: Work
+    head: Work
     passes: float
     moved: float
     kept: float
-
-
-def products(model: DeclaredModel, flops: float) -> Work:
-    """The work of products in the model's dtype: ``wide`` for float32, ``narrow`` for a narrower one."""
-    return Work(wide=flops) if model.dtype.itemsize == 4 else Work(narrow=flops)
 
 
 def writing_seconds(model: DeclaredModel, config: RunConfig, machine: Machine, at_once: int) -> float:
     """Seconds in which the dense model writes its windows, ``at_once`` of them together: every token of them reads all weights."""
     windows, stored = written_windows(config), model.all_blocks_bytes() + model.end_bytes()
     flops = 2.0 * stored / model.dtype.itemsize * at_once / machine.mesh.size
-    token = products(model, flops)._replace(traffic=stored / machine.mesh.shape[MODEL])
+    token = Work(**{"wide" if model.dtype.itemsize == 4 else "narrow": flops}, traffic=stored / machine.mesh.shape[MODEL])
     return -(-windows // at_once) * (config.calibration.window_length - 1) * token.seconds(machine)
-
-
-def calibration_work(
-    model: DeclaredModel,
-    block: float,
-    inputs: tuple[Input, ...],
-    length: int,
-    windows: float,
-    drifts: Sequence[tuple[float, int]] = (),
-) -> Work:
-    """The work of a step of ``calibrate.accumulate`` with ``windows`` windows on each slice of the data axis.
-
-    Args:
-      block: FLOPs of one window of every stream through the part of the block that the pass computes, from
-        :func:`window_flops`. The model axis shares them.
-      inputs: the distinct inputs, for their Gram matrices.
-      drifts: with a dense target, from :func:`drifts_of`.
-    """
-    rows = [*((_gram_rows(model, *each), each.size) for each in inputs), *drifts]
-    grams = sum(2.0 * length * many * size / _columns(model, size) for many, size in rows)
-    return products(model, windows * (block / model.decoder.mesh.shape[MODEL] + grams))
-
-
-def _gram_rows(model: DeclaredModel, size: int, reach: float) -> float:
-    """The rows of a Gram matrix that a token is added to, on average over the columns and over all tokens."""
-    if reach < 1 or not halved(model.decoder.mesh):
-        return size * reach
-    return sum((last - first) * (size - first) for first, last in panels(size)) / size
-
-
-def drifts_of(model: DeclaredModel, groups: Groups, added: Collection[str]) -> Iterator[tuple[float, int]]:
-    """Of every product of a drift with the tokens' inputs, a token's share of the rows, and d_in.
-
-    Args:
-      added: the layers for which the drift of the residual stream is accumulated too.
-    """
-    decoder = model.decoder
-    for names, (size, reach) in zip(groups, inputs_of(model, groups)):
-        outputs = 2.0 * sum(decoder.block_shapes[name + ".weight"][0] for name in names)
-        yield outputs if few_outputs(decoder, names) else size * reach, size
-        yield from ((decoder.config.d_model, size) for name in names if name in added)
 
 
 def _columns(model: DeclaredModel, size: int) -> int:
@@ -354,14 +235,14 @@ class RunTime(NamedTuple):
 
     Attributes:
       stored: what it keeps, and where.
-      block: the forward passes through a block.
+      forward: the forward passes.
     """
 
     model: DeclaredModel
     config: RunConfig
     machine: Machine
     stored: Storage
-    block: BlockFlops
+    forward: ForwardPasses
 
     def stages(self, running: Mapping[str, float], compiling: float | None) -> dict[str, float]:
         """Seconds of a run, by stage.
@@ -376,7 +257,7 @@ class RunTime(NamedTuple):
         walk = {
             "calibration": running["calibration"],
             "pruning": running["pruning"],
-            "pruned blocks forward": self._through(self.block.pruned, self._calibrated),
+            "pruned blocks forward": self._through(self.forward.pruned, self._calibrated),
             "hidden states to and from the devices": moved / (ASSUMED.transfer * self.machine.hosts),
         }
         beside = self._beside_training()
@@ -409,30 +290,23 @@ class RunTime(NamedTuple):
         """Tokens that pass through the blocks to calibrate them."""
         return self.stored.hidden / self.config.target.streams / self._state
 
-    def _through(self, block: float, tokens: float) -> float:
-        """Seconds of tokens through all blocks.
-
-        Args:
-          block: FLOPs of a window through a block.
-        """
-        share = block * tokens / self.config.calibration.window_length / self.machine.mesh.size
-        return self._blocks * products(self.model, share).seconds(self.machine)
+    def _through(self, block: Work, tokens: float) -> float:
+        """Seconds of tokens through all blocks."""
+        return self._blocks * block.seconds(self.machine) * tokens / self.config.calibration.window_length
 
     def _forward(self, tokens: float) -> float:
-        return self._through(self.block.whole, tokens)
+        return self._through(self.forward.whole, tokens)
 
     def _head(self, tokens: float) -> float:
-        config = self.model.decoder.config
-        flops = 2.0 * tokens * config.vocab * config.d_embedding / self.machine.mesh.size
-        return products(self.model, flops).seconds(self.machine)
+        return self.forward.head.seconds(self.machine) * tokens / self.config.calibration.window_length
 
     def _transfers(self) -> tuple[float, int]:
         """The bytes of hidden states that enter and leave the devices, and how often all weights are read."""
-        config, block, state, method = self.config, self.block, self._state, self.config.distill
+        config, forward, state, method = self.config, self.forward, self._state, self.config.distill
         text = config.calibration
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
-        states = 0 if self.stored.resident else block.passes + 1 + 1 / config.target.streams + block.moved
+        states = 0 if self.stored.resident else forward.passes + 1 + 1 / config.target.streams + forward.moved
         moved = states * self.stored.hidden + 4 * evaluation_tokens(config) * state
         readings = 4 if self._calibrated else 3  # for both perplexities, the walk and the checkpoint
         if (
@@ -511,14 +385,13 @@ def assumptions(config: RunConfig, machine: Machine, unknown: Collection[str] = 
     chip, share = machine.chip, f"{100 * machine.utilisation:.0f}%"
     words = [
         f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype, of {chip.wide / 1e12:,.4g} in float32, "
-        f"and of {chip.rough / 1e12:,.4g} where they only choose, vector work at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
+        f"and of {chip.rough / 1e12:,.4g} where they only choose, memory traffic at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
         f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s",
     ]
-    if config.solver:
-        words.append(
-            "FLOPs and bytes of the solver are counted in its program; its loop, which ends when a layer's rows have converged, counts "
-            "as often as it usually runs"
-        )
+    words.append(
+        "FLOPs and bytes are counted in the run's own programs, without overlap; a loop that ends when rows have converged counts as "
+        "often as it usually runs, and what is computed element by element between two products as one pass over memory"
+    )
     words += [f"the loop at {loop} does not say how often it usually runs, and counts once" for loop in sorted(unknown)]
     unknown_text = "" if config.evaluation.windows else " (evaluation.windows is null, and the text is not on this machine)"
     words.append(f"a perplexity text of {evaluation_tokens(config):,} tokens{unknown_text}")

@@ -1,6 +1,5 @@
 """The programs that measure the gradient of the dense model's loss, for ``--target.weigh_by_loss``."""
 
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -15,13 +14,15 @@ from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import head_gradient
 from optima_tpu.pipeline.loss_gradient import GRADIENT, DrawnLabels, backward, parts_of, unrouted
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
+from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, block_call, windows_of_step
+from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
+from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 
-def gradient_programs(model: DeclaredModel, config: RunConfig, compile_call: Compile) -> Iterator[Program]:
+def gradient_programs(model: DeclaredModel, config: RunConfig, machine: Machine, compile_call: Compile) -> Iterator[Program]:
     """The pass back through a block of each kind, and the head's gradient; nothing where no token is weighed by the loss.
 
     Args:
@@ -40,18 +41,19 @@ def gradient_programs(model: DeclaredModel, config: RunConfig, compile_call: Com
         alike = model.at(kind)
         name = f"block back to its outputs{f' (as in block {kind})' if len(decoder.config.kinds) > 1 else ''}"
         groups = unrouted(config.recipe.pruned_groups(linear_groups(alike.decoder), decoder.prefix(kind)))
-        found = compile_call(f"{name}: {size}", functools.partial(_back, alike.decoder, groups, length, len(parts[0])))
+        call = _back(alike.decoder, groups, length, len(parts[0]))
+        found = compile_call(f"{name}: {size}", call)
         rough = 2 * estimate.forward_memory(alike, estimate.inputs_of(alike, linear_groups(alike.decoder)), length, batch)
-        # The pass forward before, the same again, and the products that lead back to what enters: no weight has a gradient.
-        work = estimate.products(model, 3 * batch * estimate.window_flops(alike, length) / axis)
+        before = counted(block_call(alike.decoder, length, len(parts[0])), machine)  # the pass forward
+        work = counted(call, machine).work.plus(before.work)
         blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
         yield Program(name, GRADIENT, blocks * steps, None, None, work, (found and found.memory) or rough, found)
     name = "head: gradient of the loss"
-    found = compile_call(f"{name}: {size}", functools.partial(_head, decoder, length, len(parts[0])))
+    call = _head(decoder, length, len(parts[0]))
+    found = compile_call(f"{name}: {size}", call)
     # Of a stretch: logits, distribution, the random numbers of the labels, and the gradient.
     rough = bytes_on_device(*jax.tree.leaves(decoder.head_struct())) + 16 * batch * STRETCH * decoder.config.vocab // axis
-    work = estimate.products(model, 4.0 * batch * length * decoder.config.vocab * decoder.config.d_embedding / axis)
-    yield Program(name, GRADIENT, steps, None, None, work, (found and found.memory) or rough, found)
+    yield Program(name, GRADIENT, steps, None, None, counted(call, machine).work, (found and found.memory) or rough, found)
 
 
 def _back(decoder: Decoder, groups: Groups, length: int, windows: int) -> Call:

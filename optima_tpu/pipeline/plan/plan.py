@@ -19,8 +19,18 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, windows_of_step
-from optima_tpu.pipeline.plan.counting import counted
+from optima_tpu.pipeline.plan.compile import (
+    Call,
+    Compile,
+    block_call,
+    calibration_calls,
+    compiler,
+    head_call,
+    pruning_call,
+    resident,
+    windows_of_step,
+)
+from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.gradient import gradient_programs
 from optima_tpu.pipeline.plan.model import DeclaredModel
@@ -172,16 +182,16 @@ def make_plan(
         trainer = Trainer(decoder, config.distill, budget)
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
         training = training_programs(model, trainer, text.window_length, machine, compile_call)
-    measuring = () if recovering else gradient_programs(model, config, compile_call)
+    measuring = () if recovering else gradient_programs(model, config, machine, compile_call)
     programs = (*measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
     unknown = frozenset[str]().union(*(program.unknown for program in programs))
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
-    block = _block_flops(model, text.window_length, config.target.streams, walk.kinds)
-    stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
+    forward = _forward_passes(model, machine, config, walk.kinds)
+    stored = estimate.storage(model, config, machine.hosts, patterns, forward.kept, not recovering)
     stored = stored._replace(resident=walk.states > 0)
     running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
     running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
-    timed = estimate.RunTime(model, config, machine, stored, block)
+    timed = estimate.RunTime(model, config, machine, stored, forward)
     seconds = timed.stages(running, compiling if machine.compiles else None)
     return Plan(
         model,
@@ -269,9 +279,13 @@ def _fitting(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget:
             yield (Pass(pruned, (ON_EVERY_DEVICE,) * len(pruned)),)
 
 
-def _block_flops(model: DeclaredModel, length: int, streams: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
-    """The forward passes through a block, with the passes of all blocks as found."""
-    decoder = model.decoder
+def _forward_passes(
+    model: DeclaredModel, machine: Machine, config: RunConfig, kinds: Mapping[_Kind, int]
+) -> estimate.ForwardPasses:
+    """The forward passes of a window, with the passes of all blocks as found."""
+    decoder, streams, text = model.decoder, config.target.streams, config.calibration
+    sizes = text.window_length, text.fitted
+    step = windows_of_step(decoder, text.fitted) * machine.mesh.shape[DATA]
     blocks = decoder.config.blocks
     shares = collections.Counter(map(decoder.config.kind_of, range(blocks)))
     last = {kind.block: kind.after.pruned for kind in kinds if kind.last}
@@ -289,9 +303,16 @@ def _block_flops(model: DeclaredModel, length: int, streams: int, kinds: Mapping
         * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)
         for kind, count in kinds.items()
     )
-    return estimate.BlockFlops(
-        sum(share * estimate.window_flops(each, length) for share, each, _ in alike),
-        sum(share * estimate.window_flops(each, length, known=known) for share, each, known in alike),
+
+    def of_window(*calls: tuple[float, Call]) -> Work:
+        return functools.reduce(Work.plus, (counted(call, machine).work.times(share / step) for share, call in calls), Work())
+
+    whole = of_window(*((share, block_call(each.decoder, *sizes)) for share, each, _ in alike))
+    knows = any(known for *_, known in alike)
+    return estimate.ForwardPasses(
+        whole,
+        of_window(*((share, block_call(each.decoder, *sizes, known)) for share, each, known in alike)) if knows else whole,
+        of_window((1.0, head_call(decoder, *sizes))),
         sum(kinds.values()) / blocks,
         moved / blocks,
         max((of_streams(kind, kind.after) for kind in kinds), default=0.0),
@@ -310,23 +331,19 @@ def _calibration(
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.window_length, batch, streams)
-    calls = functools.cache(lambda: calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted))
+    calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted)
     where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
     name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window_length} tokens a device"
-    sums, found = compile_call(f"{name}, sums: {tokens}", lambda: calls().sums), None
+    sums, found = compile_call(f"{name}, sums: {tokens}", calls.sums), None
     if sums:
-        passes = [compile_call(f"{name}, pass: {tokens}", lambda: calls().passes[0])]
-        if len(calls().distinct) > 1:
-            passes.append(compile_call(f"{name}, pass of the dense stream: {tokens}", lambda: calls().passes[1]))
-        found = calls().joined([each for each in passes if each], sums)
+        passes = [compile_call(f"{name}, pass: {tokens}", calls.passes[0])]
+        if len(calls.distinct) > 1:
+            passes.append(compile_call(f"{name}, pass of the dense stream: {tokens}", calls.passes[1]))
+        found = calls.joined([each for each in passes if each], sums)
     if found and found.memory:
         memory = beside + found.memory
-    read = estimate.read_by(decoder, groups, target)
-    block = estimate.window_flops(model, text.window_length, read, kind.known.pruned)
-    if streams == 2:  # the last pass moves the dense stream through the whole block
-        block += estimate.window_flops(model, text.window_length, None if kind.last else read, kind.known.dense)
-    drifts = tuple(estimate.drifts_of(model, groups, aimed_residuals(decoder, config.recipe))) if streams == 2 else ()
-    work = estimate.calibration_work(model, block, inputs, text.window_length, batch, drifts)
+    passes_work, sums_work = [counted(call, machine).work for call in calls.distinct], counted(calls.sums, machine).work
+    work = functools.reduce(Work.plus, (passes_work[calls.distinct.index(call)] for call in calls.passes), sums_work)
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
 
@@ -340,7 +357,7 @@ def _pruning(
     call = pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout)
     work, unknown = counted(call, machine)
     memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
-    found = compile_call(f"solver for {name}: {rows:,} rows a device", lambda: call)
+    found = compile_call(f"solver for {name}: {rows:,} rows a device", call)
     if found and found.memory:
         memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
     return Program(name, "pruning", layers.calls, rows, layout, work, memory, found, unknown)

@@ -151,8 +151,8 @@ def _legend(plan: Plan) -> list[str]:
         ]
     else:
         lines += [
-            "Compiled: memory, collectives, and all bytes but the solver's. Counted: FLOPs, the bytes of the solver, host",
-            "memory, disk and, from all of these, seconds. The collectives:",
+            "Compiled: memory and collectives. Counted: FLOPs and bytes, in the run's own programs, host memory, disk and,",
+            "from all of these, seconds. The collectives:",
         ]
         lines += [
             f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
@@ -168,9 +168,7 @@ def _memory(program: Program) -> str:
 
 
 def _traffic(program: Program) -> str:
-    found = program.compiled
-    size = found.accessed if found and program.rows is None else program.work.traffic
-    return number(size / 1e9) if size else "-"
+    return number(program.work.traffic / 1e9) if program.work.traffic else "-"
 
 
 def _counts(found: Mapping[str, int]) -> str:

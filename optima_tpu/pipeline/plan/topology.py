@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.method.linalg.features import rough_matmul
@@ -188,10 +188,10 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
     if kind in ("v5e", "v6e") and count & (count - 1):
         notes.append(f"Google Cloud has {kind} slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips, and none of {count}")
     if not compiling:
-        notes.append("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model")
+        notes.append("nothing was compiled (--no-compile): memory comes from a simple model")
     elif not has_libtpu():
         notes.append(
-            "libtpu is not installed, so nothing was compiled: memory, FLOPs and bytes come from a simple model; "
+            "libtpu is not installed, so nothing was compiled: memory comes from a simple model; "
             "for the compiler's own figures: pip install '.[tpu]' in the directory of the repository"
         )
     else:
@@ -212,7 +212,7 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
     if devices:
         made = jax.make_mesh(sizes, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
     else:
-        made = AbstractMesh(sizes, (DATA, MODEL))
+        made = AbstractMesh(sizes, (DATA, MODEL), abstract_device=AbstractDevice(chip.name, None, "tpu"))
     if devices and quick:
         notes.append(
             "compiled with the least effort (--quick): with full effort, as in runs, programs took 0.65 to 1.27 times the memory"
@@ -287,7 +287,7 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
       UserError: the mesh does not fit the devices.
     """
     platform()
-    made: Mesh | AbstractMesh = make_mesh(mesh)
+    made = make_mesh(mesh)
     count, first = jax.device_count(), jax.devices()[0]
     where = f"{count} {first.platform} device{'s' * (count > 1)} here"
     stats = first.memory_stats() or {}
@@ -298,9 +298,8 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     chip = Chip(first.device_kind, memory, narrow, wide, rough, 0.3 * wide, bandwidth, None, "measured here")
     notes: tuple[str, ...] = ()
     if not compiling:
-        made = AbstractMesh((made.shape[DATA], made.shape[MODEL]), (DATA, MODEL))
-        notes = ("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model",)
-    return Machine(where, chip, made, jax.process_count(), 0.8, notes, here=True)
+        notes = ("nothing was compiled (--no-compile): memory comes from a simple model",)
+    return Machine(where, chip, made if compiling else made.abstract_mesh, jax.process_count(), 0.8, notes, here=True)
 
 
 def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float, float]:

@@ -1,7 +1,6 @@
 """The programs that train a pruned model, of ``--distill`` and of ``optima recover``."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gr
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
-from optima_tpu.pipeline.plan.counting import Work
+from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.topology import Machine
@@ -57,16 +56,15 @@ class _Part(NamedTuple):
     """A program before it is compiled.
 
     Attributes:
-      name, calls, work: see ``Program``.
+      name, calls: see ``Program``.
       memory: bytes that it takes on a device besides its arguments, by a simple model.
       call: the program.
     """
 
     name: str
     calls: int
-    work: Work
     memory: int
-    call: Callable[[], Call]
+    call: Call
 
 
 def training_programs(
@@ -99,7 +97,8 @@ def training_programs(
         found, memory = compile_call(f"{part.name}: {batch} x {length} tokens a device", part.call), part.memory
         if found and found.memory:
             memory = found.memory - found.arguments
-        return Program(part.name, "training", part.calls, None, None, part.work, resident + memory, found)
+        work, unknown = counted(part.call, machine)
+        return Program(part.name, "training", part.calls, None, None, work, resident + memory, found, unknown)
 
     return tuple(map(program, parts))
 
@@ -118,36 +117,22 @@ def _of_block(model: DeclaredModel, trainer: Trainer, step: _Step) -> list[_Part
     decoder, block, kinds = model.decoder, trainer.struct(), model.decoder.config.kinds
     axis, kind = decoder.mesh.shape[MODEL], decoder.config.kind
     blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
-    flops = step.batch * estimate.window_flops(model, step.length) / axis
     inputs = estimate.inputs_of(model, linear_groups(decoder))
     memory, share = estimate.forward_memory(model, inputs, step.length, step.batch), bytes_on_device(*block.masters.values())
     gradient = 4 * sum(math.prod(array.shape) for array in block.masters.values()) // axis
     positions = Entering.of(decoder, step.length, len(step.hidden)).positions
     inside, number = (block.masters, block.fixed, step.hidden, positions), jax.ShapeDtypeStruct((), jnp.float32)
-    # As the TPU's compiler counts for Llama-3.1-8B: it passes several times over weights, gradient, moments and masks.
-    update = Work(traffic=19.0 * share)
     where = f" (as in block {kind})" if len(kinds) > 1 else ""
     return [
-        _Part(
-            f"block forward{where}",
-            blocks * step.passes,
-            estimate.products(model, flops),
-            memory,
-            lambda: Call(trainer.forward, inside),
-        ),
-        _Part(  # it does the forward pass again, as it does on a CPU only where memory is short, and twice its products
+        _Part(f"block forward{where}", blocks * step.passes, memory, Call(trainer.forward, inside)),
+        _Part(  # it does the forward pass again, as it does on a CPU only where memory is short
             f"block backward{where}",
             blocks * step.passes,
-            estimate.products(model, 3 * flops),
             2 * memory + gradient,
-            lambda: Call(trainer.backward, (trainer.again(*inside), step.hidden, block.masters)),
+            Call(trainer.backward, (trainer.again(*inside), step.hidden, block.masters)),
         ),
         _Part(
-            f"Adam of a block{where}",
-            blocks * step.updates,
-            update,
-            share,
-            lambda: Call(trainer.update, (block, block.masters, number, number)),
+            f"Adam of a block{where}", blocks * step.updates, share, Call(trainer.update, (block, block.masters, number, number))
         ),
     ]
 
@@ -157,29 +142,21 @@ def _of_hidden_states(decoder: Decoder, step: _Step, spans: int) -> _Part:
     there = struct_on(decoder.mesh, (len(step.hidden),), np.dtype(bool), P(DATA))
     size = bytes_on_device(step.hidden)
     return _Part(
-        "hidden states: error and gradient",
-        spans * step.passes,
-        Work(traffic=3.0 * size),
-        size,
-        lambda: Call(hidden_gradient, (step.hidden, step.hidden, there)),
+        "hidden states: error and gradient", spans * step.passes, size, Call(hidden_gradient, (step.hidden, step.hidden, there))
     )
 
 
 def _of_head(model: DeclaredModel, method: Distillation, head: Head, step: _Step) -> _Part:
     """The loss and its gradient with respect to what leaves the last block."""
     config, mesh, windows = model.decoder.config, model.decoder.mesh, len(step.hidden)
-    # The logits of both models, or of the pruned one; and the gradient of the pruned one's.
-    products = 3 if method.reads_dense else 2
     # Of a stretch: logits and distributions of each model, and the gradient.
     arrays = 5 if method.reads_dense else 4
-    flops = products * 2.0 * step.batch * step.length * config.vocab * config.d_embedding / mesh.shape[MODEL]
     tokens = struct_on(mesh, (windows, step.length), np.dtype(np.int32), P(DATA))
     there = struct_on(mesh, (windows,), np.dtype(bool), P(DATA))
     logits = 4 * step.batch * STRETCH * config.vocab // mesh.shape[MODEL]
     return _Part(
         "head: loss and gradient",
         step.passes,
-        estimate.products(model, flops),
         bytes_on_device(step.hidden) + arrays * logits,
-        lambda: Call(head_gradient, (method.loss, head, step.hidden, step.hidden, tokens, there)),
+        Call(head_gradient, (method.loss, head, step.hidden, step.hidden, tokens, there)),
     )
