@@ -404,7 +404,7 @@ class WholeInputs(Pattern):
         finer = (dataclasses.replace(self, multiple=self.multiple >> shift) for shift in range(1, self.multiple.bit_length()))
         kept = columns - _share_of(columns, self.sparsity)
         # The coarsest that cuts nearly what was asked for, or else the coarsest that cuts anything.
-        near = [pattern for pattern in finer if padded(kept, pattern.multiple) - kept <= 0.1 * (columns - kept)]
+        near = [pattern for pattern in finer if padded(kept, pattern.multiple) - kept <= 0.2 * (columns - kept)]
         fits = [pattern for pattern in near if padded(kept, pattern.multiple) < columns]
         return " or ".join(pattern.text() for pattern in larger + fits[:1]) or "a larger share"
 

