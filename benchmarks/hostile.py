@@ -56,7 +56,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.repair import verified
-from optima_tpu.runtime.program import MODULES
+from optima_tpu.runtime.program import COMMANDS
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME, listen
 from tests.support.pages import leave_plots_empty
 from tests.support.processes import free_port, hearing_ctrl_c, process_environment, without_gloo
@@ -257,7 +257,7 @@ def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
     words = paths | paths | fuzz.WORDS
     settings_of = {"evaluate": EvaluateConfig, "recover": RecoverConfig}
     named = {name: [field.name for field in dataclasses.fields(kind)] for name, kind in settings_of.items()}
-    for name in MODULES.keys() - named.keys() - {"prune"}:
+    for name in COMMANDS.keys() - named.keys() - {"prune"}:
         named[name] = [word.lstrip("-") for action in command_parser(name)._actions for word in action.option_strings]
     runs = fuzz.command_lines().map(lambda argv: [*small, "--output", "new", *argv])
     few = {"evaluate": ["--perplexity", "random", "--length", "16", "--windows", "2"], "recover": ["--tokens", "2k"]}
@@ -280,9 +280,7 @@ def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    module = importlib.import_module(MODULES[name])
-    if hasattr(module, "__path__"):  # a package has its command line in __main__
-        module = importlib.import_module(f"{module.__name__}.__main__")
+    module = importlib.import_module(COMMANDS[name].reader.partition(":")[0])
     return module.make_parser()
 
 

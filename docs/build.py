@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 import docstring_parser
 
-from optima_tpu.cli import TEXTS
 from optima_tpu.config import options, presets
 from optima_tpu.config.choices import CHOICES, OPEN, SolverOptions, default_options, method_class, method_name
 from optima_tpu.config.flat import flat
@@ -32,7 +31,7 @@ from optima_tpu.config.parse import method_settings, parse
 from optima_tpu.config.run_config import EMBEDDED, RunConfig, to_dict
 from optima_tpu.evaluate import config as evaluate_config
 from optima_tpu.pipeline.recover import config as recover_config
-from optima_tpu.runtime.program import MODULES
+from optima_tpu.runtime.program import COMMANDS
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
@@ -117,7 +116,7 @@ def inline(text: str | None) -> str:
 _LITERAL = re.compile(
     r'"([^" ]*[.:/@=*?_][^" ]*)"'  # "self_attn.*=dense", "cross_entropy"
     r"|(?<![\w./`~-])("
-    r"optima (?:" + "|".join(MODULES) + r")"
+    r"optima (?:" + "|".join(COMMANDS) + r")"
     r"|--[a-z][\w.-]*\w(?: (?:null|true|false))?"
     r"|\[(?:\.\.\.|\w+)(?:, \w+)+\]"  # [d_out, d_in]
     r"|(?:" + "|".join([*CHOICES, *PARTS]) + r")\.[a-z_]+"
@@ -412,9 +411,9 @@ _COMMANDS = """\
 
 def commands_page() -> str:
     """Usage and options of the commands that have no page of their own."""
-    rows = [[f"[`optima {name}`]({_OWN_PAGES.get(name, f'#optima-{name}')})", inline(text)] for name, text in TEXTS.items()]
+    rows = [[f"[`optima {name}`]({_OWN_PAGES.get(name, f'#optima-{name}')})", inline(row.text)] for name, row in COMMANDS.items()]
     blocks = [_COMMANDS.strip(), _table(["command", "what it does"], rows)]
-    for name in MODULES:
+    for name in COMMANDS:
         if name not in _OWN_PAGES:
             blocks += [f"## `optima {name}` {{ #optima-{name} }}", *_parser_section(name, command_parser(name), 3)]
     return "\n\n".join(blocks)
@@ -422,9 +421,7 @@ def commands_page() -> str:
 
 def command_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a subcommand of ``optima`` that has a ``make_parser``."""
-    module = importlib.import_module(MODULES[name])
-    if hasattr(module, "__path__"):  # a package has its command line in __main__
-        module = importlib.import_module(f"{module.__name__}.__main__")
+    module = importlib.import_module(COMMANDS[name].reader.partition(":")[0])
     parser: argparse.ArgumentParser = module.make_parser()
     return parser
 
@@ -468,7 +465,7 @@ def _about(name: str, description: str) -> str:
 
 def _as_optima(text: str) -> str:
     """The text with ``optima NAME`` for the module's command."""
-    for name, module in sorted(MODULES.items(), key=lambda item: -len(item[1])):
+    for name, module in sorted(((name, row.module) for name, row in COMMANDS.items()), key=lambda item: -len(item[1])):
         text = re.sub(rf"(?:python -m )?\b{re.escape(module)}\b(?![.\w])", f"optima {name}", text)
     return text
 

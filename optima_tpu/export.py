@@ -2,27 +2,22 @@
 
 import argparse
 import contextlib
+import functools
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import printing, signals
+from optima_tpu.runtime import command, printing, signals
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
     from optima_tpu.models.checkpoints.packed import Packed
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _export(arguments), "the same command does it again")
 
 
 def make_parser() -> Parser:
@@ -65,8 +60,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def read(arguments: list[str] | None) -> argparse.Namespace:
-    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Raises UserError if one of them is wrong."""
     parser = make_parser()
     chosen, rest = parser.parse_known_args(arguments)
     if any(re.match(r"--quantize\b", word) for word in rest):
@@ -79,8 +74,8 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def _export(arguments: list[str] | None) -> None:
-    chosen: argparse.Namespace = rehearsed("optima_tpu.export:read", arguments)
+def run(chosen: argparse.Namespace) -> None:
+    """Exports a run, and prints what the folder is good for."""
     import jax
 
     from optima_tpu.models.checkpoints import forms
@@ -132,6 +127,8 @@ def sizes(packed: "Packed") -> str:
     )
     return f"{files}\npruned matrices: {weights:,} weights; bits a weight: dense {before:.2f}, pruned {before:.2f}, packed {after:.2f}"
 
+
+main = functools.partial(command.main, "export")
 
 if __name__ == "__main__":
     sys.exit(main())

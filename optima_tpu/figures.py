@@ -5,33 +5,28 @@ windows SWEEP -o windows.png                       its Figure 3: perplexity agai
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import signals
-from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.light import rehearsed
+from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.outputs import refuse_foreign
 from optima_tpu.runtime.program import Parser, program
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _draw(arguments), "the same command does it again")
-
-
-def read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
-    """The arguments, and the path of the figure. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Path]:
+    """The arguments, and the path of the figure. Raises UserError if one of them is wrong."""
     chosen = make_parser().parse_args(arguments)
     return chosen, check_output(chosen.output)
 
 
-def _draw(arguments: Sequence[str] | None) -> None:
-    chosen, path = rehearsed("optima_tpu.figures:read", arguments)
+def run(asked: tuple[argparse.Namespace, Path]) -> None:
+    """Draws the figure, and prints where it is."""
+    chosen, path = asked
     from optima_tpu.report import curves, figures  # matplotlib is slow, and --help and errors need not wait
 
     refuse_foreign(path, curves.is_figure, chosen.force)
@@ -88,11 +83,13 @@ def make_parser() -> Parser:
         "update of a sweep with several such numbers: mean and standard deviation over seeds.",
     )
     windows.add_argument("sweep", metavar="SWEEP", help="directory of a sweep, or its results.json")
-    for command in (layers, windows):
-        command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
-        command.add_argument("--force", action="store_true", help="replace a file that this program did not write")
+    for figure in (layers, windows):
+        figure.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
+        figure.add_argument("--force", action="store_true", help="replace a file that this program did not write")
     return parser
 
+
+main = functools.partial(command.main, "figures")
 
 if __name__ == "__main__":
     sys.exit(main())

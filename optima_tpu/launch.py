@@ -1,39 +1,31 @@
 """The command line: ``python -m optima_tpu.launch``. Kept short: ``optima_tpu.pipeline.run`` does the work."""
 
+import functools
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.command import announce, guarded, take_devices
-from optima_tpu.runtime.light import rehearsed
+from optima_tpu.runtime import command
 from optima_tpu.runtime.program import program
 
 if TYPE_CHECKING:
     from optima_tpu.config.run_config import RunConfig
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status, see :func:`guarded`."""
-    return guarded(
-        lambda: _launch(sys.argv[1:] if argv is None else argv), "the same command goes on after the last finished block"
-    )
-
-
-def _launch(argv: Sequence[str]) -> None:
-    config: RunConfig = rehearsed("optima_tpu.pipeline.arguments:read_run", argv, first=announce)
-    take_devices(config)
+def run(config: "RunConfig") -> None:
+    """Prunes, and draws the page of the run."""
+    command.take_devices(config)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.data import check_files
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
-    from optima_tpu.pipeline.run import run
+    from optima_tpu.pipeline.run import run as prune
     from optima_tpu.runtime import processes
 
     processes.first_only(lambda: check_files(config.calibration.source, config.evaluation.source))
     quiet_orbax()
-    run(config)
+    prune(config)
     if processes.is_first():
         draw_page(config.run_directory)
 
@@ -50,6 +42,8 @@ def draw_page(directory: Path) -> None:
     except UserError as error:
         print(f"\n{PAGE} was not drawn: {error}", file=sys.stderr, flush=True)
 
+
+main = functools.partial(command.main, "prune")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,16 +1,15 @@
 """The command line of a plan: ``python -m optima_tpu.plan``."""
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import signals
-from optima_tpu.runtime.command import announce, guarded
-from optima_tpu.runtime.light import rehearsed
+from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
@@ -40,9 +39,11 @@ _OF_RECOVER = {
 """What a plan calls the settings of ``optima recover`` that have another name there."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 when something does not fit, else see :func:`guarded`."""
-    return guarded(lambda: _plan(sys.argv[1:] if argv is None else argv), "the same command does it again")
+class AskedPlan(NamedTuple):
+    """The plan's own options, and the run that is planned."""
+
+    options: argparse.Namespace
+    config: "RunConfig"
 
 
 def _chooses(setting: str, words: Sequence[str]) -> bool:
@@ -51,8 +52,8 @@ def _chooses(setting: str, words: Sequence[str]) -> bool:
     return bool(options & {f"--{setting}", f"--{setting}.name", "--config"})
 
 
-def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, RunConfig]":
-    """The plan's own options and its run. Called by ``runtime.light``.
+def read(argv: Sequence[str]) -> AskedPlan:
+    """The plan that a command line asks for.
 
     Raises:
       UserError: an option or a setting is wrong, or the file to write is another program's.
@@ -81,11 +82,12 @@ def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, RunConfig]":
         raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
     if options.json:
         refuse_foreign(options.json, _is_plan, options.force)
-    return options, config
+    return AskedPlan(options, config)
 
 
-def _plan(argv: Sequence[str]) -> int:
-    options, config = rehearsed("optima_tpu.plan:read", argv, first=lambda read: announce(read[1]))
+def run(asked: AskedPlan) -> int:
+    """Makes the plan and prints it. Returns 1 if something does not fit, else 0."""
+    options, config = asked
     import jax
 
     from optima_tpu.pipeline.recover.config import as_run
@@ -171,6 +173,8 @@ def make_parser() -> Parser:
     )
     return parser
 
+
+main = functools.partial(command.main, "plan")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,18 +1,17 @@
 """The command line that publishes a pruned model: ``python -m optima_tpu.push RUN ORG/NAME``."""
 
 import argparse
+import functools
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.runtime import signals
+from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.inside import refuse_links
-from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
@@ -30,11 +29,6 @@ _ARRAYS = ".safetensors", ".npz", ".gguf"
 _SEARCHED = 1 << 26
 """Arrays, by their names or as files of more bytes, are not searched for paths and tokens."""
 _WEIGHTS = re.compile(r"(^|/)(packed\.json|.*\.safetensors(\.index\.json)?|pytorch_model.*)$")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _push(arguments), "the same command does it again")
 
 
 def make_parser() -> Parser:
@@ -61,13 +55,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def read(arguments: list[str] | None) -> argparse.Namespace:
-    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Raises UserError if one of them is wrong."""
     return make_parser().parse_args(arguments)
 
 
-def _push(arguments: list[str] | None) -> None:
-    chosen: argparse.Namespace = rehearsed("optima_tpu.push:read", arguments)
+def run(chosen: argparse.Namespace) -> None:
+    """Publishes a run, or lists what would go out."""
     from huggingface_hub import HfApi
 
     check_repository(chosen.repository)
@@ -214,6 +208,8 @@ def _private(file: Path, run: Path) -> str:
 def _ask(question: str) -> bool:
     return sys.stdin.isatty() and input(f"{question} [yes/no] ").strip().lower() == "yes"
 
+
+main = functools.partial(command.main, "push")
 
 if __name__ == "__main__":
     sys.exit(main())

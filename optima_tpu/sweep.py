@@ -1,15 +1,14 @@
 """The command line of a sweep: ``python -m optima_tpu.sweep FILE``."""
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import signals
-from optima_tpu.runtime.command import announce, guarded, take_devices
-from optima_tpu.runtime.light import rehearsed
+from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
@@ -21,15 +20,22 @@ if TYPE_CHECKING:
 _PROGRAM = program("sweep")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 with failed cells, else see :func:`guarded`."""
-    return guarded(
-        lambda: _sweep(sys.argv[1:] if argv is None else argv), "the same command goes on after the last finished block"
-    )
+class AskedSweep(NamedTuple):
+    """Attributes:
+    options: the sweep's own.
+    settings: those of its runs.
+    grid: all cells.
+    cells: those that are run.
+    """
+
+    options: argparse.Namespace
+    settings: Sequence[str]
+    grid: "CellGrid"
+    cells: "tuple[Cell, ...]"
 
 
-def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, list[str], CellGrid, tuple[Cell, ...]]":
-    """The sweep's own options, the settings of its runs, its cells, and those that are run. Called by ``runtime.light``.
+def read(argv: Sequence[str]) -> AskedSweep:
+    """The sweep that a command line asks for.
 
     Raises:
       UserError: an option, the file or a setting is wrong.
@@ -40,12 +46,13 @@ def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, list[str], CellGrid,
     options, settings = _parse(parser, list(argv))
     grid = read_grid(options.file, settings, options.output, parser.names)
     _refuse_devices(grid)
-    return options, settings, grid, _chosen(grid, options.only)
+    return AskedSweep(options, settings, grid, _chosen(grid, options.only))
 
 
-def _sweep(argv: Sequence[str]) -> int:
-    options, settings, grid, chosen = rehearsed("optima_tpu.sweep:read", argv, first=_announce)
-    take_devices(grid.cells[0].config, alone=True)
+def run(asked: AskedSweep) -> int:
+    """Runs the cells, writes the tables and prints them. Returns 1 if cells failed, else 0."""
+    options, settings, grid, chosen = asked
+    command.take_devices(grid.cells[0].config, alone=True)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.sweep.runner import Sweep
@@ -60,21 +67,15 @@ def _sweep(argv: Sequence[str]) -> int:
         return 0
     if sweep.finished:
         say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
-    command = shlex.join(_command(options, settings))
-    sweep.run(console, command)
-    files = sweep.write(command)
+    words = shlex.join(_command(options, settings))
+    sweep.run(console, words)
+    files = sweep.write(words)
     failures = failure_lines(sweep.results)
     signals.ended(1 if failures else 0)
     console.print()
     show(console, terminal_table(layout(grid, sweep.results)))
     say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
     return 1 if failures else 0
-
-
-def _announce(found: "tuple[argparse.Namespace, list[str], CellGrid, tuple[Cell, ...]]") -> None:
-    options, _, grid, _ = found
-    if not options.dry_run:  # which opens nothing, and lists the cells alone
-        announce(grid.cells[0].config)
 
 
 def make_parser() -> Parser:
@@ -167,6 +168,8 @@ def _list(console: "Console", grid: "CellGrid", chosen: "Sequence[Cell]", finish
         state = "finished" if cell in finished else "to run" if cell in chosen else "not chosen"
         say(console, f"cell {number} of {len(grid.cells)}: {cell}: {state}\n    {different}")
 
+
+main = functools.partial(command.main, "sweep")
 
 if __name__ == "__main__":
     sys.exit(main())

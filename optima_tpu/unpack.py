@@ -1,20 +1,15 @@
 """The command line that unpacks a packed export: ``python -m optima_tpu.unpack PACKED OUT``."""
 
 import argparse
+import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import signals
+from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _unpack(arguments), "the same command does it again")
 
 
 def make_parser() -> Parser:
@@ -29,13 +24,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def read(arguments: list[str] | None) -> argparse.Namespace:
-    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Raises UserError if one of them is wrong."""
     return make_parser().parse_args(arguments)
 
 
-def _unpack(arguments: list[str] | None) -> None:
-    chosen: argparse.Namespace = rehearsed("optima_tpu.unpack:read", arguments)
+def run(chosen: argparse.Namespace) -> None:
+    """Unpacks a folder, and prints where to."""
     unpack(chosen.packed, chosen.out)
     signals.ended(0)
     print(f"wrote {chosen.out}")
@@ -77,6 +72,8 @@ def unpack(packed: str | Path, out: str | Path) -> None:
         except PackedError as error:
             raise UserError(str(error)) from error
 
+
+main = functools.partial(command.main, "unpack")
 
 if __name__ == "__main__":
     sys.exit(main())

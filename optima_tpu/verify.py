@@ -1,22 +1,20 @@
 """The command line that compares checksums: ``python -m optima_tpu.verify FOLDER``."""
 
+import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime import command
+from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.light import lightly
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
     from optima_tpu.pipeline.repair import Verified
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0 if every file matches, 1 if one does not or is not listed, otherwise as :func:`guarded`."""
-    return guarded(lambda: _verify(arguments), "the same command does it again")
 
 
 def make_parser() -> Parser:
@@ -31,10 +29,16 @@ def make_parser() -> Parser:
     return parser
 
 
-def _verify(arguments: list[str] | None) -> int:
-    folder: Path = lightly("optima_tpu.runtime.buckets:as_path", make_parser().parse_args(arguments).folder)
+def read(arguments: Sequence[str]) -> Path:
+    """The folder. Raises UserError if there is none."""
+    folder = as_path(make_parser().parse_args(arguments).folder)
     if not folder.is_dir():
         raise UserError(f"expected a run directory or an exported folder, but {folder} is no folder: check the path")
+    return folder
+
+
+def run(folder: Path) -> int:
+    """Prints which files differ. Returns 0 if every file matches, 1 if one does not or is not listed."""
     start = time.monotonic()
     found: Verified = lightly("optima_tpu.pipeline.repair:verified", folder)
     for name, why in found.damaged.items():
@@ -53,6 +57,8 @@ def _verify(arguments: list[str] | None) -> int:
         print("remove the files that are not listed, unless you added them yourself")
     return 1 if found.damaged or found.unlisted else 0
 
+
+main = functools.partial(command.main, "verify")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import pytest
 
-from optima_tpu.cli import TEXTS
 from optima_tpu.config import yaml12
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate import config as evaluate_config
 from optima_tpu.pipeline.recover import config as recover_config
 from optima_tpu.pipeline.sweep.grid import read_grid
-from optima_tpu.runtime.program import MODULES
+from optima_tpu.runtime.program import COMMANDS
 from tests.support import ROOT
 from tests.support.tiny_models import tiny_folder
 
@@ -107,7 +106,7 @@ def commands(code: str) -> Iterator[Command]:
             if program == "optima":
                 yield Command(rest, output)
             elif program.startswith("python") and rest[:1] == ["-m"] and rest[1].partition(".")[0] == "optima_tpu":
-                names = {module: name for name, module in MODULES.items()}
+                names = {command.module: name for name, command in COMMANDS.items()}
                 yield Command([names.get(rest[1], rest[1]), *rest[2:]], output)
 
 
@@ -148,7 +147,7 @@ def check_command(command: Command, own_files: Path) -> None:
     if not words or words == ["--help"]:
         return
     name, *arguments = words
-    assert name in MODULES, f"there is no command {name}"
+    assert name in COMMANDS, f"there is no command {name}"
     arguments = [str(own_files / word) if (own_files / word).is_file() else word for word in arguments]
     if "--help" in arguments or "--print_config" in arguments:
         printed = io.StringIO()
@@ -217,7 +216,7 @@ def test_the_row_of_tasks_has_the_numbers_of_its_record():
 
 def test_the_page_about_installing_lists_all_commands():
     text = (ROOT / "docs/start/install.md").read_text()
-    assert [name for name, what in TEXTS.items() if f"  {name:<10}{what}\n" not in text] == []
+    assert [name for name, command in COMMANDS.items() if f"  {name:<10}{command.text}\n" not in text] == []
 
 
 def test_numbers_of_the_headline_are_those_of_the_other_records():

@@ -6,6 +6,7 @@ Does not use its ``GeneratorBasedBuilder``, which holds a split in memory, and n
 
 import argparse
 import contextlib
+import functools
 import math
 import re
 import sys
@@ -18,10 +19,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from optima_tpu.data.file import File
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import signals
-from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import making, writing
-from optima_tpu.runtime.light import rehearsed
+from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.program import Parser, program
 
 VERSION = "1.0.0"
@@ -49,6 +47,8 @@ def build(
     Raises:
       UserError: the data set exists already, a file can't be read, a split would be empty, or the disk is full.
     """
+    from optima_tpu.runtime.files import making, writing  # imports JAX, and arguments are refused without it
+
     if not 0 <= validation_share < 1:
         raise UserError(f"expected a validation share from 0 to below 1, got {validation_share}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name):
@@ -125,11 +125,6 @@ def _features():
     return tfds.features.FeaturesDict({"text": tfds.features.Text()})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _build(arguments), "the same command does it again")
-
-
 def make_parser() -> Parser:
     """The parser of the command line."""
     parser = Parser(
@@ -155,13 +150,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def read(arguments: list[str] | None) -> argparse.Namespace:
-    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Raises UserError if one of them is wrong."""
     return make_parser().parse_args(arguments)
 
 
-def _build(arguments: list[str] | None) -> None:
-    chosen: argparse.Namespace = rehearsed("optima_tpu.data.build:read", arguments)
+def run(chosen: argparse.Namespace) -> None:
+    """Makes the data set, and prints how to name it."""
     console = Console()
     progress = Progress(
         TextColumn("{task.completed:,} documents written"),
@@ -181,6 +176,8 @@ def _build(arguments: list[str] | None) -> None:
     held = ", ".join(f"{count:,} documents in {split}" for split, count in counts.items())
     print(f"wrote {target.directory / target.name / VERSION}: {held}; use it with --calibration.source {target}")
 
+
+main = functools.partial(command.main, "data")
 
 if __name__ == "__main__":
     sys.exit(main())

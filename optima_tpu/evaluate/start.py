@@ -7,6 +7,13 @@ from typing import Any
 from rich.console import Console
 
 from optima_tpu.evaluate.config import EvaluateConfig
+from optima_tpu.runtime import command
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluates, as the command does."""
+    command.take_devices(config)
+    start(config)
 
 
 def start(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Command line of the report: ``python -m optima_tpu.report RUN [RUN ...]`` writes one page and prints a summary."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import signals
+from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.outputs import refuse_foreign
 from optima_tpu.runtime.program import Parser, program
 
@@ -21,19 +20,15 @@ if TYPE_CHECKING:
     from optima_tpu.report.runs import FinishedRun
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _report(arguments), "the same command does it again")
-
-
-def read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
-    """The arguments, and the path of the page. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Path]:
+    """The arguments, and the path of the page. Raises UserError if one of them is wrong."""
     chosen = make_parser().parse_args(arguments)
     return chosen, output_path(chosen.runs, chosen.output)
 
 
-def _report(arguments: Sequence[str] | None) -> None:
-    chosen, path = rehearsed("optima_tpu.report.__main__:read", arguments)
+def run(asked: tuple[argparse.Namespace, Path]) -> None:
+    """Writes the page, and prints what it says in short."""
+    chosen, path = asked
     from optima_tpu.report.page import is_page, write_page
     from optima_tpu.report.progress import Terminal, say
 
@@ -103,6 +98,8 @@ def make_parser() -> Parser:
     parser.add_argument("--force", action="store_true", help="replace a file that this program did not write")
     return parser
 
+
+main = functools.partial(command.main, "report")
 
 if __name__ == "__main__":
     sys.exit(main())

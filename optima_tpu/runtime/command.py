@@ -1,4 +1,4 @@
-"""Shared by all command lines: takes the devices, sets the exit status, and prints one line when something ends the work."""
+"""Runs a command: reads its arguments, takes the devices, sets the exit status, and prints one line when something ends the work."""
 
 import errno
 import os
@@ -9,13 +9,13 @@ import time
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import printing, signals
-from optima_tpu.runtime.light import lightly
-from optima_tpu.runtime.program import refuse_undecodable
+from optima_tpu.runtime.light import lightly, real, rehearsed
+from optima_tpu.runtime.program import COMMANDS, refuse_undecodable
 from optima_tpu.runtime.version import code_version
 
 if TYPE_CHECKING:
@@ -38,6 +38,23 @@ _PEER_GONE = re.compile(
 )
 
 
+def main(name: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a command of the table. Returns its exit status, see :func:`guarded`.
+
+    Args:
+      name: its subcommand of ``optima``.
+      argv: its arguments; None takes those of the process.
+    """
+    command, words = COMMANDS[name], list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int | None:
+        asked = rehearsed(command.reader, words, first=lambda asked: announce(command.opens(asked)))
+        # Loaded only now: most modules import JAX, which arguments need not wait for.
+        return real(command.runner)(asked)
+
+    return guarded(work, command.again)
+
+
 class Opens(Protocol):
     """The settings of a command that opens a model. Properties, since settings are frozen."""
 
@@ -47,12 +64,12 @@ class Opens(Protocol):
     def coordinator(self) -> str | None: ...
 
 
-def announce(config: Opens) -> None:
-    """Prints a command's first line: importing its libraries takes seconds, and nothing can be said of the model before.
+def announce(config: Opens | None) -> None:
+    """Prints the first line of a command that opens a model: its libraries load for seconds, and nothing can be said of the model before.
 
     Processes of a job print none, for which of them is the first is known only after they joined.
     """
-    if not lightly("optima_tpu.runtime.processes:may_join", config.coordinator):
+    if config and not lightly("optima_tpu.runtime.processes:may_join", config.coordinator):
         print(
             legible(f"starting     optima-tpu {code_version()}: loads JAX and the other libraries, then opens {config.model}"),
             flush=True,

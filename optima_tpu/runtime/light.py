@@ -8,7 +8,6 @@ is called. So a function either does here what it does with its libraries, or no
 """
 
 import builtins
-import contextlib
 import importlib
 import importlib.machinery
 import operator
@@ -32,15 +31,6 @@ class NeedsLibraries(BaseException):
     """A function needs a library, or a module of the user. Not an Exception, so that no ``except Exception`` catches it."""
 
 
-def rehearse(name: str, *arguments: Any) -> None:
-    """Calls a function, "module:name", as far as it needs no libraries: what it refuses is refused before they load.
-
-    Call it with a function that only reads and checks: it is called again with its libraries.
-    """
-    with contextlib.suppress(_Undecided):
-        _tried(name, *arguments)
-
-
 def rehearsed(name: str, *arguments: Any, first: Callable[[Any], None] = lambda result: None) -> Any:
     """The result of a function, "module:name", after its rehearsal.
 
@@ -50,10 +40,10 @@ def rehearsed(name: str, *arguments: Any, first: Callable[[Any], None] = lambda 
     try:
         first(_tried(name, *arguments))
     except _Undecided:
-        result = _real(name)(*arguments)
+        result = real(name)(*arguments)
         first(result)
         return result
-    return _real(name)(*arguments)
+    return real(name)(*arguments)
 
 
 def lightly(name: str, *arguments: Any) -> Any:
@@ -61,7 +51,7 @@ def lightly(name: str, *arguments: Any) -> Any:
     try:
         return _tried(name, *arguments)
     except _Undecided:
-        return _real(name)(*arguments)
+        return real(name)(*arguments)
 
 
 class _Undecided(Exception):
@@ -90,7 +80,8 @@ def without_libraries(name: str, *arguments: Any) -> Any:
     return getattr(_Modules().load(module), function)(*arguments)
 
 
-def _real(name: str) -> Callable[..., Any]:
+def real(name: str) -> Callable[..., Any]:
+    """A function, "module:name", whose module is imported with its libraries."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 

@@ -1,37 +1,102 @@
-"""The names of the commands, for help texts and for messages that say what to type, and their parser."""
+"""The table of the commands, how to call them in messages and help texts, and their parser. Imports none of their modules."""
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from optima_tpu.errors import UserError, did_you_mean, legible
 from optima_tpu.runtime.printing import PrintsHelp
 
-MODULES: Mapping[str, str] = MappingProxyType(
+
+class Command(NamedTuple):
+    """A row of the table of commands. ``runtime.command.main`` runs it.
+
+    Attributes:
+      text: what the command does, for ``optima --help``.
+      module: what ``python -m`` runs for it.
+      read: "module:name" of the function from arguments to what is asked for; empty for ``read`` in ``module``. ``runtime.light`` calls
+        it, so it only reads and checks.
+      run: "module:name" of the function from that to the exit status, None for 0; empty for ``run`` in ``module``.
+      again: what the same command does when it is typed again.
+      opens: from what is asked for to the settings that name the model and the processes; None if no model is opened.
+    """
+
+    text: str
+    module: str
+    read: str = ""
+    run: str = ""
+    again: str = "the same command does it again"
+    opens: Callable[[Any], Any] = lambda asked: None
+
+    @property
+    def reader(self) -> str:
+        return self.read or f"{self.module}:read"
+
+    @property
+    def runner(self) -> str:
+        return self.run or f"{self.module}:run"
+
+
+_AFTER_BLOCK = "the same command goes on after the last finished block"
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
-        "prune": "optima_tpu.launch",
-        "evaluate": "optima_tpu.evaluate",
-        "recover": "optima_tpu.recover",
-        "plan": "optima_tpu.plan",
-        "sweep": "optima_tpu.sweep",
-        "report": "optima_tpu.report",
-        "export": "optima_tpu.export",
-        "push": "optima_tpu.push",
-        "unpack": "optima_tpu.unpack",
-        "verify": "optima_tpu.verify",
-        "figures": "optima_tpu.figures",
-        "data": "optima_tpu.data.build",
+        "prune": Command(
+            "prune a model and measure what it costs in perplexity",
+            "optima_tpu.launch",
+            read="optima_tpu.pipeline.arguments:read_run",
+            again=_AFTER_BLOCK,
+            opens=lambda config: config,
+        ),
+        "evaluate": Command(
+            "measure a model, pruned or dense: perplexity, distance to another model, tasks",
+            "optima_tpu.evaluate",
+            read="optima_tpu.evaluate.arguments:read",
+            run="optima_tpu.evaluate.start:run",
+            again="the same command goes on with what was not measured to its end",
+            opens=lambda config: config,
+        ),
+        "recover": Command(
+            "train a pruned model on more text, with its masks held",
+            "optima_tpu.recover",
+            read="optima_tpu.pipeline.arguments:read_recovery",
+            again="the same command goes on at the last saved step, or begins again where none was saved",
+            opens=lambda config: config,
+        ),
+        "plan": Command(
+            "estimate what a run needs before it starts: memory, disk and time",
+            "optima_tpu.plan",
+            opens=lambda asked: asked.config,
+        ),
+        "sweep": Command(
+            "run a table of masks x updates x patterns over one model",
+            "optima_tpu.sweep",
+            again=_AFTER_BLOCK,
+            opens=lambda asked: None if asked.options.dry_run else asked.grid.cells[0].config,
+        ),
+        "report": Command(
+            "write the HTML page of a finished run, or of several side by side",
+            "optima_tpu.report",
+            read="optima_tpu.report.__main__:read",
+            run="optima_tpu.report.__main__:run",
+        ),
+        "export": Command("write the folder that transformers loads, from a run's Orbax checkpoint", "optima_tpu.export"),
+        "push": Command("publish a pruned model with its card on the Hugging Face hub; asks first", "optima_tpu.push"),
+        "unpack": Command("write the folder that transformers loads, from a packed export", "optima_tpu.unpack"),
+        "verify": Command("compare every file of a run or of an exported folder with its checksum", "optima_tpu.verify"),
+        "figures": Command("draw the paper's figures from finished runs", "optima_tpu.figures"),
+        "data": Command("make a data set with random access from text files", "optima_tpu.data.build"),
     }
 )
-"""Subcommand of ``optima`` -> the module that ``python -m`` runs for it."""
+"""Subcommand of ``optima`` -> its row."""
 
 
 def program(name: str) -> str:
     """How to call a subcommand in the way this process was called: ``optima prune`` or ``python -m optima_tpu.launch``."""
-    return f"optima {name}" if Path(sys.argv[0]).stem == "optima" else f"python -m {MODULES[name]}"
+    return f"optima {name}" if Path(sys.argv[0]).stem == "optima" else f"python -m {COMMANDS[name].module}"
 
 
 def refuse_undecodable(words: Iterable[str]) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 import optima_tpu.report.__main__ as report
 from optima_tpu import export, figures, plan, sweep, unpack, verify
-from optima_tpu.cli import TEXTS, main
+from optima_tpu.cli import main
 from optima_tpu.data import build
-from optima_tpu.runtime.program import MODULES, program
+from optima_tpu.runtime.program import COMMANDS, program
 from optima_tpu.runtime.version import code_version
 from tests.support.runs import only_error
 
@@ -21,9 +21,8 @@ OPTIMA = Path(sys.executable).with_name("optima")
 def test_alone_it_says_what_there_is(capsys):
     assert main([]) == main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert TEXTS.keys() == MODULES.keys()
-    for name, text in TEXTS.items():
-        assert re.search(rf"^  {name} +{text}$", printed, re.MULTILINE)
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{command.text}$", printed, re.MULTILINE)
 
 
 def test_the_version_is_the_one_that_a_run_records(capsys):
@@ -70,7 +69,7 @@ def test_an_unknown_command_is_one_line(words, said, capsys):
 def test_what_is_missing_or_wrong_is_one_line(words, said, capsys):
     assert main(words) == 2
     message = only_error(capsys.readouterr().err)
-    assert said in message and (words[0] not in MODULES or "--help" in message)
+    assert said in message and (words[0] not in COMMANDS or "--help" in message)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_a_file_of_another_program_is_replaced_only_by_force(words, path, tmp_pa
         assert (refused in message) == (not more) and path.read_text() == "years of work about OPTIMA-TPU"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])

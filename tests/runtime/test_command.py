@@ -17,7 +17,7 @@ from optima_tpu import cli
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.runtime import processes, signals
 from optima_tpu.runtime.command import guarded, take_devices
-from optima_tpu.runtime.program import MODULES
+from optima_tpu.runtime.program import COMMANDS
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME, SAVING
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 from tests.support.processes import at_once, free_port, hearing_ctrl_c, process_environment, python, without_gloo
@@ -254,7 +254,7 @@ def test_a_result_that_finds_no_room_is_an_error(request, capfd):
     )
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in MODULES)], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_a_help_text_that_nobody_reads_is_no_error_and_one_without_room_is_one_line(words, request, capfd):
     for stream, status in (("unread", 0), ("full", 2)):
         request.getfixturevalue(stream)
