@@ -342,7 +342,8 @@ def _make_writable(folder: Path, force: bool) -> None:
 
 
 def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], models: Mapping[str, Evaluated]) -> None:
-    with writing(folder, "make room and repeat the command, or choose another --output"):
+    remedy = "make room and repeat the command, or choose another --output"
+    with writing(folder, remedy):
         for path in HARNESS.values():  # files of an earlier evaluation could be mistaken for results of this one
             (folder / path).unlink(missing_ok=True)
         forget(folder, HARNESS.values())
@@ -353,7 +354,7 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
                 "fingerprint": models[name].model.pretrained.fingerprint,
             }
             files[HARNESS[name]] = encoded(result, indent=2)
-        keep(folder, files)
+        keep(folder, files, remedy)
 
 
 def _greeting(

@@ -73,6 +73,7 @@ HIDDEN, DENSE = "hidden_states", "dense_states"
 
 _JOURNAL, _ACTIVATIONS = "journal", "activations"
 _ENTRY = re.compile(r"block_(\d{4,})")
+_ANOTHER = "choose another --output"
 
 
 class _Entry(TypedDict):
@@ -90,7 +91,7 @@ def refuse_unusable(directory: Path) -> None:
     refuse_unreachable(directory)
 
     def check():
-        with writing(directory, "choose another --output"):
+        with writing(directory, _ANOTHER):
             _refuse_other_files(directory.absolute())
 
     first_only(check)
@@ -115,7 +116,7 @@ def prepare_directory(directory: str | Path, manifest: Mapping[str, Any], config
     directory = as_path(directory).absolute()
 
     def prepare():
-        with writing(directory, "choose another --output"):
+        with writing(directory, _ANOTHER):
             _refuse_other_files(directory)
             if (directory / RUN).exists():
                 refuse_another(directory, manifest, configuration)
@@ -149,12 +150,12 @@ def open_journal(
     directory = prepare_directory(directory, manifest, configuration)  # checked again: not every caller has called it before
 
     def begin():
-        with writing(directory, "choose another --output"):
+        with writing(directory, _ANOTHER):
             if not intact(directory, RUN):
                 write_run(directory, manifest, configuration or {})
             files = {f"{ASSETS}/{name}": data for name, data in assets.items()}
             if lost := {name: data for name, data in files.items() if not intact(directory, name)}:
-                keep(directory, lost)
+                keep(directory, lost, _ANOTHER)
             (directory / _JOURNAL).mkdir(exist_ok=True)
 
     def seen():

@@ -30,7 +30,7 @@ from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.distill.blocks import head_gradient
 from optima_tpu.report.pace import Step
 from optima_tpu.runtime.checksums import forget, intact, keep, known
-from optima_tpu.runtime.files import remove, writing
+from optima_tpu.runtime.files import remove
 from optima_tpu.runtime.mesh import DATA
 from optima_tpu.runtime.processes import fetch, first_only, from_first, together
 
@@ -226,7 +226,7 @@ def measure(text: Text, directory: Path, advance: Callable[[], None]) -> None:
         squares = mean_squares(text, windows, advance)
         arrays: dict[str, Any] = {_key(index, name): each for index, block in enumerate(squares) for name, each in block.items()}
         np.savez(file, **arrays)
-        first_only(functools.partial(_save, directory, windows, file.getvalue()))
+        first_only(functools.partial(keep, directory, {_name(windows): file.getvalue()}))
 
 
 def read(text: Text, directory: Path) -> Squares:
@@ -251,11 +251,6 @@ def forget_all(directory: Path) -> None:
         remove(directory / FOLDER)
 
     first_only(clear)
-
-
-def _save(directory: Path, windows: range, data: bytes) -> None:
-    with writing(directory / FOLDER, "make room and repeat the command"):
-        keep(directory, {_name(windows): data})
 
 
 def _name(windows: range) -> str:

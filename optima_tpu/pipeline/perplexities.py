@@ -22,7 +22,6 @@ from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.repair import perplexity_files
 from optima_tpu.report.pace import Step
 from optima_tpu.runtime.checksums import keep
-from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import Positive
@@ -91,12 +90,7 @@ def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> Non
         np.save(file, measured.losses)
         data = file.getvalue()
         record["losses"] = hashlib.sha256(data).hexdigest()
-
-        def write() -> None:
-            with writing(opened.directory / name, _record(model).remedy):
-                keep(opened.directory, {name: data})
-
-        first_only(write)  # the losses come first: the record holds their digest
+        first_only(lambda: keep(opened.directory, {name: data}))  # the losses come first: the record holds their digest
     _record(model).write(opened.directory, record)
 
 

@@ -21,7 +21,6 @@ from optima_tpu.report.progress import Progress, Terminal
 from optima_tpu.report.run_record import RUN, read_run, refuse_another
 from optima_tpu.runtime.checksums import intact, keep
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import from_first, is_first, together
 
 CALIBRATION = "calibration.npy"
@@ -91,8 +90,7 @@ def keep_calibration(directory: Path, manifest: Mapping[str, Any], written: np.n
     if written is not None and _kept(directory, manifest) is None:
         file = io.BytesIO()
         np.save(file, written)
-        with writing(directory / CALIBRATION, "make room and repeat the command"):
-            keep(directory, {CALIBRATION: file.getvalue()})
+        keep(directory, {CALIBRATION: file.getvalue()})
 
 
 def generated_by(config: RunConfig) -> Mapping[str, Any]:

@@ -16,7 +16,6 @@ from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, worsened
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
-from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import everyones
 from optima_tpu.runtime.records import encoded, finite
 
@@ -128,6 +127,5 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
     if stray := values.keys() - set(_KEYS):
         raise ValueError(f"a report has no place for {sorted(stray)}")
     report: dict[str, Any] = finite({key: values[key] for key in _KEYS})
-    with writing(path, "all finished blocks are intact; make room and repeat the command"):
-        keep(path.parent, {path.name: encoded(report, indent=2)})
+    keep(path.parent, {path.name: encoded(report, indent=2)}, "all finished blocks are intact; make room and repeat the command")
     return report

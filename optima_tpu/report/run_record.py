@@ -73,7 +73,7 @@ def default_folder(what: str, model: str) -> Path:
 
 def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     """Writes the record of a new run atomically into an existing directory."""
-    keep(directory, {RUN: _bytes(manifest, configuration)})
+    keep(directory, {RUN: _bytes(manifest, configuration)}, "choose another --output")
 
 
 def _bytes(manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, in_bucket
-from optima_tpu.runtime.files import digest, files_in, write_bytes
+from optima_tpu.runtime.files import digest, files_in, write_bytes, writing
 from optima_tpu.runtime.inside import OutsideError, inside, own
 from optima_tpu.runtime.records import Count, read_record
 
@@ -37,19 +37,28 @@ def write_sums(folder: Path, files: Iterable[Path] | None = None, label: str = "
     record.write_text(json.dumps(sums | {record.name: _own(sums)}))
 
 
-def keep(folder: Path, files: Mapping[str, bytes]) -> None:
+AGAIN = "make room and repeat the command"
+
+
+def keep(folder: Path, files: Mapping[str, bytes], remedy: str = AGAIN) -> None:
     """Writes files into a folder, each whole or not at all, and then their checksums into the folder's file of checksums.
 
     Args:
       files: name below the folder -> contents.
+      remedy: what is still intact and what to do where one cannot be written, for the message.
+
+    Raises:
+      UserError: the disk is full or not writable, or the bucket refuses.
     """
     sums = {}
     for name, data in files.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, data)
-        sums[name] = digest(path) if in_bucket(path) else (len(data), hashlib.sha256(data).hexdigest())
-    _write(folder, known(folder) | sums)
+        with writing(path, remedy):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, data)
+            sums[name] = digest(path) if in_bucket(path) else (len(data), hashlib.sha256(data).hexdigest())
+    with writing(folder / ALL, remedy):
+        _write(folder, known(folder) | sums)
 
 
 def forget(folder: Path, names: Iterable[str]) -> None:

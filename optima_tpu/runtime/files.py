@@ -60,7 +60,7 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
             yield
     except BucketError as error:
         what = "" if error.answer.startswith(f"{path}: ") else f"{path}: "
-        raise BucketError(f"could not write {what}{error.answer}", remedy) from error
+        raise UserError(f"could not write {what}{error.answer}; {remedy}") from error
     except UserError:
         raise
     except Exception as error:

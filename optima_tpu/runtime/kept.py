@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from optima_tpu.runtime.checksums import keep
-from optima_tpu.runtime.files import writing
+from optima_tpu.runtime.checksums import AGAIN, keep
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import encoded, known_record
 
@@ -24,7 +23,7 @@ class KeptRecord(Generic[T]):
 
     name: str
     kind: type[T]
-    remedy: str = "make room and repeat the command"
+    remedy: str = AGAIN
 
     def read(self, directory: Path) -> T | None:
         """The record; None if it is missing or damaged. Every process calls it."""
@@ -37,9 +36,4 @@ class KeptRecord(Generic[T]):
         Raises:
           UserError: the disk is full or not writable.
         """
-
-        def write() -> None:
-            with writing(directory / self.name, self.remedy):
-                keep(directory, {self.name: encoded(record)})
-
-        first_only(write)
+        first_only(lambda: keep(directory, {self.name: encoded(record)}, self.remedy))

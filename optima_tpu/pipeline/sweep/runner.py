@@ -18,7 +18,7 @@ from optima_tpu.pipeline.run import run
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
-from optima_tpu.pipeline.sweep.tables import CellResult, describe, failed, finished, missing, refuse_loss, write_tables
+from optima_tpu.pipeline.sweep.tables import REMEDY, CellResult, describe, failed, finished, missing, refuse_loss, write_tables
 from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import say
@@ -126,7 +126,7 @@ class Sweep:
         Raises:
           UserError: the directory cannot be written.
         """
-        with writing(self.grid.output, "the cells are intact; make room, or choose another --output"), in_turn(self.grid.output):
+        with writing(self.grid.output, REMEDY), in_turn(self.grid.output):
             self._look_again()
             return write_tables(self.grid, self.results, describe(list(self._reports.values())) | {"command": command})
 
@@ -227,9 +227,8 @@ def _model_key(config: RunConfig) -> tuple:
 
 def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """Removes the names of the pruned model's files from the report, then the files."""
-    path = directory / REPORT
     report = {**report, "files": {"report": report["files"]["report"]}}
-    with writing(path, "make room and repeat the command"), in_turn(directory):
+    with in_turn(directory):
         keep(directory, {REPORT: encoded(report, indent=2)})
     _remove_heavy(directory)
     return report

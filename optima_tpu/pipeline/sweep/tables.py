@@ -18,6 +18,9 @@ from optima_tpu.report.summary import fitted_errors, held_out_errors, of_record
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.records import encoded, known_record
 
+REMEDY = "the cells are intact; make room, or choose another --output"
+"""For the message where the tables cannot be written."""
+
 _RESULTS = "results.json"
 _FILES = ("table.md", "table.csv", "table.json", "results.csv", _RESULTS)
 _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
@@ -241,7 +244,7 @@ def write_tables(grid: CellGrid, results: Sequence[CellResult], header: Mapping[
     texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
     for name, records in (("table", averages(results)), ("results", list(map(dataclasses.asdict, results)))):
         texts |= {f"{name}.csv": csv_text(records), f"{name}.json": encoded(records, indent=2).decode()}
-    keep(grid.output, {name: text.encode() for name, text in texts.items()})
+    keep(grid.output, {name: text.encode() for name, text in texts.items()}, REMEDY)
     return {name: grid.output / name for name in texts}
 
 
