@@ -365,7 +365,7 @@ PROMPTS = Stage(
     "continuing prompts with both models",
     _continue,
     lambda work, pruned: CONTINUED.read(work.opened.directory),
-    lambda opened: [] if CONTINUED.read(opened.directory) else [Step("continuing prompts")] * 2,
+    lambda opened: [] if CONTINUED.read(opened.directory) else [Step("continuing prompts", 0)] * 2,
 )
 
 
@@ -406,7 +406,7 @@ def _report(
     return report
 
 
-REPORTING = Stage("reporting", _report, steps=lambda opened: [Step("reporting")])
+REPORTING = Stage("reporting", _report, steps=lambda opened: [Step("reporting", 0)])
 
 
 def _facts(opened: Opened, results: Results) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Step(NamedTuple):
 
     Attributes:
       kind: steps of one kind run the same programs, in whatever stage they are.
-      work: how much it is, compared with other steps of its kind, and of the kind ``like``.
+      work: how much it is, compared with other steps of its kind, and of the kind ``like``; 0 for a short step at the end of a run,
+        which the time left leaves out.
       like: the kind whose rate stands in while no step of ``kind`` was measured; empty if none does.
     """
 
@@ -38,10 +39,9 @@ class Pace:
 
     def after(self, step: Step, seconds: float) -> "Pace":
         """The pace with one more step, which took ``seconds``."""
-        if step.work <= 0:
-            return self
-        known = self.kinds.get(step.kind)
-        measured = () if known is None else (*known, seconds / step.work)[-_RECENT:]
+        measured = self.kinds.get(step.kind, ())
+        if step.kind in self.kinds and step.work > 0:
+            measured = (*measured, seconds / step.work)[-_RECENT:]
         return Pace({**self.kinds, step.kind: measured})
 
     def is_new(self, kind: str) -> bool:
@@ -77,12 +77,12 @@ class Remaining(NamedTuple):
 
     Attributes:
       stage: seconds of the stage that goes on; None if they are not known.
-      run: seconds of all stages whose time is known.
-      whole: whether this is every stage.
+      run: seconds of this stage and of those after it; None if those of one of them are not known.
+      whole: whether no stage is left out because it is short.
     """
 
     stage: float | None
-    run: float
+    run: float | None
     whole: bool
 
 
@@ -94,6 +94,8 @@ def remaining(pace: Pace, stage: Sequence[Step], ahead: Iterable[Sequence[Step]]
       ahead: the steps of the later stages.
       into: seconds since the step that goes on began.
     """
-    current, later = pace.left(stage, into), list(map(pace.left, ahead))
+    stages = list(ahead)
+    counted = [steps for steps in stages if any(step.work for step in steps)]
+    current, *later = pace.left(stage, into), *map(pace.left, counted)
     seconds = [each for each in (current, *later) if each is not None]
-    return Remaining(current, sum(seconds), len(seconds) == 1 + len(later))
+    return Remaining(current, sum(seconds) if len(seconds) == 1 + len(later) else None, len(counted) == len(stages))

@@ -132,7 +132,7 @@ class Progress:
         self._total, self._done = total, 0
         left, words = self._remaining(), [name]
         if left.stage is not None and left.stage >= _SHORT:
-            words += [f"about {duration(left.stage)}", *_of_run(left, self.ahead)]
+            words += [f"about {duration(left.stage)}", *_of_run(left)]
         self._say(", ".join(words))
         self._bars.reset(self._task, total=total, description=name, visible=True)
         check_signals()
@@ -187,12 +187,12 @@ class Progress:
         self._bars.update(self._task, completed=self._done)
 
     def left(self) -> str:
-        """The time left of the stage and of the run: "about 20 s left for pruning, at least 1:05 min for the run"; empty if unknown."""
+        """The time left of the stage and of the run: "about 20 s left for pruning, at least 1:05 min left for the run"; empty if unknown."""
         left = self._remaining()
         if left.stage is None or self._stage is None:
             return ""
         of_stage = [f"about {duration(left.stage)} left for {self._stage}"] if left.stage >= _SHORT else []
-        return ", ".join([*of_stage, *_of_run(left, self.ahead)])
+        return ", ".join([*of_stage, *_of_run(left)])
 
     def end_stage(self) -> None:
         """Ends the current stage and records its elapsed time."""
@@ -220,7 +220,7 @@ class Progress:
     def _below(self) -> str:
         """The line below the bar."""
         left = self._remaining()
-        run = [f"the run: {hms(self._clock() - self._start)} elapsed", *_of_run(left, self.ahead, "")]
+        run = [f"the run: {hms(self._clock() - self._start)} elapsed", *_of_run(left, "")]
         return "; ".join(filter(None, [", ".join(run), self._doing(), self._last_layer]))
 
     def _doing(self) -> str:
@@ -255,11 +255,11 @@ class Progress:
             say(self._console, f"{hms(self._said_at - self._start):>7}  {text}")
 
 
-def _of_run(left: Remaining, ahead: Sequence[Sequence[Step]], what: str = " for the run") -> list[str]:
-    """The time left of the run, where more than the stage is left of it. Some of its stages may be of unknown length."""
-    return (
-        [f"{'about' if left.whole else 'at least'} {duration(left.run)} left{what}"] if any(ahead) and left.run >= _SHORT else []
-    )
+def _of_run(left: Remaining, what: str = " for the run") -> list[str]:
+    """The time left of the run, where it is known and more than that of the stage. Short stages at its end are left out."""
+    if left.stage is None or left.run is None or left.run - left.stage < _SHORT:
+        return []
+    return [f"{'about' if left.whole else 'at least'} {duration(left.run)} left{what}"]
 
 
 class _Bars(Bars):

@@ -67,9 +67,9 @@ def test_the_time_of_a_whole_run_comes_from_stages_that_share_their_steps():
     """Dense perplexity, pruning, the same perplexity of the pruned model; within a tenth of the truth from block 1 on."""
     perplexity = [Step("evaluation")] * 10
     pace = after(("evaluation", 8.0), *[("evaluation", 1.0)] * 9)
-    ahead, pruning = [perplexity, [Step("prompts")]], [step for _ in range(10) for step in block(True)]
+    ahead, pruning = [perplexity, [Step("prompts", 0)]], [step for _ in range(10) for step in block(True)]
     left = remaining(pace, pruning, ahead)
-    assert left.stage is None and left.run == pytest.approx(10) and not left.whole
+    assert left.stage is None and left.run is None
     for number in range(10):
         for kind, seconds in (("solving", 3.0), ("passing", 1.0)):
             pace, pruning = pace.after(Step(kind), seconds * (4 if number == 0 else 1)), pruning[1:]
@@ -77,3 +77,11 @@ def test_the_time_of_a_whole_run_comes_from_stages_that_share_their_steps():
         if number:
             assert left.stage == pytest.approx(truth, rel=0.1) and left.run == pytest.approx(truth + 10, rel=0.1)
     assert not left.whole and remaining(pace, pruning, ahead[:1]).whole
+
+
+def test_the_time_of_a_run_is_unknown_while_that_of_a_stage_is_unless_it_is_short():
+    """A sum without the pruning, or without a training, was half of the truth and less."""
+    pace, steps = after(("evaluation", 8.0), ("evaluation", 1.0)), [Step("evaluation")] * 9
+    assert remaining(pace, steps, [[Step("training step")] * 3, steps]).run is None
+    left = remaining(pace, steps, [steps, [Step("prompts", 0)] * 2])
+    assert left.run == pytest.approx(18) and not left.whole
