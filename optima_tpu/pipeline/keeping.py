@@ -52,6 +52,7 @@ class Stage(Generic[P, T]):
       read: the result that an earlier start kept; None if none is there, or if it is damaged. Every process calls it.
       steps: what ``make`` will do, by what is in the run directory, for the time left; empty where it takes no time.
       count: the number of its progress steps, where these have parts.
+      counted: the kind of its steps that the progress counts; empty for all.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage(Generic[P, T]):
     read: Callable[Concatenate[StageWork, P], T | None] = not_kept
     steps: Callable[[Opened], list[Step]] = lambda opened: []
     count: Callable[[Opened], int] | None = None
+    counted: str = ""
 
 
 class Keep(Protocol):
@@ -104,5 +106,6 @@ class Keeper:
         opened, progress = self._work.opened, self._work.progress
         if steps := stage.steps(opened):
             progress.ahead = list(filter(None, self._ahead.values()))
-            progress.stage(stage.name, stage.count(opened) if stage.count else len(steps), steps)
+            count = stage.count(opened) if stage.count else sum(stage.counted in ("", step.kind) for step in steps)
+            progress.stage(stage.name, count, steps, stage.counted)
         return stage.make(self._work, *inputs, **named)

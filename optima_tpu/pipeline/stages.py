@@ -19,7 +19,7 @@ from optima_tpu.pipeline.allocate import Allocated, allocated, read_allocation, 
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.distill.outcome import Distilled, Outcome, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import distill, training_steps
+from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import pruned_layers, token_digest
@@ -256,7 +256,7 @@ def _read_training(work: StageWork, journal: Journal) -> Outcome | None:
     return read_outcome(directory, used=_checkpointed(work.opened))
 
 
-TRAINING = Stage("training", _train, _read_training, _training_steps)
+TRAINING = Stage("training", _train, _read_training, _training_steps, counted=TRAINING_STEP)
 
 
 def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:

@@ -84,7 +84,7 @@ class Progress:
         self._console = console or Terminal()
         self._clock = clock
         self._speaks = jax.process_index() == 0
-        self._pace, self._steps, self._part = Pace(), list[Step](), ""
+        self._pace, self._steps, self._part, self._counted = Pace(), list[Step](), "", ""
         self._stage: str | None = None
         self._block: int | None = None
         self._start = self._stage_start = self._step_start = self._block_start = self._said_at = clock()
@@ -118,18 +118,19 @@ class Progress:
         self.end_stage()
         self._bars.stop()
 
-    def stage(self, name: str, total: int, steps: Sequence[Step] | None = None) -> None:
+    def stage(self, name: str, total: int, steps: Sequence[Step] | None = None, counted: str = "") -> None:
         """Starts a stage of ``total`` steps and ends the previous stage.
 
         Args:
           steps: the steps in their order, or their parts where :meth:`begin` tells them apart; None for steps of one kind, which
             no other stage has.
+          counted: the kind of the ``total`` steps where the stage has other steps beside them; empty if it has none.
         """
         self.end_stage()
         self._stage, self._stage_start = name, self._clock()
         self._step_start, self._part, self._quiet = self._stage_start, "", _QUIET
         self._steps = [Step(name)] * total if steps is None else list(steps)
-        self._total, self._done = total, 0
+        self._total, self._done, self._counted = total, 0, counted
         left, words = self._remaining(), [name]
         if left.stage is not None and left.stage >= _SHORT:
             words += [f"about {duration(left.stage)}", *_of_run(left)]
@@ -164,9 +165,10 @@ class Progress:
 
     def advance(self) -> None:
         """Counts a finished step of the stage; in the walk, a block."""
-        self._done += 1
-        if self._part or self._steps:
-            self._finish(self._part or self._steps[0].kind)
+        kind = self._part or (self._steps[0].kind if self._steps else "")
+        self._done += self._counted in ("", kind)
+        if kind:
+            self._finish(kind)
         self._part = self._activity = ""
         left = self.left()
         self._bars.update(self._task, completed=self._done)
@@ -181,8 +183,8 @@ class Progress:
 
     def skip(self, count: int) -> None:
         """Leaves out the next steps of the stage, which an earlier start of the run did."""
+        self._done += sum(step.kind == self._counted for step in self._steps[:count]) if self._counted else count
         del self._steps[:count]
-        self._done += count
         self._step_start = self._clock()
         self._bars.update(self._task, completed=self._done)
 

@@ -376,6 +376,18 @@ def test_steps_that_an_earlier_start_did_count_as_done_and_not_as_measured(clock
         assert "92/100" in drawn(progress, out) and progress.left() == "about 16 s left for training"
 
 
+def test_a_training_counts_its_steps_as_its_own_lines_do_and_not_the_checks(clock):
+    out = console()
+    progress, one = Progress(out, clock), [Step("training step"), Step("check")]
+    progress.stage("training", total=4, steps=[Step("dense"), Step("check"), *one * 4], counted="training step")
+    progress.skip(4)  # an earlier start took a step
+    for seconds in (1, 1, 30):
+        clock.now += seconds
+        progress.advance()
+    progress._tell_if_quiet()  # a thread asks every second
+    assert " training, step 3 of 4 is done" in out.file.getvalue()
+
+
 def test_only_process_0_speaks(clock, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     for terminal in (False, True):

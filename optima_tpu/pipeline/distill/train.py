@@ -21,6 +21,8 @@ from optima_tpu.runtime.signals import Stopped
 
 SHARE = 20
 """A state is saved when this many times as long as it takes has passed since the last."""
+TRAINING_STEP = "training step"
+"""The kind of a step of Adam, which the progress counts as the lines of the training do."""
 _QUIET = 10.0
 """Seconds without a line after which a step prints one."""
 
@@ -30,7 +32,7 @@ def training_steps(method: Distillation, blocks: int) -> list[Step]:
     dense, checks = Step("dense model reads the text"), method.check_steps()
     one = [Step("check")]
     for step in range(1, method.steps + 1):
-        one += [Step("training step"), *[Step("check")] * (step in checks)]
+        one += [Step(TRAINING_STEP), *[Step("check")] * (step in checks)]
     if not method.by_spans:
         return [*[dense] * (blocks * method.reads_dense), *one]
     spans = [step for span in method.spans(blocks) for step in (*[dense] * len(span), *one, Step("trained span reads the text"))]
