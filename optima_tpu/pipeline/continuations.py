@@ -33,9 +33,7 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
       progress: advanced after each model.
 
     Returns:
-      JSON types. Either "texts", with an entry for each prompt: "prompt" itself, and for "dense" and "pruned" three texts: the
-      part that both models wrote, the first token that differs (empty if none does) and the rest. Or "reason", a sentence that
-      says why nothing was written.
+      The texts, or the reason why nothing was written.
     """
     tokenizer = together(lambda: load_tokenizer(model.pretrained))
     with tokenizing(tokenizer):
@@ -44,7 +42,7 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     prompts = [prompt[:-1] if len(prompt) > 1 and prompt[-1] == end else prompt for prompt in prompts]
     limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None)
     if not all(prompts) or (limit and max(map(len, prompts)) + _NEW > limit):
-        return {"reason": "The prompts and their continuations do not fit the model’s context."}
+        return Continuations(reason="The prompts and their continuations do not fit the model’s context.")
     try:
         plan = plan_generation(
             model.decoder,
@@ -58,17 +56,17 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
             written.append(generate(decoder, plan))
             progress.advance()
     except UserError as error:
-        return {"reason": f"The models were not asked to continue prompts: {error}."}
+        return Continuations(reason=f"The models were not asked to continue prompts: {error}.")
 
     def decode(ids: Any) -> str:
         return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def parted(prompt: list[int], ids: list[int], common: int) -> list[str]:
-        return list(map(readable, pieces(decode, prompt, ids[:common], ids[common : common + 1], ids[common + 1 :])[1:]))
+    def parted(prompt: list[int], ids: list[int], common: int) -> tuple[str, ...]:
+        return tuple(map(readable, pieces(decode, prompt, ids[:common], ids[common : common + 1], ids[common + 1 :])[1:]))
 
-    texts: list[Continuation] = []
+    texts = []
     for text, prompt, *both in zip(PROMPTS, prompts, *written, strict=True):
         first, second = (ids[: ids.index(end)] if end in ids else ids for ids in both)
         common = next((index for index, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-        texts.append({"prompt": readable(text), "dense": parted(prompt, first, common), "pruned": parted(prompt, second, common)})
-    return {"texts": texts}
+        texts.append(Continuation(readable(text), parted(prompt, first, common), parted(prompt, second, common)))
+    return Continuations(tuple(texts))

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import unigram_perplexity
 from optima_tpu.method.patterns import WholeInputs
@@ -17,7 +19,7 @@ from optima_tpu.models.checkpoints.source import Layered, total_bytes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.allocate import Allocated, allocated, read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
-from optima_tpu.pipeline.distill.outcome import Distilled, Outcome, keep_outcome, read_outcome
+from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
@@ -32,7 +34,7 @@ from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import TextPerplexity, changes, keep_perplexity, measured, perplexity_steps, read_perplexity
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
-from optima_tpu.report.contents import Continuations
+from optima_tpu.report.contents import Continuations, Outcome
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.pace import Step
@@ -43,6 +45,7 @@ from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.processes import first_only, from_first
+from optima_tpu.runtime.records import json_values
 
 
 class PrunedModel(NamedTuple):
@@ -262,7 +265,7 @@ TRAINING = Stage("training", _train, _read_training, _training_steps, counted=TR
 def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:
     dense = work.opened.model.decoder
     untrained = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
-    outcome = dataclasses.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
+    outcome = structs.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
     keep_outcome(work.opened.directory, outcome)
     return outcome
 
@@ -427,7 +430,7 @@ def _facts(opened: Opened, results: Results) -> dict[str, Any]:
             "digest": token_digest(text.ids),
             "unigram_perplexity": unigram_perplexity(text.ids),
         },
-        "distillation": results.outcome and results.outcome.to_json(),
+        "distillation": json_values(results.outcome),
     }
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from optima_tpu.runtime.records import Block, Count, Positive, Share
+from optima_tpu.runtime.records import Block, Count, Positive, Record, Share
 
 
 class _Method(TypedDict):
@@ -100,53 +100,102 @@ class _Changes(TypedDict):
     worst: list[_Token]
 
 
-Parts = Annotated[list[str], msgspec.Meta(min_length=3, max_length=3)]
+Parts = Annotated[tuple[str, ...], msgspec.Meta(min_length=3, max_length=3)]
+"""A continuation: the part that both models wrote, the first token that differs (empty if none does), and the rest."""
 
 
-class Continuation(TypedDict):
-    """A prompt, and for each model the part that both wrote, the first token that differs, and the rest."""
+class Continuation(Record, frozen=True):
+    """What both models write after a prompt."""
 
     prompt: str
     dense: Parts
     pruned: Parts
 
 
-class Continuations(TypedDict):
-    """The contents of continuations.json: either texts, or the reason why there are none."""
+class Continuations(Record, frozen=True):
+    """The contents of continuations.json.
 
-    texts: NotRequired[list[Continuation]]
-    reason: NotRequired[str]
+    Attributes:
+      texts: one for each prompt.
+      reason: a sentence that says why there are none; empty if there are.
+    """
+
+    texts: tuple[Continuation, ...] = ()
+    reason: str = ""
 
 
-class CheckRecord(TypedDict):
-    """A check of a distillation, see ``pipeline.distill.outcome.Check``."""
+class Check(Record, frozen=True):
+    """What a check on held-out windows measured.
+
+    Attributes:
+      step: after how many steps of Adam.
+      held_out: mean loss of a held-out token, in nats.
+      training: mean loss of a token of the steps since the check before; None before the first step.
+      perplexity: on the held-out windows; None where the loss is of hidden states.
+    """
 
     step: Count
     held_out: float
-    training: float | None
-    perplexity: NotRequired[float | None]
+    training: float | None = None
+    perplexity: float | None = None
 
 
-class SpanRecord(TypedDict):
-    """What became of blocks that were trained together, see ``pipeline.distill.outcome.Span``."""
+class _Trained(Record, frozen=True):
+    """What became of weights that were trained.
+
+    Attributes:
+      checks: in order, the first one before the first step.
+      kept: the step whose state is the result; 0 where the weights stay as they were pruned.
+    """
+
+    checks: Annotated[tuple[Check, ...], msgspec.Meta(min_length=1)]
+    kept: Count
+
+    def __post_init__(self) -> None:
+        if all(check.step != self.kept for check in self.checks):
+            raise ValueError(f"expected a check of the kept step {self.kept}, got none")
+
+    @property
+    def before(self) -> float:
+        """The held-out loss of the weights as they were pruned."""
+        return self.checks[0].held_out
+
+    @property
+    def after(self) -> float:
+        """The held-out loss of the result."""
+        return next(check.held_out for check in self.checks if check.step == self.kept)
+
+
+class Span(_Trained, frozen=True):
+    """What became of blocks that were trained together, toward the dense model's hidden states.
+
+    Attributes:
+      first, last: the blocks, both included.
+    """
 
     first: Block
     last: Block
-    checks: Annotated[list[CheckRecord], msgspec.Meta(min_length=1)]
-    kept: Count
+
+    @property
+    def blocks(self) -> str:
+        """The blocks in words: "3", "3 to 5"."""
+        return str(self.first) if self.first == self.last else f"{self.first} to {self.last}"
 
 
-class OutcomeRecord(TypedDict):
-    """The contents of distillation.json, see ``pipeline.distill.outcome.Outcome``."""
+class Outcome(_Trained, frozen=True):
+    """The contents of distillation.json: what became of a distillation.
 
-    checks: Annotated[list[CheckRecord], msgspec.Meta(min_length=1)]
-    kept: Count
+    Attributes:
+      tokens: how many tokens the steps read.
+      perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
+      seconds: that steps and checks took, also those before the run was stopped.
+      spans: where blocks were trained span by span. The checks are then two, before and after all of them.
+    """
+
     tokens: Count
-    seconds: NotRequired[float]
-    perplexity_before: float | None
-    held_out_before: float
-    held_out_after: float
-    spans: NotRequired[list[SpanRecord]]
+    perplexity_before: Positive | None = None
+    seconds: float = 0.0
+    spans: tuple[Span, ...] = ()
 
 
 class _Neurons(TypedDict):
@@ -167,7 +216,7 @@ class Facts(TypedDict):
     calibration: NotRequired[_Text]
     perplexity: NotRequired[_Perplexity]
     evaluation: NotRequired[_Scored]
-    distillation: NotRequired[OutcomeRecord | None]
+    distillation: NotRequired[Outcome | None]
 
 
 class Report(TypedDict):
@@ -192,7 +241,7 @@ class Report(TypedDict):
     sizes: NotRequired[_Sizes | None]
     tokens: NotRequired[_Changes | None]
     continuations: NotRequired[Continuations | None]
-    distillation: NotRequired[OutcomeRecord | None]
+    distillation: NotRequired[Outcome | None]
     files: NotRequired[dict[str, str]]
 
 

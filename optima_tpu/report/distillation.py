@@ -3,35 +3,41 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from optima_tpu.report.contents import Outcome
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table
+from optima_tpu.runtime.records import check_record
+
+
+def outcome_in(report: Mapping[str, Any]) -> Outcome | None:
+    """What became of the training of a run; None if there was none."""
+    found = report.get("distillation")
+    return check_record(found, Outcome, "report.json", inside="distillation") if found else None
 
 
 def distilled_line(report: Mapping[str, Any]) -> str:
     """One line on what the training changed; empty if there was none."""
-    found = report.get("distillation")
-    if not found:
+    outcome = outcome_in(report)
+    if outcome is None:
         return ""
-    loss = _loss(report)
-    before, after = number(found["held_out_before"]), number(found["held_out_after"])
-    if not found["kept"]:
+    loss, before, after = _loss(report), number(outcome.before), number(outcome.after)
+    if not outcome.kept:
         return (
             f"refused: no step lowered the {loss} on held-out text, {before} nats; the model keeps its weights from before. Try a "
             "smaller learning rate, or more text"
         )
-    gain = 1 - found["held_out_after"] / found["held_out_before"]
-    took = f" in {duration(found['seconds'])}" if found.get("seconds") else ""
-    return f"{loss} on held-out text {before} -> {after} nats ({percent(gain)} less); trained on {found['tokens']:,} tokens{took}"
+    gain, took = percent(1 - outcome.after / outcome.before), duration(outcome.seconds)
+    return f"{loss} on held-out text {before} -> {after} nats ({gain} less); trained on {outcome.tokens:,} tokens in {took}"
 
 
 def perplexities(report: Mapping[str, Any]) -> dict[str, float]:
     """The perplexity of the dense model, of the pruned one, and where it was trained behind that of the trained one, by these words."""
     dense, last = report["perplexity"]["dense"], report["perplexity"]["pruned"]
-    found = report.get("distillation")
-    if not found or not found["kept"] or found["perplexity_before"] is None:
+    outcome = outcome_in(report)
+    if outcome is None or not outcome.kept or outcome.perplexity_before is None:
         return {"dense": dense, "pruned": last}
-    return {"dense": dense, "pruned": found["perplexity_before"], "trained": last}
+    return {"dense": dense, "pruned": outcome.perplexity_before, "trained": last}
 
 
 def _loss(report: Mapping[str, Any]) -> str:
@@ -42,9 +48,7 @@ def _loss(report: Mapping[str, Any]) -> str:
 
 def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
-    trained = [
-        (run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := run.report.get("distillation"))
-    ]
+    trained = [(run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := outcome_in(run.report))]
     tables = [
         table
         for label, report, found in trained
@@ -54,10 +58,10 @@ def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     return [Section("distillation", "Training after pruning", list(texts), tables=tables)] if tables else []
 
 
-def _text(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _text(report: Mapping[str, Any], outcome: Outcome) -> str:
     what = f"the whole model was trained with fixed masks, to lower the {_loss(report)}"
     kept = "The step with the least loss on held-out windows was kept."
-    if found.get("spans"):
+    if outcome.spans:
         what = "its blocks were trained in order with fixed masks, each toward the hidden states of the dense model"
         kept = "Of each, the step with the least error on held-out windows was kept."
     shown = ", ".join(f"{what} {number(each, 4)}" for what, each in perplexities(report).items())
@@ -67,33 +71,31 @@ def _text(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     )
 
 
-def _checks(title: str, report: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
+def _checks(title: str, report: Mapping[str, Any], outcome: Outcome) -> Table:
     return Table(
         title,
         ["step", "on the text it is trained on, nats", "held out, nats", "perplexity, held out", ""],
         [
             [
-                str(check["step"]),
-                NONE if check["training"] is None else number(check["training"], 4),
-                number(check["held_out"], 4),
-                NONE if check.get("perplexity") is None else number(check["perplexity"], 4),
-                "kept" if check["step"] == found["kept"] else "",
+                str(check.step),
+                NONE if check.training is None else number(check.training, 4),
+                number(check.held_out, 4),
+                NONE if check.perplexity is None else number(check.perplexity, 4),
+                "kept" if check.step == outcome.kept else "",
             ]
-            for check in found["checks"]
+            for check in outcome.checks
         ],
         note=distilled_line(report),
     )
 
 
-def _spans(title: str, found: Mapping[str, Any]) -> list[Table]:
+def _spans(title: str, outcome: Outcome) -> list[Table]:
     """The error of the hidden states behind every span of blocks; none where all blocks were trained at once."""
-    rows = []
-    for span in found.get("spans", ()):
-        errors = {check["step"]: check["held_out"] for check in span["checks"]}
-        blocks = str(span["first"]) if span["first"] == span["last"] else f"{span['first']} to {span['last']}"
-        kept = f"step {span['kept']}" if span["kept"] else "weights from before"
-        rows.append([blocks, percent(errors[0]), percent(errors[span["kept"]]), kept])
-    refused = sum(not span["kept"] for span in found.get("spans", ()))
+    rows = [
+        [span.blocks, percent(span.before), percent(span.after), f"step {span.kept}" if span.kept else "weights from before"]
+        for span in outcome.spans
+    ]
+    refused = sum(not span.kept for span in outcome.spans)
     note = (
         "The squared error of the hidden states relative to the dense model's, mean over tokens of held-out text, behind blocks as "
         "they were pruned and as they were trained. Both read what leaves the trained blocks before them. "

@@ -17,7 +17,7 @@ from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, wo
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
 from optima_tpu.runtime.processes import everyones
-from optima_tpu.runtime.records import encoded, finite
+from optima_tpu.runtime.records import encoded, json_values
 
 REPORT = "report.json"
 
@@ -126,6 +126,6 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
     }
     if stray := values.keys() - set(_KEYS):
         raise ValueError(f"a report has no place for {sorted(stray)}")
-    report: dict[str, Any] = finite({key: values[key] for key in _KEYS})
+    report: dict[str, Any] = json_values({key: values[key] for key in _KEYS})
     keep(path.parent, {path.name: encoded(report, indent=2)}, "all finished blocks are intact; make room and repeat the command")
     return report

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self, TypedDict
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.records import DAMAGED, Block, Count, Share, Size, check_record, finite
+from optima_tpu.runtime.records import DAMAGED, Block, Count, Share, Size, check_record, json_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class LayerReport:
     dense_quantized: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON types, see :func:`finite`."""
-        record: dict[str, Any] = finite(dataclasses.asdict(self))
+        """The record as JSON types, see :func:`json_values`."""
+        record: dict[str, Any] = json_values(dataclasses.asdict(self))
         return record
 
     @classmethod

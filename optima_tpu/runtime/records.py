@@ -1,7 +1,7 @@
 """JSON from disk, read into declared types. What has another shape is refused in one line that names the file and the field.
 
-A type is a dataclass, a NamedTuple, a TypedDict or a container of them. ``msgspec`` compares the values with it, so a range stands
-beside the type: ``Annotated[int, msgspec.Meta(ge=1)]``.
+A file that this program writes is a :class:`Record`; of a file from elsewhere a TypedDict declares what is read. ``msgspec`` compares
+the values with the type, so a range stands beside it: ``Annotated[int, msgspec.Meta(ge=1)]``.
 """
 
 import json
@@ -31,6 +31,11 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 DAMAGED = "the file is damaged, or another version of OPTIMA-TPU wrote it"
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file of this program holds, or a part of it. The file has every field, and no other."""
+
 
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 
@@ -81,20 +86,18 @@ def encoded(values: Any, indent: int | None = None) -> bytes:
     Every record of a run, of an evaluation and of a sweep is written by this function: ``json.dumps`` would end in a traceback, or
     write NaN and Infinity, which JavaScript and jq do not read.
     """
-    try:
-        text = json.dumps(values, indent=indent, allow_nan=False)
-    except ValueError:
-        text = json.dumps(finite(values), indent=indent, allow_nan=False)
-    return f"{text}\n".encode()
+    return f"{json.dumps(json_values(values), indent=indent, allow_nan=False)}\n".encode()
 
 
-def finite(value: Any) -> Any:
-    """The values with None in place of infinity and NaN, which JSON does not have, and with lists in place of tuples."""
+def json_values(value: Any) -> Any:
+    """A record in JSON types: a dictionary for each record in it, a list for each tuple, None for infinity and NaN."""
     match value:
+        case Record():
+            return {name: json_values(getattr(value, name)) for name in value.__struct_fields__}
         case dict():
-            return {key: finite(each) for key, each in value.items()}
+            return {key: json_values(each) for key, each in value.items()}
         case list() | tuple():
-            return [finite(each) for each in value]
+            return [json_values(each) for each in value]
         case float() if not math.isfinite(value):
             return None
         case _:
@@ -119,5 +122,7 @@ def _told(problem: str, inside: str) -> str:
     problem = (problem[: match.start()] if match else problem).replace("`", "")
     if missing := re.fullmatch(r"Object missing required field (.*)", problem):
         return f"expected a value for {'.'.join(filter(None, (field, missing[1])))}, got none"
+    if stray := re.fullmatch(r"Object contains unknown field (.*)", problem):
+        return f"expected no field {'.'.join(filter(None, (field, stray[1])))}"
     problem = problem[0].lower() + problem[1:]
     return f"{field}: {problem}" if field else problem

@@ -1,6 +1,5 @@
 """Several processes give what one gives; they come together, fail together, and lose nothing."""
 
-import json
 import shutil
 import signal
 import sys
@@ -12,6 +11,7 @@ from optima_tpu.launch import main
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import walk
+from optima_tpu.pipeline.distill.outcome import read_outcome
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.recover import main as recover
 from optima_tpu.runtime import processes
@@ -43,8 +43,8 @@ def test_training_in_two_processes_gives_the_weights_of_one_and_keeps_every_zero
     weights, pruned = (folder_tensors(path / "hf") for path in (tmp_path / "two", finished.directory))
     for name, keep in read_masks(tmp_path / "two/hf").items():
         assert (weights[name][~keep] == 0).all() and (weights[name] != pruned[name]).any(), name
-    one, two = (json.loads((tmp_path / name / "distillation.json").read_text()) for name in ("one", "two"))
-    assert two["kept"] == one["kept"] > 0 and two["held_out_after"] == pytest.approx(one["held_out_after"], rel=1e-4)
+    one, two = (read_outcome(tmp_path / name) for name in ("one", "two"))
+    assert two.kept == one.kept > 0 and two.after == pytest.approx(one.after, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -17,12 +17,14 @@ from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
 from optima_tpu.pipeline.distill.model import TrainedBlocks
+from optima_tpu.pipeline.distill.outcome import read_outcome
 from optima_tpu.pipeline.recover import run as recovering
 from optima_tpu.pipeline.recover.config import RecoverConfig, parse
 from optima_tpu.recover import main
 from optima_tpu.report import progress
 from optima_tpu.report.run_record import recorded_words
 from optima_tpu.runtime import signals
+from optima_tpu.runtime.records import json_values
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
@@ -58,10 +60,11 @@ def report(directory) -> dict:
 
 def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(pruned):
     recovered = report(pruned / "recovered")
-    found = recovered["distillation"]
-    assert found["kept"] and found["held_out_after"] < found["held_out_before"] and found["seconds"] > 0
-    assert found["tokens"] == 512 and all(check["perplexity"] > 1 for check in found["checks"])
-    assert found["perplexity_before"] == pytest.approx(report(pruned / "run")["perplexity"]["pruned"], rel=1e-6)
+    found = read_outcome(pruned / "recovered")
+    assert recovered["distillation"] == json_values(found)
+    assert found.kept and found.after < found.before and found.seconds > 0
+    assert found.tokens == 512 and all(check.perplexity > 1 for check in found.checks)
+    assert found.perplexity_before == pytest.approx(report(pruned / "run")["perplexity"]["pruned"], rel=1e-6)
     names = [
         [layer["name"] for block in found["blocks"] for layer in block["layers"]] for found in (report(pruned / "run"), recovered)
     ]

@@ -111,7 +111,7 @@ def test_they_are_not_written_twice(words, tmp_path, monkeypatch):
     put(run / "continuations.json", '{"reason": "kept"}')
     monkeypatch.setattr(writing, "generate", None)
     assert main([*words[0], "--output", str(run)]) == 0
-    assert record(run)["continuations"] == {"reason": "kept"}
+    assert record(run)["continuations"] == {"texts": [], "reason": "kept"}
 
 
 def test_where_nobody_would_read_them_none_are_written(words, finished, tmp_path, monkeypatch):

@@ -27,14 +27,16 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_masks
 from optima_tpu.pipeline.allocate import Allocated, read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import CONTINUED
-from optima_tpu.pipeline.distill.outcome import Check, Outcome, keep_outcome, read_outcome
+from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome
 from optima_tpu.pipeline.sweep.grid import read_grid
+from optima_tpu.report.contents import Check, Outcome
 from optima_tpu.report.curves import windows
 from optima_tpu.report.page import render
 from optima_tpu.report.run_record import read_run, write_run
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.checksums import ALL, damage, keep, known
+from optima_tpu.runtime.records import json_values
 from tests.support import fake_reports
 from tests.support.fake_run import MANIFEST
 from tests.support.meshes import mesh
@@ -182,7 +184,7 @@ def _whole_report(folder: Path) -> None:
         "tokens": {"tokens": 8, "mean": 0.1, "median": 0.1, "edges": [-2.0, -0.5, -0.1, 0.1, 0.5, 2.0],
                    "shares": [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1], "rise_share": 0.5, "worst": [token]},
         "continuations": {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]},
-        "distillation": Outcome((Check(0, 1.0), Check(2, 0.5, 0.4)), 2, 64, 12.0).to_json(),
+        "distillation": json_values(Outcome((Check(0, 1.0), Check(2, 0.5, 0.4)), 2, 64, 12.0)),
         "memory": {"host_peak": 1 << 30, "device_peak": None}, "weighed_layers": ["mlp.down_proj"],
         "sizes": {"dense": 100, "transformers": 90, "left": {"hf": 90, "run.lock": 0}}, "files": {"transformers": "elsewhere/hf"},
         "model": {"origin": "a", "fingerprint": "f", "weights": 2100, "blocks": 3, "architecture": "L"}, "recipe": "wanda",

@@ -8,7 +8,6 @@ that enter the span in the pruned model, and those that leave it in the dense on
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypedDict
 
 import numpy as np
 
@@ -17,23 +16,23 @@ from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Trainer
 from optima_tpu.pipeline.distill.model import TrainedBlocks
-from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Distilled, Outcome, Span
+from optima_tpu.pipeline.distill.outcome import FOLDER, Distilled
 from optima_tpu.pipeline.distill.states import States, write_blocks
 from optima_tpu.pipeline.distill.train import Training, finite
 from optima_tpu.pipeline.distill.windows import Inputs, TrainingParts, TrainingStream
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.report import contents
+from optima_tpu.report.contents import Check, Outcome, Span
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.processes import from_first
-from optima_tpu.runtime.records import check_record
+from optima_tpu.runtime.records import Record, check_record, json_values
 
 
-class _Trained(TypedDict):
+class _SavedSpan(Record, frozen=True):
     """The metadata of a trained block; ``seconds`` are those of its span."""
 
-    span: contents.SpanRecord
+    span: Span
     seconds: float
 
 
@@ -51,7 +50,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     training, held_out = (_begin(dense, tokens) for tokens in windows)
     trained = from_first(lambda: _trained(journal, spans))
     if trained:
-        progress.note(f"resuming  {trained[-1]['span']['last'] + 1} of {blocks} blocks are trained")
+        progress.note(f"resuming  {trained[-1].span.last + 1} of {blocks} blocks are trained")
     for number, span in enumerate(spans):
         for index, parameters in zip(span, dense.blocks(span)):
             for stream in (training, held_out):
@@ -61,7 +60,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
         if number == len(trained):
             model = TrainedBlocks.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
             trained.append(_train(model, journal, training, held_out, progress))
-            progress.note(", ".join(filter(None, [_told(Span.from_json(trained[-1]["span"]), blocks), progress.left()])))
+            progress.note(", ".join(filter(None, [_told(trained[-1].span, blocks), progress.left()])))
             del model  # two spans would be on the devices while the next one is opened
         else:
             progress.skip(1 + method.steps + len(method.check_steps()))
@@ -84,8 +83,8 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
         (first, last),
         last.step if last.held_out < first.held_out else 0,
         inputs.tokens,
-        seconds=sum(each["seconds"] for each in trained),
-        spans=tuple(Span.from_json(each["span"]) for each in trained),
+        seconds=sum(each.seconds for each in trained),
+        spans=tuple(each.span for each in trained),
     )
 
 
@@ -97,7 +96,7 @@ def _begin(dense: Decoder, tokens: np.ndarray) -> TrainingStream:
 
 def _train(
     model: TrainedBlocks, journal: Journal, stream: TrainingStream, held_out: TrainingStream, progress: Progress
-) -> _Trained:
+) -> _SavedSpan:
     """Trains the blocks of a span, and saves them, with the weights of the best check or as they were pruned."""
     span, method = model.span, model.trainer.method
     # The lines of its checks would be a hundred for a model of thirty blocks.
@@ -114,20 +113,19 @@ def _train(
     if not moved:
         opened = zip(model.trainers, model.trainer.decoder.blocks(span))
         moved = [{name: parameters[name] for name in trainer.factors} for trainer, parameters in opened]
-    found = Span(span.start, span[-1], tuple(training.checks), best.step).to_json()
-    record = _Trained(span=found, seconds=training.seconds)
-    write_blocks(model, moved, journal, record)
+    record = _SavedSpan(Span(tuple(training.checks), best.step, span.start, span[-1]), training.seconds)
+    write_blocks(model, moved, journal, json_values(record))
     return record
 
 
-def _trained(journal: Journal, spans: Sequence[range]) -> list[_Trained]:
+def _trained(journal: Journal, spans: Sequence[range]) -> list[_SavedSpan]:
     """The records of the first spans whose blocks are all saved and not damaged."""
     found = []
     for span in spans:
         entries = [Distilled(journal).entry(index) for index in span]
         if any(damage(entry) for entry in entries):
             break
-        found.append(check_record(read_metadata(entries[0]).custom_metadata, _Trained, entries[0]))
+        found.append(check_record(read_metadata(entries[0]).custom_metadata, _SavedSpan, entries[0]))
     return found
 
 
@@ -146,9 +144,8 @@ def _measure(trainer: Trainer, goal: Goal, stream: TrainingStream, progress: Pro
 
 
 def _told(span: Span, blocks: int) -> str:
-    where = f"block {span.first}" if span.first == span.last else f"blocks {span.first} to {span.last}"
-    before, after = (next(check for check in span.checks if check.step == step).held_out for step in (0, span.kept))
+    where = f"block{'s' * (span.first < span.last)} {span.blocks}"
     left = f", {blocks - 1 - span.last} blocks to go"
     if not span.kept:
-        return f"{where}: no step lowered the held-out error of the hidden states, {percent(before)}; the weights stay{left}"
-    return f"{where}: held-out error of the hidden states {percent(before)} -> {percent(after)}, step {span.kept}{left}"
+        return f"{where}: no step lowered the held-out error of the hidden states, {percent(span.before)}; the weights stay{left}"
+    return f"{where}: held-out error of the hidden states {percent(span.before)} -> {percent(span.after)}, step {span.kept}{left}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,15 +13,15 @@ from optima_tpu.pipeline.distill.blocks import TrainedBlock, Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks, on_host
 from optima_tpu.pipeline.distill.outcome import DISTILLED, REMEDY, Distilled
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.report import contents
+from optima_tpu.report.contents import Check
 from optima_tpu.runtime.checksums import damage, write_sums
 from optima_tpu.runtime.files import begin, commit, remove, writing
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import Count, check_record
+from optima_tpu.runtime.records import Count, Record, check_record, json_values
 from optima_tpu.runtime.signals import uninterrupted
 
 
-class State(TypedDict):
+class State(Record, frozen=True):
     """The metadata of a saved state.
 
     Attributes:
@@ -32,8 +32,8 @@ class State(TypedDict):
     """
 
     step: Count
-    checks: list[contents.CheckRecord]
-    losses: list[float]
+    checks: tuple[Check, ...]
+    losses: tuple[float, ...]
     seconds: float
 
 
@@ -86,7 +86,7 @@ class States:
 
     def save(self, model: TrainedBlocks, best: Sequence[Tree] | None, about: State) -> None:
         """Saves the state of a step. The one before is removed."""
-        step = about["step"]
+        step = about.step
         tree: dict[str, Any] = {"masters": {}, "first": {}, "second": {}, "count": {}}
         if best and _best(about) != step:  # otherwise the masters are the best
             tree["best"] = {f"{index}.{name}": array for index, block in enumerate(best) for name, array in block.items()}
@@ -96,7 +96,7 @@ class States:
                 tree[group] |= {f"{index}.{name}": array for name, array in arrays.items()}
             tree["count"][str(index)] = count
         first_only(lambda: self.folder.mkdir(exist_ok=True))
-        _save(self.path(step), tree, about)
+        _save(self.path(step), tree, json_values(about))
 
         def forget() -> None:
             for old in self.folder.iterdir():
@@ -118,7 +118,7 @@ class States:
             return check_record(read_metadata(whole[-1]).custom_metadata, State, whole[-1]) if whole else None
 
         if found := from_first(read):
-            path = self.path(found["step"])
+            path = self.path(found.step)
             groups = read_metadata(path).metadata
             for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
                 masters, first, second = (
@@ -131,9 +131,9 @@ class States:
 
     def best(self, model: TrainedBlocks, about: State) -> list[Tree] | None:
         """The weights of the best check, from the last saved state, of which ``model`` has the rest; see ``Training``."""
-        if _best(about) in (0, about["step"]):
+        if _best(about) in (0, about.step):
             return model.rounded() if _best(about) else None
-        path = self.path(about["step"])
+        path = self.path(about.step)
         groups = read_metadata(path).metadata
         return [on_host(_of_block(path, groups, "best", trainer, index)) for index, trainer in enumerate(model.trainers)]
 
@@ -147,7 +147,7 @@ def _of_block(path: Path, groups: Mapping[str, Any], group: str, trainer: Traine
 
 def _best(about: State) -> int:
     """The step of the best check; 0 where no step was better than the model as it was pruned."""
-    return min(about["checks"], key=lambda check: check["held_out"])["step"]
+    return min(about.checks, key=lambda check: check.held_out).step
 
 
 def _moments(block: TrainedBlock) -> tuple[Array, Tree, Tree]:

@@ -11,9 +11,10 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks
-from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Outcome
+from optima_tpu.pipeline.distill.outcome import FOLDER
 from optima_tpu.pipeline.distill.states import State, States, write_blocks
 from optima_tpu.pipeline.distill.windows import Feed, Inputs, TrainingStream
+from optima_tpu.report.contents import Check, Outcome
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.processes import from_first
@@ -109,9 +110,9 @@ class Training:
     def resume(self) -> None:
         """Goes on from the last saved state, if there is one."""
         if found := self.states.last(self.model):
-            self.step = self.saved = found["step"]
-            self.checks, self.losses = list(map(Check.from_json, found["checks"])), found["losses"]
-            self.seconds, self.best = found["seconds"], self.states.best(self.model, found)
+            self.step = self.saved = found.step
+            self.checks, self.losses = list(found.checks), list(found.losses)
+            self.seconds, self.best = found.seconds, self.states.best(self.model, found)
             self._note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
 
     def run(self, held_out: TrainingStream, windows: Callable[[int], TrainingStream]) -> Check:
@@ -186,8 +187,7 @@ class Training:
     def save(self) -> None:
         """Saves the state, unless it is saved already. The state before is removed."""
         if self.step > self.saved:
-            checks = [check._asdict() for check in self.checks]
-            about = State(step=self.step, checks=checks, losses=self.losses, seconds=self.seconds)  # type: ignore[typeddict-item]
+            about = State(self.step, tuple(self.checks), tuple(self.losses), self.seconds)
             start = time.monotonic()
             self.states.save(self.model, self.best, about)
             self.saved, self.saved_at = self.step, time.monotonic()
