@@ -4,6 +4,7 @@ python docs/build.py            writes reference/{settings,evaluate,recover,comm
 python docs/build.py --check    writes nothing, names each page that would change, and exits with 1 if there is one
 
 The reference comes from the docstrings, types and defaults of the program, the results from results/records/*.json.
+A page of results has the tables; their commands, commits, hardware and notes stand in the records, to which the page links.
 """
 
 import argparse
@@ -275,30 +276,61 @@ def _choice_section(setting: str, anchors: _Anchors) -> Iterator[str]:
             said = _default_by(by_method, "for")
             yield f"*{_kind(kind)}. An option of every solver. {said}{_in_presets(f'{setting}.{option}', by_method)}*"
             yield _sentence(texts.get(option))
+    shown: dict[str, _Shown] = {}
     for name in CHOICES[setting]:
         cls = method_class(setting, name)
         yield anchors.heading(3, f"`{name}`", f"{setting}-{name}")
         yield _sentence(docstring_parser.parse(cls.__doc__ or "").short_description if cls else options._NOTHING[setting])
         if cls:
-            yield from _fields_section(cls, f"{setting}.", 4, anchors, default_options(setting, name), method=name)
+            yield from _fields_section(cls, f"{setting}.", 4, anchors, default_options(setting, name), name, shown)
+
+
+class _Shown(NamedTuple):
+    """A setting as a page has it: type and default, text, and the link to it."""
+
+    about: str
+    text: str
+    link: str
 
 
 def _fields_section(
-    cls: type, prefix: str, level: int, anchors: _Anchors, defaults: Mapping[str, Any], method: str | None = None
+    cls: type,
+    prefix: str,
+    level: int,
+    anchors: _Anchors,
+    defaults: Mapping[str, Any],
+    method: str | None = None,
+    shown: dict[str, _Shown] | None = None,
 ) -> Iterator[str]:
-    """A heading for each field of a dataclass: its type, its default, its line in the docstring."""
+    """A heading for each field of a dataclass: its type, its default, its line in the docstring.
+
+    Args:
+      shown: settings that have a heading already, to which this adds. A field that says the same is a link to its heading.
+    """
     texts = field_texts(cls)
+    shown = {} if shown is None else shown
+    same = []
     for name, kind in fields(cls).items():
-        anchor = f"{prefix}{name}".replace(".", "-")
-        yield anchors.heading(level, f"`{prefix}{name}`", anchor, *([f"{prefix.rstrip('.')}-{method}-{name}"] if method else []))
         if name in CHOICES:  # of another command than ``optima prune``
+            yield anchors.heading(level, f"`{prefix}{name}`", name)
             yield f"*A method and its options. Default `{method_name(name, defaults[name])}`.*"
             yield f"{_sentence(texts.get(name))} See [`{name}`](settings.md#{name})."
             continue
         default = defaults[name if method else prefix + name]
         said = default if isinstance(default, _Said) else _Said(f"Default {_shown(default)}.")
-        yield f"*{_kind(kind)}. {said}{_in_presets(prefix + name, {method: default}) if method else ''}*"
-        yield _sentence(texts.get(name))
+        about = f"*{_kind(kind)}. {said}{_in_presets(prefix + name, {method: default}) if method else ''}*"
+        text = _sentence(texts.get(name))
+        if name in shown and shown[name][:2] == (about, text):
+            same.append(shown[name].link)
+            continue
+        anchor = f"{prefix}{name}".replace(".", "-")
+        heading = anchors.heading(
+            level, f"`{prefix}{name}`", anchor, *([f"{prefix.rstrip('.')}-{method}-{name}"] if method else [])
+        )
+        shown.setdefault(name, _Shown(about, text, f"[`{prefix}{name}`](#{heading.rpartition('#')[2].split()[0]})"))
+        yield from (heading, about, text)
+    if same:
+        yield f"Also, with the same meaning and default: {', '.join(same)}."
 
 
 class _Said(str):
@@ -347,13 +379,12 @@ def _in_presets(setting: str, defaults: Mapping[str, Any]) -> str:
       defaults: method -> its own default, which is not told again.
     """
     part, _, option = setting.partition(".")
-    return "".join(
-        f" Preset `{name}` sets {_shown(chosen[option])}."
-        for name, preset in presets.PRESETS.items()
-        if option in (chosen := preset.settings.get(part) or {})
-        and chosen["name"] in defaults
-        and chosen[option] != defaults[chosen["name"]]
-    )
+    by_value: dict[str, list[str]] = {}
+    for name, preset in presets.PRESETS.items():
+        chosen = preset.settings.get(part) or {}
+        if option in chosen and chosen["name"] in defaults and chosen[option] != defaults[chosen["name"]]:
+            by_value.setdefault(_shown(chosen[option]), []).append(f"`{name}`")
+    return "".join(f" {_listed(names)} {'set' if len(names) > 1 else 'sets'} {value}." for value, names in by_value.items())
 
 
 def _shown(value: Any) -> str:
@@ -387,13 +418,16 @@ def model_page(name: str, settings: type, description: str) -> str:
     anchors = _Anchors()
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     defaults["model"] = _Said("The first argument; it has no default.")
+    shown: dict[str, _Shown] = {}
+    list(_fields_section(RunConfig, "", 3, _Anchors(), _run_defaults(), shown=shown))
+    shown = {name: each._replace(link=each.link.replace("(#", "(settings.md#")) for name, each in shown.items()}
     return "\n\n".join(
         [
             f"# Settings of `optima {name}`",
             _fenced(f"optima {name} MODEL [--SETTING VALUE ...]", "text"),
             _about(name, description),
             anchors.heading(2, "Settings", "settings"),
-            *_fields_section(settings, "", 3, anchors, defaults),
+            *_fields_section(settings, "", 3, anchors, defaults, shown=shown),
         ]
     )
 
@@ -640,48 +674,34 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[b
     )
 
 
+_EXCESS = "In brackets: [the share of SparseGPT's excess](index.md#reading)."
+"""The reading of many records, which the page of results says once."""
+
+
 def _record_section(name: str, level: int) -> Iterator[str]:
     record = load_record(name)
     yield f"{'#' * level} {record.title} {{ #{name} }}"
-    yield " ".join(filter(None, [record.shows, record.reading]))
+    reading = (record.reading or "").replace(_EXCESS, "").strip()
+    yield " ".join(filter(None, [_without_arrows(record.shows), reading, _record_link(name, record)]))
     yield _record_table(record)
-    if record.notes:
-        yield "\n".join(f"- {note}" for note in record.notes)
-    yield _how_measured(name, record)
 
 
-def _how_measured(name: str, record: Record) -> str:
-    """The collapsed box under a table."""
-    facts = {
-        "Commit": _commits(record.commit),
-        "Hardware": record.hardware,
-        "Model": record.model,
-        "Calibration text": record.calibration,
-        "Evaluation text": record.evaluation,
-        "Draws": record.draws,
-    }
-    lines = [f"- {title}: {text or 'not recorded'}" for title, text in facts.items() if text != "not applicable"]
-    lines += [f"- Says more: {', '.join(f'`{file}`' for file in record.source)}"] if record.source else []
-    lines += [f"- Record: [`{name}.json`](records/{name}.json)"]
-    commands = _fenced("\n".join(map(_wrapped, record.commands)), "sh") if record.commands else "The command is not recorded."
-    return '??? note "How this was measured"\n\n' + textwrap.indent(f"{commands}\n\n" + "\n".join(lines), "    ")
+def _record_line(name: str) -> str:
+    """A record of which the page has no table: its title, and the first sentence about it."""
+    record = load_record(name)
+    sentence = re.split(r"(?<=\.) (?=[A-Z`])", record.shows)[0]
+    return f"- [{record.title}](records/{name}.json){{ #{name} }}: {sentence}"
 
 
-def _commits(commit: str | dict[str, str | None] | None) -> str | None:
-    if not isinstance(commit, dict):
-        return commit
-    return "; ".join(f"{what}: {which or 'not recorded'}" for what, which in commit.items())
+def _without_arrows(text: str) -> str:
+    """The text without what the arrows in a table's head say."""
+    return re.sub(r" (Lower|Higher) is better\.", "", text)
 
 
-def _wrapped(command: str) -> str:
-    """A command on lines of at most some 100 characters, broken before options."""
-    lines = [""]
-    for word in re.findall(r'(?:[^\s"]|"[^"]*")+', command):
-        if word.startswith("--") and len(lines[-1]) + len(word) > 90:
-            lines[-1] += " \\"
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return "\n".join(lines)
+def _record_link(name: str, record: Record) -> str:
+    """Where everything about a table stands."""
+    notes = f", {len(record.notes)} note{'s' if len(record.notes) > 1 else ''}" if record.notes else ""
+    return f"[Record: {record.draws or 'draws not recorded'}{notes}](records/{name}.json)."
 
 
 _INDEX = """\
@@ -694,117 +714,112 @@ The dense model is the floor; the best pruned model of a column is bold.
 
 {notes}
 
-{how}
+{record}
 
 ## How to read the tables { #reading }
 
 - ↓ in a column's head: lower is better. ↑: higher is better. A dash: not measured, or there is no such number.
-- *Perplexity* is the exponential of the mean loss a token. It depends on the model, its tokenizer, the text and the window, so
-  compare numbers of one table only.
-- Some tables put a *share of SparseGPT's excess* in brackets: the excess over the dense model in log-perplexity, divided by the
-  excess of SparseGPT's own weights with the same pattern and calibration text. 1 is as far from the dense model as SparseGPT, 0 is
-  the dense model, 0.59 is 59% of the way.
-- A *layer error* is the squared change of a layer's output on the inputs that it sees, relative to the output itself. *Held out*
-  means: on windows of text that no weight was fitted to.
-- *Draws* are random choices of the calibration windows. Most rows are one draw. Differences below about 1% on C4 and 2% on
-  WikiText-2 are noise.
-- Under each table a box has the commands, the commit, the hardware and the texts. Commands take their texts from files:
-  `c4.jsonl` has 1,200 documents of C4 (`en`, train), `c4.validation.jsonl` 200 of its validation set, a document a line, and
-  `wiki.test.raw.txt` is the raw WikiText-2 test set. Commands are those of the recorded commit; the recipes have
-  [settings](../reference/settings.md) of the same names today, except that windows were called samples: `calibration.samples`,
-  which still stands for `calibration.windows`, the file `smollm2_samples.yaml`, and "32 samples" in the name of a sweep's run.
+- *Perplexity* depends on the model, its tokenizer, the text and the window: compare numbers of one table only.
+- A number in brackets is the *share of SparseGPT's excess*: log-perplexity above the dense model's, divided by that of SparseGPT's own
+  weights with the same pattern and calibration text. 1 is as far from the dense model as SparseGPT, 0 is the dense model.
+- A *layer error* is the squared change of a layer's output, relative to the output itself. *Held out* means: on windows that no weight
+  was fitted to.
+- *Draws* are random choices of the calibration windows. Differences below about 1% on C4 and 2% on WikiText-2 are noise.
+- **Each table names its record**, a JSON file with the commands, the commit, the hardware, the texts and notes. Commands take their
+  texts from files: `c4.jsonl` has 1,200 documents of C4 (`en`, train), `c4.validation.jsonl` 200 of its validation set, a document a
+  line, and `wiki.test.raw.txt` is the raw WikiText-2 test set. They are those of the recorded commit, when windows were called samples:
+  `calibration.samples` still stands for `calibration.windows`.
 
 ## What was measured { #measured }
 
-- [SmolLM2-135M: quality](smollm2.md): every pattern, seed and lever, tasks, calibration texts, the tables of the OPTIMA paper.
-- [Gemma 3 270M: quality](gemma3.md): a second model, half of its weights.
-- [Time, memory, size and stops](speed.md): the first command, the presets, the solvers, memory by depth, packed exports, and what
-  became of runs that were stopped and of damaged input.
-- [Other JAX programs](ecosystem.md): logits and zeros in MaxText, Tunix and Qwix, and after training there.
-- Plans for TPU slices are estimates and not measurements; they are in `configs/plans/README.md`.
+| page | what is in it |
+|---|---|
+| [SmolLM2-135M: quality](smollm2.md) | other methods, levers, cuts, integers, tasks |
+| [Calibration text and training](text.md) | which text, how much of it, and what training afterwards wins back |
+| [The tables of the OPTIMA paper](paper.md) | on SmolLM2-135M, and agreement with other programs |
+| [Gemma 3 270M](gemma3.md) | a second model, half of its weights |
+| [Time, memory, size and stops](speed.md) | all on CPU cores |
+| [Other JAX programs](ecosystem.md) | logits and zeros in MaxText, Tunix and Qwix |
 
-Not measured: models other than SmolLM2-135M and Gemma 3 270M, and anything on a TPU or a GPU.
+Not measured: other models, and anything on a TPU or a GPU. Plans for TPU slices are estimates: `configs/plans/README.md`.
 """
-_RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
+_ARROWS = "↓: lower is better; ↑: higher is better; a dash: not measured. [How to read the tables](index.md#reading)."
+
+
+class Group(NamedTuple):
+    """Records under one heading of a page.
+
+    Attributes:
+      tables: records that are shown.
+      lines: records that are named, with a link: details of the others.
+    """
+
+    tables: Sequence[str]
+    lines: Sequence[str] = ()
+
+
+_RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
     "smollm2": (
-        "# SmolLM2-135M: quality\n\n"
-        "All quality numbers, from the first comparison to the tables of the OPTIMA paper. ↓ in a column's head: lower is better. "
-        "↑: higher is better. A dash: not measured. [How to read the tables](index.md#reading).",
+        f"# SmolLM2-135M: quality\n\n{_ARROWS} A number in brackets is the [share of SparseGPT's excess](index.md#reading).",
         {
-            "Against other methods": (
-                "presets-half",
-                "presets-patterns",
-                "patterns",
-                "strided",
-                "seeds",
-                "optima-method",
-                "sparsegpt-variants",
-                "alps",
+            "Against other methods": Group(
+                ("patterns", "optima-method", "sparsegpt-variants", "alps"),
+                ("presets-half", "presets-patterns", "seeds", "strided"),
             ),
-            "What each lever earns": (
-                "levers",
-                "distillation",
-                "recovery",
-                "recovery-starts",
-                "recovery-tokens",
-                "dense-target",
-                "levers-wanda",
-                "loss-weights",
-                "loss-weights-best",
-                "allocation",
-                "output-errors",
-                "permutations",
+            "What each lever earns": Group(
+                ("levers", "dense-target", "allocation"),
+                ("levers-wanda", "loss-weights", "loss-weights-best", "output-errors", "permutations"),
             ),
-            "Cut out": ("cut-neurons",),
-            "Pruned and quantised": ("quantization", "qwix"),
-            "Tasks, and distance from the dense model": ("tasks", "distance"),
-            "Calibration text": (
-                "calibration-text",
-                "calibration-size",
-                "windows",
-                "few-tokens",
-                "few-tokens-wide",
-                "written-windows",
-                "written-choice",
+            "Cut out": Group(("cut-neurons",)),
+            "Pruned and quantised": Group(("quantization",), ("qwix",)),
+            "Tasks, and distance from the dense model": Group(("tasks", "distance")),
+        },
+    ),
+    "text": (
+        "# Calibration text and training\n\n"
+        f"SmolLM2-135M. {_ARROWS} A number in brackets is the [share of SparseGPT's excess](index.md#reading).",
+        {
+            "Calibration text": Group(
+                ("calibration-text", "windows", "written-windows"),
+                ("calibration-size", "few-tokens", "few-tokens-wide", "written-choice"),
             ),
-            "The tables of the OPTIMA paper, on this model": (
-                "original-implementation",
-                "paper-half",
-                "paper-60",
-                "paper-mlp-2-4",
-                "paper-2-4",
-                "c4-two-draws",
-                "layers-cg-mpax",
-                "layer-errors",
+            "Training after pruning": Group(("distillation", "recovery-tokens"), ("recovery", "recovery-starts")),
+        },
+    ),
+    "paper": (
+        f"# The tables of the OPTIMA paper\n\nOn SmolLM2-135M. {_ARROWS}",
+        {
+            "Perplexity": Group(
+                ("original-implementation", "paper-half", "paper-60", "paper-mlp-2-4", "paper-2-4"),
+                ("c4-two-draws", "layers-cg-mpax", "layer-errors"),
             ),
-            "Agreement with other programs": ("perplexity-parity", "harness-parity", "written-answers"),
+            "Agreement with other programs": Group(("perplexity-parity", "harness-parity", "written-answers")),
         },
     ),
     "gemma3": (
         "# Gemma 3 270M: quality\n\n"
-        "A second model of another family, with the settings that SmolLM2-135M gave. ↓ in a column's head: lower is better. "
-        "[How to read the tables](index.md#reading). What it takes [packed](speed.md#packed-sizes).",
-        {"Against other methods": ("gemma3-half",)},
+        f"A second model of another family, with the settings that SmolLM2-135M gave. {_ARROWS} A number in brackets is the "
+        "[share of SparseGPT's excess](index.md#reading). What it takes [packed](speed.md#packed-sizes).",
+        {"Against other methods": Group(("gemma3-half",))},
     ),
     "speed": (
         "# Time, memory, size and stops\n\n"
-        "All on CPU cores; no TPU or GPU was at hand. ↓ in a column's head: lower is better. ↑: higher is better. A dash: not "
-        "measured. A model with zeros runs as fast as the dense one; one with [cut neurons](smollm2.md#cut-neurons) is faster.",
+        f"All on CPU cores; no TPU or GPU was at hand. {_ARROWS} A model with zeros runs as fast as the dense one; one with "
+        "[cut neurons](smollm2.md#cut-neurons) is faster.",
         {
-            "Whole runs": ("first-command", "start-up", "preset-times", "whole-run", "bytes"),
-            "Parts of a run": ("solvers", "mpax-rounds", "kernels"),
-            "For accelerators that were not there": ("compiled-programs", "rough-products"),
-            "Written answers": ("generation",),
-            "Memory": ("depth",),
-            "Packed exports": ("packed-sizes", "packing"),
-            "Stops and damage": ("hostile", "checksums"),
+            "Whole runs": Group(("first-command", "preset-times", "bytes"), ("start-up", "whole-run")),
+            "Parts of a run": Group(("solvers", "kernels", "generation"), ("mpax-rounds",)),
+            "For accelerators that were not there": Group((), ("compiled-programs", "rough-products")),
+            "Memory": Group(("depth",)),
+            "Packed exports": Group(("packed-sizes",), ("packing",)),
+            "Stops and damage": Group((), ("hostile", "checksums")),
         },
     ),
     "ecosystem": (
         "# In other JAX programs\n\n"
         "Whether a pruned model arrives in MaxText, Tunix and Qwix, and stays pruned there. All on a CPU. How to take it there: "
-        "[the guide](../guides/jax-programs.md).",
-        {"What arrives": ("arrival",), "What training leaves": ("keep-zeros",)},
+        f"[the guide](../guides/jax-programs.md). {_ARROWS}",
+        {"What arrives": Group(("arrival",)), "What training leaves": Group(("keep-zeros",))},
     ),
 }
 
@@ -813,7 +828,7 @@ def index_page() -> str:
     """The table of the front page, how to read it, and what else there is."""
     record = load_record("headline")
     notes = "\n".join(f"- {note}" for note in record.notes)
-    values = {"{table}": headline_table(), "{notes}": notes, "{how}": _how_measured("headline", record)}
+    values = {"{table}": headline_table(), "{notes}": notes, "{record}": _record_link("headline", record)}
     return functools.reduce(lambda text, item: text.replace(*item), values.items(), _INDEX)
 
 
@@ -823,13 +838,16 @@ def results_page(page: str) -> str:
     Raises:
       ValueError: a record is on no page.
     """
-    shown = {"headline", *(name for _, groups in _RESULTS.values() for names in groups.values() for name in names)}
+    groups_of_all = [group for _, groups in _RESULTS.values() for group in groups.values()]
+    shown = {"headline", *(name for group in groups_of_all for names in group for name in names)}
     if lost := sorted({path.stem for path in RECORDS.glob("*.json")} - shown):
         raise ValueError(f"on no page: {', '.join(lost)}; name them in _RESULTS")
     introduction, groups = _RESULTS[page]
     blocks = [introduction]
-    for title, names in groups.items():
-        blocks += [f"## {title}", *(block for name in names for block in _record_section(name, 3))]
+    for title, group in groups.items():
+        blocks += [f"## {title}", *(block for name in group.tables for block in _record_section(name, 3))]
+        if group.lines:
+            blocks += ["More, by their records:", "\n".join(map(_record_line, group.lines))]
     return "\n\n".join(blocks)
 
 

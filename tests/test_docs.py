@@ -128,7 +128,7 @@ def _split(words: list[str]) -> Iterator[tuple[list[str], str | None]]:
 
 
 RENAMED = {"configs/tables/smollm2_samples.yaml": "configs/tables/smollm2_windows.yaml"}
-"""Files in commands of the results: their name at the recorded commit -> today's."""
+"""Files in commands of the records: their name at the recorded commit -> today's."""
 
 PLACEHOLDER = re.compile(r"\.\.\.|…|<.+>|[A-Z][A-Z_-]{2,}")
 
@@ -258,13 +258,24 @@ def test_every_command_parses(page, own_files, monkeypatch):
     wrong = []
     for block in found:
         for command in commands(block.code) if block.language in ("sh", "bash", "shell", "console") else ():
-            if page.parent.name == "results":
-                command = command._replace(words=[RENAMED.get(word, word) for word in command.words])
             try:
                 check_command(command, folder)
             except (AssertionError, SystemExit, UserError) as error:
                 wrong.append(f"line {block.line}: optima {shlex.join(command.words)}: {type(error).__name__}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in build.RECORDS.glob("*.json")))
+def test_every_command_of_a_record_parses(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for line in build.load_record(name).commands:
+        for command in commands(line):
+            check_command(command._replace(words=[RENAMED.get(word, word) for word in command.words]), tmp_path)
+
+
+def test_every_record_is_linked_from_the_pages_of_results():
+    pages = "".join(page.read_text() for page in PAGES if page.parent.name == "results")
+    assert [path.name for path in build.RECORDS.glob("*.json") if f"](records/{path.name})" not in pages] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
