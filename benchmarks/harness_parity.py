@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.model import open_evaluated
-from optima_tpu.evaluate.tasks import load_tasks, metrics, run_tasks
+from optima_tpu.evaluate.tasks import load_tasks, run_tasks, task_results
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.mesh import make_mesh, simulate_devices
@@ -123,7 +123,9 @@ def main() -> None:
         else:
             print(f"{name}: {scored(*map(answers, samples))}")
         for side, result in (("here", ours), ("transformers", theirs)):
-            print(f"  {side:<13}" + ", ".join(f"{key} {value}" for key, value in metrics(tasks, result)[name].items()))
+            print(
+                f"  {side:<13}" + ", ".join(f"{key} {value}" for key, value in task_results(tasks, result)[name].metrics.items())
+            )
 
 
 def scored(ours: tuple[np.ndarray, list[bool]], theirs: tuple[np.ndarray, list[bool]]) -> str:

@@ -39,6 +39,7 @@ from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import take_devices
 from optima_tpu.runtime.mesh import make_mesh
+from optima_tpu.runtime.records import json_values
 
 if TYPE_CHECKING:
     import pandas
@@ -228,7 +229,8 @@ def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any)
     from optima_tpu.evaluate.start import start
 
     take_devices(config)
-    return start(config, None if progress else Console(quiet=True))
+    record: dict[str, Any] = json_values(start(config, None if progress else Console(quiet=True)))
+    return record
 
 
 @_one_message

@@ -13,49 +13,27 @@ from optima_tpu.evaluate.perplexity import check_finite, perplexity_of
 from optima_tpu.evaluate.predictions import picked, sum_over_windows
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, Head, head_logits
+from optima_tpu.report.evaluation import Distance
 from optima_tpu.runtime.processes import everyones, fetch
 
 
-class Distance(NamedTuple):
-    """The distance between two models on the same windows.
-
-    ``p`` is the dense model's distribution of the next token and ``q`` the pruned model's. Means are over the predictions that
-    perplexity scores: every position of a window except the last. Standard errors treat window means as independent, because
-    the positions of one window depend on each other; they are None if there is only one window.
+class Comparison(NamedTuple):
+    """Two models on the same windows.
 
     Attributes:
-      kl: mean of ``KL(p || q) = sum_v p(v) log(p(v) / q(v))`` in nats, computed in float32. It is 0 for identical models; values
-        below about 1e-6 are rounding.
-      kl_stderr: standard error of ``kl``.
-      agreement: share of positions at which both models give the highest probability to the same token.
-      agreement_stderr: standard error of ``agreement``.
-      tokens: number of predictions.
-      hidden_errors: for every block ``||H_pruned - H_dense||_F^2 / ||H_dense||_F^2``, with ``H`` the residual stream after the
-        block at all positions of all windows. It includes the errors of earlier blocks. In many models a few tokens have a much
-        larger norm than the others; these tokens then dominate the value.
-      kls: ``kl`` for every block, with ``p`` and ``q`` computed by the model's final norm and head from the residual stream
-        after that block (the logit lens, nostalgebraist 2020); None if not requested. Only the last entry compares predictions.
-        The head was trained on the last stream only: it reads early streams badly and misses changes that only later blocks use.
-      agreements: ``agreement`` for every block, computed in the same way; None if not requested.
-      dense_perplexity, pruned_perplexity: as :func:`optima_tpu.evaluate.perplexity.perplexity` computes them.
+      distance: between them.
+      dense, pruned: their perplexities, as :func:`optima_tpu.evaluate.perplexity.perplexity` computes them.
     """
 
-    kl: float
-    kl_stderr: float | None
-    agreement: float
-    agreement_stderr: float | None
-    tokens: int
-    hidden_errors: list[float]
-    kls: list[float] | None
-    agreements: list[float] | None
-    dense_perplexity: float
-    pruned_perplexity: float
+    distance: Distance
+    dense: float
+    pruned: float
 
 
 def distance(
     dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None, per_block: bool = False
-) -> Distance:
-    """Measures the distance between two models, block by block.
+) -> Comparison:
+    """Measures the distance between two models, block by block, and their perplexities.
 
     One block of each model is on the devices at a time; both residual streams stay on the hosts.
 
@@ -91,18 +69,17 @@ def distance(
     predictions = tokens.shape[1] - 1
     kls, agreements = ([_mean(getattr(score, name) / predictions) for score in scores] for name in ("kl", "agreement"))
     (kl, kl_stderr), (agreement, agreement_stderr) = kls[-1], agreements[-1]
-    return Distance(
+    apart = Distance(
         kl=kl,
         kl_stderr=kl_stderr,
         agreement=agreement,
         agreement_stderr=agreement_stderr,
         tokens=len(tokens) * predictions,
-        hidden_errors=_ratios(streams[0].rows, squares, len(tokens)),
-        kls=[mean for mean, _ in kls] if per_block else None,
-        agreements=[mean for mean, _ in agreements] if per_block else None,
-        dense_perplexity=perplexity_of(last.dense_nll, tokens),
-        pruned_perplexity=perplexity_of(last.pruned_nll, tokens),
+        hidden_errors=tuple(_ratios(streams[0].rows, squares, len(tokens))),
+        kls=tuple(mean for mean, _ in kls) if per_block else None,
+        agreements=tuple(mean for mean, _ in agreements) if per_block else None,
     )
+    return Comparison(apart, perplexity_of(last.dense_nll, tokens), perplexity_of(last.pruned_nll, tokens))
 
 
 class DistanceSums(NamedTuple):

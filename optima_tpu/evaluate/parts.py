@@ -4,19 +4,20 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypeVar
 
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
 from optima_tpu.runtime.checksums import forget, intact, keep
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.records import Record, check_record, json_values, known_record
 
 PARTS = "evaluation-parts.json"
+T = TypeVar("T")
 
 
-class _Kept(TypedDict):
+class _Kept(Record, frozen=True):
     """The contents of evaluation-parts.json."""
 
     of: dict[str, Any]
@@ -38,13 +39,14 @@ class Parts:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         found = known_record(self._folder / PARTS, _Kept) if intact(self._folder, PARTS) else None
-        return found["parts"] if found and found["of"] == self._of else {}
+        return found.parts if found and found.of == self._of else {}
 
-    def measured(self, name: str, work: Callable[[], dict[str, Any]], version: str = "") -> dict[str, Any]:
-        """The result of ``work()``, in JSON types, or what it was before the evaluation was stopped. Every process calls it.
+    def measured(self, name: str, kind: type[T], work: Callable[[], T], version: str = "") -> T:
+        """The result of ``work()``, or what it was before the evaluation was stopped. Every process calls it.
 
         Args:
           name: of the part, for the user.
+          kind: of the result.
           version: tells parts of one name apart that measure different things.
         """
         key = f"{name} {version}"
@@ -53,10 +55,10 @@ class Parts:
         else:
             self._parts[key] = _as_json(work())
             first_only(self._write)
-        return self._parts[key]
+        return check_record(self._parts[key], kind, PARTS, inside=name)
 
     def _write(self) -> None:
-        keep(self._folder, {PARTS: _dumped(_Kept(of=self._of, parts=self._parts))})
+        keep(self._folder, {PARTS: _dumped({"of": self._of, "parts": self._parts})})
 
     def remove(self) -> None:
         """Removes them from the disk, once the evaluation is written; process 0 calls it."""
@@ -80,4 +82,4 @@ def _as_json(values: Any) -> Any:
 
 
 def _dumped(values: Any) -> bytes:
-    return json.dumps(values, default=handle_non_serializable).encode()
+    return json.dumps(json_values(values), default=handle_non_serializable).encode()

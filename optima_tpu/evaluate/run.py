@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.sharding import Mesh
 from lm_eval.tasks.manager import TaskDict
+from msgspec import structs
 from rich.console import Console
 
 from optima_tpu import data
@@ -25,8 +26,9 @@ from optima_tpu.evaluate.parts import Parts, questions_digest
 from optima_tpu.evaluate.perplexity import perplexity, text_steps
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.task_settings import Asking
-from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
+from optima_tpu.evaluate.tasks import load_tasks, paper_average, run_tasks, settings_of, task_results
 from optima_tpu.models.model import check_ids, window_bos, window_length
+from optima_tpu.report.evaluation import EvaluationRecord, Identities, Identity, TaskResult, TextResult, TextScore
 from optima_tpu.report.file import environment
 from optima_tpu.report.meaningless import poor_text, unpredicted
 from optima_tpu.report.pace import Step
@@ -50,13 +52,11 @@ HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
 """Files with the evaluation harness's own results, one for each model."""
 
 
-def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
-    """Measures a model as ``config`` says, writes evaluation.json and prints a table.
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> EvaluationRecord:
+    """Measures a model as ``config`` says, writes evaluation.json, which it returns, and prints a table.
 
-    Models, mesh, texts, tasks and their data are all checked before the first block is computed.
-
-    Returns:
-      The contents of evaluation.json. Only process 0 has the results of tasks.
+    Models, mesh, texts, tasks and their data are all checked before the first block is computed. Only process 0 has the results of
+    tasks.
 
     Raises:
       UserError: an input error that the user can correct.
@@ -83,11 +83,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     with writing(folder, "choose another --output"):
         first_only(lambda: _make_writable(folder, config.force))
     say(console, "\n".join(_greeting(config, models, texts, mesh, folder)) + "\n")
-    evaluated = _evaluated(models)
+    evaluated, place = _evaluated(models), environment(mesh)
     decides = {
         "settings": settings,
         "code": code_version(),
-        "environment": environment(mesh),
+        "environment": place,
         "evaluated": evaluated,
         "texts": {source: token_digest(tokens.ids) for source, tokens in texts.items()},
     }
@@ -101,18 +101,20 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             decoder, both = models["model"].model.decoder, "against" in models
             later = [text_steps(decoder, each.ids, both, config.per_block) for each in [*texts.values()][number:]]
             progress.ahead = [*later, *questions.ahead(len(questions.testers))]
-            found[source] = parts.measured(source, functools.partial(measure, source, tokens))
+            found[source] = parts.measured(source, TextResult, functools.partial(measure, source, tokens))
         results = questions.answers(parts, config.asking, progress) | known
-        record = {
-            "model": config.model,
-            "against": config.against,
-            "evaluated": evaluated,
-            "configuration": settings,
-            "environment": decides["environment"],
-            "perplexity": {source: part["perplexity"] for source, part in found.items()},
-            "distance": {source: part["distance"] for source, part in found.items() if part["distance"]},
-            **_task_numbers(questions.tasks, results),
-        }
+        tasks = _task_results(questions.tasks, results)
+        record = EvaluationRecord(
+            config.model,
+            config.against,
+            evaluated,
+            settings,
+            place,
+            {source: part.perplexity for source, part in found.items()},
+            {source: part.distance for source, part in found.items() if part.distance},
+            tasks,
+            paper_average(tasks),
+        )
         first_only(lambda: _write(folder, record, results, models))
         first_only(parts.remove)
     files = {"record": RECORD} | ({"harness": HARNESS["model"]} if results else {})
@@ -121,8 +123,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     signals.ended(0)
     strange = [
         line
-        for source, numbers in record["perplexity"].items()
-        for line in (_poor(source, numbers["unigram_perplexity"]), _unpredicted(numbers))
+        for source, score in record.perplexity.items()
+        for line in (_poor(source, score.unigram_perplexity), _unpredicted(score))
         if line
     ]
     print_evaluation(console, record, {name: str(folder / file) for name, file in files.items()}, strange)
@@ -201,7 +203,7 @@ class _Questions(NamedTuple):
         for number, (name, tester) in enumerate(self.testers.items()):
             progress.ahead = self.ahead(len(self.testers) - number)
             work = functools.partial(run_tasks, tester, self.tasks, asking)
-            found[name] = parts.measured(f"tasks of {name}", work, self.digest)
+            found[name] = parts.measured(f"tasks of {name}", dict[str, Any], work, self.digest)
         return found
 
 
@@ -259,34 +261,24 @@ def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) 
     return tokens
 
 
-def _evaluated(models: Mapping[str, Evaluated]) -> dict[str, Any]:
-    """Identifies the evaluated models independently of their paths: fingerprint of the checkpoint, manifest of the run."""
-    return {
-        name: {"fingerprint": opened.model.pretrained.fingerprint, "manifest": opened.run.manifest}
-        for name, opened in models.items()
-    }
+def _evaluated(models: Mapping[str, Evaluated]) -> Identities:
+    found = {name: Identity(opened.model.pretrained.fingerprint, opened.run.manifest) for name, opened in models.items()}
+    return Identities(found["model"], found.get("against"))
 
 
-def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> dict[str, Any]:
-    """The entries of a text under "perplexity" and "distance" in the record; None for the distance of a model on its own."""
-    how: dict[str, Any] = {
-        "tokens": int(tokens.ids.size),
-        "how": tokens.how,
-        "unigram_perplexity": unigram_perplexity(tokens.ids),
-    }
+def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> TextResult:
     pruned, both = models["model"].model.decoder, "against" in models
     steps = text_steps(pruned, tokens.ids, both, per_block)
     progress.stage(f"{'both models' if both else 'perplexity'} on {source}", len(steps), steps)
     if not both:
         value = perplexity(pruned, tokens.ids, progress.advance, between=progress.advance)
-        found: dict[str, Any] = {"perplexity": {"perplexity": value, **how, "against": None}, "distance": None}
+        apart, dense = None, None
     else:
-        apart = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)._asdict()
-        dense = apart.pop("dense_perplexity")
-        found = {"perplexity": {"perplexity": apart.pop("pruned_perplexity"), **how, "against": dense}, "distance": apart}
-    if told := _unpredicted(found["perplexity"]):
+        apart, dense, value = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)
+    score = TextScore(value, dense, int(tokens.ids.size), tokens.how, unigram_perplexity(tokens.ids))
+    if told := _unpredicted(score):
         progress.note(f"unusual: {told}")
-    return found
+    return TextResult(score, apart)
 
 
 def _poor(source: str, unigram: float) -> str:
@@ -294,11 +286,11 @@ def _poor(source: str, unigram: float) -> str:
     return poor_text(source, unigram, "--perplexity")
 
 
-def _unpredicted(found: Mapping[str, Any]) -> str:
-    """What is wrong with the model, or with the one that it is compared with, by an entry under "perplexity" in the record."""
-    dense = found["against"]
-    which, value = ("model", found["perplexity"]) if dense is None else ("model of --against", dense)
-    return unpredicted(value, found["unigram_perplexity"], which)
+def _unpredicted(score: TextScore) -> str:
+    """What is wrong with the model, or with the one that it is compared with, by its perplexity on a text."""
+    dense = score.against
+    which, value = ("model", score.perplexity) if dense is None else ("model of --against", dense)
+    return unpredicted(value, score.unigram_perplexity, which)
 
 
 def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], lm: DecoderLM) -> TaskDict:
@@ -315,21 +307,21 @@ def _of_first(work: Callable[[], T]) -> T | None:
     return result[0] if result else None
 
 
-def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The entries "tasks" and "average" of the record."""
+def _task_results(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskResult]:
     if tasks is None:
-        return {"tasks": {}, "average": None}
-    found = {name: metrics(tasks, result) for name, result in results.items()}
+        return {}
+    found = {name: task_results(tasks, result) for name, result in results.items()}
     against = found.get("against", {})
-    both = {task: {**numbers, "against": against.get(task)} for task, numbers in found["model"].items()}
-    return {"tasks": both, "average": paper_average(found["model"])}
+    return {
+        task: structs.replace(result, against=against[task].metrics if task in against else {})
+        for task, result in found["model"].items()
+    }
 
 
 def _make_writable(folder: Path, force: bool) -> None:
     """Creates the folder and checks now that it is writable and holds no other's files, before hours of computation."""
     theirs = [folder / name for name in (RECORD, *HARNESS.values()) if (folder / name).exists()]
-    earlier = known_record(folder / RECORD, dict[str, Any]) or {}
-    if theirs and not force and not {"evaluated", "configuration"} <= earlier.keys():
+    if theirs and not force and known_record(folder / RECORD, EvaluationRecord) is None:
         raise UserError(
             f"expected --output with a new folder or that of an evaluation, got {folder}, which holds another {theirs[0].name}: "
             "choose another, or add --force true to replace it"
@@ -341,7 +333,7 @@ def _make_writable(folder: Path, force: bool) -> None:
         tempfile.TemporaryFile(dir=folder).close()
 
 
-def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], models: Mapping[str, Evaluated]) -> None:
+def _write(folder: Path, record: EvaluationRecord, results: Mapping[str, Any], models: Mapping[str, Evaluated]) -> None:
     remedy = "make room and repeat the command, or choose another --output"
     with writing(folder, remedy):
         for path in HARNESS.values():  # files of an earlier evaluation could be mistaken for results of this one
@@ -350,7 +342,7 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
         files = {RECORD: encoded(record, indent=2)}
         for name, result in results.items():
             result["config"]["model_args"] = {
-                "pretrained": record[name],
+                "pretrained": getattr(record, name),
                 "fingerprint": models[name].model.pretrained.fingerprint,
             }
             files[HARNESS[name]] = encoded(result, indent=2)

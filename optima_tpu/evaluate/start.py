@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,8 +15,11 @@ def run(config: EvaluateConfig) -> None:
     command.take_devices(config)
     start(config)
 
+if TYPE_CHECKING:
+    from optima_tpu.report.evaluation import EvaluationRecord
 
-def start(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
+
+def start(config: EvaluateConfig, console: Console | None = None) -> "EvaluationRecord":
     """Runs :func:`optima_tpu.evaluate.run.evaluate`. Call it after the devices are initialised."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it on import; our progress replaces the harness's bars
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # read by the harness: a process that holds devices must not fork

@@ -1,18 +1,17 @@
 """Prints the results of an evaluation to the terminal."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from optima_tpu.evaluate.tasks import PAPER
+from optima_tpu.report.evaluation import EvaluationRecord, TaskScore
 from optima_tpu.report.numbers import number
 from optima_tpu.report.progress import show
-from optima_tpu.report.scores import scores
 
 
-def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping[str, str], strange: Iterable[str] = ()) -> None:
+def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[str, str], strange: Iterable[str] = ()) -> None:
     """Prints perplexities, distances, why they mean nothing, the table of tasks, the paper's average, and where the files are.
 
     Args:
@@ -22,23 +21,25 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
     """
     console.print()
     lines = []
-    for found in record["perplexity"].values():
-        dense = found["against"]
-        beside = f", against {number(dense, 4)} ({number(found['perplexity'] / dense)} times)" if dense else ""
-        lines.append(f"perplexity  {number(found['perplexity'], 4)}{beside}, on {found['how']}")
-    for source, apart in record["distance"].items():
-        kl, agreement = (number(apart[name], 4) + _error(apart[f"{name}_stderr"]) for name in ("kl", "agreement"))
+    for score in record.perplexity.values():
+        dense = score.against
+        beside = f", against {number(dense, 4)} ({number(score.perplexity / dense)} times)" if dense else ""
+        lines.append(f"perplexity  {number(score.perplexity, 4)}{beside}, on {score.how}")
+    for source, apart in record.distance.items():
+        kl = number(apart.kl, 4) + _error(apart.kl_stderr)
+        agreement = number(apart.agreement, 4) + _error(apart.agreement_stderr)
+        last = apart.hidden_errors[-1]
         lines.append(
-            f"distance    KL divergence {kl} nats, the same most likely token at {agreement} of {apart['tokens']:,} "
-            f"positions, relative error of the last hidden state {number(apart['hidden_errors'][-1])}, on {source}"
+            f"distance    KL divergence {kl} nats, the same most likely token at {agreement} of {apart.tokens:,} "
+            f"positions, relative error of the last hidden state {'not finite' if last is None else number(last)}, on {source}"
         )
     lines += [f"unusual     {line}" for line in strange]
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-    if record["tasks"]:
-        show(console, task_table(record["tasks"], record["against"] is not None))
-    if record["average"] is not None:
-        console.print(f"average     {record['average']:.4f}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
+    if record.tasks:
+        show(console, task_table(record.scores, record.against is not None))
+    if record.average is not None:
+        console.print(f"average     {record.average:.4f}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
     width = max(map(len, files)) + 2
     console.print(
         "\n".join(["", *(f"{what:<{width}}{path}" for what, path in files.items())]),
@@ -48,14 +49,14 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
     )
 
 
-def task_table(tasks: Mapping[str, Mapping[str, Any]], compared: bool) -> Table:
+def task_table(scores: Sequence[TaskScore], compared: bool) -> Table:
     """A table with one row for each metric of each task, with standard errors."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("task", "metric"):
         table.add_column(heading, no_wrap=True)
     for heading in ("docs", "value", *(["against", "change"] if compared else [])):
         table.add_column(heading, justify="right", no_wrap=True)
-    for score in scores(tasks):
+    for score in scores:
         row = [score.task, score.metric, f"{score.documents:,}", number(score.value, 4) + _error(score.error)]
         if score.against is not None:
             change = score.value - score.against

@@ -21,7 +21,9 @@ from lm_eval.utils import simple_parse_args_string
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.task_settings import Asking
+from optima_tpu.report.evaluation import TaskResult
 from optima_tpu.report.numbers import plural
+from optima_tpu.report.summary import mean_or_none
 from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.processes import SharedError, from_first, is_first
 
@@ -336,11 +338,11 @@ def _raise(error: UserError) -> None:
     raise error
 
 
-def metrics(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, dict[str, float | int | None]]:
-    """Metrics of every group that aggregates its tasks, and of every task outside such groups: {"piqa": {"acc": 0.7, ...}}.
+def task_results(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, TaskResult]:
+    """The results of every group that aggregates its tasks, and of every task outside such groups, by name.
 
     A metric of another filter than the harness's default keeps the filter in its name: "exact_match,strict". A standard error
-    that the harness does not compute is None. "documents" is the number of documents.
+    that the harness does not compute is None.
     """
     groups = {name: group for name, group in tasks["groups"].items() if group.has_aggregation}
     inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
@@ -349,14 +351,15 @@ def metrics(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, dict[str, 
     for name in [*groups, *tasks["tasks"]]:
         if name not in inside:
             entry = results["results"][name]
-            found[name] = {
+            metrics = {
                 key.removesuffix(",none"): value if isinstance(value, int | float) and math.isfinite(value) else None
                 for key, value in entry.items()
                 if "," in key
-            } | {"documents": entry["sample_len"]}
+            }
+            found[name] = TaskResult(entry["sample_len"], metrics, {})
     return found
 
 
-def paper_average(found: Mapping[str, Mapping[str, float | int | None]]) -> float | None:
+def paper_average(results: Mapping[str, TaskResult]) -> float | None:
     """The mean accuracy over the paper's six tasks; None if one is missing."""
-    return float(np.mean([found[name]["acc"] for name in PAPER])) if set(PAPER) <= found.keys() else None
+    return mean_or_none(results[name].metrics["acc"] for name in PAPER) if set(PAPER) <= results.keys() else None

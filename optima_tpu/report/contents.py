@@ -1,4 +1,4 @@
-"""The declared contents of report.json, evaluation.json and results.json: every entry that a page or a summary reads."""
+"""The declared contents of report.json and results.json: every entry that a page or a summary reads."""
 
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -44,14 +44,17 @@ class _Configuration(TypedDict):
     recover: NotRequired[dict[str, Any] | None]
 
 
-class _Environment(TypedDict):
-    device: NotRequired[str]
-    devices: NotRequired[Count]
-    mesh: NotRequired[dict[str, Count]]
-    packages: NotRequired[dict[str, str | None]]
-    processes: NotRequired[Count]
-    python: NotRequired[str]
-    system: NotRequired[str]
+class Environment(Record, frozen=True):
+    """Versions, devices and mesh of a command. A package that is not installed, as in a checkout, has no version."""
+
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    platform: str
+    device: str
+    devices: Count
+    processes: Count
+    mesh: dict[str, Count]
 
 
 class _Model(TypedDict):
@@ -224,7 +227,7 @@ class Report(TypedDict):
 
     manifest: NotRequired[dict[str, Any]]
     configuration: _Configuration
-    environment: _Environment
+    environment: dict[str, Any]
     model: _Model
     calibration: _Text
     evaluation: _Scored
@@ -243,61 +246,6 @@ class Report(TypedDict):
     continuations: NotRequired[Continuations | None]
     distillation: NotRequired[Outcome | None]
     files: NotRequired[dict[str, str]]
-
-
-class _Distance(TypedDict):
-    """See ``distance.Distance``."""
-
-    kl: float | None
-    kl_stderr: float | None
-    agreement: float
-    agreement_stderr: float | None
-    tokens: Count
-    hidden_errors: NotRequired[list[float | None] | None]
-    kls: NotRequired[list[float | None] | None]
-    agreements: NotRequired[list[float] | None]
-
-
-class _Asked(TypedDict):
-    fewshot: NotRequired[Count | None]
-    limit: NotRequired[Count | None]
-
-
-class Task(TypedDict):
-    """What a task has beside its metrics, which are numbers."""
-
-    documents: Count
-    against: dict[str, float | None] | None
-
-
-class _Measured(TypedDict):
-    perplexity: float
-    tokens: Count
-    how: str
-    against: float | None
-
-
-class _Identity(TypedDict):
-    fingerprint: NotRequired[str]
-    manifest: NotRequired[dict[str, Any] | None]
-
-
-class _Identities(TypedDict):
-    model: _Identity
-    against: NotRequired[_Identity]
-
-
-class EvaluationRecord(TypedDict):
-    """What is read of evaluation.json, see ``evaluate.run``."""
-
-    model: NotRequired[str | None]
-    against: NotRequired[str | None]
-    evaluated: NotRequired[_Identities | None]
-    configuration: NotRequired[_Asked | None]
-    perplexity: NotRequired[dict[str, _Measured] | None]
-    distance: NotRequired[dict[str, _Distance] | None]
-    tasks: NotRequired[dict[str, dict[str, Any]] | None]
-    average: NotRequired[float | None]
 
 
 class CellRecord(TypedDict):

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from optima_tpu.report.contents import Environment
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, worsened
 from optima_tpu.runtime.checksums import keep
@@ -31,24 +32,24 @@ _KEYS = (
 """The keys of the file, in its order."""
 
 
-def environment(mesh: Mesh) -> dict[str, Any]:
-    """Versions, devices and mesh of this process's run, as JSON types."""
+def environment(mesh: Mesh) -> Environment:
+    """Versions, devices and mesh of this process's run."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None  # run from a checkout
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": versions,
-        "platform": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "mesh": dict(mesh.shape),
-    }
+    return Environment(
+        python=platform.python_version(),
+        system=platform.platform(),
+        packages=versions,
+        platform=jax.default_backend(),
+        device=jax.devices()[0].device_kind,
+        devices=jax.device_count(),
+        processes=jax.process_count(),
+        mesh=dict(mesh.shape),
+    )
 
 
 def memory_peaks() -> dict[str, int | None]:

@@ -3,18 +3,19 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from optima_tpu.report import plots
+from optima_tpu.report.evaluation import Distance
 from optima_tpu.report.facts import facts, sizes
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import FinishedRun, differences
-from optima_tpu.report.scores import how_asked, scores
 from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual, worsened
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
 
+T = TypeVar("T")
 _SIZE = (
     "The pruned file is as large as the dense file, and the model runs as fast, because zeros are stored like other numbers. "
     "Zeros save time or space only with a kernel or a compressor that uses them."
@@ -27,11 +28,11 @@ def tiles(run: FinishedRun) -> list[Tile]:
     """The most important numbers of one run: its facts, behind the perplexity what an evaluation measured."""
     first, *others = (fact.tile for fact in facts(run.report, run.layers))
     evaluated = [
-        Tile(f"Divergence from {run.beside}", number(distance["kl"]), f"nats per token, on {text}")
-        for text, distance in _part(run, "distance").items()
+        Tile(f"Divergence from {run.beside}", number(distance.kl), f"nats per token, on {text}")
+        for text, distance in _distances(run).items()
     ]
-    if run.evaluation and run.evaluation.get("average") is not None:
-        evaluated.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
+    if run.evaluation and run.evaluation.average is not None:
+        evaluated.append(Tile("Six tasks", percent(run.evaluation.average), f"mean accuracy, {run.evaluation.asked}"))
     again = ", including the parts before it was resumed" if run.earlier else ""
     return [first, *evaluated, *others, Tile("Time", run.time, f"on {devices(run)}{again}"), _unusual_tile(run)]
 
@@ -125,10 +126,10 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
                 report["evaluation"].get("tokens"),
             )
         ]
-        for name, found in _part(run, "perplexity").items():
-            how = without_folders(found["how"])
+        for name, score in _by_short_name(run.evaluation.perplexity if run.evaluation else {}).items():
+            how = without_folders(score.how)
             told = how if name in how else f"{name}: {how}"
-            texts.append((run.beside, told, found.get("against"), found["perplexity"], found.get("tokens")))
+            texts.append((run.beside, told, score.against, score.perplexity, score.tokens))
         for other, how, before, pruned, tokens in texts:
             rows.setdefault(other, []).append(
                 [
@@ -155,7 +156,7 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
 def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     """The same for the tasks."""
     tables, several = [], len(runs) > 1
-    asked = {run.label: how_asked(run.evaluation) for run in runs if run.evaluation and _part(run, "tasks")}
+    asked = {run.label: run.evaluation.asked for run in runs if run.evaluation and run.evaluation.tasks}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
     for other in dict.fromkeys(run.beside for run in runs):
         tasks = [row for run in runs if run.beside == other for row in _tasks(run, [run.label] if several else [])]
@@ -179,20 +180,20 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
     rows: dict[str, list[list[str]]] = {}
     curves: dict[tuple[str, str], list[plots.Line]] = {}
     for index, run in enumerate(runs):
-        for text, found in _part(run, "distance").items():
-            last = found["hidden_errors"][-1:] if found.get("hidden_errors") else []
+        for text, distance in _distances(run).items():
+            last = distance.hidden_errors[-1] if distance.hidden_errors else None
             rows.setdefault(run.beside, []).append(
                 [
                     *([run.label] if several else []),
                     text,
-                    number(found["kl"]) + _error(found["kl_stderr"]),
-                    percent(found["agreement"]) + _error(found["agreement_stderr"], 100),
-                    percent(last[0]) if last else NONE,
-                    f"{found['tokens']:,}",
+                    number(distance.kl) + _error(distance.kl_stderr),
+                    percent(distance.agreement) + _error(distance.agreement_stderr, 100),
+                    NONE if last is None else percent(last),
+                    f"{distance.tokens:,}",
                 ]
             )
             for key, name in _BY_BLOCK.items():
-                if values := found.get(key):
+                if values := getattr(distance, key):
                     values = [math.nan if value is None else value for value in values]  # a value that was not finite
                     line = plots.Line(run.label if several else "pruned", range(len(values)), values, index)
                     curves.setdefault((key, f"{name}, {text}{_against(run.beside)}"), []).append(line)
@@ -271,11 +272,11 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
             "perplexity, pruned": number(pruned, 4),
             "pruned / dense": f"{number(pruned / dense)}×",
         }
-        for text, found in _part(run, "distance").items():
+        for text, distance in _distances(run).items():
             where = f"{_against(run.beside)} on {text}"
-            values |= {f"divergence{where}, nats": number(found["kl"]), f"same token{where}": percent(found["agreement"])}
-        if run.evaluation and run.evaluation.get("average") is not None:
-            values[f"mean accuracy of six tasks, {how_asked(run.evaluation)}"] = percent(run.evaluation["average"])
+            values |= {f"divergence{where}, nats": number(distance.kl), f"same token{where}": percent(distance.agreement)}
+        if run.evaluation and run.evaluation.average is not None:
+            values[f"mean accuracy of six tasks, {run.evaluation.asked}"] = percent(run.evaluation.average)
         values |= {
             "layer error before the update": percent(before),
             "layer error after": percent(after) if run.solver else NONE,
@@ -307,10 +308,10 @@ def _tasks(run: FinishedRun, label: list[str]) -> list[list[str]]:
             told(score.metric, score.value, score.error),
             f"{score.documents:,}",
         ]
-        for score in scores(_part(run, "tasks"))
+        for score in (run.evaluation.scores if run.evaluation else ())
     ]
-    if rows and run.evaluation and run.evaluation.get("average") is not None:
-        rows.append([*label, "mean of the six", "acc", NONE, percent(run.evaluation["average"]), NONE])
+    if rows and run.evaluation and run.evaluation.average is not None:
+        rows.append([*label, "mean of the six", "acc", NONE, percent(run.evaluation.average), NONE])
     return rows
 
 
@@ -324,9 +325,12 @@ def _error(value: float | None, scale: float = 1) -> str:
     return "" if value is None else f" ± {number(scale * value, 2)}"
 
 
-def _part(run: FinishedRun, name: str) -> Mapping[str, Any]:
-    """A part of evaluation.json, empty if it is missing. Folders of file names are removed if the names stay distinct."""
-    found = (run.evaluation or {}).get(name) or {}
+def _distances(run: FinishedRun) -> Mapping[str, Distance]:
+    return _by_short_name(run.evaluation.distance if run.evaluation else {})
+
+
+def _by_short_name(found: Mapping[str, T]) -> Mapping[str, T]:
+    """What was measured on each text, by its name. Folders of file names are removed if the names stay distinct."""
     short = {without_folders(text): value for text, value in found.items()}
     return short if len(short) == len(found) else found
 

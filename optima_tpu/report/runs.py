@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import UserError
-from optima_tpu.report.contents import EvaluationRecord, Report, Task
+from optima_tpu.report.contents import Report
+from optima_tpu.report.evaluation import EvaluationRecord
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.numbers import duration
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
@@ -15,7 +16,7 @@ from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import refuse_changed
 from optima_tpu.runtime.inside import refuse_links
-from optima_tpu.runtime.records import check_record, read_record
+from optima_tpu.runtime.records import read_record
 
 # Settings that change neither weights nor layer errors; labels leave them out.
 _ELSEWHERE = (
@@ -51,7 +52,7 @@ class FinishedRun(NamedTuple):
     place: str
     report: Mapping[str, Any]
     blocks: tuple[BlockReport, ...]
-    evaluation: Mapping[str, Any] | None
+    evaluation: EvaluationRecord | None
     another: str | None = None
 
     @property
@@ -74,12 +75,11 @@ class FinishedRun(NamedTuple):
     @property
     def beside(self) -> str:
         """The model that the evaluation compares with: "dense" for the model that was pruned, otherwise its name."""
-        evaluation, model = self.evaluation or {}, self.report["model"].get("fingerprint")
-        against = evaluation.get("against")
-        found = (evaluation.get("evaluated") or {}).get("against", {}).get("fingerprint")
-        if against is None or against == self.report["configuration"]["model"] or (found is not None and found == model):
+        if self.evaluation is None or self.evaluation.against in (None, self.report["configuration"]["model"]):
             return "dense"
-        return against
+        other = self.evaluation.evaluated.against
+        same = other is not None and other.fingerprint == self.report["model"].get("fingerprint")
+        return "dense" if same or self.evaluation.against is None else self.evaluation.against
 
     @property
     def earlier(self) -> float:
@@ -215,15 +215,6 @@ def _evaluation(place: str, report: Report) -> tuple[EvaluationRecord | None, st
         return None, None
     remedy = "move the file away, or evaluate again"
     refuse_changed(path.parent, [path.name], remedy)
-    values = read_record(path, EvaluationRecord, remedy)
-    if not {"perplexity", "distance", "tasks"} & values.keys():
-        raise UserError(f"expected the results of optima_tpu.evaluate in {path}, got something else; {remedy}")
-    for name, task in (values.get("tasks") or {}).items():
-        named = {"documents": task.get("documents"), "against": task.get("against")}
-        check_record(named, Task, path, remedy, inside=f"tasks.{name}")
-        numbers = {metric: value for metric, value in task.items() if metric not in named}
-        check_record(numbers, dict[str, float | None], path, remedy, inside=f"tasks.{name}")
-    of, manifest, model = values.get("evaluated"), report.get("manifest"), values.get("model")
-    # Earlier versions recorded only a name. It may be any name of the run, but not the name of the model that was pruned.
-    same = of["model"].get("manifest") == manifest if of and manifest else model != report["configuration"]["model"]
-    return (values, None) if same else (None, model)
+    evaluation = read_record(path, EvaluationRecord, remedy)
+    same = evaluation.evaluated.model.manifest == report.get("manifest")
+    return (evaluation, None) if same else (None, evaluation.model)

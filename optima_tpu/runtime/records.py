@@ -8,6 +8,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,7 +35,11 @@ DAMAGED = "the file is damaged, or another version of OPTIMA-TPU wrote it"
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file of this program holds, or a part of it. The file has every field, and no other."""
+    """What a file of this program holds, or a part of it. The file has no other field."""
+
+
+class Undeclared(msgspec.Struct, frozen=True):
+    """The entries of a dictionary that are read on their own. It may have others."""
 
 
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
@@ -113,6 +118,21 @@ def check_record(values: Any, kind: type[T], where: object, remedy: str = DAMAGE
     except RecursionError:
         raise UserError(f"{where}: expected JSON, got brackets that are nested too deeply; {remedy}") from None
     return values if typing.is_typeddict(kind) else read
+
+
+def within(field: str, values: Mapping[str, Any], kind: type[T]) -> T:
+    """The entries of a record's dictionary that are read on their own. The record's ``__post_init__`` calls it, too.
+
+    Args:
+      field: of the record, for the message.
+
+    Raises:
+      ValueError: an entry has another type, of which ``msgspec`` makes the error of the record.
+    """
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(_told(str(error), field)) from None
 
 
 def _told(problem: str, inside: str) -> str:

@@ -55,7 +55,7 @@ def test_a_model_without_hidden_states_has_a_distance_that_json_can_hold():
     config, tensors = tiny_llama()
     tensors.arrays["model.embed_tokens.weight"][: VOCAB - 1] = 0
     found = distance(*[Decoder.open(config, tensors, mesh(1, 1), 1)] * 2, np.minimum(TOKENS, VOCAB - 2))
-    record = json.loads(encoded(found._asdict()))
+    record = json.loads(encoded(found.distance))
     assert record["hidden_errors"] == [None] * BLOCKS and record["kl"] == 0
     assert number(record["hidden_errors"][-1]) == "not finite"
 
@@ -88,7 +88,7 @@ def expected():
 def test_it_is_what_float64_gives_on_any_mesh(expected, shape):
     errors, kls, agreements, perplexities = expected
     calls = []
-    found = distance(*models(shape), TOKENS, advance=lambda: calls.append(1), per_block=True)
+    found, *both = distance(*models(shape), TOKENS, advance=lambda: calls.append(1), per_block=True)
     assert len(calls) == BLOCKS * (1 + -(-len(TOKENS) // shape[0])) and found.tokens == 5 * 149
     assert 0.01 < min(errors) and 0.01 < kls[-1][0] and 0.05 < agreements[-1][0] < 0.95
     assert found.hidden_errors == pytest.approx(errors, rel=1e-5)
@@ -98,14 +98,14 @@ def test_it_is_what_float64_gives_on_any_mesh(expected, shape):
     assert found.agreements == pytest.approx([mean for mean, _ in agreements], abs=1.1 / found.tokens)
     assert found.agreement == found.agreements[-1]
     assert found.agreement_stderr == pytest.approx(agreements[-1][1], rel=0.05)
-    assert [found.dense_perplexity, found.pruned_perplexity] == pytest.approx(perplexities, rel=1e-6)
+    assert both == pytest.approx(perplexities, rel=1e-6)
 
 
 def test_a_model_is_at_no_distance_of_itself():
     dense, _ = models()
-    found = distance(dense, dense, TOKENS[:1])
-    assert (found.kl, found.agreement, found.hidden_errors) == (0.0, 1.0, [0.0] * BLOCKS)
-    assert found.dense_perplexity == found.pruned_perplexity
+    found, first, second = distance(dense, dense, TOKENS[:1])
+    assert (found.kl, found.agreement, found.hidden_errors) == (0.0, 1.0, (0.0,) * BLOCKS)
+    assert first == second
     assert found.kl_stderr is found.agreement_stderr is found.kls is found.agreements is None
 
 

@@ -26,6 +26,7 @@ from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.table import task_table
 from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
+from optima_tpu.report.evaluation import TaskResult
 from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime import checksums, signals
 from tests.support.processes import at_once, free_port, python, without_gloo
@@ -191,10 +192,11 @@ def test_the_record_has_the_harness_results_the_perplexities_and_the_distance(ev
     assert len(apart["hidden_errors"]) == 3 and apart["kls"] is None
     assert record["tasks"].keys() == {"tiny_group", "tiny_rolling"} and record["average"] is None
     group, own = record["tasks"]["tiny_group"], harness["results"]["tiny_group"]
-    assert (group["acc"], group["acc_stderr"], group["documents"]) == (own["acc,none"], own["acc_stderr,none"], 30)
-    assert group["against"].keys() == {"acc", "acc_stderr", "documents"}
-    assert record["tasks"]["tiny_rolling"]["byte_perplexity"] == harness["results"]["tiny_rolling"]["byte_perplexity,none"]
-    assert record["tasks"]["tiny_rolling"]["byte_perplexity_stderr"] is None
+    assert group["metrics"] == {"acc": own["acc,none"], "acc_stderr": own["acc_stderr,none"]} and group["documents"] == 30
+    assert group["against"].keys() == {"acc", "acc_stderr"}
+    rolling = record["tasks"]["tiny_rolling"]["metrics"]
+    assert rolling["byte_perplexity"] == harness["results"]["tiny_rolling"]["byte_perplexity,none"]
+    assert rolling["byte_perplexity_stderr"] is None
     assert harness["n-samples"]["tiny_choice"] == {"original": 30, "effective": 30}
     for words in (
         "both models on file:",
@@ -248,7 +250,7 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
             == 0
         )
         record = json.loads((out / "evaluation.json").read_text())
-        assert record["tasks"]["tiny_choice"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
+        assert record["tasks"]["tiny_choice"]["metrics"]["acc"] == expected["tasks"]["tiny_group"]["metrics"]["acc"]
         assert record["perplexity"][f"file:{text}"]["perplexity"] == pytest.approx(
             expected["perplexity"][f"file:{text}"]["perplexity"], rel=1e-5
         )
@@ -764,8 +766,8 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
     assert (first, second) == (0, 0) and "byte_perplexity" in printed
     assert without_gloo(other) == []
     record, expected = json.loads((tmp_path / "out" / "evaluation.json").read_text()), evaluated[0]
-    assert record["tasks"]["tiny_group"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
-    for path in (("tasks", "tiny_rolling", "byte_perplexity"), ("perplexity", f"file:{text}", "perplexity")):
+    assert record["tasks"]["tiny_group"]["metrics"]["acc"] == expected["tasks"]["tiny_group"]["metrics"]["acc"]
+    for path in (("tasks", "tiny_rolling", "metrics", "byte_perplexity"), ("perplexity", f"file:{text}", "perplexity")):
         found, wanted = (functools.reduce(lambda part, key: part[key], path, whole) for whole in (record, expected))
         assert found == pytest.approx(wanted, rel=1e-5)
     for task, told in (("tiny_empty", "document 1 of task tiny_empty"), ("tiny_late", "task tiny_late can't be scored")):
@@ -783,8 +785,8 @@ def test_the_settings_are_one_dataclass():
 
 
 def test_a_metric_that_the_other_model_has_no_number_for_has_no_change():
-    tasks = {"piqa": {"acc": 0.7, "f1": 0.5, "documents": 4, "against": {"acc": 0.6, "f1": None}}}
-    *_, against, change = (list(column.cells) for column in task_table(tasks, compared=True).columns)
+    scores = TaskResult(4, {"acc": 0.7, "f1": 0.5}, {"acc": 0.6, "f1": None}).scores("piqa")
+    *_, against, change = (list(column.cells) for column in task_table(list(scores), compared=True).columns)
     assert against == ["0.6000", "-"] and change == ["+0.100", "-"]
 
 
@@ -792,15 +794,15 @@ def test_a_metric_that_is_not_finite_is_none_and_one_beyond_all_numbers_is_told(
     task = SimpleNamespace(task_name="t", set_fewshot_seed=lambda seed: None)
     entry = {"perplexity,none": math.inf, "acc,none": 0.5, "acc_stderr,none": math.nan, "sample_len": 3}
     loaded = {"groups": {}, "tasks": {"t": task}}
-    expected = {"perplexity": None, "acc": 0.5, "acc_stderr": None, "documents": 3}
-    assert evaluate_tasks.metrics(loaded, {"results": {"t": entry}}) == {"t": expected}
+    expected = TaskResult(3, {"perplexity": None, "acc": 0.5, "acc_stderr": None}, {})
+    assert evaluate_tasks.task_results(loaded, {"results": {"t": entry}}) == {"t": expected}
     monkeypatch.setattr(evaluate_tasks, "evaluate", lambda *args, **options: math.exp(1000))
     with pytest.raises(UserError, match="a perplexity among the tasks is larger than any number of 64 bits"):
         evaluate_tasks.run_tasks(None, loaded)
 
 
 def test_the_paper_average_is_over_its_six_tasks():
-    accuracies = {name: {"acc": number / 10} for number, name in enumerate(PAPER)}
-    assert paper_average(accuracies) == pytest.approx(0.25)
-    del accuracies["mmlu"]
-    assert paper_average(accuracies) is None
+    results = {name: TaskResult(1, {"acc": number / 10}, {}) for number, name in enumerate(PAPER)}
+    assert paper_average(results) == pytest.approx(0.25)
+    del results["mmlu"]
+    assert paper_average(results) is None

@@ -20,7 +20,7 @@ from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.evaluate.task_settings import Asking
-from optima_tpu.evaluate.tasks import load_tasks, metrics, run_tasks
+from optima_tpu.evaluate.tasks import load_tasks, run_tasks, task_results
 from optima_tpu.report.progress import Progress
 from tests.support.meshes import mesh
 from tests.support.runs import only_error
@@ -215,7 +215,8 @@ def test_gsm8k_is_scored_offline_as_by_the_harness_for_both_models(school, refer
     with contextlib.redirect_stdout(printed):
         assert main([str(pruned), "--against", str(dense), *words, "--output", str(tmp_path / "out")]) == 0
     record, harness = (json.loads((tmp_path / "out" / name).read_text()) for name in ("evaluation.json", "lm_eval.json"))
-    found = record["tasks"]["gsm8k"]
+    result = record["tasks"]["gsm8k"]
+    found = result["metrics"]
     assert found["exact_match,flexible-extract"] == 0.6 and found["exact_match,strict-match"] == 0
     assert found["exact_match_stderr,flexible-extract"] == pytest.approx((0.6 * 0.4 / 4) ** 0.5)
     assert harness["chat_template"] == CHAT and harness["fewshot_as_multiturn"]
@@ -229,11 +230,11 @@ def test_gsm8k_is_scored_offline_as_by_the_harness_for_both_models(school, refer
 
     from lm_eval.evaluator import evaluate
 
-    for folder, own in ((pruned, found), (dense, found["against"])):
+    for folder, own in ((pruned, found), (dense, result["against"])):
         tasks = load_tasks(["gsm8k"], opened(folder), ASKING, str(TASKS / "gsm8k"), {"gsm8k": data})
         tasks["tasks"]["gsm8k"].set_fewshot_seed(seed=1234)
-        theirs = metrics(tasks, evaluate(reference(folder), tasks, **ASKING.prompts))["gsm8k"]
-        assert {name: own[name] for name in theirs} == pytest.approx(theirs)
+        theirs = task_results(tasks, evaluate(reference(folder), tasks, **ASKING.prompts))["gsm8k"]
+        assert own == pytest.approx(theirs.metrics)
 
     # Results of a chat are not those of plain prompts.
     plain = [word for word in words if word not in ("--apply_chat_template", "true")]

