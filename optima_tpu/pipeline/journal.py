@@ -53,8 +53,6 @@ from optima_tpu.runtime.checksums import damage, intact, keep, write_sums
 from optima_tpu.runtime.files import (
     LOCK,
     PARTIAL,
-    begin,
-    commit,
     read_here,
     refuse_unreachable,
     remove,
@@ -64,6 +62,7 @@ from optima_tpu.runtime.files import (
     written_here,
 )
 from optima_tpu.runtime.inside import refuse_links
+from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.processes import everywhere, first_only, from_first, is_first, together
 from optima_tpu.runtime.records import check_record
 from optima_tpu.runtime.signals import uninterrupted
@@ -239,24 +238,12 @@ class Journal:
         def clear():
             still_only_program(self.directory)
             self._refuse_lost()
-            with writing(entry, remedy):
-                begun = begin(entry), begin(states) if due else states
-                for path in (entry, states):
-                    remove(path)  # left by a damaged or unfinished block
-                if due:
-                    begun[1].mkdir(parents=True)
-                return begun
+            with writing(states, remedy):
+                remove(states)  # left by a damaged or unfinished block
 
         def write_states():
-            with writing(entry, remedy):
-                _write_states(partial_states, streams)
-
-        def finish():
-            with writing(entry, remedy):
-                if due:
-                    commit(partial_states, states)
-                write_sums(partial)
-                commit(partial, entry)
+            with writing(states, remedy):
+                _write_states(partial, streams)
 
         def forget_older():
             for old in states.parent.iterdir():
@@ -264,13 +251,13 @@ class Journal:
                     remove(old)
 
         with uninterrupted():
-            partial, partial_states = from_first(clear)
+            first_only(clear)
             if due:
-                together(write_states)
-            with writing(entry, remedy):
+                with keeping(states, remedy, sums=False) as partial:
+                    together(write_states)
+            with keeping(entry, remedy) as partial:
                 tree = {"weights": dict(weights), "masks": dict(masks)} | ({"scales": dict(scales)} if scales else {})
                 save_tree(partial, tree, {"report": dict(report)})
-            first_only(finish)
             self.finished.add(index)
             self.damaged.pop(index, None)
             if due:
@@ -353,6 +340,7 @@ class Journal:
 
 def _write_states(folder: Path, streams: Sequence[HiddenStates]) -> None:
     """Writes the windows of this process that no process with a lower number holds, and their checksum."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = _owned_rows(streams[0])
     if not len(rows) and not is_first():
         return

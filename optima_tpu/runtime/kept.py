@@ -1,10 +1,13 @@
-"""JSON records that a run keeps in its directory: written by one process with their checksums, read by all."""
+"""What a run keeps in its directory with checksums: JSON records that one process writes, and folders that all processes write."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from optima_tpu.runtime.checksums import AGAIN, keep
+from optima_tpu.runtime.checksums import AGAIN, keep, write_sums
+from optima_tpu.runtime.files import begin, commit, remove, writing
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import encoded, known_record
 
@@ -37,3 +40,35 @@ class KeptRecord(Generic[T]):
           UserError: the disk is full or not writable.
         """
         first_only(lambda: keep(directory, {self.name: encoded(record)}, self.remedy))
+
+
+@contextlib.contextmanager
+def keeping(path: Path, remedy: str, sums: bool = True) -> Iterator[Path]:
+    """Yields where every process writes its part of a folder. Behind the body the folder gets its checksums, and its name in one step.
+
+    A folder that has the name is replaced. If the body fails, the next start of the run removes what is left.
+
+    Args:
+      remedy: what is still intact and what to do, for the message.
+      sums: False where each process writes the checksums of its own files, which process 0 need not read then.
+
+    Raises:
+      UserError: the disk is full or not writable; in every process, where process 0 found it.
+    """
+
+    def started() -> Path:
+        with writing(path, remedy):
+            partial = begin(path)
+            remove(path)
+            return partial
+
+    def finish() -> None:
+        with writing(path, remedy):
+            if sums:
+                write_sums(partial)
+            commit(partial, path)
+
+    partial = from_first(started)
+    with writing(path, remedy):
+        yield partial
+    first_only(finish)

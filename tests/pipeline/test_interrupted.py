@@ -39,7 +39,7 @@ for journal, write in zip(journals, writes):
 def test_a_full_disk_is_one_line_and_costs_no_finished_block(tmp_path):
     result = python("-W", "ignore", "-c", FULL_DISK, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    paths = ("weights/journal/block_0001", "activations/journal/block_0001", "checkpoint/checkpoint")
+    paths = ("weights/journal/block_0001", "activations/activations/block_0001", "checkpoint/checkpoint")
     for line, path in zip(result.stdout.splitlines(), paths, strict=True):
         assert line.startswith(f"could not write {tmp_path / path}: File too large; ") and "intact; make room" in line
     for what in ("weights", "activations", "checkpoint"):

@@ -111,8 +111,8 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.slow
-def test_a_bucket_that_is_not_there_is_one_line(bucket, capsys):
-    assert main(["--model", "nowhere", "--output", "gs://another/run"]) == 2
+def test_a_bucket_that_is_not_there_is_one_line(bucket, tmp_path, capsys):
+    assert main(["--model", str(tmp_path), "--output", "gs://another/run"]) == 2
     assert only_error(capsys.readouterr().err).startswith("error: could not write gs://another/run: ")
 
 
@@ -122,16 +122,16 @@ def test_a_run_in_a_bucket_that_is_killed_anywhere_goes_on_to_the_bits_of_one_in
     command = [*finished.arguments, "--output", str(directory)]
     kills = [
         ("pipeline.journal", "save_tree", 2, [0]),  # nothing of the second block's entry is written yet
-        ("pipeline.journal", "write_sums", 2, [0]),  # the whole of it but its checksums
-        ("pipeline.journal", "commit", 2, [0]),  # all of it, and it does not count yet
-        ("models.checkpoints.orbax", "commit", 1, [0, 1, 2]),
-        ("export", "commit", 1, [0, 1, 2]),
+        ("runtime.kept", "write_sums", 1, [0]),  # the whole of it but its checksums
+        ("runtime.kept", "commit", 1, [0]),  # all of it, and it does not count yet
+        ("runtime.kept", "commit", 3, [0, 1, 2]),  # two blocks, and all of the checkpoint
+        ("runtime.files", "commit", 1, [0, 1, 2]),  # all of the export
     ]
     for module, name, call, blocks in kills:
         killed = python("-c", KILLED, module, name, call, *command)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert finished_blocks(directory) == blocks, name
-        assert "damaged" not in killed.stdout
+        assert "is damaged" not in killed.stdout
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "resuming     3 of 3 blocks are done" in printed and f"{directory}/hf" in printed

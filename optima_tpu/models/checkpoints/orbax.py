@@ -29,11 +29,12 @@ from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.report.run_record import RunRecord, read_run, recorded_command
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, reached
-from optima_tpu.runtime.checksums import damage, write_sums
-from optima_tpu.runtime.files import begin, commit, complete, writing
+from optima_tpu.runtime.checksums import damage
+from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.inside import inside, refuse_links
+from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.mesh import spread
-from optima_tpu.runtime.processes import alone, first_only, from_first
+from optima_tpu.runtime.processes import alone, from_first
 from optima_tpu.runtime.records import Share, check_record
 
 CHECKPOINT = "checkpoint"
@@ -202,8 +203,7 @@ def write_checkpoint(
             shape, NamedSharding(mesh, spread(mesh, shape)), lambda index: source.read(name, index or (...,))
         )
 
-    with writing(final, "all finished blocks are intact; make room and repeat the command"):
-        partial = from_first(lambda: begin(final))
+    with keeping(final, "all finished blocks are intact; make room and repeat the command") as partial:
         entries = [journal.entry(index) for index in sorted(journal.finished)]
         saved, names = _leaves({entry: read_metadata(entry).metadata for entry in entries}, "weights"), set(source.names())
         for name, leaf in saved.items():
@@ -216,12 +216,6 @@ def write_checkpoint(
             "stacked": sorted(source.stacks) if isinstance(source, Unstacked) else [],
         }
         save_tree(partial, {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}, metadata)
-
-        def finish():
-            write_sums(partial)
-            commit(partial, final)
-
-        first_only(finish)
 
 
 def _read(path: Path) -> tuple[_Metadata, dict[Path, Mapping[str, Any]]]:

@@ -14,8 +14,9 @@ from optima_tpu.pipeline.distill.model import TrainedBlocks, on_host
 from optima_tpu.pipeline.distill.outcome import DISTILLED, REMEDY, Distilled
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Check
-from optima_tpu.runtime.checksums import damage, write_sums
-from optima_tpu.runtime.files import begin, commit, remove, writing
+from optima_tpu.runtime.checksums import damage
+from optima_tpu.runtime.files import remove
+from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import Count, Record, check_record, json_values
 from optima_tpu.runtime.signals import uninterrupted
@@ -54,21 +55,8 @@ def write_blocks(
 
 def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Writes an Orbax checkpoint with its checksums, in one step."""
-    with uninterrupted(), writing(path, REMEDY):
-
-        def clear() -> Path:
-            partial = begin(path)
-            remove(path)
-            return partial
-
-        partial = from_first(clear)
+    with uninterrupted(), keeping(path, REMEDY) as partial:
         save_tree(partial, {name: group for name, group in tree.items() if group}, metadata)
-
-        def finish() -> None:
-            write_sums(partial)
-            commit(partial, path)
-
-        first_only(finish)
 
 
 class States:
