@@ -39,7 +39,7 @@ def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[
     if record.tasks:
         show(console, task_table(record.scores, record.against is not None))
     if record.average is not None:
-        console.print(f"average     {record.average:.4f}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
+        console.print(f"average     {number(record.average, 4)}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
     width = max(map(len, files)) + 2
     console.print(
         "\n".join(["", *(f"{what:<{width}}{path}" for what, path in files.items())]),

@@ -5,13 +5,18 @@ from collections.abc import Callable
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``value`` with ``digits`` significant digits and no exponent below 1e15: "0.0123", "12.3", "1234". None is not finite, as in records."""
+    """``value`` with ``digits`` significant digits: "0.0123", "12.3", "1234", "2.00e-9". None is not finite, as in records.
+
+    It has an exponent from 1e15 on and below 1e-5.
+    """
     if value is None or not math.isfinite(value):
         return "not finite"
     if value == 0:
         return "0"
-    if abs(value) >= 1e15:  # as the perplexity of a model that is ruined: e^709 has 308 digits
-        return f"{value:.{digits - 1}e}".replace("e+", "e")
+    # The perplexity of a ruined model may be e^709, with 308 digits; the divergence of two equal models 2e-9.
+    if not 1e-5 <= abs(value) < 1e15:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
     # Rounding may add a digit before the point: 9.996 becomes 10.0, not 10.00.
     decimals = max(digits - 1 - math.floor(math.log10(abs(round(value, decimals)))), 0)

@@ -82,11 +82,15 @@ def test_a_table_keeps_its_digits_whatever_the_width(terminal):
         (0.0001234, "0.000123"),
         (1234.5, "1234"),
         (-0.5, "-0.500"),
+        (1e-5, "0.0000100"),
+        (2e-9, "2.00e-9"),
+        (-9.999e-6, "-1.00e-5"),
+        (1.5e15, "1.50e15"),
         (math.inf, "not finite"),
         (math.nan, "not finite"),
     ],
 )
-def test_numbers_have_three_significant_digits_and_no_exponent(value, text):
+def test_numbers_have_three_significant_digits_and_few_zeros(value, text):
     assert number(value) == text
 
 

@@ -28,7 +28,7 @@ from optima_tpu.method.distillation import Distillation, cross_entropy, hidden_e
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
-from optima_tpu.report.numbers import percent
+from optima_tpu.report.numbers import number, percent
 from optima_tpu.runtime.mesh import DATA, divisible, on_cpu, spread, struct_on
 
 Tree = dict[str, Array]
@@ -330,7 +330,7 @@ class NextToken:
         return self.method.words
 
     def amount(self, mean: float) -> str:
-        return f"{mean:.4f} nats"
+        return f"{number(mean, 4)} nats"
 
     def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
         return head_losses(self.method.loss, self.head, dense, pruned, tokens, there)

@@ -15,6 +15,7 @@ from optima_tpu.pipeline.distill.outcome import FOLDER
 from optima_tpu.pipeline.distill.states import State, States, write_blocks
 from optima_tpu.pipeline.distill.windows import Feed, Inputs, TrainingStream
 from optima_tpu.report.contents import Check, Outcome
+from optima_tpu.report.numbers import number
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.processes import from_first
@@ -161,7 +162,9 @@ class Training:
             self.best = self.model.rounded()
         self.checks, self.losses = [*self.checks, found], []
         self.seconds += time.monotonic() - start
-        told = f"held-out {goal.words} {goal.amount(found.held_out)}" + (f", perplexity {perplexity:.2f}" if perplexity else "")
+        told = f"held-out {goal.words} {goal.amount(found.held_out)}" + (
+            f", perplexity {number(perplexity, 4)}" if perplexity else ""
+        )
         if found.training is None:
             return self._note(f"{told} before the first step")
         self._tell(f"{told}; {goal.amount(found.training)} on the text of the steps before it")
