@@ -110,12 +110,12 @@ def _alone_in_run(run: Path, out: Path) -> contextlib.AbstractContextManager[Non
 
 
 def _weight_files(form: str, plain: int, small: int) -> str:
-    """What the files of weights take in bytes, dense and in a form. Zeros make no plain file smaller."""
-    return f"weight files: dense {plain:,} bytes, pruned {plain:,}, {form} {small:,} ({small / plain:.3f} of the dense)"
+    """What the files of weights take in bytes, plain and in a form."""
+    return f"weight files: plain {plain:,} bytes, {form} {small:,} ({small / plain:.3f} of the plain)"
 
 
 def sizes(packed: "Packed") -> str:
-    """What the files of weights take: dense, pruned and packed, in bytes; and in bits a weight the matrices with masks of their own."""
+    """What the files of weights take, plain and packed, in bytes; and in bits a weight the matrices with masks of their own."""
     plain, small = packed.unpacked_bytes, packed.packed_bytes
     files = _weight_files("packed", plain, small)
     if not packed.masks:
@@ -125,7 +125,7 @@ def sizes(packed: "Packed") -> str:
     before, after = (
         8 * sum(found) / weights for found in ((tensor.nbytes for tensor in pruned), (sum(tensor.parts) for tensor in pruned))
     )
-    return f"{files}\npruned matrices: {weights:,} weights; bits a weight: dense {before:.2f}, pruned {before:.2f}, packed {after:.2f}"
+    return f"{files}\npruned matrices: {weights:,} weights; bits a weight: plain {before:.2f}, packed {after:.2f}"
 
 
 main = functools.partial(command.main, "export")

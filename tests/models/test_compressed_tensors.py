@@ -145,7 +145,7 @@ def test_every_width_and_dtype_comes_back(tmp_path, capsys, bits, dtype):
         first, *_, last = capsys.readouterr().out.splitlines()
         assert first.startswith(f"writing and checking {len(source.names())} tensors of {dense:,} bytes as {form}")
         (small,) = (path.stat().st_size for path in (tmp_path / out).iterdir() if path.suffix in (".safetensors", ".gguf"))
-        sizes = f"weight files: dense {dense:,} bytes, pruned {dense:,}, {form} {small:,} ({small / dense:.3f} of the dense)"
+        sizes = f"weight files: plain {dense:,} bytes, {form} {small:,} ({small / dense:.3f} of the plain)"
         assert last == (f"wrote {tmp_path / out}" if form == "plain" else sizes)
     assert_the_same(tmp_path / "out", tmp_path / "plain", bits)
     assert_gguf_is_the_same(tmp_path / "gguf", tmp_path / "plain", bits, weights, scales)

@@ -489,8 +489,8 @@ def test_a_packed_export_unpacks_to_the_plain_export(run, tmp_path, limit, capsy
     plain = sum(path.stat().st_size for path in (tmp_path / "plain" / "out").glob("*.safetensors"))
     small = sum(path.stat().st_size for path in (tmp_path / "small" / "out").glob("*.safetensors"))
     small += (tmp_path / "small" / "out" / INDEX).stat().st_size
-    assert f"dense {plain:,} bytes, pruned {plain:,}, packed {small:,} ({small / plain:.3f} of the dense)" in printed
-    assert "1,152 weights; bits a weight: dense 16.00, pruned 16.00, packed " in printed
+    assert f"weight files: plain {plain:,} bytes, packed {small:,} ({small / plain:.3f} of the plain)" in printed
+    assert "1,152 weights; bits a weight: plain 16.00, packed " in printed
     assert unpacking.main([str(tmp_path / "small" / "out"), str(tmp_path / "out")]) == 0
     assert_same_folder(tmp_path / "out", tmp_path / "plain" / "out")
     assert unpacking.main([str(tmp_path / "out"), str(tmp_path / "again")]) == 2
