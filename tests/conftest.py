@@ -14,7 +14,9 @@ from optima_tpu.runtime.xla_flags import is_known
 _COMPILED = tempfile.TemporaryDirectory(prefix="optima-tpu-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
 os.environ["OPTIMA_TPU_CACHE"] = os.path.join(_COMPILED.name, "texts")  # not the one of whoever runs the tests
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Before numpy and torch are imported: the threads of their linear algebra spin while they wait, and the workers need the cores.
+os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 # Most of the time here goes to compiling small programs. XLA's passes all run, collectives and fusions are what they are in
 # a run; only LLVM optimises the machine code less, and fusions get it from XLA's older emitters, which need less than half of the
 # time. Those are on their way out, and XLA ends a process that gives it a flag it does not know. Nor does LLVM get a program in
