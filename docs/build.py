@@ -739,7 +739,7 @@ The dense model is the floor; the best pruned model of a column is bold.
 | [The tables of the OPTIMA paper](paper.md) | on SmolLM2-135M, and agreement with other programs |
 | [Gemma 3 270M](gemma3.md) | a second model, half of its weights |
 | [Time, memory, size and stops](speed.md) | all on CPU cores |
-| [Other JAX programs](ecosystem.md) | logits and zeros in MaxText, Tunix and Qwix |
+| [In other programs](ecosystem.md) | logits and zeros in MaxText, Tunix, Qwix, vLLM, llama.cpp and OpenVINO |
 
 Not measured: other models, and anything on a TPU or a GPU. Plans for TPU slices are estimates: `configs/plans/README.md`.
 """
@@ -783,7 +783,9 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
                 ("calibration-text", "windows", "written-windows"),
                 ("calibration-size", "few-tokens", "few-tokens-wide", "written-choice"),
             ),
-            "Training after pruning": Group(("distillation", "recovery-tokens"), ("recovery", "recovery-starts")),
+            "Training after pruning": Group(
+                ("distillation", "recovery-tokens"), ("recovery", "recovery-starts", "block-training")
+            ),
         },
     ),
     "paper": (
@@ -816,10 +818,10 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         },
     ),
     "ecosystem": (
-        "# In other JAX programs\n\n"
-        "Whether a pruned model arrives in MaxText, Tunix and Qwix, and stays pruned there. All on a CPU. How to take it there: "
-        f"[the guide](../guides/jax-programs.md). {_ARROWS}",
-        {"What arrives": Group(("arrival",)), "What training leaves": Group(("keep-zeros",))},
+        "# In other programs\n\n"
+        "Whether a pruned model arrives elsewhere, and stays pruned there. All on a CPU. How to take it there: "
+        f"[other JAX programs](../guides/jax-programs.md), [serving](../guides/serving.md). {_ARROWS}",
+        {"What arrives": Group(("arrival", "serving")), "What training leaves": Group(("keep-zeros",))},
     ),
 }
 
