@@ -700,8 +700,9 @@ def _without_arrows(text: str) -> str:
 
 def _record_link(name: str, record: Record) -> str:
     """Where everything about a table stands."""
-    notes = f", {len(record.notes)} note{'s' if len(record.notes) > 1 else ''}" if record.notes else ""
-    return f"[Record: {record.draws or 'draws not recorded'}{notes}](records/{name}.json)."
+    facts = [record.draws] if record.draws not in (None, "not applicable") else []
+    facts += [f"{len(record.notes)} note{'s' if len(record.notes) > 1 else ''}"] if record.notes else []
+    return f"[Record{': ' if facts else ''}{', '.join(facts)}](records/{name}.json)."
 
 
 _INDEX = """\
@@ -725,10 +726,10 @@ The dense model is the floor; the best pruned model of a column is bold.
 - A *layer error* is the squared change of a layer's output, relative to the output itself. *Held out* means: on windows that no weight
   was fitted to.
 - *Draws* are random choices of the calibration windows. Differences below about 1% on C4 and 2% on WikiText-2 are noise.
-- **Each table names its record**, a JSON file with the commands, the commit, the hardware, the texts and notes. Commands take their
-  texts from files: `c4.jsonl` has 1,200 documents of C4 (`en`, train), `c4.validation.jsonl` 200 of its validation set, a document a
-  line, and `wiki.test.raw.txt` is the raw WikiText-2 test set. They are those of the recorded commit, when windows were called samples:
-  `calibration.samples` still stands for `calibration.windows`.
+- **Each table names its record**, a JSON file with the commands, the commit, the hardware, the texts and notes. Commands are
+  those of the recorded commit; where windows were called samples then, `calibration.samples` still stands for `calibration.windows`. Their
+  texts are files: `c4.jsonl` has 1,200 documents of C4 (`en`, train), `c4.validation.jsonl` 200 of its validation set, a document a line,
+  and `wiki.test.raw.txt` is the raw WikiText-2 test set.
 
 ## What was measured { #measured }
 
@@ -809,7 +810,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         f"All on CPU cores; no TPU or GPU was at hand. {_ARROWS} A model with zeros runs as fast as the dense one; one with "
         "[cut neurons](smollm2.md#cut-neurons) is faster.",
         {
-            "Whole runs": Group(("first-command", "preset-times", "bytes"), ("start-up", "whole-run")),
+            "Whole runs": Group(("first-command", "bytes"), ("preset-times", "start-up", "whole-run")),
             "Parts of a run": Group(("solvers", "kernels", "generation"), ("mpax-rounds",)),
             "For accelerators that were not there": Group((), ("compiled-programs", "rough-products")),
             "Memory": Group(("depth",)),
@@ -849,7 +850,7 @@ def results_page(page: str) -> str:
     for title, group in groups.items():
         blocks += [f"## {title}", *(block for name in group.tables for block in _record_section(name, 3))]
         if group.lines:
-            blocks += ["More, by their records:", "\n".join(map(_record_line, group.lines))]
+            blocks += [*(["More, by their records:"] if group.tables else []), "\n".join(map(_record_line, group.lines))]
     return "\n\n".join(blocks)
 
 
