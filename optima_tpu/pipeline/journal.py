@@ -87,9 +87,9 @@ def refuse_unusable(directory: Path) -> None:
     Raises:
       UserError: as :func:`refuse_unreachable`, or the directory holds files that are not a run of any settings.
     """
-    refuse_unreachable(directory)
 
     def check():
+        refuse_unreachable(directory)
         with writing(directory, _ANOTHER):
             _refuse_other_files(directory.absolute())
 

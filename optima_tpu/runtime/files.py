@@ -83,25 +83,21 @@ def _elsewhere(error: Exception, path: Path) -> str:
 
 
 def refuse_unreachable(directory: Path) -> None:
-    """Tests whether a bucket can be written to, before hours of work. A local folder is checked when it is made.
+    """Tests whether a bucket can be written to, before hours of work. Process 0 calls it. A local folder is checked when it is made.
 
     Raises:
       UserError: the bucket does not exist, or the user has no permission; or a local path has a bracket or a backslash, which
         breaks the patterns by which Orbax finds its files, or a byte that is not UTF-8.
     """
-    if not in_bucket(directory) and (found := re.search(r"[\[\\\ud800-\udfff]", str(directory.absolute()))):
+    if in_bucket(directory):
+        with writing(directory, "check the bucket's name, and run `gcloud auth application-default login`"):
+            (directory / (LOCK + PARTIAL)).write_bytes(b"")
+            remove(directory / (LOCK + PARTIAL))
+    elif found := re.search(r"[\[\\\ud800-\udfff]", str(directory.absolute())):
         raise UserError(
             f"expected a directory without {found[0]} in its path, since Orbax would not find its own files there, got "
             f"{directory.absolute()}; choose another --output"
         )
-
-    def attempt():
-        with writing(directory, "check the bucket's name, and run `gcloud auth application-default login`"):
-            (directory / (LOCK + PARTIAL)).write_bytes(b"")
-            remove(directory / (LOCK + PARTIAL))
-
-    if in_bucket(directory):
-        first_only(attempt)
 
 
 @contextlib.contextmanager

@@ -144,7 +144,9 @@ def test_a_run_in_a_bucket_that_is_killed_anywhere_goes_on_to_the_bits_of_one_in
     assert export.main([str(directory), str(tmp_path / "hf")]) == 0
     for name in ("model.safetensors", "pruning_masks.npz"):
         assert (tmp_path / "hf" / name).read_bytes() == (finished.directory / "hf" / name).read_bytes()
-    assert export.main([str(finished.directory), f"{directory}/hf"]) == 2
+    assert export.main([str(finished.directory), f"{directory}/hf"]) == 0
+    assert "holds this export already" in capsys.readouterr().out
+    assert export.main([str(finished.directory), f"{directory}/journal"]) == 2
     assert "which is not empty" in capsys.readouterr().err
 
     assert main([*command, "--pattern", "0.6"]) == 2
