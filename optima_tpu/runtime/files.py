@@ -9,18 +9,14 @@ absent while a marker object exists beside it.
 import contextlib
 import errno
 import hashlib
-import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import filelock
-import numpy as np
-from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, copy, in_bucket, objects_in, reached, refuse_other, stored_digest, take_over
@@ -369,17 +365,3 @@ def _here(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / path.name
-
-
-class Tensors(Protocol):
-    """Named tensors that are not read yet."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> np.dtype: ...
-
-
-def split_by_size(source: Tensors, names: Iterable[str], limit: int, pattern: str = "{suffix}") -> StateDictSplit:
-    """Assigns tensors to files of at most ``limit`` bytes, in order. A larger tensor gets a file of its own."""
-    sizes = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in names}
-    return split_state_dict_into_shards_factory(sizes, get_storage_size=int, max_shard_size=limit, filename_pattern=pattern)

@@ -13,6 +13,7 @@ load.
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import safetensors
 import safetensors.numpy
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config, scale_of_inputs
@@ -32,7 +34,7 @@ from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of, stacks_of_parts
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.bounds import byte_count
-from optima_tpu.runtime.files import split_by_size, written_here
+from optima_tpu.runtime.files import written_here
 from optima_tpu.runtime.processes import alone
 
 GGUF_FILE = "model.gguf"
@@ -114,8 +116,14 @@ class Plain(Form):
     def __init__(self, run: Exported, options: Options):
         super().__init__(run, options)
         self._stacked = Stacked(run.source, self.stacked)
-        limit = byte_count("a shard size", options.max_shard_size)
-        self._split = split_by_size(self._stacked, self._stacked.names(), limit, "model{suffix}.safetensors")
+        stacked = self._stacked
+        # A tensor that is larger than a file may be gets one of its own.
+        self._split = split_state_dict_into_shards_factory(
+            {name: math.prod(stacked.shape(name)) * stacked.dtype(name).itemsize for name in stacked.names()},
+            get_storage_size=int,
+            max_shard_size=byte_count("a shard size", options.max_shard_size),
+            filename_pattern="model{suffix}.safetensors",
+        )
 
     def write(self, folder: Path) -> tuple[list[str], Zeros]:
         _, zeros = super().write(folder)
