@@ -19,7 +19,6 @@ from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, s
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.report.run_record import read_run
-from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.files import begin
 from optima_tpu.runtime.version import code_version
 from tests.support import fake_run
@@ -256,24 +255,6 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
     before = contents(tmp_path)
     write_checkpoint(journal, source, mesh(1, 1))
     assert contents(tmp_path) == before
-
-
-def test_a_checkpoint_of_an_earlier_version_is_read_alone(tmp_path):
-    """It holds the blocks itself, and names no parts."""
-    source = small_model()
-    fake_run.finished_run(tmp_path, source)
-    whole, metadata = CheckpointTensors(tmp_path), checkpoint.read_metadata(tmp_path / "checkpoint").custom_metadata
-    tree = {"weights": whole.load(whole.names()), "masks": whole.masks(whole.pruned())}
-    shutil.rmtree(tmp_path / "checkpoint")
-    checkpoint.save_tree(tmp_path / "checkpoint", tree, {"run": metadata["run"]})
-    write_sums(tmp_path / "checkpoint")
-    shutil.rmtree(tmp_path / "journal")
-    again = CheckpointTensors(tmp_path)
-    assert (again.names(), again.pruned(), again.run) == (whole.names(), whole.pruned(), whole.run)
-    assert checkpoint.checkpointed_blocks(tmp_path) == whole.run["blocks"]
-    assert not checkpoint.checkpoint_damage(tmp_path)
-    for name, array in again.load(again.names()).items():
-        assert_same(array, tree["weights"][name])
 
 
 def test_the_blocks_are_plain_orbax_checkpoints(tmp_path):

@@ -31,7 +31,7 @@ from optima_tpu.models.checkpoints.maxtext import STEP, layout_of
 from optima_tpu.models.checkpoints.orbax import block_of, save_items
 from optima_tpu.models.checkpoints.packed import MASKS, Packer, write_masks
 from optima_tpu.models.checkpoints.source import Pretrained
-from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of, stacks_of_parts
+from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.files import written_here
@@ -75,8 +75,7 @@ class Form:
     next: ClassVar[str] = ""
 
     def __init__(self, run: Exported, options: Options):
-        self.run, stacks, listed = run, stacks_of(run.architectures()), run.source.stacked
-        self.stacked = stacks_among(stacks_of_parts(run.source.names(), stacks) if listed is None else listed, stacks)
+        self.run, self.stacked = run, stacks_among(run.source.stacked, stacks_of(run.architectures()))
         if self.stacked and not self.stacks:
             raise UserError(
                 f"expected --format {Plain.name} or {PackedForm.name} for a model that stores its experts in one tensor, got "

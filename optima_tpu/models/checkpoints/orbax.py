@@ -3,8 +3,7 @@
     RUN/checkpoint/             an Orbax checkpoint of the tensors that belong to no block; its custom metadata names the blocks' own
 
 A block is written once: its Orbax checkpoint in the journal, or behind a training the one in RUN/distilled, is its part of the
-whole. RUN/checkpoint gets its name in one step, after its contents are on the disk. Earlier versions wrote the blocks there a
-second time; such a checkpoint names no parts and is read as it is. No other module imports Orbax.
+whole. RUN/checkpoint gets its name in one step, after its contents are on the disk. No other module imports Orbax.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, Protocol, Self, TypedDict
+from typing import Any, NamedTuple, Protocol, Self, TypedDict
 
 import jax
 import numpy as np
@@ -62,8 +61,8 @@ class _Metadata(TypedDict):
     """
 
     run: _PrunedRun
-    parts: NotRequired[list[str]]
-    stacked: NotRequired[list[str]]
+    parts: list[str]
+    stacked: list[str]
 
 
 def quiet_orbax() -> None:
@@ -218,17 +217,10 @@ def write_checkpoint(
         save_tree(partial, {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}, metadata)
 
 
-def _read(path: Path) -> tuple[_Metadata, dict[Path, Mapping[str, Any]]]:
-    """The metadata of RUN/checkpoint, and the tree of each Orbax checkpoint that is part of it."""
-    metadata = read_metadata(path)
-    record = check_record(metadata.custom_metadata, _Metadata, path)
-    parts = {part: read_metadata(part).metadata for part in _parts(path, record).values()}
-    return record, {path: metadata.metadata, **parts}
-
-
-def _parts(path: Path, record: _Metadata) -> dict[str, Path]:
-    """The checkpoints of the blocks that RUN/checkpoint names, by these names."""
-    return {part: inside(path.parent, part, path) for part in record.get("parts", ())}
+def _opened(path: Path) -> tuple[_Metadata, dict[str, Path]]:
+    """The metadata of RUN/checkpoint, and the checkpoints of the blocks that it names, by these names."""
+    record = check_record(read_metadata(path).custom_metadata, _Metadata, path)
+    return record, {part: inside(path.parent, part, path) for part in record["parts"]}
 
 
 def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
@@ -240,8 +232,8 @@ def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
     path = directory / CHECKPOINT
     if not complete(path):
         return None
-    record = check_record(read_metadata(path).custom_metadata, _Metadata, path)
-    return record["run"]["blocks"] if all(map(complete, _parts(path, record).values())) else None
+    record, parts = _opened(path)
+    return record["run"]["blocks"] if all(map(complete, parts.values())) else None
 
 
 def checkpoint_damage(directory: Path) -> str:
@@ -249,7 +241,7 @@ def checkpoint_damage(directory: Path) -> str:
     path = directory / CHECKPOINT
     if found := damage(path):
         return found
-    parts = _parts(path, check_record(read_metadata(path).custom_metadata, _Metadata, path))
+    _, parts = _opened(path)
     whys = ((name, damage(part) if part.exists() else "is missing") for name, part in parts.items())
     return next((f"{part}: {why}" for part, why in whys if why), "")
 
@@ -371,8 +363,7 @@ class CheckpointTensors(OrbaxTensors):
 
     Attributes:
       run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
-      stacked: the names of the source's tensors that were taken apart, see ``stacks``. None in a checkpoint of an earlier version,
-        which took apart those of every gpt-oss and of no other model.
+      stacked: the names of the source's tensors that were taken apart, see ``stacks``.
 
     Raises:
       UserError: the run is not finished.
@@ -393,9 +384,9 @@ class CheckpointTensors(OrbaxTensors):
             raise UserError(
                 f"expected a finished run, got {directory}, which has no checkpoint yet; to finish it, repeat {command}"
             )
-        record, trees = _read(path)
-        self.run, self.stacked = record["run"], record.get("stacked")
-        super().__init__(trees)
+        record, parts = _opened(path)
+        self.run, self.stacked = record["run"], record["stacked"]
+        super().__init__({each: read_metadata(each).metadata for each in (path, *parts.values())})
 
 
 def block_of(name: str) -> str:

@@ -31,16 +31,6 @@ def stacks_among(names: Iterable[str], stacks: Mapping[str, Stack]) -> dict[str,
     return {name: stacks[stack].behind(name.removesuffix(stack)) for name, stack in found}
 
 
-def stacks_of_parts(names: Iterable[str], stacks: Mapping[str, Stack]) -> list[str]:
-    """The stacks that a checkpoint without a record of them was made of, if it was made of stacks: by what the first expert has.
-
-    Args:
-      names: the names of :class:`Unstacked`.
-    """
-    firsts = {"." + stack.parts[0].replace("*", "0"): name for name, stack in stacks.items()}
-    return [name.removesuffix(first) + "." + stack for name in names for first, stack in firsts.items() if name.endswith(first)]
-
-
 class _Place(NamedTuple):
     """Where a parameter of an expert stands: in which tensor, which expert and which part it is."""
 
