@@ -13,7 +13,7 @@ or to another form of it; see ``forms.py``.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Sidecar(TypedDict):
 
     manifest: Manifest
     files: list[str]
-    form: NotRequired[dict[str, Any]]
+    form: dict[str, Any]
 
 
 class ExportOutcome(NamedTuple):
@@ -97,7 +97,7 @@ def export(
         )
     writer, dense = FORMS[form](run, options), total_bytes(run.source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _is_whole_export(out, run.source.run["manifest"], form, options):
+        if _is_whole(out, run.source.run["manifest"], form == PackedForm.name, _written_as(form, options)):
             say(f"{out} holds this export already, whole by its checksums: nothing is left to do")
             return ExportOutcome(dense, False)
         remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run["manifest"], own=out.parent == directory))
@@ -141,20 +141,22 @@ def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
 
     Reads all of it, to compare the checksums.
     """
-    out = as_path(out)
-    written = _written(out, read_run(run_directory)["manifest"])
-    # A packed export names the files of the plain one, and holds others.
-    return complete(out) and written is not None and written <= known(out).keys() and not damage(out)
+    return _is_whole(as_path(out), read_run(run_directory)["manifest"])
 
 
-def _is_whole_export(out: Path, manifest: Mapping[str, Any], form: str, options: Options) -> bool:
-    """Whether a folder holds the whole export of that run in that form, as behind a command that was killed after its last step."""
+def _is_whole(out: Path, manifest: Mapping[str, Any], packed: bool = False, form: Mapping[str, Any] | None = None) -> bool:
+    """Whether a folder holds the whole export of that run, as behind a command that was killed after its last step.
+
+    Args:
+      packed: whether in the packed form, whose entry "form" is the plain one's.
+      form: the entry "form" of its optima_tpu.json; None takes any.
+    """
     sidecar = known_record(out / SIDECAR, Sidecar) if complete(out) else None
     return (
         sidecar is not None
         and sidecar["manifest"] == manifest
-        and sidecar.get("form") == _written_as(form, options)
-        and (out / INDEX).exists() == (form == PackedForm.name)
+        and form in (None, sidecar["form"])
+        and (out / INDEX).exists() == packed
         and not damage(out)
     )
 
