@@ -1,22 +1,21 @@
 """What can be evaluated: a pruned run, its Orbax checkpoint alone, or any checkpoint that can be pruned."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError
+from optima_tpu.models import family_named
 from optima_tpu.models.check import check_checkpoint
-from optima_tpu.models.checkpoints import Pretrained, TensorSource, load_tokenizer, open_model, refuse_damaged_model
+from optima_tpu.models.checkpoints import Pretrained, load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.export import SIDECAR, Sidecar
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, refuse_damaged_checkpoint
-from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
+from optima_tpu.models.checkpoints.source import Cast, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, read_assets, read_run
@@ -143,48 +142,11 @@ def _calibration(run: RunRecord) -> str | None:
 
 
 def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
-    try:
-        tensors = CheckpointTensors(run)
-        tensors.names()
-    except UserError:  # the run is not finished
-        raise
-    except Exception as error:  # Orbax raises many types for missing or damaged files
-        raise UserError(_damaged(run, error)) from error
-    assets = read_assets(run)
+    tensors, assets, cast = CheckpointTensors(run), read_assets(run), parse_dtype(dtype)
     if "config.json" not in assets:
         raise UserError(f"expected config.json in {run / ASSETS}, got a folder without it: copy the run directory again")
     config, assets["config.json"] = read_config(assets["config.json"], str(run / ASSETS), dtype)
     identity = json.dumps([read_run(run)["manifest"], dtype], sort_keys=True).encode()
-    return Pretrained(config, RunTensors(tensors, run, parse_dtype(dtype)), assets, hashlib.sha256(identity).hexdigest(), origin)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunTensors:
-    """The tensors of a run, rounded once to the dtype ``cast``; with None they keep the checkpoint's dtype."""
-
-    source: TensorSource
-    run: Path
-    cast: np.dtype | None
-
-    def names(self) -> tuple[str, ...]:
-        return self.source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.source.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        stored = self.source.dtype(name)
-        return self.cast if self.cast is not None and stored in DTYPES.values() else stored
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        try:
-            return self.source.read(name, index).astype(self.dtype(name), copy=False)
-        except (OSError, ValueError) as error:  # TensorStore raises ValueError
-            raise UserError(_damaged(self.run, error)) from error
-
-
-def _damaged(run: Path, error: Exception) -> str:
-    return (
-        f"the checkpoint in {run} can't be read ({one_line(error):.200}): it is damaged or incomplete; remove "
-        f"{run / CHECKPOINT} and repeat the run's command, which writes the checkpoint again and prunes blocks that are lost"
-    )
+    family = family_named(config.architectures)
+    read = tensors if cast is None else Cast(tensors, cast, family.exact if family else ())
+    return Pretrained(config, read, assets, hashlib.sha256(identity).hexdigest(), origin)

@@ -22,7 +22,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.quantization import Quantizer
-from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
+from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
 from optima_tpu.runtime.records import check_record
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -156,7 +156,7 @@ def reader(said: Mapping[str, Any], where: str) -> Callable[[TensorSource], Tens
     return functools.partial(DequantizedSource, bits=weights["num_bits"])
 
 
-class DequantizedSource:
+class DequantizedSource(ComputedTensors):
     """Tensors of a folder of integers and scales, multiplied out on reading as :func:`integers` takes them apart.
 
     Args:
@@ -168,9 +168,7 @@ class DequantizedSource:
     """
 
     def __init__(self, stored: TensorSource, bits: int):
-        self._stored, self._bits = stored, bits
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        names = set(stored.names())
+        computed, hidden, names = dict[str, ComputedTensor](), set[str](), set(stored.names())
         for module in sorted(name.removesuffix(PACKED) for name in names if name.endswith("." + PACKED)):
             if missing := {module + SCALE, module + SHAPE} - names:
                 raise UserError(f"expected {min(missing)} beside {module + PACKED}, got none: export the model again")
@@ -180,23 +178,14 @@ class DequantizedSource:
                 raise UserError(
                     f"{module}weight: expected integers and scales of {shape}, got {words} and {scales}: export the model again"
                 )
-            self._shapes[module + "weight"] = shape
-            names -= {module + PACKED, module + SCALE, module + SHAPE}
-        self._names = tuple(sorted(names | self._shapes.keys()))
+            read = functools.partial(_read, stored, module, bits, shape[1])
+            computed[module + "weight"] = ComputedTensor(shape, stored.dtype(module + SCALE), read)
+            hidden |= {module + PACKED, module + SCALE, module + SHAPE}
+        super().__init__(stored, computed, hidden)
 
-    def names(self) -> tuple[str, ...]:
-        return self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes.get(name) or self._stored.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._stored.dtype(name.removesuffix("weight") + SCALE if name in self._shapes else name)
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        if name not in self._shapes:
-            return self._stored.read(name, index)
-        (rows, columns), shape, module = whole_slices(index, self._shapes[name]), self._shapes[name], name.removesuffix("weight")
-        scale = self._stored.read(module + SCALE, (rows,))
-        found = unpack(self._stored.read(module + PACKED, (rows,)), self._bits, shape[1]) * scale_of_inputs(scale, shape[1])
-        return found[:, columns].astype(scale.dtype)
+def _read(stored: TensorSource, module: str, bits: int, d_in: int, index: tuple[slice, ...]) -> np.ndarray:
+    rows, columns = index
+    scale = stored.read(module + SCALE, (rows,))
+    found = unpack(stored.read(module + PACKED, (rows,)), bits, d_in) * scale_of_inputs(scale, d_in)
+    return found[:, columns].astype(scale.dtype)

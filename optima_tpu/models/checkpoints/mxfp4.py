@@ -10,11 +10,13 @@ A block of 32 inputs of one output shares a scale. The weight is ``element * sca
 ``transformers`` reads them in the same way (5.24, ``integrations/mxfp4.py``), except that it takes a scale of 255 for 2^128.
 """
 
+import functools
+
 import ml_dtypes
 import numpy as np
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
+from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _INPUTS, _BYTES = 32, 16
@@ -34,7 +36,7 @@ def expand(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return weights.reshape(*scales.shape[:-1], scales.shape[-1] * _INPUTS).astype(ml_dtypes.bfloat16)
 
 
-class Mxfp4Source:
+class Mxfp4Source(ComputedTensors):
     """Tensors of a folder, with those in MXFP4 expanded on reading; the others stay as they are stored.
 
     Args:
@@ -45,9 +47,7 @@ class Mxfp4Source:
     """
 
     def __init__(self, stored: TensorSource):
-        self._stored = stored
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        names = set(stored.names())
+        computed, names = dict[str, ComputedTensor](), set(stored.names())
         halves = {name for name in names if name.endswith((BLOCKS, SCALES))}
         for name in sorted({half.removesuffix(BLOCKS).removesuffix(SCALES) for half in halves}):
             for half, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
@@ -62,24 +62,15 @@ class Mxfp4Source:
                     f"{name + BLOCKS}: expected uint8 [experts, d_out, groups, {_BYTES}] and scales in uint8 [experts, d_out, groups], "
                     f"got {kinds[0]} {list(blocks)} and {kinds[1]} {list(scales)}: download the model again"
                 )
-            self._shapes[name] = blocks[0], blocks[2] * _INPUTS, blocks[1]
-        self._names = tuple(sorted(names - halves | self._shapes.keys()))
+            shape = blocks[0], blocks[2] * _INPUTS, blocks[1]
+            computed[name] = ComputedTensor(shape, np.dtype(ml_dtypes.bfloat16), functools.partial(_read, stored, name))
+        super().__init__(stored, computed, halves)
 
-    def names(self) -> tuple[str, ...]:
-        return self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes.get(name) or self._stored.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        return np.dtype(ml_dtypes.bfloat16) if name in self._shapes else self._stored.dtype(name)
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        if name not in self._shapes:
-            return self._stored.read(name, index)
-        experts, inputs, outputs = whole_slices(index, self._shapes[name])
-        first = inputs.start // _INPUTS
-        part = experts, outputs, slice(first, -(-inputs.stop // _INPUTS))
-        weights = expand(self._stored.read(name + BLOCKS, part), self._stored.read(name + SCALES, part))
-        before = first * _INPUTS
-        return np.swapaxes(weights[..., inputs.start - before : inputs.stop - before : inputs.step], 1, 2)
+def _read(stored: TensorSource, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    experts, inputs, outputs = index
+    first = inputs.start // _INPUTS
+    part = experts, outputs, slice(first, -(-inputs.stop // _INPUTS))
+    weights = expand(stored.read(name + BLOCKS, part), stored.read(name + SCALES, part))
+    before = first * _INPUTS
+    return np.swapaxes(weights[..., inputs.start - before : inputs.stop - before : inputs.step], 1, 2)

@@ -1,15 +1,16 @@
 """The interface of pretrained checkpoints, the same for all file formats."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -46,7 +47,49 @@ class TensorSource(Protocol):
         """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as a new array."""
 
 
-class Cast:
+class ComputedTensor(NamedTuple):
+    """A tensor that no file holds as it is.
+
+    Attributes:
+      shape, dtype: of the tensor.
+      read: computes a part of it, from one slice for each axis, see :func:`whole_slices`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+
+class ComputedTensors:
+    """The tensors of a checkpoint, of which some are computed on reading.
+
+    Args:
+      stored: the checkpoint.
+      computed: those tensors, by name.
+      hidden: names in ``stored`` of what they are computed from, which are no tensors of the model.
+    """
+
+    def __init__(self, stored: TensorSource, computed: Mapping[str, ComputedTensor], hidden: Collection[str] = ()):
+        self._stored, self._computed = stored, computed
+        self._names = tuple(sorted({*stored.names(), *computed}.difference(hidden)))
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._computed[name].shape if name in self._computed else self._stored.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._computed[name].dtype if name in self._computed else self._stored.dtype(name)
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        if name not in self._computed:
+            return self._stored.read(name, index)
+        tensor = self._computed[name]
+        return tensor.read(whole_slices(index, tensor.shape))
+
+
+class Cast(ComputedTensors):
     """The floating-point tensors of a checkpoint in one dtype, rounded once.
 
     Args:
@@ -56,23 +99,17 @@ class Cast:
     """
 
     def __init__(self, source: TensorSource, dtype: np.dtype, exact: tuple[str, ...] = ()):
-        self._source, self._dtype, self._exact = source, dtype, tuple("." + name for name in exact)
+        def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            return source.read(name, index).astype(dtype, copy=False)
 
-    def names(self) -> tuple[str, ...]:
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        own = self._source.dtype(name)
-        return self._dtype if own in _FLOATS and not name.endswith(self._exact) else own
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        return self._source.read(name, index).astype(self.dtype(name), copy=False)
+        ends = tuple("." + name for name in exact)
+        cast = (name for name in source.names() if source.dtype(name) in _FLOATS and not name.endswith(ends))
+        super().__init__(
+            source, {name: ComputedTensor(source.shape(name), dtype, functools.partial(read, name)) for name in cast}
+        )
 
 
-class Layered:
+class Layered(ComputedTensors):
     """The tensors of one source over those of another: the blocks of a journal over the model that is pruned.
 
     Args:
@@ -81,22 +118,11 @@ class Layered:
     """
 
     def __init__(self, above: TensorSource, below: TensorSource):
-        self._above, self._below, self._own = above, below, frozenset(above.names())
-
-    def names(self) -> tuple[str, ...]:
-        return self._below.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._of(name).shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._of(name).dtype(name)
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        return self._of(name).read(name, index)
-
-    def _of(self, name: str) -> TensorSource:
-        return self._above if name in self._own else self._below
+        own = {
+            name: ComputedTensor(above.shape(name), above.dtype(name), functools.partial(above.read, name))
+            for name in above.names()
+        }
+        super().__init__(below, own)
 
 
 @dataclasses.dataclass(frozen=True)

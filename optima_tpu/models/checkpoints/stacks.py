@@ -4,14 +4,14 @@ The rest of the program sees the parameters of each expert under names of their 
 ``Family.stacks``.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
 from optima_tpu.models import family_named
-from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
+from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
 from optima_tpu.models.family import Stack
 
 
@@ -31,15 +31,7 @@ def stacks_among(names: Iterable[str], stacks: Mapping[str, Stack]) -> dict[str,
     return {name: stacks[stack].behind(name.removesuffix(stack)) for name, stack in found}
 
 
-class _Place(NamedTuple):
-    """Where a parameter of an expert stands: in which tensor, which expert and which part it is."""
-
-    tensor: str
-    expert: int
-    part: int
-
-
-class Unstacked:
+class Unstacked(ComputedTensors):
     """The tensors of a checkpoint, with the parameters of each expert by themselves.
 
     Args:
@@ -51,36 +43,23 @@ class Unstacked:
     """
 
     def __init__(self, stacked: TensorSource, stacks: Mapping[str, Stack]):
-        self._stacked, self.stacks = stacked, stacks_among(stacked.names(), stacks)
-        self._places = {
-            part.replace("*", str(expert)): _Place(name, expert, number)
-            for name, stack in self.stacks.items()
-            for expert in range(stacked.shape(name)[0])
-            for number, part in enumerate(stack.parts)
-        }
+        self.stacks = stacks_among(stacked.names(), stacks)
+        computed: dict[str, ComputedTensor] = {}
+        for name, stack in self.stacks.items():
+            (experts, *_), (first, *rest) = stacked.shape(name), stack.turn(stacked.shape(name)[1:])
+            shape, dtype = (first // len(stack.parts), *rest), stacked.dtype(name)
+            for expert, (number, part) in itertools.product(range(experts), enumerate(stack.parts)):
+                read = functools.partial(_read, stacked, name, stack.turned, expert, number * shape[0])
+                computed[part.replace("*", str(expert))] = ComputedTensor(shape, dtype, read)
+        super().__init__(stacked, computed, self.stacks.keys())
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted({*self._stacked.names(), *self._places} - set(self.stacks)))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._places:
-            return self._stacked.shape(name)
-        tensor = self._places[name].tensor
-        first, *rest = self.stacks[tensor].turn(self._stacked.shape(tensor)[1:])
-        return first // len(self.stacks[tensor].parts), *rest
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._stacked.dtype(self._places[name].tensor if name in self._places else name)
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        if name not in self._places:
-            return self._stacked.read(name, index)
-        shape, (tensor, expert, part) = self.shape(name), self._places[name]
-        first, *rest = whole_slices(index, shape)
-        before, stack = part * shape[0], self.stacks[tensor]
-        inner = stack.turn((slice(before + first.start, before + first.stop, first.step), *rest))
-        read = self._stacked.read(tensor, (slice(expert, expert + 1), *inner))[0]
-        return read.T if stack.turned else read
+def _read(stacked: TensorSource, name: str, turned: bool, expert: int, before: int, index: tuple[slice, ...]) -> np.ndarray:
+    """The parameter of an expert that begins ``before`` outputs behind the first one in a stack."""
+    first, *rest = index
+    inner = (slice(before + first.start, before + first.stop, first.step), *rest)
+    read = stacked.read(name, (slice(expert, expert + 1), *(reversed(inner) if turned else inner)))[0]
+    return read.T if turned else read
 
 
 class Stacked:
