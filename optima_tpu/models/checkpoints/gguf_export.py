@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as Value
 from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
@@ -143,7 +144,8 @@ class GGUFModel:
             if value is not None:
                 writer.add_string(f"general.license{key}", value)
         for name, value in self.fields.items():
-            _add(writer, name, value)
+            if value not in ("", []):  # the library writes no empty ones
+                writer.add_key_value(name, value, Value.UINT32 if type(value) is int else Value.get_type(value))
         if self.factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, self.factors.shape, self.factors.dtype, self.factors.nbytes, Kind.F32)
         for name, kind in self.kinds.items():
@@ -243,19 +245,6 @@ def _own(config: PretrainedConfig) -> tuple[dict[str, Any], np.ndarray | None]:
     if full["rope_type"] == "llama3":
         return own, llama3_factors(full["factor"], full["rope_theta"], d_head).astype(np.float32)
     return own, None
-
-
-def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
-    if isinstance(value, list):
-        writer.add_array(name, value)
-    elif isinstance(value, str):
-        writer.add_string(name, value)
-    elif isinstance(value, bool):
-        writer.add_bool(name, value)
-    elif isinstance(value, float):
-        writer.add_float32(name, value)
-    else:
-        writer.add_uint32(name, value)
 
 
 def _integer_blocks(name: str, weight: np.ndarray, scale: np.ndarray, kind: Kind) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
@@ -52,9 +53,6 @@ GEMMA = ("gemma3",)
 """Architectures whose SentencePiece text has no space put before it, and whose tokens are in the order of their merges."""
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-# gguf.TokenType
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
 
 def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, bytes]:
@@ -130,7 +128,7 @@ def _byte_level(fields: Mapping[str, Any], split: str) -> Tokenizer:
     alphabet, spelled, vocab = set(pre_tokenizers.ByteLevel.alphabet()), pre_tokenizers.ByteLevel(False, use_regex=False), {}
     for index, (token, kind) in enumerate(_typed(fields)):
         # The file spells tokens that are matched whole as they are in the text, and by mistake also a few ordinary tokens.
-        if kind not in (CONTROL, USER_DEFINED) and not set(token) <= alphabet:
+        if kind not in (TokenType.CONTROL, TokenType.USER_DEFINED) and not set(token) <= alphabet:
             token = "".join(piece for piece, _ in spelled.pre_tokenize_str(token))
         vocab[token] = index
     model = BPE(vocab, _stated_merges(fields), continuing_subword_prefix="", end_of_word_suffix="")
@@ -200,10 +198,14 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def _add_tokens(tokenizer: Tokenizer, fields: Mapping[str, Any], special: Mapping[str, str]) -> None:
     """Adds the tokens that are matched whole in the text. All of them have their ids from the vocabulary."""
-    control = dict.fromkeys([token for token, kind in _typed(fields) if kind in (UNKNOWN, CONTROL)] + list(special.values()))
+    control = dict.fromkeys(
+        [token for token, kind in _typed(fields) if kind in (TokenType.UNKNOWN, TokenType.CONTROL)] + list(special.values())
+    )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     vocab = tokenizer.get_vocab()
-    whole = [token for token, kind in _typed(fields) if kind == USER_DEFINED and token in vocab and token not in control]
+    whole = [
+        token for token, kind in _typed(fields) if kind == TokenType.USER_DEFINED and token in vocab and token not in control
+    ]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
 
 
