@@ -27,7 +27,7 @@ from optima_tpu.export import main as export_main
 from optima_tpu.models.checkpoints import open_model, packed, refuse_damaged_model
 from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
 from optima_tpu.models.checkpoints.forms import Options
-from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError, Packer, pack, unpack
+from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError, Packer
 from optima_tpu.runtime import checksums
 from tests.support.fake_run import finished_run, small_model
 from tests.support.runs import assert_same_weights, only_error, snapshot
@@ -59,9 +59,20 @@ def packed_folder(folder: Path, tensors: Tensors, masks=None) -> Path:
     return out
 
 
+def pack(folder: Path, out: Path) -> None:
+    """Packs every safetensors file of a folder, and copies its other files."""
+    packer = Packer(out)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix == ".safetensors":
+            packer.add_weights(path)
+        else:
+            packer.add_file(path, path.relative_to(folder).as_posix())
+    packer.finish()
+
+
 def restored(source: Path, out: Path) -> Path:
     out.mkdir()
-    unpack(source, out)
+    Packed(source).unpack(out)
     return out
 
 
@@ -442,7 +453,7 @@ def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
         (folder / "out").mkdir()
         tracemalloc.start()
         pack(folder / "plain", folder / "packed")
-        unpack(folder / "packed", folder / "out")
+        Packed(folder / "packed").unpack(folder / "out")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + weight.nbytes  # ten more tensors

@@ -196,18 +196,6 @@ class Packer:
         (self._out / INDEX).write_bytes(_sealed(record))
 
 
-def pack(folder: Path, out: Path) -> None:
-    """Packs every safetensors file of a folder, and copies its other files. ``out`` is an existing, empty folder."""
-    packer = Packer(out)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if path.suffix == ".safetensors" and path.parent == folder:
-            packer.add_weights(_inside(folder, name))
-        else:
-            packer.add_file(_inside(folder, name), name)
-    packer.finish()
-
-
 class Packed:
     """An opened packed folder. Only the index and the headers are read; tensors are decoded one by one on demand.
 
@@ -378,11 +366,6 @@ class Packed:
                             target.write(piece.data)
         if self.masks:
             write_masks(out / MASKS, ((name, self.mask(name)) for name in self.masks))
-
-
-def unpack(packed: Path, out: Path) -> None:
-    """Writes the plain folder of a packed one; see :meth:`Packed.unpack`."""
-    Packed(packed).unpack(out)
 
 
 def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -765,7 +748,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Its name is random, so that it is no other program's, and no other user may enter it.
         with tempfile.TemporaryDirectory(".partial", f"{chosen.out.name[:40]}.", chosen.out.parent) as fresh:
             (partial := Path(fresh) / chosen.out.name).mkdir()
-            unpack(chosen.packed, partial)
+            Packed(chosen.packed).unpack(partial)
             os.rename(partial, chosen.out)
     except (PackedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
