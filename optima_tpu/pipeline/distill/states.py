@@ -11,7 +11,7 @@ from jax import Array
 from optima_tpu.models.checkpoints.orbax import load_group, read_metadata, save_tree
 from optima_tpu.pipeline.distill.blocks import TrainedBlock, Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks, on_host
-from optima_tpu.pipeline.distill.outcome import DISTILLED, REMEDY, Distilled
+from optima_tpu.pipeline.distill.outcome import REMEDY, Distilled
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Check
 from optima_tpu.runtime.checksums import damage
@@ -42,7 +42,6 @@ def write_blocks(
     model: TrainedBlocks, moved: Sequence[Tree], journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Writes blocks with their masks, of which the weights that move are ``moved``, in the checkpoint's dtypes."""
-    first_only(lambda: (journal.directory / DISTILLED).mkdir(exist_ok=True))
     for index, trainer, block, own in zip(model.span, model.trainers, model.blocks, moved):
         prefix, path = trainer.decoder.prefix(index), Distilled(journal).entry(index)
         weights = {prefix + name: array for name, array in (own | block.fixed).items()}
@@ -83,7 +82,6 @@ class States:
             for group, arrays in (("masters", block.masters), ("first", first), ("second", second)):
                 tree[group] |= {f"{index}.{name}": array for name, array in arrays.items()}
             tree["count"][str(index)] = count
-        first_only(lambda: self.folder.mkdir(exist_ok=True))
         _save(self.path(step), tree, json_values(about))
 
         def forget() -> None:
