@@ -17,6 +17,7 @@ os.environ["OPTIMA_TPU_CACHE"] = os.path.join(_COMPILED.name, "texts")  # not th
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Before numpy and torch are imported: the threads of their linear algebra spin while they wait, and the workers need the cores.
 os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+os.fsync = lambda descriptor: None  # what a power cut would need, which no test has
 # Most of the time here goes to compiling small programs. XLA's passes all run, collectives and fusions are what they are in
 # a run; only LLVM optimises the machine code less, and fusions get it from XLA's older emitters, which need less than half of the
 # time. Those are on their way out, and XLA ends a process that gives it a flag it does not know. Nor does LLVM get a program in
@@ -48,6 +49,11 @@ settings.load_profile("no deadline")
 jax.config.update("jax_num_cpu_devices", 8)
 # An array of bfloat16 beside one of float32 is an error in place of a silent float32: the program says where it changes precision.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_collection_modifyitems(items):
+    """The largest files come first, so that no worker is left with a long one while the other has nothing."""
+    items.sort(key=lambda item: -item.path.stat().st_size)
 
 
 def pytest_collection_finish():

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import json
+import runpy
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ from optima_tpu.runtime.program import COMMANDS
 from tests.support import ROOT
 
 CHILD = """
-import contextlib, io, json, sys
+import contextlib, io, json, runpy, sys
 
 class Refuses:
     def find_spec(self, name, path=None, target=None):
@@ -39,7 +40,7 @@ from optima_tpu.cli import main
 EACH = """
 for words in json.loads(sys.stdin.read()):
     print(words, file=sys.stderr)
-    print(json.dumps(here(words)))
+    print(json.dumps(here(*words)))
 """
 
 REFUSED = [
@@ -94,22 +95,31 @@ def narrow(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def here(words: list[str]) -> list:
-    """What a command does in this process."""
+def here(words: list[str], module: str = "") -> list:
+    """What a command does in this process, or a module that is run by its name: status, or the library that it imports first."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
+            if module:
+                sys.argv = ["x", *words]
+                sys.modules.pop(module, None)
+                runpy.run_module(module, run_name="__main__")
             status = main(words)
         except SystemExit as exits:
             status = exits.code
+        except AssertionError as error:
+            status = str(error)
     return [status, out.getvalue(), err.getvalue()]
 
 
-def without_libraries(commands: list[list[str]]) -> list[list]:
+def without_libraries(
+    commands: list[list[str]], modules: list[str] | None = None, libraries: tuple[str, ...] | None = None
+) -> list[list]:
     """What commands do in one process that may import no library: [status, what is printed, errors]."""
+    few = f"\nLIBRARIES = {libraries}\n" if libraries else ""
     child = subprocess.run(
-        [sys.executable, "-c", CHILD + inspect.getsource(here) + EACH],
-        input=json.dumps(commands),
+        [sys.executable, "-c", CHILD + few + inspect.getsource(here) + EACH],
+        input=json.dumps(list(zip(commands, modules)) if modules else [[words] for words in commands]),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -134,33 +144,28 @@ def test_a_file_is_compared_with_its_checksum_without_jax(narrow, finished, tmp_
     assert status == 1 and f"damaged: {tmp_path / 'run.json'} " in printed
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["prune", "configs"],
-        ["evaluate", "configs"],
-        ["recover", "configs", "--tokens", "1k", "--source", "pydoc"],
-        ["plan", "--model", "configs"],
-        ["sweep", "configs/tables/smollm2.yaml", "--model", "configs"],
-    ],
-    ids=lambda words: words[0],
-)
-def test_the_first_line_is_printed_before_the_libraries_load(words, narrow):
-    code = f"{CHILD}\ntry:\n    main({words})\nexcept AssertionError as error:\n    print(error)"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    first, second = child.stdout.splitlines()
-    assert first.startswith("starting     optima-tpu ") and first.endswith(", then opens configs"), child.stderr
-    assert second.endswith(" is imported")
+def test_the_first_line_is_printed_before_the_libraries_load(narrow):
+    sweep = ["sweep", "configs/tables/smollm2.yaml", "--model", "configs"]
+    recover = ["recover", "configs", "--tokens", "1k", "--source", "pydoc"]
+    commands = [["prune", "configs"], ["evaluate", "configs"], recover, ["plan", "--model", "configs"], sweep]
+    for words, (ended, printed, errors) in zip(commands, without_libraries(commands), strict=True):
+        assert printed.startswith("starting     optima-tpu ") and printed.endswith(", then opens configs\n"), (words, errors)
+        assert printed.count("\n") == 1 and ended.endswith(" is imported"), (words, errors)
 
 
-@pytest.mark.parametrize("words", {words[0]: words for words in REFUSED}.values(), ids=" ".join)
-def test_a_module_run_by_its_name_refuses_before_the_libraries_load(words, narrow):
-    name, *rest = words
+def test_a_module_run_by_its_name_refuses_before_the_libraries_load(narrow):
+    commands = {words[0]: words[1:] for words in REFUSED}
     # Python imports the package of a module before the module, and that of optima_tpu.data.build reads arrays and Parquet files.
-    few = 'LIBRARIES = "jax", "jaxlib", "transformers", "torch", "matplotlib"' if name == "data" else ""
-    code = f"{CHILD}\n{few}\nimport runpy\nsys.argv = {['x', *rest]}\nrunpy.run_module({COMMANDS[name].module!r}, run_name='__main__')"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert child.returncode == 2 and child.stderr.startswith("error: "), child.stderr
+    few, data = ("jax", "jaxlib", "transformers", "torch", "matplotlib"), {"data": commands.pop("data")}
+    for each, results in ((commands, refused_by_modules(commands)), (data, refused_by_modules(data, few))):
+        for name, (status, _, errors) in zip(each, results, strict=True):
+            assert status == 2 and errors.startswith("error: "), (name, errors)
+
+
+def refused_by_modules(commands: dict[str, list[str]], libraries: tuple[str, ...] | None = None) -> list[list]:
+    """What the modules of commands do that are run by their names, as :func:`without_libraries`."""
+    modules = [COMMANDS[name].module + (".__main__" if name in ("evaluate", "report") else "") for name in commands]
+    return without_libraries([*commands.values()], modules, libraries)
 
 
 def test_processes_of_a_job_print_no_first_line(capsys):
