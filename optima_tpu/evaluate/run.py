@@ -276,7 +276,7 @@ def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progr
     else:
         apart, dense, value = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)
     score = TextScore(value, dense, int(tokens.ids.size), tokens.how, unigram_perplexity(tokens.ids))
-    if told := _unpredicted(score):
+    if progress.ahead and (told := _unpredicted(score)):  # behind the last stage the summary says it
         progress.note(f"unusual: {told}")
     return TextResult(score, apart)
 

@@ -9,6 +9,7 @@ from optima_tpu.evaluate.tasks import PAPER
 from optima_tpu.report.evaluation import EvaluationRecord, TaskScore
 from optima_tpu.report.numbers import number
 from optima_tpu.report.progress import show
+from optima_tpu.report.table import labelled
 
 
 def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[str, str], strange: Iterable[str] = ()) -> None:
@@ -33,7 +34,7 @@ def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[
             f"distance    KL divergence {kl} nats, the same most likely token at {agreement} of {apart.tokens:,} "
             f"positions, relative error of the last hidden state {'not finite' if last is None else number(last)}, on {source}"
         )
-    lines += [f"unusual     {line}" for line in strange]
+    lines += labelled("unusual", list(strange))
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if record.tasks:

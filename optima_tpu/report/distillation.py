@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report.contents import Outcome
-from optima_tpu.report.numbers import duration, number, percent
+from optima_tpu.report.numbers import duration, number, percent, plural
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table
 from optima_tpu.runtime.records import check_record
@@ -22,13 +22,15 @@ def distilled_line(report: Mapping[str, Any]) -> str:
     if outcome is None:
         return ""
     loss, before, after = _loss(report), number(outcome.before), number(outcome.after)
+    steps = plural(outcome.checks[-1].step, "step")
+    took = f"{steps} on {outcome.tokens:,} tokens in {duration(outcome.seconds)}"
     if not outcome.kept:
         return (
-            f"refused: no step lowered the {loss} on held-out text, {before} nats; the model keeps its weights from before. Try a "
-            "smaller learning rate, or more text"
+            f"refused: none of {took} lowered the {loss} on held-out text, {before} nats; the model keeps its weights from before. "
+            "Try a smaller learning rate, or more text"
         )
-    gain, took = percent(1 - outcome.after / outcome.before), duration(outcome.seconds)
-    return f"{loss} on held-out text {before} -> {after} nats ({gain} less); trained on {outcome.tokens:,} tokens in {took}"
+    gain = percent(1 - outcome.after / outcome.before)
+    return f"{loss} on held-out text {before} -> {after} nats ({gain} less); {took}"
 
 
 def perplexities(report: Mapping[str, Any]) -> dict[str, float]:

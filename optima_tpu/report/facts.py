@@ -202,9 +202,12 @@ FACTS: Sequence[Callable[[Finished], Fact | None]] = (
     *(_perplexity, _error, _against_dense, _sparsity, _neurons, _quantised, _masks, _size, _memory, _trained),
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
+_OF_LAYERS = _error, _against_dense, _quantised, _masks
+"""Those that a recovery does not repeat: they are of the run that it began from."""
 
 
 def facts(report: Mapping[str, Any], layers: Sequence[LayerReport]) -> list[Fact]:
     """The facts of a run that apply."""
     run = Finished(report, layers)
-    return [fact for make in FACTS if (fact := make(run))]
+    own = [make for make in FACTS if make not in _OF_LAYERS] if report["configuration"].get("recover") else FACTS
+    return [fact for make in own if (fact := make(run))]

@@ -92,10 +92,10 @@ def result(report: Mapping[str, Any]) -> str:
     low, high = _interval(ratio, (report.get("tokens") or {}).get("mean_stderr"))
     first, note = _change(report["perplexity"], low, high), _beyond_pruning(report)
     if note:
-        return f"{first} The model {note}, so published results of pruning are no measure for it."
+        return f"{first} {note}"
     rows = comparable(report)
     if not rows:
-        return f"{first} No published results are at hand for this pattern in a model of this size."
+        return first
     best, worst = rows[0], rows[-1]
     text = _text(report["configuration"])
     place = ""
@@ -154,12 +154,14 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 
 def _beyond_pruning(report: Mapping[str, Any]) -> str | None:
-    """What was done with the weights behind the pruning, in words; None if nothing was."""
+    """What was done with the weights behind the pruning, in a sentence; None if nothing was."""
     settings, trained = report["configuration"], report.get("distillation") or {}
     if trained.get("kept"):
-        return f"was trained on {trained['tokens']:,} tokens after it was pruned"
-    if settings.get("recover"):
-        return "comes from another run and was left as it was, because training lowered no loss on held-out text"
-    if settings.get("quantize"):
-        return "was quantised as well as pruned" if report.get("sparsity") else "was quantised and not pruned"
-    return None
+        what = f"was trained on {trained['tokens']:,} tokens after it was pruned"
+    elif recovered := settings.get("recover"):
+        return f"The weights are those of {recovered['model']}: training lowered no loss on held-out text."
+    elif settings.get("quantize"):
+        what = "was quantised as well as pruned" if report.get("sparsity") else "was quantised and not pruned"
+    else:
+        return None
+    return f"The model {what}, so published results of pruning are no measure for it."

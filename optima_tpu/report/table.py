@@ -46,16 +46,35 @@ TROUBLE = {
 def print_summary(console: Console, report: Mapping[str, Any], directory: Path) -> None:
     """Prints the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
+    A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from.
+
     Args:
       report: contents of report.json.
       directory: current path of the run.
     """
-    blocks = blocks_from_json(report["blocks"], directory)
-    configuration = report["configuration"]
-    solver = configuration["solver"] and configuration["solver"]["name"]
+    blocks, configuration = blocks_from_json(report["blocks"], directory), report["configuration"]
     # People open the page, report.html, which the command names when it is drawn.
     files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.get("files", {})).items()}
     layers = all_layers(blocks)
+    strange, notes = meaningless_lines(report), list[str]()
+    if recovered := configuration.get("recover"):
+        where = "its own report has the layers, and what was unusual in them"
+        lines = [f"from        {recovered['model']}: {where if measured(layers) else 'nobody measured the errors of its layers'}"]
+    else:
+        lines, notes = _layer_lines(console, report, blocks), traded_lines(blocks)
+        strange += unusual_lines(blocks, configuration)
+    lines += ["", *(plain(fact.line) for fact in facts(report, layers))]
+    lines += labelled("unusual", strange or ["nothing"]) + labelled("note", notes)
+    width = max(map(len, files), default=0) + 2
+    lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
+    lines += ["", f"result      {plain(result(report))}"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _layer_lines(console: Console, report: Mapping[str, Any], blocks: Sequence[BlockReport]) -> list[str]:
+    """Prints the table of layers. Returns lines that say what its numbers are."""
+    configuration, layers = report["configuration"], all_layers(blocks)
+    solver = configuration["solver"] and configuration["solver"]["name"]
     lines = ["Nobody measured the errors of the layers."]
     if measured(layers):
         table = layer_table(blocks, solver)
@@ -85,14 +104,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
         tolerance = configuration["solver"].get("tolerance")
         stops = "" if tolerance is None else f". A row stops at {percent(tolerance)}, solver.tolerance"
         lines.append(f"Gap: {gap_meaning([solver])}{stops}.")
-    lines += ["", *(plain(fact.line) for fact in facts(report, layers))]
-    strange = meaningless_lines(report) + unusual_lines(blocks, configuration)
-    lines += [f"unusual     {line}" for line in strange] or ["unusual     nothing"]
-    lines += [f"note        {line}" for line in traded_lines(blocks)]
-    width = max(map(len, files), default=0) + 2
-    lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
-    lines += ["", f"result      {plain(result(report))}"]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return lines
 
 
 def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
@@ -127,6 +139,11 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
             ]
         table.add_row(short[kind.name], *values)
     return table
+
+
+def labelled(label: str, lines: Sequence[str]) -> list[str]:
+    """Lines behind one label, which the first of them has."""
+    return [f"{'' if number else label:<12}{line}" for number, line in enumerate(lines)]
 
 
 def plain(text: str) -> str:

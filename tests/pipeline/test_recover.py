@@ -87,6 +87,8 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     command = [str(folder), *TOKENS, *TEXT, "--output", str(tmp_path / "out"), "--against", str(pruned / "model")]
     assert main(command) == 0
     printed = capsys.readouterr().out
+    assert f"\nfrom        {folder}: its own report has the layers" in printed and "not con-" not in printed
+    assert " less); 4 steps on 512 tokens in " in printed
     assert "on 512 tokens: 16 windows of 32, each read once\n" in printed and "not one-shot pruning" in printed
     assert "  training\n" in printed and "step 1 of 4: " in printed
     # The time left of a training is tested with a clock that is fed; here it is too short to be said.
@@ -131,7 +133,7 @@ def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys, family):
     folder = folder_of(tmp_path / "folder", family, prune_it)
     assert main([str(folder), *TOKENS, *TEXT, "--output", str(tmp_path / "out"), "--against", str(dense)]) == 0
     printed = capsys.readouterr().out
-    assert "Nobody measured the errors" in printed and "held-out divergence" in printed
+    assert f"\nfrom        {folder}: nobody measured the errors" in printed and "held-out divergence" in printed
     assert report(tmp_path / "out")["distillation"]["kept"]
     tensors = [open_model(str(where)).tensors for where in (folder, tmp_path / "out/hf")]
     for name, keep in read_masks(tmp_path / "out/hf").items():

@@ -96,6 +96,29 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
     assert "--accept held_out" not in held.sections["unusual"]
 
 
+def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp_path):
+    """It cannot mend the layers: --accept held_out is no setting of it."""
+    report = json.loads((worse_run(tmp_path / "run") / "report.json").read_text())
+    check = {"training": None, "held_out": 0.5}
+    report["distillation"] = {"checks": [{"step": 0, **check}, {"step": 4, **check}], "kept": 4, "tokens": 512}
+    report["distillation"] |= {"seconds": 7, "perplexity_before": 3.5, "held_out_before": 0.5, "held_out_after": 0.4}
+    report["configuration"]["recover"] = {"model": "runs/pruned"}
+    text = printed(report)
+    assert text.startswith("from        runs/pruned: its own report has the layers") and "unusual     nothing" in text
+    assert "perplexity  dense 2.000, pruned 3.500, trained 3.000, " in text
+    assert "(20.0% less); 4 steps on 512 tokens in 7 s\n" in text
+    assert not any(words in text for words in ("q_proj", "\nerror ", "--accept", "Held out"))
+
+
+@pytest.mark.parametrize("calibration, evaluation", [(2.0, 3.0), (2.0, 300.0), (900.0, 300.0)])
+def test_the_label_of_what_is_unusual_stands_once(tmp_path, calibration, evaluation):
+    report = json.loads((worse_run(tmp_path / "run") / "report.json").read_text())
+    report["calibration"]["unigram_perplexity"], report["evaluation"]["unigram_perplexity"] = calibration, evaluation
+    lines = printed(report).splitlines()
+    assert sum(line.startswith("unusual ") for line in lines) == 1
+    assert sum("hardly more than one token" in line for line in lines) == (calibration < 4) + (evaluation < 4)
+
+
 def test_the_result_is_at_the_top_of_the_page_and_the_end_of_the_console(tmp_path, unplotted):  # noqa: F811
     run = write_run(tmp_path / "run")
     report = json.loads((run / "report.json").read_text()) | {"weights": 134_515_008}

@@ -90,7 +90,7 @@ def test_on_another_text_the_range_is_given_and_nothing_said_of_it():
 )
 def test_where_nothing_is_published_the_number_stands_alone(changes):
     said = result(reported(**changes))
-    assert "1.50 times the dense model’s, worse" in said and "No published results are at hand" in said
+    assert "1.50 times the dense model’s, worse" in said and "ublished" not in said
     assert comparable(reported(**changes)) == []
 
 
@@ -110,6 +110,9 @@ def test_trained_and_quantised_models_are_not_compared():
     assert "was quantised as well as pruned, so" in result(reported(**quantised))
     trained = {"distillation": {"kept": 3, "tokens": 5_000}}
     assert "was trained on 5,000 tokens after it was pruned, so" in result(reported(**trained))
+    refused = {"settings": {"recover": {"model": "runs/x"}}, "distillation": {"kept": 0, "tokens": 5_000}}
+    said = result(reported(**refused))
+    assert said.endswith("The weights are those of runs/x: training lowered no loss on held-out text.") and "ublished" not in said
 
 
 def test_a_report_of_another_version_or_a_damaged_one_has_a_result(tmp_path):
