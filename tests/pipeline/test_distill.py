@@ -26,7 +26,7 @@ from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import distill, refuse_large, training_steps
+from optima_tpu.pipeline.distill.train import TRAINING_STEP, Training, distill, refuse_large, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream, Windows
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Check, Outcome, Span
@@ -419,7 +419,7 @@ def test_a_step_with_fewer_windows_than_slices_says_what_to_type(pruned):
 
 @in_float32
 @pytest.mark.parametrize("method", [METHOD, SPANS])
-def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(pruned, windows, method, tmp_path):
+def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(pruned, windows, method, tmp_path, monkeypatch):
     """Every pass through a model that takes time is one of them, so that nothing comes behind the last second that was told."""
 
     class Steps(Counted):
@@ -433,14 +433,22 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
         progress = Steps()
         progress.waiting, progress.stop = [], stop
         steps = training_steps(method, 3)
-        progress.stage("training", len(steps), steps)
+        progress.stage("training", len(steps), steps, TRAINING_STEP)
         inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), method, windows, ROOM)
         (distill_by_spans if method.by_spans else distill)(inputs, progress)
         return progress.waiting
 
     for name in ("run.json", "journal"):
         (shutil.copytree if name == "journal" else shutil.copy)(pruned[1] / name, tmp_path / name)
+    ahead, save = [], Training._save_in_time
+
+    def saving(training):  # takes long, so its step is counted before
+        ahead.append((training.progress._done - training.step) % method.steps)
+        save(training)
+
+    monkeypatch.setattr(Training, "_save_in_time", saving)
     left = train(None)
+    assert len(ahead) >= method.steps and not any(ahead)
     assert left == [*reversed(range(len(left)))]
     for folder in ("distilled", "distillation"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)

@@ -134,6 +134,8 @@ class Training:
                 else:
                     self.take(windows(self.step))
                 self.progress.advance()
+                if not self.due:  # a state of this step would lack its check
+                    self._save_in_time()
         except Stopped:
             self.save()
             if self.step:
@@ -149,8 +151,6 @@ class Training:
         self.seconds += time.monotonic() - start
         if not self.due and time.monotonic() - self.told_at > _QUIET:
             self._tell(f"{self.model.goal.amount(self.losses[-1])} on the windows of this step")
-        if not self.due:
-            self._save_in_time()
 
     def check(self, held_out: TrainingStream) -> None:
         """Measures the model on the held-out windows, and keeps it if it is the best so far."""
@@ -169,7 +169,6 @@ class Training:
             return self._note(f"{told} before the first step")
         self._tell(f"{told}; {goal.amount(found.training)} on the text of the steps before it")
         self.saved = -1  # a state of this step may lack the check
-        self._save_in_time()
 
     def _tell(self, words: str) -> None:
         """Prints how far the training is, and the time left."""
