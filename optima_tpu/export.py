@@ -83,7 +83,10 @@ def run(chosen: argparse.Namespace) -> None:
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.models.checkpoints.packed import Packed
     from optima_tpu.report.file import weights_on_disk
+    from optima_tpu.runtime.files import left_over
 
+    if told := left_over(as_path(chosen.out)):
+        print(told)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
     options = forms.Options(byte_count("a shard size", chosen.max_shard_size), chosen.scan_layers)

@@ -31,6 +31,10 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(chosen: argparse.Namespace) -> None:
     """Unpacks a folder, and prints where to."""
+    from optima_tpu.runtime.files import left_over
+
+    if told := left_over(as_path(chosen.out)):
+        print(told)
     unpack(chosen.packed, chosen.out)
     signals.ended(0)
     print(f"wrote {chosen.out}")

@@ -47,6 +47,8 @@ def run(folder: Path) -> int:
         print(
             f"not listed: {folder / name} was added after the folder was written, and a program that loads the folder may read it"
         )
+    if found.left_over:
+        print(found.left_over)
     seconds = max(time.monotonic() - start, 1e-3)
     told = f"{len(found.damaged)} damaged" if found.damaged else "all match"
     told += f", {len(found.unlisted)} not listed" if found.unlisted else ""

@@ -22,7 +22,7 @@ from optima_tpu.report.file import REPORT
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, recorded_command
 from optima_tpu.runtime.buckets import BucketError
 from optima_tpu.runtime.checksums import ALL, MISSING, SUMS, changes, damage, forget, known, listed
-from optima_tpu.runtime.files import complete, files_in, remove, remove_unfinished, unfinished, writing
+from optima_tpu.runtime.files import complete, files_in, left_over, remove, remove_unfinished, unfinished, writing
 from optima_tpu.runtime.inside import OutsideError, inside, refuse_links
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import known_record
@@ -77,6 +77,7 @@ class Verified(NamedTuple):
       unlisted: names below the folder of files that were added to a folder after it was written, but for hidden files, which no
         program loads.
       remedy: what to type if a file is damaged.
+      left_over: a line on what killed programs left; empty if nothing is.
     """
 
     damaged: dict[str, str]
@@ -84,6 +85,7 @@ class Verified(NamedTuple):
     size: int
     unlisted: tuple[str, ...]
     remedy: str
+    left_over: str
 
 
 def verified(folder: Path) -> Verified:
@@ -114,7 +116,8 @@ def verified(folder: Path) -> Verified:
             compared |= {str(inside / name): size for name, (size, _) in known(each, record.name).items()}
     whole = folders - {folder} if is_run else folders  # beside its folders a run has files that only people read
     unlisted = [name for each in sorted(whole) for name in _unlisted(each, folder, compared)]
-    return Verified(damaged, len(compared), sum(compared.values()), tuple(unlisted), _remedy(folder) if damaged else "")
+    remedy = _remedy(folder) if damaged else ""
+    return Verified(damaged, len(compared), sum(compared.values()), tuple(unlisted), remedy, left_over(folder))
 
 
 def _unlisted(whole: Path, folder: Path, compared: Mapping[str, int]) -> Iterator[str]:

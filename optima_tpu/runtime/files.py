@@ -27,8 +27,8 @@ from optima_tpu.runtime.signals import undoing, uninterrupted
 PARTIAL = ".partial"
 """Suffix of a folder in which something is being written; in a bucket, of the marker beside an unfinished folder."""
 
-_UNFINISHED = re.compile(r".*\.[a-z0-9_]{8}\.partial")
-"""The names that :func:`begin` gives to folders."""
+_UNFINISHED = re.compile(r"(.*)\.[a-z0-9_]{8}\.partial")
+"""The names that :func:`begin` gives to folders, after the name of what is written in them."""
 
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 """Why a folder cannot be renamed to a path at which something stands."""
@@ -189,7 +189,7 @@ def begin(path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Only the new folder is closed to other users. What is written in it gets the modes of ordinary files.
-    folder = Path(tempfile.mkdtemp(PARTIAL, f"{path.name[:40]}.", path.parent))
+    folder = Path(tempfile.mkdtemp(PARTIAL, f"{_short(path)}.", path.parent))
     return path.parent / folder.name / path.name
 
 
@@ -259,12 +259,35 @@ def unfinished(path: Path) -> bool:
 
 def remove_unfinished(directory: Path) -> None:
     """Removes what killed programs left in a directory and its folders. Call it as the only program in the directory."""
+    for left in _unfinished_in(directory):
+        shutil.rmtree(left)
+
+
+def left_over(path: Path) -> str:
+    """A line that names what killed programs left in a folder, in its folders, and beside it under its name; empty if nothing is.
+
+    Nothing of it is removed: a program at work has such a folder too.
+    """
+    if in_bucket(path):
+        return ""
+    path, found = path.absolute(), _unfinished_in(path) if path.is_dir() else []
+    if path.parent.is_dir():
+        beside = [(each, _UNFINISHED.fullmatch(each.name)) for each in path.parent.iterdir()]
+        found += [each for each, match in beside if match and match[1] == _short(path) and unfinished(each)]
+    names = ", ".join(map(str, sorted(found)))
+    return names and f"left over: {names}: a stopped program was writing there; remove it, unless a program is at work"
+
+
+def _short(path: Path) -> str:
+    """How the name of what is written in it begins the name of a folder."""
+    return path.name[:40]
+
+
+def _unfinished_in(directory: Path) -> list[Path]:
     if in_bucket(directory):
-        return
+        return []
     folders = [child for child in directory.iterdir() if child.is_dir() and not child.is_symlink()]
-    for left in [*folders, *(child for folder in folders for child in folder.iterdir())]:
-        if unfinished(left):
-            shutil.rmtree(left)
+    return [left for left in [*folders, *(child for folder in folders for child in folder.iterdir())] if unfinished(left)]
 
 
 def complete(path: Path) -> bool:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from optima_tpu import launch
+from optima_tpu import launch, verify
 from optima_tpu import unpack as unpacking
 from optima_tpu.errors import UserError
 from optima_tpu.export import main as export_main
@@ -29,6 +29,7 @@ from optima_tpu.models.checkpoints.export import export, is_export_of, read_mask
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError, Packer
 from optima_tpu.runtime import checksums
+from optima_tpu.runtime.files import begin
 from tests.support.fake_run import finished_run, small_model
 from tests.support.runs import assert_same_weights, only_error, snapshot
 from tests.support.tiny_models import tiny_folder
@@ -495,8 +496,12 @@ def run(tmp_path_factory) -> Path:
 def test_a_packed_export_unpacks_to_the_plain_export(run, tmp_path, limit, capsys):
     export(run, tmp_path / "plain" / "out", Options(limit))
     (tmp_path / "small").mkdir()
+    killed = begin(tmp_path / "small" / "out").parent
     assert export_main([str(run), str(tmp_path / "small" / "out"), "--packed", "--max-shard-size", limit]) == 0
     printed = capsys.readouterr().out
+    assert f"left over: {killed}: " in printed and killed.is_dir()
+    assert verify.main([str(tmp_path / "small" / "out")]) == 0
+    assert f"left over: {killed}: " in capsys.readouterr().out
     plain = sum(path.stat().st_size for path in (tmp_path / "plain" / "out").glob("*.safetensors"))
     small = sum(path.stat().st_size for path in (tmp_path / "small" / "out").glob("*.safetensors"))
     small += (tmp_path / "small" / "out" / INDEX).stat().st_size

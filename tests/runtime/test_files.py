@@ -95,6 +95,17 @@ def test_leftovers_in_a_run_are_removed_and_neither_links_nor_other_names(tmp_pa
     assert all((path / "file").exists() for path in (*kept, outside)) and (run / "link.abcdefgh.partial").is_symlink()
 
 
+def test_what_killed_programs_left_in_and_beside_a_folder_is_named_and_stays(tmp_path):
+    out = tmp_path / "out"
+    write_folder(out / "journal")
+    left = [files.begin(out).parent, files.begin(out / "report.html").parent, files.begin(out / "journal" / "block_0001").parent]
+    files.begin(tmp_path / "out.json"), files.begin(tmp_path / "another")
+    told = files.left_over(out)
+    assert told.startswith(f"left over: {', '.join(map(str, sorted(left)))}: a stopped program")
+    assert all(path.is_dir() for path in left)
+    assert files.left_over(tmp_path / "new") == files.left_over(tmp_path / "no" / "folder") == ""
+
+
 def test_a_folder_that_another_program_replaced_since_the_check_is_not_removed(tmp_path):
     write_folder(tmp_path / "out")
     answers = iter([True, False])
