@@ -76,7 +76,7 @@ def pruned(config: RunConfig, shared: Shared) -> Found:
     """Prunes the mixture; the held-out windows of every layer are those of the evaluation text."""
     decoder, texts, windows = shared.model(config).decoder, shared.texts(config), config.calibration.fitted
     tokens = np.concatenate([texts.calibration.ids, texts.evaluation.ids])
-    streams = Streams(*(decoder.embed(tokens) for _ in range(config.target.streams)))
+    streams = Streams(*(decoder.embed(tokens) for _ in range(config.recipe.target.streams)))
     walk, reports = Walk(decoder, config.recipe, groups_of_blocks(decoder), windows), []
     for index in range(decoder.config.blocks):
         layers = prune_block(walk, index, next(decoder.blocks([index])), streams).layers

@@ -60,7 +60,7 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
     if unknown := sorted(set(beside) - set(BESIDE)):
         raise UserError(f"expected --beside with some of {', '.join(BESIDE)}, got {', '.join(unknown)}")
     config = parse(list(settings))
-    if config.target.dense_stream:
+    if config.recipe.target.dense_stream:
         raise UserError(
             "expected a recipe that minimises the error of a layer's own outputs, got one with a dense target: use "
             "--preset fast or --preset paper"

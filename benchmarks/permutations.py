@@ -55,7 +55,7 @@ def compare(blocks: int, settings: Sequence[str]) -> None:
     config = parse(list(settings))
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)
-    decoder, windows, pattern = model.decoder, config.calibration.fitted, config.pattern
+    decoder, windows, pattern = model.decoder, config.calibration.fitted, config.recipe.pattern
     if not isinstance(pattern, NM) or pattern.stride > 1 or decoder.linears != LINEARS or not config.calibration.held_out:
         raise UserError(f"expected a pattern N:M, the layers of Llama and held-out windows, got {pattern}, {decoder.linears}")
     calibration, evaluation, *_ = read_texts(config, model)

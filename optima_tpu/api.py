@@ -374,11 +374,11 @@ def prune_layer(
 
 def _check_mask(keep: Array, config: RunConfig, settings: Mapping[str, Any]) -> None:
     """Raises UserError for a mask beside a selector, or against a pattern that the caller named."""
-    if "selector" in settings and config.recipe.selector is not None:
+    if "selector" in settings and config.recipe.selector.chooses:
         raise UserError("expected either mask=ARRAY or a selector, which chooses the mask, got both: leave one out")
-    if "pattern" in settings and (violation := config.pattern.violation(np.asarray(keep))):
+    if "pattern" in settings and (violation := config.recipe.pattern.violation(np.asarray(keep))):
         raise UserError(
-            f"expected a mask of the pattern {config.pattern}, got another one: {violation}; leave pattern out, or name the mask's own"
+            f"expected a mask of the pattern {config.recipe.pattern}, got another one: {violation}; leave pattern out, or name the mask's own"
         )
 
 
@@ -395,7 +395,7 @@ _OF_A_WALK = tuple(name for name in (*CHOICES, "layers", "recapture", "borrow") 
 def _refuse_of_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
     """Raises UserError that names every setting which one layer cannot use, whether the caller or a preset chose it."""
     chosen, plain = to_dict(config), to_dict(RunConfig(_LAYER))
-    names = ["accept"] if config.accept.by_held_out else []
+    names = ["accept"] if config.recipe.accept.by_held_out else []
     for name in [name for name in chosen if name not in _OF_A_LAYER]:
         named = name in settings and name not in _OF_A_WALK  # such as calibration: no value of it means anything here
         names += [name] if named else _changed(name, chosen[name], plain[name])

@@ -161,13 +161,13 @@ def default_options(setting: str, name: str) -> dict[str, Any]:
     return {"damping": cls.default_damping} | own if issubclass(cls, Solver) else own
 
 
-class Method(Protocol):
-    """A dataclass: one of the methods of a setting."""
+class HasFields(Protocol):
+    """A dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-def options_of(method: Method) -> dict[str, Any]:
+def options_of(method: HasFields) -> dict[str, Any]:
     """A method's options in JSON types."""
     if isinstance(method, Named):
         return dict(method.options)

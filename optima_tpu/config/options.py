@@ -16,7 +16,8 @@ import jsonargparse
 from optima_tpu.config.choices import CHOICES, OPEN, method_class, option_classes
 from optima_tpu.config.flat import field_names
 from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
-from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, Sinks
+from optima_tpu.config.run_config import SETTINGS, Calibration, Evaluation, RunConfig, Sinks
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.runtime.printing import PrintsHelp
 from optima_tpu.runtime.program import program
 
@@ -144,20 +145,20 @@ def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Map
 # A sweep reads the settings of every cell: docstrings and annotations of a class are read once.
 @functools.cache
 def field_texts(cls: type) -> Mapping[str, str | None]:
-    """The docstring line of each field of a dataclass, its base classes' fields included."""
-    docs = (docstring_parser.parse(base.__dict__.get("__doc__") or "") for base in reversed(cls.__mro__[:-1]))
+    """The docstring line of each field of a dataclass, its base classes' fields included; for a run those of its recipe, too."""
+    classes = [*reversed(cls.__mro__[:-1]), *([Recipe] if cls is RunConfig else [])]
+    docs = (docstring_parser.parse(each.__dict__.get("__doc__") or "") for each in classes)
     return {entry.arg_name: entry.description for doc in docs for entry in doc.params}
 
 
 @functools.cache
 def fields(cls: type) -> Mapping[str, Any]:
-    """The type of each field's value in a file; for RunConfig without the fields that are parts."""
-    hints = typing.get_type_hints(cls)
-    names = field_names(cls)
-    if cls is RunConfig:
-        names = [name for name in names if name not in (*CHOICES, *PARTS, "damping")]
-        hints["pattern"], hints["layers"] = str | float, str
-    return {name: hints[name] for name in names}
+    """The type of each field's value in a file; for a run those of its settings that are neither methods nor parts."""
+    if cls is not RunConfig:
+        hints = typing.get_type_hints(cls)
+        return {name: hints[name] for name in field_names(cls)}
+    declared = {name: typing.get_type_hints(owner)[name] for name, owner in SETTINGS.items() if name not in (*CHOICES, *PARTS)}
+    return declared | {"pattern": str | float, "layers": str}
 
 
 def parts(chosen: Mapping[str, str]) -> dict[str, tuple[type, ...]]:

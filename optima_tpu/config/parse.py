@@ -44,7 +44,7 @@ from optima_tpu.config.choices import (
     CHOICES,
     NAMED,
     OPEN,
-    Method,
+    HasFields,
     canonical_name,
     default_options,
     method_class,
@@ -76,7 +76,7 @@ from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.own_classes import is_import_path
 from optima_tpu.runtime.program import refuse_undecodable
 
-T = TypeVar("T", bound=Method)
+T = TypeVar("T", bound=HasFields)
 
 
 def parse(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
@@ -176,8 +176,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:
         raise UserError(_refusal(error, kinds(chosen))) from None
-    config = _build(namespace, chosen)
-    return config
+    return _build(namespace, chosen)
 
 
 def _parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
@@ -209,15 +208,15 @@ def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
     if damping is not None:
         plain["solver"] = {"name": "cg", "damping": damping}  # checked with the rest
     config = configure({**plain, "coordinator": None, "num_processes": None, "process_id": None})
-    changes: dict[str, Any] = {} if damping is None else {"damping": config.recipe.damping}
+    changes: dict[str, Any] = {} if damping is None else {"own_damping": config.recipe.damping}
     for setting, value in own.items():
         options = {name: option for name, option in value.items() if name != "name" and (setting, name) != ("solver", "damping")}
         changes[setting] = NAMED[setting](str(value["name"]), options)
-    group = changes.get("selector", config.selector).group
+    group = changes.get("selector", config.recipe.selector).group
     for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
         if name in patterns:
             changes[name] = read(str(patterns[name]), group)
-    return dataclasses.replace(config, **changes)
+    return config.changed(**changes)
 
 
 def parse_command(
@@ -275,7 +274,7 @@ def parse_command(
     return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
 
 
-def _methods(settings: type[Method], argv: Sequence[str]) -> dict[str, Any]:
+def _methods(settings: type[HasFields], argv: Sequence[str]) -> dict[str, Any]:
     """The method that a command line chooses for each field of a dataclass that is a choice, with its default options."""
     choices = [field for field in dataclasses.fields(settings) if field.name in CHOICES]
     if not choices:
@@ -441,7 +440,7 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
         if setting == "solver":
             damping, cls = options.pop("damping", None), classes[-1] if classes else None
             # None for the default value, so that equal runs have equal values.
-            values["damping"] = (
+            values["own_damping"] = (
                 None if cls is None or damping == default_options(setting, chosen[setting])["damping"] else damping
             )
         if classes:
@@ -452,7 +451,7 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
             values[name] = read(values[name], group, import_pattern)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    return RunConfig(**values)
+    return RunConfig(values.pop("model")).changed(**values)
 
 
 def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:

@@ -5,23 +5,17 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options_of
 from optima_tpu.config.flat import field_names
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import Acceptance, PerRow
 from optima_tpu.method.allocation import Allocation, Uniform
+from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.method.layer_rules import LayerRule, layers_text
-from optima_tpu.method.mask_swaps import Swaps
-from optima_tpu.method.patterns import Pattern, Unstructured, WholeInputs
-from optima_tpu.method.quantization import Quantizer
+from optima_tpu.method.layer_rules import layers_text
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.selectors import Imported, Selector, Wanda
-from optima_tpu.method.solvers import CG, Solver
-from optima_tpu.method.targets import SelfTarget, Target
-from optima_tpu.method.tuning import Fixed, Tuning
 from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
@@ -145,25 +139,7 @@ class RunConfig(Devices):
       dtype: compute and store in this type; null keeps the checkpoint's own.
       output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
         paper (swaps, dense, int4, owl, measured) before the pattern. A stopped run resumes from this directory.
-      pattern: which weights are pruned: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of every group
-        that the published selector compares, 2:4 keeps 2 of every 4, 2:4@128 keeps 2 of every 4 inputs that lie 128 apart.
-        0.25/neuron cuts a quarter of the neurons of every MLP and leaves the other layers dense, so that the exported model is
-        smaller; 0.25/input prunes whole inputs of every layer. Both keep a multiple of 128, or with @64 behind, of 64.
-        A pattern of your own is named by its import path and options: my_lab.patterns:Comb?every=3.
-      layers: rules for layers with another pattern: PATH=PATTERN or PATH=dense, separated by commas; the last rule that matches
-        holds. "self_attn.*=dense" leaves attention dense, "model.layers.0.*=0.3" prunes the first block less.
-      selector: how the weights that stay are chosen.
-      solver: how the weights that stay are moved; None keeps the selector's weights.
-      damping: damping of the objective, ``solver.damping`` in files and on the command line; None takes the solver's default.
-      accept: when the solver's weights replace the selector's.
-      target: what a layer must reproduce.
-      recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down); false, as
-        in the paper, takes all of them from the block before pruning.
-      borrow: in a mixture of experts, layers that read the input of the mixture also count the mean over all tokens, as this many
-        tokens for each input of the layer. It helps experts that few tokens reach; 0 gives every expert its own tokens alone.
-      tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
-      refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
-      quantize: whether the kept weights become integers once they are solved; None leaves them.
+      recipe: what is done to every linear layer. Its settings have no name before their own: --selector, not --recipe.selector.
       allocation: how the pattern's sparsity is distributed among the blocks.
       distill: whether the pruned model is trained, with its masks held; None does not train it.
       calibration: the text that the pruned model must reproduce.
@@ -178,18 +154,7 @@ class RunConfig(Devices):
     model: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
-    pattern: Pattern = Unstructured(0.5)
-    layers: tuple[LayerRule, ...] = ()
-    selector: Selector | Imported = Wanda()
-    solver: Solver | None = CG()
-    damping: float | None = None
-    accept: Acceptance = PerRow()
-    target: Target = SelfTarget()
-    recapture: bool = False
-    borrow: Annotated[float, Bound(0)] = 0.0
-    tuning: Tuning = Fixed()
-    refine: Swaps | None = None
-    quantize: Quantizer | None = None
+    recipe: Recipe = Recipe()
     allocation: Allocation = Uniform()
     distill: Distillation | None = None
     calibration: Calibration = Calibration()
@@ -205,83 +170,28 @@ class RunConfig(Devices):
             raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
         if self.output is not None and not self.output.strip():
             raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
-        if self.damping is not None:  # an option of the solver for a person
-            Bound(0).refuse("solver.damping", self.damping)
-        if self.tuning.by_held_out:
-            if self.solver is None:
-                raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
-            self.tuning.dampings(self.recipe.damping)
-        if self.refine and self.solver is None:
-            raise UserError(
-                "expected a solver where refine is swaps, got none: its solution says what to exchange; "
-                "take --solver cg or --refine null"
-            )
-        for pattern in self.patterns:
-            if self.recipe.selector:
-                self.recipe.selector.check(pattern)
-            if self.refine and not pattern.exchanges:
-                raise UserError(f"expected a pattern whose masks can be exchanged, got {pattern}; take --refine null")
-            if isinstance(pattern, WholeInputs) and self.quantize and self.quantize.group is not None:
+        for method in filter(None, (self.allocation, self.distill)):
+            method.needs(self.recipe)
+        for method in filter(None, self.methods.values()):
+            if method.by_held_out and not self.calibration.held_out:
                 raise UserError(
-                    f"expected one scale for a row where the pattern is {pattern.text()}, which takes groups of inputs apart, got groups "
-                    f"of {self.quantize.group}; take --quantize.group null"
+                    f"expected calibration.held_out of at least 1 where {method.in_words}, which chooses by held-out windows, got 0"
                 )
-        if self.allocation.measures:
-            name = method_name("allocation", self.allocation)
-            if not self.pattern.free:
-                raise UserError(
-                    f"expected a pattern such as 0.6/row where allocation is {name}, got {self.pattern}, which fixes "
-                    "what every row loses; take --allocation uniform"
-                )
-            if self.recipe.selector is None:
-                raise UserError(
-                    f"expected a selector that chooses masks where allocation is {name}, got imported: such "
-                    "masks fix what each block loses; take --allocation uniform"
-                )
-        if self.distill and self.quantize:
-            raise UserError(
-                f"expected quantize null where distill is {method_name('distill', self.distill)}, got both: training moves the "
-                "weights off their integers; take --distill null"
-            )
-        if self.distill and not self.calibration.held_out:
-            raise UserError(
-                f"expected calibration.held_out of at least 1 where distill is {method_name('distill', self.distill)}, got 0: held-out "
-                "windows choose the step"
-            )
-        if not self.calibration.held_out:
-            for setting, name in BY_HELD_OUT.items():
-                if method_name(setting, getattr(self, setting)) == name:
-                    raise UserError(f"expected calibration.held_out of at least 1 where {setting} is {name}, got 0")
 
     @property
-    def patterns(self) -> list[Pattern]:
-        """The pattern, and those of the rules for layers."""
-        return [self.pattern, *(rule.pattern for rule in self.layers if rule.pattern)]
+    def methods(self) -> dict[str, Method | None]:
+        """The methods by the settings that choose them; None does nothing."""
+        return self.recipe.methods | {"allocation": self.allocation, "distill": self.distill}
 
-    @property
-    def recipe(self) -> Recipe:
-        """The methods for every linear layer."""
-        selector = None if isinstance(self.selector, Imported) else self.selector
-        return Recipe(
-            self.pattern,
-            selector,
-            self.solver,
-            self.accept,
-            self.layers,
-            self.target,
-            self.recapture,
-            self.tuning,
-            self.refine,
-            self.damping,
-            self.borrow,
-            self.quantize,
-        )
+    def changed(self, **settings: Any) -> Self:
+        """The run with other values of settings, those of the recipe among them: ``changed(solver=None, batch=2)``."""
+        own = {name: settings.pop(name) for name in field_names(Recipe) if name in settings}
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **own), **settings)
 
     @property
     def outside_code(self) -> dict[str, str]:
         """The user's own classes in this run, by import path, and the SHA-256 of the file that each was read from."""
-        methods = (getattr(self, setting) for setting in CHOICES)
-        return outside_code([*self.patterns, *filter(None, methods)])
+        return outside_code([*self.recipe.patterns, *filter(None, self.methods.values())])
 
     @property
     def model_name(self) -> str:
@@ -294,19 +204,33 @@ class RunConfig(Devices):
         """The run directory: ``output``, or a name made of the model and the recipe."""
         if self.output is not None:
             return as_path(self.output)
-        chosen = {setting: method_name(setting, method) for setting in CHOICES if (method := getattr(self, setting))}
+        recipe = self.recipe
+        chosen = {setting: method_name(setting, method) for setting, method in self.methods.items() if method}
         methods = [chosen["selector"].rpartition(":")[2], chosen.get("solver", "none").rpartition(":")[2]]
-        methods += ["swaps"] if self.refine else []
-        methods += ["dense"] if self.target.dense_stream else []
-        methods += [chosen["quantize"]] if self.quantize else []
+        methods += ["swaps"] if recipe.refine else []
+        methods += ["dense"] if recipe.target.dense_stream else []
+        methods += [chosen["quantize"]] if recipe.quantize else []
         methods += [chosen["allocation"]] if self.allocation.measures else []
-        group = self.selector.group
-        what = ",".join(filter(None, (self.pattern.text(group), layers_text(self.layers, group))))
+        group = recipe.selector.group
+        what = ",".join(filter(None, (recipe.pattern.text(group), layers_text(recipe.layers, group))))
         slug = _slug(what)
         if len(slug) > _LONG_SLUG:  # many rules of layers: the pattern says most, and the digest tells them apart
-            slug = f"{_slug(self.pattern.text(group))}-layers-{hashlib.sha256(what.encode()).hexdigest()[:6]}"
+            slug = f"{_slug(recipe.pattern.text(group))}-layers-{hashlib.sha256(what.encode()).hexdigest()[:6]}"
         # Brackets and backslashes: see ``files.refuse_unreachable``.
         return Path("runs", "-".join((re.sub(r"[\[\]\\]", "_", self.model_name), *methods, slug)))
+
+
+_OF_RECIPE = [name for name in field_names(Recipe) if name != "own_damping"]  # solver.damping for a person
+
+SETTINGS: Mapping[str, type] = MappingProxyType(
+    {
+        name: owner
+        for field in field_names(RunConfig)
+        for owner, names in [(Recipe, _OF_RECIPE) if field == "recipe" else (RunConfig, [field])]
+        for name in names
+    }
+)
+"""The settings of a run in their order, and the dataclass that has each as a field. Files and the command line have them side by side."""
 
 
 def _slug(text: str) -> str:
@@ -329,16 +253,15 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
     A method is ``{"name": ..., its options}``; the choice "null" is None.
     """
-    values = {name: getattr(config, name) for name in field_names(type(config))}
-    del values["damping"]
-    for setting in CHOICES:
-        method = values[setting]
-        damping = {"damping": config.recipe.damping} if setting == "solver" else {}
+    recipe = config.recipe
+    values = {name: getattr(recipe if owner is Recipe else config, name) for name, owner in SETTINGS.items()}
+    for setting, method in config.methods.items():
+        damping = {"damping": recipe.damping} if setting == "solver" else {}
         values[setting] = method and {"name": method_name(setting, method)} | damping | options_of(method)
-    group = config.selector.group
+    group = recipe.selector.group
     return values | {
-        "pattern": config.pattern.text(group),
-        "layers": layers_text(config.layers, group),
+        "pattern": recipe.pattern.text(group),
+        "layers": layers_text(recipe.layers, group),
         "calibration": dataclasses.asdict(config.calibration),
         "evaluation": dataclasses.asdict(config.evaluation),
         "sinks": dataclasses.asdict(config.sinks),
@@ -364,5 +287,5 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     compares their contents. Mesh, devices and batch are not included, because they change weights only by rounding.
     """
     values = to_dict(config)
-    explicit = {"pattern": config.pattern.text(), "layers": layers_text(config.layers)}
+    explicit = {"pattern": config.recipe.pattern.text(), "layers": layers_text(config.recipe.layers)}
     return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", *CHOICES, "recapture", "borrow")}

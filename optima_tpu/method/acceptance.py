@@ -16,25 +16,21 @@ from jax import Array
 from jaxtyping import Bool, Float32
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.method.problem import Errors, LayerProblem, Pruned, Solution, gained
 from optima_tpu.method.statistics import TokenSets
-from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.runtime.bounds import Bound
 
 BeforeAndAfter = tuple[Float32[Array, " rows"], Float32[Array, " rows"]]
 """One number for each row: with the selector's weights, and with the solver's."""
 
 
-class Acceptance(Bounded, abc.ABC):
-    """Chooses the rows of one matrix that take the solver's weights. A rule is a frozen dataclass.
-
-    Attributes:
-      by_held_out: whether held-out tokens decide.
-    """
+class Acceptance(Method, abc.ABC):
+    """Chooses the rows of one matrix that take the solver's weights. A rule is a frozen dataclass."""
 
     setting: ClassVar[str] = "accept"
-    by_held_out: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(

@@ -11,12 +11,16 @@ N:M fixes what each block loses, and imported masks are allocated already: neith
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import numpy as np
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.method.choice import Method
+from optima_tpu.runtime.bounds import Bound
+
+if TYPE_CHECKING:
+    from optima_tpu.method.recipe import Recipe
 
 # Preferred size of the grain. The grain itself is a multiple of 1 / gcd of the layers' numbers of inputs.
 _GRAIN = 0.02
@@ -34,7 +38,7 @@ class SparsitySteps(NamedTuple):
     most: int
 
 
-class Allocation(Bounded):
+class Allocation(Method):
     """How the pattern's sparsity is distributed among the blocks.
 
     Attributes:
@@ -49,6 +53,19 @@ class Allocation(Bounded):
     def reach(self) -> float:
         """The largest difference between a block's sparsity and the pattern's."""
         return self.limit
+
+    def needs(self, recipe: "Recipe") -> None:
+        """Raises UserError if measured sparsities of blocks do not go with the pattern, or with masks from outside."""
+        if self.measures and not recipe.pattern.free:
+            raise UserError(
+                f"expected a pattern such as 0.6/row where {self.in_words}, got {recipe.pattern}, which fixes "
+                "what every row loses; take --allocation uniform"
+            )
+        if self.measures and not recipe.selector.chooses:
+            raise UserError(
+                f"expected a selector that chooses masks where {self.in_words}, got imported: such "
+                "masks fix what each block loses; take --allocation uniform"
+            )
 
     def wanted(self, scores: np.ndarray, steps: SparsitySteps) -> np.ndarray:
         """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
@@ -118,6 +135,8 @@ class Measured(Allocation):
     Attributes:
       limit: the largest difference between a block's sparsity and the pattern's.
     """
+
+    by_held_out: ClassVar[bool] = True
 
     limit: Annotated[float, Bound(above=0, below=0.5)] = 0.16
 

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
-from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.errors import UserError
+from optima_tpu.method.choice import Method
+from optima_tpu.runtime.bounds import Bound
 
 if TYPE_CHECKING:
     import optax
+
+    from optima_tpu.method.recipe import Recipe
 
 BETAS = 0.9, 0.95
 """The decay rates of Adam's moments."""
@@ -46,7 +50,7 @@ def hidden_error(dense: Float[Array, "*tokens d_model"], pruned: Float[Array, "*
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(Bounded, abc.ABC):
+class Distillation(Method, abc.ABC):
     """Training of the pruned model, with gradients through blocks and the masks held.
 
     Attributes:
@@ -76,6 +80,7 @@ class Distillation(Bounded, abc.ABC):
     """The checks of a short training."""
 
     setting: ClassVar[str] = "distill"
+    by_held_out: ClassVar[bool] = True
 
     windows: Annotated[int, Bound(1)] = 128
     passes: Annotated[int, Bound(1)] = 1
@@ -90,6 +95,14 @@ class Distillation(Bounded, abc.ABC):
     @abc.abstractmethod
     def loss(dense: Array, pruned: Array, targets: Array) -> Array:
         """The loss of each token [...] in nats, from logits [..., vocab] float32 and the next tokens [...] int32."""
+
+    def needs(self, recipe: "Recipe") -> None:
+        """Raises UserError for quantised weights."""
+        if recipe.quantize:
+            raise UserError(
+                f"expected quantize null where {self.in_words}, got both: training moves the weights off their integers; "
+                "take --distill null"
+            )
 
     @property
     def smaller(self) -> str:

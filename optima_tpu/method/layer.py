@@ -15,18 +15,16 @@ from jaxtyping import ArrayLike
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import matmul
-from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import Given
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowSharding
-from optima_tpu.method.selectors import Wanda
-from optima_tpu.method.solvers import CG
+from optima_tpu.method.selectors import Imported
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.mesh import make_mesh
 
-FAST = Recipe(Unstructured(), Wanda(), CG())
+FAST = Recipe()
 """Half of every row, Wanda's mask, and certified weights: the preset ``fast``."""
 
 
@@ -93,8 +91,8 @@ def prune_layer(
         keep = as_array("mask", mask).astype(bool)
         if keep.shape != dense.shape:
             raise UserError(f"expected a mask of the weight's shape {dense.shape}, got {keep.shape}")
-        recipe, given = dataclasses.replace(recipe, selector=None), (Given(keep),)
-    elif recipe.selector is None:
+        recipe, given = dataclasses.replace(recipe, selector=Imported()), (Given(keep),)
+    elif not recipe.selector.chooses:
         raise UserError("expected mask=ARRAY for a layer whose mask is brought from outside, got selector imported")
     rows, columns = dense.shape
     recipe.pattern.pruned_count((rows, columns))  # raises where N:M does not divide the inputs

@@ -20,13 +20,15 @@ above what its mask is worth: ``CG`` takes two steps in each.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float32
 
+from optima_tpu.errors import UserError
+from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
@@ -35,8 +37,11 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers import SolveMask, Solver, SolveRows
-from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.loops import usual_turns
+
+if TYPE_CHECKING:
+    from optima_tpu.method.recipe import Recipe
 
 # Newton steps for log t, each with an inverse, from where random vectors put t. They end after a short step, since each step squares
 # the error: nearly always after the first.
@@ -50,7 +55,7 @@ _LEAST_DAMPING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Swaps(Bounded):
+class Swaps(Method):
     """Exchanges kept weights for pruned ones of the same row (for N:M, of the same M) where the row's objective gains.
 
     The number of kept weights stays the same in every row, and in every M. A round costs one rough solve that starts
@@ -66,6 +71,17 @@ class Swaps(Bounded):
 
     rounds: Annotated[int, Bound(1, hint="--refine null leaves the mask as it is")] = 4
     share: Annotated[float, Bound(above=0, most=0.5)] = 0.025
+
+    def needs(self, recipe: "Recipe") -> None:
+        """Raises UserError if there is no solver, or a pattern whose masks cannot be exchanged."""
+        if recipe.solver is None:
+            raise UserError(
+                "expected a solver where refine is swaps, got none: its solution says what to exchange; "
+                "take --solver cg or --refine null"
+            )
+        for pattern in recipe.patterns:
+            if not pattern.exchanges:
+                raise UserError(f"expected a pattern whose masks can be exchanged, got {pattern}; take --refine null")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ def prune_group(
       weights: each [d_out, d_in], dense, in the checkpoint's dtype; only one if the recipe tunes.
       tokens: the statistics of both sets of tokens. With a dense-model target they include the drift, for the held-out tokens
         with energies.
-      given: the imported mask of each matrix, and maybe its weights, for a recipe without a selector.
+      given: the imported mask of each matrix, and maybe its weights, in the place of the selector.
       patterns: the pattern of each matrix; all equal if the recipe refines masks.
       sharding: the sharding of all matrices [d_in, d_in], and how many rows a device solves at once.
     """
@@ -181,10 +181,8 @@ class _Group(NamedTuple):
             if given is not None:
                 spread = (self.spread(index, each) for index, each in enumerate(given))
                 choices = tuple(_taken(each, problem.weight) for each, problem in zip(spread, problems))
-            elif recipe.selector is not None:
-                choices = recipe.selector.choose(problems, patterns)
             else:
-                raise ValueError("a recipe without a selector needs masks")
+                choices = recipe.selector.choose(problems, patterns)
         # Constrain the sharding again: otherwise every device would choose the masks of all rows.
         return tuple(self.spread(index, choice) for index, choice in enumerate(choices))
 

@@ -29,7 +29,7 @@ worse than its nearest integers. Weights and scales are rounded to the dtype in 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,16 @@ from jax import Array
 from jaxtyping import Float32
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features, matmul
+from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
 from optima_tpu.method.resources import Footprint
 from optima_tpu.method.selectors.obs import inverse_factor
-from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.runtime.bounds import Bound
+
+if TYPE_CHECKING:
+    from optima_tpu.method.recipe import Recipe
 
 _COLUMNS = 128
 """Most inputs that are rounded between two products with the Hessian."""
@@ -70,7 +75,7 @@ QuantizeRows = Callable[[LayerProblem, Pruned], Quantized]
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantizer(Bounded):
+class Quantizer(Method):
     """Stores the kept weights as integers, with a scale for each row or for each group of a row's inputs.
 
     Attributes:
@@ -93,6 +98,15 @@ class Quantizer(Bounded):
 
     def __str__(self) -> str:
         return f"int{self.bits} by {'row' if self.group is None else f'groups of {self.group}'}"
+
+    def needs(self, recipe: "Recipe") -> None:
+        """Raises UserError for groups of inputs that a pattern takes apart."""
+        for pattern in recipe.patterns:
+            if isinstance(pattern, WholeInputs) and self.group is not None:
+                raise UserError(
+                    f"expected one scale for a row where the pattern is {pattern.text()}, which takes groups of inputs apart, got groups "
+                    f"of {self.group}; take --quantize.group null"
+                )
 
     def check(self, d_in: int) -> None:
         """Raises UserError if the groups do not divide the inputs of a layer."""

@@ -1,52 +1,82 @@
 """What is done to every linear layer, and which of them are pruned together."""
 
 import dataclasses
+from typing import Annotated
 
 from optima_tpu.method.acceptance import Acceptance, PerRow
+from optima_tpu.method.choice import Method
 from optima_tpu.method.layer_rules import LayerRule, pattern_of
 from optima_tpu.method.mask_swaps import Exchanging, Swaps
-from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.patterns import Pattern, Unstructured
 from optima_tpu.method.quantization import Quantizer
 from optima_tpu.method.resources import Footprint
-from optima_tpu.method.selectors import Selector
-from optima_tpu.method.solvers import Solver, Unchanged
+from optima_tpu.method.selectors import Selector, Wanda
+from optima_tpu.method.solvers import CG, Solver, Unchanged
 from optima_tpu.method.statistics import Groups
 from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Tuning
+from optima_tpu.runtime.bounds import Bound, Bounded
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Bounded):
     """What is done to every linear layer.
 
     Attributes:
-      pattern: how many weights go, and inside which groups.
-      selector: chooses the weights that stay; None if the masks are imported.
-      solver: moves the weights that stay; None keeps the selector's own weights, the baseline of the paper's tables.
+      pattern: which weights are pruned: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of every group
+        that the published selector compares, 2:4 keeps 2 of every 4, 2:4@128 keeps 2 of every 4 inputs that lie 128 apart.
+        0.25/neuron cuts a quarter of the neurons of every MLP and leaves the other layers dense, so that the exported model is
+        smaller; 0.25/input prunes whole inputs of every layer. Both keep a multiple of 128, or with @64 behind, of 64.
+        A pattern of your own is named by its import path and options: my_lab.patterns:Comb?every=3.
+      layers: rules for layers with another pattern: PATH=PATTERN or PATH=dense, separated by commas; the last rule that matches
+        holds. "self_attn.*=dense" leaves attention dense, "model.layers.0.*=0.3" prunes the first block less.
+      selector: how the weights that stay are chosen.
+      solver: how the weights that stay are moved; None keeps the selector's own weights, the baseline of the paper's tables.
       accept: when the solver's weights replace the selector's.
-      layers: rules for layers with another pattern, or that stay dense.
-      target: what the layers must reproduce.
-      recapture: whether a layer's inputs come from the block as pruned so far, not from the block before pruning.
-      tuning: what is chosen for each matrix on held-out tokens.
-      refine: how the mask changes once its weights are solved; None keeps the selector's mask.
+      target: what a layer must reproduce.
+      recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down); false, as
+        in the paper, takes all of them from the block before pruning.
+      borrow: in a mixture of experts, layers that read the input of the mixture also count the mean over all tokens, as this many
+        tokens for each input of the layer. It helps experts that few tokens reach; 0 gives every expert its own tokens alone.
+      tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
+      refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
+      quantize: whether the kept weights become integers once they are solved; None leaves them.
       own_damping: the pull of the objective toward the dense weights, as a share of the Hessian's diagonal; None stands for the
-        solver's default.
-      borrow: how many tokens of the mean over all tokens count beside an expert's own, for each input of its layers.
-      quantize: puts the kept weights on an integer grid once they are solved; None leaves them.
+        solver's default. ``solver.damping`` in files and on the command line.
+
+    Raises:
+      UserError: a number is out of its bounds, or one method does not go with another.
     """
 
-    pattern: Pattern
-    selector: Selector | None
-    solver: Solver | None
+    pattern: Pattern = Unstructured()
+    layers: tuple[LayerRule, ...] = dataclasses.field(default=(), kw_only=True)  # in the order of the settings in files
+    selector: Selector = Wanda()
+    solver: Solver | None = CG()
     accept: Acceptance = PerRow()
-    layers: tuple[LayerRule, ...] = ()
     target: Target = SelfTarget()
     recapture: bool = False
+    borrow: Annotated[float, Bound(0)] = 0.0
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
-    own_damping: float | None = None
-    borrow: float = 0.0
     quantize: Quantizer | None = None
+    own_damping: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.own_damping is not None:  # an option of the solver for a person
+            Bound(0).refuse("solver.damping", self.own_damping)
+        for method in filter(None, self.methods.values()):
+            method.needs(self)
+
+    @property
+    def methods(self) -> dict[str, Method | None]:
+        """The methods by the settings that choose them; None does nothing."""
+        return {name: getattr(self, name) for name in ("selector", "solver", "accept", "target", "tuning", "refine", "quantize")}
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """The pattern, and those of the rules for layers."""
+        return [self.pattern, *(rule.pattern for rule in self.layers if rule.pattern)]
 
     @property
     def damping(self) -> float:
@@ -64,12 +94,11 @@ class Recipe:
     def footprint(self) -> Footprint:
         """The device memory of pruning a group of matrices, without the arrays that every method holds."""
         update = self.update(self.pattern).footprint(self.damping)
-        chooser = self.selector.hessians if self.selector else 0
         rounder = self.quantize.footprint() if self.quantize else Footprint(0, 0, split=True)
         return Footprint(
-            max(update.hessians, chooser, rounder.hessians),
+            max(update.hessians, self.selector.hessians, rounder.hessians),
             max(update.vectors, rounder.vectors),
-            update.split and not chooser and rounder.split,
+            update.split and not self.selector.hessians and rounder.split,
         )
 
     def pattern_of(self, path: str, name: str) -> Pattern | None:

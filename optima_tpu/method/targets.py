@@ -33,10 +33,11 @@ from typing import Annotated, ClassVar, NamedTuple
 from jax import Array
 from jaxtyping import Float, Float32
 
-from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.method.choice import Method
+from optima_tpu.runtime.bounds import Bound
 
 
-class Target(Bounded, abc.ABC):
+class Target(Method, abc.ABC):
     """What the outputs of a layer should match. A target is a frozen dataclass.
 
     Attributes:

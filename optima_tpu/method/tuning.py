@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,19 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.choice import Method
 from optima_tpu.method.outcomes import PrunedMatrix
 from optima_tpu.method.targets import Target
-from optima_tpu.runtime.bounds import Bound, Bounded
+from optima_tpu.runtime.bounds import Bound
+
+if TYPE_CHECKING:
+    from optima_tpu.method.recipe import Recipe
 
 Attempt = Callable[[Array | None, Array | float], tuple[PrunedMatrix, ...]]
 """Solves a group's matrices with a ridge on their problem and an alpha: final weights of every matrix, and outcomes of its rows."""
 
 
-class Tuning(Bounded, abc.ABC):
+class Tuning(Method, abc.ABC):
     """Chooses the damping of the objective, and alpha for a dense-model target.
 
     Attributes:
@@ -27,7 +31,6 @@ class Tuning(Bounded, abc.ABC):
     """
 
     setting: ClassVar[str] = "tuning"
-    by_held_out: ClassVar[bool]
 
     @abc.abstractmethod
     def dampings(self, damping: float) -> tuple[float, ...]:
@@ -54,8 +57,6 @@ class Tuning(Bounded, abc.ABC):
 @dataclasses.dataclass(frozen=True)
 class Fixed(Tuning):
     """Uses the solver's damping and the target's alpha for every matrix."""
-
-    by_held_out: ClassVar[bool] = False
 
     def dampings(self, damping: float) -> tuple[float, ...]:
         return (damping,)
@@ -87,6 +88,12 @@ class Grid(Tuning):
 
     damping: Annotated[tuple[float, ...] | None, Bound(0)] = None
     alpha: Annotated[tuple[float, ...], Bound(0, 1)] = (0.0, 0.25, 0.5)
+
+    def needs(self, recipe: "Recipe") -> None:
+        """Raises UserError if there is no solver, or as :meth:`dampings`."""
+        if recipe.solver is None:
+            raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
+        self.dampings(recipe.damping)
 
     def dampings(self, damping: float) -> tuple[float, ...]:
         """The dampings that are tried.

@@ -29,7 +29,9 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     """
     decoder = model.decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
-    weights = sum(math.prod(shapes[path]) for path in check_layers(config.layers, config.pattern, linear_shapes(decoder)))
+    weights = sum(
+        math.prod(shapes[path]) for path in check_layers(config.recipe.layers, config.recipe.pattern, linear_shapes(decoder))
+    )
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [
         f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
@@ -64,27 +66,27 @@ def short_text(text: Calibration, widest: int) -> str:
 
 def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     """The recipe in a line: mask, update and pattern, then each setting beyond the paper that acts on this model's family."""
-    settings, adding = weights_settings(config), bool(decoder.family.residuals)
+    recipe, settings, adding = config.recipe, weights_settings(config), bool(decoder.family.residuals)
     methods = [settings[key] for key in ("selector", "solver") if settings[key]]
-    words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(config.pattern)]
-    words += [to_dict(config)["layers"]] if config.layers else []
-    if config.target.dense_stream:
-        words.append(f"dense target {config.target.alpha:g}")
-        words += [f"residual drift {config.target.gamma:g}"] if config.target.gamma and adding else []
-        words += ["weighted tokens"] if config.target.weigh_tokens and adding else []
-    if config.target.weigh_by_loss:
-        words.append(f"loss-weighted tokens {config.target.weigh_by_loss:g}")
-    if config.recapture:
+    words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(recipe.pattern)]
+    words += [to_dict(config)["layers"]] if recipe.layers else []
+    if recipe.target.dense_stream:
+        words.append(f"dense target {recipe.target.alpha:g}")
+        words += [f"residual drift {recipe.target.gamma:g}"] if recipe.target.gamma and adding else []
+        words += ["weighted tokens"] if recipe.target.weigh_tokens and adding else []
+    if recipe.target.weigh_by_loss:
+        words.append(f"loss-weighted tokens {recipe.target.weigh_by_loss:g}")
+    if recipe.recapture:
         words.append("recapture")
-    if config.borrow and decoder.family.shared:
-        words.append(f"experts borrow {config.borrow:g} tokens an input")
-    if config.refine:
-        words.append(f"{config.refine.rounds} rounds of exchanges")
-    if config.quantize:
-        words.append(str(config.quantize))
+    if recipe.borrow and decoder.family.shared:
+        words.append(f"experts borrow {recipe.borrow:g} tokens an input")
+    if recipe.refine:
+        words.append(f"{recipe.refine.rounds} rounds of exchanges")
+    if recipe.quantize:
+        words.append(str(recipe.quantize))
     if config.allocation.measures:
         words.append(f"{weights_settings(config)['allocation']['name']} allocation")
-    if (candidates := config.tuning.candidates(config.recipe.damping, config.target)) > 1:
+    if (candidates := recipe.tuning.candidates(recipe.damping, recipe.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
     if config.distill:
         words.append(f"{config.distill.done} on {config.distill.windows} windows")

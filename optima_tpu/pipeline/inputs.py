@@ -193,18 +193,18 @@ def pruned_layers(config: RunConfig, decoder: Decoder, model: PretrainedConfig) 
       UserError: as ``check_layers``, or neurons cannot be cut from this model, or groups of integers do not divide the inputs of a
         layer.
     """
-    cut = next((pattern for pattern in config.patterns if isinstance(pattern, Neurons)), None)
+    cut = next((pattern for pattern in config.recipe.patterns if isinstance(pattern, Neurons)), None)
     if cut and decoder.family.neurons is None:
         raise UserError(
             f"expected a model with one MLP in every block where the pattern is {cut.text()}, got "
             f"{', '.join(model.architectures or [model.model_type])}, from which neurons cannot be cut; take another pattern, such as 2:4"
         )
     shapes = list(linear_shapes(decoder))
-    patterns = check_layers(config.layers, config.pattern, shapes)
+    patterns = check_layers(config.recipe.layers, config.recipe.pattern, shapes)
     for path, _, (_, d_in) in shapes:
-        if config.quantize and path in patterns:
+        if config.recipe.quantize and path in patterns:
             try:
-                config.quantize.check(d_in)
+                config.recipe.quantize.check(d_in)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
     return patterns
@@ -237,17 +237,17 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
     }
     if outside := config.outside_code:  # the same name may stand for other code tomorrow
         manifest["methods"] = outside
-    if isinstance(config.selector, Imported):
+    if isinstance(config.recipe.selector, Imported):
         shapes = {path: shape for path, _, shape in linear_shapes(model.decoder)}
         pruned = {path + ".weight": shapes[path] for path in patterns}
         manifest["masks"] = check_masks(
-            open_masks(config.selector.path),
+            open_masks(config.recipe.selector.path),
             pruned,
             {path + ".weight": pattern for path, pattern in patterns.items()},
             model.pretrained.tensors,
         )
-        if config.selector.weights:
-            manifest["weights"] = check_weights(open_given(config.selector), pruned)
+        if config.recipe.selector.weights:
+            manifest["weights"] = check_weights(open_given(config.recipe.selector), pruned)
         del manifest["recipe"]["selector"]["path"]  # the masks decide the result, not their path
     return json.loads(json.dumps(manifest))  # as a file holds it, without tuples
 

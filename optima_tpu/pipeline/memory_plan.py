@@ -260,7 +260,7 @@ class _Block:
     def _refusal(self, name: str, load: GroupLoad, left: float) -> str:
         mesh, recipe = self.decoder.mesh, self.recipe
         least = load.bytes(mesh, load.can_split(mesh), 1)
-        titles = [type(recipe.selector).__name__] * (recipe.selector is not None)
+        titles = [type(recipe.selector).__name__] * recipe.selector.chooses
         titles += [recipe.update(recipe.pattern).title] * (recipe.solver is not None)
         where = "split over the model axis" if load.can_split(mesh) else "on every device"
         if left <= 0:

@@ -55,7 +55,7 @@ class Opened:
         manifest = manifest_of(config, model, texts)
         if config.allocation.measures:
             allocation_steps(decoder, recipe, config.allocation)
-        given = open_given(config.selector) if isinstance(config.selector, Imported) else None
+        given = open_given(config.recipe.selector) if isinstance(config.recipe.selector, Imported) else None
         budget, groups = device_budget(config.device_memory), groups_of_blocks(decoder)
         fit = fitted(decoder, groups, recipe, texts.calibration.ids.shape, budget)
         walk = Walk(decoder, recipe, groups, config.calibration.fitted, budget - fit.states, given, fit.states > 0)

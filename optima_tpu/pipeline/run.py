@@ -78,7 +78,7 @@ def pruning(config: RunConfig, keep: Keep) -> dict[str, Any]:
     journal = keep(stages.JOURNAL, dense, text)
     sinks = keep(stages.SINKS, journal)
     allocation = keep(stages.ALLOCATION, journal) if config.allocation.measures else None
-    squares = keep(stages.GRADIENT, journal) if config.target.weigh_by_loss else None
+    squares = keep(stages.GRADIENT, journal) if config.recipe.target.weigh_by_loss else None
     blocks = keep(stages.PRUNING, journal, sinks, allocation, squares)
     return measuring(config, keep, PrunedRun(dense, blocks, sinks, allocation))
 

@@ -438,7 +438,7 @@ def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, Any] | 
     """The neurons of an MLP, and the numbers that blocks have left; None if the run cuts none."""
     config, (pretrained, decoder) = opened.config, opened.model
     family = decoder.family
-    if family.neurons is None or not any(isinstance(pattern, WholeInputs) for pattern in config.patterns):
+    if family.neurons is None or not any(isinstance(pattern, WholeInputs) for pattern in config.recipe.patterns):
         return None
     patterns, prefix = pruned_layers(config, decoder, pretrained.config), decoder.prefix
     cut = [
@@ -456,7 +456,7 @@ def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, Any] | 
 def _weighed_layers(opened: Opened) -> list[str]:
     """Names, inside a block, of the layers for which the target weighs tokens."""
     decoder = opened.model.decoder
-    names = decoder.family.residuals if opened.config.target.weigh_tokens else ()
+    names = decoder.family.residuals if opened.config.recipe.target.weigh_tokens else ()
     return [name for name in names if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)]
 
 

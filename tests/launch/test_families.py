@@ -80,8 +80,7 @@ def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> 
         output=str(directory),
         calibration=Calibration("pydoc", windows=6, length=40, held_out=2),
         evaluation=Evaluation(windows=4),
-        **settings,
-    )
+    ).changed(**settings)
     run(config, Console(file=io.StringIO()), opened(config, shape))
     return directory
 

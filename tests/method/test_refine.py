@@ -289,10 +289,10 @@ def test_the_summary_tells_how_much_came_in(tmp_path):
 
 def test_the_settings():
     config = parse(["--preset", "fast", "--refine", "swaps", "--refine.rounds", "2"])
-    assert config.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
+    assert config.recipe.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
     assert configure({}, flags(config)[2:]) == config
     plain = parse(["--preset", "fast"])
-    assert plain.refine is None and weights_settings(config) != weights_settings(plain)
+    assert plain.recipe.refine is None and weights_settings(config) != weights_settings(plain)
     for argv, words in (
         (["--solver", "null"], "--refine null"),
         (["--refine.rounds", "0"], "at least 1, got 0"),

@@ -162,8 +162,8 @@ def test_a_model_of_experts_is_refused_by_name(model):
     config, _, source = tiny(reference, {})
     decoder = Decoder.open(config, source, mesh(1, 1))
     with pytest.raises(UserError, match=f"one MLP in every block where the pattern is 0.25/neuron@8, got {model}, from which"):
-        pruned_layers(RunConfig(model="here", pattern=CUT), decoder, config)
-    assert len(pruned_layers(RunConfig(model="here", pattern=parse_pattern("0.25/input@4")), decoder, config)) > 8
+        pruned_layers(RunConfig(model="here").changed(pattern=CUT), decoder, config)
+    assert len(pruned_layers(RunConfig(model="here").changed(pattern=parse_pattern("0.25/input@4")), decoder, config)) > 8
 
 
 def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):

@@ -126,12 +126,9 @@ def test_it_is_pruned_and_exported_in_bfloat16(folder, expanded, tmp_path):
     config = RunConfig(
         model=str(folder),
         output=str(tmp_path),
-        pattern=NM(2, 4),
-        selector=Magnitude(),
-        solver=None,
         calibration=Calibration("random", windows=4, length=16, held_out=0),
         evaluation=Evaluation("random", windows=4),
-    )
+    ).changed(pattern=NM(2, 4), selector=Magnitude(), solver=None)
     run(config, Console(file=io.StringIO()), opened(config, (1, 1)))
     out = tmp_path / "hf"
     before, after = folder_tensors(expanded), folder_tensors(out)

@@ -26,7 +26,7 @@ from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowLayout, RowSharding
-from optima_tpu.method.selectors import ADMM, SparseGPT, Thanos, Wanda
+from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline import memory_plan
@@ -267,8 +267,8 @@ def test_the_layout_follows_from_the_budget():
     hessians = 2 * 4 * 28672**2 / 4  # in columns
     for solver, selector in (
         (MPAX(), Wanda()),
-        (Exact(), None),
-        (Adam(), None),
+        (Exact(), Imported()),
+        (Adam(), Imported()),
         (CG(), Wanda()),
         (CG(), Thanos()),
         (CG(), SparseGPT()),
@@ -309,7 +309,10 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
 
 
 def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
-    block, recipe = block_of({"a": (8, 64), "b": (8, 64), "c": (64, 256)}, mesh(1, 1)), Recipe(Unstructured(0.5), None, None)
+    block, recipe = (
+        block_of({"a": (8, 64), "b": (8, 64), "c": (64, 256)}, mesh(1, 1)),
+        Recipe(Unstructured(0.5), Imported(), None),
+    )
     cut = functools.partial(block_passes, block, 0, (("a",), ("b",), ("c",)), recipe)
     assert [each.groups for each in cut(math.inf)] == [(("a",), ("b",), ("c",))]
     assert described(cut(math.inf)) == ""

@@ -40,7 +40,7 @@ RECIPES = {
         Wanda(),
         MPAX(eps_abs=1e-4, eps_rel=1e-4, unit_diagonal=True),
         PerLayer(),
-        tuple(LayerRule(path, None) for path in ("self_attn.*", "mlp.gate_proj", "mlp.up_proj")),
+        layers=tuple(LayerRule(path, None) for path in ("self_attn.*", "mlp.gate_proj", "mlp.up_proj")),
     ),
 }
 

@@ -39,12 +39,10 @@ def test_a_run_never_holds_more_of_the_checkpoint_than_two_blocks_and_the_embedd
     config = RunConfig(
         model=str(model),
         output=str(tmp_path / "run"),
-        selector=Magnitude(),
-        solver=None,
         export=False,
         calibration=Calibration("random", windows=4, length=16, held_out=2),
         evaluation=Evaluation("random", windows=2),
-    )
+    ).changed(selector=Magnitude(), solver=None)
     pretrained = open_model(config.model)
     watched = Watched(pretrained.tensors)
     decoder = Decoder.open(pretrained.config, watched, mesh(4, 2))

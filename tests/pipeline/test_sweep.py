@@ -26,7 +26,7 @@ from tests.support.sweeps import TABLE, write_sweep
 
 def perplexity_of(config) -> float:
     """What the stand-in of a run finds."""
-    return 20 + 4 * (config.solver is None) + 2 * isinstance(config.selector, Magnitude) + config.calibration.seed
+    return 20 + 4 * (config.recipe.solver is None) + 2 * isinstance(config.recipe.selector, Magnitude) + config.calibration.seed
 
 
 class StandIn:
@@ -368,7 +368,7 @@ def test_models_that_were_removed_are_made_again_where_they_are_to_be_kept(sweep
 
 def test_what_does_not_fit_the_model_is_said_before_the_first_cell_runs(sweep, stand_in, monkeypatch, capsys):
     def manifest_of(config, model, texts):
-        if config.solver is None:
+        if config.recipe.solver is None:
             raise UserError("the rule fits no layer")
         return stand_in.manifest_of(config, model, texts)
 

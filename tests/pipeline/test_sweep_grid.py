@@ -29,21 +29,21 @@ def test_cells_are_the_product_in_order_seed_by_seed(file):
     ]
     last = grid.cells[-1]
     assert (
-        last.config.pattern == NM(2, 4)
-        and last.config.selector == Magnitude()
-        and (last.config.solver, last.config.damping) == (CG(), 0.25)
+        last.config.recipe.pattern == NM(2, 4)
+        and last.config.recipe.selector == Magnitude()
+        and (last.config.recipe.solver, last.config.recipe.own_damping) == (CG(), 0.25)
     )
-    assert [(rule.path, rule.pattern) for rule in last.config.layers] == [("self_attn.*", None)]
+    assert [(rule.path, rule.pattern) for rule in last.config.recipe.layers] == [("self_attn.*", None)]
     assert (last.config.calibration.seed, last.config.calibration.windows, last.config.calibration.length) == (3, 4, 8)
     assert last.directory == Path("out/cells/magnitude_cg_2of4-mlp_4-windows_seed-3")
     assert not any(cell.config.export for cell in grid.cells)
-    first = grid.cells[0].config
+    first = grid.cells[0].config.recipe
     assert (first.pattern, first.selector, first.solver, first.layers) == (Unstructured(0.5), Wanda(), None, ())
     assert str(last) == "magnitude + cg, 2:4 MLP, 4 windows, seed 3"
 
 
 def test_a_plain_sparsity_is_that_of_the_mask_s_own_group(file):
-    groups = {cell.mask: cell.config.pattern.group for cell in read_grid(file()).cells if cell.pattern == "50%"}
+    groups = {cell.mask: cell.config.recipe.pattern.group for cell in read_grid(file()).cells if cell.pattern == "50%"}
     assert groups == {"wanda": "row", "magnitude": "layer"}
 
 
@@ -108,7 +108,7 @@ def test_later_settings_go_over_earlier_ones(file):
 )
 def test_a_method_takes_the_options_of_its_own_name_only(file, run, update, solver):
     config = only_cell(file, run={"model": "m", "solver": run}, updates={"u": {"solver": update}}).config
-    assert (config.solver, config.damping) == solver
+    assert (config.recipe.solver, config.recipe.own_damping) == solver
 
 
 def test_the_command_line_goes_over_all_cells(file):

@@ -1,6 +1,5 @@
 """A label of a sweep stands for the settings under it, whatever the command line says."""
 
-import dataclasses
 import re
 
 import pytest
@@ -66,7 +65,7 @@ def test_the_command_line_leaves_what_labels_stand_for(file, changes, argv, said
         ({}, ["--pattern", "0.5", "--selector", "WANDA"], {}),  # what the file says too
         ({}, ["--accept", "per_layer"], {"accept": PerLayer()}),
         ({}, ["--selector.shift_zero", "true"], {"selector": Wanda(shift_zero=True)}),
-        (DAMPED, ["--solver.tolerance", "1e-5"], {"solver": CG(tolerance=1e-5), "damping": 0.5}),
+        (DAMPED, ["--solver.tolerance", "1e-5"], {"solver": CG(tolerance=1e-5), "own_damping": 0.5}),
         (
             {"updates": {"all": {"batch": 2}}},
             ["--preset", "paper"],
@@ -81,5 +80,5 @@ def test_the_command_line_leaves_what_labels_stand_for(file, changes, argv, said
 def test_settings_under_no_label_are_the_command_line_s(file, changes, argv, changed):
     path = file(**(LABELLED | changes))
     assert [cell.config for cell in read_grid(path, argv).cells] == [
-        dataclasses.replace(cell.config, **changed) for cell in read_grid(path).cells
+        cell.config.changed(**changed) for cell in read_grid(path).cells
     ]

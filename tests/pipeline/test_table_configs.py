@@ -75,7 +75,7 @@ def test_every_figure_of_a_header_is_one_of_the_sweep_s(name):
             assert Path(runs) == grid.output and len({cell.windows for cell in grid.cells}) > 1
         else:
             drawn = [cell for cell in grid.cells if fnmatchcase(cell.directory.as_posix(), runs)]
-            assert figure == "layer-errors" and len(drawn) > 1 and all(cell.config.solver for cell in drawn)
+            assert figure == "layer-errors" and len(drawn) > 1 and all(cell.config.recipe.solver for cell in drawn)
 
 
 @pytest.mark.parametrize("name", sorted(OFFLINE + PUBLISHED))
@@ -87,12 +87,12 @@ def test_masks_and_updates_are_the_published_ones(name):
         "adam": (Adam(20, (1e-2, 1e-3, 1e-4, 1e-5)), PerLayer(0)),
     }
     for cell in grid_of(name).cells:
-        assert cell.config.selector == SELECTORS[cell.mask]
-        assert (cell.config.solver, cell.config.accept) == methods[cell.update]
-        dense = [path for path in LAYERS if pattern_of(cell.config.layers, cell.config.pattern, path, path) is None]
+        assert cell.config.recipe.selector == SELECTORS[cell.mask]
+        assert (cell.config.recipe.solver, cell.config.recipe.accept) == methods[cell.update]
+        dense = [path for path in LAYERS if pattern_of(cell.config.recipe.layers, cell.config.recipe.pattern, path, path) is None]
         assert dense == (LAYERS[:4] if cell.pattern == "2:4 MLP" else [])
-        group = cell.config.selector.group
-        assert cell.config.pattern == (NM(2, 4) if ":" in cell.pattern else Unstructured(float(cell.pattern), group))
+        group = cell.config.recipe.selector.group
+        assert cell.config.recipe.pattern == (NM(2, 4) if ":" in cell.pattern else Unstructured(float(cell.pattern), group))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -473,7 +473,8 @@ def test_dampings_of_a_grid():
         Grid((0.001, 0.1)).dampings(0.01)
     assert Grid((), ()).dampings(0.3) == (0.3,)
     assert Grid().dampings(0.3) == (0.3, 0.9, 3.0) and Grid().dampings(0.0) == (0.01, 0.03, 0.1)
-    assert parse(["--preset", "best", "--tuning", "grid"]).tuning == Grid()  # with a damping above the smallest of a plain grid
+    # With a damping above the smallest of a plain grid.
+    assert parse(["--preset", "best", "--tuning", "grid"]).recipe.tuning == Grid()
     assert Grid().alphas(DenseTarget(0.5)) == (0.5, 0.0, 0.25) and Grid().alphas(SelfTarget()) == (0.0,)
     assert (Fixed().candidates(0.01, SelfTarget()), Grid().candidates(0.01, DenseTarget(0.5))) == (1, 5)
 
@@ -681,7 +682,7 @@ def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
             "held_out",
         ]
     )
-    assert (config.target, config.recapture, config.tuning, config.accept) == (
+    assert (config.recipe.target, config.recipe.recapture, config.recipe.tuning, config.recipe.accept) == (
         DenseTarget(0.5),
         True,
         Grid((0.01, 0.1), ()),
@@ -699,9 +700,9 @@ def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
         == config
     )
     plain = parse(["--preset", "fast"])
-    assert (plain.target, plain.recapture, plain.tuning) == (SelfTarget(), False, Fixed())
+    assert (plain.recipe.target, plain.recipe.recapture, plain.recipe.tuning) == (SelfTarget(), False, Fixed())
     for change in ({"target": DenseTarget()}, {"recapture": True}, {"tuning": Grid()}):
-        assert weights_settings(dataclasses.replace(plain, **change)) != weights_settings(plain)
+        assert weights_settings(plain.changed(**change)) != weights_settings(plain)
     for argv, words in (
         (["--tuning", "grid", "--calibration.held_out", "0"], "held_out of at least 1 where tuning is grid"),
         (["--accept", "held_out", "--calibration.held_out", "0"], "where accept is held_out"),

@@ -76,7 +76,7 @@ def printed(report) -> str:
 
 def worse_run(directory, **changes) -> Path:
     reports = [dataclasses.replace(each, held_out_after=0.9) if each.block == 1 else each for each in layers(0)]
-    return write_run(directory, dataclasses.replace(EMBEDDED, **changes), reports)
+    return write_run(directory, EMBEDDED.changed(**changes), reports)
 
 
 def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, unplotted):  # noqa: F811

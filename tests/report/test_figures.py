@@ -23,7 +23,7 @@ from tests.support.records import put
 from tests.support.runs import only_error
 
 WANDA_CG = EMBEDDED
-WANDA_MPAX = dataclasses.replace(EMBEDDED, solver=MPAX())
+WANDA_MPAX = EMBEDDED.changed(solver=MPAX())
 
 
 def write_sweep(directory: Path, results: list[CellResult]) -> Path:
@@ -90,7 +90,7 @@ def test_without_held_out_text_nothing_is_dashed(tmp_path):
 
 def test_runs_over_other_runs_compare_final_errors(tmp_path):
     reports = {name: layers(seed) for seed, name in enumerate("abc")}
-    configs = {"a": WANDA_CG, "b": WANDA_MPAX, "c": dataclasses.replace(EMBEDDED, solver=None)}
+    configs = {"a": WANDA_CG, "b": WANDA_MPAX, "c": EMBEDDED.changed(solver=None)}
     runs = {name: write_run(tmp_path / name, configs[name], reports[name]) for name in "abc"}
     data = curves.layer_errors([runs["a"], runs["b"]], [runs["c"]])
     assert list(data.runs) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + none"]
@@ -152,7 +152,7 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
     "changes, labels, title",
     [
         (
-            [{"damping": 0.1}, {"damping": 0.5}],
+            [{"own_damping": 0.1}, {"own_damping": 0.5}],
             ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"],
             "sparsity 0.5",
         ),
@@ -172,26 +172,26 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
             "32 x 512 tokens",
         ),
         (
-            [{"calibration": dataclasses.replace(EMBEDDED.calibration, written=4), "damping": damping} for damping in (0.1, 0.5)],
+            [
+                {"calibration": dataclasses.replace(EMBEDDED.calibration, written=4), "own_damping": damping}
+                for damping in (0.1, 0.5)
+            ],
             ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"],
             "32 x 512 tokens and 4 windows that the model wrote",
         ),
     ],
 )
 def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, title, tmp_path):
-    runs = [write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change)) for index, change in enumerate(changes)]
+    runs = [write_run(tmp_path / str(index), EMBEDDED.changed(**change)) for index, change in enumerate(changes)]
     data = curves.layer_errors(runs)
     assert list(data.runs) == labels
     assert title in data.title
 
 
 def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
-    recipe = {"damping": 0.03, "target": DenseTarget(0.5, 0.25), "recapture": True, "refine": Swaps()}
+    recipe = {"own_damping": 0.03, "target": DenseTarget(0.5, 0.25), "recapture": True, "refine": Swaps()}
     reports = [layer for layer in layers(0) if layer.name in NAMES[:2]]
-    runs = [
-        write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change), reports)
-        for index, change in enumerate(({}, recipe))
-    ]
+    runs = [write_run(tmp_path / str(index), EMBEDDED.changed(**change), reports) for index, change in enumerate(({}, recipe))]
     data = curves.layer_errors(runs)
     figure = figures.layer_errors(data)
     assert [label.replace("\n", " ") for label in legend(figure)][:2] == list(data.runs)
@@ -290,7 +290,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     write_other_places()
     write_run(Path("cg"))
     write_run(Path("same"))
-    write_run(Path("none"), dataclasses.replace(EMBEDDED, solver=None))
+    write_run(Path("none"), EMBEDDED.changed(solver=None))
     write_run(Path("longer"), WANDA_MPAX, layers(0, blocks=4))
     write_run(Path("zero"), reports=layers(0, error_before=0.0, error_after=0.0))
     odd = json.loads((write_run(Path("odd"), WANDA_MPAX) / "report.json").read_text())

@@ -1,6 +1,5 @@
 """Where held-out text chose something too, every place that tells errors on it says so."""
 
-import dataclasses
 import io
 
 import pytest
@@ -32,7 +31,7 @@ SAID = "also chose {}, so its error is slightly too low."
     ],
 )
 def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, tmp_path):
-    config = dataclasses.replace(EMBEDDED, pattern=Unstructured(0.5), **changes)
+    config = EMBEDDED.changed(pattern=Unstructured(0.5), **changes)
     title, (run,) = read_runs([write_run(tmp_path / "run", config)])
     out = Console(file=io.StringIO(), width=80)
     print_summary(out, run.report, tmp_path)
@@ -45,7 +44,7 @@ def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, t
 
 
 def test_of_several_runs_those_are_named(tmp_path):
-    title, runs = read_runs([write_run(tmp_path / "a", dataclasses.replace(EMBEDDED, tuning=Grid())), write_run(tmp_path / "b")])
+    title, runs = read_runs([write_run(tmp_path / "a", EMBEDDED.changed(tuning=Grid())), write_run(tmp_path / "b")])
     page = render(title, runs)
     assert f"The held-out text of {runs[0].label} {SAID.format('the tuning')}" in page and page.count("also chose") == 1
 

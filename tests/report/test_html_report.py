@@ -228,9 +228,7 @@ def test_names_are_only_words(name, tmp_path, monkeypatch, unplotted):
 
 
 def test_nothing_is_asked_of_a_network(tmp_path):
-    page = drawn(
-        write_run(tmp_path / "a"), write_run(tmp_path / "b", dataclasses.replace(EMBEDDED, solver=MPAX())), to=tmp_path / "x.html"
-    )
+    page = drawn(write_run(tmp_path / "a"), write_run(tmp_path / "b", EMBEDDED.changed(solver=MPAX())), to=tmp_path / "x.html")
     asked = {
         (tag, name, value)
         for tag, name, value in page.attributes
@@ -356,11 +354,7 @@ def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
-    configs = {
-        "cg": EMBEDDED,
-        "mpax": dataclasses.replace(EMBEDDED, solver=MPAX(), pattern=NM(2, 4)),
-        "none": dataclasses.replace(EMBEDDED, solver=None),
-    }
+    configs = {"cg": EMBEDDED, "mpax": EMBEDDED.changed(solver=MPAX(), pattern=NM(2, 4)), "none": EMBEDDED.changed(solver=None)}
     runs = [write_run(tmp_path / name, config, layers(seed)) for seed, (name, config) in enumerate(configs.items())]
     page = drawn(*runs, to=tmp_path / "x.html")
     labels = ["wanda + cg, sparsity 0.5", "wanda + mpax, 2:4", "wanda + none, sparsity 0.5"]
@@ -406,7 +400,7 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
     assert "not finite" in page.words
     assert "rows not converged: block 0 self_attn.q_proj (3 rows)" in page.sections["unusual"].replace("R", "r")
     assert len(page.tables["Full list, by layer"]) == 1 + 42
-    page = drawn(write_run(tmp_path / "none", dataclasses.replace(EMBEDDED, solver=None)), to=tmp_path / "x.html")
+    page = drawn(write_run(tmp_path / "none", EMBEDDED.changed(solver=None)), to=tmp_path / "x.html")
     assert "the selector’s own" in page.sections["solver"] and "before → after" not in page.words
     page = drawn(write_run(tmp_path / "nothing", reports=[]), to=tmp_path / "x.html")
     assert "No layer was pruned" in page.sections["layers"]
@@ -434,7 +428,7 @@ def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp
 
 
 def test_errors_that_are_weighed_are_said_to_be(tmp_path, unplotted):
-    weighing = dataclasses.replace(EMBEDDED, target=DenseTarget(weigh_tokens=True))
+    weighing = EMBEDDED.changed(target=DenseTarget(weigh_tokens=True))
     # The last as of a family whose layers add to no residual stream.
     for index, (config, weighed) in enumerate(((weighing, ["self_attn.o_proj"]), (EMBEDDED, []), (weighing, []))):
         page = drawn(write_run(tmp_path / f"{index}", config, weighed=weighed), to=tmp_path / "x.html")
@@ -547,7 +541,7 @@ def test_a_finished_run_leaves_its_page_and_says_where(finished):
 
 def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, capsys, unplotted):
     monkeypatch.chdir(tmp_path)
-    one, two = write_run(Path("one")), write_run(Path("[two]"), dataclasses.replace(EMBEDDED, pattern=NM(2, 4)))
+    one, two = write_run(Path("one")), write_run(Path("[two]"), EMBEDDED.changed(pattern=NM(2, 4)))
     assert main([str(one)]) == 0
     text = capsys.readouterr().out
     assert "dense 2.000, pruned 3.000" in text and text.endswith("wrote one/report.html\n")

@@ -18,4 +18,4 @@ def config_folder(path, **settings):
 
 def run_config(folder, **settings):
     text = Calibration("random", windows=16, length=32, held_out=4)
-    return RunConfig(folder, **dict(batch=2, calibration=text, layers=parse_layers(LAST, "row")) | settings)
+    return RunConfig(folder).changed(**dict(batch=2, calibration=text, layers=parse_layers(LAST, "row")) | settings)

@@ -2,14 +2,17 @@
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from optima_tpu.method.choice import Method
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.runtime.bounds import Bounded
+
+if TYPE_CHECKING:
+    from optima_tpu.method.recipe import Recipe
 
 
-class Selector(Bounded, abc.ABC):
+class Selector(Method, abc.ABC):
     """Chooses which weights of one layer stay, and may move the ones that do.
 
     A selector is a frozen dataclass. It traces under ``jit``.
@@ -18,11 +21,13 @@ class Selector(Bounded, abc.ABC):
       group: the comparison group of the published method, which a plain "0.5" on the command line stands for.
       hessians: how many matrices of the Hessian's size it holds; 0 if it reads only the diagonal. The default is a cautious
         guess.
+      chooses: whether it chooses the masks, and does not take them from outside.
     """
 
     setting: ClassVar[str] = "selector"
     group: ClassVar[Literal["row", "layer"]] = "row"
     hessians: ClassVar[int] = 6
+    chooses: ClassVar[bool] = True
 
     @abc.abstractmethod
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
@@ -41,3 +46,8 @@ class Selector(Bounded, abc.ABC):
 
     def check(self, pattern: Pattern) -> None:  # most selectors take every pattern
         """Raises UserError for a pattern that this selector does not support."""
+
+    def needs(self, recipe: "Recipe") -> None:
+        """Raises UserError as :meth:`check`, for the pattern of the recipe and those of its rules."""
+        for pattern in recipe.patterns:
+            self.check(pattern)

@@ -1,13 +1,16 @@
 """Masks that another program or another run made."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import LayerProblem, Pruned
+from optima_tpu.method.selectors.base import Selector
 
 
 @dataclasses.dataclass(frozen=True)
-class Imported:
+class Imported(Selector):
     """Keeps what a given mask keeps: MaskLLM, ProxSparse, another run, or the zeros of any pruned checkpoint.
 
     It computes nothing: the masks are checked against model and pattern before the run (``optima_tpu.models.masks``), and the
@@ -20,11 +23,18 @@ class Imported:
       weights: take the kept weights from path too. Needs a run directory or a checkpoint.
     """
 
-    group: ClassVar[str] = "layer"
+    group: ClassVar[Literal["row", "layer"]] = "layer"
+    hessians: ClassVar[int] = 0
+    chooses: ClassVar[bool] = False
+
     path: str | None = None
     weights: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # None until the user gives a path; open_masks refuses None.
         if self.path is not None and not self.path.strip():
             raise UserError("expected selector.path to name masks, got an empty text; see --selector imported --help")
+
+    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+        raise ValueError("imported masks are given as arrays, not chosen")

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float32
 
+from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Footprint
-from optima_tpu.runtime.bounds import Bounded
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ SolveRows = Callable[[LayerProblem], SolveMask]
 """Takes the rows' problem, then masks and weights to start from. What one problem's solves share is computed once."""
 
 
-class Solver(Bounded, abc.ABC):
+class Solver(Method, abc.ABC):
     """Moves the kept weights to minimise every row's objective, starting from the pruned weights.
 
     A solver is a frozen dataclass. Rows are independent: a solver may be given any subset of a layer's rows, or rows of several

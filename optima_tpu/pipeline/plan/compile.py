@@ -292,7 +292,7 @@ def pruning_call(
     arguments = (
         weights,
         TokenSets(statistics_of(decoder, names, places), unseen),
-        None if recipe.selector else given,
+        None if recipe.selector.chooses else given,
         recipe,
         patterns,
         RowSharding(decoder.mesh, layout),

@@ -158,13 +158,13 @@ def storage(
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
     state = text.window_length * decoder.config.d_model * itemsize  # of one window
-    hidden = calibrates * (text.fitted + text.held_out) * state * config.target.streams
+    hidden = calibrates * (text.fitted + text.held_out) * state * config.recipe.target.streams
     block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     whole, ends = model.all_blocks_bytes(), model.end_bytes()
     shapes = {path: shape for path, _, shape in linear_shapes(decoder) if path in patterns}
     pruned = sum(map(math.prod, shapes.values()))  # each of these weights has an entry in a mask
     zeros = sum(patterns[path].pruned_count(shape) for path, shape in shapes.items())
-    scales = pruned * itemsize // (config.quantize.group or decoder.config.d_model) if config.quantize else 0
+    scales = pruned * itemsize // (config.recipe.quantize.group or decoder.config.d_model) if config.recipe.quantize else 0
     saved = whole - round(zeros * itemsize * ASSUMED.compressed) + round(pruned * ASSUMED.mask) + scales
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
     share = -(-hidden // hosts)
@@ -202,7 +202,7 @@ def storage(
 
 def _squares_bytes(model: DeclaredModel, config: RunConfig) -> int:
     """Bytes of the mean squares of the loss's gradient; 0 where no token is weighed by the loss."""
-    if not config.target.weigh_by_loss:
+    if not config.recipe.target.weigh_by_loss:
         return 0
     decoder, text, recipe = model.decoder, config.calibration, config.recipe
     groups = [unrouted(recipe.pruned_groups(each, decoder.prefix(index))) for index, each in enumerate(groups_of_blocks(decoder))]
@@ -288,7 +288,7 @@ class RunTime(NamedTuple):
     @property
     def _calibrated(self) -> float:
         """Tokens that pass through the blocks to calibrate them."""
-        return self.stored.hidden / self.config.target.streams / self._state
+        return self.stored.hidden / self.config.recipe.target.streams / self._state
 
     def _through(self, block: Work, tokens: float) -> float:
         """Seconds of tokens through all blocks."""
@@ -306,13 +306,13 @@ class RunTime(NamedTuple):
         text = config.calibration
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
-        states = 0 if self.stored.resident else forward.passes + 1 + 1 / config.target.streams + forward.moved
+        states = 0 if self.stored.resident else forward.passes + 1 + 1 / config.recipe.target.streams + forward.moved
         moved = states * self.stored.hidden + 4 * evaluation_tokens(config) * state
         readings = 4 if self._calibrated else 3  # for both perplexities, the walk and the checkpoint
         if (
-            config.target.weigh_by_loss and self._calibrated
+            config.recipe.target.weigh_by_loss and self._calibrated
         ):  # forward and back; to a block what enters it, and what led back to it
-            moved += 5 * self.stored.hidden / config.target.streams
+            moved += 5 * self.stored.hidden / config.recipe.target.streams
             readings += 2 * len(parts_of(self.model.decoder, text.fitted + text.held_out, text.window_length))
         if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
             held_out, window = text.held_out, state * text.window_length
@@ -334,7 +334,7 @@ class RunTime(NamedTuple):
         """
         config, stored, blocks = self.config, self.stored, self._blocks
         # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
-        streams = config.target.streams
+        streams = config.recipe.target.streams
         moved = 0 if stored.resident else streams * blocks * 2 * self._calibrated * self._state
         passes = moved / (ASSUMED.transfer * self.machine.hosts) + walk["pruned blocks forward"]
         passes += walk["calibration"] if streams > 1 else 0

@@ -28,7 +28,7 @@ def gradient_programs(model: DeclaredModel, config: RunConfig, machine: Machine,
     Args:
       compile_call: takes every program.
     """
-    if not config.target.weigh_by_loss:
+    if not config.recipe.target.weigh_by_loss:
         return
     decoder, length = model.decoder, config.calibration.window_length
     parts, axis = parts_of(decoder, config.calibration.fitted + config.calibration.held_out, length), decoder.mesh.shape[MODEL]

@@ -283,7 +283,7 @@ def _forward_passes(
     model: DeclaredModel, machine: Machine, config: RunConfig, kinds: Mapping[_Kind, int]
 ) -> estimate.ForwardPasses:
     """The forward passes of a window, with the passes of all blocks as found."""
-    decoder, streams, text = model.decoder, config.target.streams, config.calibration
+    decoder, streams, text = model.decoder, config.recipe.target.streams, config.calibration
     sizes = text.window_length, text.fitted
     step = windows_of_step(decoder, text.fitted) * machine.mesh.shape[DATA]
     blocks = decoder.config.blocks
@@ -327,8 +327,8 @@ def _calibration(
     batch = windows_of_step(decoder, text.fitted)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
     # While the held-out windows pass through the block, the Hessians of the calibration windows are on the devices.
-    streams, target = config.target.streams, config.target
-    capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
+    streams, target = config.recipe.target.streams, config.recipe.target
+    capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.recipe.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.window_length, batch, streams)
     calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted)

@@ -12,6 +12,7 @@ from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import MOST_TOKENS, RunConfig, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Distillation
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime.bounds import MOST_SEED, Bound, at_least
@@ -134,8 +135,7 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
     windows = asked.training_windows(text.window_length)
     return RunConfig(
         config.model,
-        selector=Imported(config.model, weights=True),
-        solver=None,
+        recipe=Recipe(selector=Imported(config.model, weights=True), solver=None),
         distill=dataclasses.replace(asked.distill, windows=windows),
         calibration=dataclasses.replace(text, windows=windows),
         evaluation=config.evaluation,

@@ -13,6 +13,7 @@ from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
 from optima_tpu.method.patterns import Pattern, parse_pattern
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.check import same_values
 from optima_tpu.models.checkpoints.export import SIDECAR
@@ -90,7 +91,7 @@ class Start(NamedTuple):
           spec: the pruned model.
         """
         if self.pattern is not None:
-            return RunConfig(dense, pattern=self.pattern, selector=Imported(spec, weights=True), solver=None)
+            return RunConfig(dense, recipe=Recipe(self.pattern, Imported(spec, weights=True), None))
         recipe = dict((self.record.manifest or {})["recipe"])
         return recorded_run({**recipe, "model": dense, "distill": None})
 

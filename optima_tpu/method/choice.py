@@ -1,0 +1,30 @@
+"""The base class of all methods that a recipe, or a run, holds a choice of."""
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from optima_tpu.runtime.bounds import Bounded
+
+if TYPE_CHECKING:
+    from optima_tpu.method.recipe import Recipe
+
+
+class Method(Bounded):
+    """One of the methods of a setting: a frozen dataclass, whose fields are its options.
+
+    Attributes:
+      setting: the setting that chooses the method.
+      by_held_out: whether it chooses by held-out tokens.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    by_held_out: ClassVar[bool] = False
+
+    @property
+    def in_words(self) -> str:
+        """The choice of this method in a message, such as "tuning is grid"."""
+        return f"{self.setting} is {re.sub('(?<=[a-z])(?=[A-Z])', '_', type(self).__name__).lower()}"
+
+    def needs(self, recipe: "Recipe") -> None:  # most methods go with all others
+        """Raises UserError if this method does not go with another one of the recipe."""
