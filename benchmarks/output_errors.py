@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", help="run directories of one model; the text is that of the first run")
     names = parser.parse_args(argv).runs
     try:
-        config = recorded_run(read_report(names[0])["configuration"])
+        config = recorded_run(read_report(names[0]).configuration)
         if not config.calibration.held_out:
             raise UserError(f"expected a run with held-out windows, got {names[0]} without any: give another run first")
         model = open_model_on_mesh(config)

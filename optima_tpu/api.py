@@ -32,9 +32,10 @@ from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.on_devices import place_packed
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
+from optima_tpu.report.contents import Report
 from optima_tpu.report.numbers import number
 from optima_tpu.report.page import PAGE, write_page
-from optima_tpu.report.runs import method, model_name, read_report
+from optima_tpu.report.runs import read_report
 from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import take_devices
@@ -82,21 +83,27 @@ class Result:
 
     Attributes:
       directory: the run directory; its ``hf/`` is the pruned model for ``transformers``.
-      record: what ``report.json`` in it holds.
+      contents: of ``report.json`` in it.
     """
 
     directory: Path
-    record: Mapping[str, Any]
+    contents: Report
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """What ``report.json`` holds, in JSON types."""
+        values: dict[str, Any] = json_values(self.contents)
+        return values
 
     @property
     def perplexity(self) -> Perplexity:
         """The perplexity of the dense and of the pruned model."""
-        return Perplexity(**self.record["perplexity"])
+        return Perplexity(self.contents.perplexity.dense, self.contents.perplexity.pruned)
 
     @property
     def sparsity(self) -> float:
         """The share of zeros in the pruned matrices, from 0 to 1."""
-        return float(self.record["sparsity"])
+        return self.contents.sparsity
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -143,7 +150,7 @@ class Result:
     @_one_message
     def evaluate(self, **settings: Any) -> dict[str, Any]:
         """Measures the pruned model; by default against the dense one. See ``evaluate_model``."""
-        return evaluate_model(self.directory, **{"against": self.record["configuration"]["model"]} | settings)
+        return evaluate_model(self.directory, **{"against": self.contents.settings.model} | settings)
 
     @_one_message
     def recover(self, tokens: int | str, **settings: Any) -> "Result":
@@ -158,13 +165,13 @@ class Result:
         return f"<table>{rows}</table>"
 
     def _facts(self) -> list[tuple[str, str]]:
-        configuration, (dense, pruned) = self.record["configuration"], self.perplexity
+        settings, (dense, pruned) = self.contents.settings, self.perplexity
         facts = {
-            "model": model_name(configuration),
-            "method": f"{method(configuration)}, {configuration['pattern']}",
+            "model": settings.model_name,
+            "method": f"{settings.method}, {settings.pattern}",
             "sparsity": f"{self.sparsity:.1%} of the pruned matrices",
             "perplexity": f"{number(dense)} dense, {number(pruned)} pruned ({pruned / dense:.2f} times)",
-            "measured on": self.record["evaluation"]["how"],
+            "measured on": self.contents.evaluation.how,
             "directory": str(self.directory),
         }
         return list(facts.items())
@@ -194,8 +201,8 @@ def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -
     check_sources(config.calibration.source, config.evaluation.source)
     take_devices(config)
     quiet_orbax()  # an evaluation does it itself
-    record = run(config, None if progress else Console(quiet=True))
-    return _with_page(Result(config.run_directory, record))
+    report = run(config, None if progress else Console(quiet=True))
+    return _with_page(Result(config.run_directory, report))
 
 
 @_one_message

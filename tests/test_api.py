@@ -7,6 +7,7 @@ import traceback
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from msgspec import structs
 
 import optima_tpu
 from optima_tpu.errors import UserError
@@ -47,9 +48,9 @@ def test_the_result_has_what_the_report_has(result, tmp_path):
 
 
 def test_a_result_shows_names_with_markup_as_they_are(result):
-    record = json.loads(json.dumps(result.record))
-    record["configuration"]["model"] = "<img src=x onerror=alert(1)>"
-    shown = optima_tpu.Result(result.directory, record)._repr_html_()
+    settings = result.record["configuration"] | {"model": "<img src=x onerror=alert(1)>"}
+    contents = structs.replace(result.contents, configuration=settings)
+    shown = optima_tpu.Result(result.directory, contents)._repr_html_()
     assert "<img" not in shown and "&lt;" in shown
 
 
@@ -75,7 +76,7 @@ def test_a_page_that_cannot_be_written_loses_no_result(finished, tmp_path):
 
 
 def test_a_page_that_cannot_be_written_loses_no_recovery(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovering, "recover", lambda config, console: optima_tpu.load(finished.directory).record)
+    monkeypatch.setattr(recovering, "recover", lambda config, console: optima_tpu.load(finished.directory).contents)
     with pytest.warns(UserWarning, match="report.html was not drawn"):  # in its directory is no run
         result = optima_tpu.recover_model(finished.directory, tokens=128, progress=False, output=str(tmp_path / "recovered"))
     assert result.perplexity.pruned > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options_of
+from optima_tpu.config.choices import CHOICES, method_name, options_of
 from optima_tpu.config.flat import field_names
 from optima_tpu.errors import UserError
 from optima_tpu.method.allocation import Allocation, Uniform
@@ -266,18 +266,6 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
         "evaluation": dataclasses.asdict(config.evaluation),
         "sinks": dataclasses.asdict(config.sinks),
     }
-
-
-def chosen_by_held_out(configuration: Mapping[str, Any]) -> list[str]:
-    """The settings for which the held-out tokens made a choice.
-
-    ``configuration`` comes from :func:`to_dict`, or is a part of it that an older version wrote.
-    """
-    return [
-        setting
-        for setting, name in BY_HELD_OUT.items()
-        if (configuration.get(setting) or {}).get("name") == name and (configuration.get("solver") or setting != "accept")
-    ]  # without a solver there is nothing to accept
 
 
 def weights_settings(config: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import lm_eval
 from lm_eval.tasks.manager import TaskDict
@@ -16,7 +16,7 @@ from optima_tpu.runtime.records import read_record
 
 class _Arguments(TypedDict):
     pretrained: str
-    fingerprint: NotRequired[str]
+    fingerprint: str
 
 
 class _Config(TypedDict):
@@ -36,9 +36,9 @@ Known = TypedDict(
         "configs": dict[str, dict[str, Any]],
         "n-samples": dict[str, _Documents],
         "max_length": int,
-        "chat_template": NotRequired[str | None],
-        "system_instruction": NotRequired[str | None],
-        "fewshot_as_multiturn": NotRequired[bool],
+        "chat_template": str | None,
+        "system_instruction": str | None,
+        "fewshot_as_multiturn": bool,
         "lm_eval_version": str,
     },
 )
@@ -69,12 +69,11 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
             f"{folder}, which has no {files[0]}"
         )
     for arguments, known in found:
-        if arguments.get("fingerprint") == fingerprint:
+        if arguments["fingerprint"] == fingerprint:
             return dict(known)
     raise UserError(
         f"expected --against_results with results of the model that --against names, got {folder} with results of "
-        f"{' and '.join(arguments['pretrained'] for arguments, _ in found)} (other weights, another dtype, or written by a "
-        "version without fingerprints): give another directory, or leave --against_results out"
+        f"{' and '.join(arguments['pretrained'] for arguments, _ in found)} (other weights, or another dtype): give another directory, or leave --against_results out"
     )
 
 
@@ -101,9 +100,9 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, se
     compared = {
         "number of documents": (known["config"]["limit"], limit),
         "context": (known["max_length"], settings["max_length"]),
-        "system instruction": (known.get("system_instruction"), settings["system_instruction"]),
-        "--fewshot_as_multiturn": (known.get("fewshot_as_multiturn", False), settings["fewshot_as_multiturn"]),
-        "chat template": (known.get("chat_template"), settings["chat_template"]),
+        "system instruction": (known["system_instruction"], settings["system_instruction"]),
+        "--fewshot_as_multiturn": (known["fewshot_as_multiturn"], settings["fewshot_as_multiturn"]),
+        "chat template": (known["chat_template"], settings["chat_template"]),
         "lm-eval": (known["lm_eval_version"], lm_eval.__version__),
     }
     for name, task in tasks["tasks"].items():

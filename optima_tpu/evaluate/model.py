@@ -13,11 +13,12 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import family_named
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer, open_model, refuse_damaged_model
-from optima_tpu.models.checkpoints.export import SIDECAR, Sidecar
+from optima_tpu.models.checkpoints.export import SIDECAR
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.source import Cast, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
+from optima_tpu.report.contents import Sidecar
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, read_assets, read_run
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.processes import first_only, together
@@ -126,19 +127,14 @@ def _open(spec: str, dtype: str | None) -> tuple[Pretrained, MadeBy]:
 
 def _made_by(directory: Path) -> MadeBy:
     run = read_run(directory)
-    return MadeBy(directory, run["manifest"], _calibration(run))
+    return MadeBy(directory, run.manifest, run.settings.calibration.source)
 
 
 def _exported_by(folder: Path) -> MadeBy:
     exported = known_record(folder / SIDECAR, Sidecar)
     run = known_record(folder.resolve().parent / RUN, RunRecord)
-    manifest = exported and exported["manifest"]
-    return MadeBy(None, manifest, _calibration(run) if run and manifest == run["manifest"] else None)
-
-
-def _calibration(run: RunRecord) -> str | None:
-    text = run["configuration"].get("calibration")
-    return text.get("source") if isinstance(text, dict) else None
+    manifest = exported.manifest if exported else None
+    return MadeBy(None, manifest, run.settings.calibration.source if run and manifest == run.manifest else None)
 
 
 def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
@@ -146,7 +142,7 @@ def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
     if "config.json" not in assets:
         raise UserError(f"expected config.json in {run / ASSETS}, got a folder without it: copy the run directory again")
     config, assets["config.json"] = read_config(assets["config.json"], str(run / ASSETS), dtype)
-    identity = json.dumps([read_run(run)["manifest"], dtype], sort_keys=True).encode()
+    identity = json.dumps([read_run(run).manifest, dtype], sort_keys=True).encode()
     family = family_named(config.architectures)
     read = tensors if cast is None else Cast(tensors, cast, family.exact if family else ())
     return Pretrained(config, read, assets, hashlib.sha256(identity).hexdigest(), origin)

@@ -15,6 +15,7 @@ def run(config: EvaluateConfig) -> None:
     command.take_devices(config)
     start(config)
 
+
 if TYPE_CHECKING:
     from optima_tpu.report.evaluation import EvaluationRecord
 

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
+
+from optima_tpu.report.contents import ChangedToken, TokenChanges
 
 EDGES = (-2.0, -0.5, -0.1, 0.1, 0.5, 2.0)
 """Boundaries between the classes of loss changes, in nats. The middle class counts as unchanged."""
@@ -22,36 +23,28 @@ The limits keep report.json small.
 Decode = Callable[[Sequence[int]], str]
 
 
-def token_changes(dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> dict[str, Any]:
-    """Summarises loss changes per token for report.json, as JSON types of a few thousand bytes.
+def token_changes(dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> TokenChanges:
+    """Summarises loss changes per token for report.json, in a few thousand bytes.
 
     Args:
       dense, pruned: negative log-likelihoods [windows, length - 1] in nats, for every token except the first of its window.
       tokens: [windows, length] int32; windows beyond the number of losses are ignored.
       decode: token ids -> text.
-
-    Returns:
-      "tokens": number of tokens. "mean", "median": of the rise of the loss in nats. "mean_stderr": standard error of the mean,
-      from the spread of the windows, since tokens of one window go together; None for a single window. "edges": :data:`EDGES`.
-      "shares": share of tokens in each class between the edges, from improved to worsened. "rise_share": share of the total rise
-      that comes from the worst 1% of the tokens, None if the loss did not rise. "worst": the tokens whose loss rose most, each
-      with "window" and "position" (indices), "before", "token", "after" (text), and "dense", "pruned" (the token's probability in
-      each model).
     """
     rise = pruned.astype(np.float64) - dense
     counts = np.bincount(np.searchsorted(EDGES, rise.ravel()), minlength=len(EDGES) + 1)
     most = np.sort(rise.ravel())[::-1][: max(1, rise.size // 100)]
     total = float(rise.sum())
-    return {
-        "tokens": rise.size,
-        "mean": float(rise.mean()),
-        "mean_stderr": float(np.std(rise.mean(axis=1), ddof=1)) / math.sqrt(len(rise)) if len(rise) > 1 else None,
-        "median": float(np.median(rise)),
-        "edges": list(EDGES),
-        "shares": (counts / rise.size).tolist(),
-        "rise_share": float(most.sum()) / total if total > 0 else None,
-        "worst": [_shown(*place, dense, pruned, tokens, decode) for place in _worst(rise)],
-    }
+    return TokenChanges(
+        tokens=rise.size,
+        mean=float(rise.mean()),
+        mean_stderr=float(np.std(rise.mean(axis=1), ddof=1)) / math.sqrt(len(rise)) if len(rise) > 1 else None,
+        median=float(np.median(rise)),
+        edges=EDGES,
+        shares=tuple((counts / rise.size).tolist()),
+        rise_share=float(most.sum()) / total if total > 0 else None,
+        worst=tuple(_shown(*place, dense, pruned, tokens, decode) for place in _worst(rise)),
+    )
 
 
 def pieces(decode: Decode, *parts: Sequence[int]) -> list[str]:
@@ -85,16 +78,16 @@ def _worst(rise: np.ndarray) -> list[tuple[int, int]]:
     return found
 
 
-def _shown(window: int, column: int, dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> dict[str, Any]:
+def _shown(window: int, column: int, dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> ChangedToken:
     at, row = column + 1, tokens[window].tolist()  # column 0 is the loss of token 1: token 0 is not predicted
     parts = row[max(0, at - _BEFORE) : at], row[at : at + 1], row[at + 1 : at + 1 + _AFTER]
     before, token, after = map(readable, pieces(decode, *parts))
-    return {
-        "window": window,
-        "position": at,
-        "before": before[-_LETTERS:],
-        "token": token[:_FEW_LETTERS],
-        "after": after[:_FEW_LETTERS],
-        "dense": math.exp(-max(float(dense[window, column]), 0.0)),
-        "pruned": math.exp(-max(float(pruned[window, column]), 0.0)),
-    }
+    return ChangedToken(
+        window=window,
+        position=at,
+        before=before[-_LETTERS:],
+        token=token[:_FEW_LETTERS],
+        after=after[:_FEW_LETTERS],
+        dense=math.exp(-max(float(dense[window, column]), 0.0)),
+        pruned=math.exp(-max(float(pruned[window, column]), 0.0)),
+    )

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -26,52 +26,24 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
 from optima_tpu.pipeline.walk import Walk, prune_groups
-from optima_tpu.report.numbers import percent
+from optima_tpu.report.contents import Allocated
 from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import fetch, from_first
-from optima_tpu.runtime.records import Share, read_record
+from optima_tpu.runtime.records import read_record
 
 ALLOCATION = "allocation.json"
 
 
-class _Record(TypedDict):
-    """The contents of allocation.json, see :class:`Allocated`."""
-
-    sparsity: list[Share | None]
-    scores: list[list[float] | None]
+_KEPT = KeptRecord(ALLOCATION, Allocated)
 
 
-_KEPT = KeptRecord(ALLOCATION, _Record)
-
-
-class Allocated(NamedTuple):
-    """The sparsity of every block, and the scores that it was chosen from.
-
-    Attributes:
-      sparsity: for every block, the sparsity of its layers that no rule names; None for a block without such layers.
-      scores: for every block, the measured scores, or None likewise; see ``allocation.OWL.wanted`` and
-        ``allocation.Measured.wanted``.
-    """
-
-    sparsity: list[float | None]
-    scores: list[list[float] | None]
-
-    def to_json(self) -> dict[str, Any]:
-        return self._asdict()
-
-    @property
-    def told(self) -> str:
-        """The range of sparsities, in words."""
-        given = [sparsity for sparsity in self.sparsity if sparsity is not None]
-        return f"the sparsity of the blocks is from {percent(min(given))} to {percent(max(given))}"
-
-    def rules(self, decoder: Decoder, pattern: Pattern) -> tuple[LayerRule, ...]:
-        """Layer rules with these sparsities. They go before the recipe's own rules, since the last rule that matches decides."""
-        return tuple(
-            LayerRule(decoder.prefix(index) + "*", pattern.at(sparsity))
-            for index, sparsity in enumerate(self.sparsity)
-            if sparsity is not None
-        )
+def allocation_rules(allocation: Allocated, decoder: Decoder, pattern: Pattern) -> tuple[LayerRule, ...]:
+    """Layer rules with these sparsities. They go before the recipe's own rules, since the last rule that matches decides."""
+    return tuple(
+        LayerRule(decoder.prefix(index) + "*", pattern.at(sparsity))
+        for index, sparsity in enumerate(allocation.sparsity)
+        if sparsity is not None
+    )
 
 
 def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: Callable[[], None] = lambda: None) -> Allocated:
@@ -99,8 +71,8 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
     ]
     found = allocate(allocation, scores, weights, steps)
     return Allocated(
-        [sparsity + int(count) * steps.size if names else None for count, names in zip(found, free)],
-        [row.tolist() if names else None for row, names in zip(scores, free)],
+        tuple(sparsity + int(count) * steps.size if names else None for count, names in zip(found, free)),
+        tuple(tuple(row.tolist()) if names else None for row, names in zip(scores, free)),
     )
 
 
@@ -111,13 +83,13 @@ def read_allocation(directory: Path) -> Allocated | None:
       UserError: the file has another shape. Finished blocks may have its sparsities, so it is not measured again.
     """
     path = directory / ALLOCATION
-    known = from_first(lambda: read_record(path, _Record) if path.exists() else None)
-    return known and Allocated(known["sparsity"], known["scores"])
+    known: Allocated | None = from_first(lambda: read_record(path, Allocated) if path.exists() else None)
+    return known
 
 
 def write_allocation(directory: Path, found: Allocated) -> None:
     """Writes an allocation into the directory of its run."""
-    _KEPT.write(directory, {"sparsity": found.sparsity, "scores": found.scores})
+    _KEPT.write(directory, found)
 
 
 def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> SparsitySteps:

@@ -34,7 +34,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +47,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations, HiddenStates, held_rows
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, load_group, read_metadata, save_tree
 from optima_tpu.report.numbers import plural
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import damage, intact, keep, write_sums
@@ -64,7 +65,7 @@ from optima_tpu.runtime.files import (
 from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.processes import everywhere, first_only, from_first, is_first, together
-from optima_tpu.runtime.records import check_record
+from optima_tpu.runtime.records import Record, check_record, json_values
 from optima_tpu.runtime.signals import uninterrupted
 
 HIDDEN, DENSE = "hidden_states", "dense_states"
@@ -75,10 +76,10 @@ _ENTRY = re.compile(r"block_(\d{4,})")
 _ANOTHER = "choose another --output"
 
 
-class _Entry(TypedDict):
+class _Entry(Record, frozen=True):
     """The metadata of a block's checkpoint."""
 
-    report: dict[str, Any]
+    report: BlockReport
 
 
 def refuse_unusable(directory: Path) -> None:
@@ -206,7 +207,7 @@ class Journal:
         index: int,
         weights: Mapping[str, Array],
         masks: Mapping[str, Array],
-        report: Mapping[str, Any],
+        report: BlockReport,
         streams: Sequence[HiddenStates] = (),
         scales: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
@@ -218,7 +219,7 @@ class Journal:
           index: the block.
           weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
           masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
-          report: JSON values.
+          report: of its layers.
           streams: the hidden states after the block, in the model's dtype, and the dense model's of the same windows, if the run
             has them; empty where no walk goes on from them.
           scales: HF name of a quantised weight -> [d_out, groups] in the dtype of the weight.
@@ -257,7 +258,7 @@ class Journal:
                     together(write_states)
             with keeping(entry, remedy) as partial:
                 tree = {"weights": dict(weights), "masks": dict(masks)} | ({"scales": dict(scales)} if scales else {})
-                save_tree(partial, tree, {"report": dict(report)})
+                save_tree(partial, tree, json_values(_Entry(report)))
             self.finished.add(index)
             self.damaged.pop(index, None)
             if due:
@@ -291,9 +292,9 @@ class Journal:
         """The pruned weights of all finished blocks."""
         return OrbaxTensors({self.entry(index): read_metadata(self.entry(index)).metadata for index in sorted(self.finished)})
 
-    def report(self, index: int) -> dict:
+    def report(self, index: int) -> BlockReport:
         """The report of a finished block, as it was saved."""
-        return check_record(read_metadata(self.entry(index)).custom_metadata, _Entry, self.entry(index))["report"]
+        return check_record(read_metadata(self.entry(index)).custom_metadata, _Entry, self.entry(index)).report
 
     def last_activations(self, mesh: Mesh, before: int, windows: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
         """The last block before ``before`` with undamaged saved hidden states, and these; None if there is no such block."""

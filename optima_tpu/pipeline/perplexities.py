@@ -8,7 +8,7 @@ RUN/pruned.json, RUN/pruned_losses.npy    the same of the pruned model
 import hashlib
 import io
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,22 +20,29 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.keeping import StageWork
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.repair import perplexity_files
+from optima_tpu.report.contents import TokenChanges
 from optima_tpu.report.pace import Step
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import Positive
+from optima_tpu.runtime.records import Positive, Record
 
-_KEPT = 1 << 20
+_SINGLE = 1 << 20
 """The number of evaluation tokens whose single losses are kept: they take 4 MB."""
 
 
-class _Record(TypedDict):
-    """The digest of the text, the perplexity on it, and the SHA-256 of the losses that belong to it."""
+class KeptPerplexity(Record, frozen=True):
+    """The contents of dense.json and pruned.json.
+
+    Attributes:
+      tokens: digest of the text.
+      perplexity: on it.
+      losses: SHA-256 of the file of losses that belongs to it; None without one.
+    """
 
     tokens: str
     perplexity: Positive
-    losses: NotRequired[str]
+    losses: str | None
 
 
 class TextPerplexity(NamedTuple):
@@ -59,19 +66,23 @@ def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
     """Measures a model on the evaluation text of a run. Every process calls it."""
     ids = work.opened.texts.evaluation.ids
     losses = token_losses(decoder, ids, work.progress.advance, work.progress.advance)
-    first = losses[: max(1, _KEPT // ids.shape[1])].copy()  # a view would keep all of them
+    first = losses[: max(1, _SINGLE // ids.shape[1])].copy()  # a view would keep all of them
     return TextPerplexity(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
 
 
+def kept_perplexity(opened: Opened, model: str) -> KeptPerplexity | None:
+    """The record of an earlier start of the run on this text; None if nothing was kept. Every process calls it."""
+    record = _kept(model).read(opened.directory)
+    return record if record and record.tokens == token_digest(opened.texts.evaluation.ids) else None
+
+
 def read_perplexity(opened: Opened, model: str) -> TextPerplexity | None:
-    """What an earlier start of the run measured on this text; None if nothing was kept. Every process calls it."""
-    directory, digest = opened.directory, token_digest(opened.texts.evaluation.ids)
-    record = _record(model).read(directory)
-    if record is None or record["tokens"] != digest:
+    """As :func:`kept_perplexity`, with the losses. Every process calls it."""
+    record = kept_perplexity(opened, model)
+    if record is None:
         return None
-    return TextPerplexity(
-        record["perplexity"], from_first(lambda: _losses(directory / perplexity_files(model)[1], record.get("losses")))
-    )
+    path = opened.directory / perplexity_files(model)[1]
+    return TextPerplexity(record.perplexity, from_first(lambda: _losses(path, record.losses)))
 
 
 def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> None:
@@ -80,21 +91,20 @@ def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> Non
     Raises:
       UserError: the disk is full or not writable.
     """
-    kept = read_perplexity(opened, model)
-    if kept and kept.perplexity == measured.perplexity and (kept.losses is not None or measured.losses is None):
+    kept = kept_perplexity(opened, model)
+    if kept and kept.perplexity == measured.perplexity and (kept.losses or measured.losses is None):
         return
-    name = perplexity_files(model)[1]
-    record: _Record = {"tokens": token_digest(opened.texts.evaluation.ids), "perplexity": measured.perplexity}
+    name, losses = perplexity_files(model)[1], None
     if measured.losses is not None:
         file = io.BytesIO()
         np.save(file, measured.losses)
         data = file.getvalue()
-        record["losses"] = hashlib.sha256(data).hexdigest()
+        losses = hashlib.sha256(data).hexdigest()
         first_only(lambda: keep(opened.directory, {name: data}))  # the losses come first: the record holds their digest
-    _record(model).write(opened.directory, record)
+    _kept(model).write(opened.directory, KeptPerplexity(token_digest(opened.texts.evaluation.ids), measured.perplexity, losses))
 
 
-def changes(opened: Opened, dense: TextPerplexity, pruned: TextPerplexity) -> dict[str, Any] | None:
+def changes(opened: Opened, dense: TextPerplexity, pruned: TextPerplexity) -> TokenChanges | None:
     """The tokens of the evaluation text that got worse; None if a model's losses were not saved."""
     if dense.losses is None or pruned.losses is None or dense.losses.shape != pruned.losses.shape:
         return None
@@ -104,8 +114,8 @@ def changes(opened: Opened, dense: TextPerplexity, pruned: TextPerplexity) -> di
     )
 
 
-def _record(model: str) -> KeptRecord[_Record]:
-    return KeptRecord(perplexity_files(model)[0], _Record)
+def _kept(model: str) -> KeptRecord[KeptPerplexity]:
+    return KeptRecord(perplexity_files(model)[0], KeptPerplexity)
 
 
 def _losses(path: Path, digest: str | None) -> np.ndarray | None:

@@ -133,8 +133,8 @@ def _remedy(folder: Path) -> str:
     """What to type when a file of a run directory or of an exported folder is damaged."""
     if run := next((each for each in (folder, folder.parent) if (each / RUN).is_file()), None):
         record = known_record(run / RUN, RunRecord)
-        command = (recorded_command(record["configuration"]) if record else "") or "the command that made the run"
-        code = record["manifest"].get("code") if record else None
+        command = (recorded_command(record.configuration) if record else "") or "the command that made the run"
+        code = record.manifest.get("code") if record else None
         if code not in (None, code_version()):  # a run goes on with the code that began it
             return (
                 f"optima-tpu {code} made this run, and this is {code_version()}, which does not go on with it: with that version, {command} "

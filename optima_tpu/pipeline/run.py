@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -13,7 +13,6 @@ from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline import stages
-from optima_tpu.pipeline.allocate import Allocated
 from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts, token_digest
 from optima_tpu.pipeline.journal import Journal, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
@@ -22,7 +21,7 @@ from optima_tpu.pipeline.perplexities import TextPerplexity
 from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.stages import Results, continues
-from optima_tpu.report.contents import Report
+from optima_tpu.report.contents import Allocated, Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.sinks import Steps, check_sinks
@@ -39,7 +38,7 @@ def run(
     model: Model | None = None,
     texts: Texts | None = None,
     dense: float | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Prunes a model as ``config`` says, or resumes the same run where it was stopped.
 
     For a finished run it prints the summary again and changes nothing. All input is checked before the first block: model, mesh,
@@ -49,9 +48,6 @@ def run(
       model: from :func:`open_model_on_mesh`, if several runs share it.
       texts: from :func:`read_texts`.
       dense: the perplexity of the dense model on these texts, if it is known.
-
-    Returns:
-      The contents of report.json.
 
     Raises:
       UserError: a mistake that the user can correct. Nothing of an earlier run was overwritten.
@@ -71,7 +67,7 @@ def run(
     return finish(opened, functools.partial(pruning, config), console)
 
 
-def pruning(config: RunConfig, keep: Keep) -> dict[str, Any]:
+def pruning(config: RunConfig, keep: Keep) -> Report:
     """The stages of a run."""
     text = keep(stages.WRITTEN_TEXT) if written_windows(config) else None
     dense = keep(stages.DENSE)
@@ -99,8 +95,8 @@ class PrunedRun(NamedTuple):
     allocation: Allocated | None = None
 
 
-def measuring(config: RunConfig, keep: Keep, run: PrunedRun) -> dict[str, Any]:
-    """The stages behind the last block. Gives the contents of report.json."""
+def measuring(config: RunConfig, keep: Keep, run: PrunedRun) -> Report:
+    """The stages behind the last block."""
     outcome = keep(stages.UNTRAINED, run.blocks, keep(stages.TRAINING, run.blocks)) if config.distill else None
     pruned = keep(stages.CHECKPOINTING, run.blocks, outcome, run.allocation)
     results = Results(run.dense, keep(stages.PERPLEXITY, pruned), outcome, run.allocation)
@@ -112,8 +108,8 @@ def measuring(config: RunConfig, keep: Keep, run: PrunedRun) -> dict[str, Any]:
     return keep(stages.REPORTING, results, pruned, memory, prompts)
 
 
-def finish(opened: Opened, body: Callable[[Keep], dict[str, Any]], console: Console) -> dict[str, Any]:
-    """Does what is left of an opened run, prints the summary, and returns the contents of report.json.
+def finish(opened: Opened, body: Callable[[Keep], Report], console: Console) -> Report:
+    """Does what is left of an opened run, prints the summary, and returns the report.
 
     Args:
       body: the stages.
@@ -137,14 +133,14 @@ def finish(opened: Opened, body: Callable[[Keep], dict[str, Any]], console: Cons
     return report
 
 
-def finished_report(opened: Opened) -> dict[str, Any] | None:
-    """The contents of report.json if the run has nothing left to do, else None. Compares the checksums of its files."""
+def finished_report(opened: Opened) -> Report | None:
+    """The report if the run has nothing left to do, else None. Compares the checksums of its files."""
     directory, config = opened.directory, opened.config
     report = known_record(directory / REPORT, Report)
     digest = token_digest(opened.texts.evaluation.ids)
-    if report is None or (report.get("manifest"), report["evaluation"].get("digest")) != (opened.manifest, digest):
+    if report is None or (report.manifest, report.evaluation.digest) != (opened.manifest, digest):
         return None
     # A sweep keeps the reports of finished cells, without their models.
-    if ("checkpoint" in report.get("files", {}) and not complete(directory / CHECKPOINT)) or faults(directory):
+    if ("checkpoint" in report.files and not complete(directory / CHECKPOINT)) or faults(directory):
         return None
-    return None if config.export and not is_export_of(directory, directory / FOLDER) else dict(report)
+    return None if config.export and not is_export_of(directory, directory / FOLDER) else report

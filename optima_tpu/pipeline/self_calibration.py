@@ -106,7 +106,7 @@ def _kept(directory: Path, wanted: Mapping[str, Any], configuration: Mapping[str
     """
     if not intact(directory, RUN):
         return None
-    refuse_another(directory, {**read_run(directory)["manifest"], "generated": wanted["generated"]}, configuration)
+    refuse_another(directory, {**read_run(directory).manifest, "generated": wanted["generated"]}, configuration)
     if not intact(directory, CALIBRATION):  # written again; if the result differs, its digests refuse it
         return None
     return np.load(io.BytesIO((directory / CALIBRATION).read_bytes()), allow_pickle=False)

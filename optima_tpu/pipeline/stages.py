@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.data import unigram_perplexity
+from optima_tpu.data import Tokens, unigram_perplexity
 from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
 from optima_tpu.models.checkpoints.source import Layered, total_bytes
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.allocate import Allocated, allocated, read_allocation, write_allocation
+from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
@@ -31,21 +31,40 @@ from optima_tpu.pipeline.loss_gradient import GRADIENT as GRADIENT_NAME
 from optima_tpu.pipeline.loss_gradient import Squares, Text, forget_all, measure, missing, read
 from optima_tpu.pipeline.memory_plan import block_bytes
 from optima_tpu.pipeline.opened import Opened
-from optima_tpu.pipeline.perplexities import TextPerplexity, changes, keep_perplexity, measured, perplexity_steps, read_perplexity
+from optima_tpu.pipeline.perplexities import (
+    TextPerplexity,
+    changes,
+    keep_perplexity,
+    kept_perplexity,
+    measured,
+    perplexity_steps,
+    read_perplexity,
+)
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
-from optima_tpu.report.contents import Continuations, Outcome
+from optima_tpu.report.contents import (
+    Allocated,
+    Continuations,
+    CutCount,
+    FileSizes,
+    MemoryPeaks,
+    ModelFacts,
+    Outcome,
+    Perplexities,
+    Report,
+    RunFacts,
+    TextFacts,
+)
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.pace import Step
-from optima_tpu.report.records import BlockReport, blocks_from_json
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Steps, open_sinks
 from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import json_values
 
 
 class PrunedModel(NamedTuple):
@@ -53,11 +72,11 @@ class PrunedModel(NamedTuple):
 
     Attributes:
       decoder: reads it.
-      blocks: the report of every block, as JSON types.
+      blocks: the report of every block.
     """
 
     decoder: Decoder
-    blocks: list[dict[str, Any]]
+    blocks: tuple[BlockReport, ...]
 
 
 class Results(NamedTuple):
@@ -107,7 +126,7 @@ def _measure_dense(work: StageWork) -> TextPerplexity:
 
 
 def _steps_of(model: str) -> Callable[[Opened], list[Step]]:
-    return lambda opened: [] if read_perplexity(opened, model) else perplexity_steps(opened)
+    return lambda opened: [] if kept_perplexity(opened, model) else perplexity_steps(opened)
 
 
 DENSE = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense"))
@@ -195,7 +214,7 @@ def _with_sparsities(walk: Walk, allocation: Allocated | None) -> Walk:
     """The walk with the sparsities that were allocated."""
     if allocation is None:
         return walk
-    layers = allocation.rules(walk.decoder, walk.recipe.pattern) + walk.recipe.layers
+    layers = allocation_rules(allocation, walk.decoder, walk.recipe.pattern) + walk.recipe.layers
     return dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
 
 
@@ -291,7 +310,7 @@ def _read_checkpoint(
     work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None
 ) -> PrunedModel | None:
     directory = work.opened.directory
-    blocks: list[dict[str, Any]] | None = from_first(lambda: checkpointed_blocks(directory))
+    blocks: tuple[BlockReport, ...] | None = from_first(lambda: checkpointed_blocks(directory))
     if blocks is None:
         return None
     return PrunedModel(dataclasses.replace(work.opened.model.decoder, tensors=CheckpointTensors(directory)), blocks)
@@ -301,7 +320,7 @@ def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None
     pretrained, decoder = work.opened.model
     # If no step of the distillation improved the model, the blocks stay as they were pruned.
     blocks = Distilled(journal) if outcome and outcome.kept else journal
-    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, allocation and allocation.sparsity)
+    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, allocation.sparsity if allocation else None)
     work.progress.advance()
     pruned = _read_checkpoint(work, journal, outcome, allocation)
     assert pruned is not None, "it was written"
@@ -372,69 +391,61 @@ PROMPTS = Stage(
 )
 
 
-def _report(
-    work: StageWork, results: Results, pruned: PrunedModel, memory: dict[str, int | None], prompts: Continuations | None
-) -> dict[str, Any]:
+def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: MemoryPeaks, prompts: Continuations | None) -> Report:
     opened = work.opened
     (pretrained, decoder), directory, config = opened.model, opened.directory, opened.config
     files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | (
         {"transformers": directory / FOLDER} if config.export else {}
     )
-    entries = {
+    entries = structs.asdict(_facts(opened, results)) | {
         "manifest": opened.manifest,
         "configuration": opened.configuration,
         "environment": environment(decoder.mesh),
-        "model": {
-            "origin": pretrained.origin,
-            "fingerprint": pretrained.fingerprint,
-            "architecture": next(iter(pretrained.config.architectures or ()), None),
-            "blocks": decoder.config.blocks,
-            "weights": sum(math.prod(pretrained.tensors.shape(name)) for name in pretrained.tensors.names()),
-        },
-        "allocation": results.allocation and results.allocation.to_json(),
-        "weighed_layers": _weighed_layers(opened),
+        "model": ModelFacts(
+            origin=pretrained.origin,
+            fingerprint=pretrained.fingerprint,
+            architecture=next(iter(pretrained.config.architectures or ()), None),
+            blocks=decoder.config.blocks,
+            weights=sum(math.prod(pretrained.tensors.shape(name)) for name in pretrained.tensors.names()),
+        ),
+        "allocation": results.allocation,
+        "weighed_layers": tuple(_weighed_layers(opened)),
         "seconds": dict(work.progress.seconds),
         "memory": memory,
         "continuations": prompts,
         "files": {what: str(path) for what, path in files.items()},
-        **_facts(opened, results),
     }
 
-    def write() -> dict[str, Any]:
+    def write() -> Report:
         measured_here = {"sizes": _sizes(opened), "tokens": changes(opened, results.dense, results.pruned)}
-        blocks = blocks_from_json(pruned.blocks, directory / CHECKPOINT)
-        return write_report(directory / REPORT, entries | measured_here | {"neurons": _neurons(opened, blocks)}, blocks)
+        return write_report(
+            directory / REPORT, entries | measured_here | {"neurons": _neurons(opened, pruned.blocks)}, pruned.blocks
+        )
 
-    report: dict[str, Any] = from_first(write)
+    report: Report = from_first(write)
     return report
 
 
 REPORTING = Stage("reporting", _report, steps=lambda opened: [Step("reporting", 0)])
 
 
-def _facts(opened: Opened, results: Results) -> dict[str, Any]:
-    """The entries that the exported model's card and the report share."""
-    calibration, text = opened.texts.calibration, opened.texts.evaluation
-    return {
-        "calibration": {
-            "source": opened.config.calibration.source,
-            "how": calibration.how,
-            "tokens": int(calibration.ids.size),
-            "unigram_perplexity": unigram_perplexity(calibration.ids),
-        },
-        "recipe": recipe_line(opened.config, opened.model.decoder),
-        "perplexity": {"dense": results.dense.perplexity, "pruned": results.pruned.perplexity},
-        "evaluation": {
-            "how": text.how,
-            "tokens": int(text.ids.size),
-            "digest": token_digest(text.ids),
-            "unigram_perplexity": unigram_perplexity(text.ids),
-        },
-        "distillation": json_values(results.outcome),
-    }
+def _facts(opened: Opened, results: Results) -> RunFacts:
+    """What the exported model's card and the report share."""
+    text = opened.config.calibration
+    return RunFacts(
+        calibration=_text(text.source, opened.texts.calibration),
+        recipe=recipe_line(opened.config, opened.model.decoder),
+        perplexity=Perplexities(results.dense.perplexity, results.pruned.perplexity),
+        evaluation=_text(opened.config.evaluation.source or text.source, opened.texts.evaluation),
+        distillation=results.outcome,
+    )
 
 
-def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, Any] | None:
+def _text(source: str, tokens: Tokens) -> TextFacts:
+    return TextFacts(source, tokens.how, int(tokens.ids.size), token_digest(tokens.ids), unigram_perplexity(tokens.ids))
+
+
+def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> CutCount | None:
     """The neurons of an MLP, and the numbers that blocks have left; None if the run cuts none."""
     config, (pretrained, decoder) = opened.config, opened.model
     family = decoder.family
@@ -450,7 +461,7 @@ def _neurons(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, Any] | 
         return None
     total = cut[0].shape[1]
     left = {total - layer.pruned // layer.shape[0] for layer in cut} | ({total} if len(cut) < len(blocks) else set())
-    return {"left": sorted(left), "total": total}
+    return CutCount(tuple(sorted(left)), total)
 
 
 def _weighed_layers(opened: Opened) -> list[str]:
@@ -460,9 +471,9 @@ def _weighed_layers(opened: Opened) -> list[str]:
     return [name for name in names if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)]
 
 
-def _sizes(opened: Opened) -> dict[str, Any]:
+def _sizes(opened: Opened) -> FileSizes:
     """Bytes of the source's files and tensors, of the exported weights, and of everything that the run leaves in its directory."""
     pretrained, directory = opened.model.pretrained, opened.directory
     left = {} if in_bucket(directory) else {path.name: size_on_disk(path) for path in sorted(directory.iterdir())}
     exported = weights_on_disk(directory / FOLDER) if opened.config.export else None
-    return {"source": pretrained.stored, "dense": total_bytes(pretrained.tensors), "transformers": exported, "left": left}
+    return FileSizes(pretrained.stored, total_bytes(pretrained.tensors), exported, left)

@@ -126,7 +126,7 @@ def prune_model(
         )
         leaving = [states for states in streams if states] if index < missing[-1] else []  # only a later block needs them
         walk.begin(WRITING, "saving")
-        journal.save(index, weights, masks, report.to_json(), leaving, scales)
+        journal.save(index, weights, masks, report, leaving, scales)
         saved()
         del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
         give_back_freed_memory()

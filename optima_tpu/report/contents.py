@@ -1,107 +1,14 @@
-"""The declared contents of report.json and results.json: every entry that a page or a summary reads."""
+"""The contents of report.json and of the smaller files of a run, as the run writes them and as terminal, page and card read them."""
 
-from typing import Annotated, Any, NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from optima_tpu.runtime.records import Block, Count, Positive, Record, Share
-
-
-class _Method(TypedDict):
-    name: str
-
-
-class _Target(TypedDict):
-    weigh_by_loss: NotRequired[Share]
-
-
-class _Calibration(TypedDict):
-    source: str
-    windows: Count
-    length: Count
-    written: NotRequired[Count]
-
-
-class _Source(TypedDict):
-    source: NotRequired[str | None]
-
-
-class _Configuration(TypedDict):
-    """The settings that are read on their own. ``config.parse.recorded_run`` checks all of them."""
-
-    model: str
-    pattern: str
-    selector: _Method
-    solver: _Method | None
-    calibration: _Calibration
-    evaluation: NotRequired[_Source | None]
-    layers: NotRequired[str | None]
-    target: NotRequired[_Target]
-    allocation: NotRequired[dict[str, Any] | None]
-    tuning: NotRequired[dict[str, Any] | None]
-    accept: NotRequired[dict[str, Any] | None]
-    distill: NotRequired[dict[str, Any] | None]
-    recover: NotRequired[dict[str, Any] | None]
-
-
-class Environment(Record, frozen=True):
-    """Versions, devices and mesh of a command. A package that is not installed, as in a checkout, has no version."""
-
-    python: str
-    system: str
-    packages: dict[str, str | None]
-    platform: str
-    device: str
-    devices: Count
-    processes: Count
-    mesh: dict[str, Count]
-
-
-class _Model(TypedDict):
-    origin: NotRequired[str]
-    fingerprint: NotRequired[str]
-    architecture: NotRequired[str | None]
-    blocks: NotRequired[Count]
-    weights: NotRequired[Count]
-
-
-class _Text(TypedDict):
-    how: NotRequired[str]
-    unigram_perplexity: NotRequired[Positive]
-
-
-class _Scored(TypedDict):
-    how: str
-    tokens: NotRequired[Count]
-    digest: NotRequired[str]
-    unigram_perplexity: NotRequired[Positive]
-
-
-class _Perplexity(TypedDict):
-    dense: Positive
-    pruned: Positive
-
-
-class _Token(TypedDict):
-    before: str
-    token: str
-    after: str
-    dense: Share
-    pruned: Share
-
-
-class _Changes(TypedDict):
-    """See ``token_changes``."""
-
-    tokens: Count
-    mean: float
-    median: float
-    edges: list[float]
-    shares: list[Share]
-    rise_share: float | None
-    mean_stderr: NotRequired[float | None]
-    worst: list[_Token]
-
+from optima_tpu.report.numbers import percent
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.settings import ManifestEntries, RunSettings
+from optima_tpu.runtime.records import Block, Count, Positive, Record, Share, Size, check_record, within
 
 Parts = Annotated[tuple[str, ...], msgspec.Meta(min_length=3, max_length=3)]
 """A continuation: the part that both models wrote, the first token that differs (empty if none does), and the rest."""
@@ -201,66 +108,390 @@ class Outcome(_Trained, frozen=True):
     spans: tuple[Span, ...] = ()
 
 
-class _Neurons(TypedDict):
-    left: Annotated[list[Count], msgspec.Meta(min_length=1)]
+class Allocated(Record, frozen=True):
+    """The contents of allocation.json: the sparsity of every block, and the scores that it was chosen from.
+
+    Attributes:
+      sparsity: for every block, the sparsity of its layers that no rule names; None for a block without such layers.
+      scores: for every block, the measured scores, or None likewise; see ``allocation.OWL.wanted`` and
+        ``allocation.Measured.wanted``.
+    """
+
+    sparsity: tuple[Share | None, ...]
+    scores: tuple[tuple[float | None, ...] | None, ...]
+
+    @property
+    def told(self) -> str:
+        """The range of sparsities, in words."""
+        given = [sparsity for sparsity in self.sparsity if sparsity is not None]
+        return f"the sparsity of the blocks is from {percent(min(given))} to {percent(max(given))}"
+
+
+class Environment(Record, frozen=True):
+    """Versions, devices and mesh of a command. A package that is not installed, as in a checkout, has no version."""
+
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    platform: str
+    device: str
+    devices: Count
+    processes: Count
+    mesh: dict[str, Count]
+
+    @property
+    def words(self) -> str:
+        """The devices in words: "8 × TPU v5e, mesh 4×2"."""
+        return f"{self.devices} × {self.device}, mesh {'×'.join(map(str, self.mesh.values()))}"
+
+
+class ModelFacts(Record, frozen=True):
+    """The model that was pruned.
+
+    Attributes:
+      origin: where it came from.
+      fingerprint: of its contents.
+      architecture: its class, by config.json.
+      blocks: how many it has.
+      weights: how many it has, in all its tensors.
+    """
+
+    origin: str
+    fingerprint: str
+    architecture: str | None
+    blocks: Count
+    weights: Count
+
+
+class TextFacts(Record, frozen=True):
+    """A text that a run reads.
+
+    Attributes:
+      source: its name.
+      how: how its windows were drawn, in words.
+      tokens: how many there are.
+      digest: of the tokens.
+      unigram_perplexity: what the frequencies of its tokens give.
+    """
+
+    source: str
+    how: str
+    tokens: Count
+    digest: str
+    unigram_perplexity: float
+
+
+class Perplexities(Record, frozen=True):
+    """Of both models on the evaluation text."""
+
+    dense: Positive
+    pruned: Positive
+
+    @property
+    def ratio(self) -> float:
+        """The pruned model's, relative to the dense model's."""
+        return self.pruned / self.dense
+
+
+class ChangedToken(Record, frozen=True):
+    """A token that the pruned model predicts worse.
+
+    Attributes:
+      window, position: its indices.
+      before, token, after: text.
+      dense, pruned: the token's probability in each model.
+    """
+
+    window: Count
+    position: Count
+    before: str
+    token: str
+    after: str
+    dense: Share
+    pruned: Share
+
+
+class TokenChanges(Record, frozen=True):
+    """How the loss of each token changed from the dense to the pruned model.
+
+    Attributes:
+      tokens: how many there are.
+      mean, median: of the rise of the loss in nats.
+      mean_stderr: standard error of the mean, from the spread of the windows, since tokens of one window go together; None for a
+        single window.
+      edges: boundaries between the classes of changes, in nats. The middle class counts as unchanged.
+      shares: share of the tokens in each class between the edges, from improved to worsened.
+      rise_share: share of the total rise that comes from the worst 1% of the tokens; None if the loss did not rise.
+      worst: the tokens whose loss rose most.
+    """
+
+    tokens: Count
+    mean: float
+    mean_stderr: float | None
+    median: float
+    edges: tuple[float, ...]
+    shares: tuple[Share, ...]
+    rise_share: float | None
+    worst: tuple[ChangedToken, ...]
+
+    def __post_init__(self) -> None:
+        if not self.edges or len(self.edges) % 2 or len(self.shares) != len(self.edges) + 1:
+            raise ValueError(f"expected an even number of edges and one share more, got {len(self.edges)} and {len(self.shares)}")
+
+
+class CutCount(Record, frozen=True):
+    """The neurons of an MLP.
+
+    Attributes:
+      left: the numbers that blocks have left.
+      total: before some were cut.
+    """
+
+    left: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     total: Count
 
 
-class _Sizes(TypedDict):
-    dense: NotRequired[Count]
-    transformers: NotRequired[Count | None]
-    left: NotRequired[dict[str, Count]]
+class MemoryPeaks(Record, frozen=True):
+    """Peak memory in bytes, of the process and of the device that used most.
+
+    Attributes:
+      host_peak: the largest resident set of a process; it includes mapped pages of checkpoint files.
+      device_peak: what the device's allocator counts; None on a CPU, which has no separate device memory.
+    """
+
+    host_peak: Count
+    device_peak: Count | None
 
 
-class Facts(TypedDict):
-    """What a model card reads of report.json."""
+class FileSizes(Record, frozen=True):
+    """Bytes of the files of a run.
 
-    recipe: NotRequired[str]
-    calibration: NotRequired[_Text]
-    perplexity: NotRequired[_Perplexity]
-    evaluation: NotRequired[_Scored]
-    distillation: NotRequired[Outcome | None]
+    Attributes:
+      source: of the source's weight files.
+      dense: of the source's tensors.
+      transformers: of the exported weights on disk; None without an export.
+      left: by the name of each file and folder in the run directory.
+    """
+
+    source: Count | None
+    dense: Count
+    transformers: Count | None
+    left: dict[str, Count]
 
 
-class Report(TypedDict):
-    """What is read of report.json, see ``file.write_report``. The blocks are read by ``records.blocks_from_json``."""
+class RunFacts(Record, frozen=True, kw_only=True):
+    """The entries of report.json that an exported model's card has, too.
 
-    manifest: NotRequired[dict[str, Any]]
-    configuration: _Configuration
-    environment: dict[str, Any]
-    model: _Model
-    calibration: _Text
-    evaluation: _Scored
-    perplexity: _Perplexity
+    Attributes:
+      recipe: one line on the method, with only those settings that have an effect on the model's family.
+      calibration: the text that the weights were fitted to.
+      evaluation: the text that perplexity was measured on.
+      perplexity: of both models.
+      distillation: None if the pruned model was not trained.
+    """
+
+    recipe: str
+    calibration: TextFacts
+    evaluation: TextFacts
+    perplexity: Perplexities
+    distillation: Outcome | None
+
+    @property
+    def training(self) -> Outcome | None:
+        """The training that moved the weights; None if none did."""
+        return self.distillation if self.distillation and self.distillation.kept else None
+
+    @property
+    def perplexities(self) -> dict[str, float]:
+        """The perplexity of the dense model, of the pruned one, and where it was trained behind that of the trained one, by these words."""
+        dense, last = self.perplexity.dense, self.perplexity.pruned
+        if self.training is None or self.training.perplexity_before is None:
+            return {"dense": dense, "pruned": last}
+        return {"dense": dense, "pruned": self.training.perplexity_before, "trained": last}
+
+
+class Report(RunFacts, frozen=True, kw_only=True):
+    """The contents of report.json.
+
+    Attributes:
+      manifest: everything that determines the result, see ``inputs.manifest_of``.
+      configuration: the settings, from ``config.to_dict``.
+      environment: versions, devices and mesh.
+      model: the model that was pruned.
+      sparsity: share of the weights of the pruned matrices that are zero by the masks.
+      model_sparsity: the same share of all weights of the model.
+      weights, pruned: of the pruned matrices, how many there are, and how many are zero by the masks.
+      allocation: None if every block has the pattern's sparsity.
+      neurons: of each MLP; None if no neurons were cut.
+      weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
+      unusual: what needs a look, by layer.
+      layer_kinds: a summary for each kind of layer.
+      seconds: by stage, of the last start of the run.
+      memory: peaks.
+      sizes: of files.
+      tokens: the tokens of the evaluation text that the pruned model predicts worse; None if the losses were not saved.
+      continuations: the texts that both models write after a few prompts; None if nobody would read them.
+      files: label -> path of each file that the run wrote.
+      blocks: one report for each block of the model.
+    """
+
+    manifest: Mapping[str, Any]
+    configuration: Mapping[str, Any]
+    environment: Environment
+    model: ModelFacts
     sparsity: Share
+    model_sparsity: Share
     weights: Count
     pruned: Count
-    blocks: list[dict[str, Any]]
+    allocation: Allocated | None
+    neurons: CutCount | None
+    weighed_layers: tuple[str, ...]
+    unusual: dict[str, dict[str, Any]]
+    layer_kinds: tuple[dict[str, Any], ...]
     seconds: dict[str, float]
-    recipe: NotRequired[str]
-    weighed_layers: NotRequired[list[str]]
-    memory: NotRequired[dict[str, Count | None] | None]
-    neurons: NotRequired[_Neurons | None]
-    sizes: NotRequired[_Sizes | None]
-    tokens: NotRequired[_Changes | None]
-    continuations: NotRequired[Continuations | None]
-    distillation: NotRequired[Outcome | None]
-    files: NotRequired[dict[str, str]]
+    memory: MemoryPeaks
+    sizes: FileSizes
+    tokens: TokenChanges | None
+    continuations: Continuations | None
+    files: dict[str, str]
+    blocks: tuple[BlockReport, ...]
+
+    def __post_init__(self) -> None:
+        within("configuration", self.configuration, RunSettings)
+        within("manifest", self.manifest, ManifestEntries)
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings that are read on their own."""
+        return within("configuration", self.configuration, RunSettings)
+
+    @property
+    def code(self) -> str:
+        """The version of the program."""
+        return within("manifest", self.manifest, ManifestEntries).code
+
+    @property
+    def solver(self) -> str | None:
+        """Name of the solver; None if the weights are the selector's own."""
+        solver = self.settings.solver
+        return solver.name if solver else None
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """The layers of all blocks, in the order of the walk."""
+        return [layer for block in self.blocks for layer in block.layers]
 
 
-class CellRecord(TypedDict):
-    """What is read of each entry of a sweep's results.json, see ``pipeline.sweep.tables.CellResult``."""
+class ExportedLayer(LayerReport, frozen=True, kw_only=True):
+    """The record of a layer under the whole name of its weight, with the zeros counted from the file.
 
-    perplexity: Positive | None
+    Attributes:
+      cut_from: the shape of the dense matrix, of one that lost columns and has no mask; None of the others.
+    """
+
+    cut_from: tuple[Size, Size] | None = None
+
+    def named(self, name: str) -> LayerReport:
+        """The record under the layer's name inside its block, as the run has it."""
+        return LayerReport(**{field: getattr(self, field) for field in LayerReport.__struct_fields__} | {"name": name})
 
 
-class FinishedCell(TypedDict):
-    """What is read of an entry with a perplexity."""
+class NeuronCount(Record, frozen=True):
+    """The neurons that every MLP of an export has left, and how many it had."""
+
+    kept: Count
+    total: Count
+
+
+class ExportForm(Record, frozen=True):
+    """How an export was written, see ``forms``."""
+
+    name: str
+    max_shard_size: Count
+    scan_layers: bool
+
+
+class Sidecar(Record, frozen=True):
+    """The contents of optima_tpu.json, in an exported folder.
+
+    Attributes:
+      model: the model that was pruned: its id on the hub, or the name of a folder or file.
+      manifest: of the run.
+      neurons: None where none was cut.
+      layers: of each pruned matrix.
+      form: how the folder was written.
+      files: the names of all files.
+    """
+
+    model: str
+    manifest: Mapping[str, Any]
+    neurons: NeuronCount | None
+    layers: tuple[ExportedLayer, ...]
+    form: ExportForm
+    files: tuple[str, ...]
+
+    @property
+    def decided(self) -> ManifestEntries:
+        """What is read of the manifest on its own."""
+        return check_record(self.manifest, ManifestEntries, "optima_tpu.json", inside="manifest")
+
+    @property
+    def masked(self) -> list[ExportedLayer]:
+        """The matrices that have zeros by a mask."""
+        return [layer for layer in self.layers if layer.cut_from is None]
+
+
+def cell_name(mask: str, update: str, pattern: str, windows: int, seed: int) -> str:
+    """The name of a cell; needs no configuration."""
+    return f"{mask} + {update}, {pattern}, {windows} windows, seed {seed}"
+
+
+class CellResult(Record, frozen=True):
+    """An entry of results.json: the result of one cell of a sweep. A number is None if the cell is not finished, or if its run has no such number.
+
+    Attributes:
+      mask: label of the mask.
+      update: label of the update.
+      pattern: label of the pattern.
+      windows: number of calibration windows.
+      seed: seed of their draw.
+      state: "missing" if the cell was not run yet.
+      perplexity: perplexity of the pruned model.
+      dense: perplexity of the dense model on the same text.
+      error_before: relative error of a layer's output with the selector's weights, mean over layers.
+      error_after: as ``error_before``, with the final weights.
+      held_out_before: as ``error_before``, on the held-out windows.
+      held_out_after: as ``error_after``, on the held-out windows.
+      seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
+      rows_not_converged: rows that did not meet the solver's own test, all layers together.
+      rows_refused: rows that kept the selector's weights.
+      sparsity: share of the weights of the pruned matrices that are zero.
+      reason: why the cell failed.
+      report: path of its report.json, from the directory of the tables.
+    """
 
     mask: str
     update: str
     pattern: str
     windows: Count
-    perplexity: Positive
-    dense: Positive
-    report: str
+    seed: int
+    state: Literal["finished", "failed", "missing"] = "missing"
+    perplexity: Positive | None = None
+    dense: Positive | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    seconds: float | None = None
+    rows_not_converged: Count | None = None
+    rows_refused: Count | None = None
+    sparsity: float | None = None
+    reason: str | None = None
+    report: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.state == "finished" and None in (self.perplexity, self.dense, self.report):
+            raise ValueError("expected perplexity, dense and report in a finished cell, got null")
+
+    def __str__(self) -> str:
+        return cell_name(self.mask, self.update, self.pattern, self.windows, self.seed)

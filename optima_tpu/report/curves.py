@@ -4,17 +4,16 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.report.contents import CellRecord, FinishedCell
+from optima_tpu.report.contents import CellResult
 from optima_tpu.report.numbers import number, plural
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.runs import model_name, names, read_blocks, read_report
-from optima_tpu.report.summary import all_layers
+from optima_tpu.report.runs import names, read_report
 from optima_tpu.runtime.checksums import refuse_changed
-from optima_tpu.runtime.records import check_record, read_record
+from optima_tpu.runtime.records import read_record
 
 MADE_BY = "OPTIMA-TPU, optima_tpu.figures"
 """Stands in the metadata of every figure."""
@@ -106,18 +105,18 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
     if len(set(paths)) < len(paths):
         raise UserError("expected each run once, got one of them twice: leave it out")
     reports = {run: read_report(run) for run in dict.fromkeys(paths + below)}
-    title, named = names({run: report["configuration"] for run, report in reports.items()})
+    title, named = names(reports)
     twins = [run for run in named if list(named.values()).count(named[run]) > 1]
     if twins:
         raise UserError(f"expected runs with different settings, got {' and '.join(twins)} with the same settings: leave one out")
     others: Sequence[str | None] = below * len(paths) if len(below) == 1 else below or [None] * len(paths)
     lines = {}
     for run, other in zip(paths, others, strict=True):
-        layers = all_layers(read_blocks(run, reports[run]))
+        layers = reports[run].layers
         if other is not None:
-            errors = _counterparts(run, layers, other, all_layers(read_blocks(other, reports[other])))
+            errors = _counterparts(run, layers, other, reports[other].layers)
             lines[f"{named[run]} / {named[other]}"] = _lines(layers, errors)
-        elif reports[run]["configuration"]["solver"] is None:
+        elif reports[run].solver is None:
             raise UserError(
                 f"expected runs with a solver, got {run}, whose weights are the selector's own: there is no error ratio; choose "
                 "runs with a solver, or give a run to compare with in --against"
@@ -152,13 +151,11 @@ def windows(sweep: str | Path) -> WindowCounts:
     path = path / "results.json" if path.is_dir() else path
     refuse_changed(path.parent, [path.name], "repeat the sweep's command, which writes the file again")
     remedy = "it is no results.json of a sweep, or it is damaged"
-    results = read_record(path, list[dict[str, Any]], remedy)
-    check_record(results, list[CellRecord], path, remedy)
-    finished = [result for result in results if result["perplexity"] is not None]
-    done = check_record(finished, list[FinishedCell], path, remedy)
+    results = read_record(path, list[CellResult], remedy)
+    done = [result for result in results if result.state == "finished"]
     if not done:
         raise UserError(f"expected finished cells in {path}, got none yet; repeat the sweep's command")
-    counts = sorted({result["windows"] for result in done})
+    counts = sorted({result.windows for result in done})
     if len(counts) == 1:
         raise UserError(
             f"expected several numbers of calibration windows, got {counts[0]} in all finished cells of "
@@ -166,9 +163,10 @@ def windows(sweep: str | Path) -> WindowCounts:
         )
     groups: dict[str, dict[tuple[str, str], dict[int, list[float]]]] = {}
     for result in done:
-        methods = groups.setdefault(result["pattern"], {})
-        method = methods.setdefault((result["mask"], result["update"]), {})
-        method.setdefault(result["windows"], []).append(result["perplexity"])
+        assert result.perplexity is not None, "a finished cell has one"
+        methods = groups.setdefault(result.pattern, {})
+        method = methods.setdefault((result.mask, result.update), {})
+        method.setdefault(result.windows, []).append(result.perplexity)
     panels = {
         pattern: [_windows_line(*method, values) for method, values in methods.items()] for pattern, methods in groups.items()
     }
@@ -231,12 +229,13 @@ def _windows_line(mask: str, update: str, values: Mapping[int, Sequence[float]])
     )
 
 
-def _windows_title(directory: Path, done: Sequence[FinishedCell]) -> str:
+def _windows_title(directory: Path, done: Sequence[CellResult]) -> str:
     """Model and texts, from the report of the first finished cell."""
-    report = read_report(str(directory / done[0]["report"]))
-    text = report["configuration"]["calibration"]
-    dense = " or ".join(dict.fromkeys(number(result["dense"], 4) for result in done))
+    assert done[0].report is not None, "a finished cell has one"
+    report = read_report(str(directory / done[0].report))
+    text = report.settings.calibration
+    dense = " or ".join(dict.fromkeys(number(result.dense, 4) for result in done))
     return (
-        f"{model_name(report['configuration'])}, calibrated on {text['source']} in windows of {text['length']} tokens\n"
-        f"perplexity on {report['evaluation']['how']}, dense {dense}"
+        f"{report.settings.model_name}, calibrated on {text.source} in windows of {text.length} tokens\n"
+        f"perplexity on {report.evaluation.how}, dense {dense}"
     )

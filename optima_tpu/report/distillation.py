@@ -1,24 +1,16 @@
 """Summary line and page section on the training of the pruned model."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from optima_tpu.report.contents import Outcome
+from optima_tpu.report.contents import Outcome, Report
 from optima_tpu.report.numbers import duration, number, percent, plural
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table
-from optima_tpu.runtime.records import check_record
 
 
-def outcome_in(report: Mapping[str, Any]) -> Outcome | None:
-    """What became of the training of a run; None if there was none."""
-    found = report.get("distillation")
-    return check_record(found, Outcome, "report.json", inside="distillation") if found else None
-
-
-def distilled_line(report: Mapping[str, Any]) -> str:
+def distilled_line(report: Report) -> str:
     """One line on what the training changed; empty if there was none."""
-    outcome = outcome_in(report)
+    outcome = report.distillation
     if outcome is None:
         return ""
     loss, before, after = _loss(report), number(outcome.before), number(outcome.after)
@@ -33,24 +25,15 @@ def distilled_line(report: Mapping[str, Any]) -> str:
     return f"{loss} on held-out text {before} -> {after} nats ({gain} less); {took}"
 
 
-def perplexities(report: Mapping[str, Any]) -> dict[str, float]:
-    """The perplexity of the dense model, of the pruned one, and where it was trained behind that of the trained one, by these words."""
-    dense, last = report["perplexity"]["dense"], report["perplexity"]["pruned"]
-    outcome = outcome_in(report)
-    if outcome is None or not outcome.kept or outcome.perplexity_before is None:
-        return {"dense": dense, "pruned": last}
-    return {"dense": dense, "pruned": outcome.perplexity_before, "trained": last}
-
-
-def _loss(report: Mapping[str, Any]) -> str:
+def _loss(report: Report) -> str:
     """What training minimised."""
-    name = (report["configuration"].get("distill") or {}).get("name")
-    return "cross-entropy" if name == "cross_entropy" else "divergence from the dense model"
+    method = report.settings.distill
+    return "cross-entropy" if method and method.name == "cross_entropy" else "divergence from the dense model"
 
 
 def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
-    trained = [(run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := outcome_in(run.report))]
+    trained = [(run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := run.report.distillation)]
     tables = [
         table
         for label, report, found in trained
@@ -60,20 +43,20 @@ def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     return [Section("distillation", "Training after pruning", list(texts), tables=tables)] if tables else []
 
 
-def _text(report: Mapping[str, Any], outcome: Outcome) -> str:
+def _text(report: Report, outcome: Outcome) -> str:
     what = f"the whole model was trained with fixed masks, to lower the {_loss(report)}"
     kept = "The step with the least loss on held-out windows was kept."
     if outcome.spans:
         what = "its blocks were trained in order with fixed masks, each toward the hidden states of the dense model"
         kept = "Of each, the step with the least error on held-out windows was kept."
-    shown = ", ".join(f"{what} {number(each, 4)}" for what, each in perplexities(report).items())
+    shown = ", ".join(f"{what} {number(each, 4)}" for what, each in report.perplexities.items())
     return (
         f"After it was pruned, {what}. This is training, not one-shot pruning. {kept} Perplexity: {shown}. Layer errors on this page "
         "were measured before."
     )
 
 
-def _checks(title: str, report: Mapping[str, Any], outcome: Outcome) -> Table:
+def _checks(title: str, report: Report, outcome: Outcome) -> Table:
     return Table(
         title,
         ["step", "on the text it is trained on, nats", "held out, nats", "perplexity, held out", ""],

@@ -3,32 +3,14 @@
 A new power of a run shows its number by a row of :data:`FACTS`.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from optima_tpu.report.distillation import distilled_line, perplexities
+from optima_tpu.report.contents import Report
+from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.numbers import became, direction, number, percent
-from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import exchanged, fitted_errors, held_out_errors, means, measured, quantized_line, sparsity
+from optima_tpu.report.summary import exchanged, mean_errors, means, measured, quantized_line
 from optima_tpu.report.view import NONE, Tile, without_folders
-
-
-class Finished(NamedTuple):
-    """What the facts of a run are read from.
-
-    Attributes:
-      report: contents of report.json.
-      layers: of all blocks.
-    """
-
-    report: Mapping[str, Any]
-    layers: Sequence[LayerReport]
-
-    @property
-    def solved(self) -> bool:
-        """Whether a solver moved weights, so that an error has a value before and after it."""
-        return bool(self.report["configuration"]["solver"])
 
 
 class Fact(NamedTuple):
@@ -66,111 +48,110 @@ class Fact(NamedTuple):
         return Tile(self.title, " → ".join(self.values), ", ".join(filter(None, (" → ".join(self.labels), self.note))))
 
 
-def _perplexity(run: Finished) -> Fact:
-    models, report = perplexities(run.report), run.report
-    dense, last = report["perplexity"]["dense"], report["perplexity"]["pruned"]
-    ratio = number(last / dense)
+def _perplexity(report: Report) -> Fact:
+    models, dense, last = report.perplexities, report.perplexity.dense, report.perplexity.pruned
+    ratio = number(report.perplexity.ratio)
     # The result says what the text can show; a word here must not say more.
     word = "" if ratio == number(1.0) else f" {direction(dense, last)},"
-    note = f"{ratio} times,{word} on {without_folders(report['evaluation']['how'])}"
+    note = f"{ratio} times,{word} on {without_folders(report.evaluation.how)}"
     return Fact("perplexity", "Perplexity", [number(each, 4) for each in models.values()], note, list(models))
 
 
-def _error(run: Finished) -> Fact | None:
-    if not measured(run.layers):
+def _error(report: Report) -> Fact | None:
+    layers = report.layers
+    if not measured(layers):
         return None
-    (before, after), (held_before, held_after) = fitted_errors(run.layers), held_out_errors(run.layers)
-    unseen = "none was held out" if held_after is None else f"on held-out text {' → '.join(_both(held_before, held_after, run))}"
+    before, after, held_before, held_after = mean_errors(layers)
+    unseen = (
+        "none was held out" if held_after is None else f"on held-out text {' → '.join(_both(held_before, held_after, report))}"
+    )
     aim = ""
-    if any(layer.dense_after is not None for layer in run.layers):
+    if any(layer.dense_after is not None for layer in layers):
         aim = "; a dense target lowers the error against dense instead"
-    return _change("error", "Layer error", (before, after), f"on the calibration text; {unseen}{aim}", run)
+    return _change("error", "Layer error", (before, after), f"on the calibration text; {unseen}{aim}", report)
 
 
-def _against_dense(run: Finished) -> Fact | None:
-    before, after = means(run.layers, ("dense_before", "dense_after"))
+def _against_dense(report: Report) -> Fact | None:
+    before, after = means(report.layers, ("dense_before", "dense_after"))
     if before is None or after is None:
         return None
-    return _change("to dense", "Layer error against dense", (before, after), "on held-out text", run)
+    return _change("to dense", "Layer error against dense", (before, after), "on held-out text", report)
 
 
-def _change(name: str, title: str, errors: tuple[float | None, float | None], text: str, run: Finished) -> Fact:
+def _change(name: str, title: str, errors: tuple[float | None, float | None], text: str, report: Report) -> Fact:
     before, after = errors
-    better = f"{became(before, after, percent)}, " if run.solved and before is not None and after is not None else ""
-    labels = ("before", "after the update") if run.solved else ()
-    return Fact(name, title, _both(*errors, run), f"{better}mean of {_matrices(run)}, {text}", labels)
+    better = f"{became(before, after, percent)}, " if report.solver and before is not None and after is not None else ""
+    labels = ("before", "after the update") if report.solver else ()
+    return Fact(name, title, _both(*errors, report), f"{better}mean of {_matrices(report)}, {text}", labels)
 
 
-def _matrices(run: Finished) -> str:
-    return f"{len(run.layers):,} {'matrix' if len(run.layers) == 1 else 'matrices'}"
+def _matrices(report: Report) -> str:
+    count = len(report.layers)
+    return f"{count:,} {'matrix' if count == 1 else 'matrices'}"
 
 
-def _both(before: float | None, after: float | None, run: Finished) -> list[str]:
+def _both(before: float | None, after: float | None, report: Report) -> list[str]:
     """The two errors of an update; without a solver the second alone."""
     both = [NONE if error is None else percent(error) for error in (before, after)]
-    return both if run.solved else both[1:]
+    return both if report.solver else both[1:]
 
 
-def _sparsity(run: Finished) -> Fact:
-    pruned, weights = sum(layer.pruned for layer in run.layers), sum(math.prod(layer.shape) for layer in run.layers)
-    whole = (run.report.get("model") or {}).get("weights")
-    of_all = f", {percent(pruned / whole)} of all {whole:,} weights of the model" if whole else ""
-    note = f"of the {weights:,} weights in {_matrices(run)}{of_all}"
-    return Fact("sparsity", "Sparsity", [percent(sparsity(run.layers))], note)
+def _sparsity(report: Report) -> Fact:
+    note = (
+        f"of the {report.weights:,} weights in {_matrices(report)}, {percent(report.model_sparsity)} of all "
+        f"{report.model.weights:,} weights of the model"
+    )
+    return Fact("sparsity", "Sparsity", [percent(report.sparsity)], note)
 
 
-def _neurons(run: Finished) -> Fact | None:
-    cut = run.report.get("neurons")
-    if not cut:
+def _neurons(report: Report) -> Fact | None:
+    if report.neurons is None:
         return None
-    *fewer, most = (f"{count:,}" for count in cut["left"])
+    *fewer, most = (f"{count:,}" for count in report.neurons.left)
     left = f"{fewer[0]} to {most}" if fewer else most
     note = (
         "; blocks differ, so the exported model has zeros where others were"
         if fewer
         else "; the exported model is without the others"
     )
-    return Fact("neurons", "Neurons", [left], f"of {cut['total']:,} left in {'an' if fewer else 'every'} MLP{note}")
+    return Fact("neurons", "Neurons", [left], f"of {report.neurons.total:,} left in {'an' if fewer else 'every'} MLP{note}")
 
 
-def _quantised(run: Finished) -> Fact | None:
-    errors = quantized_line(run.layers)
-    name = errors and run.report["configuration"]["quantize"]["name"]
-    return Fact("quantised", "Quantised", [name], f"mean error {errors}") if errors else None
+def _quantised(report: Report) -> Fact | None:
+    errors, quantizer = quantized_line(report.layers), report.settings.quantize
+    return Fact("quantised", "Quantised", [quantizer.name], f"mean error {errors}") if errors and quantizer else None
 
 
-def _masks(run: Finished) -> Fact | None:
-    share = exchanged(run.layers)
+def _masks(report: Report) -> Fact | None:
+    share = exchanged(report.layers)
     note = "of the kept weights came in by exchange: the selector had pruned them"
     return None if share is None else Fact("masks", "Masks", [percent(share)], note)
 
 
-def _size(run: Finished) -> Fact | None:
-    sizes = run.report.get("sizes") or {}
-    if not sizes.get("dense"):
-        return None
-    values, labels, source = [size(sizes["dense"])], ["dense weights"], sizes.get("source")
-    if sizes.get("transformers"):
-        values, labels = [*values, size(sizes["transformers"])], [*labels, "pruned in hf/"]
+def _size(report: Report) -> Fact:
+    sizes = report.sizes
+    values, labels = [size(sizes.dense)], ["dense weights"]
+    if sizes.transformers:
+        values, labels = [*values, size(sizes.transformers)], [*labels, "pruned in hf/"]
     # Quantised weights are decoded: a model in float32 may take more than the file that it came from.
-    stored = f"{size(source)} in the source's files; " if source and source < 0.9 * sizes["dense"] else ""
-    return Fact("size", "File", values, stored + _why_not_smaller(run.report), labels)
+    smaller = sizes.source is not None and sizes.source < 0.9 * sizes.dense
+    stored = f"{size(sizes.source)} in the source's files; " if sizes.source and smaller else ""
+    return Fact("size", "File", values, stored + _why_not_smaller(report), labels)
 
 
-def sizes(report: Mapping[str, Any]) -> str:
-    """The sizes of the dense and the pruned files, and why they are equal; empty if they were not recorded."""
-    fact = _size(Finished(report, ()))
-    return fact.words if fact else ""
+def sizes(report: Report) -> str:
+    """The sizes of the dense and the pruned files, and why they are equal."""
+    return _size(report).words
 
 
-def _why_not_smaller(report: Mapping[str, Any]) -> str:
+def _why_not_smaller(report: Report) -> str:
     """Why the pruned files are as large as the dense ones, and which command writes smaller ones."""
-    if report["configuration"].get("quantize"):
+    if report.settings.quantize:
         return (
             "not smaller because it holds integers times scales in the source's dtype; optima export --format "
             "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
         )
-    if len((report.get("neurons") or {}).get("left", ())) == 1:
+    if report.neurons and len(report.neurons.left) == 1:
         return "the neurons that were cut are in no file"
     return (
         "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and "
@@ -184,21 +165,18 @@ def size(count: int) -> str:
     return f"{count} bytes" if not exponent else f"{number(count / 1000**exponent)} {('kB', 'MB', 'GB', 'TB')[exponent - 1]}"
 
 
-def _memory(run: Finished) -> Fact | None:
-    memory = run.report.get("memory") or {}
-    if not memory.get("host_peak"):
-        return None
-    on_device = memory.get("device_peak")
+def _memory(report: Report) -> Fact:
+    host, on_device = report.memory.host_peak, report.memory.device_peak
     device = f", {number(on_device / 2**30)} GiB on a device" if on_device else ""
-    return Fact("memory", "Memory", [f"{number(memory['host_peak'] / 2**30)} GiB"], f"on the host{device} at the peak")
+    return Fact("memory", "Memory", [f"{number(host / 2**30)} GiB"], f"on the host{device} at the peak")
 
 
-def _trained(run: Finished) -> Fact | None:
-    line = distilled_line(run.report)
+def _trained(report: Report) -> Fact | None:
+    line = distilled_line(report)
     return Fact("trained", "Training", [line], "") if line else None
 
 
-FACTS: Sequence[Callable[[Finished], Fact | None]] = (
+FACTS: Sequence[Callable[[Report], Fact | None]] = (
     *(_perplexity, _error, _against_dense, _sparsity, _neurons, _quantised, _masks, _size, _memory, _trained),
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
@@ -206,8 +184,7 @@ _OF_LAYERS = _error, _against_dense, _quantised, _masks
 """Those that a recovery does not repeat: they are of the run that it began from."""
 
 
-def facts(report: Mapping[str, Any], layers: Sequence[LayerReport]) -> list[Fact]:
+def facts(report: Report) -> list[Fact]:
     """The facts of a run that apply."""
-    run = Finished(report, layers)
-    own = [make for make in FACTS if make not in _OF_LAYERS] if report["configuration"].get("recover") else FACTS
-    return [fact for make in own if (fact := make(run))]
+    own = [make for make in FACTS if make not in _OF_LAYERS] if report.settings.recover else FACTS
+    return [fact for make in own if (fact := make(report))]

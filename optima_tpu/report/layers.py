@@ -11,7 +11,7 @@ from optima_tpu.report import plots
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.results import aims_at_dense, mean_errors, unusual_count
+from optima_tpu.report.results import aims_at_dense, unusual_count
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.summary import (
     LayerKind,
@@ -19,7 +19,7 @@ from optima_tpu.report.summary import (
     exchanged,
     gap_meaning,
     held_out_caveat,
-    held_out_errors,
+    mean_errors,
     means,
     quantized_line,
     short_names,
@@ -40,7 +40,7 @@ def layer_errors(runs: Sequence[FinishedRun]) -> Section:
     """Section on layer errors: plots by block, tables by kind of layer and by layer."""
     several = len(runs) > 1
     panels = [plots.Panel(title, _error_lines(runs, kind), log=True) for kind, title in _kinds(runs).items()]
-    zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
+    zeros = sum(layer.error_after == 0 for run in runs for layer in run.report.layers)
     notes = ["All plots have the same logarithmic scale."]
     notes += [f"{zeros} errors of exactly 0 are not shown."] if zeros else []
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "errors", share=True)))
@@ -58,13 +58,13 @@ def _error_lines(runs: Sequence[FinishedRun], kind: str) -> list[plots.Line]:
     """The errors of one kind of layer by block: of several runs after the update alone."""
     lines, several = [], len(runs) > 1
     for index, run in enumerate(runs):
-        layers = [layer for layer in run.layers if kind_name(layer.name) == kind]
+        layers = [layer for layer in run.report.layers if kind_name(layer.name) == kind]
         before = {
             "before, calibration text": (_BEFORE, _fitted("error_before")),
             "before, held-out text": (_BEFORE, lambda layer: layer.held_out_before),
         }
-        after = "after" if run.solver else "of the selector's weights"
-        curves = (before if run.solver and not several else {}) | {
+        after = "after" if run.report.solver else "of the selector's weights"
+        curves = (before if run.report.solver and not several else {}) | {
             f"{after}, calibration text": (index, _fitted("error_after")),
             f"{after}, held-out text": (index, lambda layer: layer.held_out_after),
         }
@@ -80,13 +80,13 @@ def _error_legend(runs: Sequence[FinishedRun]) -> list[Key]:
     if len(runs) > 1:
         legend = [Key(run.label, index) for index, run in enumerate(runs)]
     else:
-        legend = [Key("before the update", _BEFORE), Key("after the update", _AFTER)] if runs[0].solver else []
+        legend = [Key("before the update", _BEFORE), Key("after the update", _AFTER)] if runs[0].report.solver else []
     held_out = any(map(_has_held_out, runs))
     return legend + ([Key("calibration text"), Key("held-out text", dashed=True)] if held_out else [])
 
 
 def _has_held_out(run: FinishedRun) -> bool:
-    return any(layer.held_out_after is not None for layer in run.layers)
+    return any(layer.held_out_after is not None for layer in run.report.layers)
 
 
 def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
@@ -98,7 +98,7 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
         "weights. After: with the solver’s weights. Lower is better. Held-out text is calibration text that no weight was fitted to."
     ]
     for run in runs:
-        if caveat := held_out_caveat(run.report["configuration"]):
+        if caveat := held_out_caveat(run.report.settings):
             text.append(f"{f'The held-out text of {run.label}' if several else 'This text'} {caveat}.")
     if any(map(aims_at_dense, runs)):
         text.append(
@@ -107,17 +107,17 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
             "the dense model. The value for the dense weights W shows the error that the layers before have caused."
         )
     for run in runs:
-        if told := quantized_line(run.layers):
+        if told := quantized_line(run.report.layers):
             text.append(
                 f"{run.label if several else 'This run'} quantises the weights after the update; the errors above are from before. Mean "
                 f"error: {told}."
             )
-    if any(map(_weighs_tokens, runs)):
+    if any(run.report.weighed_layers for run in runs):
         text.append(
             "If the target weighs tokens, so do the errors of the layers that add to the residual stream: the weight of a token "
             "is the inverse mean square of the residual stream after the layer."
         )
-    if any(map(_weighs_by_loss, runs)):
+    if any(run.report.settings.target.weigh_by_loss for run in runs):
         text.append(
             "If the target weighs tokens by the loss, so do the errors of all layers but routed experts: a token counts by a "
             "power of the square of the loss's gradient at the layer's output."
@@ -134,13 +134,13 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
     """Section with maps of the sparsity and the error of every layer, by block and kind."""
     several, elements = len(runs) > 1, []
     kinds = _kinds(runs)
-    blocks = 1 + max((layer.block for run in runs for layer in run.layers), default=0)
-    unseen = all(any(layer.held_out_after is not None for layer in run.layers) for run in runs)
+    blocks = 1 + max((layer.block for run in runs for layer in run.report.layers), default=0)
+    unseen = all(any(layer.held_out_after is not None for layer in run.report.layers) for run in runs)
 
     def grid(run: FinishedRun, value: Callable[[LayerReport], float | None]) -> np.ndarray:
         cells = np.full((len(kinds), blocks), np.nan)
         for row, kind in enumerate(kinds):
-            where, values = _by_block([layer for layer in run.layers if kind_name(layer.name) == kind], value)
+            where, values = _by_block([layer for layer in run.report.layers if kind_name(layer.name) == kind], value)
             cells[row, where] = values
         return cells
 
@@ -157,13 +157,13 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
         ]
     text = []
     for run in runs:
-        sparsities = [layer.sparsity for layer in run.layers] or [0.0]
+        sparsities = [layer.sparsity for layer in run.report.layers] or [0.0]
         low, high = percent(min(sparsities)), percent(max(sparsities))
         if several and low == high:
             continue  # the comparison of runs shows it
         spread = "the same share in each matrix" if low == high else f"from {low} to {high} per matrix"
         text.append(
-            f"{run.label + ': ' if several else ''}{percent(sparsity(run.layers))} of the weights of {len(run.layers):,} "
+            f"{run.label + ': ' if several else ''}{percent(sparsity(run.report.layers))} of the weights of {len(run.report.layers):,} "
             f"matrices are zero by the mask, {spread}."
         )
     note = "Blank: not pruned. For several layers of one kind in a block, such as experts, the map shows their mean."
@@ -174,18 +174,18 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
 
 def solver(runs: Sequence[FinishedRun]) -> Section:
     """Section on the solver: iterations, gaps, rows that did not converge."""
-    several, solved = len(runs) > 1, [(index, run) for index, run in enumerate(runs) if run.solver]
+    several, solved = len(runs) > 1, [(index, run) for index, run in enumerate(runs) if run.report.solver]
     if not solved:
         return Section("solver", "Solver", ["No solver changed the weights: they are the selector’s own."])
-    used = sorted({run.solver for run in runs if run.solver})
+    used = sorted({run.report.solver for run in runs if run.report.solver})
     text = [f"The gap is {gap_meaning(used)}."]
     for _, run in solved:
-        if (share := exchanged(run.layers)) is not None:
+        if (share := exchanged(run.report.layers)) is not None:
             text.append(
                 f"{run.label + ': ' if several else ''}{percent(share)} of the kept weights came in by exchange: the selector "
                 "had pruned them, and they replace other weights of their row."
             )
-    if without := [run.label for run in runs if not run.solver]:
+    if without := [run.label for run in runs if not run.report.solver]:
         text.append(f"No solver in {'; '.join(without)}.")
     curves = {
         ("Steps of a row", _steps, False): (lambda layer: layer.steps_median, lambda layer: layer.steps_max),
@@ -197,8 +197,8 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
         for index, run in solved:
             label, series = (f"{run.label}, ", index) if several else ("", _AFTER)
             lines += [
-                plots.Line(f"{label}median", *_by_block(run.layers, median, statistics.median), series),
-                plots.Line(f"{label}largest", *_by_block(run.layers, largest, max), series, dashed=True),
+                plots.Line(f"{label}median", *_by_block(run.report.layers, median, statistics.median), series),
+                plots.Line(f"{label}largest", *_by_block(run.report.layers, largest, max), series, dashed=True),
             ]
         panels.append(plots.Panel(title, lines, unit, log))
     legend = [Key(run.label, index) for index, run in solved] if several else []
@@ -206,12 +206,14 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "solver")))
     tables = []
     for _, run in solved:
-        kinds = by_kind(run.blocks)
+        kinds = by_kind(run.report.blocks)
         short = short_names([kind.name for kind in kinds])
-        most = {kind.name: max(layer.steps_max for layer in run.layers if kind_name(layer.name) == kind.name) for kind in kinds}
+        most = {
+            kind.name: max(layer.steps_max for layer in run.report.layers if kind_name(layer.name) == kind.name) for kind in kinds
+        }
         tables.append(
             Table(
-                run.label if several else f"Rows, by {run.solver}",
+                run.label if several else f"Rows, by {run.report.solver}",
                 ["layer", "rows", "median steps", "most steps", "largest gap", "not converged", "refused"],
                 [
                     [
@@ -237,20 +239,24 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
     fine = [run for run in runs if not unusual_count(run) and not meaningless_lines(run.report)]
     if fine:
         where = f" in {'; '.join(run.label for run in fine)}" if several else ""
-        unseen = all(layer.held_out_after is None for run in fine for layer in run.layers)
-        kept = "" if unseen or not any(run.solver for run in fine) else ", and no matrix got worse on held-out text"
+        unseen = all(layer.held_out_after is None for run in fine for layer in run.report.layers)
+        kept = "" if unseen or not any(run.report.solver for run in fine) else ", and no matrix got worse on held-out text"
         text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}.")
     for run in runs:
         label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
-        lines = meaningless_lines(run.report) + unusual_lines(run.blocks, run.report["configuration"]) + traded_lines(run.blocks)
+        lines = (
+            meaningless_lines(run.report)
+            + unusual_lines(run.report.blocks, run.report.settings)
+            + traded_lines(run.report.blocks)
+        )
         text += [f"{label}{line}." if several else f"{line[0].upper()}{line[1:]}." for line in lines]
         rows = [
             [name, "the update raised its error on held-out text", f"from {percent(before)} to {percent(after)}"]
-            for name, (before, after) in worsened(run.blocks).items()
+            for name, (before, after) in worsened(run.report.blocks).items()
         ]
         rows += [
             [name, TROUBLE[kind][0], f"{count:,} {TROUBLE[kind][1]}{'' if count == 1 else 's'}"]
-            for kind, layers in unusual(run.blocks).items()
+            for kind, layers in unusual(run.report.blocks).items()
             for name, count in layers.items()
         ]
         rows += [
@@ -260,7 +266,7 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
                 f"from {_share(layer.held_out_before)} to {_share(layer.held_out_after)}; "
                 f"against dense from {_share(layer.dense_before)} to {_share(layer.dense_after)}",
             ]
-            for layer in traded(run.blocks)
+            for layer in traded(run.report.blocks)
         ]
         if rows:
             folded.append(
@@ -273,7 +279,7 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
 
 def _kinds(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """Maps every kind of layer in the runs to its short name."""
-    return short_names(list(dict.fromkeys(kind_name(layer.name) for run in runs for layer in run.layers)))
+    return short_names(list(dict.fromkeys(kind_name(layer.name) for run in runs for layer in run.report.layers)))
 
 
 def _fitted(name: str) -> Callable[[LayerReport], float | None]:
@@ -301,21 +307,21 @@ def _by_block(
 
 
 def _kind_table(run: FinishedRun, caption: str) -> Table:
-    kinds = by_kind(run.blocks)
+    kinds = by_kind(run.report.blocks)
     short = short_names([kind.name for kind in kinds])
     rows = []
     for kind in kinds:
-        held_before, _ = held_out_errors([layer for layer in run.layers if kind_name(layer.name) == kind.name])
-        errors = _errors(run, kind.error_before, kind.error_after, held_before, kind.held_out) + _against_dense(run, kind)
+        errors = _errors(run, *mean_errors([layer for layer in run.report.layers if kind_name(layer.name) == kind.name]))
+        errors += _against_dense(run, kind)
         rows.append([short[kind.name], f"{kind.layers:,}", *errors, percent(kind.sparsity)])
     if rows:
         rows.append(
             [
                 "all",
-                f"{len(run.layers):,}",
-                *_errors(run, *mean_errors(run)),
+                f"{len(run.report.layers):,}",
+                *_errors(run, *mean_errors(run.report.layers)),
                 *_against_dense(run, None),
-                percent(sparsity(run.layers)),
+                percent(sparsity(run.report.layers)),
             ]
         )
     return Table(
@@ -328,7 +334,7 @@ def _kind_table(run: FinishedRun, caption: str) -> Table:
 
 
 def _layer_table(run: FinishedRun, several: bool) -> Table:
-    layers, routed = run.layers, any(kind_name(layer.name) != layer.name for layer in run.layers)
+    layers, routed = run.report.layers, any(kind_name(layer.name) != layer.name for layer in run.report.layers)
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
     rows = [
@@ -347,14 +353,14 @@ def _layer_table(run: FinishedRun, several: bool) -> Table:
                     f"{layer.rows - layer.rows_converged:,}",
                     f"{layer.rows_refused:,}",
                 ]
-                if run.solver
+                if run.report.solver
                 else []
             ),
         ]
         for layer in layers[:_LISTED]
     ]
     head = ["block and layer", "shape", *(["tokens"] if routed else []), "sparsity", *_errors_of(run)]
-    head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.solver else []
+    head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.report.solver else []
     notes = ["Tokens: of the calibration text, those that the layer read; an expert reads those that are routed to it."] * routed
     notes += [_rest(len(layers), ", by error")]
     return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=" ".join(filter(None, notes)))
@@ -373,30 +379,27 @@ def _errors_of(run: FinishedRun) -> list[str]:
     return [*_ERRORS, *(_AGAINST_DENSE.values() if aims_at_dense(run) else ())]
 
 
-def _weighs_tokens(run: FinishedRun) -> bool:
-    return bool(run.report.get("weighed_layers"))
-
-
-def _weighs_by_loss(run: FinishedRun) -> bool:
-    return bool(run.report["configuration"].get("target", {}).get("weigh_by_loss"))
-
-
 def _against_dense(run: FinishedRun, of: LayerReport | LayerKind | None) -> list[str]:
     """Errors of a layer or kind against the dense model; the mean over all layers for None; empty without a dense target."""
     if not aims_at_dense(run):
         return []
     values = dict(
-        zip(_AGAINST_DENSE, [getattr(of, name) for name in _AGAINST_DENSE] if of else means(run.layers, list(_AGAINST_DENSE)))
+        zip(
+            _AGAINST_DENSE,
+            [getattr(of, name) for name in _AGAINST_DENSE] if of else means(run.report.layers, list(_AGAINST_DENSE)),
+        )
     )
-    if not run.solver:
+    if not run.report.solver:
         values["dense_after"] = None
     return [NONE if value is None else percent(value) for value in values.values()]
 
 
-def _errors(run: FinishedRun, before: float, after: float, held_before: float | None, held_after: float | None) -> list[str]:
+def _errors(
+    run: FinishedRun, before: float | None, after: float | None, held_before: float | None, held_after: float | None
+) -> list[str]:
     """The four errors as text. Without a solver, the errors after the update are blank."""
     texts = [NONE if value is None else percent(value) for value in (before, after, held_before, held_after)]
-    return texts if run.solver else [texts[0], NONE, texts[2], NONE]
+    return texts if run.report.solver else [texts[0], NONE, texts[2], NONE]
 
 
 def _rest(count: int, order: str = "") -> str:

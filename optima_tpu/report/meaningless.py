@@ -8,21 +8,19 @@ Two criteria, both against what the frequencies of a text's tokens give (:func:`
   which reads no context at all. Random weights end here.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
+from optima_tpu.report.contents import RunFacts
 from optima_tpu.report.numbers import number
 
 LEAST = 4.0
 
 
-def poor_text(which: str, unigram: float | None, option: str = "") -> str:
-    """What is wrong with a calibration or evaluation text; empty if nothing is, or if its frequencies were not recorded.
+def poor_text(which: str, unigram: float, option: str = "") -> str:
+    """What is wrong with a calibration or evaluation text; empty if nothing is.
 
     Args:
       option: names another text; by default ``which`` with .source.
     """
-    if unigram is None or unigram >= LEAST:
+    if unigram >= LEAST:
         return ""
     return (
         f"the {which} text is hardly more than one token again and again (its frequencies alone predict it with a perplexity of "
@@ -30,9 +28,9 @@ def poor_text(which: str, unigram: float | None, option: str = "") -> str:
     )
 
 
-def unpredicted(dense: float, unigram: float | None, which: str = "dense model") -> str:
+def unpredicted(dense: float, unigram: float, which: str = "dense model") -> str:
     """What is wrong with a dense model by its perplexity on the evaluation text; empty if nothing is."""
-    if unigram is None or dense < unigram or poor_text("evaluation", unigram):
+    if dense < unigram or poor_text("evaluation", unigram):
         return ""
     return (
         f"the {which} does not predict the evaluation text (perplexity {number(dense, 4)}; the frequencies of the text's tokens alone "
@@ -40,8 +38,8 @@ def unpredicted(dense: float, unigram: float | None, which: str = "dense model")
     )
 
 
-def meaningless_lines(report: Mapping[str, Any]) -> list[str]:
+def meaningless_lines(report: RunFacts) -> list[str]:
     """Why the numbers of a report mean nothing, one sentence for each reason; empty if they mean something."""
-    calibration, evaluation = ((report.get(part) or {}).get("unigram_perplexity") for part in ("calibration", "evaluation"))
+    calibration, evaluation = report.calibration.unigram_perplexity, report.evaluation.unigram_perplexity
     told = poor_text("calibration", calibration), poor_text("evaluation", evaluation)
-    return list(filter(None, (*told, unpredicted(report["perplexity"]["dense"], evaluation))))
+    return list(filter(None, (*told, unpredicted(report.perplexity.dense, evaluation))))

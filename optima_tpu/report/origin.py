@@ -1,14 +1,13 @@
 """Page sections on time and memory, and on the command, settings, files and environment of a run."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from optima_tpu.config.parse import dump, recorded_run
 from optima_tpu.errors import UserError
 from optima_tpu.report import plots
 from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import duration, number, percent
-from optima_tpu.report.results import devices
 from optima_tpu.report.run_record import recorded_words
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
@@ -18,7 +17,7 @@ from optima_tpu.runtime.program import program
 def cost(runs: Sequence[FinishedRun]) -> Section:
     """Section on time by stage and by block, and on peak memory."""
     several = len(runs) > 1
-    stages = [run.report["seconds"] for run in runs]
+    stages = [run.report.seconds for run in runs]
     rows = [
         [stage, *(duration(own[stage]) if stage in own else NONE for own in stages)]
         for stage in dict.fromkeys(stage for own in stages for stage in own)
@@ -28,7 +27,10 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
     if not several and totals[0] > 0:
         for row, seconds in zip(rows, [*stages[0].values(), totals[0]]):
             row.append(percent(seconds / totals[0]))
-    peaks = [[name, *(_gib(run, key) for run in runs)] for name, key in (("host", "host_peak"), ("one device", "device_peak"))]
+    peaks = [
+        ["host", *(_gib(run.report.memory.host_peak) for run in runs)],
+        ["one device", *(_gib(run.report.memory.device_peak) for run in runs)],
+    ]
     text = []
     for run in runs:
         if run.earlier:
@@ -42,8 +44,8 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
         [
             plots.Line(
                 run.label if several else "seconds",
-                [block.index for block in run.blocks],
-                [block.seconds for block in run.blocks],
+                [block.index for block in run.report.blocks],
+                [block.seconds for block in run.report.blocks],
                 index,
             )
             for index, run in enumerate(runs)
@@ -51,7 +53,9 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
         _seconds,
     )
     elements = (
-        [(panel.title, plots.lines([panel], "cost")[0])] if any(block.seconds for run in runs for block in run.blocks) else []
+        [(panel.title, plots.lines([panel], "cost")[0])]
+        if any(block.seconds for run in runs for block in run.report.blocks)
+        else []
     )
     legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
     head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *(["share"] if totals[0] > 0 else [])]
@@ -79,7 +83,7 @@ def origin(runs: Sequence[FinishedRun]) -> Section:
     for run in runs:
         label = f", {run.label}" if several else ""
         tables.append(Table(f"What was run{label}", [], _facts(run), words=True))
-        configuration = run.report["configuration"]
+        configuration = run.report.configuration
         try:
             name, words = recorded_words(configuration)
         except UserError as error:
@@ -94,7 +98,7 @@ def origin(runs: Sequence[FinishedRun]) -> Section:
             "the result again and changes nothing; with another `--output` it computes everything again."
         )
     ]
-    if any(run.report["environment"].get("processes", 1) > 1 for run in runs):
+    if any(run.report.environment.processes > 1 for run in runs):
         text.append(
             commands(
                 "The scripts in `launch/` start a run in several processes. Without them, give each process the command with "
@@ -121,32 +125,26 @@ def _command(words: Sequence[str], name: str) -> str:
 
 
 def _facts(run: FinishedRun) -> list[list[str]]:
-    """Rows of (name, value); a value that was not recorded reads "not recorded"."""
-    report, place = run.report, run.report["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in place.get("packages", {}).items() if version)
-    facts: Mapping[str, str | None] = {
-        "model": report["model"].get("origin") or report["configuration"]["model"],
-        "its contents": _digest(report["model"].get("fingerprint")),
-        "recipe": report.get("recipe"),
-        "calibration text": report["calibration"].get("how"),
-        "evaluation text": report["evaluation"]["how"],
-        "devices": devices(run) + (f", {place['processes']} processes" if place.get("processes", 1) > 1 else ""),
-        "code": report.get("manifest", {}).get("code"),
-        "packages": packages or None,
-        "system": f"Python {place['python']}, {place['system']}" if {"python", "system"} <= place.keys() else None,
+    """Rows of (name, value)."""
+    report, place = run.report, run.report.environment
+    facts = {
+        "model": report.model.origin,
+        "its contents": f"sha256 {report.model.fingerprint}",
+        "recipe": report.recipe,
+        "calibration text": report.calibration.how,
+        "evaluation text": report.evaluation.how,
+        "devices": place.words + (f", {place.processes} processes" if place.processes > 1 else ""),
+        "code": report.code,
+        "packages": ", ".join(f"{name} {version}" for name, version in place.packages.items() if version),
+        "system": f"Python {place.python}, {place.system}",
         "read from": run.place,
-        **{f"left, {what}": path for what, path in files_in(run.directory, report.get("files", {})).items()},
+        **{f"left, {what}": path for what, path in files_in(run.directory, report.files).items()},
     }
-    return [[name, value or "not recorded"] for name, value in facts.items()]
+    return [[name, value] for name, value in facts.items()]
 
 
-def _digest(text: str | None) -> str | None:
-    return text and f"sha256 {text}"
-
-
-def _gib(run: FinishedRun, key: str) -> str:
-    value = (run.report.get("memory") or {}).get(key)
-    return f"{number(value / 2**30)} GiB" if value else "not counted" if run.report.get("memory") else "not recorded"
+def _gib(count: int | None) -> str:
+    return f"{number(count / 2**30)} GiB" if count else "not counted"
 
 
 def _seconds(value: float) -> str:

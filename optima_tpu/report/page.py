@@ -17,7 +17,7 @@ from optima_tpu.report.plots import MARKERS, SERIES
 from optima_tpu.report.published import result
 from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.run_files import run_files
-from optima_tpu.report.runs import FinishedRun, method, model_name, read_runs
+from optima_tpu.report.runs import FinishedRun, read_runs
 from optima_tpu.report.summary import measured
 from optima_tpu.report.view import Section, Tile, commands, unbroken, without_folders
 from optima_tpu.report.writing import continuations, tokens
@@ -82,16 +82,20 @@ def render(title: str, runs: Sequence[FinishedRun]) -> str:
         *distance(runs),
         *tokens(runs),
         *continuations(runs),
-        *([layer_errors(runs), maps(runs), solver(runs), strange(runs)] if all(measured(run.layers) for run in runs) else []),
+        *(
+            [layer_errors(runs), maps(runs), solver(runs), strange(runs)]
+            if all(measured(run.report.layers) for run in runs)
+            else []
+        ),
         cost(runs),
         *(run_files(run) for run in runs if len(runs) == 1),
         origin(runs),
     ]
-    code = ", ".join(dict.fromkeys(run.report.get("manifest", {}).get("code", "unknown") for run in runs))
+    code = ", ".join(dict.fromkeys(run.report.code for run in runs))
     if len(runs) == 1:
-        configuration = runs[0].report["configuration"]
-        name = model_name(configuration)
-        done = f"{method(configuration)}, {title.removeprefix(name).lstrip(', ')}"
+        settings = runs[0].report.settings
+        name = settings.model_name
+        done = f"{settings.method}, {title.removeprefix(name).lstrip(', ')}"
         page = Page(name, without_folders(done), code, tiles(runs[0]), result(runs[0].report), sections)
     else:
         page = Page(

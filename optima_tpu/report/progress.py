@@ -17,7 +17,7 @@ from optima_tpu.errors import legible
 from optima_tpu.report.numbers import duration, hms, percent
 from optima_tpu.report.pace import Pace, Remaining, Step, remaining
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import fitted_errors, sparsity
+from optima_tpu.report.summary import mean_errors, sparsity
 from optima_tpu.runtime.processes import check_signals
 
 _QUIET, _QUIETEST = 10.0, 60.0
@@ -286,5 +286,5 @@ class _Times(ProgressColumn):
 
 
 def _outcome(layers: list[LayerReport]) -> str:
-    before, after = fitted_errors(layers)
+    before, after, *_ = mean_errors(layers)
     return f"calibration error {percent(before)} -> {percent(after)}, sparsity {percent(sparsity(layers))}"

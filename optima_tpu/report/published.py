@@ -10,12 +10,13 @@ of them has the number.
 import csv
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
+from optima_tpu.report.contents import Perplexities, Report
 from optima_tpu.report.numbers import direction, number
 
 _SIZES = 2.5
@@ -64,40 +65,38 @@ def published() -> tuple[Published, ...]:
     return msgspec.convert(list(rows), tuple[Published, ...], strict=False)
 
 
-def comparable(report: Mapping[str, Any]) -> list[Published]:
+def comparable(report: Report) -> list[Published]:
     """Published results with the pattern of a run and models of about its size, the smallest ratio first.
 
     Empty for a model that was also trained or quantised, or whose layers have settings of their own: no published row is like it.
     """
-    settings = report["configuration"]
-    if _beyond_pruning(report) or settings.get("layers"):
+    if _beyond_pruning(report) or report.settings.layers:
         return []
-    pattern, sparsity = str(settings.get("pattern", "")), report.get("sparsity", 0.0)
-    billions = ((report.get("model") or {}).get("weights") or report.get("weights", 0)) / 1e9
+    billions = report.model.weights / 1e9
     rows = [
         row
         for row in published()
-        if _same_pattern(row.pattern, pattern, sparsity) and billions / _SIZES <= row.billions <= billions * _SIZES
+        if _same_pattern(row.pattern, report.settings.pattern, report.sparsity)
+        and billions / _SIZES <= row.billions <= billions * _SIZES
     ]
     return sorted(rows, key=lambda row: row.ratio)
 
 
-def result(report: Mapping[str, Any]) -> str:
+def result(report: Report) -> str:
     """What pruning cost in perplexity, how sure that is, and the range of published results, in a few sentences.
 
     Nothing is called good or poor: published results are of other models and texts, and an evaluation has few windows. What is said
     of the range, "above all of them", holds by two standard errors of the loss, paired by window, and only on the same texts.
     """
-    ratio = report["perplexity"]["pruned"] / report["perplexity"]["dense"]
-    low, high = _interval(ratio, (report.get("tokens") or {}).get("mean_stderr"))
-    first, note = _change(report["perplexity"], low, high), _beyond_pruning(report)
+    low, high = _interval(report.perplexity.ratio, report.tokens.mean_stderr if report.tokens else None)
+    first, note = _change(report.perplexity, low, high), _beyond_pruning(report)
     if note:
         return f"{first} {note}"
     rows = comparable(report)
     if not rows:
         return first
     best, worst = rows[0], rows[-1]
-    text = _text(report["configuration"])
+    text = report.settings.evaluation_source
     place = ""
     if text in TEXTS and low is not None and high is not None:
         place = (
@@ -122,10 +121,10 @@ def _range(rows: Sequence[Published]) -> str:
     return f"{rows[0].model} {ends}, on {texts}"
 
 
-def _change(perplexity: Mapping[str, float], low: float | None, high: float | None) -> str:
+def _change(perplexity: Perplexities, low: float | None, high: float | None) -> str:
     """ "Perplexity 14.8 → 19.7: 1.33 times the dense model’s, worse (1.31 to 1.35 with two standard errors)."."""
-    dense, pruned = perplexity["dense"], perplexity["pruned"]
-    first = f"Perplexity {number(dense, 4)} → {number(pruned, 4)}: {number(pruned / dense)} times the dense model’s"
+    dense, pruned = perplexity.dense, perplexity.pruned
+    first = f"Perplexity {number(dense, 4)} → {number(pruned, 4)}: {number(perplexity.ratio)} times the dense model’s"
     if low is None or high is None:
         return f"{first}, {direction(dense, pruned)}; how sure that is was not measured."
     sure = direction(dense, pruned) if not low <= 1 <= high else "no difference that this text can show"
@@ -148,20 +147,14 @@ def _same_pattern(row: str, pattern: str, sparsity: float) -> bool:
     return share.isdigit() and abs(sparsity - float(row.rstrip("%")) / 100) <= _NEAR + 1e-9
 
 
-def _text(settings: Mapping[str, Any]) -> str:
-    """The text that perplexity was measured on."""
-    return (settings.get("evaluation") or {}).get("source") or settings.get("calibration", {}).get("source", "")
-
-
-def _beyond_pruning(report: Mapping[str, Any]) -> str | None:
+def _beyond_pruning(report: Report) -> str | None:
     """What was done with the weights behind the pruning, in a sentence; None if nothing was."""
-    settings, trained = report["configuration"], report.get("distillation") or {}
-    if trained.get("kept"):
-        what = f"was trained on {trained['tokens']:,} tokens after it was pruned"
-    elif recovered := settings.get("recover"):
+    if report.training:
+        what = f"was trained on {report.training.tokens:,} tokens after it was pruned"
+    elif recovered := report.settings.recover:
         return f"The weights are those of {recovered['model']}: training lowered no loss on held-out text."
-    elif settings.get("quantize"):
-        what = "was quantised as well as pruned" if report.get("sparsity") else "was quantised and not pruned"
+    elif report.settings.quantize:
+        what = "was quantised as well as pruned" if report.sparsity else "was quantised and not pruned"
     else:
         return None
     return f"The model {what}, so published results of pruning are no measure for it."

@@ -1,16 +1,20 @@
 """Records of one layer and of one block, for the journal and for report.json."""
 
-import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Self, TypedDict
+from typing import TYPE_CHECKING
 
-from optima_tpu.errors import UserError
-from optima_tpu.runtime.records import DAMAGED, Block, Count, Share, Size, check_record, json_values
+from msgspec import structs
+
+from optima_tpu.runtime.records import Block, Count, Record, Share, Size
+
+# A number that may not be finite: JSON has null in its place, which is read as infinity.
+if TYPE_CHECKING:
+    Unbounded = float
+else:
+    Unbounded = float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
+class LayerReport(Record, frozen=True):
     """The record of one pruned matrix.
 
     Errors are ``||X W' - X V'||^2 / ||X W'||^2`` over the calibration tokens, with ``W`` the dense and ``V`` the pruned
@@ -58,10 +62,10 @@ class LayerReport:
     shape: tuple[Size, Size]
     pruned: Count
     sparsity: Share
-    error_before: float
-    error_after: float
-    gap_median: float
-    gap_max: float
+    error_before: Unbounded
+    error_after: Unbounded
+    gap_median: Unbounded
+    gap_max: Unbounded
     steps_median: Count
     steps_max: Count
     rows: Count
@@ -84,31 +88,13 @@ class LayerReport:
     dense_nearest: float | None = None
     dense_quantized: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON types, see :func:`json_values`."""
-        record: dict[str, Any] = json_values(dataclasses.asdict(self))
-        return record
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: object = "the report of a layer", inside: str = "") -> Self:
-        """Reads the output of :meth:`to_json`. Null becomes infinity, except for fields whose default is None.
-
-        Args:
-          where: the file, for messages.
-          inside: the field of the file.
-
-        Raises:
-          UserError: a value is missing, has another type, or is out of its range.
-        """
-        if stray := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
-            raise UserError(f"{where}: expected no field {'.'.join(filter(None, (inside, stray[0])))}; {DAMAGED}")
-        optional = {field.name for field in dataclasses.fields(cls) if field.default is None}
-        read = {key: math.inf if value is None and key not in optional else value for key, value in values.items()}
-        return check_record(read, cls, where, inside=inside)
+    def __post_init__(self) -> None:
+        for name in ("error_before", "error_after", "gap_median", "gap_max"):
+            if getattr(self, name) is None:
+                structs.force_setattr(self, name, math.inf)
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockReport:
+class BlockReport(Record, frozen=True):
     """The record of one block.
 
     Attributes:
@@ -120,30 +106,3 @@ class BlockReport:
     index: Block
     seconds: float
     layers: tuple[LayerReport, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON types."""
-        return {"index": self.index, "seconds": self.seconds, "layers": [layer.to_json() for layer in self.layers]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: object = "the report of a block", inside: str = "") -> Self:
-        """Reads the output of :meth:`to_json`. Raises UserError as :meth:`LayerReport.from_json`."""
-        layers = check_record(values, _Block, where, inside=inside)["layers"]
-        read = [
-            LayerReport.from_json(layer, where, f"{inside}{'.' if inside else ''}layers[{i}]") for i, layer in enumerate(layers)
-        ]
-        return check_record({**values, "layers": read}, cls, where, inside=inside)
-
-
-class _Block(TypedDict):
-    layers: list[dict[str, Any]]
-
-
-def blocks_from_json(values: Any, where: object) -> tuple[BlockReport, ...]:
-    """Reads the field "blocks" of the file ``where``: a list of what :meth:`BlockReport.to_json` gives.
-
-    Raises:
-      UserError: a value has another type, or is out of its range.
-    """
-    blocks = check_record(values, list[dict[str, Any]], where, inside="blocks")
-    return tuple(BlockReport.from_json(block, where, f"blocks[{i}]") for i, block in enumerate(blocks))

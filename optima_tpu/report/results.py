@@ -12,7 +12,7 @@ from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import FinishedRun, differences
-from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual, worsened
+from optima_tpu.report.summary import mean_errors, unusual, worsened
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ _SHOWN = 4
 
 def tiles(run: FinishedRun) -> list[Tile]:
     """The most important numbers of one run: its facts, behind the perplexity what an evaluation measured."""
-    first, *others = (fact.tile for fact in facts(run.report, run.layers))
+    first, *others = (fact.tile for fact in facts(run.report))
     evaluated = [
         Tile(f"Divergence from {run.beside}", number(distance.kl), f"nats per token, on {text}")
         for text, distance in _distances(run).items()
@@ -34,7 +34,7 @@ def tiles(run: FinishedRun) -> list[Tile]:
     if run.evaluation and run.evaluation.average is not None:
         evaluated.append(Tile("Six tasks", percent(run.evaluation.average), f"mean accuracy, {run.evaluation.asked}"))
     again = ", including the parts before it was resumed" if run.earlier else ""
-    return [first, *evaluated, *others, Tile("Time", run.time, f"on {devices(run)}{again}"), _unusual_tile(run)]
+    return [first, *evaluated, *others, Tile("Time", run.time, f"on {run.report.environment.words}{again}"), _unusual_tile(run)]
 
 
 def _unusual_tile(run: FinishedRun) -> Tile:
@@ -46,11 +46,11 @@ def _unusual_tile(run: FinishedRun) -> Tile:
 
 def comparison(runs: Sequence[FinishedRun]) -> Section:
     """Section that compares several runs: the settings that differ, and the results."""
-    settings = differences({run.place: run.report["configuration"] | _elsewhere(run) for run in runs})
+    settings = differences({run.place: {**run.report.configuration, **_elsewhere(run)} for run in runs})
     settings.pop("output", None)
     rows = [[name, *(_setting(values, run) for run in runs)] for name, values in settings.items()]
     labels = [run.label for run in runs]
-    same = len({json.dumps(run.report["evaluation"].get("digest", run.report["evaluation"]["how"])) for run in runs}) == 1
+    same = len({run.report.evaluation.digest for run in runs}) == 1
     text = [] if same else ["These runs measured perplexity on different texts, so their perplexities are not comparable."]
     return Section(
         "comparison",
@@ -91,7 +91,7 @@ def outcome(runs: Sequence[FinishedRun]) -> Section:
         if run.another
     ]
     files = {sizes(run.report) for run in runs}
-    text += [f"Size: {said}." for said in files] if len(files) == 1 and all(files) else [_SIZE]
+    text += [f"Size: {said}." for said in files] if len(files) == 1 else [_SIZE]
     tables = [*_perplexity_tables(runs), *_task_tables(runs)]
     folded = [_published_table(rows) for run in runs if not several and (rows := comparable(run.report))]
     return Section("outcome", "Dense against pruned", text, tables=tables, folded=folded, code=code)
@@ -117,13 +117,13 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     rows: dict[str, list[list[str]]] = {"dense": []}
     for run in runs:
         report, label = run.report, [run.label] if several else []
-        texts = [
+        texts: list[tuple[str, str, float | None, float, int]] = [
             (
                 "dense",
-                without_folders(report["evaluation"]["how"]),
-                report["perplexity"]["dense"],
-                report["perplexity"]["pruned"],
-                report["evaluation"].get("tokens"),
+                without_folders(report.evaluation.how),
+                report.perplexity.dense,
+                report.perplexity.pruned,
+                report.evaluation.tokens,
             )
         ]
         for name, score in _by_short_name(run.evaluation.perplexity if run.evaluation else {}).items():
@@ -138,7 +138,7 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
                     NONE if before is None else number(before, 4),
                     number(pruned, 4),
                     NONE if before is None else f"{number(pruned / before)}×",
-                    NONE if tokens is None else f"{tokens:,}",
+                    f"{tokens:,}",
                 ]
             )
     first = ["run", "text"] if several else ["text"]
@@ -224,37 +224,19 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
 
 def _evaluate(run: FinishedRun) -> str:
     """The commands that evaluate a run and write its page again, with the run's own paths."""
-    directory, configuration = str(run.directory), run.report["configuration"]
-    text = (configuration.get("evaluation") or {}).get("source") or configuration["calibration"]["source"]
-    evaluate = command("evaluate", directory, "--against", configuration["model"], "--perplexity", text)
+    directory, settings = str(run.directory), run.report.settings
+    evaluate = command("evaluate", directory, "--against", settings.model, "--perplexity", settings.evaluation_source)
     return f"{evaluate}\n{command('report', directory)}"
-
-
-def mean_errors(run: FinishedRun) -> tuple[float, float, float | None, float | None]:
-    """Means over layers of the errors before and after the update, on the calibration text and on held-out text."""
-    layers = run.layers
-    if not layers:
-        return 0.0, 0.0, None, None
-    return *fitted_errors(layers), *held_out_errors(layers)
 
 
 def aims_at_dense(run: FinishedRun) -> bool:
     """Whether the errors against the dense model were measured, as with a dense target."""
-    return any(layer.dense_after is not None for layer in run.layers)
-
-
-def devices(run: FinishedRun) -> str:
-    """ "8 × TPU v5e, mesh 4×2"."""
-    place = run.report["environment"]
-    if not {"device", "devices"} <= place.keys():
-        return "devices that were not recorded"
-    mesh = "×".join(str(size) for size in place.get("mesh", {}).values())
-    return f"{place['devices']} × {place['device']}, mesh {mesh}"
+    return any(layer.dense_after is not None for layer in run.report.layers)
 
 
 def unusual_count(run: FinishedRun) -> int:
     """The number of layers with an unusual finding."""
-    return len({*worsened(run.blocks), *(layer for layers in unusual(run.blocks).values() for layer in layers)})
+    return len({*worsened(run.report.blocks), *(layer for layers in unusual(run.report.blocks).values() for layer in layers)})
 
 
 _BY_BLOCK = {"hidden_errors": "Hidden state error", "kls": "Divergence", "agreements": "Same most likely token"}
@@ -265,12 +247,11 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     """The rows of the comparison."""
     rows: dict[str, list[str]] = {}
     for run in runs:
-        report, (before, after, held_before, held_after) = run.report, mean_errors(run)
-        dense, pruned, memory = *(report["perplexity"][model] for model in ("dense", "pruned")), report.get("memory") or {}
+        report, (before, after, held_before, held_after) = run.report, mean_errors(run.report.layers)
         values = {
-            "perplexity, dense": number(dense, 4),
-            "perplexity, pruned": number(pruned, 4),
-            "pruned / dense": f"{number(pruned / dense)}×",
+            "perplexity, dense": number(report.perplexity.dense, 4),
+            "perplexity, pruned": number(report.perplexity.pruned, 4),
+            "pruned / dense": f"{number(report.perplexity.ratio)}×",
         }
         for text, distance in _distances(run).items():
             where = f"{_against(run.beside)} on {text}"
@@ -279,14 +260,14 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
             values[f"mean accuracy of six tasks, {run.evaluation.asked}"] = percent(run.evaluation.average)
         values |= {
             "layer error before the update": percent(before),
-            "layer error after": percent(after) if run.solver else NONE,
+            "layer error after": percent(after) if run.report.solver else NONE,
             "on held-out text before": NONE if held_before is None else percent(held_before),
-            "on held-out text after": NONE if held_after is None or not run.solver else percent(held_after),
-            "sparsity": percent(report["sparsity"]),
-            "matrices": f"{len(run.layers):,}",
+            "on held-out text after": NONE if held_after is None or not run.report.solver else percent(held_after),
+            "sparsity": percent(report.sparsity),
+            "matrices": f"{len(run.report.layers):,}",
             "layers with anything unusual": f"{unusual_count(run):,}",
             "time": run.time,
-            "host memory, peak": f"{number(memory['host_peak'] / 2**30)} GiB" if memory.get("host_peak") else NONE,
+            "host memory, peak": f"{number(report.memory.host_peak / 2**30)} GiB",
         }
         for name, value in values.items():
             rows.setdefault(name, [NONE] * len(runs))[runs.index(run)] = value
@@ -338,9 +319,9 @@ def _by_short_name(found: Mapping[str, T]) -> Mapping[str, T]:
 def _elsewhere(run: FinishedRun) -> dict[str, Any]:
     """Facts other than settings that may differ between runs."""
     return {
-        "code": run.report.get("manifest", {}).get("code"),
-        "model contents": run.report["model"].get("fingerprint", "")[:12],
-        "devices used": devices(run),
+        "code": run.report.code,
+        "model contents": run.report.model.fingerprint[:12],
+        "devices used": run.report.environment.words,
     }
 
 

@@ -58,7 +58,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
 def run_files(run: FinishedRun) -> Section:
     """Section on the files in the directory of one run."""
     report, directory = run.report, run.directory
-    recorded = (report.get("sizes") or {}).get("left") or {}
+    recorded = report.sizes.left
     names = {*recorded, *_ALWAYS, *_names_in(directory)}
     rows = [
         [f"{name}/" if _is_folder(name) else name, words, size(recorded[name]) if recorded.get(name) else NONE]
@@ -66,8 +66,8 @@ def run_files(run: FinishedRun) -> Section:
         if name in names
     ]
     rows += [[name, "not a file of this run: something else put it here", NONE] for name in sorted(names - FILES.keys())]
-    text: list = [f"Sizes: {said}."] if (said := sizes(report)) else []
-    exported = "hf" in {PurePath(path).name for path in report.get("files", {}).values()}
+    text: list = [f"Sizes: {sizes(report)}."]
+    exported = "hf" in {PurePath(path).name for path in report.files.values()}
     if not exported:
         again = command("export", str(directory), str(directory / "hf"))
         text.append(commands(f"The run did not write a folder for transformers. `{again}` writes one from checkpoint/."))

@@ -6,58 +6,43 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
-from optima_tpu.config.choices import CHOICES, default_options
+from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.flat import flat
 from optima_tpu.config.parse import flags, method_settings, recorded_run, words_of
 from optima_tpu.errors import UserError
+from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
 from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.program import program
-from optima_tpu.runtime.records import encoded, known_record, read_record
+from optima_tpu.runtime.records import Record, check_record, encoded, known_record, read_record
 
 RUN, ASSETS = "run.json", "assets"
 
-_TRAINING = ("distill", "passes", "loss", "span", "train", "step", "learning_rate", "norm_factor", "warmup", "checks")
-"""What a recovery's record says of the training: now by ``distill``, before 2026-11-29 by flags of its own."""
 
+class RunRecord(Record, frozen=True):
+    """The contents of run.json.
 
-class _Selector(TypedDict):
-    name: str
+    Attributes:
+      manifest: all that decides the run's weights, see ``inputs.manifest_of``.
+      configuration: its settings.
+    """
 
+    manifest: Mapping[str, Any]
+    configuration: Mapping[str, Any]
 
-class _Quantize(TypedDict):
-    name: str
-    group: int | None
+    @property
+    def settings(self) -> RunSettings:
+        """The settings that are read on their own."""
+        return check_record(self.configuration, RunSettings, RUN, inside="configuration")
 
-
-class _Recipe(TypedDict):
-    pattern: str
-    selector: _Selector
-    layers: NotRequired[str]
-    allocation: NotRequired[dict[str, Any] | None]
-    tuning: NotRequired[dict[str, Any] | None]
-    accept: NotRequired[dict[str, Any] | None]
-    distill: NotRequired[dict[str, Any] | None]
-    quantize: NotRequired[_Quantize | None]
-
-
-class Manifest(TypedDict):
-    """All that decides a run's weights, see ``inputs.manifest_of``. Only the declared entries are read on their own."""
-
-    recipe: NotRequired[_Recipe]
-    model: NotRequired[str]
-    start: NotRequired[str]
-
-
-class RunRecord(TypedDict):
-    """The contents of run.json."""
-
-    manifest: Manifest
-    configuration: dict[str, Any]
+    @property
+    def decided(self) -> ManifestEntries:
+        """What is read of the manifest on its own."""
+        return check_record(self.manifest, ManifestEntries, RUN, inside="manifest")
 
 
 def default_folder(what: str, model: str) -> Path:
@@ -77,7 +62,7 @@ def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mappi
 
 
 def _bytes(manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> bytes:
-    return encoded({"manifest": manifest, "configuration": configuration}, indent=2)
+    return encoded(RunRecord(manifest, configuration), indent=2)
 
 
 _AGAIN = "repeat the run's command, which writes the file again"
@@ -121,9 +106,9 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
     sums = known(directory)
     if RUN in sums and changes(directory, {RUN: sums[RUN]}):
         left = known_record(directory / RUN, RunRecord)
-        if left and left["manifest"] == as_recorded:
+        if left and left.manifest == as_recorded:
             return
-        for settings in (configuration or {}, left["configuration"] if left else {}):
+        for settings in (configuration or {}, left.configuration if left else {}):
             data = _bytes(manifest, settings)
             if (len(data), hashlib.sha256(data).hexdigest()) == sums[RUN]:
                 return
@@ -132,10 +117,10 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
             "original command, which writes the file again, or choose another --output"
         )
     record = read_run(directory)
-    if record["manifest"] != as_recorded:
+    if record.manifest != as_recorded:
         settings, others = _differences(record, as_recorded, configuration or {})
         told = [f"{name} is {_show(there)} there, {_show(here)} here" for name, (there, here) in settings.items()]
-        again = "" if others else recorded_command(record["configuration"])
+        again = "" if others else recorded_command(record.configuration)
         resume = f"type {again}" if again else "undo what has changed and repeat the command that began it"
         raise UserError(
             f"{directory} holds another run: {'; '.join([*told, *others])}. To resume it, {resume}. To leave it as it is, add "
@@ -171,8 +156,8 @@ def _differences(
     record: RunRecord, manifest: Mapping[str, Any], configuration: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
     """Settings that differ, name -> (there, here), and what else differs between two manifests, in words."""
-    was, now = _named(record["configuration"]), _named(configuration)
-    old: Mapping[str, Any] = record["manifest"]
+    was, now = _named(record.configuration), _named(configuration)
+    old: Mapping[str, Any] = record.manifest
     other = {name: (was[name], now[name]) for name in sorted(was.keys() & now.keys()) if was[name] != now[name]}
     methods = {name for name in other if name in CHOICES}  # whose options are those of different methods
     settings: dict[str, tuple[Any, Any]] = {}
@@ -218,13 +203,8 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
     """
     if (told := configuration.get("recover")) is None:
         return "prune", flags(recorded_run(configuration))
-    # A process of its own, as in ``recorded_run``. How it trained is in the record of the run, whatever the flags were called then.
-    skipped = {"model", "coordinator", "num_processes", "process_id", *_TRAINING}
-    own = {name: value for name, value in told.items() if name.partition(".")[0] not in skipped}
-    training = method_settings(configuration["distill"])
-    # tokens decides how many windows there are
-    base = {"name": "kl", **default_options("distill", training["name"]), "windows": training.get("windows")}
-    own |= {f"distill.{option}": value for option, value in training.items() if value != base.get(option)}
+    skipped = ("model", "coordinator", "num_processes", "process_id")  # a process of its own, as in ``recorded_run``
+    own = {name: value for name, value in told.items() if name not in skipped}
     return "recover", [str(told["model"]), *words_of(own)]
 
 

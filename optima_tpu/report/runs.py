@@ -10,9 +10,8 @@ from optima_tpu.report.contents import Report
 from optima_tpu.report.evaluation import EvaluationRecord
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.numbers import duration
-from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
 from optima_tpu.report.run_record import RUN, read_run, recorded_command
-from optima_tpu.report.summary import all_layers
+from optima_tpu.report.settings import RunSettings
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import refuse_changed
 from optima_tpu.runtime.inside import refuse_links
@@ -43,15 +42,13 @@ class FinishedRun(NamedTuple):
       label: method and the settings that distinguish it from the other runs: "wanda + cg, 2:4".
       place: the path that the user gave: the run directory or its report.json.
       report: contents of report.json.
-      blocks: the blocks in the report.
       evaluation: contents of evaluation.json; None if the run was evaluated only on its own perplexity.
       another: the model in evaluation.json if it is not this run's model, otherwise None.
     """
 
     label: str
     place: str
-    report: Mapping[str, Any]
-    blocks: tuple[BlockReport, ...]
+    report: Report
     evaluation: EvaluationRecord | None
     another: str | None = None
 
@@ -62,34 +59,23 @@ class FinishedRun(NamedTuple):
         return path if path.is_dir() else path.parent
 
     @property
-    def layers(self) -> list[LayerReport]:
-        """The layers of all blocks."""
-        return all_layers(self.blocks)
-
-    @property
-    def solver(self) -> str | None:
-        """Name of the solver; None if the weights are the selector's own."""
-        solver = self.report["configuration"]["solver"]
-        return solver and solver["name"]
-
-    @property
     def beside(self) -> str:
         """The model that the evaluation compares with: "dense" for the model that was pruned, otherwise its name."""
-        if self.evaluation is None or self.evaluation.against in (None, self.report["configuration"]["model"]):
+        if self.evaluation is None or self.evaluation.against in (None, self.report.settings.model):
             return "dense"
         other = self.evaluation.evaluated.against
-        same = other is not None and other.fingerprint == self.report["model"].get("fingerprint")
+        same = other is not None and other.fingerprint == self.report.model.fingerprint
         return "dense" if same or self.evaluation.against is None else self.evaluation.against
 
     @property
     def earlier(self) -> float:
         """Least number of seconds spent on blocks before the last resume; 0 if the run was never resumed."""
-        return max(0.0, sum(block.seconds for block in self.blocks) - self.report["seconds"].get("pruning", 0.0))
+        return max(0.0, sum(block.seconds for block in self.report.blocks) - self.report.seconds.get("pruning", 0.0))
 
     @property
     def time(self) -> str:
         """Time of the stages and of blocks before a resume, as text. "at least", since other earlier work was not recorded."""
-        told = duration(sum(self.report["seconds"].values()) + self.earlier)
+        told = duration(sum(self.report.seconds.values()) + self.earlier)
         return f"at least {told}" if self.earlier else told
 
 
@@ -107,13 +93,10 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[FinishedRun]]:
         if paths.count(path) > 1:
             raise UserError(f"expected each run once, got {path} twice: leave one out")
     reports = {path: read_report(path) for path in paths}
-    title, labels = names({place: report["configuration"] for place, report in reports.items()})
+    title, labels = names(reports)
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
     labels |= {place: f"{labels[place]}, {place}" for place in twins}  # runs with the same settings are distinguished by path
-    return title, [
-        FinishedRun(labels[place], place, report, read_blocks(place, report), *_evaluation(place, report))
-        for place, report in reports.items()
-    ]
+    return title, [FinishedRun(labels[place], place, report, *_evaluation(place, report)) for place, report in reports.items()]
 
 
 def read_report(run: str) -> Report:
@@ -123,7 +106,7 @@ def read_report(run: str) -> Report:
         refuse_links(path)
         if not (path / REPORT).exists():
             if (path / RUN).exists():
-                command = recorded_command(read_run(path)["configuration"]) or "its command"
+                command = recorded_command(read_run(path).configuration) or "its command"
                 raise UserError(f"{run} is not finished: it has no {REPORT} yet; to finish it, repeat {command}")
             raise UserError(f"expected a run directory, got {run}, which has no {REPORT}: check the path")
         path /= REPORT
@@ -131,28 +114,20 @@ def read_report(run: str) -> Report:
     return read_record(path, Report, "it is no report of a run, it is damaged, or another version of OPTIMA-TPU wrote it")
 
 
-def read_blocks(run: str, report: Report) -> tuple[BlockReport, ...]:
-    """The blocks in a report from :func:`read_report`. Raises UserError if their records are damaged."""
-    return blocks_from_json(report["blocks"], f"the report of {run}")
-
-
-def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+def names(reports: Mapping[str, Report]) -> tuple[str, dict[str, str]]:
     """A title with the settings that the runs share, and for each run a name with the others: "wanda + cg, 2:4".
 
     Runs with the same settings get the same name.
-
-    Args:
-      configurations: the configuration in ``report.json`` of each run.
     """
-    facts = {run: _facts(values) for run, values in configurations.items()}
+    facts = {run: _facts(report.settings) for run, report in reports.items()}
     first = next(iter(facts.values()))
     common = [fact for fact in first if len({own[fact] for own in facts.values()}) == 1]
     named = {
-        run: ", ".join([method(configurations[run]), *(own[fact] for fact in own if fact not in common)])
+        run: ", ".join([reports[run].settings.method, *(own[fact] for fact in own if fact not in common)])
         for run, own in facts.items()
     }
     for name in set(named.values()):
-        alike = {run: configurations[run] for run in named if named[run] == name}
+        alike = {run: reports[run].configuration for run in named if named[run] == name}
         if len(alike) > 1:  # add all other settings that differ
             differing = differences(
                 {run: {key: value for key, value in values.items() if key not in _ELSEWHERE} for run, values in alike.items()}
@@ -177,33 +152,21 @@ def differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, di
     }
 
 
-def model_name(configuration: Mapping[str, Any]) -> str:
-    """ "org/name" and "wheel:name" as "name"."""
-    return configuration["model"].removeprefix("wheel:").rstrip("/").rpartition("/")[2]
-
-
-def method(configuration: Mapping[str, Any]) -> str:
-    """ "wanda + cg"."""
-    solver = configuration["solver"]
-    return f"{configuration['selector']['name']} + {solver['name'] if solver else 'none'}"
-
-
 def _setting(key: str, value: Any) -> str:
     """A setting as on the command line: "target dense", "recapture true"."""
     return f"{key.removesuffix('.name')} {str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
+def _facts(settings: RunSettings) -> dict[str, str]:
     """The facts about a run that a title may contain."""
-    layers = configuration.get("layers")
-    text = configuration["calibration"]
-    written = f" and {text['written']} windows that the model wrote" if text.get("written") else ""
-    pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
+    text = settings.calibration
+    written = f" and {text.written} windows that the model wrote" if text.written else ""
+    pattern = settings.pattern if ":" in settings.pattern else f"sparsity {settings.pattern}"
     return {
-        "model": model_name(configuration),
-        "pattern": pattern + (f" ({layers})" if layers else ""),
-        "calibration": f"{'trained' if configuration.get('recover') else 'calibrated'} on {text['source']}, {text['windows']} x "
-        f"{text['length']} tokens{written}",
+        "model": settings.model_name,
+        "pattern": pattern + (f" ({settings.layers})" if settings.layers else ""),
+        "calibration": f"{'trained' if settings.recover else 'calibrated'} on {text.source}, {text.windows} x {text.length} "
+        f"tokens{written}",
     }
 
 
@@ -216,5 +179,5 @@ def _evaluation(place: str, report: Report) -> tuple[EvaluationRecord | None, st
     remedy = "move the file away, or evaluate again"
     refuse_changed(path.parent, [path.name], remedy)
     evaluation = read_record(path, EvaluationRecord, remedy)
-    same = evaluation.evaluated.model.manifest == report.get("manifest")
+    same = evaluation.evaluated.model.manifest == report.manifest
     return (evaluation, None) if same else (None, evaluation.model)

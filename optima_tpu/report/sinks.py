@@ -76,7 +76,7 @@ class WeightsAndBiases:
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         # The id includes the manifest, because another run may have used the same directory before.
-        which = f"{directory.resolve()}\n{json.dumps(read_run(directory)['manifest'], sort_keys=True)}"
+        which = f"{directory.resolve()}\n{json.dumps(read_run(directory).manifest, sort_keys=True)}"
         try:
             self._run = wandb.init(
                 project=project,
@@ -155,7 +155,7 @@ class FinishedBlocks(Protocol):
     @property
     def finished(self) -> Collection[int]: ...
 
-    def report(self, index: int) -> Mapping[str, Any]:
+    def report(self, index: int) -> BlockReport:
         """The record of a finished block."""
 
 
@@ -168,7 +168,7 @@ class Steps:
     def follow(self) -> None:
         """Sends the blocks finished since the last call, up to the first unfinished block."""
         while self._sinks and self._next in self._journal.finished:
-            write_block(self._sinks, BlockReport.from_json(self._journal.report(self._next)))
+            write_block(self._sinks, self._journal.report(self._next))
             self._next += 1
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:

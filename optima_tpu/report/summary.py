@@ -2,15 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, overload
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from optima_tpu.config.run_config import chosen_by_held_out
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.settings import RecipeSettings
 
-T = TypeVar("T")
 FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
 """Names of the errors on calibration and on held-out tokens, with the selector's and with the final weights."""
 
@@ -26,7 +25,7 @@ class LayerKind(NamedTuple):
     Attributes:
       name: "self_attn.q_proj", for experts "mlp.experts.*.up_proj".
       layers: number of layers: one for each block, or one for each expert of each block.
-      error_before: mean error of the selector's weights, over layers that calibration tokens reached.
+      error_before: mean error of the selector's weights, over layers that calibration tokens reached; None if it is not finite.
       error_after: mean error of the final weights, over the same layers.
       held_out: mean error of the final weights on held-out tokens, over layers that these tokens reached; None if there are none.
       dense_before, dense_after, dense_drift: mean errors against the dense model on held-out tokens, of the selector's, the final
@@ -41,8 +40,8 @@ class LayerKind(NamedTuple):
 
     name: str
     layers: int
-    error_before: float
-    error_after: float
+    error_before: float | None
+    error_after: float | None
     held_out: float | None
     dense_before: float | None
     dense_after: float | None
@@ -187,55 +186,48 @@ def traded(blocks: Sequence[BlockReport]) -> list[LayerReport]:
     ]
 
 
-def of_record(layer: Mapping[str, Any], name: str) -> Any:
-    """A value of a layer that is given as JSON types; None if it is missing."""
-    return layer.get(name)
+class MeanErrors(NamedTuple):
+    """Mean errors of layers before and after the update; None where an error is not finite or was not measured.
 
-
-@overload
-def fitted_errors(layers: Sequence[LayerReport]) -> tuple[float, float]: ...
-@overload
-def fitted_errors(layers: Sequence[T], get: Callable[[T, str], Any]) -> tuple[float | None, float | None]: ...
-def fitted_errors(layers: Sequence[Any], get: Callable[[Any, str], Any] = getattr) -> tuple[float | None, float | None]:
-    """Means of both ``FITTED`` errors over the layers that calibration tokens reached, so without experts that none reached.
-
-    If no layer was reached, the means are over all layers. A mean is None if a record lacks the error, see :func:`mean_or_none`.
-
-    Args:
-      layers: at least one layer.
-      get: ``(layer, name) -> value``; :func:`of_record` for layers given as JSON types.
+    Attributes:
+      before, after: on the calibration text, over the layers that its tokens reached, so without experts that none reached; over all
+        layers if none was reached.
+      held_before, held_after: on held-out text, over the layers that its tokens reached.
     """
-    before, after = means([layer for layer in layers if get(layer, "tokens") != 0] or layers, FITTED, get)
-    return before, after
+
+    before: float | None
+    after: float | None
+    held_before: float | None
+    held_after: float | None
 
 
-def held_out_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, float | None]:
-    """Means of both ``HELD_OUT`` errors over the layers that held-out tokens reached; see :func:`fitted_errors`."""
-    before, after = means(layers, HELD_OUT, get)
-    return before, after
+def mean_errors(layers: Sequence[LayerReport]) -> MeanErrors:
+    """The mean errors of layers, on the calibration text and on held-out text."""
+    fitted = means([layer for layer in layers if layer.tokens != 0] or layers, FITTED)
+    return MeanErrors(*fitted, *means(layers, HELD_OUT))
 
 
-def held_out_caveat(configuration: Mapping[str, Any]) -> str:
+def held_out_caveat(settings: RecipeSettings) -> str:
     """Lists the choices that were made on the held-out text, as a caveat for its error: "also chose the tuning, ..."."""
-    chosen = [_CHOSEN[setting] for setting in chosen_by_held_out(configuration)]
+    chosen = [_CHOSEN[setting] for setting in settings.chosen_by_held_out]
     listed = " and ".join(filter(None, [", ".join(chosen[:-1]), *chosen[-1:]]))
     return f"also chose {listed}, so its error is slightly too low" if chosen else ""
 
 
-def means(layers: Iterable[T], names: Sequence[str], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
+def means(layers: Iterable[LayerReport], names: Sequence[str]) -> tuple[float | None, ...]:
     """The mean of each error in ``names`` over the layers that have them; see :func:`mean_or_none`.
 
     Layers that have none of these errors are ignored: without held-out tokens, or experts that received none of them.
     """
-    rows = [[get(layer, name) for name in names] for layer in layers]
+    rows = [[getattr(layer, name) for name in names] for layer in layers]
     rows = [row for row in rows if any(value is not None for value in row)]
     return tuple(mean_or_none(row[place] for row in rows) for place in range(len(names)))
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """The mean of ``values``; None if there are no values or one is None, as JSON stores a number that is not finite."""
+    """The mean of ``values``; None if there are no values, or if one is None or not finite."""
     values = list(values)
-    numbers = [value for value in values if value is not None]
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.fmean(numbers) if numbers and len(numbers) == len(values) else None
 
 
@@ -248,14 +240,14 @@ def _rise(before: float, after: float) -> float:
 
 
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
-    before, after = fitted_errors(layers)
+    errors = mean_errors(layers)
     dense_before, dense_after, dense_drift = means(layers, ("dense_before", "dense_after", "dense_drift"))
     return LayerKind(
         name=name,
         layers=len(layers),
-        error_before=before,
-        error_after=after,
-        held_out=held_out_errors(layers)[1],
+        error_before=errors.before,
+        error_after=errors.after,
+        held_out=errors.held_after,
         dense_before=dense_before,
         dense_after=dense_after,
         dense_drift=dense_drift,

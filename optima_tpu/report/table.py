@@ -1,27 +1,27 @@
 """Prints the summary at the end of a run to the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.report.distillation import distilled_line
+from optima_tpu.report.contents import Report
 from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import became, percent, plural
 from optima_tpu.report.published import result
-from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.report.summary import (
     all_layers,
     by_kind,
     gap_meaning,
     held_out_caveat,
-    held_out_errors,
+    mean_errors,
     means,
     measured,
     short_names,
@@ -43,27 +43,26 @@ TROUBLE = {
 """For each kind of ``summary.unusual``: its description and the noun for its count."""
 
 
-def print_summary(console: Console, report: Mapping[str, Any], directory: Path) -> None:
+def print_summary(console: Console, report: Report, directory: Path) -> None:
     """Prints the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
     A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from.
 
     Args:
-      report: contents of report.json.
       directory: current path of the run.
     """
-    blocks, configuration = blocks_from_json(report["blocks"], directory), report["configuration"]
     # People open the page, report.html, which the command names when it is drawn.
-    files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.get("files", {})).items()}
-    layers = all_layers(blocks)
+    files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.files).items()}
     strange, notes = meaningless_lines(report), list[str]()
-    if recovered := configuration.get("recover"):
+    if recovered := report.settings.recover:
         where = "its own report has the layers, and what was unusual in them"
-        lines = [f"from        {recovered['model']}: {where if measured(layers) else 'nobody measured the errors of its layers'}"]
+        lines = [
+            f"from        {recovered['model']}: {where if measured(report.layers) else 'nobody measured the errors of its layers'}"
+        ]
     else:
-        lines, notes = _layer_lines(console, report, blocks), traded_lines(blocks)
-        strange += unusual_lines(blocks, configuration)
-    lines += ["", *(plain(fact.line) for fact in facts(report, layers))]
+        lines, notes = _layer_lines(console, report), traded_lines(report.blocks)
+        strange += unusual_lines(report.blocks, report.settings)
+    lines += ["", *(plain(fact.line) for fact in facts(report))]
     lines += labelled("unusual", strange or ["nothing"]) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
@@ -71,10 +70,9 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def _layer_lines(console: Console, report: Mapping[str, Any], blocks: Sequence[BlockReport]) -> list[str]:
+def _layer_lines(console: Console, report: Report) -> list[str]:
     """Prints the table of layers. Returns lines that say what its numbers are."""
-    configuration, layers = report["configuration"], all_layers(blocks)
-    solver = configuration["solver"] and configuration["solver"]["name"]
+    blocks, layers, settings, solver = report.blocks, report.layers, report.settings, report.solver
     lines = ["Nobody measured the errors of the layers."]
     if measured(layers):
         table = layer_table(blocks, solver)
@@ -83,27 +81,27 @@ def _layer_lines(console: Console, report: Mapping[str, Any], blocks: Sequence[B
         console.print(table, highlight=False, crop=False)
         lines = [
             "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over "
-            f"blocks{', as they were before the training' if distilled_line(report) else ''}."
+            f"blocks{', as they were before the training' if report.distillation else ''}."
         ]
     if any(layer.held_out_after is not None for layer in layers):
-        caveat = held_out_caveat(configuration)
+        caveat = held_out_caveat(settings)
         lines[0] += f" Held out: the same on calibration text that no weight was fitted to{caveat and f'; this text {caveat}'}."
     if any(layer.dense_after is not None for layer in layers):
         lines.append(
             "Against dense: squared distance of a layer's output from the dense model's output on that text; it includes the "
             "errors of the layers before."
         )
-    if weighed := report.get("weighed_layers"):
-        names = " and ".join(short_names(weighed).values())
+    if report.weighed_layers:
+        names = " and ".join(short_names(report.weighed_layers).values())
         lines.append(f"{names}: tokens weighed by the inverse mean square of the residual stream.")
-    if power := configuration.get("target", {}).get("weigh_by_loss"):
+    if power := settings.target.weigh_by_loss:
         lines.append(
             f"All layers but routed experts: tokens weighed by the loss, its squared gradient to the power of {power:g}."
         )
-    if solver:
-        tolerance = configuration["solver"].get("tolerance")
-        stops = "" if tolerance is None else f". A row stops at {percent(tolerance)}, solver.tolerance"
-        lines.append(f"Gap: {gap_meaning([solver])}{stops}.")
+    if settings.solver:
+        tolerance = settings.solver.tolerance
+        stops = f". A row stops at {percent(tolerance)}, solver.tolerance" if isinstance(tolerance, float) else ""
+        lines.append(f"Gap: {gap_meaning([settings.solver.name])}{stops}.")
     return lines
 
 
@@ -151,14 +149,14 @@ def plain(text: str) -> str:
     return text.replace("`", "").replace("’", "'").replace("→", "->")
 
 
-def unusual_lines(blocks: Sequence[BlockReport], configuration: Mapping[str, Any]) -> list[str]:
+def unusual_lines(blocks: Sequence[BlockReport], settings: RecipeSettings) -> list[str]:
     """One sentence for each kind of unusual finding, with the most affected layers; empty if nothing is unusual."""
     lines = []
     if worse := worsened(blocks):
         dense = any(layer.dense_after is not None for layer in all_layers(blocks))
         named = [f"{name} (from {percent(before)} to {percent(after)})" for name, (before, after) in worse.items()]
         of = "the distance to the dense model's output" if dense else "the error"
-        lines.append(f"the update raised {of} on held-out text: {_listed(named)}; {_remedy(configuration)}")
+        lines.append(f"the update raised {of} on held-out text: {_listed(named)}; {_remedy(settings)}")
     for kind, layers in unusual(blocks).items():
         if layers:
             words, noun = TROUBLE[kind]
@@ -177,7 +175,7 @@ def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
     short = short_names([kind.name for kind in by_kind(blocks)])
     told = []
     for kind, layers in kinds.items():
-        (before, after), (far, near) = held_out_errors(layers), means(layers, ("dense_before", "dense_after"))
+        (*_, before, after), (far, near) = mean_errors(layers), means(layers, ("dense_before", "dense_after"))
         if before is not None and after is not None and far is not None and near is not None:
             told.append(
                 f"{len(layers)} {short[kind]} ({percent(before)} to {percent(after)}, {became(before, after, percent)}; against dense "
@@ -196,8 +194,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join([*names[:_NAMED], *more])
 
 
-def _remedy(configuration: Mapping[str, Any]) -> str:
+def _remedy(settings: RecipeSettings) -> str:
     """Advice for an update that improves the calibration text but not held-out text."""
-    judged = (configuration.get("accept") or {}).get("name") == "held_out"
-    accept = [] if judged else ["--accept held_out, which keeps the selector's weights in such matrices"]
+    accept = (
+        [] if settings.accept.name == "held_out" else ["--accept held_out, which keeps the selector's weights in such matrices"]
+    )
     return f"try {', '.join([*accept, 'more --calibration.windows or --calibration.written'])}, or a larger --solver.damping"

@@ -19,10 +19,9 @@ from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.inputs import read_texts
-from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.run import run
 from optima_tpu.unpack import unpack
-from tests.support.fake_run import MANIFEST, assert_same, on_host
+from tests.support.fake_run import assert_same, begun, block_report, on_host
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, tiny
@@ -190,16 +189,15 @@ def test_a_relative_with_half_of_its_weights_comes_back_and_loads_in_transformer
     """Without a run, whose solver knows no family: every second weight of each layer is zero, the others are bit for bit."""
     dense = open_model(str(saved(family)))
     decoder = Decoder.open(dense.config, dense.tensors, mesh(1, 1))
-    journal = open_journal(tmp_path / "run", MANIFEST, dense.assets)
+    journal = begun(tmp_path / "run", assets=dense.assets)
     expected = {name: dense.tensors.read(name) for name in dense.tensors.names()}
     for index in range(decoder.config.blocks):
         linears = decoder.at(index).linears
         names = [decoder.prefix(index) + name + ".weight" for name in linears]
         masks = {name: np.indices(expected[name].shape).sum(axis=0) % 2 == 0 for name in names}
         expected |= {name: np.where(keep, expected[name], np.zeros_like(expected[name])) for name, keep in masks.items()}
-        pruned = [int(np.sum(~keep)) for keep in masks.values()]
-        layers = [dict(block=index, name=name, pruned=count) for name, count in zip(linears, pruned)]
-        journal.save(index, {name: expected[name] for name in names}, masks, dict(layers=layers), on_host(np.zeros((1, 1, 1))))
+        report = block_report(index, dict(zip(linears, masks.values())))
+        journal.save(index, {name: expected[name] for name in names}, masks, report, on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, dense.tensors, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
     before, after = (folder_tensors(folder) for folder in (saved(family), tmp_path / "out"))

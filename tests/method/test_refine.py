@@ -25,9 +25,9 @@ from optima_tpu.method.solvers import CG, Exact
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.memory_plan import GroupLoad
-from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import exchanged
 from optima_tpu.report.table import print_summary
+from tests.support import fake_reports
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, solve, wide
 from tests.support.pruning import group_arguments, prune_calibrated, prune_matrices
@@ -253,37 +253,10 @@ def test_its_memory_is_counted():
 
 
 def test_the_summary_tells_how_much_came_in(tmp_path):
-    told = dict(
-        block=0,
-        name="a",
-        shape=[8, 20],
-        pruned=80,
-        sparsity=0.5,
-        error_before=0.1,
-        error_after=0.1,
-        gap_median=0.0,
-        gap_max=0.0,
-        steps_median=1,
-        steps_max=1,
-        rows=8,
-        rows_converged=8,
-        rows_refused=0,
-        dead_inputs=0,
-    )
-    plain, refined = LayerReport.from_json(told), LayerReport.from_json(told | {"exchanged": 4})
+    plain, refined = (fake_reports.layer(shape=(8, 20), pruned=80, exchanged=count) for count in (None, 4))
     assert exchanged([plain]) is None and exchanged([plain, refined, refined]) == 8 / 160
-    assert LayerReport.from_json(refined.to_json()) == refined
     console = Console(file=io.StringIO(), width=200)
-    print_summary(
-        console,
-        {
-            "blocks": [BlockReport(0, 1.0, (refined,)).to_json()],
-            "configuration": {"solver": {"name": "cg"}},
-            "perplexity": {"dense": 1.0, "pruned": 2.0},
-            "evaluation": {"how": "a text"},
-        },
-        tmp_path,
-    )
+    print_summary(console, fake_reports.report_of(fake_reports.blocks_of([refined])), tmp_path)
     assert "masks       5.00% of the kept weights came in by exchange" in console.file.getvalue()
 
 

@@ -17,9 +17,8 @@ from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.models.checkpoints.source import DTYPES
-from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.plan.model import open_declared
-from tests.support.fake_run import MANIFEST, assert_same, finished_run, on_host, small_model
+from tests.support.fake_run import MANIFEST, assert_same, begun, block_report, finished_run, on_host, small_model
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import MemoryTensors, tiny_folder
@@ -130,14 +129,11 @@ def test_every_width_and_dtype_comes_back(tmp_path, capsys, bits, dtype):
         scales[name] = (np.exp(rng.uniform(-1, 1, (32, 1))) / 6 / half).astype(DTYPES[dtype])
         numbers = np.where(keep, rng.integers(-half, half, keep.shape), 0)
         weights[name], masks[name] = (numbers * scales[name].astype(np.float32)).astype(DTYPES[dtype]), keep
-    recipe = {"pattern": "0.1", "selector": {"name": "imported"}, "quantize": {"name": f"int{bits}", "group": None}}
+    imported = {"pattern": "0.1", "selector": {"name": "imported"}, "quantize": {"name": f"int{bits}", "group": None}}
     assets = {path.name: path.read_bytes() for path in model.iterdir() if path.suffix == ".json" and "index" not in path.name}
-    journal = open_journal(tmp_path / "run", MANIFEST | {"recipe": recipe}, assets)
-    layers = [
-        {"block": 0, "name": name.split(".", 3)[3].removesuffix(".weight"), "pruned": int((~keep).sum())}
-        for name, keep in masks.items()
-    ]
-    journal.save(0, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 1))), scales=scales)
+    journal = begun(tmp_path / "run", MANIFEST | {"recipe": MANIFEST["recipe"] | imported}, assets)
+    report = block_report(0, {name.split(".", 3)[3].removesuffix(".weight"): keep for name, keep in masks.items()})
+    journal.save(0, weights, masks, report, on_host(np.zeros((1, 1, 1))), scales=scales)
     write_checkpoint(journal, source, mesh(1, 1))
     dense = sum(array.nbytes for array in folder_tensors(model).values())
     for out, form in (("plain", "plain"), ("out", "compressed-tensors"), ("gguf", "gguf")):

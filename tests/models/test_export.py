@@ -19,8 +19,22 @@ from optima_tpu.models.checkpoints.export import export, is_export_of, read_mask
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.report.contents import Perplexities
+from optima_tpu.report.file import write_report
 from optima_tpu.unpack import unpack
-from tests.support.fake_run import ASSETS, BLOCKS, MANIFEST, assert_same, finished_run, on_host, pruned_block, small_model
+from tests.support.fake_reports import ENTRIES
+from tests.support.fake_run import (
+    ASSETS,
+    BLOCKS,
+    MANIFEST,
+    assert_same,
+    begun,
+    block_report,
+    finished_run,
+    on_host,
+    pruned_block,
+    small_model,
+)
 from tests.support.meshes import mesh
 from tests.support.processes import process_environment
 from tests.support.runs import folder_tensors, only_error, snapshot
@@ -31,7 +45,7 @@ from tests.support.tiny_models import MemoryTensors
 def run(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("finished") / "run"
     finished_run(directory, small_model(), model="owner/small@v1.0", secret="/home/me")
-    (directory / "report.json").write_text(json.dumps({"perplexity": {"dense": 12.5, "pruned": 14.25}}))
+    write_report(directory / "report.json", ENTRIES | {"perplexity": Perplexities(12.5, 14.25)}, ())
     return directory
 
 
@@ -67,9 +81,8 @@ def test_pruned_entries_are_positive_zeros_and_kept_ones_keep_their_sign(tmp_pat
     weight = np.array([[-0.0, -0.0, -1, 2]], ml_dtypes.bfloat16)
     keep = np.array([[False, True, True, False]])
     source = MemoryTensors({name: weight})
-    journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
-    layers = [{"block": 0, "name": "self_attn.q_proj", "pruned": 2}]
-    journal.save(0, {name: np.where(keep, weight, -0 * weight)}, {name: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
+    journal, report = begun(tmp_path / "run"), block_report(0, {"self_attn.q_proj": keep})
+    journal.save(0, {name: np.where(keep, weight, -0 * weight)}, {name: keep}, report, on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
     assert_same(folder_tensors(tmp_path / "out")[name], np.array([[0.0, -0.0, -1, 0.0]], ml_dtypes.bfloat16))
@@ -390,17 +403,14 @@ def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
     source = MemoryTensors(safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors"))
-    journal = open_journal(tmp_path / "run", MANIFEST, {"config.json": (tmp_path / "source" / "config.json").read_bytes()})
+    journal = begun(tmp_path / "run", assets={"config.json": (tmp_path / "source" / "config.json").read_bytes()})
     pruned, random = {}, np.random.default_rng(0)
     for block in range(2):
         names = [name for name in source.names() if name.startswith(f"model.layers.{block}.") and "proj" in name]
         masks = {name: random.permuted(np.indices(source.shape(name))[1] % 2 == 0, axis=1) for name in names}
         weights = {name: source.arrays[name] * masks[name] for name in names}
-        layers = [
-            {"block": block, "name": name.split(".", 3)[3].removesuffix(".weight"), "pruned": int((~masks[name]).sum())}
-            for name in names
-        ]
-        journal.save(block, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 16), np.float32)))
+        report = block_report(block, {name.split(".", 3)[3].removesuffix(".weight"): keep for name, keep in masks.items()})
+        journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 16), np.float32)))
         pruned |= weights
     write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")

@@ -14,10 +14,9 @@ from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
-from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.report.licence import CARD, Licence, licence_of
 from tests.models import test_gguf_families, test_weights
-from tests.support.fake_run import MANIFEST, on_host
+from tests.support.fake_run import begun, block_report, on_host
 from tests.support.meshes import mesh
 from tests.support.references import LINEAR, LLAMA3, YARN
 from tests.support.tiny_models import MemoryTensors, byte_tokenizer, tiny_folder
@@ -77,10 +76,10 @@ def test_large_norms_of_a_trained_gemma_are_exported(tmp_path):
     for name in arrays:
         if name.endswith("norm.weight"):
             arrays[name] = rng.uniform(-1, 1656, arrays[name].shape).astype(np.float32)
-    journal, pruned = open_journal(tmp_path / "run", MANIFEST, opened.assets), "model.layers.0.mlp.up_proj.weight"
+    journal, pruned = begun(tmp_path / "run", assets=opened.assets), "model.layers.0.mlp.up_proj.weight"
     keep = np.indices(arrays[pruned].shape)[1] % 2 == 0
-    layers = [{"block": 0, "name": "mlp.up_proj", "pruned": int((~keep).sum())}]
-    journal.save(0, {pruned: arrays[pruned] * keep}, {pruned: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
+    report = block_report(0, {"mlp.up_proj": keep})
+    journal.save(0, {pruned: arrays[pruned] * keep}, {pruned: keep}, report, on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, MemoryTensors(arrays), mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out", form="gguf")
     found = open_model(str(tmp_path / "out" / "model.gguf")).tensors

@@ -21,9 +21,10 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.allocate import Allocated, allocated
+from optima_tpu.pipeline.allocate import allocated, allocation_rules
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups
 from optima_tpu.pipeline.walk import Walk
+from optima_tpu.report.contents import Allocated
 from tests.support.meshes import mesh
 from tests.support.pruning import prune_calibrated
 from tests.support.runs import SMALL
@@ -143,7 +144,7 @@ def test_layers_with_a_rule_are_left_out():
     model, rules = decoder(), parse_layers("self_attn.*=dense,model.layers.1.*=0.3/row")
     found = measured(model, dataclasses.replace(RECIPE, layers=rules), OWL())
     assert found.sparsity[1] is None is found.scores[1] and found.sparsity[0] + found.sparsity[2] == pytest.approx(1.2)
-    assert [rule.path for rule in found.rules(model, RECIPE.pattern)] == ["model.layers.0.*", "model.layers.2.*"]
+    assert [rule.path for rule in allocation_rules(found, model, RECIPE.pattern)] == ["model.layers.0.*", "model.layers.2.*"]
     with pytest.raises(UserError, match="--allocation uniform"):
         measured(model, dataclasses.replace(RECIPE, layers=parse_layers("*=0.3/row")), OWL())
 

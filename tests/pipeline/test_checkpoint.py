@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
+from optima_tpu.config.run_config import to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints import orbax as checkpoint
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, save_tree, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.repair import mend
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.files import begin
 from optima_tpu.runtime.version import code_version
@@ -69,7 +71,7 @@ def test_arrays_on_a_mesh_and_views_are_saved_like_host_arrays(tmp_path):
     weights = {"rows": jax.device_put(values, NamedSharding(everything, P("model"))), "view": values.T}
     masks = {"rows": jax.device_put(values > 3, NamedSharding(everything, P("model")))}
     journal = open_journal(tmp_path, MANIFEST, {})
-    journal.save(0, weights, masks, {}, on_host(np.asfortranarray(activations_after(0))))
+    journal.save(0, weights, masks, BlockReport(0, 0.0, ()), on_host(np.asfortranarray(activations_after(0))))
     assert_same(journal.weights(0)["rows"], values)
     assert_same(journal.weights(0)["view"], np.ascontiguousarray(values.T))
     assert_same(journal.masks(0)["rows"], values > 3)
@@ -202,12 +204,12 @@ def test_a_damaged_record_is_written_again_by_the_command_that_wrote_it_and_by_n
     if damage != "cut":  # the settings of a moved run name another directory
         record.write_text(damaged)
         open_journal(tmp_path, MANIFEST, ASSETS, {"output": "there"})
-        assert read_run(tmp_path)["manifest"] == MANIFEST
+        assert read_run(tmp_path).manifest == MANIFEST
 
 
 def test_assets_are_kept_byte_for_byte_and_completed_by_a_resume(tmp_path):
     started(tmp_path, 0)
-    assert read_run(tmp_path)["manifest"] == MANIFEST
+    assert read_run(tmp_path).manifest == MANIFEST
     (tmp_path / "assets" / "config.json").unlink()
     started(tmp_path, 0)
     assert {path.name: path.read_bytes() for path in (tmp_path / "assets").iterdir()} == ASSETS
@@ -246,12 +248,8 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
         assert (tensors.shape(name), tensors.dtype(name)) == (source.shape(name), source.dtype(name))
         assert_same(tensors.read(name), pruned.get(name, source.arrays[name]))
     assert_same(tensors.read("model.norm.weight", (slice(2, 5),)), source.arrays["model.norm.weight"][2:5])
-    assert tensors.run == {
-        "manifest": MANIFEST,
-        "configuration": {"mesh": "4x2"},
-        "sparsity": None,
-        "blocks": [pruned_block(source, block)[2] for block in range(BLOCKS)],
-    }
+    blocks = tuple(pruned_block(source, block)[2] for block in range(BLOCKS))
+    assert tensors.run == checkpoint.CheckpointedRun(MANIFEST, to_dict(fake_run.SMALL) | {"mesh": "4x2"}, blocks, None)
     before = contents(tmp_path)
     write_checkpoint(journal, source, mesh(1, 1))
     assert contents(tmp_path) == before
@@ -306,8 +304,8 @@ def test_the_tensors_of_a_block_are_read_at_once_and_other_blocks_apart(tmp_path
 def test_blocks_without_masks_and_scalars_are_kept(tmp_path):
     source = MemoryTensors({"a.weight": np.ones((2, 2), np.float32), "scale": np.full((), 3.0), "ids": np.arange(3)})
     journal = open_journal(tmp_path, MANIFEST, {})
-    journal.save(0, {"a.weight": source.arrays["a.weight"] * 2}, {}, {}, on_host(activations_after(0)))
-    journal.save(1, {}, {}, {}, on_host(activations_after(1)))
+    journal.save(0, {"a.weight": source.arrays["a.weight"] * 2}, {}, BlockReport(0, 0.0, ()), on_host(activations_after(0)))
+    journal.save(1, {}, {}, BlockReport(1, 0.0, ()), on_host(activations_after(1)))
     write_checkpoint(journal, source, mesh(2, 2))
     tensors = CheckpointTensors(tmp_path)
     assert tensors.pruned() == () and tensors.names() == ("a.weight", "ids", "scale")

@@ -154,7 +154,7 @@ def test_a_run_weighs_its_tokens(weighed, tmp_path, capsys):
     arguments, run = weighed
     assert not (run / loss_gradient.FOLDER).exists() and not verified(run).damaged
     report = read_report(run)
-    assert "loss-weighted tokens 0.5" in report["recipe"] and "gradient of the loss" in report["seconds"]
+    assert "loss-weighted tokens 0.5" in report.recipe and "gradient of the loss" in report.seconds
     assert main([*arguments[:-1], "0", "--output", str(tmp_path / "alike")]) == 0
     assert "gradient of the loss" not in capsys.readouterr().out
     with pytest.raises(AssertionError):
@@ -167,7 +167,7 @@ def test_a_recovery_takes_the_blocks_without_a_gradient(weighed, tmp_path, capsy
     assert recover([str(weighed[1]), *training, "--output", str(tmp_path / "recovered")]) == 0
     assert "gradient of the loss" not in capsys.readouterr().out
     report = read_report(tmp_path / "recovered")
-    assert report["configuration"]["target"]["weigh_by_loss"] == 0.5 and "gradient of the loss" not in report["seconds"]
+    assert report.settings.target.weigh_by_loss == 0.5 and "gradient of the loss" not in report.seconds
 
 
 @pytest.mark.parametrize("moment", ["between parts", "after a block", "damaged"])

@@ -1,6 +1,5 @@
 """Recovery: the same training from a run, from its export and from a plain checkpoint, resumable, with every zero held."""
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -268,15 +267,10 @@ def test_a_text_that_only_the_record_names_says_what_replaces_it(pruned, monkeyp
     assert "; --source and --evaluation would replace the text that the record of" in only_error(capsys.readouterr().err)
 
 
-def test_the_command_of_a_recovery_says_how_it_trained_also_of_one_with_other_defaults(pruned):
+def test_the_command_of_a_recovery_says_how_it_trained(pruned):
     configuration = json.loads((pruned / "recovered/run.json").read_text())["configuration"]
     name, words = recorded_words(configuration)
     assert name == "recover" and parse(words).distill == KL(batch=4, learning_rate=1e-3, checks=2)
-    # A record of before 2026-11-29: the training had flags of its own and other defaults, which it did not name.
-    old = KL(16, batch=4, learning_rate=1e-4, norm_factor=20.0, train="norms", checks=4)
-    configuration["recover"] |= {"train": "norms", "loss": "kl"}
-    configuration["distill"] = {"name": "kl", **dataclasses.asdict(old)}
-    assert parse(recorded_words(configuration)[1]).distill == dataclasses.replace(old, windows=KL.windows)
 
 
 def test_tokens_are_counted_in_any_spelling():

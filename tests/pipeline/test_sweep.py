@@ -1,12 +1,14 @@
 """A table is its cells' runs, each of them done once, and it says what they found."""
 
 import json
+import math
 import threading
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from optima_tpu.config.run_config import to_dict, weights_settings
 from optima_tpu.data import Tokens
@@ -15,11 +17,14 @@ from optima_tpu.method.selectors import Magnitude
 from optima_tpu.pipeline.inputs import Texts, token_digest
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.pipeline.sweep import runner
+from optima_tpu.report.contents import Perplexities
+from optima_tpu.report.file import write_report
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import refuse_another, write_run
 from optima_tpu.runtime.files import in_turn
 from optima_tpu.sweep import main
+from tests.support.fake_reports import ENTRIES, TEXT, layer
 from tests.support.processes import python
-from tests.support.records import put
 from tests.support.runs import only_error, snapshot
 from tests.support.sweeps import TABLE, write_sweep
 
@@ -53,7 +58,12 @@ class StandIn:
     def manifest_of(self, config, model, texts):
         return json.loads(
             json.dumps(
-                {"recipe": weights_settings(config), "calibration": token_digest(texts.calibration.ids), "code": self.code}
+                {
+                    "model": "ab" * 32,
+                    "recipe": weights_settings(config),
+                    "calibration": token_digest(texts.calibration.ids),
+                    "code": self.code,
+                }
             )
         )
 
@@ -77,44 +87,31 @@ class StandIn:
             raise error
         for folder in ("journal", "checkpoint", "assets"):
             (directory / folder / "inner").mkdir(parents=True, exist_ok=True)
-        layer = {"rows": 4, "rows_converged": 3, "rows_refused": 2, "held_out_before": None, "held_out_after": 0.5}
+        counts = {"rows": 4, "rows_converged": 3, "rows_refused": 2, "held_out_before": None, "held_out_after": 0.5}
         blocks = [
-            {
-                "index": index,
-                "seconds": 1.5,
-                "layers": [
-                    layer | {"error_before": 0.2 + index, "error_after": 0.1},
-                    layer | {"error_before": 0.4, "error_after": None},
-                ],
-            }
+            BlockReport(
+                index,
+                1.5,
+                (
+                    layer(index, **counts, error_before=0.2 + index, error_after=0.1),
+                    layer(index, **counts, error_before=0.4, error_after=math.inf),
+                ),
+            )
             for index in range(2)
         ]
-        report = {
+        names = ["report.json", "checkpoint", *(["hf"] if config.export else [])]
+        changes = {
             "manifest": manifest,
             "configuration": to_dict(config),
-            "model": {"origin": config.model, "blocks": 2},
-            "environment": {
-                "devices": 8,
-                "device": "cpu",
-                "platform": "cpu",
-                "mesh": {"data": 4, "model": 2},
-                "packages": {"jax": "0.10"},
-            },
-            "calibration": {"how": texts.calibration.how},
-            "sparsity": 0.5,
-            "weights": 200,
-            "pruned": 100,
-            "seconds": {},
-            "blocks": blocks,
-            "evaluation": {"how": texts.evaluation.how, "tokens": 16, "digest": token_digest(texts.evaluation.ids)},
-            "perplexity": {"dense": 10.0, "pruned": perplexity_of(config)},
-            "files": {"report": str(directory / "report.json"), "checkpoint": str(directory / "checkpoint")},
+            "model": structs.replace(ENTRIES["model"], origin=config.model, blocks=2),
+            "calibration": structs.replace(TEXT, how=texts.calibration.how),
+            "evaluation": structs.replace(TEXT, how=texts.evaluation.how, tokens=16, digest=token_digest(texts.evaluation.ids)),
+            "perplexity": Perplexities(10.0, perplexity_of(config)),
+            "files": dict(zip(("report", "checkpoint", "transformers"), (str(directory / name) for name in names))),
         }
         if config.export:
             (directory / "hf").mkdir(exist_ok=True)
-            report["files"]["transformers"] = str(directory / "hf")
-        put(directory / "report.json", json.dumps(report))
-        return report
+        return write_report(directory / "report.json", ENTRIES | changes, blocks)
 
 
 @pytest.fixture
@@ -197,7 +194,7 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
         "calibration: random windows",
         "evaluation: other windows, 16 tokens",
         "code: 0+1",
-        "hardware: 8 x cpu (cpu), mesh 4x2, jax 0.10",
+        "hardware: 8 x cpu (cpu), mesh 4x2, jax 1",
         f"command: {command}",
     ):
         assert f"- {line}\n" in text

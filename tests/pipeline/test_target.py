@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.config.parse import configure, parse
@@ -39,9 +40,9 @@ from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block, prune_model, repeat_block
 from optima_tpu.report.progress import Progress
-from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import unusual
 from tests.support import ports
+from tests.support.fake_reports import blocks_of, layer
 from tests.support.memory import block_of
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of
@@ -330,7 +331,7 @@ def test_alpha_0_is_the_papers_target_to_the_last_bit():
             assert weight.tobytes() == others[name].tobytes(), name
         for report, other in zip(reports, papers, strict=True):
             assert report.dense_after is not None and other.dense_after is None
-            assert dataclasses.replace(report, dense_before=None, dense_after=None, dense_drift=None) == other
+            assert structs.replace(report, dense_before=None, dense_after=None, dense_drift=None) == other
     assert found[1][2][0].dense_drift > found[0][2][0].dense_drift == 0  # both streams begin alike
 
 
@@ -509,29 +510,8 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
         assert rows.refused.all() if refused else not rows.refused.any()
         assert (final.weight == (pruned if refused else solution).weight).all()
         np.testing.assert_allclose(rows.score, dense_error((other, other), weight, final.weight), rtol=1e-3)
-    report = LayerReport.from_json(
-        dict(
-            block=3,
-            name="a",
-            shape=[12, 24],
-            pruned=0,
-            sparsity=0.0,
-            error_before=0.1,
-            error_after=0.1,
-            gap_median=0.0,
-            gap_max=None,
-            steps_median=1,
-            steps_max=1,
-            rows=12,
-            rows_converged=12,
-            rows_refused=int(rows.refused.sum()),
-            dead_inputs=0,
-        )
-    )
-    assert unusual([BlockReport(3, 0.0, (report,))])["layers_refused"] == {"block 3 a": 12}
-    assert report.dense_after is report.alpha is report.damping is None  # as before there were such fields
-    told = dataclasses.replace(report, dense_after=0.25, alpha=0.5)
-    assert LayerReport.from_json(told.to_json()) == told
+    report = layer(3, "a", shape=(12, 24), rows=12, rows_converged=12, rows_refused=int(rows.refused.sum()))
+    assert unusual(blocks_of([report]))["layers_refused"] == {"block 3 a": 12}
     before, after = jnp.ones(3), jnp.array([0.5, 2.0, 0.5])
     yes = jnp.ones(3, bool)
     assert HeldOut()(before, after, yes, (before, jnp.array([1.1, 0.0, 0.8]))).tolist() == [True, False, True]

@@ -8,21 +8,25 @@ import shlex
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from rich.console import Console
 
-from optima_tpu.config.run_config import EMBEDDED
+from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.method.acceptance import HeldOut
+from optima_tpu.method.quantization import Int4
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
 from optima_tpu.report import summary, table
+from optima_tpu.report.contents import Check, CutCount, FileSizes, Outcome, Perplexities, Report
 from optima_tpu.report.facts import size
 from optima_tpu.report.file import size_on_disk
 from optima_tpu.report.page import render, write_page
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_files import FILES
-from optima_tpu.report.runs import read_runs
+from optima_tpu.report.runs import read_report, read_runs
+from optima_tpu.runtime.records import encoded
 from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  (a fixture)
-from tests.support.fake_reports import layer, layers, write_run
+from tests.support.fake_reports import ENTRIES, layer, layers, report_of, write_run
 from tests.support.records import put
 
 
@@ -49,20 +53,21 @@ def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first()
         "block 0 self_attn.q_proj": (0.136, 0.151),
         "block 0 b": (0.1, 0.1011),
     }
-    (line,) = table.unusual_lines(blocks, {"accept": {"name": "per_row"}})
+    (line,) = table.unusual_lines(blocks, report_of(()).settings)
     for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--accept held_out"):
         assert words in line
-    (line,) = table.unusual_lines(blocks, {"accept": {"name": "held_out"}})
+    held_out = to_dict(dataclasses.replace(EMBEDDED, accept=HeldOut()))
+    (line,) = table.unusual_lines(blocks, report_of((), configuration=held_out).settings)
     assert "--accept" not in line and "--calibration.windows" in line
     assert table.traded_lines(blocks) == []
 
 
 def test_with_a_dense_target_worse_means_further_from_the_dense_model():
     aiming = layer(held_out_before=0.136, held_out_after=0.151, dense_before=0.3, dense_after=0.2)
-    away = dataclasses.replace(aiming, name="mlp.down_proj", dense_after=0.4)
+    away = structs.replace(aiming, name="mlp.down_proj", dense_after=0.4)
     assert summary.worsened(block(aiming)) == {} and summary.traded(block(aiming)) == [aiming]
     assert summary.worsened(block(away)) == {"block 0 mlp.down_proj": (0.3, 0.4)} and summary.traded(block(away)) == []
-    (line,) = table.unusual_lines(block(aiming, away), {})
+    (line,) = table.unusual_lines(block(aiming, away), report_of(()).settings)
     assert "the distance to the dense model's output on held-out text: block 0 mlp.down_proj (from 30.0% to 40.0%)" in line
     (line,) = table.traded_lines(block(aiming, away))
     assert line.startswith("in 1 matrix ") and "1 q_proj (13.6% to 15.1%, worse; against dense 30.0% to 20.0%, better)" in line
@@ -75,15 +80,14 @@ def printed(report) -> str:
 
 
 def worse_run(directory, **changes) -> Path:
-    reports = [dataclasses.replace(each, held_out_after=0.9) if each.block == 1 else each for each in layers(0)]
+    reports = [structs.replace(each, held_out_after=0.9) if each.block == 1 else each for each in layers(0)]
     return write_run(directory, EMBEDDED.changed(**changes), reports)
 
 
 def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, unplotted):  # noqa: F811
     run = worse_run(tmp_path / "run")
-    report = json.loads((run / "report.json").read_text())
-    assert len(report["unusual"]["worse_on_held_out"]) == 7
-    assert [after for _, after in report["unusual"]["worse_on_held_out"].values()] == [0.9] * 7
+    report = read_report(str(run))
+    assert [after for _, after in report.unusual["worse_on_held_out"].values()] == [0.9] * 7
     text = printed(report)
     assert "unusual     the update raised the error on held-out text: block 1 " in text and "3 more in the report" in text
     assert "unusual     nothing" not in text
@@ -98,12 +102,10 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
 
 def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp_path):
     """It cannot mend the layers: --accept held_out is no setting of it."""
-    report = json.loads((worse_run(tmp_path / "run") / "report.json").read_text())
-    check = {"training": None, "held_out": 0.5}
-    report["distillation"] = {"checks": [{"step": 0, **check}, {"step": 4, **check}], "kept": 4, "tokens": 512}
-    report["distillation"] |= {"seconds": 7, "perplexity_before": 3.5, "held_out_before": 0.5, "held_out_after": 0.4}
-    report["configuration"]["recover"] = {"model": "runs/pruned"}
-    text = printed(report)
+    report = read_report(str(worse_run(tmp_path / "run")))
+    trained = Outcome((Check(0, 0.5), Check(4, 0.4)), 4, 512, seconds=7.0, perplexity_before=3.5)
+    settings = report.configuration | {"recover": {"model": "runs/pruned"}}
+    text = printed(structs.replace(report, distillation=trained, configuration=settings))
     assert text.startswith("from        runs/pruned: its own report has the layers") and "unusual     nothing" in text
     assert "perplexity  dense 2.000, pruned 3.500, trained 3.000, " in text
     assert "(20.0% less); 4 steps on 512 tokens in 7 s\n" in text
@@ -112,19 +114,19 @@ def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp
 
 @pytest.mark.parametrize("calibration, evaluation", [(2.0, 3.0), (2.0, 300.0), (900.0, 300.0)])
 def test_the_label_of_what_is_unusual_stands_once(tmp_path, calibration, evaluation):
-    report = json.loads((worse_run(tmp_path / "run") / "report.json").read_text())
-    report["calibration"]["unigram_perplexity"], report["evaluation"]["unigram_perplexity"] = calibration, evaluation
-    lines = printed(report).splitlines()
+    report = read_report(str(worse_run(tmp_path / "run")))
+    texts = {"calibration": calibration, "evaluation": evaluation}
+    changed = {name: structs.replace(getattr(report, name), unigram_perplexity=value) for name, value in texts.items()}
+    lines = printed(structs.replace(report, **changed)).splitlines()
     assert sum(line.startswith("unusual ") for line in lines) == 1
     assert sum("hardly more than one token" in line for line in lines) == (calibration < 4) + (evaluation < 4)
 
 
 def test_the_result_is_at_the_top_of_the_page_and_the_end_of_the_console(tmp_path, unplotted):  # noqa: F811
     run = write_run(tmp_path / "run")
-    report = json.loads((run / "report.json").read_text()) | {"weights": 134_515_008}
-    report["configuration"]["evaluation"]["source"] = "c4"
-    report["perplexity"]["pruned"] = 5.0
-    put(run / "report.json", json.dumps(report))
+    settings = to_dict(EMBEDDED) | {"evaluation": {"source": "c4"}}
+    report = structs.replace(read_report(str(run)), configuration=settings, perplexity=Perplexities(2.0, 5.0))
+    put(run / "report.json", encoded(report).decode())
     said = "Perplexity 2.000 {} 5.000: 2.50 times the dense model{}s, worse"
     assert said.format("->", "'") in printed(report).splitlines()[-1] and "`" not in printed(report)
     write_page([run], tmp_path / "x.html")
@@ -147,18 +149,18 @@ def test_sizes_are_counted_on_the_disk(tmp_path):
     assert [size_on_disk(tmp_path / name) for name in ("a", "a/d", "missing")] == [5, 2, 0]
 
 
-SIZES = {"dense": 538_060_032, "transformers": 538_090_000, "left": {"hf": 555_000_000, "journal": 7_000, "run.lock": 0}}
+SIZES = FileSizes(None, 538_060_032, 538_090_000, {"hf": 555_000_000, "journal": 7_000, "run.lock": 0})
 
 
-def with_sizes(run: Path) -> dict:
-    report = json.loads((run / "report.json").read_text())
-    report |= {"sizes": SIZES, "model": {"weights": 2100}, "files": {"transformers": "elsewhere/hf"}}
-    put(run / "report.json", json.dumps(report))
+def with_sizes(run: Path, **changes) -> Report:
+    changes |= {"sizes": SIZES, "files": {"transformers": "elsewhere/hf"}}
+    report = structs.replace(read_report(str(run)), **changes)
+    put(run / "report.json", encoded(report).decode())
     return report
 
 
 def test_sizes_and_the_sparsity_of_the_whole_model_are_said(tmp_path, unplotted):  # noqa: F811
-    report = with_sizes(write_run(tmp_path / "run"))
+    report = with_sizes(write_run(tmp_path / "run"), model=structs.replace(ENTRIES["model"], weights=2100), model_sparsity=0.2)
     text = printed(report)
     assert "sparsity    50.0% of the 840 weights in 21 matrices, 20.0% of all 2,100 weights of the model\n" in text
     why = "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and prints its size, a smaller share of bfloat16 (--dtype) than of float32"
@@ -172,14 +174,13 @@ def test_a_source_of_fewer_bytes_than_its_weights_is_said(tmp_path, unplotted): 
     """Quantised weights are decoded: a pruned model in float32 may take more than the file that it came from."""
     report = with_sizes(write_run(tmp_path / "run"))
     for source, said in ((95_000_000, "95.0 MB in the source's files; "), (538_070_000, ""), (None, "")):
-        report["sizes"] = {"source": source, **SIZES}
-        assert f"dense weights 538 MB, pruned in hf/ 538 MB, {said}not smaller" in printed(report)
+        changed = structs.replace(report, sizes=structs.replace(SIZES, source=source))
+        assert f"dense weights 538 MB, pruned in hf/ 538 MB, {said}not smaller" in printed(changed)
 
 
 def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unplotted):  # noqa: F811
-    report = with_sizes(write_run(tmp_path / "run"))
-    report["configuration"]["quantize"] = {"name": "int4", "group": None}
-    text = printed(report)
+    settings = to_dict(dataclasses.replace(EMBEDDED, quantize=Int4()))
+    text = printed(with_sizes(write_run(tmp_path / "run"), configuration=settings))
     assert "optima export --format compressed-tensors stores the integers" in text and "--packed" not in text
 
 
@@ -196,24 +197,10 @@ def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unp
     ids=["alike", "different"],
 )
 def test_neurons_that_were_cut_are_counted(tmp_path, left, said, why, unplotted):  # noqa: F811
-    report = with_sizes(write_run(tmp_path / "run")) | {"neurons": {"left": left, "total": 1536}}
-    put(tmp_path / "run" / "report.json", json.dumps(report))
-    text = printed(report)
+    text = printed(with_sizes(write_run(tmp_path / "run"), neurons=CutCount(tuple(left), 1536)))
     assert f"\nneurons     {said}" in text and f"pruned in hf/ 538 MB, {why}" in text
     words = drawn(tmp_path / "run", to=tmp_path / "x.html").words
     assert said.replace(" of", "of", 1) in words and ("cut are in no file" in words) == (len(left) == 1)
-
-
-def test_a_report_of_an_earlier_version_says_nothing_of_what_it_does_not_have(tmp_path, unplotted):  # noqa: F811
-    run = write_run(tmp_path / "run")
-    report = json.loads((run / "report.json").read_text())
-    for name in ("sizes", "tokens", "continuations", "model_sparsity"):
-        report.pop(name)
-    put(run / "report.json", json.dumps(report))
-    assert "size  " not in printed(report) and "of all" not in printed(report)
-    page = drawn(run, to=tmp_path / "x.html")
-    assert "zeros are stored like other numbers" in page.sections["outcome"]
-    assert [row[0] for row in page.tables[f"In {run}"][1:]] == ["report.html", "report.json", "sha256-all.json"]
 
 
 def test_the_files_of_the_directory_are_explained(tmp_path, unplotted):  # noqa: F811

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.errors import UserError
@@ -16,8 +17,9 @@ from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import NM
 from optima_tpu.method.solvers import MPAX
 from optima_tpu.method.targets import DenseTarget
-from optima_tpu.pipeline.sweep.tables import CellResult
 from optima_tpu.report import curves, figures
+from optima_tpu.report.contents import CellResult
+from optima_tpu.runtime.records import encoded
 from tests.support.fake_reports import NAMES, layers, write_other_places, write_run
 from tests.support.records import put
 from tests.support.runs import only_error
@@ -28,12 +30,13 @@ WANDA_MPAX = EMBEDDED.changed(solver=MPAX())
 
 def write_sweep(directory: Path, results: list[CellResult]) -> Path:
     write_run(directory / "cell")
-    (directory / "results.json").write_text(json.dumps([dataclasses.asdict(result) for result in results]))
+    (directory / "results.json").write_bytes(encoded(results))
     return directory
 
 
 def result(mask: str, update: str, windows: int, seed: int, perplexity: float | None, pattern: str = "0.5") -> CellResult:
-    return CellResult(mask, update, pattern, windows, seed, perplexity=perplexity, dense=14.7934, report="cell/report.json")
+    state = "missing" if perplexity is None else "finished"
+    return CellResult(mask, update, pattern, windows, seed, state, perplexity, 14.7934, report="cell/report.json")
 
 
 def drawn(axes) -> dict[str, tuple[list, list]]:
@@ -113,12 +116,12 @@ def test_a_layer_that_is_pruned_in_some_blocks_is_drawn_there(tmp_path):
 
 def test_experts_of_a_block_are_one_point_their_mean(tmp_path):
     own = [
-        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj")
+        structs.replace(layer, name=f"mlp.experts.{expert}.up_proj")
         for expert in range(3)
         for layer in layers(expert)
         if layer.name == "mlp.up_proj"
     ]
-    own[3] = dataclasses.replace(own[3], error_before=0.0, error_after=0.0)  # the second expert in the first block
+    own[3] = structs.replace(own[3], error_before=0.0, error_after=0.0)  # the second expert in the first block
     lines = curves.layer_errors([write_run(tmp_path / "a", reports=own)]).runs["wanda + cg"]
     assert list(lines) == ["mlp.experts.*.up_proj"]
     ratios = [
@@ -131,8 +134,8 @@ def test_experts_of_a_block_are_one_point_their_mean(tmp_path):
 
 def test_a_ratio_that_does_not_exist_is_a_gap_and_said(tmp_path, capsys):
     reports = layers(0)
-    reports[0] = dataclasses.replace(reports[0], error_before=0.0, error_after=0.0)
-    reports[7] = dataclasses.replace(reports[7], error_after=math.inf)
+    reports[0] = structs.replace(reports[0], error_before=0.0, error_after=0.0)
+    reports[7] = structs.replace(reports[7], error_after=math.inf)
     run = write_run(tmp_path / "a", reports=reports)
     line = curves.layer_errors([run]).runs["wanda + cg"]["self_attn.q_proj"]
     assert [math.isnan(value) for value in line.calibration] == [True, True, False]
@@ -142,7 +145,7 @@ def test_a_ratio_that_does_not_exist_is_a_gap_and_said(tmp_path, capsys):
 
 def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
     reports = layers(0)
-    reports[3] = dataclasses.replace(reports[3], held_out_after=7 * reports[3].held_out_before)
+    reports[3] = structs.replace(reports[3], held_out_after=7 * reports[3].held_out_before)
     figure = figures.layer_errors(curves.layer_errors([write_run(tmp_path / "a", reports=reports)]))
     assert {axes.get_yscale() for axes in figure.axes} == {"log"}
     assert all(axes.get_ylim()[0] < 1 and axes.get_ylim()[1] > 7 for axes in figure.axes)
@@ -276,8 +279,8 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
         (["layer-errors", "cg", "same"], ["cg and", "same"]),
         (["layer-errors", "cg", "--against", "longer"], ["same layers", "cg", "longer"]),
         (["layer-errors", "cg", "--against", "none", "longer"], ["--against", "got 2"]),
-        (["layer-errors", "odd"], ["the report of odd", "another version", "surprise"]),
-        (["layer-errors", "cg", "--against", "odd"], ["the report of odd", "another version", "surprise"]),
+        (["layer-errors", "odd"], ["odd/report.json", "another version", "surprise"]),
+        (["layer-errors", "cg", "--against", "odd"], ["odd/report.json", "another version", "surprise"]),
         (["windows", "nowhere"], ["nowhere"]),
         (["windows", "cg"], ["cg", "results.json"]),
         (["windows", "cg/report.json"], ["report.json", "results.json of a sweep"]),

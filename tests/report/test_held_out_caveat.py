@@ -3,18 +3,20 @@
 import io
 
 import pytest
+from msgspec import structs
 from rich.console import Console
 
-from optima_tpu.config.run_config import EMBEDDED, chosen_by_held_out, to_dict, weights_settings
+from optima_tpu.config.run_config import EMBEDDED, weights_settings
 from optima_tpu.method.acceptance import HeldOut
 from optima_tpu.method.allocation import Measured
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.tuning import Grid
-from optima_tpu.report.model_card import model_card
+from optima_tpu.report.contents import ExportedLayer, ExportForm, Sidecar
+from optima_tpu.report.model_card import Card, model_card
 from optima_tpu.report.page import render
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.table import print_summary
-from tests.support.fake_reports import write_run
+from tests.support.fake_reports import MANIFEST, write_run
 
 SAID = "also chose {}, so its error is slightly too low."
 
@@ -35,8 +37,9 @@ def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, t
     title, (run,) = read_runs([write_run(tmp_path / "run", config)])
     out = Console(file=io.StringIO(), width=80)
     print_summary(out, run.report, tmp_path)
-    layers = [layer.to_json() for layer in run.layers]
-    card = model_card("x", {"model": None, "manifest": {"recipe": weights_settings(config)}, "layers": layers}, {}, {})
+    layers = tuple(ExportedLayer(**structs.asdict(layer)) for layer in run.report.layers)
+    manifest = MANIFEST | {"recipe": weights_settings(config)}
+    card = model_card(Card(Sidecar("x", manifest, None, layers, ExportForm("plain", 1, True), ()), {}, None, "transformers"))
     page = render(title, [run])
     beginnings = {out.file.getvalue(): "no weight was fitted to; this text ", page: "<p>This text ", card: "The held-out text "}
     for text, beginning in beginnings.items():
@@ -47,8 +50,3 @@ def test_of_several_runs_those_are_named(tmp_path):
     title, runs = read_runs([write_run(tmp_path / "a", EMBEDDED.changed(tuning=Grid())), write_run(tmp_path / "b")])
     page = render(title, runs)
     assert f"The held-out text of {runs[0].label} {SAID.format('the tuning')}" in page and page.count("also chose") == 1
-
-
-def test_a_report_of_a_version_without_these_settings_says_nothing():
-    old = {name: value for name, value in to_dict(EMBEDDED).items() if name not in ("tuning", "allocation")}
-    assert chosen_by_held_out(old) == []

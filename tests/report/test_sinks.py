@@ -33,7 +33,7 @@ class Memory:
 
 class FakeJournal(SimpleNamespace):
     def report(self, index):
-        return BLOCKS[index].to_json()
+        return BLOCKS[index]
 
 
 def test_finished_blocks_are_sent_once_and_in_order():

@@ -1,16 +1,18 @@
 """Which tokens got worse, and what the models write: counted right, shown as text, whatever is in it."""
 
-import json
 import math
-import types
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from optima_tpu.evaluate.token_changes import EDGES, pieces, readable, token_changes
 from optima_tpu.report import writing
+from optima_tpu.report.contents import ChangedToken, Continuation, Continuations, TokenChanges
+from optima_tpu.report.runs import FinishedRun, read_report
+from optima_tpu.runtime.records import encoded
 from tests.report.test_html_report import drawn, unplotted  # noqa: F401  (a fixture)
-from tests.support.fake_reports import write_run
+from tests.support.fake_reports import report_of, write_run
 from tests.support.records import put
 
 
@@ -24,75 +26,70 @@ def changes(rise, dense=1.0, decode=lambda ids: " ".join(map(str, ids))):
 def test_every_token_is_in_one_class():
     rise = np.array([[-3.0, -1.0, -0.2, 0.0, 0.05, 0.2, 1.0, 3.0]])
     found = changes(rise, dense=4.0)
-    assert found["shares"] == [0.125, 0.125, 0.125, 0.25, 0.125, 0.125, 0.125] and found["edges"] == list(EDGES)
-    assert found["tokens"] == 8 and found["mean"] == pytest.approx(rise.mean(), abs=1e-6)
-    assert found["mean_stderr"] is None  # of one window
+    assert found.shares == (0.125, 0.125, 0.125, 0.25, 0.125, 0.125, 0.125) and found.edges == EDGES
+    assert found.tokens == 8 and found.mean == pytest.approx(rise.mean(), abs=1e-6)
+    assert found.mean_stderr is None  # of one window
     windows = np.random.default_rng(0).normal(0.3, 1, (5, 8)).astype(np.float32)
-    assert changes(windows)["mean_stderr"] == pytest.approx(windows.mean(axis=1).std(ddof=1) / 5**0.5, rel=1e-4)
-    assert found["median"] == pytest.approx(0.025, abs=1e-6) and found["rise_share"] == pytest.approx(3 / 0.05, rel=1e-3)
-    assert changes(np.zeros((2, 3)))["rise_share"] is None and changes(np.zeros((2, 3)))["worst"] == []
+    assert changes(windows).mean_stderr == pytest.approx(windows.mean(axis=1).std(ddof=1) / 5**0.5, rel=1e-4)
+    assert found.median == pytest.approx(0.025, abs=1e-6) and found.rise_share == pytest.approx(3 / 0.05, rel=1e-3)
+    assert changes(np.zeros((2, 3))).rise_share is None and changes(np.zeros((2, 3))).worst == ()
 
 
 def test_the_worst_tokens_have_their_place_their_text_and_both_probabilities():
     rise = np.zeros((3, 40))
     rise[1, 4], rise[1, 5], rise[2, 30], rise[0, 0] = 3.0, 2.9, 2.0, 1.0
-    worst = changes(rise)["worst"]
+    worst = changes(rise).worst
     # The second one is beside the first.
-    assert [(each["window"], each["position"]) for each in worst] == [(1, 5), (2, 31), (0, 1)]
+    assert [(each.window, each.position) for each in worst] == [(1, 5), (2, 31), (0, 1)]
     first, second, third = worst
-    assert (first["before"], first["token"], first["after"]) == ("41 42 43 44 45", " 46", " 47 48 49 50 51 52")
-    assert second["before"].split()[0] == str(2 * 41 + 11) and third["before"] == "0"
-    assert (first["dense"], first["pruned"]) == pytest.approx((math.exp(-1), math.exp(-4)))
+    assert (first.before, first.token, first.after) == ("41 42 43 44 45", " 46", " 47 48 49 50 51 52")
+    assert second.before.split()[0] == str(2 * 41 + 11) and third.before == "0"
+    assert (first.dense, first.pruned) == pytest.approx((math.exp(-1), math.exp(-4)))
 
 
 def test_it_stays_small_whatever_the_text():
     random = np.random.default_rng(0)
     found = changes(random.normal(size=(50, 511)), decode=lambda ids: "𝒳" * 1000)
-    assert len(found["worst"]) == 10
-    assert len(json.dumps(found)) < 22_000  # twelve bytes for each of these letters
+    assert len(found.worst) == 10
+    assert len(encoded(found)) < 22_000  # twelve bytes for each of these letters
 
 
 def test_what_is_not_printed_has_a_sign():
     assert readable("a\r\nb\tc\x00d\u202ee é") == "a⏎b⇥c�d�e é"
 
 
-TOKENS = {
-    "tokens": 1000,
-    "mean": 0.128,
-    "median": 0.03,
-    "edges": list(EDGES),
-    "shares": [0.01, 0.04, 0.15, 0.4, 0.2, 0.15, 0.05],
-    "rise_share": 0.31,
-    "worst": [
-        {
-            "window": 0,
-            "position": 3,
-            "before": "<script>alert(1)</script>{{ 7 * 7 }}",
-            "token": "<b onload=x>",
-            "after": '" & more',
-            "dense": 0.9,
-            "pruned": 0.0009,
-        }
-    ],
-}
-CONTINUATIONS = {
-    "texts": [
-        {"prompt": "<i>Once", "dense": ["upon a <u>time", " there", " was"], "pruned": ["upon a <u>time", "<br>", " the"]},
-        {"prompt": "Two", "dense": [" and two", "", ""], "pruned": [" and two", "", ""]},
-    ]
-}
+TOKENS = TokenChanges(
+    tokens=1000,
+    mean=0.128,
+    mean_stderr=None,
+    median=0.03,
+    edges=EDGES,
+    shares=(0.01, 0.04, 0.15, 0.4, 0.2, 0.15, 0.05),
+    rise_share=0.31,
+    worst=(ChangedToken(0, 3, "<script>alert(1)</script>{{ 7 * 7 }}", "<b onload=x>", '" & more', 0.9, 0.0009),),
+)
+CONTINUATIONS = Continuations(
+    (
+        Continuation("<i>Once", ("upon a <u>time", " there", " was"), ("upon a <u>time", "<br>", " the")),
+        Continuation("Two", (" and two", "", ""), (" and two", "", "")),
+    )
+)
 
 
 def with_writing(run, **changes):
-    report = json.loads((run / "report.json").read_text())
-    put(run / "report.json", json.dumps(report | {"tokens": TOKENS, "continuations": CONTINUATIONS} | changes))
+    report = structs.replace(read_report(str(run)), **{"tokens": TOKENS, "continuations": CONTINUATIONS} | changes)
+    put(run / "report.json", encoded(report).decode())
     return run
+
+
+def told_of(**changes) -> str:
+    run = FinishedRun("", "run", report_of((), tokens=structs.replace(TOKENS, **changes)), None)
+    return writing.tokens([run])[0].text[0]
 
 
 @pytest.mark.parametrize("mean, noise, told", [(0.128, 0.05, True), (0.0004, None, False), (0.09, 0.05, False)])
 def test_a_share_of_a_rise_that_may_be_none_is_not_told(mean, noise, told):
-    run = types.SimpleNamespace(label="", report={"tokens": TOKENS | {"mean": mean, "mean_stderr": noise}})
-    assert ("of the total rise" in writing.tokens([run])[0].text[0]) == told
+    assert ("of the total rise" in told_of(mean=mean, mean_stderr=noise)) == told
 
 
 @pytest.mark.parametrize(
@@ -103,8 +100,7 @@ def test_a_share_of_a_rise_that_may_be_none_is_not_told(mean, noise, told):
     ],
 )
 def test_a_loss_rises_or_falls_by_a_positive_number(mean, median, told):
-    run = types.SimpleNamespace(label="", report={"tokens": TOKENS | {"mean": mean, "median": median, "mean_stderr": None}})
-    assert told in writing.tokens([run])[0].text[0]
+    assert told in told_of(mean=mean, median=median)
 
 
 def test_text_with_markup_is_shown_and_not_run(tmp_path, unplotted):  # noqa: F811
@@ -134,7 +130,7 @@ def test_text_with_markup_is_shown_and_not_run(tmp_path, unplotted):  # noqa: F8
 
 
 def test_a_reason_stands_in_for_what_was_not_tried(tmp_path, unplotted):  # noqa: F811
-    run = with_writing(write_run(tmp_path / "run"), tokens=None, continuations={"reason": "It is <too> large."})
+    run = with_writing(write_run(tmp_path / "run"), tokens=None, continuations=Continuations(reason="It is <too> large."))
     page = drawn(run, to=tmp_path / "x.html")
     assert "tokens" not in page.sections and "It is <too> large." in page.sections["continuations"]
 

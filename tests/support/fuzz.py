@@ -18,6 +18,7 @@ from rich.console import Console
 
 from optima_tpu import data
 from optima_tpu.config.parse import parse
+from optima_tpu.config.run_config import to_dict
 from optima_tpu.data.cache import TokenCache
 from optima_tpu.data.source import Tokens
 from optima_tpu.errors import UserError
@@ -25,20 +26,20 @@ from optima_tpu.evaluate.earlier_results import read_known
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_masks
-from optima_tpu.pipeline.allocate import Allocated, read_allocation, write_allocation
+from optima_tpu.pipeline.allocate import read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome
 from optima_tpu.pipeline.sweep.grid import read_grid
-from optima_tpu.report.contents import Check, Outcome
+from optima_tpu.report.contents import Allocated, CellResult, Check, Outcome
 from optima_tpu.report.curves import windows
 from optima_tpu.report.page import render
 from optima_tpu.report.run_record import read_run, write_run
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.checksums import ALL, damage, keep, known
-from optima_tpu.runtime.records import json_values
+from optima_tpu.runtime.records import encoded, json_values
 from tests.support import fake_reports
-from tests.support.fake_run import MANIFEST
+from tests.support.fake_run import MANIFEST, SMALL
 from tests.support.meshes import mesh
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
@@ -163,7 +164,7 @@ def _read_report(folder: Path) -> None:
 EVALUATION = {
     "model": "run", "against": "dense", "average": 0.5,
     "configuration": {"fewshot": 5, "limit": 200, "apply_chat_template": False},
-    "evaluated": {"model": {"fingerprint": "a", "manifest": {}}, "against": None}, "environment": fake_reports.ENVIRONMENT,
+    "evaluated": {"model": {"fingerprint": "a", "manifest": fake_reports.MANIFEST}, "against": None}, "environment": json_values(fake_reports.ENVIRONMENT),
     "perplexity": {"wikitext2": {"perplexity": 3.0, "against": 2.0, "tokens": 8, "how": "two windows", "unigram_perplexity": 9.0}},
     "distance": {"wikitext2": {"kl": 0.1, "kl_stderr": None, "agreement": 0.9, "agreement_stderr": 0.1, "tokens": 8,
                                "hidden_errors": [0.1, 0.2, 0.3], "kls": None, "agreements": None}},
@@ -180,17 +181,15 @@ def _whole_report(folder: Path) -> None:
     """A report with every part that a page can show, beside the evaluation."""
     _evaluation(folder)
     report = json.loads((folder / "report.json").read_text())
-    token = {"before": "a", "token": "b", "after": "c", "dense": 0.5, "pruned": 0.1}
+    token = {"window": 0, "position": 1, "before": "a", "token": "b", "after": "c", "dense": 0.5, "pruned": 0.1}
     report |= {
-        "tokens": {"tokens": 8, "mean": 0.1, "median": 0.1, "edges": [-2.0, -0.5, -0.1, 0.1, 0.5, 2.0],
+        "tokens": {"tokens": 8, "mean": 0.1, "mean_stderr": 0.01, "median": 0.1, "edges": [-2.0, -0.5, -0.1, 0.1, 0.5, 2.0],
                    "shares": [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1], "rise_share": 0.5, "worst": [token]},
         "continuations": {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]},
         "distillation": json_values(Outcome((Check(0, 1.0), Check(2, 0.5, 0.4)), 2, 64, 12.0)),
-        "memory": {"host_peak": 1 << 30, "device_peak": None}, "weighed_layers": ["mlp.down_proj"],
-        "sizes": {"dense": 100, "transformers": 90, "left": {"hf": 90, "run.lock": 0}}, "files": {"transformers": "elsewhere/hf"},
-        "model": {"origin": "a", "fingerprint": "f", "weights": 2100, "blocks": 3, "architecture": "L"}, "recipe": "wanda",
-        "environment": {"device": "cpu", "devices": 8, "mesh": {"data": 4, "model": 2}, "packages": {"jax": "1"}, "processes": 2,
-                        "python": "3", "system": "Linux"},
+        "weighed_layers": ["mlp.down_proj"], "files": {"transformers": "elsewhere/hf"}, "neurons": {"left": [48, 64], "total": 64},
+        "sizes": {"source": 90, "dense": 100, "transformers": 90, "left": {"hf": 90, "run.lock": 0}},
+        "allocation": {"sparsity": [0.5, None, 0.4], "scores": [[0.1], None, [0.2]]},
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
 
@@ -202,13 +201,14 @@ def _page(folder: Path) -> None:
 def _cells(folder: Path) -> None:
     fake_reports.write_run(folder / "cell")
     shutil.rmtree(folder / "cell/none", ignore_errors=True)
-    cell = {"mask": "wanda", "update": "cg", "pattern": "0.5", "perplexity": 3.0, "dense": 2.0, "report": "cell/report.json"}
-    (folder / "results.json").write_text(json.dumps([cell | {"windows": count} for count in (8, 16)]))
+    told = {"state": "finished", "perplexity": 3.0, "dense": 2.0, "report": "cell/report.json"}
+    (folder / "results.json").write_bytes(encoded([CellResult("wanda", "cg", "0.5", count, 0, **told) for count in (8, 16)]))
 
 
 KNOWN = {
     "config": {"model_args": {"pretrained": "a", "fingerprint": "b"}, "limit": None}, "results": {"piqa": {"acc": 0.5}},
     "configs": {"piqa": {}}, "n-samples": {"piqa": {"original": 5}}, "max_length": 64, "lm_eval_version": "0.4",
+    "chat_template": None, "system_instruction": None, "fewshot_as_multiturn": False,
 }  # fmt: skip
 
 SETTINGS = (
@@ -233,7 +233,7 @@ def _table(folder: Path) -> None:
 
 
 def _allocation(folder: Path) -> None:
-    write_allocation(folder, Allocated([0.5, None], [[0.1], None]))
+    write_allocation(folder, Allocated((0.5, None), ((0.1,), None)))
 
 
 def _outcome(folder: Path) -> None:
@@ -289,8 +289,8 @@ KINDS = {
         "run.yaml", lambda folder: (folder / "run.yaml").write_text(SETTINGS), lambda folder: parse(["--config", str(folder / "run.yaml")])
     ),
     "sweep": Kind("sweep.yaml", lambda folder: (folder / "sweep.yaml").write_text(SWEEP), lambda folder: read_grid(folder / "sweep.yaml")),
-    "run.json": Kind("run.json", _without(lambda folder: write_run(folder, MANIFEST, {"model": "a"})), read_run),
-    "run.json with its checksum": Kind("run.json", lambda folder: write_run(folder, MANIFEST, {"model": "a"}), read_run, checked=True),
+    "run.json": Kind("run.json", _without(lambda folder: write_run(folder, MANIFEST, to_dict(SMALL))), read_run),
+    "run.json with its checksum": Kind("run.json", lambda folder: write_run(folder, MANIFEST, to_dict(SMALL)), read_run, checked=True),
     "report.json": Kind("report.json", _report, _read_report),
     "evaluation.json": Kind("evaluation.json", _evaluation, _read_report),
     "allocation.json": Kind("allocation.json", _allocation, read_allocation),

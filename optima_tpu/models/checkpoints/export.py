@@ -11,11 +11,13 @@
 or to another form of it; see ``forms.py``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import structs
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.exported import Exported
@@ -23,11 +25,11 @@ from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, PackedF
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import INDEX, MASKS, SHAPE
 from optima_tpu.models.checkpoints.source import total_bytes
-from optima_tpu.report.contents import Facts
+from optima_tpu.report.contents import ExportedLayer, ExportForm, NeuronCount, Report, RunFacts, Sidecar
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.licence import CARD
-from optima_tpu.report.model_card import HUB_ID, model_card
-from optima_tpu.report.run_record import Manifest, read_run
+from optima_tpu.report.model_card import HUB_ID, Card, model_card
+from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
@@ -38,14 +40,6 @@ from optima_tpu.runtime.records import encoded, known_record, read_record
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
 """The name of the export in the directory of its run."""
-
-
-class Sidecar(TypedDict):
-    """What is read of optima_tpu.json."""
-
-    manifest: Manifest
-    files: list[str]
-    form: dict[str, Any]
 
 
 class ExportOutcome(NamedTuple):
@@ -64,7 +58,7 @@ def export(
     run_directory: str | Path,
     out: str | Path,
     options: Options = Options(),
-    report: Mapping[str, Any] | None = None,
+    report: RunFacts | None = None,
     form: str = Plain.name,
     say: Callable[[str], object] = lambda text: None,
 ) -> ExportOutcome:
@@ -97,10 +91,10 @@ def export(
         )
     writer, dense = FORMS[form](run, options), total_bytes(run.source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _is_whole(out, run.source.run["manifest"], form == PackedForm.name, _written_as(form, options)):
+        if _is_whole(out, run.source.run.manifest, form == PackedForm.name, _written_as(form, options)):
             say(f"{out} holds this export already, whole by its checksums: nothing is left to do")
             return ExportOutcome(dense, False)
-        remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run["manifest"], own=out.parent == directory))
+        remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run.manifest, own=out.parent == directory))
         refuse_occupied(out, "export to")
         say(
             f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "
@@ -115,25 +109,23 @@ def export(
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
             shards, zeros = writer.write(partial)
-            sidecar = _sidecar(run, zeros)
-            facts = _facts(run_directory) if report is None else report
-            card = model_card(out.name, sidecar, run.assets, facts, writer.library)
+            sidecar = _sidecar(run, zeros, _written_as(form, options))
+            card = model_card(Card(sidecar, run.assets, report or _facts(run_directory), writer.library))
             (partial / CARD).write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
-            sidecar["form"] = _written_as(form, options)
-            sidecar["files"] = sorted({*shards, *([MASKS] if list(run.source.pruned()) else []), *others})
-            (partial / SIDECAR).write_bytes(encoded(sidecar, indent=2))
+            files = sorted({*shards, *([MASKS] if list(run.source.pruned()) else []), *others})
+            (partial / SIDECAR).write_bytes(encoded(structs.replace(sidecar, files=tuple(files)), indent=2))
             writer.finish({SIDECAR, *others})
             write_sums(partial)
     return ExportOutcome(dense, True)
 
 
-def _facts(run_directory: Path) -> Facts:
-    """What the report of a run says on its model; nothing if the run has no report."""
+def _facts(run_directory: Path) -> RunFacts | None:
+    """What the report of a run says on its model; None if the run has no report."""
     if not (run_directory / REPORT).exists():
-        return {}
+        return None
     refuse_changed(run_directory, [REPORT], "repeat the run's command, which writes the file again")
-    return read_record(run_directory / REPORT, Facts)
+    return read_record(run_directory / REPORT, Report)
 
 
 def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
@@ -141,10 +133,10 @@ def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
 
     Reads all of it, to compare the checksums.
     """
-    return _is_whole(as_path(out), read_run(run_directory)["manifest"])
+    return _is_whole(as_path(out), read_run(run_directory).manifest)
 
 
-def _is_whole(out: Path, manifest: Mapping[str, Any], packed: bool = False, form: Mapping[str, Any] | None = None) -> bool:
+def _is_whole(out: Path, manifest: Mapping[str, Any], packed: bool = False, form: ExportForm | None = None) -> bool:
     """Whether a folder holds the whole export of that run, as behind a command that was killed after its last step.
 
     Args:
@@ -154,20 +146,18 @@ def _is_whole(out: Path, manifest: Mapping[str, Any], packed: bool = False, form
     sidecar = known_record(out / SIDECAR, Sidecar) if complete(out) else None
     return (
         sidecar is not None
-        and sidecar["manifest"] == manifest
-        and form in (None, sidecar["form"])
+        and sidecar.manifest == manifest
+        and form in (None, sidecar.form)
         and (out / INDEX).exists() == packed
         and not damage(out)
     )
 
 
-def _written_as(form: str, options: Options) -> dict[str, Any]:
-    """The entry "form" of optima_tpu.json. A packed folder has the plain one's, which it is unpacked to byte for byte."""
-    return {
-        "name": Plain.name if form == PackedForm.name else form,
-        "max_shard_size": byte_count("a shard size", options.max_shard_size),
-        "scan_layers": options.scan_layers,
-    }
+def _written_as(form: str, options: Options) -> ExportForm:
+    """How an export is written. A packed folder has the plain one's, which it is unpacked to byte for byte."""
+    return ExportForm(
+        Plain.name if form == PackedForm.name else form, byte_count("a shard size", options.max_shard_size), options.scan_layers
+    )
 
 
 def _is_damaged_export(out: Path, manifest: Mapping[str, Any], own: bool) -> bool:
@@ -186,7 +176,7 @@ def _is_damaged_export(out: Path, manifest: Mapping[str, Any], own: bool) -> boo
 def _written(out: Path, manifest: Mapping[str, Any]) -> set[str] | None:
     """The files that the export of the run with that manifest wrote to a folder; None if the folder is not such an export."""
     sidecar = known_record(out / SIDECAR, Sidecar)
-    return set(sidecar["files"]) if sidecar and sidecar["manifest"] == manifest else None
+    return set(sidecar.files) if sidecar and sidecar.manifest == manifest else None
 
 
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:
@@ -205,25 +195,19 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
         return {name: np.unpackbits(file[name], axis=1, count=file[name + SHAPE][1]).view(bool) for name in names}
 
 
-def _sidecar(run: Exported, zeros: Mapping[str, int]) -> dict[str, Any]:
-    """Recipe, the neurons that are left, and for each pruned weight its layer report and its zeros counted from the file.
-
-    A matrix that lost columns has none, and its whole shape as "cut_from".
-    """
+def _sidecar(run: Exported, zeros: Mapping[str, int], form: ExportForm) -> Sidecar:
+    """Recipe, the neurons that are left, and the layer report of each pruned weight; no files yet."""
     source, cut = run.source, run.neurons
-    origin = source.run["configuration"].get("model")
-    layers = []
-    for name, count in zeros.items():
-        size = int(np.prod(source.shape(name)))
-        counted = {"name": name, "shape": list(source.shape(name)), "pruned": count, "sparsity": count / size}
-        layers.append(run.report_on(name) | counted)
-    neurons = {}
+
+    def layer(name: str, shape: tuple[int, ...], pruned: int, cut_from: tuple[int, int] | None = None) -> ExportedLayer:
+        counted = {"name": name, "shape": shape, "pruned": pruned, "sparsity": pruned / math.prod(shape)}
+        return ExportedLayer(**structs.asdict(run.report_on(name)) | counted, cut_from=cut_from)
+
+    layers = [layer(name, source.shape(name), count) for name, count in zeros.items()]
     if cut:
-        neurons = {"neurons": {"kept": cut.kept, "total": cut.total}}
-        for name in sorted(cut.whole):
-            shape = list(source.shape(name))
-            counted = {"name": name, "shape": shape, "pruned": 0, "sparsity": 0.0, "cut_from": [shape[0], cut.total]}
-            layers.append(run.report_on(name) | counted)
+        whole = ((name, source.shape(name)) for name in sorted(cut.whole))
+        layers += [layer(name, shape, 0, (shape[0], cut.total)) for name, shape in whole]
     # For a local model only the folder's name, because this file may be published.
-    model = origin if origin is None or HUB_ID.fullmatch(origin) else Path(origin).name
-    return {"model": model, "manifest": source.run["manifest"], **neurons, "layers": layers}
+    origin = source.run.settings.model
+    model = origin if HUB_ID.fullmatch(origin) else Path(origin).name
+    return Sidecar(model, source.run.manifest, NeuronCount(cut.kept, cut.total) if cut else None, tuple(layers), form, ())

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -18,6 +18,7 @@ from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints.neurons import CutNeurons, cut_neurons
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.checkpoints.source import read_config
+from optima_tpu.report.records import LayerReport
 from optima_tpu.report.run_record import read_assets
 
 
@@ -89,7 +90,7 @@ class Exported:
         """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask, recorded count and pattern."""
         pattern = self.patterns.get(name)
         # The recorded count has the zeros of rows that were cut.
-        recorded = 0 if self.neurons and name in self.neurons.parts else self.report_on(name)["pruned"]
+        recorded = 0 if self.neurons and name in self.neurons.parts else self.report_on(name).pruned
         if np.any(~keep & ~zero) or zero.sum() < recorded or not (pattern is None or pattern.holds(zero)):
             raise RuntimeError(f"the zeros of {name} do not match mask and pattern {pattern}")
         return int(zero.sum())
@@ -100,21 +101,21 @@ class Exported:
         Raises:
           UserError: the run did not quantise, so it cannot be exported in this form.
         """
-        recorded = self.source.run["manifest"]["recipe"].get("quantize")
-        cls = CHOICES["quantize"].get(recorded["name"]) if recorded else None
+        recorded = self.source.run.decided.recipe.quantize
+        cls = CHOICES["quantize"].get(recorded.name) if recorded else None
         if recorded is None or cls is None or not self.source.quantized():
             raise UserError(
                 f"expected a run with --quantize int4 or int8 to export as {form}, got {self.directory}, whose weights are no "
                 "integers; prune again with --quantize and another --output, or take --format plain, packed or gguf"
             )
-        quantizer: Quantizer = cls(group=recorded["group"])
+        quantizer: Quantizer = cls(group=recorded.group)
         return quantizer
 
     def architectures(self) -> list[str] | None:
         """The names of the model's class in config.json."""
         return _architectures(self.assets)
 
-    def report_on(self, name: str) -> dict[str, Any]:
+    def report_on(self, name: str) -> LayerReport:
         """The record of the layer that a pruned weight belongs to."""
         return _report_on(name, self.source)
 
@@ -125,25 +126,21 @@ def _architectures(assets: Mapping[str, bytes]) -> list[str] | None:
 
 
 def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
-    recipe = source.run["manifest"]["recipe"]
-    default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
-    foreign = recipe["selector"]["name"] == "imported" or "start" in source.run["manifest"]
-    allocated = source.run["sparsity"]
+    decided, allocated = source.run.decided, source.run.sparsity
+    default, rules = parse_pattern(decided.recipe.pattern), parse_layers(decided.recipe.layers)
+    foreign = decided.recipe.selector.name == "imported" or decided.start is not None
     patterns: dict[str, Pattern] = {}
     for name in source.pruned():
         layer = _report_on(name, source)
-        mine = None if allocated is None else allocated[layer["block"]]
+        mine = None if allocated is None else allocated[layer.block]
         own = default if mine is None else default.at(mine)
-        pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer["name"])
+        pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer.name)
         if pattern is not None and not (foreign and pattern.free):
             patterns[name] = pattern
     return patterns
 
 
-def _report_on(name: str, source: CheckpointTensors) -> dict[str, Any]:
+def _report_on(name: str, source: CheckpointTensors) -> LayerReport:
     return next(
-        layer
-        for block in source.run["blocks"]
-        for layer in block["layers"]
-        if name.endswith(f".{layer['block']}.{layer['name']}.weight")
+        layer for block in source.run.blocks for layer in block.layers if name.endswith(f".{layer.block}.{layer.name}.weight")
     )

@@ -66,7 +66,7 @@ def cut_neurons(source: CheckpointTensors, patterns: Mapping[str, Pattern], laye
         for maker in present.intersection(made):
             firsts = range(0, source.shape(maker)[0], total)  # gate and up may be one matrix, one behind the other
             parts[maker] = TensorPart(np.concatenate([left + first for first in firsts]), 0)
-    if len(names) < len(source.run["blocks"]):
+    if len(names) < len(source.run.blocks):
         kept.add(total)
     if len(kept) > 1:
         return (

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, TypedDict
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
 from optima_tpu.models.checkpoints.stacks import Unstacked
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import RunRecord, read_run, recorded_command
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, reached
@@ -34,7 +35,7 @@ from optima_tpu.runtime.inside import inside, refuse_links
 from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.mesh import spread
 from optima_tpu.runtime.processes import alone, from_first
-from optima_tpu.runtime.records import Share, check_record
+from optima_tpu.runtime.records import Record, Share, check_record, json_values
 
 CHECKPOINT = "checkpoint"
 _ITEMS = "items"
@@ -45,14 +46,14 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 """The beginning of the name of a block's tensor, up to the block's number."""
 
 
-class _PrunedRun(RunRecord):
+class CheckpointedRun(RunRecord, frozen=True):
     """A run, the report of each block, and the sparsity of each, or None where they don't differ."""
 
-    blocks: list[dict[str, Any]]
-    sparsity: list[Share | None] | None
+    blocks: tuple[BlockReport, ...]
+    sparsity: tuple[Share | None, ...] | None
 
 
-class _Metadata(TypedDict):
+class _Metadata(Record, frozen=True):
     """The metadata of RUN/checkpoint.
 
     Attributes:
@@ -60,9 +61,9 @@ class _Metadata(TypedDict):
       stacked: the tensors of the source of which the parts are in the checkpoint, see ``stacks``.
     """
 
-    run: _PrunedRun
-    parts: list[str]
-    stacked: list[str]
+    run: CheckpointedRun
+    parts: tuple[str, ...]
+    stacked: tuple[str, ...]
 
 
 def quiet_orbax() -> None:
@@ -169,7 +170,7 @@ class SavedBlocks(Protocol):
     def directory(self) -> Path: ...
     @property
     def finished(self) -> Collection[int]: ...
-    def report(self, index: int) -> dict[str, Any]: ...
+    def report(self, index: int) -> BlockReport: ...
     def entry(self, index: int) -> Path: ...
 
 
@@ -208,32 +209,33 @@ def write_checkpoint(
         for name, leaf in saved.items():
             if name not in names or (tuple(leaf.shape), leaf.dtype) != (source.shape(name), source.dtype(name)):
                 raise ValueError(f"the source has no {name} {leaf.shape} {leaf.dtype}, which a finished block has")
-        reports = [journal.report(index) for index in sorted(journal.finished)]
-        metadata = {
-            "run": read_run(journal.directory) | {"blocks": reports, "sparsity": sparsity},
-            "parts": [str(entry.relative_to(journal.directory)) for entry in entries],
-            "stacked": sorted(source.stacks) if isinstance(source, Unstacked) else [],
-        }
-        save_tree(partial, {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}, metadata)
+        run, reports = read_run(journal.directory), tuple(journal.report(index) for index in sorted(journal.finished))
+        metadata = _Metadata(
+            CheckpointedRun(run.manifest, run.configuration, reports, None if sparsity is None else tuple(sparsity)),
+            tuple(str(entry.relative_to(journal.directory)) for entry in entries),
+            tuple(sorted(source.stacks)) if isinstance(source, Unstacked) else (),
+        )
+        own = {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}
+        save_tree(partial, own, json_values(metadata))
 
 
 def _opened(path: Path) -> tuple[_Metadata, dict[str, Path]]:
     """The metadata of RUN/checkpoint, and the checkpoints of the blocks that it names, by these names."""
     record = check_record(read_metadata(path).custom_metadata, _Metadata, path)
-    return record, {part: inside(path.parent, part, path) for part in record["parts"]}
+    return record, {part: inside(path.parent, part, path) for part in record.parts}
 
 
 def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
     return {name: leaf for tree in trees.values() for name, leaf in (tree.get(group) or {}).items()}
 
 
-def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
+def checkpointed_blocks(directory: Path) -> tuple[BlockReport, ...] | None:
     """The report of every block in RUN/checkpoint; None if there is no complete checkpoint, or if a part of it is missing."""
     path = directory / CHECKPOINT
     if not complete(path):
         return None
     record, parts = _opened(path)
-    return record["run"]["blocks"] if all(map(complete, parts.values())) else None
+    return record.run.blocks if all(map(complete, parts.values())) else None
 
 
 def checkpoint_damage(directory: Path) -> str:
@@ -362,7 +364,7 @@ class CheckpointTensors(OrbaxTensors):
     """The tensors of a finished run, in RUN/checkpoint and its parts.
 
     Attributes:
-      run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
+      run: its record, and the report and the sparsity of each block.
       stacked: the names of the source's tensors that were taken apart, see ``stacks``.
 
     Raises:
@@ -380,12 +382,12 @@ class CheckpointTensors(OrbaxTensors):
                     "removes the models of its finished cells: repeat the sweep with --keep-checkpoints to make them "
                     "again. If the model was lost otherwise, repeat the run's own command"
                 )
-            command = recorded_command(stopped["configuration"]) or "its command"
+            command = recorded_command(stopped.configuration) or "its command"
             raise UserError(
                 f"expected a finished run, got {directory}, which has no checkpoint yet; to finish it, repeat {command}"
             )
         record, parts = _opened(path)
-        self.run, self.stacked = record["run"], record["stacked"]
+        self.run, self.stacked = record.run, record.stacked
         super().__init__({each: read_metadata(each).metadata for each in (path, *parts.values())})
 
 

@@ -1,10 +1,10 @@
 """What became of a training, and the trained blocks, in the run directory."""
 
 from pathlib import Path
-from typing import Any
 
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Outcome
+from optima_tpu.report.records import BlockReport
 from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.files import remove
 from optima_tpu.runtime.kept import KeptRecord
@@ -55,7 +55,7 @@ class Distilled:
         self._journal = journal
         self.directory, self.finished = journal.directory, journal.finished
 
-    def report(self, index: int) -> dict[str, Any]:
+    def report(self, index: int) -> BlockReport:
         """The report of a block, from its pruning."""
         return self._journal.report(index)
 

@@ -27,6 +27,7 @@ from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import PrunedRun, finish, measuring
+from optima_tpu.report.contents import Report
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Terminal, say
 from optima_tpu.runtime.device_memory import device_budget
@@ -35,7 +36,7 @@ from optima_tpu.runtime.processes import agree, check_signals, fetch, from_first
 from optima_tpu.runtime.version import code_version
 
 
-def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, Any]:
+def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     """Trains a pruned model as ``config`` says, or goes on where the same recovery was stopped.
 
     Returns:
@@ -87,7 +88,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     return finish(opened, functools.partial(recovering, run_config, start), console)
 
 
-def recovering(config: RunConfig, start: Start, keep: Keep) -> dict[str, Any]:
+def recovering(config: RunConfig, start: Start, keep: Keep) -> Report:
     """The stages of a recovery: those of a run, but for the blocks, which it takes from the pruned model."""
     dense = keep(stages.DENSE)
     journal = keep(stages.JOURNAL, dense, None)
@@ -125,11 +126,12 @@ def _take_block(journal: Journal, start: Start, index: int, parameters: dict[str
 
 def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
     """The names of the text to train on and of the text to measure on."""
-    known = {part: start.record.configuration.get(part) or {} for part in ("calibration", "evaluation")}
-    source = config.source or known["calibration"].get("source")
+    settings = start.record.settings
+    source = config.source or (settings.calibration.source if settings else None)
     if source is None:
         raise UserError(f"expected --source with a text to train on, got none, and {config.model} has no record of its text")
-    evaluation = config.evaluation or (None if config.source else known["evaluation"].get("source")) or source
+    measured = settings.evaluation.source if settings and not config.source else None
+    evaluation = config.evaluation or measured or source
     recovery_texts(source, evaluation)
     return source, evaluation
 

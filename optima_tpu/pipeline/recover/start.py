@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,8 +22,10 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import MaskSource, open_masks
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.recover.config import RecoverConfig
-from optima_tpu.report.records import LayerReport
-from optima_tpu.report.run_record import RUN, Manifest, RunRecord
+from optima_tpu.report.contents import Sidecar
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.run_record import RUN, RunRecord
+from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.processes import check_signals, from_first, together
 from optima_tpu.runtime.records import known_record
@@ -39,24 +41,20 @@ class _Record(NamedTuple):
 
     Attributes:
       manifest: of the run that pruned it.
-      configuration: of that run; empty where only the exported folder is left.
+      settings: of that run; None where only the exported folder is left.
       dense: the model that was pruned, as it was typed.
       layers: name of each pruned weight -> the report of its layer.
     """
 
     manifest: Mapping[str, Any] | None = None
-    configuration: Mapping[str, Any] = {}
+    settings: RunSettings | None = None
     dense: str | None = None
-    layers: Mapping[str, Mapping[str, Any]] = {}
+    layers: Mapping[str, LayerReport] = {}
 
-
-class _Sidecar(TypedDict):
-    """What is read of optima_tpu.json."""
-
-    manifest: Manifest
-    model: str | None
-    neurons: NotRequired[dict[str, int]]
-    layers: list[dict[str, Any]]
+    @property
+    def decided(self) -> ManifestEntries | None:
+        """What is read of the manifest on its own."""
+        return None if self.manifest is None else RunRecord(self.manifest, {}).decided
 
 
 class Start(NamedTuple):
@@ -92,8 +90,8 @@ class Start(NamedTuple):
         """
         if self.pattern is not None:
             return RunConfig(dense, recipe=Recipe(self.pattern, Imported(spec, weights=True), None))
-        recipe = dict((self.record.manifest or {})["recipe"])
-        return recorded_run({**recipe, "model": dense, "distill": None})
+        assert self.record.manifest is not None, "a model without a record has a pattern"
+        return recorded_run({**self.record.manifest["recipe"], "model": dense, "distill": None})
 
     def mask(self, index: int, name: str) -> np.ndarray | None:
         """The mask of a parameter of a block, by its name inside the block; None if it was not pruned."""
@@ -101,7 +99,7 @@ class Start(NamedTuple):
         rows, columns = self.decoder.at(index).block_shapes[name] if whole in self.names else (0, 0)
         return self.masks.read(whole, (rows, columns)) if rows else None
 
-    def report(self, index: int, masks: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def report(self, index: int, masks: Mapping[str, np.ndarray]) -> BlockReport:
         """The report of a block, in which errors that nobody measured are not finite.
 
         Args:
@@ -110,7 +108,7 @@ class Start(NamedTuple):
         layers = []
         for name, keep in masks.items():
             rows, pruned = len(keep), int(keep.size - np.count_nonzero(keep))
-            inner, found = name.removesuffix(".weight"), self.record.layers.get(self.decoder.prefix(index) + name, {})
+            inner, found = name.removesuffix(".weight"), self.record.layers.get(self.decoder.prefix(index) + name)
             unknown = LayerReport(
                 index,
                 inner,
@@ -128,8 +126,8 @@ class Start(NamedTuple):
                 0,
                 0,
             )
-            layers.append({**unknown.to_json(), **found, "name": inner})
-        return {"index": index, "seconds": 0.0, "layers": layers}
+            layers.append(found or unknown)
+        return BlockReport(index, 0.0, tuple(layers))
 
 
 def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
@@ -142,9 +140,10 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
     check_signals()
     decoder = pruned.model.decoder
     record = from_first(lambda: _record(config.model, decoder))
-    if integers := ((record.manifest or {}).get("recipe") or {}).get("quantize"):
+    decided = record.decided
+    if decided and decided.recipe.quantize:
         raise UserError(
-            f"expected a model whose weights were not quantised, got one of {integers['name']} in {config.model}: training moves weights "
+            f"expected a model whose weights were not quantised, got one of {decided.recipe.quantize.name} in {config.model}: training moves weights "
             "off their integers; prune again without --quantize"
         )
     spec = config.against or record.dense
@@ -154,15 +153,14 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
             f"expected --against with the dense model{text}, got none, and {config.model} has no record of the model that was pruned"
         )
     # As it was opened to be pruned; without a record, in the dtype of the pruned model.
-    recipe = (record.manifest or {}).get("recipe")
     stored = decoder.tensors.dtype(decoder.root + decoder.family.embedding).name
-    dtype = config.dtype or (recipe.get("dtype") if recipe else stored)
+    dtype = config.dtype or (decided.recipe.dtype if decided else stored)
     dense = _open_dense(spec, mesh, dtype, config)
     check_signals()
     masks = together(lambda: open_masks(str(_of_run(config.model))))
     # Both read in every process: Orbax counts the reads of each, and saves wait for a process that counts others.
     names, pattern = together(lambda: _pruned(decoder, masks, record))
-    expected = None if config.dtype else (record.manifest or {}).get("model")
+    expected = None if config.dtype or decided is None else decided.model
     together(lambda: _check(pruned, dense, expected, names))
     return Start(pruned, dense.model, record, masks, names, pattern)
 
@@ -188,24 +186,23 @@ def _record(spec: str, decoder: Decoder) -> _Record:
     path = _of_run(spec)
     if (path / RUN).is_file():
         run = CheckpointTensors(path).run
-        layers = {
-            f"{decoder.prefix(block['index'])}{layer['name']}.weight": layer
-            for block in run["blocks"]
-            for layer in block["layers"]
-        }
-        return _Record(run["manifest"], run["configuration"], run["configuration"].get("model"), layers)
-    exported = known_record(path / SIDECAR, _Sidecar) if path.is_dir() else None
-    if exported is None or not exported["manifest"].get("recipe"):
+        layers = {f"{decoder.prefix(block.index)}{layer.name}.weight": layer for block in run.blocks for layer in block.layers}
+        return _Record(run.manifest, run.settings, run.settings.model, layers)
+    exported = known_record(path / SIDECAR, Sidecar) if path.is_dir() else None
+    if exported is None:
         return _Record()
-    if exported.get("neurons"):
+    if exported.neurons:
         raise UserError(
             f"expected a model of the dense model's size, got {spec}, an export that is without the neurons that were cut; give the "
             "directory of its run"
         )
     beside = known_record(path.resolve().parent / RUN, RunRecord)
-    known = beside["configuration"] if beside and beside["manifest"] == exported["manifest"] else {}
-    layers = {layer["name"]: layer for layer in exported["layers"]}
-    return _Record(exported["manifest"], known, known.get("model") or exported["model"], layers)
+    settings = beside.settings if beside and beside.manifest == exported.manifest else None
+    layers = {
+        layer.name: layer.named(layer.name.removeprefix(decoder.prefix(layer.block)).removesuffix(".weight"))
+        for layer in exported.layers
+    }
+    return _Record(exported.manifest, settings, settings.model if settings else exported.model, layers)
 
 
 def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[frozenset[str], Pattern | None]:

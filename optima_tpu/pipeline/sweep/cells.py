@@ -8,6 +8,7 @@ from typing import Any, Self
 from optima_tpu.config.choices import CHOICES, default_options
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError
+from optima_tpu.report.contents import cell_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,6 @@ class Cell:
     def directory(self) -> Path:
         """The directory of the cell's run."""
         return self.config.run_directory
-
-
-def cell_name(mask: str, update: str, pattern: str, windows: int, seed: int) -> str:
-    """The name of a cell; needs no configuration."""
-    return f"{mask} + {update}, {pattern}, {windows} windows, seed {seed}"
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig, to_dict
@@ -90,7 +91,7 @@ class Sweep:
         self._chosen = chosen
         self._keep_checkpoints = keep_checkpoints
         self._shared = Shared()
-        self._reports: dict[Cell, Mapping[str, Any]] = {}
+        self._reports: dict[Cell, Report] = {}
         self._failures: dict[Cell, str] = {}
         for cell in grid.cells:
             if cell in chosen or (cell.directory / RUN).exists():
@@ -141,7 +142,7 @@ class Sweep:
         """
         cells = self.grid.cells
         for cell, report in list(self._reports.items()):
-            if "checkpoint" not in report["files"]:
+            if "checkpoint" not in report.files:
                 _remove_heavy(cell.directory)  # if its removal was interrupted
                 if self._keep_checkpoints and cell in self._chosen:
                     say(console, f"{cell}: an earlier sweep removed its pruned model, so the cell runs again")
@@ -192,8 +193,8 @@ class Sweep:
             with contextlib.suppress(UserError):  # a run with other settings or other code: the next start refuses it
                 self._look(cell)
 
-    def _finished_report(self, cell: Cell, config: RunConfig, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
-        """The contents of report.json of a finished cell; None for an unfinished one.
+    def _finished_report(self, cell: Cell, config: RunConfig, manifest: Mapping[str, Any], texts: Texts) -> Report | None:
+        """The report of a finished cell; None for an unfinished one.
 
         Raises:
           UserError: the directory holds a run with other settings, other code, or measured on another text.
@@ -205,29 +206,28 @@ class Sweep:
         report = known_record(directory / REPORT, Report)
         if report is None or faults(directory):
             return None
-        if report["evaluation"].get("digest") != token_digest(texts.evaluation.ids):
+        if report.evaluation.digest != token_digest(texts.evaluation.ids):
             raise UserError(
-                f"{directory} was measured on another text ({report['evaluation']['how']} there, "
+                f"{directory} was measured on another text ({report.evaluation.how} there, "
                 f"{texts.evaluation.how} here); choose another --output"
             )
-        files = report.get("files", {})
         # An export may be requested only now, of a model that was kept before.
-        asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in files
-        unfinished = (asked or "transformers" in files) and not is_export_of(directory, directory / FOLDER)
-        return None if unfinished else dict(report)
+        asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in report.files
+        unfinished = (asked or "transformers" in report.files) and not is_export_of(directory, directory / FOLDER)
+        return None if unfinished else report
 
-    def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
+    def _know(self, cell: Cell, report: Report) -> None:
         self._reports[cell] = report
-        self._shared.learn_dense(cell.config, report["perplexity"]["dense"])
+        self._shared.learn_dense(cell.config, report.perplexity.dense)
 
 
 def _model_key(config: RunConfig) -> tuple:
     return config.model, config.dtype, config.mesh, config.batch
 
 
-def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+def _lighten(directory: Path, report: Report) -> Report:
     """Removes the names of the pruned model's files from the report, then the files."""
-    report = {**report, "files": {"report": report["files"]["report"]}}
+    report = structs.replace(report, files={"report": report.files["report"]})
     with in_turn(directory):
         keep(directory, {REPORT: encoded(report, indent=2)})
     _remove_heavy(directory)

@@ -6,17 +6,19 @@ import io
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from msgspec import structs
 from rich.table import Table
 
 from optima_tpu.errors import UserError
-from optima_tpu.pipeline.sweep.cells import Cell, cell_name
+from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
+from optima_tpu.report.contents import CellResult, Report
 from optima_tpu.report.numbers import number
-from optima_tpu.report.summary import fitted_errors, held_out_errors, of_record
+from optima_tpu.report.summary import mean_errors
 from optima_tpu.runtime.checksums import keep
-from optima_tpu.runtime.records import encoded, known_record
+from optima_tpu.runtime.records import encoded, json_values, known_record
 
 REMEDY = "the cells are intact; make room, or choose another --output"
 """For the message where the tables cannot be written."""
@@ -24,54 +26,6 @@ REMEDY = "the cells are intact; make room, or choose another --output"
 _RESULTS = "results.json"
 _FILES = ("table.md", "table.csv", "table.json", "results.csv", _RESULTS)
 _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
-
-
-@dataclasses.dataclass(frozen=True)
-class CellResult:
-    """The result of one cell. A number is None if the cell is not finished, or if its run has no such number.
-
-    Attributes:
-      mask: label of the mask.
-      update: label of the update.
-      pattern: label of the pattern.
-      windows: number of calibration windows.
-      seed: seed of their draw.
-      state: "missing" if the cell was not run yet.
-      perplexity: perplexity of the pruned model.
-      dense: perplexity of the dense model on the same text.
-      error_before: relative error of a layer's output with the selector's weights, mean over layers.
-      error_after: as ``error_before``, with the final weights.
-      held_out_before: as ``error_before``, on the held-out windows.
-      held_out_after: as ``error_after``, on the held-out windows.
-      seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
-      rows_not_converged: rows that did not meet the solver's own test, all layers together.
-      rows_refused: rows that kept the selector's weights.
-      sparsity: share of the weights of the pruned matrices that are zero.
-      reason: why the cell failed.
-      report: path of its report.json, from the directory of the tables.
-    """
-
-    mask: str
-    update: str
-    pattern: str
-    windows: int
-    seed: int
-    state: Literal["finished", "failed", "missing"] = "missing"
-    perplexity: float | None = None
-    dense: float | None = None
-    error_before: float | None = None
-    error_after: float | None = None
-    held_out_before: float | None = None
-    held_out_after: float | None = None
-    seconds: float | None = None
-    rows_not_converged: int | None = None
-    rows_refused: int | None = None
-    sparsity: float | None = None
-    reason: str | None = None
-    report: str | None = None
-
-    def __str__(self) -> str:
-        return cell_name(self.mask, self.update, self.pattern, self.windows, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,55 +48,52 @@ def missing(cell: Cell) -> CellResult:
 
 def failed(cell: Cell, reason: str) -> CellResult:
     """The result of a cell whose run failed."""
-    return dataclasses.replace(missing(cell), state="failed", reason=reason)
+    return structs.replace(missing(cell), state="failed", reason=reason)
 
 
-def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> CellResult:
+def finished(cell: Cell, report: Report, output: Path) -> CellResult:
     """The result of a finished cell.
 
     Args:
-      report: the contents of its report.json.
       output: directory of the tables.
     """
-    layers = [layer for block in report["blocks"] for layer in block["layers"]]
-    before, after = fitted_errors(layers, of_record)
-    held_out_before, held_out_after = held_out_errors(layers, of_record)
-    return dataclasses.replace(
+    layers = report.layers
+    errors = mean_errors(layers)
+    return structs.replace(
         missing(cell),
         state="finished",
-        perplexity=report["perplexity"]["pruned"],
-        dense=report["perplexity"]["dense"],
-        error_before=before,
-        error_after=after,
-        held_out_before=held_out_before,
-        held_out_after=held_out_after,
-        seconds=sum(block["seconds"] for block in report["blocks"]),
-        rows_not_converged=sum(layer["rows"] - layer["rows_converged"] for layer in layers),
-        rows_refused=sum(layer["rows_refused"] for layer in layers),
-        sparsity=report["sparsity"],
+        perplexity=report.perplexity.pruned,
+        dense=report.perplexity.dense,
+        error_before=errors.before,
+        error_after=errors.after,
+        held_out_before=errors.held_before,
+        held_out_after=errors.held_after,
+        seconds=sum(block.seconds for block in report.blocks),
+        rows_not_converged=sum(layer.rows - layer.rows_converged for layer in layers),
+        rows_refused=sum(layer.rows_refused for layer in layers),
+        sparsity=report.sparsity,
         report=(cell.directory / "report.json").relative_to(output).as_posix(),
     )
 
 
-def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def describe(reports: Sequence[Report]) -> dict[str, str]:
     """The origin of the numbers, in words: model, texts, code, hardware. If reports differ, lists all values."""
 
-    def told(words: Callable[[Mapping[str, Any]], str]) -> str:
+    def told(words: Callable[[Report], str]) -> str:
         return "; ".join(dict.fromkeys(words(report) for report in reports))
 
-    def hardware(report: Mapping[str, Any]) -> str:
-        place = report["environment"]
-        mesh = "x".join(str(size) for size in place["mesh"].values())
-        version = place["packages"]["jax"]
-        return f"{place['devices']} x {place['device']} ({place['platform']}), mesh {mesh}, jax {version}"
+    def hardware(report: Report) -> str:
+        place = report.environment
+        mesh = "x".join(map(str, place.mesh.values()))
+        return f"{place.devices} x {place.device} ({place.platform}), mesh {mesh}, jax {place.packages['jax']}"
 
     if not reports:
         return {}
     return {
-        "model": told(lambda report: f"{report['model']['origin']}, {report['model']['blocks']} blocks"),
-        "calibration": told(lambda report: report["calibration"]["how"]),
-        "evaluation": told(lambda report: f"{report['evaluation']['how']}, {report['evaluation']['tokens']:,} tokens"),
-        "code": told(lambda report: report["manifest"]["code"]),
+        "model": told(lambda report: f"{report.model.origin}, {report.model.blocks} blocks"),
+        "calibration": told(lambda report: report.calibration.how),
+        "evaluation": told(lambda report: f"{report.evaluation.how}, {report.evaluation.tokens:,} tokens"),
+        "code": told(lambda report: report.code),
         "hardware": told(hardware),
     }
 
@@ -242,7 +193,7 @@ def write_tables(grid: CellGrid, results: Sequence[CellResult], header: Mapping[
     table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`CellResult`.
     """
     texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
-    for name, records in (("table", averages(results)), ("results", list(map(dataclasses.asdict, results)))):
+    for name, records in (("table", averages(results)), ("results", [json_values(result) for result in results])):
         texts |= {f"{name}.csv": csv_text(records), f"{name}.json": encoded(records, indent=2).decode()}
     keep(grid.output, {name: text.encode() for name, text in texts.items()}, REMEDY)
     return {name: grid.output / name for name in texts}

@@ -1,0 +1,115 @@
+"""The recorded settings of a run that are read on their own; ``config.parse.recorded_run`` checks all of them."""
+
+from typing import Any
+
+from optima_tpu.config.choices import BY_HELD_OUT
+from optima_tpu.runtime.records import Count, Share, Undeclared
+
+
+class MethodSettings(Undeclared, frozen=True):
+    """A method, by its name or its import path. Options of a method of the user's own have any types."""
+
+    name: str
+
+
+class SolverSettings(MethodSettings, frozen=True):
+    """A solver, and where a row stops."""
+
+    tolerance: Any = None
+
+
+class TargetSettings(MethodSettings, frozen=True):
+    """A target, and the power of the loss's squared gradient by which it weighs tokens."""
+
+    weigh_by_loss: Share = 0.0
+
+
+class QuantizerSettings(MethodSettings, frozen=True):
+    """A quantizer, and how many inputs share a scale; None for all of a row."""
+
+    group: Count | None
+
+
+class TrainingSettings(MethodSettings, frozen=True):
+    """A training, and what it moves."""
+
+    train: str
+
+
+class RecipeSettings(Undeclared, frozen=True, kw_only=True):
+    """The settings that decide the pruned weights, see ``run_config.weights_settings``."""
+
+    dtype: str | None
+    pattern: str
+    layers: str
+    selector: MethodSettings
+    solver: SolverSettings | None
+    accept: MethodSettings
+    target: TargetSettings
+    tuning: MethodSettings
+    quantize: QuantizerSettings | None
+    allocation: MethodSettings
+    distill: TrainingSettings | None
+
+    @property
+    def method(self) -> str:
+        """ "wanda + cg"."""
+        return f"{self.selector.name} + {self.solver.name if self.solver else 'none'}"
+
+    @property
+    def chosen_by_held_out(self) -> list[str]:
+        """The settings for which the held-out tokens made a choice."""
+        chosen = [setting for setting, name in BY_HELD_OUT.items() if getattr(self, setting).name == name]
+        return [
+            setting for setting in chosen if self.solver or setting != "accept"
+        ]  # without a solver there is nothing to accept
+
+
+class CalibrationSettings(Undeclared, frozen=True):
+    """The calibration text, its windows, and how many of them the model wrote."""
+
+    source: str
+    windows: Count
+    length: Count | None
+    written: Count
+
+
+class EvaluationSettings(Undeclared, frozen=True):
+    """The evaluation text; None for the calibration text's source."""
+
+    source: str | None
+
+
+class RunSettings(RecipeSettings, frozen=True, kw_only=True):
+    """The settings of a run, see ``run_config.to_dict``; of a recovery with ``recover``."""
+
+    model: str
+    calibration: CalibrationSettings
+    evaluation: EvaluationSettings
+    recover: dict[str, Any] | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The last part of the model: "org/name" and "wheel:name" are "name"."""
+        return self.model.removeprefix("wheel:").rstrip("/").rpartition("/")[2]
+
+    @property
+    def evaluation_source(self) -> str:
+        """The text that perplexity was measured on."""
+        return self.evaluation.source or self.calibration.source
+
+
+class ManifestEntries(Undeclared, frozen=True):
+    """What decides a run's weights, see ``inputs.manifest_of``.
+
+    Attributes:
+      model: fingerprint of the model that was pruned.
+      recipe: the settings.
+      code: version of the program.
+      start: fingerprint of the pruned model that a recovery started from; None for a run that prunes.
+    """
+
+    model: str
+    recipe: RecipeSettings
+    code: str
+    start: str | None = None
