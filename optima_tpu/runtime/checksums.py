@@ -55,8 +55,7 @@ def keep(folder: Path, files: Mapping[str, bytes], remedy: str = AGAIN) -> None:
         path = folder / name
         with writing(path, remedy):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, data)
-            sums[name] = digest(path) if in_bucket(path) else (len(data), hashlib.sha256(data).hexdigest())
+            sums[name] = write_bytes(path, data)
     with writing(folder / ALL, remedy):
         _write(folder, known(folder) | sums)
 

@@ -328,13 +328,14 @@ def remove_if(folder: Path, holds: Callable[[Path], bool]) -> None:
     remove(aside.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file, or nothing."""
+def write_bytes(path: Path, data: bytes) -> tuple[int, str]:
+    """Writes a whole file, or nothing. Returns what :func:`digest` says of it."""
     if in_bucket(path):
         path.write_bytes(data)
-        return
+        return stored_digest(path)
     with _writing_anew(path) as partial:
         partial.write_bytes(data)
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def files_in(folder: Path) -> Iterator[Path]:

@@ -5,8 +5,8 @@ A file or folder is written whole in one of five ways, on a disk or in a bucket:
     files.write_bytes   a file without a checksum, which people read
     checksums.keep      files with checksums, by one process
     KeptRecord.write    a JSON record with a checksum; every process calls it, and one writes
-    keeping             a folder of a run with checksums, by all processes
-    files.making        a new folder outside of a run, by one process
+    keeping             a folder with checksums, by all processes; it replaces one of its name
+    files.making        a new folder, by one process
 """
 
 import contextlib
