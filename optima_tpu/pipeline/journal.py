@@ -45,7 +45,7 @@ from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations, HiddenStates, held_rows
-from optima_tpu.models.checkpoints.orbax import OrbaxTensors, load_group, read_metadata, save_tree
+from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom, save_tree
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
@@ -65,7 +65,7 @@ from optima_tpu.runtime.files import (
 from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.processes import everywhere, first_only, from_first, is_first, together
-from optima_tpu.runtime.records import Record, check_record, json_values
+from optima_tpu.runtime.records import Record, json_values
 from optima_tpu.runtime.signals import uninterrupted
 
 HIDDEN, DENSE = "hidden_states", "dense_states"
@@ -282,19 +282,21 @@ class Journal:
 
     def weights(self, index: int) -> dict[str, np.ndarray]:
         """The pruned weights of a finished block by HF name."""
-        return self._group(index, "weights")
+        tensors = OrbaxTensors([self.entry(index)])
+        return tensors.load(tensors.names())
 
     def masks(self, index: int) -> dict[str, np.ndarray]:
         """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
-        return self._group(index, "masks")
+        tensors = OrbaxTensors([self.entry(index)])
+        return tensors.masks(tensors.pruned())
 
     def tensors(self) -> OrbaxTensors:
         """The pruned weights of all finished blocks."""
-        return OrbaxTensors({self.entry(index): read_metadata(self.entry(index)).metadata for index in sorted(self.finished)})
+        return OrbaxTensors(self.entry(index) for index in sorted(self.finished))
 
     def report(self, index: int) -> BlockReport:
         """The report of a finished block, as it was saved."""
-        return check_record(read_metadata(self.entry(index)).custom_metadata, _Entry, self.entry(index)).report
+        return read_custom(self.entry(index), _Entry).report
 
     def last_activations(self, mesh: Mesh, before: int, windows: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
         """The last block before ``before`` with undamaged saved hidden states, and these; None if there is no such block."""
@@ -327,9 +329,6 @@ class Journal:
         if not everywhere(bool(found.all())) or values is None:
             return None
         return Activations(mesh, 0, windows, values)
-
-    def _group(self, index: int, group: str) -> dict[str, np.ndarray]:
-        return load_group(self.entry(index), group, read_metadata(self.entry(index)).metadata.get(group) or {})
 
     def entry(self, index: int) -> Path:
         """The Orbax checkpoint of a finished block."""

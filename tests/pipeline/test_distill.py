@@ -123,7 +123,7 @@ def stopped_in_step_6(before: int = 3):
 
 def result(journal: Journal) -> dict[str, np.ndarray]:
     entries = [Distilled(journal).entry(index) for index in sorted(journal.finished)]
-    found = OrbaxTensors({entry: read_metadata(entry).metadata for entry in entries})
+    found = OrbaxTensors(entries)
     return found.load(found.names())
 
 
@@ -320,7 +320,7 @@ def test_spans_of_blocks_come_nearer_to_the_dense_hidden_states_with_masks_held(
             assert (trained[name][~keep] == 0).all() and (trained[name] != before.read(name)).any(), name
     dense = opened(parse(pruned[0]), (4, 2)).decoder
     entries = [Distilled(journal).entry(index) for index in range(3)]
-    after = dataclasses.replace(dense, tensors=OrbaxTensors({entry: read_metadata(entry).metadata for entry in entries}))
+    after = dataclasses.replace(dense, tensors=OrbaxTensors(entries))
     streams = [dense.embed(windows.held_out) for _ in range(2)]
     errors = []
     for index in range(3):

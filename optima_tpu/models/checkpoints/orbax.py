@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -36,6 +36,8 @@ from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.mesh import spread
 from optima_tpu.runtime.processes import alone, from_first
 from optima_tpu.runtime.records import Record, Share, check_record, json_values
+
+T = TypeVar("T")
 
 CHECKPOINT = "checkpoint"
 _ITEMS = "items"
@@ -116,6 +118,11 @@ def read_metadata(path: Path) -> ocp.CheckpointMetadata:
             "command, which writes it again"
         )
     return found
+
+
+def read_custom(path: Path, kind: type[T]) -> T:
+    """The custom metadata of a checkpoint, which are of a declared type. Raises UserError if they are not, or as :func:`read_metadata`."""
+    return check_record(read_metadata(path).custom_metadata, kind, path)
 
 
 def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -205,23 +212,24 @@ def write_checkpoint(
 
     with keeping(final, "all finished blocks are intact; make room and repeat the command") as partial:
         entries = [journal.entry(index) for index in sorted(journal.finished)]
-        saved, names = _leaves({entry: read_metadata(entry).metadata for entry in entries}, "weights"), set(source.names())
-        for name, leaf in saved.items():
-            if name not in names or (tuple(leaf.shape), leaf.dtype) != (source.shape(name), source.dtype(name)):
-                raise ValueError(f"the source has no {name} {leaf.shape} {leaf.dtype}, which a finished block has")
+        saved, names = OrbaxTensors(entries), set(source.names())
+        for name in saved.names():
+            shape, dtype = saved.shape(name), saved.dtype(name)
+            if name not in names or (shape, dtype) != (source.shape(name), source.dtype(name)):
+                raise ValueError(f"the source has no {name} {shape} {dtype}, which a finished block has")
         run, reports = read_run(journal.directory), tuple(journal.report(index) for index in sorted(journal.finished))
         metadata = _Metadata(
             CheckpointedRun(run.manifest, run.configuration, reports, None if sparsity is None else tuple(sparsity)),
             tuple(str(entry.relative_to(journal.directory)) for entry in entries),
             tuple(sorted(source.stacks)) if isinstance(source, Unstacked) else (),
         )
-        own = {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}
+        own = {"weights": {name: placed(name) for name in sorted(names.difference(saved.names()))}}
         save_tree(partial, own, json_values(metadata))
 
 
 def _opened(path: Path) -> tuple[_Metadata, dict[str, Path]]:
     """The metadata of RUN/checkpoint, and the checkpoints of the blocks that it names, by these names."""
-    record = check_record(read_metadata(path).custom_metadata, _Metadata, path)
+    record = read_custom(path, _Metadata)
     return record, {part: inside(path.parent, part, path) for part in record.parts}
 
 
@@ -271,12 +279,15 @@ class OrbaxTensors:
     """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host on demand.
 
     Args:
-      trees: each checkpoint -> the tree that ``read_metadata`` says is in it: groups "weights", "masks" and "scales" by name.
+      paths: the checkpoints, each with groups "weights", "masks" and "scales" by name.
+
+    Raises:
+      UserError: as :func:`read_metadata`.
     """
 
-    def __init__(self, trees: Mapping[Path, Mapping[str, Any]]):
-        self._trees = trees
-        self._found = {group: _leaves(trees, group) for group in ("weights", "masks", "scales")}
+    def __init__(self, paths: Iterable[Path]):
+        self._trees = {path: read_metadata(path).metadata for path in paths}
+        self._found = {group: _leaves(self._trees, group) for group in ("weights", "masks", "scales")}
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
         self._left: Mapping[str, TensorPart] = {}
 
@@ -388,7 +399,7 @@ class CheckpointTensors(OrbaxTensors):
             )
         record, parts = _opened(path)
         self.run, self.stacked = record.run, record.stacked
-        super().__init__({each: read_metadata(each).metadata for each in (path, *parts.values())})
+        super().__init__((path, *parts.values()))
 
 
 def block_of(name: str) -> str:

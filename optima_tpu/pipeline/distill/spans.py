@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from optima_tpu.models.activations import Activations
-from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_metadata
+from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Trainer
 from optima_tpu.pipeline.distill.model import TrainedBlocks
@@ -26,7 +26,7 @@ from optima_tpu.report.numbers import percent
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.processes import from_first
-from optima_tpu.runtime.records import Record, check_record, json_values
+from optima_tpu.runtime.records import Record, json_values
 
 
 class _SavedSpan(Record, frozen=True):
@@ -66,7 +66,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
             progress.skip(1 + method.steps + len(method.check_steps()))
         # From what was saved, and so rounded, in every start of the run.
         saved = {Distilled(journal).entry(index) for index in span}
-        after = dataclasses.replace(dense, tensors=OrbaxTensors({entry: read_metadata(entry).metadata for entry in saved}))
+        after = dataclasses.replace(dense, tensors=OrbaxTensors(saved))
         _through(after, span, training.entering, held_out.entering)
         progress.advance()
     progress.note("the model as it was pruned reads the held-out text, for a comparison with the trained one")
@@ -125,7 +125,7 @@ def _trained(journal: Journal, spans: Sequence[range]) -> list[_SavedSpan]:
         entries = [Distilled(journal).entry(index) for index in span]
         if any(damage(entry) for entry in entries):
             break
-        found.append(check_record(read_metadata(entries[0]).custom_metadata, _SavedSpan, entries[0]))
+        found.append(read_custom(entries[0], _SavedSpan))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from optima_tpu.models.checkpoints.orbax import load_group, read_metadata, save_tree
+from optima_tpu.models.checkpoints.orbax import load_group, read_custom, read_metadata, save_tree
 from optima_tpu.pipeline.distill.blocks import TrainedBlock, Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks, on_host
 from optima_tpu.pipeline.distill.outcome import REMEDY, Distilled
@@ -18,7 +18,7 @@ from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.files import remove
 from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import Count, Record, check_record, json_values
+from optima_tpu.runtime.records import Count, Record, json_values
 from optima_tpu.runtime.signals import uninterrupted
 
 
@@ -101,7 +101,7 @@ class States:
         def read() -> State | None:
             saved = sorted(self.folder.glob(f"{self._prefix}step_???????")) if self.folder.is_dir() else []
             whole = [path for path in saved if not damage(path)]
-            return check_record(read_metadata(whole[-1]).custom_metadata, State, whole[-1]) if whole else None
+            return read_custom(whole[-1], State) if whole else None
 
         if found := from_first(read):
             path = self.path(found.step)
