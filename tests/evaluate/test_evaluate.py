@@ -141,28 +141,9 @@ def evaluated(finished, tasks, text, tmp_path_factory):
     line."""
     out, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert (
-            main(
-                [
-                    str(finished.directory),
-                    "--against",
-                    str(finished.model),
-                    "--mesh",
-                    "4x2",
-                    "--perplexity",
-                    f"file:{text}",
-                    "--length",
-                    "64",
-                    "--tasks",
-                    "tiny_group,tiny_rolling",
-                    "--include_path",
-                    str(tasks),
-                    "--output",
-                    str(out),
-                ]
-            )
-            == 0
-        )
+        words = [str(finished.directory), "--against", str(finished.model), "--mesh", "4x2", "--perplexity", f"file:{text}"]
+        words += ["--length", "64", "--tasks", "tiny_group,tiny_rolling", "--include_path", str(tasks), "--output", str(out)]
+        assert main(words) == 0
     record, harness = (json.loads((out / name).read_text()) for name in ("evaluation.json", "lm_eval.json"))
     return record, harness, printed.getvalue(), out
 
@@ -229,26 +210,9 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
     measured = []
     for number, (model, mesh) in enumerate(forms):
         out = tmp_path / str(number)
-        assert (
-            main(
-                [
-                    str(model),
-                    "--mesh",
-                    mesh,
-                    "--perplexity",
-                    f"file:{text}",
-                    "--length",
-                    "64",
-                    "--tasks",
-                    "tiny_choice",
-                    "--include_path",
-                    str(tasks),
-                    "--output",
-                    str(out),
-                ]
-            )
-            == 0
-        )
+        words = [str(model), "--mesh", mesh, "--perplexity", f"file:{text}", "--length", "64", "--tasks", "tiny_choice"]
+        words += ["--include_path", str(tasks), "--output", str(out)]
+        assert main(words) == 0
         record = json.loads((out / "evaluation.json").read_text())
         assert record["tasks"]["tiny_choice"]["metrics"]["acc"] == expected["tasks"]["tiny_group"]["metrics"]["acc"]
         assert record["perplexity"][f"file:{text}"]["perplexity"] == pytest.approx(
@@ -260,20 +224,9 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
 
 def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evaluated, finished, tasks, tmp_path, capsys):
     def again(*arguments):
-        return main(
-            [
-                str(finished.directory / "hf"),
-                "--against",
-                str(finished.model),
-                "--tasks",
-                "tiny_group,tiny_rolling",
-                "--include_path",
-                str(tasks),
-                "--output",
-                str(tmp_path / "out"),
-                *arguments,
-            ]
-        )
+        words = [str(finished.directory / "hf"), "--against", str(finished.model), "--tasks", "tiny_group,tiny_rolling"]
+        words += ["--include_path", str(tasks), "--output", str(tmp_path / "out"), *arguments]
+        return main(words)
 
     earlier = evaluated[3]
     assert again("--against_results", str(earlier)) == 0
@@ -321,17 +274,8 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
 
 
 def test_an_evaluation_replaces_the_results_of_an_earlier_one_and_another_s_only_by_force(finished, text, tmp_path, capsys):
-    words = [
-        str(finished.directory),
-        "--perplexity",
-        f"file:{text}",
-        "--length",
-        "64",
-        "--windows",
-        "1",
-        "--output",
-        str(tmp_path),
-    ]
+    words = [str(finished.directory), "--perplexity", f"file:{text}", "--length", "64", "--windows", "1"]
+    words += ["--output", str(tmp_path)]
     for name in ("lm_eval.json", "lm_eval_against.json"):
         (tmp_path / name).write_text("{}")
     before = snapshot(tmp_path)
@@ -479,24 +423,9 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
     )
     (tmp_path / "data").mkdir()
     shutil.copy(tasks / "choice.jsonl", tmp_path / "data" / "validation.jsonl")
-    assert (
-        main(
-            [
-                str(finished.directory),
-                "--tasks",
-                "far",
-                "--include_path",
-                str(yaml.parent),
-                "--data",
-                f"far={tmp_path / 'data'}",
-                "--limit",
-                "7",
-                "--output",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
+    words = [str(finished.directory), "--tasks", "far", "--include_path", str(yaml.parent), "--data", f"far={tmp_path / 'data'}"]
+    words += ["--limit", "7", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert record["tasks"]["far"]["documents"] == 7
 
@@ -736,30 +665,9 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
     """The first one reads texts and tasks and prints; both compute. What is wrong ends both, and is said once."""
 
     def run(tested):
-        command = [
-            "-m",
-            "optima_tpu.evaluate",
-            str(finished.directory),
-            "--perplexity",
-            f"file:{text}",
-            "--length",
-            "64",
-            "--tasks",
-            tested,
-            "--include_path",
-            str(tasks),
-            "--output",
-            str(tmp_path / "out"),
-            "--cpu-devices",
-            "4",
-            "--mesh",
-            "4x2",
-            "--coordinator",
-            f"localhost:{free_port()}",
-            "--num-processes",
-            "2",
-            "--process-id",
-        ]
+        command = ["-m", "optima_tpu.evaluate", str(finished.directory), "--perplexity", f"file:{text}", "--length", "64"]
+        command += ["--tasks", tested, "--include_path", str(tasks), "--output", str(tmp_path / "out"), "--cpu-devices", "4"]
+        command += ["--mesh", "4x2", "--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
         return at_once([*command, number] for number in range(2))
 
     (first, printed, _), (second, other, _) = run("tiny_group,tiny_rolling")

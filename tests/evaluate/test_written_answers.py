@@ -199,18 +199,8 @@ def quiet():
 def test_gsm8k_is_scored_offline_as_by_the_harness_for_both_models(school, reference, tmp_path):
     pruned, dense, data = school
     printed = io.StringIO()
-    words = [
-        "--tasks",
-        "gsm8k",
-        "--data",
-        f"gsm8k={data}",
-        "--include_path",
-        str(TASKS / "gsm8k"),
-        "--fewshot",
-        "2",
-        "--mesh",
-        "4x2",
-    ]
+    words = ["--tasks", "gsm8k", "--data", f"gsm8k={data}", "--include_path", str(TASKS / "gsm8k"), "--fewshot", "2"]
+    words += ["--mesh", "4x2"]
     words += ["--apply_chat_template", "true", "--system_instruction", ASKING.system, "--gen_kwargs", ASKING.generation]
     with contextlib.redirect_stdout(printed):
         assert main([str(pruned), "--against", str(dense), *words, "--output", str(tmp_path / "out")]) == 0

@@ -326,21 +326,8 @@ def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys, name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, data)
 
-    command = [
-        "--model",
-        str(model),
-        "--mesh",
-        "4x2",
-        *SMALL,
-        "--selector",
-        "magnitude",
-        "--solver",
-        "null",
-        "--allocation",
-        "owl",
-        "--output",
-        str(tmp_path / "run"),
-    ]
+    command = ["--model", str(model), "--mesh", "4x2", *SMALL, "--selector", "magnitude", "--solver", "null"]
+    command += ["--allocation", "owl", "--output", str(tmp_path / "run")]
     monkeypatch.setattr(Path, "write_bytes", full)
     assert main(command) == 2
     said = only_error(capsys.readouterr().err)

@@ -124,18 +124,8 @@ def test_a_selector_of_ones_own_prunes_and_is_named(lab, capsys):
 
 
 def test_solver_target_and_pattern_of_ones_own(lab):
-    methods = [
-        "--preset",
-        "fast",
-        "--solver",
-        "my_lab.methods:Lazy",
-        "--solver.damping",
-        "0.1",
-        "--solver.steps",
-        "8",
-        "--target",
-        "my_lab.methods:Far",
-    ]
+    methods = ["--preset", "fast", "--solver", "my_lab.methods:Lazy", "--solver.damping", "0.1", "--solver.steps", "8"]
+    methods += ["--target", "my_lab.methods:Far"]
     assert launch(*methods, "--recapture", "true", "--pattern", "my_lab.methods:Comb?every=3", "--output", "all") == 0
     manifest = json.loads((lab / "all" / "run.json").read_text())["manifest"]
     assert manifest["recipe"]["solver"] == {"name": "my_lab.methods:Lazy", "damping": 0.1, "steps": 8}

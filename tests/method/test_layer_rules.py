@@ -124,26 +124,9 @@ def test_a_pattern_that_does_not_fit_is_refused_before_the_texts_are_read(tmp_pa
 def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
     model = tiny_folder(tmp_path / "model")
     rules = "self_attn.*=dense,mlp.down_proj=0.25,model.layers.2.*=dense"
-    assert (
-        main(
-            [
-                "--model",
-                str(model),
-                "--output",
-                str(tmp_path / "run"),
-                "--preset",
-                "fast",
-                "--pattern",
-                "2:4@3",
-                "--layers",
-                rules,
-                "--mesh",
-                "4x2",
-                *SMALL,
-            ]
-        )
-        == 0
-    )
+    words = ["--model", str(model), "--output", str(tmp_path / "run"), "--preset", "fast", "--pattern", "2:4@3"]
+    words += ["--layers", rules, "--mesh", "4x2", *SMALL]
+    assert main(words) == 0
     before, after = folder_tensors(model), folder_tensors(tmp_path / "run" / "hf")
     masks = read_masks(tmp_path / "run" / "hf")
     pruned = {f"model.layers.{index}.mlp.{name}_proj.weight" for index in (0, 1) for name in ("gate", "up", "down")}

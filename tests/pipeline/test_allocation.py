@@ -151,23 +151,8 @@ def test_layers_with_a_rule_are_left_out():
 
 def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
     model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
-    command = [
-        "--model",
-        str(model),
-        "--output",
-        str(output),
-        "--pattern",
-        "0.6/row",
-        "--allocation",
-        "measured",
-        "--solver",
-        "null",
-        "--layers",
-        "self_attn.*=dense",
-        "--mesh",
-        "4x2",
-        *SMALL,
-    ]
+    command = ["--model", str(model), "--output", str(output), "--pattern", "0.6/row", "--allocation", "measured"]
+    command += ["--solver", "null", "--layers", "self_attn.*=dense", "--mesh", "4x2", *SMALL]
     assert main(command) == 0
     report = json.loads((output / "report.json").read_text())
     layers = [layer for block in report["blocks"] for layer in block["layers"]]

@@ -570,18 +570,8 @@ def test_counted_products_and_memory_agree_with_the_compiler():
 def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
     folder, file = config_folder(tmp_path), tmp_path / "plan.json"
-    arguments = [
-        "--model",
-        folder,
-        "--topology",
-        "v5e:4x2",
-        "--mesh",
-        "2x4",
-        "--preset",
-        "fast",
-        "--calibration.source",
-        "random",
-    ]
+    arguments = ["--model", folder, "--topology", "v5e:4x2", "--mesh", "2x4", "--preset", "fast"]
+    arguments += ["--calibration.source", "random"]
     assert main([*arguments, "--json", str(file)]) == 0
     printed, plan = capsys.readouterr().out, json.loads(file.read_text())
     assert "no --calibration.length was given: windows of 128 tokens, the model's context\n" in printed

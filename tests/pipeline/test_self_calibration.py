@@ -144,22 +144,9 @@ def test_another_spelling_is_refused(text):
 def test_no_model_is_scored_on_what_it_says_itself(tmp_path, capsys, monkeypatch, evaluation):
     monkeypatch.setattr(self_calibration, "generate", None)
     folder = tiny_folder(tmp_path / "model")
-    assert (
-        main(
-            [
-                "--model",
-                str(folder),
-                "--calibration.source",
-                "self",
-                "--calibration.length",
-                "16",
-                *evaluation,
-                "--output",
-                str(tmp_path / "run"),
-            ]
-        )
-        == 2
-    )
+    words = ["--model", str(folder), "--calibration.source", "self", "--calibration.length", "16", *evaluation]
+    words += ["--output", str(tmp_path / "run")]
+    assert main(words) == 2
     assert "give --evaluation.source" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 

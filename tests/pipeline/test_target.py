@@ -642,26 +642,9 @@ def test_the_plan_counts_both_streams(tmp_path):
 
 
 def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
-    config = parse(
-        [
-            "--preset",
-            "fast",
-            "--target",
-            "dense",
-            "--target.alpha",
-            "0.5",
-            "--recapture",
-            "true",
-            "--tuning",
-            "grid",
-            "--tuning.damping",
-            "[0.01,0.1]",
-            "--tuning.alpha",
-            "[]",
-            "--accept",
-            "held_out",
-        ]
-    )
+    command = ["--preset", "fast", "--target", "dense", "--target.alpha", "0.5", "--recapture", "true", "--tuning", "grid"]
+    command += ["--tuning.damping", "[0.01,0.1]", "--tuning.alpha", "[]", "--accept", "held_out"]
+    config = parse(command)
     assert (config.recipe.target, config.recipe.recapture, config.recipe.tuning, config.recipe.accept) == (
         DenseTarget(0.5),
         True,
