@@ -152,7 +152,7 @@ def _beyond_pruning(report: Report) -> str | None:
     if report.training:
         what = f"was trained on {report.training.tokens:,} tokens after it was pruned"
     elif recovered := report.settings.recover:
-        return f"The weights are those of {recovered['model']}: training lowered no loss on held-out text."
+        return f"The weights are those of {recovered.model}: training lowered no loss on held-out text."
     elif report.settings.quantize:
         what = "was quantised as well as pruned" if report.sparsity else "was quantised and not pruned"
     else:

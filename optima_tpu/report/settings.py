@@ -80,13 +80,19 @@ class EvaluationSettings(Undeclared, frozen=True):
     source: str | None
 
 
+class RecoverySettings(Undeclared, frozen=True):
+    """The settings of a recovery: the pruned model that it began from."""
+
+    model: str
+
+
 class RunSettings(RecipeSettings, frozen=True, kw_only=True):
     """The settings of a run, see ``run_config.to_dict``; of a recovery with ``recover``."""
 
     model: str
     calibration: CalibrationSettings
     evaluation: EvaluationSettings
-    recover: dict[str, Any] | None = None
+    recover: RecoverySettings | None = None
 
     @property
     def model_name(self) -> str:

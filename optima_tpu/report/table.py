@@ -51,17 +51,18 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
     Args:
       directory: current path of the run.
     """
+    blocks, layers, settings = report.blocks, report.layers, report.settings
     # People open the page, report.html, which the command names when it is drawn.
     files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.files).items()}
     strange, notes = meaningless_lines(report), list[str]()
-    if recovered := report.settings.recover:
+    if settings.recover:
         where = "its own report has the layers, and what was unusual in them"
         lines = [
-            f"from        {recovered['model']}: {where if measured(report.layers) else 'nobody measured the errors of its layers'}"
+            f"from        {settings.recover.model}: {where if measured(layers) else 'nobody measured the errors of its layers'}"
         ]
     else:
-        lines, notes = _layer_lines(console, report), traded_lines(report.blocks)
-        strange += unusual_lines(report.blocks, report.settings)
+        lines, notes = _layer_lines(console, report), traded_lines(blocks)
+        strange += unusual_lines(blocks, settings)
     lines += ["", *(plain(fact.line) for fact in facts(report))]
     lines += labelled("unusual", strange or ["nothing"]) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2

@@ -26,7 +26,7 @@ from optima_tpu.report.run_files import FILES
 from optima_tpu.report.runs import read_report, read_runs
 from optima_tpu.runtime.records import encoded
 from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  (a fixture)
-from tests.support.fake_reports import ENTRIES, layer, layers, report_of, write_run
+from tests.support.fake_reports import ENTRIES, TEXT, layer, layers, report_of, write_run
 from tests.support.records import put
 
 
@@ -56,7 +56,7 @@ def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first()
     (line,) = table.unusual_lines(blocks, report_of(()).settings)
     for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--accept held_out"):
         assert words in line
-    held_out = to_dict(dataclasses.replace(EMBEDDED, accept=HeldOut()))
+    held_out = to_dict(EMBEDDED.changed(accept=HeldOut()))
     (line,) = table.unusual_lines(blocks, report_of((), configuration=held_out).settings)
     assert "--accept" not in line and "--calibration.windows" in line
     assert table.traded_lines(blocks) == []
@@ -102,10 +102,13 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
 
 def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp_path):
     """It cannot mend the layers: --accept held_out is no setting of it."""
-    report = read_report(str(worse_run(tmp_path / "run")))
-    trained = Outcome((Check(0, 0.5), Check(4, 0.4)), 4, 512, seconds=7.0, perplexity_before=3.5)
-    settings = report.configuration | {"recover": {"model": "runs/pruned"}}
-    text = printed(structs.replace(report, distillation=trained, configuration=settings))
+    checks = (Check(0, 0.5), Check(4, 0.4))
+    report = structs.replace(
+        read_report(str(worse_run(tmp_path / "run"))),
+        distillation=Outcome(checks, 4, 512, 3.5, 7.0),
+        configuration=to_dict(EMBEDDED) | {"recover": {"model": "runs/pruned"}},
+    )
+    text = printed(report)
     assert text.startswith("from        runs/pruned: its own report has the layers") and "unusual     nothing" in text
     assert "perplexity  dense 2.000, pruned 3.500, trained 3.000, " in text
     assert "(20.0% less); 4 steps on 512 tokens in 7 s\n" in text
@@ -114,10 +117,9 @@ def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp
 
 @pytest.mark.parametrize("calibration, evaluation", [(2.0, 3.0), (2.0, 300.0), (900.0, 300.0)])
 def test_the_label_of_what_is_unusual_stands_once(tmp_path, calibration, evaluation):
-    report = read_report(str(worse_run(tmp_path / "run")))
     texts = {"calibration": calibration, "evaluation": evaluation}
-    changed = {name: structs.replace(getattr(report, name), unigram_perplexity=value) for name, value in texts.items()}
-    lines = printed(structs.replace(report, **changed)).splitlines()
+    changes = {name: structs.replace(TEXT, unigram_perplexity=value) for name, value in texts.items()}
+    lines = printed(structs.replace(read_report(str(worse_run(tmp_path / "run"))), **changes)).splitlines()
     assert sum(line.startswith("unusual ") for line in lines) == 1
     assert sum("hardly more than one token" in line for line in lines) == (calibration < 4) + (evaluation < 4)
 
@@ -179,7 +181,7 @@ def test_a_source_of_fewer_bytes_than_its_weights_is_said(tmp_path, unplotted): 
 
 
 def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unplotted):  # noqa: F811
-    settings = to_dict(dataclasses.replace(EMBEDDED, quantize=Int4()))
+    settings = to_dict(EMBEDDED.changed(quantize=Int4()))
     text = printed(with_sizes(write_run(tmp_path / "run"), configuration=settings))
     assert "optima export --format compressed-tensors stores the integers" in text and "--packed" not in text
 

@@ -110,9 +110,8 @@ def test_trained_and_quantised_models_are_not_compared():
     quantised = {"settings": {"quantize": {"name": "int4", "group": None}}}
     assert "was quantised and not pruned, so published" in result(reported(**quantised, sparsity=0.0))
     assert "was quantised as well as pruned, so" in result(reported(**quantised))
-    checks = (Check(0, 0.5), Check(3, 0.4))
-    trained = Outcome(checks, 3, 5_000)
+    trained = Outcome((Check(0, 0.5), Check(3, 0.4)), 3, 5_000)
     assert "was trained on 5,000 tokens after it was pruned, so" in result(reported(distillation=trained))
-    refused = reported(distillation=Outcome(checks, 0, 5_000), settings={"recover": {"model": "runs/x"}})
-    said = result(refused)
+    refused = Outcome((Check(0, 0.5), Check(3, 0.6)), 0, 5_000)
+    said = result(reported(distillation=refused, settings={"recover": {"model": "runs/x"}}))
     assert said.endswith("The weights are those of runs/x: training lowered no loss on held-out text.") and "ublished" not in said

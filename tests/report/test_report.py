@@ -1,6 +1,5 @@
 """What is told is what happened."""
 
-import dataclasses
 import io
 import json
 import math
@@ -417,7 +416,7 @@ def test_an_exception_passes_and_leaves_the_terminal_usable(clock):
 def printed(blocks, solver="cg", width=80, **changes) -> str:
     out = Console(file=io.StringIO(), width=width)
     changes = {
-        "configuration": to_dict(dataclasses.replace(EMBEDDED, solver=CHOICES["solver"][solver]() if solver else None)),
+        "configuration": to_dict(EMBEDDED.changed(solver=CHOICES["solver"][solver]() if solver else None)),
         "perplexity": Perplexities(29.187, 48.351),
         "evaluation": structs.replace(TEXT, how="pydoc, 40 windows of 512"),
         "files": {"report": "elsewhere/report.json"},
