@@ -243,10 +243,7 @@ def _has_seen(calibration: str, text: data.Source) -> bool:
         except UserError:  # the calibration data set is not on this machine, so it cannot be the text to measure on
             return False
 
-    try:
-        return any(map(seen, data.texts_of(data.parse_source(calibration))))
-    except UserError:  # named by another version
-        return False
+    return any(map(seen, data.texts_of(data.parse_source(calibration))))
 
 
 def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:
