@@ -30,6 +30,7 @@ import difflib
 import functools
 import json
 import re
+import shlex
 import shutil
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -175,7 +176,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:
-        raise UserError(_refusal(error, kinds(chosen))) from None
+        raise UserError(_refusal(error, kinds(chosen), parser, argv)) from None
     return _build(namespace, chosen)
 
 
@@ -266,7 +267,7 @@ def parse_command(
     try:
         parsed = parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(_refusal(error, types)) from None
+        raise UserError(_refusal(error, types, parser, argv)) from None
     refuse_beyond({name: parsed[name] for name in types if name != "model"})
     for setting, method in methods.items():
         chosen_options = {name: parsed[f"{setting}.{name}"] for name in options_of(method) if f"{setting}.{name}" in types}
@@ -489,23 +490,40 @@ def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
         raise UserError(f"there is no setting {dashes}{name}; {hint}")
 
 
-def _refusal(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
-    """The message of an argparse or jsonargparse error, in one line.
+def _refusal(
+    error: argparse.ArgumentError,
+    types: Mapping[str, Any] = MappingProxyType({}),
+    parser: argparse.ArgumentParser | None = None,
+    argv: Sequence[str] = (),
+) -> str:
+    """The message of an argparse or jsonargparse error, in one line, with the default as an example of a value.
 
     The error has no other trace of the setting and its value than its text. Where another version words it otherwise, the text
     itself is the message.
+
+    Args:
+      types: of the settings that ``parser`` has.
+      argv: the command line; a setting that it does not name comes from a file.
     """
     message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
     match = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-    if not match or not types:
+    if not match or not parser:
         return " ".join(message.replace(".name:", ":").split())
-    names = [str(name) for kind in alternatives(types[match[1]]) for name in typing.get_args(kind)]
-    words = [
-        ", ".join(map(str, typing.get_args(kind)))
-        if typing.get_origin(kind) is Literal
-        else "numbers in brackets such as [1, 2]"
-        if typing.get_origin(kind) is tuple
-        else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")
-        for kind in alternatives(types[match[1]])
-    ]
-    return f"expected {match[1]} to be {' or '.join(words)}, got {match[2] or 'nothing'}{did_you_mean(match[2], names)}"
+    name, value = match[1], match[2]
+    kinds_of_value = alternatives(types[name])
+    words, examples = zip(*map(_words_and_example, kinds_of_value))
+    default = next(action.default for action in parser._actions if action.dest == name)
+    example = words_of({name: examples[0] if default is None else default})
+    typed = shlex.join(example) if name in _options(argv) else f"{name}: {example[1]}"
+    near = did_you_mean(value, [str(each) for kind in kinds_of_value for each in typing.get_args(kind)])
+    return f"expected {name} to be {' or '.join(words)}, got {value or 'nothing'}{near or f'; as in {typed}'}"
+
+
+def _words_and_example(kind: Any) -> tuple[str, Any]:
+    """What values of a type are called, and one of them."""
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(map(str, typing.get_args(kind))), typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        return "numbers in brackets such as [1, 2]", [1, 2]
+    plain = {int: ("a whole number", 8), float: ("a number", 0.5), bool: ("true or false", True), str: ("text", "TEXT")}
+    return plain.get(kind, ("null", None))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,26 @@ def refusal(*argv: str) -> str:
 )
 def test_a_setting_without_a_value_is_refused(file, text, said):
     assert f"expected a value for {said}, got none" in refusal("--config", file(text))
+
+
+@pytest.mark.parametrize(
+    "argv, example",
+    [
+        (["--calibration.windows", "many"], "--calibration.windows 32"),
+        (["--calibration.samples=many"], "--calibration.windows 32"),
+        (["--export", "maybe"], "--export true"),
+        (["--device_memory", "much"], "--device_memory 0.5"),
+        (["--dtype", "double"], "--dtype float32"),
+        (["--solver", "adam", "--solver.learning_rates", "fast"], "--solver.learning_rates '[0.01, 0.001, 0.0001, 1e-05]'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_an_example(argv, example):
+    assert refusal(*argv).endswith(f"; as in {example}")
+    parse([*argv[:-2], *shlex.split(example)])
+
+
+def test_an_example_for_a_file_is_a_line_of_a_file(file):
+    assert refusal("--config", file("batch: many")).endswith("got many; as in batch: 4")
 
 
 def test_who_names_no_method_gets_the_best_preset(file):

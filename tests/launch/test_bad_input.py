@@ -102,7 +102,10 @@ def refused(tmp_path, capfd):
             "expected solver to be one of cg, mpax, exact, adam, null, or the import path of your own, such as my_lab.masks:Solver, got 'gurobi'",
         ),
         (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
-        (["--batch", "many"], "expected batch to be a whole number, got many"),
+        (
+            ["--calibration.windows", "many"],
+            "expected calibration.windows to be a whole number, got many; as in --calibration.windows ",
+        ),
         (["--batch"], "batch"),
         (["--dtype", "int8"], "expected dtype to be"),
         (["--config", "/dev/zero"], "expected a file, but /dev/zero is a pipe, a socket or a device"),
