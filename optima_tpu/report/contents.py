@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
 from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.records import Block, Count, Positive, Record, Share, Size, check_record, within
 
@@ -347,7 +347,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
     neurons: CutCount | None
     weighed_layers: tuple[str, ...]
     unusual: dict[str, dict[str, Any]]
-    layer_kinds: tuple[dict[str, Any], ...]
+    layer_kinds: tuple[LayerKind, ...]
     seconds: dict[str, float]
     memory: MemoryPeaks
     sizes: FileSizes

@@ -91,7 +91,7 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         weights=weights,
         pruned=pruned,
         unusual=unusual(blocks) | {"worse_on_held_out": worsened(blocks)},
-        layer_kinds=tuple(kind._asdict() for kind in by_kind(blocks)),
+        layer_kinds=by_kind(blocks),
         blocks=tuple(blocks),
     )
     data = encoded(report, indent=2)

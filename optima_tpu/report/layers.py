@@ -10,11 +10,10 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.records import LayerReport
+from optima_tpu.report.records import LayerKind, LayerReport
 from optima_tpu.report.results import aims_at_dense, unusual_count
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.summary import (
-    LayerKind,
     by_kind,
     exchanged,
     gap_meaning,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
 from optima_tpu.report.settings import RecipeSettings
 
 FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
@@ -17,41 +17,6 @@ RISE = 0.01
 """A smaller relative rise of an error on held-out text counts as noise."""
 
 _CHOSEN = {"tuning": "the tuning", "accept": "the acceptance", "allocation": "the sparsities"}
-
-
-class LayerKind(NamedTuple):
-    """All layers of one kind.
-
-    Attributes:
-      name: "self_attn.q_proj", for experts "mlp.experts.*.up_proj".
-      layers: number of layers: one for each block, or one for each expert of each block.
-      error_before: mean error of the selector's weights, over layers that calibration tokens reached; None if it is not finite.
-      error_after: mean error of the final weights, over the same layers.
-      held_out: mean error of the final weights on held-out tokens, over layers that these tokens reached; None if there are none.
-      dense_before, dense_after, dense_drift: mean errors against the dense model on held-out tokens, of the selector's, the final
-        and the dense weights; None if they were not measured.
-      sparsity: share of pruned weights among all weights of these layers.
-      gap_max: largest gap over rows and layers.
-      steps_median: median over layers of the median over rows.
-      rows: number of rows of all these layers.
-      rows_not_converged: number of rows that did not meet the solver's own test.
-      rows_refused: number of rows that kept the selector's weights.
-    """
-
-    name: str
-    layers: int
-    error_before: float | None
-    error_after: float | None
-    held_out: float | None
-    dense_before: float | None
-    dense_after: float | None
-    dense_drift: float | None
-    sparsity: float
-    gap_max: float
-    steps_median: float
-    rows: int
-    rows_not_converged: int
-    rows_refused: int
 
 
 def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
