@@ -381,6 +381,16 @@ class Report(RunFacts, frozen=True, kw_only=True):
         """The layers of all blocks, in the order of the walk."""
         return [layer for block in self.blocks for layer in block.layers]
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether errors were measured on held-out text."""
+        return any(layer.held_out_after is not None for layer in self.layers)
+
+    @property
+    def aims_at_dense(self) -> bool:
+        """Whether errors against the dense model were measured, as with a dense target."""
+        return any(layer.dense_after is not None for layer in self.layers)
+
 
 class ExportedLayer(LayerReport, frozen=True, kw_only=True):
     """The record of a layer under the whole name of its weight, with the zeros counted from the file.

@@ -66,7 +66,7 @@ def _error(report: Report) -> Fact | None:
         "none was held out" if held_after is None else f"on held-out text {' → '.join(_both(held_before, held_after, report))}"
     )
     aim = ""
-    if any(layer.dense_after is not None for layer in layers):
+    if report.aims_at_dense:
         aim = "; a dense target lowers the error against dense instead"
     return _change("error", "Layer error", (before, after), f"on the calibration text; {unseen}{aim}", report)
 

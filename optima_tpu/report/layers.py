@@ -11,7 +11,7 @@ from optima_tpu.report import plots
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerKind, LayerReport
-from optima_tpu.report.results import aims_at_dense, unusual_count
+from optima_tpu.report.results import unusual_count
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.summary import (
     by_kind,
@@ -80,12 +80,8 @@ def _error_legend(runs: Sequence[FinishedRun]) -> list[Key]:
         legend = [Key(run.label, index) for index, run in enumerate(runs)]
     else:
         legend = [Key("before the update", _BEFORE), Key("after the update", _AFTER)] if runs[0].report.solver else []
-    held_out = any(map(_has_held_out, runs))
+    held_out = any(run.report.has_held_out for run in runs)
     return legend + ([Key("calibration text"), Key("held-out text", dashed=True)] if held_out else [])
-
-
-def _has_held_out(run: FinishedRun) -> bool:
-    return any(layer.held_out_after is not None for layer in run.report.layers)
 
 
 def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
@@ -99,7 +95,7 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
     for run in runs:
         if caveat := held_out_caveat(run.report.settings):
             text.append(f"{f'The held-out text of {run.label}' if several else 'This text'} {caveat}.")
-    if any(map(aims_at_dense, runs)):
+    if any(run.report.aims_at_dense for run in runs):
         text.append(
             "With a dense target, the solver minimises the distance to the dense model’s output instead of this error, so "
             "this error may rise. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s inputs in "
@@ -125,7 +121,7 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
         f"{run.label if several else 'This run'} has no held-out text: its errors are measured on the text that the weights "
         "were fitted to, and are larger on other text."
         for run in runs
-        if not _has_held_out(run)
+        if not run.report.has_held_out
     ]
 
 
@@ -134,7 +130,7 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
     several, elements = len(runs) > 1, []
     kinds = _kinds(runs)
     blocks = 1 + max((layer.block for run in runs for layer in run.report.layers), default=0)
-    unseen = all(any(layer.held_out_after is not None for layer in run.report.layers) for run in runs)
+    unseen = all(run.report.has_held_out for run in runs)
 
     def grid(run: FinishedRun, value: Callable[[LayerReport], float | None]) -> np.ndarray:
         cells = np.full((len(kinds), blocks), np.nan)
@@ -238,7 +234,7 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
     fine = [run for run in runs if not unusual_count(run) and not meaningless_lines(run.report)]
     if fine:
         where = f" in {'; '.join(run.label for run in fine)}" if several else ""
-        unseen = all(layer.held_out_after is None for run in fine for layer in run.report.layers)
+        unseen = not any(run.report.has_held_out for run in fine)
         kept = "" if unseen or not any(run.report.solver for run in fine) else ", and no matrix got worse on held-out text"
         text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}.")
     for run in runs:
@@ -375,12 +371,12 @@ _AGAINST_DENSE = {
 
 def _errors_of(run: FinishedRun) -> list[str]:
     """The column headings of a run's errors."""
-    return [*_ERRORS, *(_AGAINST_DENSE.values() if aims_at_dense(run) else ())]
+    return [*_ERRORS, *(_AGAINST_DENSE.values() if run.report.aims_at_dense else ())]
 
 
 def _against_dense(run: FinishedRun, of: LayerReport | LayerKind | None) -> list[str]:
     """Errors of a layer or kind against the dense model; the mean over all layers for None; empty without a dense target."""
-    if not aims_at_dense(run):
+    if not run.report.aims_at_dense:
         return []
     values = dict(
         zip(

@@ -229,11 +229,6 @@ def _evaluate(run: FinishedRun) -> str:
     return f"{evaluate}\n{command('report', directory)}"
 
 
-def aims_at_dense(run: FinishedRun) -> bool:
-    """Whether the errors against the dense model were measured, as with a dense target."""
-    return any(layer.dense_after is not None for layer in run.report.layers)
-
-
 def unusual_count(run: FinishedRun) -> int:
     """The number of layers with an unusual finding."""
     return len({*worsened(run.report.blocks), *(layer for layers in unusual(run.report.blocks).values() for layer in layers)})

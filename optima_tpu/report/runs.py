@@ -61,11 +61,9 @@ class FinishedRun(NamedTuple):
     @property
     def beside(self) -> str:
         """The model that the evaluation compares with: "dense" for the model that was pruned, otherwise its name."""
-        if self.evaluation is None or self.evaluation.against in (None, self.report.settings.model):
-            return "dense"
-        other = self.evaluation.evaluated.against
+        against, other = (self.evaluation.against, self.evaluation.evaluated.against) if self.evaluation else (None, None)
         same = other is not None and other.fingerprint == self.report.model.fingerprint
-        return "dense" if same or self.evaluation.against is None else self.evaluation.against
+        return "dense" if same or against is None or against == self.report.settings.model else against
 
     @property
     def earlier(self) -> float:

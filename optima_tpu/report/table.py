@@ -84,10 +84,10 @@ def _layer_lines(console: Console, report: Report) -> list[str]:
             "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over "
             f"blocks{', as they were before the training' if report.distillation else ''}."
         ]
-    if any(layer.held_out_after is not None for layer in layers):
+    if report.has_held_out:
         caveat = held_out_caveat(settings)
         lines[0] += f" Held out: the same on calibration text that no weight was fitted to{caveat and f'; this text {caveat}'}."
-    if any(layer.dense_after is not None for layer in layers):
+    if report.aims_at_dense:
         lines.append(
             "Against dense: squared distance of a layer's output from the dense model's output on that text; it includes the "
             "errors of the layers before."
