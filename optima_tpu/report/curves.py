@@ -97,7 +97,7 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
         ``error_after`` of the other run, each on its own inputs.
 
     Raises:
-      UserError: a run is not finished, has no update, or was written by an incompatible version; or two runs cannot be compared.
+      UserError: a run is not finished or has no update, its files are damaged, or two runs cannot be compared.
     """
     paths, below = [str(run) for run in runs], [str(run) for run in against]
     if len(below) not in (0, 1, len(paths)):

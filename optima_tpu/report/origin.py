@@ -87,7 +87,7 @@ def origin(runs: Sequence[FinishedRun]) -> Section:
         try:
             name, words = recorded_words(configuration)
         except UserError as error:
-            code.append((f"No command for this version of OPTIMA-TPU{label}", str(error)))
+            code.append((f"No command takes the recorded settings{label}", str(error)))
             continue
         code.append((f"Command{label}", _command(words, name)))
         if name == "prune":

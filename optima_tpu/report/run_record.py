@@ -187,7 +187,7 @@ def _named(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_command(configuration: Mapping[str, Any]) -> str:
-    """The command of a recorded run; empty if its settings are none of this version."""
+    """The command of a recorded run; empty if no command takes its settings."""
     try:
         name, words = recorded_words(configuration)
     except UserError:
@@ -199,7 +199,7 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The command that made a run, "prune" or "recover", and the words behind it.
 
     Raises:
-      UserError: a setting is none of this version.
+      UserError: no command takes a setting.
     """
     if (told := configuration.get("recover")) is None:
         return "prune", flags(recorded_run(configuration))

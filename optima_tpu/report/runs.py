@@ -84,7 +84,7 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[FinishedRun]]:
       places: run directories, or report.json files.
 
     Raises:
-      UserError: a run is not finished or given twice, or its files are damaged or come from an incompatible version.
+      UserError: a run is not finished or given twice, or its files are damaged.
     """
     paths = [str(place) for place in places]
     for path in paths:
