@@ -1,6 +1,6 @@
 """Prints the summary at the end of a run to the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import became, percent, plural
 from optima_tpu.report.published import result
-from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
 from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.report.summary import (
     all_layers,
@@ -108,35 +108,27 @@ def _layer_lines(console: Console, report: Report) -> list[str]:
 
 def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
     """A table with one row for each kind of layer. Without a solver it has no columns on the update."""
+    kinds, update = by_kind(blocks), solver is not None
+    unseen, dense = (any(getattr(kind, name) is not None for kind in kinds) for name in ("held_out", "dense_after"))
+    columns: list[tuple[str, bool, Callable[[LayerKind], str]]] = [
+        ("error\nbefore" if update else "error", True, lambda kind: percent(kind.error_before)),
+        ("error\nafter", update, lambda kind: percent(kind.error_after)),
+        ("held\nout", unseen, lambda kind: "-" if kind.held_out is None else percent(kind.held_out)),
+        ("against\ndense", dense, lambda kind: "-" if kind.dense_after is None else percent(kind.dense_after)),
+        ("sparsity", True, lambda kind: percent(kind.sparsity)),
+        ("largest\ngap", update, lambda kind: percent(kind.gap_max)),
+        ("median\nsteps", update, lambda kind: f"{kind.steps_median:.0f}"),
+        ("not con-\nverged", update, lambda kind: f"{kind.rows_not_converged:,}"),
+        ("rows\nrefused", update, lambda kind: f"{kind.rows_refused:,}"),
+    ]
+    shown = [(heading, text) for heading, applies, text in columns if applies]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True, vertical="bottom")
-    kinds = by_kind(blocks)
-    unseen, dense = (any(getattr(kind, name) is not None for kind in kinds) for name in ("held_out", "dense_after"))
-    headings = ["error\nbefore", "error\nafter"] if solver else ["error"]
-    headings += ["held\nout"] if unseen else []
-    headings += ["against\ndense"] if dense else []
-    headings += ["sparsity"]
-    headings += ["largest\ngap", "median\nsteps", "not con-\nverged", "rows\nrefused"] if solver else []
-    for heading in headings:
+    for heading, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     short = short_names([kind.name for kind in kinds])
     for kind in kinds:
-        values = [percent(kind.error_before)]
-        if solver:
-            values += [percent(kind.error_after)]
-        if unseen:
-            values += ["-" if kind.held_out is None else percent(kind.held_out)]
-        if dense:
-            values += ["-" if kind.dense_after is None else percent(kind.dense_after)]
-        values += [percent(kind.sparsity)]
-        if solver:
-            values += [
-                percent(kind.gap_max),
-                f"{kind.steps_median:.0f}",
-                f"{kind.rows_not_converged:,}",
-                f"{kind.rows_refused:,}",
-            ]
-        table.add_row(short[kind.name], *values)
+        table.add_row(short[kind.name], *(text(kind) for _, text in shown))
     return table
 
 
