@@ -23,6 +23,7 @@ from tests.support.tiny_models import tiny_folder
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.fuzz
 DRAWS = True  # its pages have their drawings, see conftest.py
 
 

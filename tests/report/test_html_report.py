@@ -38,6 +38,7 @@ from tests.support.pages import leave_plots_empty
 from tests.support.records import put
 from tests.support.runs import only_error
 
+pytestmark = pytest.mark.markup
 SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "left", "origin")
 EVALUATION = {
     "model": "runs/x",
