@@ -74,7 +74,10 @@ def _compare(console: Console, runs: "Sequence[FinishedRun]") -> None:
     from optima_tpu.report.progress import say
     from optima_tpu.report.results import comparison
 
-    for data in comparison(runs).tables:
+    section = comparison(runs)
+    for line in section.text:
+        say(console, f"{line}\n")
+    for data in section.tables:
         table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for index, name in enumerate(data.head):
             table.add_column(name, justify="left" if data.words or not index else "right", overflow="fold")

@@ -549,8 +549,16 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
     assert main([str(one / "report.json")]) == 0
     assert main([str(one), str(two)]) == 0
     text = capsys.readouterr().out
-    assert "wanda + cg, 2:4" in text and text.endswith("wrote report.html\n")
+    assert "wanda + cg, 2:4" in text and text.endswith("wrote report.html\n") and "not comparable" not in text
     assert Path("report.html").exists() and written.st_size > 0
+    report = json.loads((two / "report.json").read_text())
+    report["evaluation"]["how"] = "the first 8 windows of pydoc"
+    put(two / "report.json", json.dumps(report))
+    assert main([str(one), str(two)]) == 0
+    assert (
+        "These runs measured perplexity on different texts, so their perplexities are not comparable.\n"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
