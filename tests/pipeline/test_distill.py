@@ -429,6 +429,12 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
             if len(self.waiting) == self.stop:
                 raise Stopped(signal.SIGTERM)
 
+        def begin(self, kind, words):
+            super().begin(kind, words)
+            begun.append((kind, words))
+
+    begun = []
+
     def train(stop):
         progress = Steps()
         progress.waiting, progress.stop = [], stop
@@ -449,6 +455,8 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
     monkeypatch.setattr(Training, "_save_in_time", saving)
     left = train(None)
     assert len(ahead) >= method.steps and not any(ahead)
+    checks = sum(step.kind == "check" for step in training_steps(method, 3))
+    assert begun == [("check", "measuring the held-out text")] * checks
     assert left == [*reversed(range(len(left)))]
     for folder in ("distilled", "distillation"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)

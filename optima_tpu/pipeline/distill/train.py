@@ -23,6 +23,7 @@ from optima_tpu.runtime.signals import Stopped
 
 SHARE = 20
 """A state is saved when this many times as long as it takes has passed since the last."""
+_CHECK = "check"
 TRAINING_STEP = "training step"
 """The kind of a step of Adam, which the progress counts as the lines of the training do."""
 _QUIET = 10.0
@@ -32,9 +33,9 @@ _QUIET = 10.0
 def training_steps(method: Distillation, blocks: int) -> list[Step]:
     """What :func:`distill` and :func:`distill_by_spans` do before each call of ``advance``, in a training that was not stopped."""
     dense, checks = Step("dense model reads the text"), method.check_steps()
-    one = [Step("check")]
+    one = [Step(_CHECK)]
     for step in range(1, method.steps + 1):
-        one += [Step(TRAINING_STEP), *[Step("check")] * (step in checks)]
+        one += [Step(TRAINING_STEP), *[Step(_CHECK)] * (step in checks)]
     if not method.by_spans:
         return [*[dense] * (blocks * method.reads_dense), *one]
     spans = [step for span in method.spans(blocks) for step in (*[dense] * len(span), *one, Step("trained span reads the text"))]
@@ -154,6 +155,7 @@ class Training:
 
     def check(self, held_out: TrainingStream) -> None:
         """Measures the model on the held-out windows, and keeps it if it is the best so far."""
+        self.progress.begin(_CHECK, "measuring the held-out text")
         start, goal = time.monotonic(), self.model.goal
         loss, perplexity = self.model.measure(held_out)
         found = Check(self.step, finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
