@@ -162,5 +162,5 @@ def _downloaded(repository: str, name: str) -> Path:
         raise UserError(
             f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded "
             f"({one_line(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "
-            f"{name}` and give it as file:PATH"
+            f"{name}` and give it as file:PATH, or take a text of this machine, such as pydoc"
         ) from error
