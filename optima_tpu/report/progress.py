@@ -26,6 +26,8 @@ every such line of the stage, up to the second number: who looks on soon knows t
 
 _SHORT = 0.5
 """Seconds below which nothing is said of the time left."""
+_SHORT_STAGES = 60.0
+"""The same of the time left of a run that leaves out short stages: of a tiny model they take longer than what is counted."""
 
 
 class Terminal(Console):
@@ -260,6 +262,8 @@ class Progress:
 def _of_run(left: Remaining, what: str = " for the run") -> list[str]:
     """The time left of the run, where it is known and more than that of the stage. Short stages at its end are left out."""
     if left.stage is None or left.run is None or left.run - left.stage < _SHORT:
+        return []
+    if not left.whole and left.run < _SHORT_STAGES:
         return []
     return [f"{'about' if left.whole else 'at least'} {duration(left.run)} left{what}"]
 

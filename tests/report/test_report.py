@@ -310,7 +310,7 @@ def test_the_bar_says_which_time_is_elapsed_and_which_is_left_of_stage_and_run(c
     out = console(force_terminal=True, color_system=None)
     progress = Progress(out, clock)
     with progress:
-        progress.ahead = [[Step("evaluation")] * 2, [Step("prompts", 0)]]
+        progress.ahead = [[Step("evaluation")] * 20, [Step("prompts", 0)]]
         progress.stage("dense perplexity", total=3, steps=[Step("evaluation")] * 3)
         assert "0:00 elapsed, time left not known yet" in drawn(progress, out)
         for seconds in (20, 6):
@@ -319,14 +319,14 @@ def test_the_bar_says_which_time_is_elapsed_and_which_is_left_of_stage_and_run(c
         clock.now += 5
         text = drawn(progress, out)
     assert "0:31 elapsed, about 1 s left" in text
-    assert "the run: 0:31 elapsed, at least 13 s left" in text
+    assert "the run: 0:31 elapsed, at least 2:01 min left" in text
 
 
 def test_a_stage_that_an_earlier_one_measured_says_its_time_before_it_begins(clock):
     out = console()
     progress, steps = Progress(out, clock), [Step("evaluation")] * 5
     prompts = [Step("prompts", 0)]
-    stages = {"dense perplexity": [steps, steps, prompts], "perplexity again": [steps, prompts], "pruned perplexity": [prompts]}
+    stages = {"dense perplexity": [steps] * 4, "a text": [steps] * 2, "another": [steps, prompts], "pruned perplexity": [prompts]}
     for name, ahead in stages.items():
         progress.ahead = ahead
         progress.stage(name, 5, steps)
@@ -335,8 +335,9 @@ def test_a_stage_that_an_earlier_one_measured_says_its_time_before_it_begins(clo
             progress.advance()
     assert out.file.getvalue().splitlines() == [
         "   0:00  dense perplexity",
-        "   0:09  perplexity again, about 5 s, at least 10 s left for the run",
-        "   0:18  pruned perplexity, about 5 s",
+        "   0:09  a text, about 5 s, about 15 s left for the run",
+        "   0:18  another, about 5 s",
+        "   0:27  pruned perplexity, about 5 s",
     ]
 
 
