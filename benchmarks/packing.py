@@ -39,8 +39,11 @@ import packed
 source, room = map(pathlib.Path, sys.argv[2:])
 for name in ("packed", "out"):
     (room / name).mkdir()
-packed.pack(source, room / "packed")
-packed.unpack(room / "packed", room / "out")
+packer = packed.Packer(room / "packed")
+for path in sorted(source.glob("*.safetensors")):
+    packer.add_weights(path)
+packer.finish()
+packed.Packed(room / "packed").unpack(room / "out")
 # Not ru_maxrss, which begins with the memory of the process that started this one.
 status = pathlib.Path("/proc/self/status").read_text()
 print(1024 * int(status.partition("VmHWM:")[2].split()[0]))

@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(weighed, tmp_path, monkeypatch, 
         if moment == "after a block":
             stop_after_the_first_block(patch)
         else:
-            patch.setattr(loss_gradient, "_save", _stopped_after(loss_gradient._save, 1))
+            patch.setattr(loss_gradient, "keep", _stopped_after(loss_gradient.keep, 1))
         assert main(arguments) == INTERRUPTED
         parts = sorted((tmp_path / "run" / loss_gradient.FOLDER).iterdir())
         assert len(parts) == (1 if moment != "after a block" else 2)
