@@ -11,11 +11,12 @@ import re
 import typing
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.acceptance import HeldOut, PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
+from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import KL, Blocks, CrossEntropy
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.quantization import Int4, Int8
@@ -161,13 +162,7 @@ def default_options(setting: str, name: str) -> dict[str, Any]:
     return {"damping": cls.default_damping} | own if issubclass(cls, Solver) else own
 
 
-class HasFields(Protocol):
-    """A dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-
-
-def options_of(method: HasFields) -> dict[str, Any]:
+def options_of(method: Method) -> dict[str, Any]:
     """A method's options in JSON types."""
     if isinstance(method, Named):
         return dict(method.options)

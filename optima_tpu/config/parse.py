@@ -36,7 +36,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jsonargparse
 
@@ -45,7 +45,6 @@ from optima_tpu.config.choices import (
     CHOICES,
     NAMED,
     OPEN,
-    HasFields,
     canonical_name,
     default_options,
     method_class,
@@ -77,7 +76,10 @@ from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.own_classes import is_import_path
 from optima_tpu.runtime.program import refuse_undecodable
 
-T = TypeVar("T", bound=HasFields)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def parse(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
@@ -275,7 +277,7 @@ def parse_command(
     return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
 
 
-def _methods(settings: type[HasFields], argv: Sequence[str]) -> dict[str, Any]:
+def _methods(settings: "type[DataclassInstance]", argv: Sequence[str]) -> dict[str, Any]:
     """The method that a command line chooses for each field of a dataclass that is a choice, with its default options."""
     choices = [field for field in dataclasses.fields(settings) if field.name in CHOICES]
     if not choices:
