@@ -552,7 +552,7 @@ def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         again = prune(path)
         assert not (tmp_path / path / "activations").exists()
         for index in range(3):
-            assert again.report(index)["layers"] == journal.report(index)["layers"]
+            assert again.report(index).layers == journal.report(index).layers
             for name, weight in journal.weights(index).items():
                 assert weight.tobytes() == again.weights(index)[name].tobytes(), name
 
