@@ -100,7 +100,7 @@ def run(asked: AskedPlan) -> int:
     if options.topology:  # its devices need not be attached, and an attached TPU stays free for other programs
         jax.config.update("jax_platforms", "cpu")
     # Imported only now: the imports of these modules query the devices.
-    from optima_tpu.pipeline.inputs import on_context
+    from optima_tpu.pipeline.inputs import on_model
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan
     from optima_tpu.pipeline.plan.table import greeting, print_plan
@@ -113,7 +113,7 @@ def run(asked: AskedPlan) -> int:
         if options.topology
         else local_machine(config.mesh, model.dtype, compiling)
     )
-    config = on_context(config, model.config, console)
+    config = on_model(config, model.config, console)
     recovering = options.recover is not None
     if recovering:
         config = as_run(config, options.recover)

@@ -83,7 +83,7 @@ class Calibration(Bounded):
 
     @property
     def window_length(self) -> int:
-        """Tokens in each window: ``length``, or 2048 where it is None. Of a run ``inputs.on_context`` has set ``length``."""
+        """Tokens in each window: ``length``, or 2048 where it is None. Of a run ``inputs.on_model`` has set ``length``."""
         return self.length or LENGTH
 
 

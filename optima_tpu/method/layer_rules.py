@@ -63,6 +63,11 @@ def layers_text(rules: Sequence[LayerRule], group: str | None = None) -> str:
     return ",".join(f"{rule.path}={rule.pattern.text(group) if rule.pattern else DENSE}" for rule in rules)
 
 
+def with_patterns(rules: Iterable[LayerRule], change: Callable[[Pattern], Pattern]) -> tuple[LayerRule, ...]:
+    """The rules with each of their patterns changed."""
+    return tuple(dataclasses.replace(rule, pattern=rule.pattern and change(rule.pattern)) for rule in rules)
+
+
 def pattern_of(rules: Sequence[LayerRule], default: Pattern, path: str, name: str) -> Pattern | None:
     """The pattern of one layer; None where it stays dense.
 

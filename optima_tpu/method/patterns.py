@@ -181,8 +181,8 @@ class Unstructured(Pattern):
     def __post_init__(self) -> None:
         _refuse_share(self.sparsity, "weights")
         if self.group not in ("row", "layer"):
-            meant = did_you_mean(self.group, ("row", "layer", "input", "neuron"))
-            raise UserError(f"expected 'row', 'layer', 'input' or 'neuron' behind a share, got {self.group!r}{meant}")
+            meant = did_you_mean(self.group, ("row", "layer", "input", "neuron", "head"))
+            raise UserError(f"expected 'row', 'layer', 'input', 'neuron' or 'head' behind a share, got {self.group!r}{meant}")
 
     def __str__(self) -> str:
         return f"{self.sparsity:.4g} per {self.group}"
@@ -363,11 +363,12 @@ class NM(Pattern):
 class WholeInputs(Pattern):
     """Prunes whole inputs: one set of inputs is pruned in all rows, so that the matrix without them computes the same.
 
-    An input's score is the sum of the scores of its weights.
+    Inputs leave in parts, which are single inputs here. A part's score is the sum of the scores of its weights.
 
     Attributes:
-      sparsity: share of inputs pruned, in [0, 1).
-      multiple: the number of kept inputs is rounded up to a multiple of this.
+      sparsity: share of parts pruned, in [0, 1).
+      multiple: the number of kept parts is rounded up to a multiple of this.
+      width: the number of inputs in a part, one part behind the other.
     """
 
     group = "layer"
@@ -375,6 +376,7 @@ class WholeInputs(Pattern):
 
     sparsity: float = 0.25
     multiple: int = MULTIPLE
+    width: int = 1
 
     def __post_init__(self) -> None:
         _refuse_share(self.sparsity, f"{self.word}s")
@@ -383,65 +385,129 @@ class WholeInputs(Pattern):
     def __str__(self) -> str:
         return f"{self.sparsity:.4g} of the {self.word}s"
 
-    def kept(self, columns: int) -> int:
-        """How many of so many inputs stay.
+    def kept(self, parts: int) -> int:
+        """How many of so many parts stay.
 
         Raises:
-          UserError: all of them would, although the share is not 0.
+          UserError: all of them would, although the share is not 0, or none.
         """
-        kept = padded(columns - _share_of(columns, self.sparsity), self.multiple)
-        if self.sparsity and kept >= columns:
+        kept = self._rounded(parts)
+        if self.sparsity and not 0 < kept < parts:
+            rounded = f", since the kept number is rounded up to a multiple of {self.multiple}" * (kept > 0 and self.multiple > 1)
             raise UserError(
-                f"{self.text()} prunes none of {columns} inputs, since the kept number is rounded up to a multiple of {self.multiple}; "
-                f"take {self._instead(columns)}"
+                f"{self.text()} {'prunes' if kept else 'leaves'} none of {parts} {self.word}{'s' * (parts > 1)}{rounded}; take {self._instead(parts)}"
             )
-        return min(kept, columns)
+        return min(kept, parts)
 
-    def _instead(self, columns: int) -> str:
-        """What to type for so many inputs, of which this pattern would prune none."""
-        most = (columns - 1) // self.multiple * self.multiple
-        larger = [dataclasses.replace(self, sparsity=math.ceil((columns - most) / columns * 1e4) / 1e4)] if most else []
+    def _rounded(self, parts: int) -> int:
+        return padded(parts - self._pruned(parts), self.multiple)
+
+    def _pruned(self, parts: int) -> int:
+        """How many of so many parts are pruned, before the others are rounded up to a multiple."""
+        return _share_of(parts, self.sparsity)
+
+    def leaving(self, kept: int, parts: int) -> "WholeInputs":
+        """The same pattern with the shortest share that leaves so many parts, a multiple of ``multiple``."""
+        share = (parts - kept) / parts
+        shares = (math.ceil(share * 10**digits) / 10**digits for digits in range(2, 12))
+        tried = (dataclasses.replace(self, sparsity=share) for share in shares if share < 1)
+        return next(pattern for pattern in tried if pattern._rounded(parts) == kept)
+
+    def _instead(self, parts: int) -> str:
+        """What to type for so many parts, of which this pattern would prune none, or all."""
+        most = (parts - 1) // self.multiple * self.multiple
+        larger = [self.leaving(most if self._rounded(parts) else self.multiple, parts)] if most else []
         finer = (dataclasses.replace(self, multiple=self.multiple >> shift) for shift in range(1, self.multiple.bit_length()))
-        kept = columns - _share_of(columns, self.sparsity)
+        kept = parts - self._pruned(parts)
         # The coarsest that cuts nearly what was asked for, or else the coarsest that cuts anything.
-        near = [pattern for pattern in finer if padded(kept, pattern.multiple) - kept <= 0.2 * (columns - kept)]
-        fits = [pattern for pattern in near if padded(kept, pattern.multiple) < columns]
-        return " or ".join(pattern.text() for pattern in larger + fits[:1]) or "a larger share"
+        near = [pattern for pattern in finer if padded(kept, pattern.multiple) - kept <= 0.2 * (parts - kept)]
+        fits = [pattern for pattern in near if 0 < padded(kept, pattern.multiple) < parts]
+        return " or ".join(pattern.text() for pattern in larger + fits[:1]) or "another pattern, such as 2:4"
+
+    def _parts(self, columns: int) -> int:
+        """The number of parts in so many inputs."""
+        if not self.width:
+            raise UserError(
+                f"expected a model, which says how wide a {self.word} is, where the pattern is {self.text()}, got a layer alone; take "
+                f"{self.sparsity!r}/{WholeInputs.word}"
+            )
+        return columns // self.width
+
+    def _lost(self, columns: int) -> int:
+        """The number of parts that so many inputs lose."""
+        parts = self._parts(columns)
+        return parts - self.kept(parts)
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
-        return rows * (columns - self.kept(columns))
+        return rows * self._lost(columns) * self.width
 
     def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
-        columns = scores.shape[1]
-        return jnp.broadcast_to(~lowest(totals(scores), columns - self.kept(columns), "row"), scores.shape)
+        lost, each = self._lost(scores.shape[1]), totals(scores)
+        if self.width > 1:
+            each = totals(each.reshape(-1, self.width).T)
+        keep = ~lowest(each, lost, "row")
+        return jnp.broadcast_to(jnp.repeat(keep, self.width, axis=1), scores.shape)
 
     def holds(self, zero: np.ndarray) -> bool:
-        return bool(zero.all(axis=0).sum() >= zero.shape[1] - self.kept(zero.shape[1]))
+        return bool(self._whole(zero) >= self._lost(zero.shape[1]))
+
+    def _whole(self, zero: np.ndarray) -> int:
+        """The number of parts that are True in all rows of [d_out, d_in] bool."""
+        return int(zero.all(axis=0).reshape(-1, self.width).all(axis=1).sum())
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
-        expected = keep.shape[1] - self.kept(keep.shape[1])
-        whole, ragged = int(np.sum(~np.any(keep, axis=0))), np.flatnonzero(np.any(keep, axis=0) != np.all(keep, axis=0))
+        columns = keep.shape[1]
+        expected, whole = self._lost(columns), self._whole(~keep)
         if whole < expected or (whole > expected and not or_fewer):
-            return f"expected {expected:,} of {keep.shape[1]:,} inputs pruned in all rows, got {whole:,}"
+            return f"expected {expected:,} of {self._parts(columns):,} {self.word}s pruned in all rows, got {whole:,}"
+        ragged = np.flatnonzero(
+            np.any(keep, axis=0).reshape(-1, self.width).any(axis=1).repeat(self.width) != np.all(keep, axis=0)
+        )
         if or_fewer or not len(ragged):
             return None
-        return f"expected every input pruned in all rows or in none, got input {ragged[0]} pruned in some"
+        return f"expected every {self.word} pruned in all rows or in none, got input {ragged[0]} pruned in some"
 
     def text(self, group: str | None = None) -> str:
-        return f"{float(self.sparsity)!r}/{self.word}" + (f"@{self.multiple}" if self.multiple != MULTIPLE else "")
+        return f"{float(self.sparsity)!r}/{self.word}" + (f"@{self.multiple}" if self.multiple != type(self).multiple else "")
 
 
 @dataclasses.dataclass(frozen=True)
-class Neurons(WholeInputs):
-    """Prunes whole neurons of the MLPs: inputs of the layer that ends an MLP. It is no pattern for other layers."""
+class WholeParts(WholeInputs):
+    """Prunes whole parts of every block. The model's family says which layer reads them (``Family.cuts``).
 
-    word: ClassVar[str] = "neuron"
-    layers: ClassVar[frozenset[str]] = frozenset({"mlp.down_proj", "mlp.c_proj", "fc2"})
-    """The layer that reads the neurons, by its path inside a block, in each of the model families."""
+    Attributes:
+      layer: the layer that reads the parts, by its path in a block; it is no pattern for other layers. None until the model is known.
+    """
+
+    layer: str | None = None
 
     def takes(self, name: str) -> bool:
-        return name in self.layers
+        assert self.layer is not None, "the model says which layer reads the parts, before any layer is asked for"
+        return name == self.layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Neurons(WholeParts):
+    """Prunes whole neurons of the MLPs: inputs of the layer that ends an MLP."""
+
+    word: ClassVar[str] = "neuron"
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads(WholeParts):
+    """Prunes whole heads of attention: all inputs of a head, or of the heads that share a key and a value.
+
+    A block has few heads, so that the share is rounded to the nearest number, a half down.
+    """
+
+    word: ClassVar[str] = "head"
+
+    multiple: int = 1
+    width: int = 0
+
+    def _pruned(self, parts: int) -> int:
+        return math.ceil(round(parts * self.sparsity, 6) - 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,7 +551,7 @@ def import_pattern(text: str) -> Pattern:
 
 def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> Pattern:
     """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "0.25/input" (a quarter of the inputs),
-    "0.25/neuron", "0.25/input@64", "2:4", "2:4@128" or "my_lab.patterns:Banded?width=4".
+    "0.25/neuron", "0.25/neuron@64", "0.5/head", "2:4", "2:4@128" or "my_lab.patterns:Banded?width=4".
 
     Args:
       group: the comparison group of a plain "0.5": that of the published selector.
@@ -504,9 +570,9 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
             return NM(whole(n), whole(m), whole(stride) if apart else 1)
         sparsity, _, given = text.partition("/")
         unit, apart, multiple = given.partition("@")
-        for cls in (WholeInputs, Neurons):
+        for cls in (WholeInputs, Neurons, Heads):
             if unit == cls.word:
-                return cls(float(sparsity), whole(multiple) if apart else MULTIPLE)
+                return cls(float(sparsity), whole(multiple) if apart else cls.multiple)
         return Unstructured(float(sparsity), given or group)
     except ValueError:
         raise UserError(f"expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got {text!r}") from None

@@ -1,10 +1,10 @@
 """AFM (``arcee``): Llama with an MLP without a gate, whose activation is the square of ReLU."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from optima_tpu.models import llama
-from optima_tpu.models.family import NeuronLayers
 from optima_tpu.models.layers import MLP
 from optima_tpu.models.rope import Rope
 
@@ -31,5 +31,5 @@ FAMILY = dataclasses.replace(
     read_config=read_config,
     block=block,
     linears=tuple(name for name in llama.LINEARS if name != "mlp.gate_proj"),
-    neurons=NeuronLayers(made_by=("mlp.up_proj",)),
+    cuts={**llama.FAMILY.cuts, "neuron": functools.partial(llama.neurons, made_by=("up_proj",))},
 )

@@ -163,6 +163,7 @@ def _family(read_config: Callable[[Any], DeepseekConfig], **fields: Any) -> Fami
         linears=(*wide, "self_attn.o_proj", *made.linears[4:]),
         sharding={**made.sharding, **{name + ".weight": P(MODEL, None) for name in wide}},
         exact=ROUTER,
+        cuts={**made.cuts, "head": "read latent vectors"},
         **fields,
     )
 

@@ -381,7 +381,7 @@ def family(
         linears=(*map(named, llama.LINEARS), *layout.shared_layers, *layout.layers),
         residuals={named(name): around for name, around in llama.FAMILY.residuals.items()}
         | {down: Residual("before_shared", "after_mlp")},
-        neurons=None,
+        cuts={**llama.FAMILY.cuts, "neuron": "stand in experts"},
         shared=tuple(wide),
         sharding={named(name): spec for name, spec in llama.SHARDING.items()}
         | {name + ".weight": P(MODEL, None) for name in (*wide, gate, up)}

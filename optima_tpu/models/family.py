@@ -128,18 +128,36 @@ class Stack(NamedTuple):
         return axes[::-1] if self.turned else axes
 
 
-class NeuronLayers(NamedTuple):
-    """The layers of the MLP in every block, whose shapes have the number of its neurons.
+class Cut(NamedTuple):
+    """The parts of one kind that every block has, and that an export can delete: neurons, or heads.
 
     Attributes:
-      made_by: the layers whose outputs make the neurons; one layer may hold gate and up, one behind the other.
-      read_by: the layer whose inputs they are.
-      setting: their number in a configuration of ``transformers``.
+      called: what they are called, "key-value heads".
+      total: how many a block has.
+      width: how many inputs of ``read_by`` are those of one part.
+      read_by: the layer that reads them, one part behind the other.
+      made_by: the layers and other parameters of a block that make them -> the rows of a part in each of the matrices that are
+        one behind the other in this one; rows behind these belong to no part.
+      settings: the numbers in a configuration of ``transformers`` that count them -> how much a part adds.
+      fixed: what the configuration must say too if some are cut.
     """
 
-    made_by: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    read_by: str = "mlp.down_proj"
-    setting: str = "intermediate_size"
+    called: str
+    total: int
+    width: int
+    read_by: str
+    made_by: Mapping[str, tuple[int, ...]]
+    settings: Mapping[str, int]
+    fixed: Mapping[str, int] = {}
+
+    @property
+    def makers(self) -> dict[str, tuple[int, ...]]:
+        """``made_by`` for every name that a parameter of a block may have."""
+        return {name + ending: rows for name, rows in self.made_by.items() for ending in ("", ".weight", ".bias")}
+
+    def config(self, kept: int) -> dict[str, int]:
+        """The settings of a model that has so many."""
+        return {**{name: each * kept for name, each in self.settings.items()}, **self.fixed}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +188,8 @@ class Family:
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
-      neurons: the layers of the MLP, for families that have one in every block; None where neurons cannot be cut.
+      cuts: by the word of the pattern that cuts them: makes the :class:`Cut` of a kind of parts from the configuration; or says why
+        they cannot be cut, behind "whose ...s".
       shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
         borrow from the others. Where a token's share multiplies its input (Llama 4), it lends what its first expert reads.
       stacks: the tensors that hold parameters of all experts, by their names in the block.
@@ -193,7 +212,7 @@ class Family:
     head: str = "lm_head.weight"
     attended: tuple[str, ...] = ("self_attn.o_proj",)
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
-    neurons: NeuronLayers | None = None
+    cuts: Mapping[str, Callable[[Any], Cut] | str] = dataclasses.field(default_factory=dict)
     shared: tuple[str, ...] = ()
     stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)
     exact: tuple[str, ...] = ()

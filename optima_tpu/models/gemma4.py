@@ -18,13 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, gemma, llama
-from optima_tpu.models.family import Positions, Stack
+from optima_tpu.models.family import Cut, Positions, Stack
 from optima_tpu.models.layers import GatedMLP, Linear, RotaryAttention, WideRMSNorm, over_rms, scaled
 from optima_tpu.models.rope import TYPES, RopeByBlock
 from optima_tpu.runtime.mesh import MODEL
 
 
-class Heads(NamedTuple):
+class HeadSizes(NamedTuple):
     """The heads of a block.
 
     Attributes:
@@ -46,7 +46,7 @@ class Gemma4Config(experts.MixtureConfig):
       all_heads: the heads of every block.
     """
 
-    all_heads: tuple[Heads, ...]
+    all_heads: tuple[HeadSizes, ...]
 
     @property
     def block_layers(self) -> Sequence[object]:
@@ -69,7 +69,7 @@ def read_config(config: Any) -> Gemma4Config:
         mixture = dict(experts=config.num_experts, experts_per_token=config.top_k_experts, d_ff=config.moe_intermediate_size)
     return Gemma4Config(
         **sizes[-1] | mixture,
-        all_heads=tuple(Heads(each["head_dim"], each["kv_heads"], both) for each, both in zip(sizes, shared, strict=True)),
+        all_heads=tuple(HeadSizes(each["head_dim"], each["kv_heads"], both) for each, both in zip(sizes, shared, strict=True)),
         rope=RopeByBlock.from_hf(config.rope_parameters, config.layer_types, (*TYPES, "proportional")),
         activation=activation,
         neurons=experts.Gated(activation),
@@ -176,12 +176,18 @@ def block(config: Gemma4Config) -> Gemma4Block:
     return MixedBlock(config) if config.experts else Gemma4Block(config)
 
 
+def neurons(config: Gemma4Config) -> Cut:
+    """As Llama's; ``d_ff`` is the width of an expert."""
+    return llama.neurons(config)._replace(total=config.mlp_width)
+
+
 *_WIDE, _NARROW = LAYOUT.layers
 FAMILY = dataclasses.replace(
     gemma.GEMMA2,
     read_config=read_config,
     block=block,
     by_block=frozenset({"head_dim", "num_key_value_heads"}),
+    cuts={"neuron": neurons, "head": "differ in width from block to block"},
     linears=(*llama.LINEARS, *LAYOUT.layers),
     sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
     shared=tuple(_WIDE),

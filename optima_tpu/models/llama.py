@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.family import DecoderConfig, Family, NeuronLayers, Positions, Residual
+from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, Residual
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, scaled
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
 from optima_tpu.runtime.mesh import MODEL
@@ -244,6 +244,32 @@ class LlamaFinal(nnx.Module):
         return self.norm(x)
 
 
+def neurons(config: LlamaConfig, made_by: tuple[str, ...] = ("gate_proj", "up_proj"), read_by: str = "down_proj") -> Cut:
+    """The neurons of the MLP."""
+    makers = {f"mlp.{name}": (1,) for name in made_by}
+    return Cut("neurons", config.d_ff, 1, f"mlp.{read_by}", makers, {"intermediate_size": 1})
+
+
+def heads(config: LlamaConfig) -> Cut:
+    """The key-value heads, each with its queries; where all queries share one, the queries alone."""
+    alone = config.kv_heads == 1 < config.heads
+    total = config.heads if alone else config.kv_heads
+    queries, size = config.heads // total, config.head_dim
+    makers, settings = {"q_proj": (1 + config.gated) * queries * size, "sinks": queries}, {"num_attention_heads": queries}
+    if not alone:
+        makers |= {"k_proj": size, "v_proj": size}
+        settings |= {"num_key_value_heads": 1}
+    return Cut(
+        "query heads" if alone else "key-value heads" if queries > 1 else "heads",
+        total,
+        queries * size,
+        "self_attn.o_proj",
+        {f"self_attn.{name}": (rows,) for name, rows in makers.items()},
+        settings,
+        {"head_dim": size},
+    )
+
+
 FAMILY = Family(
     read_config=read_config,
     block=block,
@@ -254,5 +280,5 @@ FAMILY = Family(
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
         "mlp.down_proj": Residual("after_attention", "after_mlp"),
     },
-    neurons=NeuronLayers(),
+    cuts={"neuron": neurons, "head": heads},
 )

@@ -82,6 +82,8 @@ def block(config: llama.LlamaConfig) -> PostNormBlock:
     return PostNormBlock(config, attention(config))
 
 
+HEADS = {"head": "are normalised all together"}
+"""``Family.cuts`` of a model with such attention."""
 # No residuals: a norm follows each sublayer.
-OLMO2 = dataclasses.replace(llama.FAMILY, read_config=read_olmo2, block=block, residuals={})
+OLMO2 = dataclasses.replace(llama.FAMILY, read_config=read_olmo2, block=block, residuals={}, cuts={**llama.FAMILY.cuts, **HEADS})
 OLMO3 = dataclasses.replace(OLMO2, read_config=read_olmo3)

@@ -1,5 +1,6 @@
 """OLMoE: Llama's block with the attention of OLMo 2, and a mixture in the place of its MLP."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,4 +26,5 @@ def read_config(config: Any) -> experts.MixtureConfig:
     )
 
 
-FAMILY = experts.family(read_config, attention=functools.partial(olmo2.attention, norm=olmo2.NormOverHeads))
+_FAMILY = experts.family(read_config, attention=functools.partial(olmo2.attention, norm=olmo2.NormOverHeads))
+FAMILY = dataclasses.replace(_FAMILY, cuts={**_FAMILY.cuts, **olmo2.HEADS})

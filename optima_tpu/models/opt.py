@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.family import DecoderConfig, Family, NeuronLayers, Positions, ReadTensor, Residual, Shape
+from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
 from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, split_heads
 from optima_tpu.runtime.mesh import MODEL
 
@@ -165,5 +165,8 @@ FAMILY = Family(
     embed=embed,
     attended=("self_attn.out_proj",),
     residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"), "fc2": Residual("before_mlp", "after_mlp")},
-    neurons=NeuronLayers(made_by=("fc1",), read_by="fc2", setting="ffn_dim"),
+    cuts={
+        "neuron": lambda config: Cut("neurons", config.d_ff, 1, "fc2", {"fc1": (1,)}, {"ffn_dim": 1}),
+        "head": "have the width of the model divided by their number",
+    },
 )

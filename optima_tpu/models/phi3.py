@@ -4,6 +4,7 @@ The rows of a fused matrix are independent problems too, so it is pruned as one 
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models import llama
-from optima_tpu.models.family import NeuronLayers, Positions
+from optima_tpu.models.family import Cut, Positions
 from optima_tpu.models.layers import Linear, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate
 from optima_tpu.runtime.mesh import MODEL
@@ -62,12 +63,24 @@ def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
     return llama.PreNormBlock(config, Phi3Attention(config), Phi3MLP(config))
 
 
+def neurons(config: llama.LlamaConfig) -> Cut:
+    """As Llama's, with gate and up in one matrix."""
+    return llama.neurons(config)._replace(made_by={"mlp.gate_up_proj": (1, 1)})
+
+
+def heads(config: llama.LlamaConfig) -> Cut:
+    """As Llama's, with q, k and v in one matrix."""
+    cut = llama.heads(config)
+    rows = (cut.made_by.get(f"self_attn.{letter}_proj", ()) for letter in "qkv")
+    return cut._replace(made_by={"self_attn.qkv_proj": tuple(itertools.chain(*rows))})
+
+
 FAMILY = dataclasses.replace(
     llama.FAMILY,
     read_config=read_config,
     block=block,
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    neurons=NeuronLayers(made_by=("mlp.gate_up_proj",)),
+    cuts={"neuron": neurons, "head": heads},
     # Slices of the model axis do not end at the borders of q, k and v; XLA moves the rows.
     sharding={
         "self_attn.qkv_proj.weight": P(MODEL, None),

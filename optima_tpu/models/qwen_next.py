@@ -96,6 +96,7 @@ def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Fami
         attended=(narrow, *made.attended),
         residuals={narrow: llama.FAMILY.residuals["self_attn.o_proj"], **llama.FAMILY.residuals},
         ignored={r"mtp\..*": "predicts tokens behind the next one, for decoding; it stays as it is"},
+        cuts={**made.cuts, "head": "differ from block to block, since some attend linearly"},
         **fields,
     )
 
@@ -118,7 +119,8 @@ STACKS = {"mlp.experts.gate_up_proj": Stack((_GATE, _UP), turned=False), "mlp.ex
 """Of the mixtures as they are published; transformers writes each expert by itself."""
 
 NEXT = _family(read_next)
-DENSE = _family(read_dense, neurons=llama.FAMILY.neurons)
+_DENSE = _family(read_dense)
+DENSE = dataclasses.replace(_DENSE, cuts={**_DENSE.cuts, "neuron": llama.neurons})
 MIXTURE = _family(read_mixture, stacks=STACKS)
 DENSE_MULTIMODAL = _beside_images(DENSE)
 MIXTURE_MULTIMODAL = _beside_images(MIXTURE)

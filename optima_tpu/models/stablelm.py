@@ -35,4 +35,9 @@ def block(config: StableLMConfig) -> llama.PreNormBlock | ParallelBlock:
     return ParallelBlock(config) if config.parallel else llama.block(config)
 
 
-FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config, block=block)
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
+    read_config=read_config,
+    block=block,
+    cuts={**llama.FAMILY.cuts, "head": "have the width of the model divided by their number"},
+)

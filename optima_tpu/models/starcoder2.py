@@ -1,6 +1,7 @@
 """StarCoder 2: LayerNorm, biases, and an MLP without a gate; otherwise a Mistral."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -8,7 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models import llama
-from optima_tpu.models.family import NeuronLayers, Residual
+from optima_tpu.models.family import Residual
 from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear
 from optima_tpu.models.rope import Rope
 from optima_tpu.runtime.mesh import MODEL
@@ -58,5 +59,5 @@ FAMILY = dataclasses.replace(
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
         "mlp.c_proj": Residual("after_attention", "after_mlp"),
     },
-    neurons=NeuronLayers(made_by=("mlp.c_fc",), read_by="mlp.c_proj"),
+    cuts={**llama.FAMILY.cuts, "neuron": functools.partial(llama.neurons, made_by=("c_fc",), read_by="c_proj")},
 )

@@ -15,11 +15,12 @@ from optima_tpu.config.run_config import RunConfig, weights_settings
 from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
-from optima_tpu.method.layer_rules import check_layers
-from optima_tpu.method.patterns import Neurons, Pattern
+from optima_tpu.method.layer_rules import check_layers, with_patterns
+from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_damaged_model
+from optima_tpu.models.checkpoints.cuts import placed, refuse_unreadable
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
 from optima_tpu.models.model import Model, check_ids, window_bos, window_length
@@ -99,7 +100,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
       UserError: a text can't be read, is too short or does not fit the model; both texts are the same; or a model that writes
         its own calibration text does not fit the devices as a whole.
     """
-    config = together(lambda: on_context(config, model.pretrained.config))
+    config = together(lambda: on_model(config, model.pretrained.config))
     plan = together(lambda: _plan_reading(config, model))
     draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, plan.draw)
     score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
@@ -146,21 +147,26 @@ class _Reading(NamedTuple):
     score: _Score
 
 
-def on_context(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:
-    """The run with the length of its calibration windows, which depends on the model where the settings name none.
+def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:
+    """The run with what depends on the model: the length of its calibration windows, and where the parts stand that it cuts.
 
     Args:
       console: prints that the model's context makes them shorter than usual.
 
     Raises:
-      UserError: windows are longer than the context that the model's config.json names.
+      UserError: windows are longer than the context that the model's config.json names, or the parts cannot be cut from the model.
     """
     text = config.calibration
     length = window_length(model, "--calibration.length", text.length)
     window_length(model, "--evaluation.length", config.evaluation.length)
     if console and length < text.window_length:
         say(console, f"no --calibration.length was given: windows of {length} tokens, the model's context")
-    return dataclasses.replace(config, calibration=dataclasses.replace(text, length=length))
+    place, recipe = functools.partial(placed, model=model), config.recipe
+    recipe = dataclasses.replace(recipe, pattern=place(recipe.pattern), layers=with_patterns(recipe.layers, place))
+    config = dataclasses.replace(config, recipe=recipe, calibration=dataclasses.replace(text, length=length))
+    for pattern in recipe.patterns:
+        refuse_unreadable(pattern, model)
+    return config
 
 
 def _plan_reading(config: RunConfig, model: Model) -> _Reading:
@@ -186,19 +192,12 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     )
 
 
-def pruned_layers(config: RunConfig, decoder: Decoder, model: PretrainedConfig) -> dict[str, Pattern]:
+def pruned_layers(config: RunConfig, decoder: Decoder) -> dict[str, Pattern]:
     """The pattern of every layer that is pruned, by its whole path.
 
     Raises:
-      UserError: as ``check_layers``, or neurons cannot be cut from this model, or groups of integers do not divide the inputs of a
-        layer.
+      UserError: as ``check_layers``, or groups of integers do not divide the inputs of a layer.
     """
-    cut = next((pattern for pattern in config.recipe.patterns if isinstance(pattern, Neurons)), None)
-    if cut and decoder.family.neurons is None:
-        raise UserError(
-            f"expected a model with one MLP in every block where the pattern is {cut.text()}, got "
-            f"{', '.join(model.architectures or [model.model_type])}, from which neurons cannot be cut; take another pattern, such as 2:4"
-        )
     shapes = list(linear_shapes(decoder))
     patterns = check_layers(config.recipe.layers, config.recipe.pattern, shapes)
     for path, _, (_, d_in) in shapes:
@@ -224,7 +223,7 @@ def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]
 
 
 def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
-    patterns = pruned_layers(config, model.decoder, model.pretrained.config)
+    patterns = pruned_layers(config, model.decoder)
     fitted, ids = config.calibration.fitted, texts.calibration.ids
     manifest = {
         "model": model.pretrained.fingerprint,

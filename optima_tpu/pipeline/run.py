@@ -13,7 +13,7 @@ from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline import stages
-from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts, token_digest
+from optima_tpu.pipeline.inputs import Texts, on_model, open_model_on_mesh, pruned_layers, read_texts, token_digest
 from optima_tpu.pipeline.journal import Journal, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
 from optima_tpu.pipeline.opened import Opened
@@ -60,9 +60,9 @@ def run(
     model = model or open_model_on_mesh(config)
     check_signals()
     found = model.pretrained.config
-    config = together(lambda: on_context(config, found, console))
+    config = together(lambda: on_model(config, found, console))
     # A pattern that does not fit is refused before the texts are read.
-    together(lambda: pruned_layers(config, model.decoder, found))
+    together(lambda: pruned_layers(config, model.decoder))
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console, dense)
     return finish(opened, functools.partial(pruning, config), console)
 

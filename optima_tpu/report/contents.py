@@ -240,15 +240,17 @@ class TokenChanges(Record, frozen=True):
 
 
 class CutCount(Record, frozen=True):
-    """The neurons of an MLP.
+    """The parts of one kind that a block has, such as the neurons of its MLP.
 
     Attributes:
       left: the numbers that blocks have left.
       total: before some were cut.
+      removed: how many weights the exported model is without, beside those that masks prune.
     """
 
     left: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     total: Count
+    removed: Count
 
 
 class MemoryPeaks(Record, frozen=True):
@@ -319,10 +321,10 @@ class Report(RunFacts, frozen=True, kw_only=True):
       environment: versions, devices and mesh.
       model: the model that was pruned.
       sparsity: share of the weights of the pruned matrices that are zero by the masks.
-      model_sparsity: the same share of all weights of the model.
+      model_sparsity: share of all weights of the model that are zero by the masks or leave the exported model.
       weights, pruned: of the pruned matrices, how many there are, and how many are zero by the masks.
       allocation: None if every block has the pattern's sparsity.
-      neurons: of each MLP; None if no neurons were cut.
+      cuts: of each kind of parts that were cut, by what they are called.
       weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
       unusual: what needs a look, by layer.
       layer_kinds: a summary for each kind of layer.
@@ -344,7 +346,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
     weights: Count
     pruned: Count
     allocation: Allocated | None
-    neurons: CutCount | None
+    cuts: dict[str, CutCount]
     weighed_layers: tuple[str, ...]
     unusual: dict[str, dict[str, Any]]
     layer_kinds: tuple[LayerKind, ...]
@@ -406,8 +408,8 @@ class ExportedLayer(LayerReport, frozen=True, kw_only=True):
         return LayerReport(**{field: getattr(self, field) for field in LayerReport.__struct_fields__} | {"name": name})
 
 
-class NeuronCount(Record, frozen=True):
-    """The neurons that every MLP of an export has left, and how many it had."""
+class KeptCount(Record, frozen=True):
+    """How many parts of a kind every block of an export has left, and how many it had."""
 
     kept: Count
     total: Count
@@ -427,7 +429,7 @@ class Sidecar(Record, frozen=True):
     Attributes:
       model: the model that was pruned: its id on the hub, or the name of a folder or file.
       manifest: of the run.
-      neurons: None where none was cut.
+      cuts: of each kind of parts that were cut, by what they are called.
       layers: of each pruned matrix.
       form: how the folder was written.
       files: the names of all files.
@@ -435,7 +437,7 @@ class Sidecar(Record, frozen=True):
 
     model: str
     manifest: Mapping[str, Any]
-    neurons: NeuronCount | None
+    cuts: dict[str, KeptCount]
     layers: tuple[ExportedLayer, ...]
     form: ExportForm
     files: tuple[str, ...]

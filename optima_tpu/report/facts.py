@@ -104,17 +104,22 @@ def _sparsity(report: Report) -> Fact:
     return Fact("sparsity", "Sparsity", [percent(report.sparsity)], note)
 
 
-def _neurons(report: Report) -> Fact | None:
-    if report.neurons is None:
+def _cuts(report: Report) -> Fact | None:
+    if not report.cuts:
         return None
-    *fewer, most = (f"{count:,}" for count in report.neurons.left)
-    left = f"{fewer[0]} to {most}" if fewer else most
-    note = (
-        "; blocks differ, so the exported model has zeros where others were"
-        if fewer
-        else "; the exported model is without the others"
+    left = {
+        called: " to ".join(f"{count:,}" for count in sorted({cut.left[0], cut.left[-1]})) for called, cut in report.cuts.items()
+    }
+    first, _, others = ", ".join(f"{left[called]} of {cut.total:,} {called}" for called, cut in report.cuts.items()).partition(
+        " of "
     )
-    return Fact("neurons", "Neurons", [left], f"of {report.neurons.total:,} left in {'an' if fewer else 'every'} MLP{note}")
+    alike = all(len(cut.left) == 1 for cut in report.cuts.values())
+    note = (
+        "the exported model is without the others"
+        if alike
+        else "where blocks differ, the exported model has zeros for the others"
+    )
+    return Fact("kept", "Kept", [first], f"of {others} in every block; {note}")
 
 
 def _quantised(report: Report) -> Fact | None:
@@ -151,8 +156,8 @@ def _why_not_smaller(report: Report) -> str:
             "not smaller because it holds integers times scales in the source's dtype; optima export --format "
             "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
         )
-    if report.neurons and len(report.neurons.left) == 1:
-        return "the neurons that were cut are in no file"
+    if any(len(cut.left) == 1 for cut in report.cuts.values()):
+        return "what was cut is in no file"
     return (
         "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and "
         "prints its size, a smaller share of bfloat16 (--dtype) than of float32"
@@ -177,7 +182,7 @@ def _trained(report: Report) -> Fact | None:
 
 
 FACTS: Sequence[Callable[[Report], Fact | None]] = (
-    *(_perplexity, _error, _against_dense, _sparsity, _neurons, _quantised, _masks, _size, _memory, _trained),
+    *(_perplexity, _error, _against_dense, _sparsity, _cuts, _quantised, _masks, _size, _memory, _trained),
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
 _OF_LAYERS = _error, _against_dense, _quantised, _masks

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import legible
 from optima_tpu.method.patterns import parse_pattern
-from optima_tpu.report.contents import Outcome, RunFacts, Sidecar
+from optima_tpu.report.contents import KeptCount, Outcome, RunFacts, Sidecar
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
@@ -26,7 +26,7 @@ _IN_FILES = (
     "a kernel that uses them.\n"
 )
 _CUT = (
-    "This is an ordinary model with narrower MLPs: its files are smaller, and every program that loads the dense model loads it and "
+    "This is an ordinary model with narrower layers: its files are smaller, and every program that loads the dense model loads it and "
     "computes less."
 )
 _IN_MAXTEXT = (
@@ -74,8 +74,8 @@ class Card(NamedTuple):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether matrices are stored with zeros, and not only without the neurons that were cut."""
-        return bool(self.sidecar.masked) or self.sidecar.neurons is None
+        """Whether matrices are stored with zeros, and not only without what was cut."""
+        return bool(self.sidecar.masked) or not self.sidecar.cuts
 
 
 def model_card(card: Card) -> str:
@@ -117,9 +117,14 @@ def _made(card: Card) -> str:
     return f"{by} then trained by OPTIMA-TPU on {on} with its zeros held, so that it is not a model of one-shot pruning"
 
 
-def _neurons(card: Card) -> str:
-    neurons = card.sidecar.neurons
-    return f"every MLP has {neurons.kept:,} of {neurons.total:,} neurons left, and the others are deleted" if neurons else ""
+def parts_left(cuts: Mapping[str, KeptCount]) -> str:
+    """What every block has left: "48 of 64 neurons, 2 of 3 key-value heads"."""
+    return ", ".join(f"{count.kept:,} of {count.total:,} {called}" for called, count in cuts.items())
+
+
+def _cuts(card: Card) -> str:
+    cuts = card.sidecar.cuts
+    return f"every block has {parts_left(cuts)} left, and the others are deleted" if cuts else ""
 
 
 def _zeros(card: Card) -> str:
@@ -131,7 +136,7 @@ def _zeros(card: Card) -> str:
     return f"{pruned:,} of the {weights:,} weights in its {len(masked)} pruned matrices are zero ({share:.2%})"
 
 
-_CHANGES: Sequence[Callable[[Card], str]] = (_neurons, _zeros)
+_CHANGES: Sequence[Callable[[Card], str]] = (_cuts, _zeros)
 """What pruning did to the tensors, each in words; empty where it did no such thing."""
 
 
@@ -160,7 +165,7 @@ def _storage(card: Card) -> str:
     """How the files hold the model, and what that saves."""
     if card.library == "maxtext":
         return _IN_MAXTEXT
-    if card.sidecar.neurons is None:
+    if not card.sidecar.cuts:
         return _IN_FILES
     return _CUT + (" Its zeros are stored like other numbers." if card.has_zeros else "") + "\n"
 

@@ -18,7 +18,7 @@ from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.pipeline import run as running
-from optima_tpu.pipeline.inputs import on_context, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.inputs import on_model, open_model_on_mesh, read_texts
 from optima_tpu.runtime.files import LOCK, only_program
 from optima_tpu.runtime.mesh import _between_hosts, make_mesh
 from tests.support.processes import process_environment, python
@@ -60,9 +60,11 @@ def refused(tmp_path, capfd):
         (["--pattern", "1/neuron"], "pattern: expected a sparsity in [0, 1), got 1.0; 0.5 prunes half of the neurons"),
         (
             ["--pattern", "0.25/neuron", "--preset", "fast"],
-            "layers.0.mlp.down_proj: 0.25/neuron prunes none of 36 inputs, since the kept number is rounded up to a multiple of 128; "
+            "0.25/neuron prunes none of 36 neurons, since the kept number is rounded up to a multiple of 128; "
             "take 0.25/neuron@4\n",
         ),
+        (["--pattern", "0.1/head", "--preset", "fast"], "0.1/head prunes none of 3 heads; take 0.34/head\n"),
+        (["--pattern", "0.9/head", "--preset", "fast"], "0.9/head leaves none of 3 heads; take 0.67/head\n"),
         (
             ["--pattern", "0.25/input", "--preset", "best"],
             "whose masks can be exchanged, got 0.25 of the inputs; take --refine null",
@@ -127,8 +129,8 @@ def test_without_a_length_windows_are_as_long_as_the_models_context(model, tmp_p
     assert "no --calibration.length was given: windows of 128 tokens, the model's context\n" in capsys.readouterr().out
     calibration, evaluation, *_ = read_texts(config, open_model_on_mesh(config))
     assert calibration.ids.shape == (4, 128) and evaluation.ids.shape[1] == 128
-    assert on_context(config, LlamaConfig(max_position_embeddings=4096)).calibration.length == 2048
-    assert on_context(config, LlamaConfig(max_position_embeddings=64)).calibration.length == 64
+    assert on_model(config, LlamaConfig(max_position_embeddings=4096)).calibration.length == 2048
+    assert on_model(config, LlamaConfig(max_position_embeddings=64)).calibration.length == 64
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.layer_rules import LayerRule, check_layers, layers_text, parse_layers, pattern_of
-from optima_tpu.method.patterns import NM, Unstructured, parse_pattern
+from optima_tpu.method.patterns import NM, Neurons, Unstructured
 from optima_tpu.models.checkpoints.export import read_masks
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder
@@ -163,13 +163,13 @@ def test_rules_that_do_not_fit_the_model_are_one_line_before_anything_is_written
 
 def test_a_pattern_of_neurons_leaves_the_other_layers_as_they_would_be_without_it():
     blocks = [(f"model.layers.{index}.{name}", name, (8, 16)) for index in range(2) for name in ("mlp.up_proj", "mlp.down_proj")]
-    cut = parse_pattern("0.5/neuron@8")
+    cut, coarse = Neurons(0.5, 8, layer="mlp.down_proj"), Neurons(0.5, layer="mlp.down_proj")
     assert check_layers((), cut, blocks) == {f"model.layers.{index}.mlp.down_proj": cut for index in range(2)}
-    found = check_layers(parse_layers("*=0.5/neuron@8"), HALF, blocks)
+    found = check_layers([LayerRule("*", cut)], HALF, blocks)
     assert [found[path] for path, _, _ in blocks] == [HALF, cut] * 2
     with pytest.raises(UserError, match="expected a layer to prune, but the pattern 0.5/neuron@8 leaves all of them dense"):
         check_layers((), cut, WIDE)
     with pytest.raises(
-        UserError, match=r"model.layers.0.mlp.down_proj: 0.5/neuron prunes none of 16 inputs, .* take 0.5/neuron@8"
+        UserError, match=r"model.layers.0.mlp.down_proj: 0.5/neuron prunes none of 16 neurons, .* take 0.5/neuron@8"
     ):
-        check_layers((), parse_pattern("0.5/neuron"), blocks)
+        check_layers((), coarse, blocks)

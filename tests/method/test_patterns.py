@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.smallest import lowest, pairs_that_pay, totals
-from optima_tpu.method.patterns import NM, Neurons, Unstructured, WholeInputs, parse_pattern
+from optima_tpu.method.patterns import NM, Heads, Neurons, Unstructured, WholeInputs, parse_pattern
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
     st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16), NM(2, 4, 8), NM(3, 4, 4), NM(4, 16, 2)]),
     st.sampled_from([WholeInputs(0.25, 4), WholeInputs(0.4, 1), WholeInputs(0.5, 3), WholeInputs(0.0), Neurons(0.5, 16)]),
+    st.sampled_from([Heads(0.5, width=8), Heads(0.3, width=4), Heads(0.25, 2, 4), Heads(0.7, width=16)]),
 )
 
 
@@ -33,8 +34,8 @@ def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(patt
     else:
         parts = [np.s_[:, :]]
     if isinstance(pattern, WholeInputs):
-        assert (keep == keep[0]).all()
-        scores, keep = scores.sum(axis=0, keepdims=True), keep[:1]
+        assert (keep == np.repeat(keep[:1, :: pattern.width], pattern.width, axis=1)).all()
+        scores, keep = scores.sum(axis=0).reshape(1, -1, pattern.width).sum(axis=2), keep[:1, :: pattern.width]
     flat = isinstance(pattern, Unstructured) and pattern.group == "layer"
     lines = [(row, kept) for part in parts for row, kept in zip(scores[part], keep[part])]
     for group_scores, group_keep in [(scores.ravel(), keep.ravel())] if flat else lines:
@@ -68,6 +69,8 @@ def test_nan_scores_go_first():
         ("0.25/input@64", WholeInputs(0.25, 64)),
         ("0.3/neuron", Neurons(0.3)),
         ("0.3/neuron@1", Neurons(0.3, 1)),
+        ("0.33/head", Heads(0.33)),
+        ("0.33/head@2", Heads(0.33, 2)),
     ],
 )
 def test_patterns_are_read_from_text(text, expected):
@@ -171,19 +174,35 @@ def test_kept_inputs_come_in_multiples():
     assert WholeInputs(0.25).pruned_count((576, 1536)) == 576 * 384
 
 
+def test_heads_are_cut_by_the_nearest_number_a_half_down():
+    counts = {(0.33, 3): 2, (0.5, 3): 2, (0.51, 3): 1, (0.25, 8): 6, (0.33, 8): 5, (0.0, 3): 3}
+    assert {(share, heads): Heads(share).kept(heads) for share, heads in counts} == counts
+    assert Heads(0.5, 4).kept(32) == Heads(0.5, 4).kept(30) == 16 and Heads(0.33, width=192).pruned_count((576, 576)) == 576 * 192
+    with pytest.raises(
+        UserError,
+        match=r"a model, which says how wide a head is, where the pattern is 0.33/head, got a layer .* take 0.33/input$",
+    ):
+        Heads(0.33).pruned_count((576, 576))
+
+
 @pytest.mark.parametrize(
     "pattern, columns, instead",
     [
-        (WholeInputs(0.05), 1536, "0.0834/input or 0.05/input@64"),
+        (WholeInputs(0.05), 1536, "0.09/input or 0.05/input@64"),
         (WholeInputs(0.25), 96, "0.25/input@8"),
         (Neurons(0.25), 32, "0.25/neuron@8"),
-        (WholeInputs(0.01, 1), 32, "0.0313/input@1"),
-        (WholeInputs(0.5), 1, "a larger share"),
+        (WholeInputs(0.01, 1), 32, "0.04/input@1"),
+        (WholeInputs(0.5), 1, "another pattern, such as 2:4"),
+        (Heads(0.1), 3, "0.34/head"),
+        (Heads(0.1, 4), 32, "0.13/head@4 or 0.1/head"),
+        (Heads(0.9), 3, "0.67/head"),
+        (Heads(0.5), 1, "another pattern, such as 2:4"),
     ],
 )
-def test_a_share_that_prunes_nothing_is_refused_with_one_that_works(pattern, columns, instead):
-    with pytest.raises(UserError, match=rf"prunes none of {columns} inputs, .*multiple of {pattern.multiple}; take {instead}$"):
-        pattern.keep_mask(jnp.ones((2, columns)))
+def test_a_share_that_prunes_nothing_or_all_is_refused_with_one_that_works(pattern, columns, instead):
+    rounded = f", since the kept number is rounded up to a multiple of {pattern.multiple}" if pattern.multiple > 1 else ""
+    with pytest.raises(UserError, match=rf" none of {columns} {pattern.word}s?{rounded}; take {instead}$"):
+        pattern.kept(columns)
     for text in instead.split(" or ") if "/" in instead else ():
         assert 0 < parse_pattern(text).kept(columns) < columns
 

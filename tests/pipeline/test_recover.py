@@ -282,15 +282,17 @@ def test_tokens_are_counted_in_any_spelling():
         RecoverConfig("model", "9b")
 
 
-def test_neurons_that_were_cut_stay_so_and_the_recovered_model_is_as_narrow(tmp_path, capsys):
-    cut = ["--selector", "magnitude", "--solver", "null", "--pattern", "0.5/neuron@8", *SMALL, "--output", str(tmp_path / "run")]
+def test_parts_that_were_cut_stay_so_and_the_recovered_model_is_as_narrow(tmp_path, capsys):
+    method = ["--selector", "magnitude", "--solver", "null", "--pattern", "0.5/neuron@8", "--layers", "*=0.33/head"]
+    cut = [*method, *SMALL, "--output", str(tmp_path / "run")]
     assert prune([str(tiny_folder(tmp_path / "model", intermediate_size=64)), *cut]) == 0
     assert main([str(tmp_path / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]) == 0
-    assert report(tmp_path / "out")["neurons"] == {"left": [32], "total": 64}
+    left = {called: cut["left"] for called, cut in report(tmp_path / "out")["cuts"].items()}
+    assert left == {"neurons": [32], "key-value heads": [2]}
     before, after = (folder_tensors(tmp_path / name / "hf") for name in ("run", "out"))
     for name, weight in after.items():
         assert weight.shape == before[name].shape
     assert {name for name in after if (after[name] != before[name]).any()} >= {"model.layers.0.mlp.down_proj.weight"}
     capsys.readouterr()
     assert main([str(tmp_path / "run/hf"), *TOKENS, *TEXT, "--output", str(tmp_path / "again")]) == 2
-    assert "without the neurons that were cut; give the directory of its run" in only_error(capsys.readouterr().err)
+    assert "without what was cut; give the directory of its run" in only_error(capsys.readouterr().err)

@@ -39,14 +39,14 @@ class StandIn:
 
     def __init__(self, monkeypatch):
         self.counts, self.ran, self.stop, self.code = Counter(), [], {}, "0+1"
-        for name in ("open_model_on_mesh", "read_texts", "on_context", "manifest_of", "run", "is_export_of", "faults"):
+        for name in ("open_model_on_mesh", "read_texts", "on_model", "manifest_of", "run", "is_export_of", "faults"):
             monkeypatch.setattr(runner, name, getattr(self, name))
 
     def open_model_on_mesh(self, config):
         self.counts["model"] += 1
         return SimpleNamespace(name=config.model, pretrained=SimpleNamespace(config=None))
 
-    def on_context(self, config, model):
+    def on_model(self, config, model):
         return config
 
     def read_texts(self, config, model):

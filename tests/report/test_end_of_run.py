@@ -191,18 +191,23 @@ def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unp
     [
         (
             [1152],
-            "1,152 of 1,536 left in every MLP; the exported model is without the others",
-            "the neurons that were cut are in no file",
+            "1,152 of 1,536 neurons, 2 of 3 key-value heads in every block; the exported model is without the others",
+            "what was cut is in no file",
         ),
-        ([768, 1152], "768 to 1,152 of 1,536 left in an MLP; blocks differ, so the exported model has zeros", "not smaller"),
+        (
+            [768, 1152],
+            "768 to 1,152 of 1,536 neurons, 2 of 3 key-value heads in every block; where blocks differ, the exported model has zeros",
+            "what was cut is in no file",
+        ),
     ],
     ids=["alike", "different"],
 )
-def test_neurons_that_were_cut_are_counted(tmp_path, left, said, why, unplotted):  # noqa: F811
-    text = printed(with_sizes(write_run(tmp_path / "run"), neurons=CutCount(tuple(left), 1536)))
-    assert f"\nneurons     {said}" in text and f"pruned in hf/ 538 MB, {why}" in text
+def test_parts_that_were_cut_are_counted(tmp_path, left, said, why, unplotted):  # noqa: F811
+    cuts = {"neurons": CutCount(tuple(left), 1536, 0), "key-value heads": CutCount((2,), 3, 0)}
+    text = printed(with_sizes(write_run(tmp_path / "run"), cuts=cuts))
+    assert f"\nkept        {said}" in text and f"pruned in hf/ 538 MB, {why}" in text
     words = drawn(tmp_path / "run", to=tmp_path / "x.html").words
-    assert said.replace(" of", "of", 1) in words and ("cut are in no file" in words) == (len(left) == 1)
+    assert said.replace(" of", "of", 1) in words and "what was cut is in no file" in words
 
 
 def test_the_files_of_the_directory_are_explained(tmp_path, unplotted):  # noqa: F811

@@ -10,9 +10,10 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
-from optima_tpu.method.layer_rules import parse_layers, pattern_of
+from optima_tpu.method.layer_rules import parse_layers, pattern_of, with_patterns
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.cuts import placed
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.journal import Journal, open_journal
@@ -84,7 +85,8 @@ def pruned_run(
     def mask(name: str, linear: str, shape: tuple[int, ...]) -> np.ndarray | None:
         if pattern is None:
             return random.permuted(np.tile(np.arange(shape[1]) % 2 == 0, (shape[0], 1)), axis=1)
-        chosen = pattern_of(parse_layers(layers), parse_pattern(pattern), name.removesuffix(".weight"), linear)
+        rules = with_patterns(parse_layers(layers), lambda each: placed(each, config))
+        chosen = pattern_of(rules, placed(parse_pattern(pattern), config), name.removesuffix(".weight"), linear)
         return chosen and np.asarray(chosen.keep_mask(jnp.asarray(random.random(shape), jnp.float32)))
 
     for block in range(decoder.config.blocks):

@@ -187,7 +187,8 @@ def _whole_report(folder: Path) -> None:
                    "shares": [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1], "rise_share": 0.5, "worst": [token]},
         "continuations": {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]},
         "distillation": json_values(Outcome((Check(0, 1.0), Check(2, 0.5, 0.4)), 2, 64, 12.0)),
-        "weighed_layers": ["mlp.down_proj"], "files": {"transformers": "elsewhere/hf"}, "neurons": {"left": [48, 64], "total": 64},
+        "weighed_layers": ["mlp.down_proj"], "files": {"transformers": "elsewhere/hf"}, 
+        "cuts": {"neurons": {"left": [48, 64], "total": 64, "removed": 0}},
         "sizes": {"source": 90, "dense": 100, "transformers": 90, "left": {"hf": 90, "run.lock": 0}},
         "allocation": {"sparsity": [0.5, None, 0.4], "scores": [[0.1], None, [0.2]]},
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
     OUT/model.safetensors           or model-00001-of-0000N.safetensors with their index: every tensor in the source's
                                     dtype, the pruned weights exactly zero, the others as the source had them
-    OUT/config.json, tokenizer...   the source's own files, byte for byte; where neurons were cut, config.json has their number
+    OUT/config.json, tokenizer...   the source's own files, byte for byte; where parts were cut, config.json has their new numbers
     OUT/pruning_masks.npz           which weights were kept, one bit each; see read_masks
     OUT/optima_tpu.json             recipe, sparsity and error of every layer
     OUT/README.md                   model card
@@ -25,10 +25,10 @@ from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, PackedF
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import INDEX, MASKS, SHAPE
 from optima_tpu.models.checkpoints.source import total_bytes
-from optima_tpu.report.contents import ExportedLayer, ExportForm, NeuronCount, Report, RunFacts, Sidecar
+from optima_tpu.report.contents import ExportedLayer, ExportForm, Report, RunFacts, Sidecar
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.licence import CARD
-from optima_tpu.report.model_card import HUB_ID, Card, model_card
+from optima_tpu.report.model_card import HUB_ID, Card, model_card, parts_left
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path, in_bucket
@@ -100,10 +100,10 @@ def export(
             f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "
             "model"
         )
-        if run.neurons:
-            say(f"every MLP has {run.neurons.kept:,} of {run.neurons.total:,} neurons left, and the others are not written")
-        if run.zeros_stay:
-            say(run.zeros_stay)
+        if run.cuts.counts:
+            say(f"every block has {parts_left(run.cuts.counts)} left, and the others are not written")
+        for why in run.cuts.zeros_stay:
+            say(why)
         with making(out) as partial:
             for name, data in run.assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -196,18 +196,16 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _sidecar(run: Exported, zeros: Mapping[str, int], form: ExportForm) -> Sidecar:
-    """Recipe, the neurons that are left, and the layer report of each pruned weight; no files yet."""
-    source, cut = run.source, run.neurons
+    """Recipe, the parts that are left, and the layer report of each pruned weight; no files yet."""
+    source, cuts = run.source, run.cuts
 
     def layer(name: str, shape: tuple[int, ...], pruned: int, cut_from: tuple[int, int] | None = None) -> ExportedLayer:
         counted = {"name": name, "shape": shape, "pruned": pruned, "sparsity": pruned / math.prod(shape)}
         return ExportedLayer(**structs.asdict(run.report_on(name)) | counted, cut_from=cut_from)
 
     layers = [layer(name, source.shape(name), count) for name, count in zeros.items()]
-    if cut:
-        whole = ((name, source.shape(name)) for name in sorted(cut.whole))
-        layers += [layer(name, shape, 0, (shape[0], cut.total)) for name, shape in whole]
+    layers += [layer(name, source.shape(name), 0, (source.shape(name)[0], inputs)) for name, inputs in sorted(cuts.whole.items())]
     # For a local model only the folder's name, because this file may be published.
     origin = source.run.settings.model
     model = origin if HUB_ID.fullmatch(origin) else Path(origin).name
-    return Sidecar(model, source.run.manifest, NeuronCount(cut.kept, cut.total) if cut else None, tuple(layers), form, ())
+    return Sidecar(model, source.run.manifest, dict(cuts.counts), tuple(layers), form, ())

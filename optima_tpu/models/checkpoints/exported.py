@@ -11,11 +11,10 @@ from transformers import PretrainedConfig
 
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.errors import UserError
-from optima_tpu.method.layer_rules import parse_layers, pattern_of
-from optima_tpu.method.patterns import Pattern, parse_pattern
+from optima_tpu.method.layer_rules import parse_layers, pattern_of, with_patterns
+from optima_tpu.method.patterns import Pattern, WholeInputs, WholeParts, parse_pattern
 from optima_tpu.method.quantization import Quantizer
-from optima_tpu.models import family_named
-from optima_tpu.models.checkpoints.neurons import CutNeurons, cut_neurons
+from optima_tpu.models.checkpoints.cuts import Cuts, cut, placed, with_settings
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.report.records import LayerReport
@@ -43,30 +42,31 @@ class Exported:
       source: its checkpoint.
       assets: the source's own files, such as config.json: name -> contents.
       patterns: the pattern of every pruned weight, without unstructured masks from elsewhere, which were checked there.
-      neurons: the neurons that were cut, which neither ``source`` nor ``assets`` has; None if none was.
-      zeros_stay: why inputs that are pruned in all rows are still in ``source``; empty if there are none.
+      cuts: what was cut, which neither ``source`` nor ``assets`` has.
     """
 
     directory: Path
     source: CheckpointTensors
     assets: Mapping[str, bytes]
     patterns: Mapping[str, Pattern]
-    neurons: CutNeurons | None = None
-    zeros_stay: str = ""
+    cuts: Cuts = Cuts()
 
     @classmethod
     def open(cls, directory: Path) -> "Exported":
-        """Opens a run, and cuts the neurons that it pruned in every block alike."""
-        source, assets = CheckpointTensors(directory), read_assets(directory)
-        patterns = _patterns(source)
-        family = family_named(_architectures(assets))
-        cut = cut_neurons(source, patterns, family.neurons if family else None)
-        if isinstance(cut, str):
-            return cls(directory, source, assets, patterns, zeros_stay=cut)
-        # What a matrix loses elsewhere is in the other patterns' groups, unless rows compete.
-        patterns = {name: each for name, each in patterns.items() if name not in cut.parts or each.group == "row"}
-        assets = {**assets, "config.json": cut.config(assets["config.json"])}
-        return cls(directory, source.without(cut.parts, cut.whole), assets, patterns, cut)
+        """Opens a run, and cuts what it pruned in every block alike."""
+        run = cls(directory, CheckpointTensors(directory), read_assets(directory), {})
+        patterns = run._patterns()
+        if not any(isinstance(pattern, WholeInputs) for pattern in patterns.values()):
+            return dataclasses.replace(run, patterns=patterns)
+        cuts = cut(run.source, patterns, run.config())
+        return cls(
+            directory,
+            run.source.without(cuts.parts, cuts.whole),
+            {**run.assets, "config.json": with_settings(run.assets["config.json"], cuts.settings)} if cuts.counts else run.assets,
+            # What a matrix loses elsewhere is in the other patterns' groups, unless rows compete.
+            {name: each for name, each in patterns.items() if name not in cuts.parts or each.group == "row"},
+            cuts,
+        )
 
     def config(self) -> PretrainedConfig:
         return read_config(self.assets["config.json"], str(self.directory))[0]
@@ -90,7 +90,7 @@ class Exported:
         """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask, recorded count and pattern."""
         pattern = self.patterns.get(name)
         # The recorded count has the zeros of rows that were cut.
-        recorded = 0 if self.neurons and name in self.neurons.parts else self.report_on(name).pruned
+        recorded = 0 if name in self.cuts.parts else self.report_on(name).pruned
         if np.any(~keep & ~zero) or zero.sum() < recorded or not (pattern is None or pattern.holds(zero)):
             raise RuntimeError(f"the zeros of {name} do not match mask and pattern {pattern}")
         return int(zero.sum())
@@ -111,36 +111,33 @@ class Exported:
         quantizer: Quantizer = cls(group=recorded.group)
         return quantizer
 
+    def _patterns(self) -> dict[str, Pattern]:
+        def place(pattern: Pattern) -> Pattern:
+            return placed(pattern, self.config()) if isinstance(pattern, WholeParts) else pattern
+
+        decided, allocated = self.source.run.decided, self.source.run.sparsity
+        default, rules = place(parse_pattern(decided.recipe.pattern)), with_patterns(parse_layers(decided.recipe.layers), place)
+        foreign = decided.recipe.selector.name == "imported" or decided.start is not None
+        patterns: dict[str, Pattern] = {}
+        for name in self.source.pruned():
+            layer = self.report_on(name)
+            mine = None if allocated is None else allocated[layer.block]
+            own = default if mine is None else default.at(mine)
+            pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer.name)
+            if pattern is not None and not (foreign and pattern.free):
+                patterns[name] = pattern
+        return patterns
+
     def architectures(self) -> list[str] | None:
         """The names of the model's class in config.json."""
-        return _architectures(self.assets)
+        found: list[str] | None = json.loads(self.assets["config.json"]).get("architectures")
+        return found
 
     def report_on(self, name: str) -> LayerReport:
         """The record of the layer that a pruned weight belongs to."""
-        return _report_on(name, self.source)
-
-
-def _architectures(assets: Mapping[str, bytes]) -> list[str] | None:
-    found: list[str] | None = json.loads(assets["config.json"]).get("architectures")
-    return found
-
-
-def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
-    decided, allocated = source.run.decided, source.run.sparsity
-    default, rules = parse_pattern(decided.recipe.pattern), parse_layers(decided.recipe.layers)
-    foreign = decided.recipe.selector.name == "imported" or decided.start is not None
-    patterns: dict[str, Pattern] = {}
-    for name in source.pruned():
-        layer = _report_on(name, source)
-        mine = None if allocated is None else allocated[layer.block]
-        own = default if mine is None else default.at(mine)
-        pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer.name)
-        if pattern is not None and not (foreign and pattern.free):
-            patterns[name] = pattern
-    return patterns
-
-
-def _report_on(name: str, source: CheckpointTensors) -> LayerReport:
-    return next(
-        layer for block in source.run.blocks for layer in block.layers if name.endswith(f".{layer.block}.{layer.name}.weight")
-    )
+        return next(
+            layer
+            for block in self.source.run.blocks
+            for layer in block.layers
+            if name.endswith(f".{layer.block}.{layer.name}.weight")
+        )

@@ -167,7 +167,7 @@ def make_plan(
       UserError: pattern or layer rules do not fit the model.
     """
     config, compile_call = with_windows(config, model), compile_call or compiler(machine, tell)
-    decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder, model.config)
+    decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
     refused, writing = walk.refused, 0.0

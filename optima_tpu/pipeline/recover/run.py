@@ -20,7 +20,7 @@ from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.arguments import recovery_texts
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
-from optima_tpu.pipeline.inputs import Texts
+from optima_tpu.pipeline.inputs import Texts, on_model
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Stage, StageWork
 from optima_tpu.pipeline.opened import Opened
@@ -71,6 +71,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
             f"{source}: give a longer text, or fewer --held-out"
         )
     run_config = _run_config(config, start.base(dense, config.model), source, evaluation, length, windows)
+    run_config = together(lambda: on_model(run_config, start.dense.pretrained.config))
     method = run_config.distill
     assert method is not None
     decoder = start.dense.decoder

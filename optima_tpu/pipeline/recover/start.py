@@ -191,10 +191,10 @@ def _record(spec: str, decoder: Decoder) -> _Record:
     exported = known_record(path / SIDECAR, Sidecar) if path.is_dir() else None
     if exported is None:
         return _Record()
-    if exported.neurons:
+    if exported.cuts:
         raise UserError(
-            f"expected a model of the dense model's size, got {spec}, an export that is without the neurons that were cut; give the "
-            "directory of its run"
+            f"expected a model of the dense model's size, got {spec}, an export that is without what was cut; give the directory of "
+            "its run"
         )
     beside = known_record(path.resolve().parent / RUN, RunRecord)
     settings = beside.settings if beside and beside.manifest == exported.manifest else None

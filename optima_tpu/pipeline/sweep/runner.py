@@ -13,7 +13,7 @@ from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.inputs import Texts, manifest_of, on_context, open_model_on_mesh, read_texts, token_digest
+from optima_tpu.pipeline.inputs import Texts, manifest_of, on_model, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.pipeline.repair import faults
 from optima_tpu.pipeline.run import run
 from optima_tpu.pipeline.self_calibration import written_windows
@@ -179,7 +179,7 @@ class Sweep:
         """Opens what a cell needs, and checks whether it is finished. Raises UserError as the constructor does."""
         signals.check()
         texts, model = self._shared.texts(cell.config), self._shared.model(cell.config)
-        config = on_context(cell.config, model.pretrained.config)
+        config = on_model(cell.config, model.pretrained.config)
         manifest = manifest_of(config, model, texts)
         if (cell.directory / RUN).exists() and (report := self._finished_report(cell, config, manifest, texts)):
             self._know(cell, report)

@@ -1,0 +1,179 @@
+"""The parts of blocks that patterns cut, and what is left of a run's tensors and of its config.json without them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import Pattern, WholeInputs, WholeParts
+from optima_tpu.models import family_of
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
+from optima_tpu.models.checkpoints.source import read_config
+from optima_tpu.models.family import Cut
+from optima_tpu.report.contents import KeptCount
+
+
+class Cuts(NamedTuple):
+    """What a run cut from every block.
+
+    Attributes:
+      counts: of each kind of parts, by what they are called.
+      parts: what is left of each tensor that loses rows or columns, by its name.
+      whole: the matrices of which the whole rest is kept, so that they need no mask, and their inputs in the dense model.
+      settings: the new numbers in config.json.
+      zeros_stay: why inputs that are pruned in all rows were not cut.
+    """
+
+    counts: Mapping[str, KeptCount] = {}
+    parts: Mapping[str, TensorPart] = {}
+    whole: Mapping[str, int] = {}
+    settings: Mapping[str, int] = {}
+    zeros_stay: tuple[str, ...] = ()
+
+
+def with_settings(config: bytes, settings: Mapping[str, int]) -> bytes:
+    """config.json with other numbers, which stand in text_config where there is one."""
+    record: dict[str, Any] = json.loads(config)
+    text = record.get("text_config")
+    (text if isinstance(text, dict) else record).update(settings)
+    return json.dumps(record, indent=2).encode() + b"\n"
+
+
+def cuts_of(model: PretrainedConfig) -> dict[str, Cut | str]:
+    """The parts of a model that can be cut, by the word of their pattern, or why they cannot be."""
+    family = family_of(model)
+    config = family.read_config(model)
+    return {word: made if isinstance(made, str) else made(config) for word, made in family.cuts.items()}
+
+
+def placed(pattern: Pattern, model: PretrainedConfig) -> Pattern:
+    """The pattern with the layer and the width of the parts that it cuts from a model.
+
+    Raises:
+      UserError: parts of this kind cannot be cut from this model.
+    """
+    if not isinstance(pattern, WholeParts):
+        return pattern
+    cut = cuts_of(model).get(pattern.word, "have no name in this family")
+    if isinstance(cut, str):
+        raise UserError(
+            f"expected a model whose {pattern.word}s can be cut where the pattern is {pattern.text()}, got {_named(model)}, whose "
+            f"{pattern.word}s {cut}; take another pattern, such as 2:4"
+        )
+    return dataclasses.replace(pattern, width=cut.width, layer=cut.read_by)
+
+
+def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
+    """Reads config.json as it will be without what a placed pattern cuts.
+
+    Raises:
+      UserError: the pattern cuts none or all, or ``transformers`` does not read such a config.json as that of the cut model.
+    """
+    if not isinstance(pattern, WholeParts):
+        return
+    cut = cuts_of(model)[pattern.word]
+    assert isinstance(cut, Cut), "the pattern was placed"
+    kept = pattern.kept(cut.total)
+    why = _unreadable(model, pattern.word, cut, kept)
+    if why:
+        others = range(pattern.multiple, cut.total, pattern.multiple)
+        near = sorted(others, key=lambda other: abs(other - kept))
+        other = next((other for other in near if not _unreadable(model, pattern.word, cut, other)), None)
+        take = "another pattern, such as 2:4" if other is None else pattern.leaving(other, cut.total).text()
+        raise UserError(
+            f"expected a share of {_named(model)} with which transformers reads its new config.json, got {pattern.text()}, which leaves "
+            f"{kept} of {cut.total} {cut.called}: {why}; take {take}"
+        )
+
+
+def _unreadable(model: PretrainedConfig, word: str, cut: Cut, kept: int) -> str:
+    """Why config.json does not describe a model with so many parts; empty if it does."""
+    config = with_settings(model.to_json_string().encode(), cut.config(kept))
+    try:
+        again = cuts_of(read_config(config, "the cut model")[0])[word]
+    except UserError as error:
+        return str(error)
+    # The inputs of the reading layer: the parts of the cut model may be others, such as queries that have one key left.
+    same = isinstance(again, Cut) and (again.total * again.width, again.fixed) == (kept * cut.width, cut.fixed)
+    return "" if same else f"these are read as of another width than {cut.width}"
+
+
+def _named(model: PretrainedConfig) -> str:
+    return ", ".join(model.architectures or [model.model_type])
+
+
+def is_cut_by(pattern: Pattern | None, cut: Cut) -> bool:
+    """Whether a pattern of the layer that reads parts prunes these as a whole."""
+    return isinstance(pattern, WholeInputs) and pattern.width == cut.width
+
+
+def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: PretrainedConfig) -> Cuts:
+    """What can leave the model of a run although nothing else is computed then. Reads the masks of what lost whole inputs.
+
+    Args:
+      patterns: of the pruned weights, as :func:`placed` makes them.
+      model: the configuration of the dense model.
+    """
+    found, inputs = Cuts(), {name: pattern for name, pattern in patterns.items() if isinstance(pattern, WholeInputs)}
+    for kind in cuts_of(model).values() if inputs else ():
+        if isinstance(kind, str):
+            continue
+        names = [
+            name for name, pattern in inputs.items() if name.endswith(f".{kind.read_by}.weight") and is_cut_by(pattern, kind)
+        ]
+        for name in names:
+            del inputs[name]
+        found = _without(found, source, kind, names) if names else found
+    if inputs:
+        first = next(iter(inputs))
+        why = f"inputs that are pruned in all rows stay as zeros where they are no parts that can be cut, as in {first}"
+        found = found._replace(zeros_stay=(*found.zeros_stay, why))
+    return found
+
+
+def _without(found: Cuts, source: CheckpointTensors, kind: Cut, names: list[str]) -> Cuts:
+    """What was cut before, and one kind of parts, which these matrices read."""
+    parts, whole, kept = dict[str, TensorPart](), dict[str, int](), set[int]()
+    present = set(source.names())
+    for name in names:
+        mask, prefix = source.masks([name])[name], name.removesuffix(f"{kind.read_by}.weight")
+        left = np.flatnonzero(mask.reshape(len(mask), kind.total, -1).any(axis=(0, 2)))
+        kept.add(len(left))
+        columns = _indices(left, kind.total, (kind.width,), mask.shape[1])
+        parts[name] = TensorPart(columns, 1)
+        if mask[:, columns].all():
+            whole[name] = mask.shape[1]
+        made = {prefix + maker: rows for maker, rows in kind.makers.items()}
+        for maker in present & made.keys():
+            parts[maker] = TensorPart(_indices(left, kind.total, made[maker], source.shape(maker)[0]), 0)
+    if len(names) < len(source.run.blocks):
+        kept.add(kind.total)
+    if len(kept) > 1:
+        counts = " or ".join(f"{count:,}" for count in sorted(kept))
+        why = f"pruned {kind.called} stay as zeros, since the blocks keep {counts} of {kind.total:,}, and config.json has one number for all"
+        return found._replace(zeros_stay=(*found.zeros_stay, why))
+    count = KeptCount(kept.pop(), kind.total)
+    return found._replace(
+        counts={**found.counts, kind.called: count},
+        parts={**found.parts, **parts},
+        whole={**found.whole, **whole},
+        settings={**found.settings, **kind.config(count.kept)},
+    )
+
+
+def _indices(left: np.ndarray, total: int, rows: tuple[int, ...], size: int) -> np.ndarray:
+    """The indices of the parts that are left, in matrices that are one behind the other, and those behind all parts.
+
+    Args:
+      left: which parts, of ``total``.
+      rows: of a part in each of the matrices.
+      size: of the axis.
+    """
+    ends = np.cumsum([total * each for each in rows])
+    firsts = np.concatenate([[0], ends])
+    inside = [(first + left[:, None] * each + np.arange(each)).ravel() for first, each in zip(firsts, rows)]
+    return np.concatenate([*inside, np.arange(firsts[-1], size)])

@@ -1,0 +1,287 @@
+"""Runs that cut neurons or heads are exported as ordinary smaller models, which compute what the run's model with zeros does."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.patterns import Heads, Neurons, WholeInputs, parse_pattern
+from optima_tpu.models import FAMILIES
+from optima_tpu.models.checkpoints import open_model
+from optima_tpu.models.checkpoints.cuts import cuts_of
+from optima_tpu.models.checkpoints.export import export, read_masks
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.family import Cut
+from optima_tpu.pipeline.inputs import on_model
+from optima_tpu.unpack import unpack
+from tests.support.fake_run import pruned_run
+from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, REFERENCES, Reference, tiny
+from tests.support.runs import SMALL, folder_tensors
+from tests.support.tiny_models import tiny_folder, tiny_llama
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+PATTERNS = {"neuron": "0.25/neuron@8", "head": "0.5/head"}
+
+
+def cuts(reference: Reference, settings) -> dict[str, Cut]:
+    """The kinds of parts that can be cut, by the word of their pattern."""
+    return {word: cut for word, cut in cuts_of(reference.configuration(settings)).items() if isinstance(cut, Cut)}
+
+
+def cases():
+    """Every family from which parts can be cut: its first variant, those with biases, and those with other heads."""
+    # transformers 5.24 computes no text without images with the other class of Llama 4.
+    for reference in (*REFERENCES, *(each for each in BESIDE_IMAGES if each is not LLAMA_IMAGES)):
+        for index, (name, settings) in enumerate(reference.variants.items()):
+            if (not index or any(word in name for word in ("bias", "head"))) and cuts(reference, settings):
+                yield pytest.param(reference, settings, id=f"{reference.model}-{name}")
+    yield pytest.param(REFERENCES[0], dict(num_key_value_heads=1), id="LlamaForCausalLM-one key")
+    yield pytest.param(REFERENCES[0], dict(num_key_value_heads=2), id="LlamaForCausalLM-one key left")
+    yield pytest.param(reference_of("Phi3ForCausalLM"), dict(num_key_value_heads=1), id="Phi3ForCausalLM-one key")
+
+
+def reference_of(model: str) -> Reference:
+    return next(reference for reference in REFERENCES if reference.model == model)
+
+
+def test_every_family_says_of_each_pattern_what_it_cuts_or_why_not():
+    for model, families in FAMILIES.items():
+        for family in families.values():
+            assert family.cuts.keys() == PATTERNS.keys(), model
+
+
+@pytest.mark.parametrize(("reference", "settings"), list(cases()))
+def test_the_exported_model_computes_what_zeros_do(reference: Reference, settings, tmp_path):
+    """With all kinds of parts cut in one run."""
+    config, model, source = tiny(reference, settings)
+    kinds = cuts(reference, settings)
+    first, *others = (PATTERNS[word] for word in kinds)
+    run = pruned_run(tmp_path / "run", config, source, first, ",".join(f"*={pattern}" for pattern in others))
+    export(run, tmp_path / "out")
+    small, info = type(model).from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype="float32", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    tokens, masks = torch.arange(40)[None] * 7 % 60, CheckpointTensors(run)
+    keeps = {name: mask[0] for name, mask in masks.masks(masks.pruned()).items()}
+    weights = {name: weight for name, weight in model.named_parameters() if "vision" not in name}
+    for word, kind in kinds.items():
+        ending = f".{kind.read_by}.weight"
+        mine = [keep for name, keep in keeps.items() if name.endswith(ending)]
+        matrices = [weight for name, weight in weights.items() if name.endswith(ending)]
+        assert len(mine) == len(matrices) == config.get_text_config().num_hidden_layers
+        pattern = parse_pattern(PATTERNS[word])
+        assert isinstance(pattern, WholeInputs)
+        left = pattern.kept(kind.total)
+        assert (
+            0 < left < kind.total
+            and all(keep.sum() == left * kind.width for keep in mine)
+            and any((keep != mine[0]).any() for keep in mine)
+        )
+        said = {name: getattr(small.config.get_text_config(), name) for name in kind.config(left)}
+        assert said == kind.config(left)
+        with torch.no_grad():
+            for keep, matrix in zip(mine, matrices, strict=True):
+                matrix[:, torch.from_numpy(~keep)] = 0
+    with torch.no_grad():
+        expected, found = (each(tokens).logits for each in (model, small.eval()))
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern", "why"),
+    [
+        ("Qwen3MoeForCausalLM", "0.25/neuron@8", "whose neurons stand in experts"),
+        ("Olmo2ForCausalLM", "0.5/head", "whose heads are normalised all together"),
+        ("OlmoeForCausalLM", "0.5/head", "whose heads are normalised all together"),
+        ("DeepseekV3ForCausalLM", "0.5/head", "whose heads read latent vectors"),
+        ("Qwen3NextForCausalLM", "0.5/head", "whose heads differ from block to block, since some attend linearly"),
+        ("Gemma4ForCausalLM", "0.5/head", "whose heads differ in width from block to block"),
+        *(
+            (model, "0.5/head", "whose heads have the width of the model divided by their number")
+            for model in ("OPTForCausalLM", "StableLmForCausalLM", "Cohere2ForCausalLM")
+        ),
+    ],
+)
+def test_what_a_family_cannot_lose_is_refused_by_name(model, pattern, why):
+    said = rf"expected a model whose .*s can be cut where the pattern is {pattern}, got {model}, {why}; take another pattern, such as 2:4"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        on_model(RunConfig(model="here").changed(pattern=parse_pattern(pattern)), reference_of(model).configuration({}))
+
+
+@pytest.mark.parametrize("model", ["Cohere2ForCausalLM", "OPTForCausalLM"])
+def test_a_width_of_heads_that_config_json_cannot_say_is_seen_when_it_is_read_again(model, monkeypatch):
+    """So that a family which says wrongly that its heads can be cut is refused too."""
+    config = reference_of(model).configuration({})
+    cut = Cut("heads", 6, 8, "self_attn.o_proj", {}, {"num_attention_heads": 1}, {"head_dim": 8})
+    family = FAMILIES[model][config.model_type]
+
+    def heads(config):
+        return cut._replace(total=config.heads, width=config.d_model // config.heads)
+
+    monkeypatch.setitem(FAMILIES[model], config.model_type, dataclasses.replace(family, cuts={"head": heads}))
+    with pytest.raises(
+        UserError, match=f"{model} .*, which leaves 3 of 6 heads: these are read as of another width than 8; take another pattern"
+    ):
+        on_model(RunConfig(model="here").changed(pattern=parse_pattern("0.5/head")), config)
+
+
+def test_a_number_of_heads_that_transformers_refuses_is_refused_with_one_that_it_takes():
+    config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, architectures=["LlamaForCausalLM"])
+    said = r"expected a share of LlamaForCausalLM .* got 0.25/head, which leaves 6 of 8 heads: .*64\) is not a multiple of .*6.*; take 0.5/head$"
+    with pytest.raises(UserError, match=said):
+        on_model(RunConfig(model="here").changed(pattern=parse_pattern("0.25/head")), config)
+    run = on_model(
+        RunConfig(model="here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8")), config
+    )
+    assert run.recipe.patterns == [Heads(0.5, 1, 8, "self_attn.o_proj"), Neurons(0.3, 8, 1, "mlp.down_proj")]
+    assert [pattern.text() for pattern in run.recipe.patterns] == ["0.5/head", "0.3/neuron@8"]
+    on_model(RunConfig(model="here").changed(pattern=parse_pattern("0.8/head")), config)  # leaves two
+    few = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
+    on_model(RunConfig(model="here").changed(pattern=parse_pattern("0.5/head")), few)  # leaves one
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    config, source = tiny_llama(intermediate_size=64)
+    return pruned_run(tmp_path_factory.mktemp("cut") / "run", config, source, "0.25/neuron@8", "*=0.33/head")
+
+
+def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
+    said = []
+    export(run, tmp_path / "out", say=said.append)
+    assert "every block has 48 of 64 neurons, 2 of 3 key-value heads left, and the others are not written" in said
+    sidecar, config = (json.loads((tmp_path / "out" / name).read_text()) for name in ("optima_tpu.json", "config.json"))
+    assert sidecar["cuts"] == {"neurons": {"kept": 48, "total": 64}, "key-value heads": {"kept": 2, "total": 3}}
+    numbers = {"intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
+    assert {name: config[name] for name in numbers} == numbers
+    shapes = {"mlp.down_proj": ([36, 48], [36, 64]), "self_attn.o_proj": ([36, 24], [36, 36])}
+    layers = {layer["name"]: layer for layer in sidecar["layers"]}
+    assert layers.keys() == {f"model.layers.{block}.{name}.weight" for block in range(3) for name in shapes}
+    for name, layer in layers.items():
+        assert (layer["shape"], layer["cut_from"]) == shapes[name.removesuffix(".weight").split(".", 3)[3]]
+        assert (layer["pruned"], layer["sparsity"]) == (0, 0.0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "every block has 48 of 64 neurons, 2 of 3 key-value heads left, and the others are deleted. All other" in card
+    assert "- sparse" not in card and "narrower layers" in card and "not smaller" not in card
+    assert not (tmp_path / "out" / "pruning_masks.npz").exists()
+
+
+def test_what_is_deleted_was_zero_and_what_stays_is_the_runs_bit_for_bit(run, tmp_path):
+    export(run, tmp_path / "out")
+    source, tensors = CheckpointTensors(run), folder_tensors(tmp_path / "out")
+    for name in source.names():
+        whole, left = source.load([name])[name], tensors[name]
+        block, part, layer = name.removesuffix(".weight").rpartition(".")[0].rpartition(".")[0], *name.split(".")[-3:-1]
+        kept = (
+            source.mask(f"{block}.{'mlp.down_proj' if part == 'mlp' else 'self_attn.o_proj'}.weight")[0]
+            if part in ("mlp", "self_attn")
+            else None
+        )
+        if layer in ("down_proj", "o_proj"):
+            assert not whole[:, ~kept].any()
+            whole = whole[:, kept]
+        elif kept is not None:  # a key-value head of 4 dimensions has three queries
+            whole = whole[kept[::3] if layer in ("k_proj", "v_proj") else kept]
+        np.testing.assert_array_equal(left, whole)
+
+
+def test_other_layers_keep_their_masks(tmp_path):
+    """The rows of what is cut leave with their masks."""
+    config, source = tiny_llama(intermediate_size=64)
+    run = pruned_run(tmp_path / "run", config, source, "2:4", "*=0.25/neuron@8,*=0.33/head,mlp.up_proj=0.5/layer")
+    export(run, tmp_path / "out")
+    masks, tensors = read_masks(tmp_path / "out"), folder_tensors(tmp_path / "out")
+    assert len(masks) == 15 and masks["model.layers.0.mlp.gate_proj.weight"].shape == (48, 36)
+    assert masks["model.layers.0.self_attn.q_proj.weight"].shape == (24, 36)
+    for name, keep in masks.items():
+        assert keep.shape == tensors[name].shape and not tensors[name][~keep].any()
+        if not name.endswith("up_proj.weight"):
+            assert parse_pattern("2:4").violation(keep) is None
+    said = "every block has 48 of 64 neurons, 2 of 3 key-value heads left, and the others are deleted; "
+    assert said in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "pattern, layers, said",
+    [
+        ("0.25/neuron@8", "model.layers.1.*=dense", "the blocks keep 48 or 64 of 64, and config.json has one number for all"),
+        (
+            "0.25/neuron@8",
+            "model.layers.1.*=0.5/neuron@8",
+            "the blocks keep 32 or 48 of 64, and config.json has one number for all",
+        ),
+        (
+            "0.5",
+            "*=dense,self_attn.o_proj=0.25/input@4",
+            "stay as zeros where they are no parts that can be cut, as in model.layers.0.self_attn.o_proj.weight",
+        ),
+        ("0.33/head", "model.layers.1.*=dense", "pruned key-value heads stay as zeros, since the blocks keep 2 or 3 of 3"),
+    ],
+)
+def test_what_cannot_be_cut_stays_as_zeros_and_the_export_says_why(pattern, layers, said, tmp_path):
+    config, source = tiny_llama(intermediate_size=64)
+    run, lines = pruned_run(tmp_path / "run", config, source, pattern, layers), []
+    export(run, tmp_path / "out", say=lines.append)
+    assert any(said in line for line in lines)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_attention_heads"]) == (64, 9)
+    assert len(read_masks(tmp_path / "out")) == (2 if layers == "model.layers.1.*=dense" else 3)
+
+
+def test_weights_of_neurons_that_are_not_zero_are_not_deleted(run, tmp_path, monkeypatch):
+    masks = CheckpointTensors.masks
+    monkeypatch.setattr(
+        CheckpointTensors,
+        "masks",
+        lambda self, names: {name: np.roll(keep, 1, axis=1) for name, keep in masks(self, names).items()},
+    )
+    with pytest.raises(RuntimeError, match="holds weights other than zero in inputs that were cut"):
+        export(run, tmp_path / "out")
+
+
+def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
+    model = tiny_folder(tmp_path / "model", intermediate_size=64)
+    run, rules = tmp_path / "run", ["--pattern", "0.25/neuron@8", "--layers", "*=0.33/head"]
+    words = ["--preset", "fast", "--mesh", "4x2", *rules]
+    assert main(["--model", str(model), "--output", str(run), *words, *SMALL]) == 0
+    printed = capsys.readouterr().out
+    said = "48 of 64 neurons, 2 of 3 key-value heads in every block; the exported model is without the others"
+    assert f"kept        {said}\n" in printed
+    report = json.loads((run / "report.json").read_text())
+    (neurons, heads), blocks = report["cuts"].values(), 3
+    assert neurons == {"left": [48], "total": 64, "removed": blocks * 2 * 16 * 36}
+    assert heads == {"left": [2], "total": 3, "removed": blocks * (12 + 4 + 4) * 36}
+    small, dense = folder_tensors(run / "hf"), folder_tensors(model)
+    weights, left = (sum(weight.size for weight in tensors.values()) for tensors in (dense, small))
+    assert report["model_sparsity"] == (weights - left) / weights and report["model"]["weights"] == weights
+    assert report["sizes"]["dense"] - report["sizes"]["transformers"] > 4 * (weights - left) - 20_000
+    assert {layer["name"] for block in report["blocks"] for layer in block["layers"]} == {"mlp.down_proj", "self_attn.o_proj"}
+    for name, weight in small.items():
+        if ".mlp." not in name and ".self_attn." not in name:
+            assert weight.tobytes() == dense[name].tobytes(), name
+    export(run, tmp_path / "packed", form="packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    names = {path.name for path in (run / "hf").iterdir()}
+    assert names == {path.name for path in (tmp_path / "again").iterdir()} and "pruning_masks.npz" not in names
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (run / "hf" / name).read_bytes(), name
+    export(run, tmp_path / "maxtext", form="maxtext")
+    settings = (tmp_path / "maxtext" / "maxtext.yml").read_text()
+    numbers = {"base_mlp_dim": 48, "base_num_query_heads": 6, "base_num_kv_heads": 2, "head_dim": 4}
+    assert all(f"{name}: {number}\n" in settings for name, number in numbers.items())
+    export(run, tmp_path / "gguf", form="gguf")
+    opened = open_model(str(tmp_path / "gguf" / "model.gguf"))
+    found = opened.config
+    assert (found.intermediate_size, found.num_attention_heads, found.num_key_value_heads, found.head_dim) == (48, 6, 2, 4)
+    for name in opened.tensors.names():
+        np.testing.assert_array_equal(opened.tensors.read(name), small[name])
