@@ -150,11 +150,6 @@ class Cut(NamedTuple):
     settings: Mapping[str, int]
     fixed: Mapping[str, int] = {}
 
-    @property
-    def makers(self) -> dict[str, tuple[int, ...]]:
-        """``made_by`` for every name that a parameter of a block may have."""
-        return {name + ending: rows for name, rows in self.made_by.items() for ending in ("", ".weight", ".bias")}
-
     def config(self, kept: int) -> dict[str, int]:
         """The settings of a model that has so many."""
         return {**{name: each * kept for name, each in self.settings.items()}, **self.fixed}

@@ -5,20 +5,18 @@ Inside of PRUNING, which is the walk, the journal keeps block by block; inside o
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import Tokens, unigram_perplexity
-from optima_tpu.method.patterns import WholeInputs
-from optima_tpu.models.checkpoints.cuts import cuts_of, is_cut_by
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
+from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
 from optima_tpu.models.checkpoints.source import Layered, total_bytes
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.family import Cut
 from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
@@ -26,7 +24,7 @@ from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import recipe_line
-from optima_tpu.pipeline.inputs import pruned_layers, token_digest
+from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.pipeline.loss_gradient import GRADIENT as GRADIENT_NAME
@@ -47,7 +45,6 @@ from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
 from optima_tpu.report.contents import (
     Allocated,
     Continuations,
-    CutCount,
     FileSizes,
     MemoryPeaks,
     ModelFacts,
@@ -60,9 +57,8 @@ from optima_tpu.report.contents import (
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.pace import Step
-from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Steps, open_sinks
-from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete
@@ -419,8 +415,14 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
     }
 
     def write() -> Report:
-        measured_here = {"sizes": _sizes(opened), "tokens": changes(opened, results.dense, results.pruned)}
-        return write_report(directory / REPORT, entries | measured_here | {"cuts": _cuts(opened, pruned.blocks)}, pruned.blocks)
+        exported = Exported.open(directory)
+        measured_here = {
+            "sizes": _sizes(opened),
+            "tokens": changes(opened, results.dense, results.pruned),
+            "cuts": dict(exported.cuts.counts),
+            "removed": exported.removed(),
+        }
+        return write_report(directory / REPORT, entries | measured_here, pruned.blocks)
 
     report: Report = from_first(write)
     return report
@@ -443,37 +445,6 @@ def _facts(opened: Opened, results: Results) -> RunFacts:
 
 def _text(source: str, tokens: Tokens) -> TextFacts:
     return TextFacts(source, tokens.how, int(tokens.ids.size), token_digest(tokens.ids), unigram_perplexity(tokens.ids))
-
-
-def _cuts(opened: Opened, blocks: Sequence[BlockReport]) -> dict[str, CutCount]:
-    """Of each kind of parts that the run cuts."""
-    pretrained, decoder = opened.model
-    if not any(isinstance(pattern, WholeInputs) for pattern in opened.config.recipe.patterns):
-        return {}
-    patterns, found = pruned_layers(opened.config, decoder), dict[str, CutCount]()
-    layers = {decoder.prefix(layer.block) + layer.name: layer for layer in all_layers(blocks)}
-    for cut in cuts_of(pretrained.config).values():
-        if isinstance(cut, str):
-            continue
-        read = [layer for path, layer in layers.items() if layer.name == cut.read_by and is_cut_by(patterns.get(path), cut)]
-        left = {cut.total - layer.pruned // (layer.shape[0] * cut.width) for layer in read}
-        left |= {cut.total} if len(read) < len(blocks) else set()
-        if read:
-            gone = cut.total - max(left) if len(left) == 1 else 0
-            removed = sum(_removed(decoder, cut, gone, index, layers) for index in range(len(blocks)))
-            found[cut.called] = CutCount(tuple(sorted(left)), cut.total, removed)
-    return found
-
-
-def _removed(decoder: Decoder, cut: Cut, gone: int, index: int, layers: Mapping[str, LayerReport]) -> int:
-    """The weights, zeros not counted, that leave a block beside the columns of the layer that reads the parts."""
-    removed = 0
-    for name, rows in cut.makers.items():
-        if shape := decoder.at(index).block_shapes.get(name):
-            lost = gone * sum(rows)
-            layer = layers.get(decoder.prefix(index) + name.removesuffix(".weight"))
-            removed += lost * math.prod(shape[1:]) - (layer.pruned * lost // shape[0] if layer else 0)
-    return removed
 
 
 def _weighed_layers(opened: Opened) -> list[str]:

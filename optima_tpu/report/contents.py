@@ -240,17 +240,15 @@ class TokenChanges(Record, frozen=True):
 
 
 class CutCount(Record, frozen=True):
-    """The parts of one kind that a block has, such as the neurons of its MLP.
+    """The parts of one kind that a block has, such as the neurons of its MLP. They were cut if all blocks have one number left.
 
     Attributes:
-      left: the numbers that blocks have left.
-      total: before some were cut.
-      removed: how many weights the exported model is without, beside those that masks prune.
+      left: the numbers that blocks have left, ascending.
+      total: how many there were.
     """
 
     left: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     total: Count
-    removed: Count
 
 
 class MemoryPeaks(Record, frozen=True):
@@ -324,7 +322,8 @@ class Report(RunFacts, frozen=True, kw_only=True):
       model_sparsity: share of all weights of the model that are zero by the masks or leave the exported model.
       weights, pruned: of the pruned matrices, how many there are, and how many are zero by the masks.
       allocation: None if every block has the pattern's sparsity.
-      cuts: of each kind of parts that were cut, by what they are called.
+      cuts: of each kind of parts that were pruned as a whole, by what they are called.
+      removed: how many weights the exported model is without, beside those that masks prune.
       weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
       unusual: what needs a look, by layer.
       layer_kinds: a summary for each kind of layer.
@@ -347,6 +346,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
     pruned: Count
     allocation: Allocated | None
     cuts: dict[str, CutCount]
+    removed: Count
     weighed_layers: tuple[str, ...]
     unusual: dict[str, dict[str, Any]]
     layer_kinds: tuple[LayerKind, ...]

@@ -84,11 +84,10 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
     """
     layers = all_layers(blocks)
     weights, pruned = sum(math.prod(layer.shape) for layer in layers), sum(layer.pruned for layer in layers)
-    removed = sum(cut.removed for cut in entries["cuts"].values())
     report = Report(
         **entries,
         sparsity=sparsity(layers),
-        model_sparsity=(pruned + removed) / entries["model"].weights,
+        model_sparsity=(pruned + entries["removed"]) / entries["model"].weights,
         weights=weights,
         pruned=pruned,
         unusual=unusual(blocks) | {"worse_on_held_out": worsened(blocks)},

@@ -203,7 +203,7 @@ def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unp
     ids=["alike", "different"],
 )
 def test_parts_that_were_cut_are_counted(tmp_path, left, said, why, unplotted):  # noqa: F811
-    cuts = {"neurons": CutCount(tuple(left), 1536, 0), "key-value heads": CutCount((2,), 3, 0)}
+    cuts = {"neurons": CutCount(tuple(left), 1536), "key-value heads": CutCount((2,), 3)}
     text = printed(with_sizes(write_run(tmp_path / "run"), cuts=cuts))
     assert f"\nkept        {said}" in text and f"pruned in hf/ 538 MB, {why}" in text
     words = drawn(tmp_path / "run", to=tmp_path / "x.html").words

@@ -40,6 +40,7 @@ ENTRIES: dict[str, Any] = {
     "sizes": FileSizes(None, 269_030_016, None, {}),
     "files": {},
     "cuts": {},
+    "removed": 0,
     "weighed_layers": (),
     "recipe": "wanda + cg",
     "configuration": to_dict(EMBEDDED),

@@ -188,7 +188,7 @@ def _whole_report(folder: Path) -> None:
         "continuations": {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]},
         "distillation": json_values(Outcome((Check(0, 1.0), Check(2, 0.5, 0.4)), 2, 64, 12.0)),
         "weighed_layers": ["mlp.down_proj"], "files": {"transformers": "elsewhere/hf"}, 
-        "cuts": {"neurons": {"left": [48, 64], "total": 64, "removed": 0}},
+        "cuts": {"neurons": {"left": [48, 64], "total": 64}},
         "sizes": {"source": 90, "dense": 100, "transformers": 90, "left": {"hf": 90, "run.lock": 0}},
         "allocation": {"sparsity": [0.5, None, 0.4], "scores": [[0.1], None, [0.2]]},
     }  # fmt: skip

@@ -14,25 +14,31 @@ from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.family import Cut
-from optima_tpu.report.contents import KeptCount
+from optima_tpu.report.contents import CutCount, KeptCount
 
 
 class Cuts(NamedTuple):
     """What a run cut from every block.
 
     Attributes:
-      counts: of each kind of parts, by what they are called.
+      counts: of each kind of parts that was pruned, by what they are called. It was cut if all blocks have one number left.
       parts: what is left of each tensor that loses rows or columns, by its name.
-      whole: the matrices of which the whole rest is kept, so that they need no mask, and their inputs in the dense model.
+      whole: the matrices of which the whole rest is kept, so that they need no mask.
       settings: the new numbers in config.json.
       zeros_stay: why inputs that are pruned in all rows were not cut.
     """
 
-    counts: Mapping[str, KeptCount] = {}
+    counts: Mapping[str, CutCount] = {}
     parts: Mapping[str, TensorPart] = {}
-    whole: Mapping[str, int] = {}
+    whole: frozenset[str] = frozenset()
     settings: Mapping[str, int] = {}
     zeros_stay: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> dict[str, KeptCount]:
+        """The counts of what was cut."""
+        counts = self.counts.items()
+        return {called: KeptCount(count.left[0], count.total) for called, count in counts if len(count.left) == 1}
 
 
 def with_settings(config: bytes, settings: Mapping[str, int]) -> bytes:
@@ -106,11 +112,6 @@ def _named(model: PretrainedConfig) -> str:
     return ", ".join(model.architectures or [model.model_type])
 
 
-def is_cut_by(pattern: Pattern | None, cut: Cut) -> bool:
-    """Whether a pattern of the layer that reads parts prunes these as a whole."""
-    return isinstance(pattern, WholeInputs) and pattern.width == cut.width
-
-
 def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: PretrainedConfig) -> Cuts:
     """What can leave the model of a run although nothing else is computed then. Reads the masks of what lost whole inputs.
 
@@ -122,9 +123,8 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
     for kind in cuts_of(model).values() if inputs else ():
         if isinstance(kind, str):
             continue
-        names = [
-            name for name, pattern in inputs.items() if name.endswith(f".{kind.read_by}.weight") and is_cut_by(pattern, kind)
-        ]
+        ending = f".{kind.read_by}.weight"
+        names = [name for name, pattern in inputs.items() if name.endswith(ending) and pattern.width == kind.width]
         for name in names:
             del inputs[name]
         found = _without(found, source, kind, names) if names else found
@@ -137,31 +137,29 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
 
 def _without(found: Cuts, source: CheckpointTensors, kind: Cut, names: list[str]) -> Cuts:
     """What was cut before, and one kind of parts, which these matrices read."""
-    parts, whole, kept = dict[str, TensorPart](), dict[str, int](), set[int]()
-    present = set(source.names())
+    parts, whole, kept, present = dict[str, TensorPart](), set[str](), set[int](), set(source.names())
     for name in names:
         mask, prefix = source.masks([name])[name], name.removesuffix(f"{kind.read_by}.weight")
         left = np.flatnonzero(mask.reshape(len(mask), kind.total, -1).any(axis=(0, 2)))
         kept.add(len(left))
         columns = _indices(left, kind.total, (kind.width,), mask.shape[1])
-        parts[name] = TensorPart(columns, 1)
+        parts[name] = TensorPart(columns, 1, mask.shape[1])
         if mask[:, columns].all():
-            whole[name] = mask.shape[1]
-        made = {prefix + maker: rows for maker, rows in kind.makers.items()}
+            whole.add(name)
+        made = {prefix + maker + ending: rows for maker, rows in kind.made_by.items() for ending in ("", ".weight", ".bias")}
         for maker in present & made.keys():
-            parts[maker] = TensorPart(_indices(left, kind.total, made[maker], source.shape(maker)[0]), 0)
+            size = source.shape(maker)[0]
+            parts[maker] = TensorPart(_indices(left, kind.total, made[maker], size), 0, size)
     if len(names) < len(source.run.blocks):
         kept.add(kind.total)
+    count = CutCount(tuple(sorted(kept)), kind.total)
+    found = found._replace(counts={**found.counts, kind.called: count})
     if len(kept) > 1:
-        counts = " or ".join(f"{count:,}" for count in sorted(kept))
-        why = f"pruned {kind.called} stay as zeros, since the blocks keep {counts} of {kind.total:,}, and config.json has one number for all"
+        numbers = " or ".join(f"{left:,}" for left in count.left)
+        why = f"pruned {kind.called} stay as zeros, since the blocks keep {numbers} of {kind.total:,}, and config.json has one number for all"
         return found._replace(zeros_stay=(*found.zeros_stay, why))
-    count = KeptCount(kept.pop(), kind.total)
     return found._replace(
-        counts={**found.counts, kind.called: count},
-        parts={**found.parts, **parts},
-        whole={**found.whole, **whole},
-        settings={**found.settings, **kind.config(count.kept)},
+        parts={**found.parts, **parts}, whole=found.whole | whole, settings={**found.settings, **kind.config(*kept)}
     )
 
 

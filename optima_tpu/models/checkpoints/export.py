@@ -100,8 +100,8 @@ def export(
             f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "
             "model"
         )
-        if run.cuts.counts:
-            say(f"every block has {parts_left(run.cuts.counts)} left, and the others are not written")
+        if run.cuts.kept:
+            say(f"every block has {parts_left(run.cuts.kept)} left, and the others are not written")
         for why in run.cuts.zeros_stay:
             say(why)
         with making(out) as partial:
@@ -204,8 +204,9 @@ def _sidecar(run: Exported, zeros: Mapping[str, int], form: ExportForm) -> Sidec
         return ExportedLayer(**structs.asdict(run.report_on(name)) | counted, cut_from=cut_from)
 
     layers = [layer(name, source.shape(name), count) for name, count in zeros.items()]
-    layers += [layer(name, source.shape(name), 0, (source.shape(name)[0], inputs)) for name, inputs in sorted(cuts.whole.items())]
+    whole = ((name, source.shape(name)) for name in sorted(cuts.whole))
+    layers += [layer(name, shape, 0, (shape[0], cuts.parts[name].total)) for name, shape in whole]
     # For a local model only the folder's name, because this file may be published.
     origin = source.run.settings.model
     model = origin if HUB_ID.fullmatch(origin) else Path(origin).name
-    return Sidecar(model, source.run.manifest, dict(cuts.counts), tuple(layers), form, ())
+    return Sidecar(model, source.run.manifest, cuts.kept, tuple(layers), form, ())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ class Exported:
         return cls(
             directory,
             run.source.without(cuts.parts, cuts.whole),
-            {**run.assets, "config.json": with_settings(run.assets["config.json"], cuts.settings)} if cuts.counts else run.assets,
+            {**run.assets, "config.json": with_settings(run.assets["config.json"], cuts.settings)} if cuts.parts else run.assets,
             # What a matrix loses elsewhere is in the other patterns' groups, unless rows compete.
             {name: each for name, each in patterns.items() if name not in cuts.parts or each.group == "row"},
             cuts,
@@ -94,6 +95,15 @@ class Exported:
         if np.any(~keep & ~zero) or zero.sum() < recorded or not (pattern is None or pattern.holds(zero)):
             raise RuntimeError(f"the zeros of {name} do not match mask and pattern {pattern}")
         return int(zero.sum())
+
+    def removed(self) -> int:
+        """How many weights were cut, without those that masks prune there; a mask of rows is taken to prune all of them alike."""
+        pruned, removed = set(self.source.pruned()), 0
+        for name, (left, axis, total) in self.cuts.parts.items():
+            size = math.prod(self.source.shape(name)) * total // len(left)
+            kept = size - self.report_on(name).pruned if name in pruned else size
+            removed += kept * (total - len(left)) // total * (axis == 0)  # of columns all weights are pruned
+        return removed
 
     def quantizer(self, form: str) -> Quantizer:
         """The quantizer of the run, with the bits and the group of its integers.

@@ -269,10 +269,12 @@ class TensorPart(NamedTuple):
     Attributes:
       indices: which.
       axis: 0 for rows, 1 for columns.
+      total: how many there were.
     """
 
     indices: np.ndarray
     axis: int
+    total: int
 
 
 class OrbaxTensors:
