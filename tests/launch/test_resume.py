@@ -23,7 +23,7 @@ KILLED = """
 import os, signal, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-import optima_tpu.pipeline.journal, optima_tpu.launch, optima_tpu.pipeline.walk
+import optima_tpu.pipeline.journal, optima_tpu.launch, optima_tpu.pipeline.walk, optima_tpu.runtime.kept
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -51,7 +51,7 @@ for moment in ("inside a block", "while saving", "between blocks"):
             patch(optima_tpu.pipeline.walk, "prune_group", 6, before=False)
         case "while saving":     # Orbax has written the second block's entry, which does not have its name yet
             arguments += ["--recompute", "0"]  # else the second block's hidden states would not be saved
-            patch(optima_tpu.pipeline.journal, "commit", 4, before=True)
+            patch(optima_tpu.runtime.kept, "commit", 4, before=True)
         case "between blocks":   # the second block's entry is durable
             patch(optima_tpu.pipeline.journal.Journal, "save", 2, before=False)
     sys.exit(optima_tpu.launch.main([*arguments, "--output", os.path.join(directory, moment)]))

@@ -29,7 +29,7 @@ from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, Training, distill, refuse_large, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream, Windows
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.report.contents import Check, Outcome, Span
+from optima_tpu.report.contents import Check, Outcome, Perplexities, Span
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.runs import FinishedRun
@@ -37,6 +37,7 @@ from optima_tpu.report.view import NONE
 from optima_tpu.runtime.mesh import bytes_on_device
 from optima_tpu.runtime.records import encoded, json_values, parse_record
 from optima_tpu.runtime.signals import Stopped
+from tests.support.fake_reports import ENTRIES, report_of
 from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import tiny_folder
 
@@ -385,12 +386,9 @@ def test_the_page_says_what_became_of_every_span():
     spans = (Span((Check(0, 0.02), Check(4, 0.01, 0.01)), 4, 0, 1), Span((Check(0, 0.03), Check(4, 0.04, 0.02)), 0, 2, 2))
     found = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, None, 18.0)), 4, 512, 21.0, spans=spans)
     assert parse_record(encoded(found), Outcome, "distillation.json") == found
-    report = {
-        "distillation": json_values(found),
-        "perplexity": {"dense": 12.0, "pruned": 19.0},
-        "configuration": {"distill": {"name": "blocks"}},
-    }
-    (section,) = distillation([FinishedRun("", "run", report, (), None)])
+    settings = ENTRIES["configuration"] | {"distill": {"name": "blocks", "train": "all"}}
+    report = report_of((), distillation=found, perplexity=Perplexities(12.0, 19.0), configuration=settings)
+    (section,) = distillation([FinishedRun("", "run", report, None)])
     assert "its blocks were trained in order with fixed masks" in section.text[0]
     checks, blocks = section.tables
     assert checks.rows[1] == ["4", NONE, "0.4000", "18.00", "kept"]
@@ -479,7 +477,7 @@ def test_the_rates_rise_and_fall():
     [
         (["--distill.windows", "0"], "at least 1, got 0"),
         (["--distill.learning_rate", "0"], "above 0 and at most 1, got 0"),
-        (["--calibration.held_out", "0"], "held-out windows choose the step"),
+        (["--calibration.held_out", "0"], "which chooses by held-out windows, got 0"),
         (["--distill.train", "heads"], "all, weights, norms"),
         (["--distill", "blocks", "--distill.span", "0"], "distill.span of at least 1, got 0"),
     ],

@@ -17,7 +17,7 @@ class Shown:
     def __init__(self):
         self.stages, self.ahead = [], ()
 
-    def stage(self, name, total, steps):
+    def stage(self, name, total, steps, counted):
         self.stages.append((name, total, steps, [list(each) for each in self.ahead]))
 
 

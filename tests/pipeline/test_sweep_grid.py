@@ -1,12 +1,12 @@
 """A sweep's file says which cells there are, and the table says what came out of each."""
 
 import csv
-import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Unstructured
@@ -256,16 +256,16 @@ def test_what_is_not_a_sweep_is_said_with_the_file(tmp_path, text, said):
 
 
 RESULTS = [
-    CellResult("wanda", "none", "50%", 4, 0, "finished", perplexity=20.0, dense=10.0),
-    CellResult("wanda", "none", "50%", 4, 1, "finished", perplexity=23.0, dense=10.0),
-    CellResult("wanda", "cg", "50%", 4, 0, "finished", perplexity=1234567.8, dense=10.0),
+    CellResult("wanda", "none", "50%", 4, 0, "finished", perplexity=20.0, dense=10.0, report="x/report.json"),
+    CellResult("wanda", "none", "50%", 4, 1, "finished", perplexity=23.0, dense=10.0, report="x/report.json"),
+    CellResult("wanda", "cg", "50%", 4, 0, "finished", perplexity=1234567.8, dense=10.0, report="x/report.json"),
     CellResult("wanda", "cg", "50%", 4, 1, "failed", reason="it | diverged"),
     CellResult("magnitude", "none", "50%", 4, 0, "failed", reason="no"),
     CellResult("magnitude", "none", "50%", 4, 1),
     CellResult("magnitude", "cg", "50%", 4, 0),
     CellResult("magnitude", "cg", "50%", 4, 1),
-    CellResult("wanda", "cg", "2:4 MLP", 4, 0, "finished", perplexity=30.25, dense=10.0),
-    CellResult("wanda", "cg", "2:4 MLP", 4, 1, "finished", perplexity=30.75, dense=10.0),
+    CellResult("wanda", "cg", "2:4 MLP", 4, 0, "finished", perplexity=30.25, dense=10.0, report="x/report.json"),
+    CellResult("wanda", "cg", "2:4 MLP", 4, 1, "finished", perplexity=30.75, dense=10.0, report="x/report.json"),
 ]
 
 
@@ -284,7 +284,7 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(file):
 
 def test_window_counts_are_columns_and_one_seed_has_no_spread(file):
     results = [
-        CellResult("wanda", "cg", "50%", windows, 0, "finished", perplexity=20.0 + windows, dense=dense)
+        CellResult("wanda", "cg", "50%", windows, 0, "finished", perplexity=20.0 + windows, dense=dense, report="x/report.json")
         for windows, dense in ((16, 10.0), (2, 10.5))
     ]
     table = layout(read_grid(file()), results)
@@ -305,7 +305,7 @@ def test_markdown_has_the_header_the_rows_and_the_failures(file):
 
 
 def test_csv_has_a_line_for_each_cell():
-    rows = list(csv.DictReader(csv_text(list(map(dataclasses.asdict, RESULTS))).splitlines()))
+    rows = list(csv.DictReader(csv_text(list(map(structs.asdict, RESULTS))).splitlines()))
     assert [row["state"] for row in rows] == [result.state for result in RESULTS]
     assert rows[1]["perplexity"] == "23.0" and rows[4]["perplexity"] == "" and rows[3]["reason"] == "it | diverged"
 

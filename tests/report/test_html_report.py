@@ -552,7 +552,7 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
     assert "wanda + cg, 2:4" in text and text.endswith("wrote report.html\n") and "not comparable" not in text
     assert Path("report.html").exists() and written.st_size > 0
     report = json.loads((two / "report.json").read_text())
-    report["evaluation"]["how"] = "the first 8 windows of pydoc"
+    report["evaluation"] |= {"how": "the first 8 windows of pydoc", "digest": "ef" * 32}
     put(two / "report.json", json.dumps(report))
     assert main([str(one), str(two)]) == 0
     assert (
