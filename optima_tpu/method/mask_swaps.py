@@ -81,7 +81,9 @@ class Swaps(Method):
             )
         for pattern in recipe.patterns:
             if not pattern.exchanges:
-                raise UserError(f"expected a pattern whose masks can be exchanged, got {pattern}; take --refine null")
+                raise UserError(
+                    f"expected a pattern whose masks can be exchanged, got {pattern}; take --preset fast or --refine null"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

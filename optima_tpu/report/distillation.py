@@ -22,7 +22,8 @@ def distilled_line(report: Report) -> str:
             "Try a smaller learning rate, or more text"
         )
     gain = percent(1 - outcome.after / outcome.before)
-    return f"{loss} on held-out text {before} -> {after} nats ({gain} less); {took}"
+    kept = f", of which the state after step {outcome.kept} is kept" * (outcome.kept < outcome.checks[-1].step)
+    return f"{loss} on held-out text {before} -> {after} nats ({gain} less); {took}{kept}"
 
 
 def _loss(report: Report) -> str:

@@ -181,6 +181,13 @@ def _trained(report: Report) -> Fact | None:
     return Fact("trained", "Training", [line], "") if line else None
 
 
+def running(report: Report) -> str:
+    """What the pruned model costs to run, in a sentence."""
+    if any(len(cut.left) == 1 for cut in report.cuts.values()):
+        return "It computes less than the dense model in every program, because what was cut is in no file."
+    return "It runs as fast as the dense model: zeros save time or space only with a kernel or a compressor that uses them."
+
+
 FACTS: Sequence[Callable[[Report], Fact | None]] = (
     *(_perplexity, _error, _against_dense, _sparsity, _cuts, _quantised, _masks, _size, _memory, _trained),
 )

@@ -98,7 +98,9 @@ def _front(card: Card) -> str:
 
 def _title(card: Card) -> str:
     name, pattern = Path(card.sidecar.model.removeprefix("wheel:")).name, parse_pattern(card.recipe.pattern)
-    return f"# {_plain(name)}, pruned {_plain(str(pattern))}{' and trained' * bool(card.training)}\n"
+    cut = f"cut to {parts_left(card.sidecar.cuts)}" if card.sidecar.cuts else ""
+    pruned = f"pruned {pattern}" if card.has_zeros else ""
+    return f"# {_plain(name)}, {_plain(' and '.join(filter(None, [cut, pruned])))}{' and trained' * bool(card.training)}\n"
 
 
 def _summary(card: Card) -> str:
@@ -124,7 +126,8 @@ def parts_left(cuts: Mapping[str, KeptCount]) -> str:
 
 def _cuts(card: Card) -> str:
     cuts = card.sidecar.cuts
-    return f"every block has {parts_left(cuts)} left, and the others are deleted" if cuts else ""
+    moved = ", and the matrices that read them were changed to compensate" * (card.recipe.solver is not None)
+    return f"every block has {parts_left(cuts)} left{',' if moved else ', and'} the others are deleted{moved}" if cuts else ""
 
 
 def _zeros(card: Card) -> str:
@@ -214,13 +217,18 @@ def _no_licence(card: Card) -> str:
     return "## Licence\n\nNo file of the source names a licence. This model is a derivative of the source, whose licence holds for it.\n"
 
 
+_MASKS = (
+    "- `pruning_masks.npz`: the masks. For each pruned matrix, `<name>` holds one bit per weight, packed by "
+    "`numpy.packbits(keep, axis=1)` (1 = kept, first input in the highest bit), and `<name>.shape` holds "
+    "`[d_out, d_in]`; `optima_tpu.models.checkpoints.export.read_masks` reads them. A packed folder has them beside its weights, and "
+    "`optima unpack` writes this file.\n"
+)
+
+
 def _files(card: Card) -> str:
     return (
         "## Files\n\n- `optima_tpu.json`: all settings of the recipe, and the sparsity and reconstruction error of every layer.\n"
-        "- `pruning_masks.npz`: the masks. For each pruned matrix, `<name>` holds one bit per weight, packed by "
-        "`numpy.packbits(keep, axis=1)` (1 = kept, first input in the highest bit), and `<name>.shape` holds "
-        "`[d_out, d_in]`; `optima_tpu.models.checkpoints.export.read_masks` reads them. A packed folder has them beside its weights, and "
-        "`optima unpack` writes this file.\n\n"
+        f"{_MASKS * card.has_zeros}\n"
         f"Made by OPTIMA-TPU {_plain(card.sidecar.decided.code)}.\n"
     )
 

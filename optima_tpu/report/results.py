@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from optima_tpu.report import plots
 from optima_tpu.report.evaluation import Distance
-from optima_tpu.report.facts import facts, sizes
+from optima_tpu.report.facts import facts, running, sizes
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.published import Published, comparable
@@ -90,8 +90,11 @@ def outcome(runs: Sequence[FinishedRun]) -> Section:
         for run in runs
         if run.another
     ]
-    files = {sizes(run.report) for run in runs}
-    text += [f"Size: {said}." for said in files] if len(files) == 1 else [_SIZE]
+    files = {sizes(run.report): run for run in runs}
+    if len(files) == 1 or any(run.report.cuts for run in runs):
+        text += [f"Size{f' of {run.label}' * (len(files) > 1)}: {said}. {running(run.report)}" for said, run in files.items()]
+    else:
+        text += [_SIZE]
     tables = [*_perplexity_tables(runs), *_task_tables(runs)]
     folded = [_published_table(rows) for run in runs if not several and (rows := comparable(run.report))]
     return Section("outcome", "Dense against pruned", text, tables=tables, folded=folded, code=code)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from optima_tpu.report.facts import size, sizes
+from optima_tpu.report.facts import running, size, sizes
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table, command, commands
 from optima_tpu.runtime.buckets import in_bucket
@@ -16,7 +16,8 @@ FILES: Mapping[str, str] = {
     "report.html": "this page",
     "report.json": "everything that this page shows, and the record of every matrix, as JSON for programs",
     "hf": "the pruned model for transformers: weights as safetensors, the source’s config.json, generation_config.json, tokenizer "
-    "and chat template, which weights were kept (pruning_masks.npz, one bit each), the recipe and every layer’s errors "
+    "and chat template, which weights were kept (pruning_masks.npz, one bit each; not where parts were cut and nothing else is pruned), "
+    "the recipe and every layer’s errors "
     "(optima_tpu.json), a model card (README.md), checksums (sha256-all.json)",
     "checkpoint": "the pruned model for optima evaluate, optima export and JAX programs: an Orbax checkpoint of the tensors of no "
     "block, which names those of the blocks, in journal/ or distilled/",
@@ -73,10 +74,7 @@ def run_files(run: FinishedRun) -> Section:
         text.append(commands(f"The run did not write a folder for transformers. `{again}` writes one from checkpoint/."))
     elif in_bucket(directory):
         text.append(f"Copy {directory / 'hf'} to this machine first: transformers does not read buckets.")
-    text.append(
-        "transformers loads the pruned model like any other model. It runs as fast as the dense model: zeros save time or space "
-        "only with a kernel or a compressor that uses them."
-    )
+    text.append(f"transformers loads the pruned model like any other model. {running(report)}")
     folder = json.dumps("hf" if in_bucket(directory) else str(directory / "hf"), ensure_ascii=False)
     return Section(
         "left",

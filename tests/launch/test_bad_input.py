@@ -67,7 +67,7 @@ def refused(tmp_path, capfd):
         (["--pattern", "0.9/head", "--preset", "fast"], "0.9/head leaves none of 3 heads; take 0.67/head\n"),
         (
             ["--pattern", "0.25/input", "--preset", "best"],
-            "whose masks can be exchanged, got 0.25 of the inputs; take --refine null",
+            "whose masks can be exchanged, got 0.25 of the inputs; take --preset fast or --refine null",
         ),
         (
             ["--pattern", "0.25/input@4", "--preset", "fast", "--selector", "sparsegpt"],

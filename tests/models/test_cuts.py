@@ -171,8 +171,12 @@ def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
         assert (layer["shape"], layer["cut_from"]) == shapes[name.removesuffix(".weight").split(".", 3)[3]]
         assert (layer["pruned"], layer["sparsity"]) == (0, 0.0)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "every block has 48 of 64 neurons, 2 of 3 key-value heads left, and the others are deleted. All other" in card
-    assert "- sparse" not in card and "narrower layers" in card and "not smaller" not in card
+    assert ", cut to 48 of 64 neurons, 2 of 3 key-value heads\n" in card
+    assert (
+        "key-value heads left, the others are deleted, and the matrices that read them were changed to compensate. All other"
+        in card
+    )
+    assert "- sparse" not in card and "narrower layers" in card and "not smaller" not in card and "pruning_masks" not in card
     assert not (tmp_path / "out" / "pruning_masks.npz").exists()
 
 
@@ -207,8 +211,9 @@ def test_other_layers_keep_their_masks(tmp_path):
         assert keep.shape == tensors[name].shape and not tensors[name][~keep].any()
         if not name.endswith("up_proj.weight"):
             assert parse_pattern("2:4").violation(keep) is None
-    said = "every block has 48 of 64 neurons, 2 of 3 key-value heads left, and the others are deleted; "
-    assert said in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 of 3 key-value heads left, the others are deleted, and the matrices" in card and "`pruning_masks.npz`" in card
+    assert ", cut to 48 of 64 neurons, 2 of 3 key-value heads and pruned 2:4\n" in card
 
 
 @pytest.mark.parametrize(
