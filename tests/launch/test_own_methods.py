@@ -144,7 +144,7 @@ def test_solver_target_and_pattern_of_ones_own(lab):
         (["--solver", "my_lab.methods:MyMask"], "expected a class derived from optima_tpu.method.solvers.Solver"),
         (["--selector", "my_lab.methods:MyMask", "--selector.strenght", "2"], "did you mean --selector.strength"),
         (["--pattern", "my_lab.methods:Comb?each=3"], "expected options such as every=VALUE, got 'each=3'"),
-        (["--refine", "swaps", "--pattern", "my_lab.methods:Comb"], "take --refine null"),
+        (["--refine", "swaps", "--pattern", "my_lab.methods:Comb"], "take --preset fast or --refine null"),
         (["--selector", "sparsegpt", "--pattern", "my_lab.methods:Comb"], "take --selector wanda"),
         (["--selector", "wandaa"], "the import path of your own"),
     ],
