@@ -240,15 +240,20 @@ class TokenChanges(Record, frozen=True):
 
 
 class CutCount(Record, frozen=True):
-    """The parts of one kind that a block has, such as the neurons of its MLP. They were cut if all blocks have one number left.
+    """The parts of one kind that a block has, such as the neurons of its MLP.
 
     Attributes:
-      left: the numbers that blocks have left, ascending.
+      left: the numbers that blocks have left, ascending; config.json has room for one.
       total: how many there were.
     """
 
     left: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     total: Count
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the exported model is without the others, instead of having zeros for them."""
+        return len(self.left) == 1
 
 
 class MemoryPeaks(Record, frozen=True):

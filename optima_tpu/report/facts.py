@@ -113,7 +113,7 @@ def _cuts(report: Report) -> Fact | None:
     first, _, others = ", ".join(f"{left[called]} of {cut.total:,} {called}" for called, cut in report.cuts.items()).partition(
         " of "
     )
-    alike = all(len(cut.left) == 1 for cut in report.cuts.values())
+    alike = all(cut.deleted for cut in report.cuts.values())
     note = (
         "the exported model is without the others"
         if alike
@@ -156,7 +156,7 @@ def _why_not_smaller(report: Report) -> str:
             "not smaller because it holds integers times scales in the source's dtype; optima export --format "
             "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
         )
-    if any(len(cut.left) == 1 for cut in report.cuts.values()):
+    if any(cut.deleted for cut in report.cuts.values()):
         return "what was cut is in no file"
     return (
         "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and "
@@ -183,7 +183,7 @@ def _trained(report: Report) -> Fact | None:
 
 def running(report: Report) -> str:
     """What the pruned model costs to run, in a sentence."""
-    if any(len(cut.left) == 1 for cut in report.cuts.values()):
+    if any(cut.deleted for cut in report.cuts.values()):
         return "It computes less than the dense model in every program, because what was cut is in no file."
     return "It runs as fast as the dense model: zeros save time or space only with a kernel or a compressor that uses them."
 

@@ -91,8 +91,10 @@ def outcome(runs: Sequence[FinishedRun]) -> Section:
         if run.another
     ]
     files = {sizes(run.report): run for run in runs}
-    if len(files) == 1 or any(run.report.cuts for run in runs):
-        text += [f"Size{f' of {run.label}' * (len(files) > 1)}: {said}. {running(run.report)}" for said, run in files.items()]
+    if len(files) == 1:
+        text += [f"Size: {said}." for said in files]
+    elif any(run.report.cuts for run in runs):
+        text += [f"Size of {run.label}: {said}. {running(run.report)}" for said, run in files.items()]
     else:
         text += [_SIZE]
     tables = [*_perplexity_tables(runs), *_task_tables(runs)]

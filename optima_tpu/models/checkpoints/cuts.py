@@ -38,7 +38,7 @@ class Cuts(NamedTuple):
     def kept(self) -> dict[str, KeptCount]:
         """The counts of what was cut."""
         counts = self.counts.items()
-        return {called: KeptCount(count.left[0], count.total) for called, count in counts if len(count.left) == 1}
+        return {called: KeptCount(count.left[0], count.total) for called, count in counts if count.deleted}
 
 
 def with_settings(config: bytes, settings: Mapping[str, int]) -> bytes:
