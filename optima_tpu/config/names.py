@@ -31,6 +31,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
         **dict.fromkeys(("lr", "learning_rate"), ("distill.learning_rate", "7e-5")),
         **dict.fromkeys(("epochs", "num_train_epochs"), ("distill.passes", "1")),
         **dict.fromkeys(("cut", "pruning_ratio"), ("pattern", "0.25/neuron")),
+        **dict.fromkeys(("drop_layers", "remove_layers", "num_layers_to_drop"), ("cut.blocks", "4")),
         "ignore": ("layers", "PATH=dense"),
     }
 )

@@ -16,7 +16,7 @@ import jsonargparse
 from optima_tpu.config.choices import CHOICES, OPEN, method_class, option_classes
 from optima_tpu.config.flat import field_names
 from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
-from optima_tpu.config.run_config import SETTINGS, Calibration, Evaluation, RunConfig, Sinks
+from optima_tpu.config.run_config import SETTINGS, Calibration, CutStructures, Evaluation, RunConfig, Sinks
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.runtime.printing import PrintsHelp
 from optima_tpu.runtime.program import program
@@ -45,6 +45,7 @@ _TITLES = {
     "allocation": "allocation (how the pattern's sparsity is distributed among the blocks)",
     "distill": "distill (how the pruned model is trained)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
+    "cut": "cut (the structures that the model loses before the walk)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
     "sinks": "sinks (where else the records of layers are sent)",
@@ -56,7 +57,7 @@ _NOTHING = {
     "distill": "No training: one-shot pruning",
 }
 """What a setting does if the choice is ``null``."""
-PARTS = {"calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
+PARTS = {"cut": CutStructures, "calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
 
 
 class SettingsParser(PrintsHelp, jsonargparse.ArgumentParser):

@@ -67,7 +67,7 @@ from optima_tpu.config.options import (
     parts,
 )
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
-from optima_tpu.config.run_config import RunConfig, default_run, to_dict
+from optima_tpu.config.run_config import SETTINGS, RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import import_pattern, parse_pattern
@@ -366,7 +366,9 @@ def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
             document[setting] = method_settings(value)
         elif setting in PARTS:
             if not isinstance(value, dict):
-                raise UserError(f"{origin}: expected settings under {setting}, such as 'source: c4', got {value!r}")
+                refuse_unknown([setting] if setting in ELSEWHERE else [], {*SETTINGS} - {setting}, "")
+                example = yaml12.dump({field.name: field.default for field in dataclasses.fields(PARTS[setting])[:1]}).strip()
+                raise UserError(f"{origin}: expected settings under {setting}, such as {example!r}, got {value!r}")
             document[setting] = by_own_names(setting, value, origin)
     return document
 

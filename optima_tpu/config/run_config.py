@@ -113,6 +113,25 @@ class Evaluation(Bounded):
 
 
 @dataclasses.dataclass(frozen=True)
+class CutStructures(Bounded):
+    """The structures that the model loses before the walk over its blocks. The exported model is smaller by them.
+
+    Attributes:
+      blocks: number of whole blocks that are left out. The run chooses them on the held-out windows, one after the other: each time
+        the block without which the next-token distribution stays nearest to the dense model's.
+    """
+
+    setting: ClassVar[str] = "cut"
+
+    blocks: Annotated[int, Bound(0)] = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many structures of each kind are cut, by what they are called."""
+        return {name: count for name, count in dataclasses.asdict(self).items() if count}
+
+
+@dataclasses.dataclass(frozen=True)
 class Sinks:
     """Where else the records of layers are sent, block by block, besides the run directory.
 
@@ -138,8 +157,9 @@ class RunConfig(Devices):
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
       output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
-        paper (swaps, dense, int4, owl, measured) before the pattern. A stopped run resumes from this directory.
+        paper (swaps, dense, int4, owl, measured, cut4blocks) before the pattern. A stopped run resumes from this directory.
       recipe: what is done to every linear layer. Its settings have no name before their own: --selector, not --recipe.selector.
+      cut: the structures that the model loses before the walk.
       allocation: how the pattern's sparsity is distributed among the blocks.
       distill: whether the pruned model is trained, with its masks held; None does not train it.
       calibration: the text that the pruned model must reproduce.
@@ -155,6 +175,7 @@ class RunConfig(Devices):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
     recipe: Recipe = Recipe()
+    cut: CutStructures = CutStructures()
     allocation: Allocation = Uniform()
     distill: Distillation | None = None
     calibration: Calibration = Calibration()
@@ -177,6 +198,11 @@ class RunConfig(Devices):
                 raise UserError(
                     f"expected calibration.held_out of at least 1 where {method.in_words}, which chooses by held-out windows, got 0"
                 )
+        if self.cut.blocks and not self.calibration.held_out:
+            raise UserError(
+                f"expected calibration.held_out of at least 1 where cut.blocks is {self.cut.blocks}, since held-out windows choose the "
+                "blocks, got 0"
+            )
 
     @property
     def methods(self) -> dict[str, Method | None]:
@@ -211,6 +237,7 @@ class RunConfig(Devices):
         methods += ["dense"] if recipe.target.dense_stream else []
         methods += [chosen["quantize"]] if recipe.quantize else []
         methods += [chosen["allocation"]] if self.allocation.measures else []
+        methods += [f"cut{count}{called}" for called, count in self.cut.counts.items()]
         group = recipe.selector.group
         what = ",".join(filter(None, (recipe.pattern.text(group), layers_text(recipe.layers, group))))
         slug = _slug(what)
@@ -262,6 +289,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return values | {
         "pattern": recipe.pattern.text(group),
         "layers": layers_text(recipe.layers, group),
+        "cut": dataclasses.asdict(config.cut),
         "calibration": dataclasses.asdict(config.calibration),
         "evaluation": dataclasses.asdict(config.evaluation),
         "sinks": dataclasses.asdict(config.sinks),
@@ -276,4 +304,4 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     """
     values = to_dict(config)
     explicit = {"pattern": config.recipe.pattern.text(), "layers": layers_text(config.recipe.layers)}
-    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", *CHOICES, "recapture", "borrow")}
+    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", "cut", *CHOICES, "recapture", "borrow")}

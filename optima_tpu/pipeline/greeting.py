@@ -70,6 +70,7 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     methods = [settings[key] for key in ("selector", "solver") if settings[key]]
     words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(recipe.pattern)]
     words += [to_dict(config)["layers"]] if recipe.layers else []
+    words += [f"{count} {called} cut" for called, count in config.cut.counts.items()]
     if recipe.target.dense_stream:
         words.append(f"dense target {recipe.target.alpha:g}")
         words += [f"residual drift {recipe.target.gamma:g}"] if recipe.target.gamma and adding else []

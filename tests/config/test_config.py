@@ -15,7 +15,7 @@ from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.names import ALIASES, ELSEWHERE
 from optima_tpu.config.parse import configure, dump, flags, on_preset, parse
 from optima_tpu.config.presets import PRESETS
-from optima_tpu.config.run_config import EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
+from optima_tpu.config.run_config import EMBEDDED, Calibration, CutStructures, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import PerLayer, PerRow
@@ -41,6 +41,7 @@ EVERYTHING = RunConfig(
     evaluation=Evaluation("wikitext2", 9, 11),
     batch=2,
     export=False,
+    cut=CutStructures(blocks=3),
 ).changed(
     pattern=NM(4, 8),
     selector=Magnitude(),
@@ -426,6 +427,7 @@ def test_weights_settings_do_not_hold_where_and_how_fast(change):
             "runs/a-wanda-cg-0.5-layers-63e893",
         ),
         (RunConfig(model="models/llama-3.2-1b/"), "runs/llama-3.2-1b-wanda-cg-0.5"),
+        (RunConfig(model="a", cut=CutStructures(blocks=4)), "runs/a-wanda-cg-cut4blocks-0.5"),
         (RunConfig(model="a", output="here"), "here"),
     ],
 )

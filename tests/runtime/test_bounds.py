@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 
 from optima_tpu.config.choices import CHOICES
-from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
+from optima_tpu.config.run_config import Calibration, CutStructures, Evaluation, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.pipeline.recover.config import RecoverConfig
@@ -51,6 +51,7 @@ def test_what_is_in_bounds_is_taken():
 
 METHODS = {(setting, cls) for setting, methods in CHOICES.items() for cls in methods.values() if cls}
 COMMANDS = {("", RunConfig), ("", EvaluateConfig), ("", RecoverConfig), ("calibration", Calibration), ("evaluation", Evaluation)}
+COMMANDS |= {("cut", CutStructures)}
 
 
 @pytest.mark.parametrize(
