@@ -32,7 +32,7 @@ from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 from optima_tpu.report.records import LayerReport
 
-BESIDE = {"cg": (CG(), None), "cg-undamped": (CG(), 0.0), "exact": (Exact(), 0.0)}
+BESIDE = {"cg": CG(), "cg-undamped": CG(damping=0.0), "exact": Exact()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,8 +73,7 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
     layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, groups_of_blocks(decoder), windows)
     others = {}
     for name in beside:
-        solver, damping = BESIDE[name]
-        rival = dataclasses.replace(recipe, solver=solver, own_damping=damping, accept=PerRow())
+        rival = dataclasses.replace(recipe, solver=BESIDE[name], accept=PerRow())
         others[name] = dataclasses.replace(walk, recipe=rival)
     for index in range(blocks):
         whole = next(decoder.blocks([index]))

@@ -144,7 +144,7 @@ def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None
 def measure(name: str, groups: list[Group], repeats: int) -> Timing:
     """Times a solver with its damping, compiled once for each shape. One warm-up run comes before the timed runs."""
     solver, started = SOLVERS[name], time.perf_counter()
-    damping = 0.0 if name == UNDAMPED else solver.default_damping
+    damping = 0.0 if name == UNDAMPED else solver.damping
     groups = [group._replace(problem=dataclasses.replace(group.problem, damping=damping)) for group in groups]
     programs = [jax.jit(solver).lower(group.problem, group.pruned).compile() for group in groups]
     compiling = time.perf_counter() - started

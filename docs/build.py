@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import docstring_parser
 
 from optima_tpu.config import options, presets
-from optima_tpu.config.choices import CHOICES, OPEN, SolverOptions, default_options, method_class, method_name
+from optima_tpu.config.choices import CHOICES, OPEN, default_options, method_class, method_name
 from optima_tpu.config.flat import flat
 from optima_tpu.config.options import PARTS, alternatives, field_texts, fields
 from optima_tpu.config.parse import method_settings, parse
@@ -268,15 +268,7 @@ def _choice_section(setting: str, anchors: _Anchors) -> Iterator[str]:
     )
     names = ", ".join(f"`{name}`" for name in CHOICES[setting])
     yield f"*One of {names}{own}. {_default_by_preset(chosen)}*"
-    if setting == "solver":
-        texts = field_texts(SolverOptions)
-        for option, kind in fields(SolverOptions).items():
-            yield anchors.heading(3, f"`{setting}.{option}`", f"{setting}-{option}")
-            by_method = {name: default_options(setting, name)[option] for name, cls in CHOICES[setting].items() if cls}
-            said = _default_by(by_method, "for")
-            yield f"*{_kind(kind)}. An option of every solver. {said}{_in_presets(f'{setting}.{option}', by_method)}*"
-            yield _sentence(texts.get(option))
-    shown: dict[str, _Shown] = {}
+    shown: dict[_Shown, str] = {}
     for name in CHOICES[setting]:
         cls = method_class(setting, name)
         yield anchors.heading(3, f"`{name}`", f"{setting}-{name}")
@@ -286,11 +278,11 @@ def _choice_section(setting: str, anchors: _Anchors) -> Iterator[str]:
 
 
 class _Shown(NamedTuple):
-    """A setting as a page has it: type and default, text, and the link to it."""
+    """A setting as a page has it: its name, its type and default, and its text."""
 
+    name: str
     about: str
     text: str
-    link: str
 
 
 def _fields_section(
@@ -300,12 +292,12 @@ def _fields_section(
     anchors: _Anchors,
     defaults: Mapping[str, Any],
     method: str | None = None,
-    shown: dict[str, _Shown] | None = None,
+    shown: dict[_Shown, str] | None = None,
 ) -> Iterator[str]:
     """A heading for each field of a dataclass: its type, its default, its line in the docstring.
 
     Args:
-      shown: settings that have a heading already, to which this adds. A field that says the same is a link to its heading.
+      shown: settings that have a heading already, and the links to them, to which this adds. A field that says the same is a link to its heading.
     """
     texts = field_texts(cls)
     shown = {} if shown is None else shown
@@ -319,16 +311,16 @@ def _fields_section(
         default = defaults[name if method else prefix + name]
         said = default if isinstance(default, _Said) else _Said(f"Default {_shown(default)}.")
         about = f"*{_kind(kind)}. {said}{_in_presets(prefix + name, {method: default}) if method else ''}*"
-        text = _sentence(texts.get(name))
-        if name in shown and shown[name][:2] == (about, text):
-            same.append(shown[name].link)
+        each = _Shown(name, about, _sentence(texts.get(name)))
+        if each in shown:
+            same.append(shown[each])
             continue
         anchor = f"{prefix}{name}".replace(".", "-")
         heading = anchors.heading(
             level, f"`{prefix}{name}`", anchor, *([f"{prefix.rstrip('.')}-{method}-{name}"] if method else [])
         )
-        shown.setdefault(name, _Shown(about, text, f"[`{prefix}{name}`](#{heading.rpartition('#')[2].split()[0]})"))
-        yield from (heading, about, text)
+        shown[each] = f"[`{prefix}{name}`](#{heading.rpartition('#')[2].split()[0]})"
+        yield from (heading, about, each.text)
     if same:
         yield f"Also, with the same meaning and default: {', '.join(same)}."
 
@@ -358,18 +350,13 @@ def _run_defaults() -> dict[str, Any]:
 
 
 def _default_by_preset(values: Mapping[str, Any]) -> str:
-    """The default where presets may differ in it, that of ``presets.DEFAULT`` first."""
-    return _default_by({name: values[name] for name in sorted(values, key=lambda name: name != presets.DEFAULT)}, "in")
-
-
-def _default_by(values: Mapping[str, Any], word: str) -> str:
-    """Default `a` in `x`, `b` in `y` and `z`."""
+    """Default `a` in `x`, `b` in `y` and `z`, with that of ``presets.DEFAULT`` first."""
     by_value: dict[str, list[str]] = {}
-    for name, value in values.items():
-        by_value.setdefault(_shown(value), []).append(f"`{name}`")
+    for name in sorted(values, key=lambda name: name != presets.DEFAULT):
+        by_value.setdefault(_shown(values[name]), []).append(f"`{name}`")
     if len(by_value) == 1:
         return f"Default {next(iter(by_value))}."
-    return f"Default {', '.join(f'{value} {word} {_listed(names)}' for value, names in by_value.items())}."
+    return f"Default {', '.join(f'{value} in {_listed(names)}' for value, names in by_value.items())}."
 
 
 def _in_presets(setting: str, defaults: Mapping[str, Any]) -> str:
@@ -418,9 +405,9 @@ def model_page(name: str, settings: type, description: str) -> str:
     anchors = _Anchors()
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     defaults["model"] = _Said("The first argument; it has no default.")
-    shown: dict[str, _Shown] = {}
+    shown: dict[_Shown, str] = {}
     list(_fields_section(RunConfig, "", 3, _Anchors(), _run_defaults(), shown=shown))
-    shown = {name: each._replace(link=each.link.replace("(#", "(settings.md#")) for name, each in shown.items()}
+    shown = {each: link.replace("(#", "(settings.md#") for each, link in shown.items()}
     return "\n\n".join(
         [
             f"# Settings of `optima {name}`",

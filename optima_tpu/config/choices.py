@@ -3,7 +3,7 @@
     --solver cg                                 a method of this package
     --selector my_lab.masks:MyMask              a class of the user's own, derived from ``Selector``
 
-The options of a method are the fields of its dataclass. The damping of the objective is an option of every solver.
+The options of a method are the fields of its dataclass.
 """
 
 import dataclasses
@@ -81,6 +81,11 @@ class NamedSelector(Named, Selector):
 class NamedSolver(Named, Solver):
     """A solver that only a record names."""
 
+    @property
+    def damping(self) -> float:
+        """The damping of the objective, which every solver has among its options."""
+        return self.options["damping"]
+
 
 class NamedTarget(Named, Target):
     """A target that only a record names."""
@@ -90,18 +95,6 @@ class NamedTarget(Named, Target):
 
 NAMED: Mapping[str, type[Named]] = MappingProxyType({"selector": NamedSelector, "solver": NamedSolver, "target": NamedTarget})
 """For each setting of :data:`OPEN`: what stands for a class that a record names."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SolverOptions:
-    """The options that every solver has.
-
-    Attributes:
-      damping: ridge of the objective that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. With 0, a
-        nearly singular layer fits the calibration set with huge weights and ruins the model.
-    """
-
-    damping: float = 0.0
 
 
 def method_class(setting: str, name: str) -> type | None:
@@ -154,20 +147,10 @@ def method_name(setting: str, method: object) -> str:
     return next((name for name, cls in CHOICES[setting].items() if cls is type(method)), import_path(type(method)))
 
 
-def option_classes(setting: str, name: str) -> tuple[type, ...]:
-    """The dataclasses whose fields are the options of a method; none for "null"."""
-    cls = method_class(setting, name)
-    shared = (SolverOptions,) if setting == "solver" else ()
-    return (*shared, cls) if cls else ()
-
-
 def default_options(setting: str, name: str) -> dict[str, Any]:
     """The default options of a method, in JSON types."""
     cls = method_class(setting, name)
-    if cls is None:
-        return {}
-    own = options_of(cls())
-    return {"damping": cls.default_damping} | own if issubclass(cls, Solver) else own
+    return options_of(cls()) if cls else {}
 
 
 def options_of(method: Method) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import docstring_parser
 import jsonargparse
 
-from optima_tpu.config.choices import CHOICES, OPEN, method_class, option_classes
+from optima_tpu.config.choices import CHOICES, OPEN, method_class
 from optima_tpu.config.flat import field_names
 from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
 from optima_tpu.config.run_config import SETTINGS, Calibration, CutStructures, Evaluation, RunConfig, Sinks
@@ -109,7 +109,7 @@ def add_method(
     group.add_argument(
         f"--{setting}.name", metavar="NAME", type=str, default=chosen, help=f"one of these{own} (default: {chosen})"
     )
-    for cls in option_classes(setting, chosen):
+    if cls := named[chosen]:
         add_fields(group, cls, setting + ".", base)
 
 
@@ -162,17 +162,17 @@ def fields(cls: type) -> Mapping[str, Any]:
     return declared | {"pattern": str | float, "layers": str}
 
 
-def parts(chosen: Mapping[str, str]) -> dict[str, tuple[type, ...]]:
-    """For each setting, the dataclasses whose fields are its options."""
-    methods = {setting: option_classes(setting, chosen[setting]) for setting in CHOICES}
-    return methods | {setting: (cls,) for setting, cls in PARTS.items()}
+def parts(chosen: Mapping[str, str]) -> dict[str, type]:
+    """The dataclass whose fields are the options of a setting, for each setting that has any."""
+    methods = {setting: method_class(setting, chosen[setting]) for setting in CHOICES}
+    return {setting: cls for setting, cls in methods.items() if cls} | PARTS
 
 
 def kinds(chosen: Mapping[str, str]) -> dict[str, Any]:
     """The type of every setting by its dotted name."""
     found = {**fields(RunConfig)}
-    for setting, classes in parts(chosen).items():
-        found |= {f"{setting}.{name}": kind for cls in classes for name, kind in fields(cls).items()}
+    for setting, cls in parts(chosen).items():
+        found |= {f"{setting}.{name}": kind for name, kind in fields(cls).items()}
     return found
 
 

@@ -41,17 +41,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import jsonargparse
 
 from optima_tpu.config import yaml12
-from optima_tpu.config.choices import (
-    CHOICES,
-    NAMED,
-    OPEN,
-    canonical_name,
-    default_options,
-    method_class,
-    method_name,
-    option_classes,
-    options_of,
-)
+from optima_tpu.config.choices import CHOICES, NAMED, OPEN, canonical_name, default_options, method_class, method_name, options_of
 from optima_tpu.config.flat import flat
 from optima_tpu.config.names import ALIASES, ELSEWHERE, by_own_names
 from optima_tpu.config.options import (
@@ -69,6 +59,7 @@ from optima_tpu.config.options import (
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import SETTINGS, RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
+from optima_tpu.method.choice import Method
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
@@ -211,10 +202,12 @@ def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
     if damping is not None:
         plain["solver"] = {"name": "cg", "damping": damping}  # checked with the rest
     config = configure({**plain, "coordinator": None, "num_processes": None, "process_id": None})
-    changes: dict[str, Any] = {} if damping is None else {"own_damping": config.recipe.damping}
+    if "solver" in own:
+        own["solver"]["damping"] = 0.0 if damping is None else config.recipe.damping
+    changes: dict[str, Any] = {}
     for setting, value in own.items():
-        options = {name: option for name, option in value.items() if name != "name" and (setting, name) != ("solver", "damping")}
-        changes[setting] = NAMED[setting](str(value["name"]), options)
+        name = value.pop("name")
+        changes[setting] = NAMED[setting](str(name), value)
     group = changes.get("selector", config.recipe.selector).group
     for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
         if name in patterns:
@@ -254,11 +247,8 @@ def parse_command(
     for setting, method in methods.items():
         base = {option: value for option, value in options_of(method).items() if f"{setting}.{option}" not in moved}
         add_method(parser, setting, chosen[setting], base, needed=True)
-        types |= {
-            f"{setting}.{option}": kind
-            for option, kind in fields(*option_classes(setting, chosen[setting])).items()
-            if option in base
-        }
+        cls: type = type(method)
+        types |= {f"{setting}.{option}": kind for option, kind in fields(cls).items() if option in base}
     known = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
     for name in _options(argv):
         if name in moved:
@@ -277,7 +267,7 @@ def parse_command(
     return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
 
 
-def _methods(settings: "type[DataclassInstance]", argv: Sequence[str]) -> dict[str, Any]:
+def _methods(settings: "type[DataclassInstance]", argv: Sequence[str]) -> dict[str, Method]:
     """The method that a command line chooses for each field of a dataclass that is a choice, with its default options."""
     choices = [field for field in dataclasses.fields(settings) if field.name in CHOICES]
     if not choices:
@@ -440,16 +430,8 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
             raise UserError(f"expected a value for {name}, got none; leave the line out for its default")
         refuse_beyond({name: namespace[name]})
     values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
-    for setting, classes in parts(chosen).items():
-        options = {name: namespace[f"{setting}.{name}"] for cls in classes for name in fields(cls)}
-        if setting == "solver":
-            damping, cls = options.pop("damping", None), classes[-1] if classes else None
-            # None for the default value, so that equal runs have equal values.
-            values["own_damping"] = (
-                None if cls is None or damping == default_options(setting, chosen[setting])["damping"] else damping
-            )
-        if classes:
-            values[setting] = classes[-1](**options)
+    for setting, cls in parts(chosen).items():
+        values[setting] = cls(**{name: namespace[f"{setting}.{name}"] for name in fields(cls)})
     group = values["selector"].group
     for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
         try:
@@ -465,9 +447,7 @@ def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str
         if name in known:
             continue
         setting, _, option = name.partition(".")
-        owners = [
-            method for method in CHOICES.get(setting, {}) if any(option in fields(cls) for cls in option_classes(setting, method))
-        ]
+        owners = [method for method, cls in CHOICES.get(setting, {}).items() if cls and option in fields(cls)]
         if owners and setting in chosen:
             raise UserError(
                 f"{dashes}{name} is an option of {setting} {', '.join(owners)}, but {setting} is "

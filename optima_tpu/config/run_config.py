@@ -247,13 +247,11 @@ class RunConfig(Devices):
         return Path("runs", "-".join((re.sub(r"[\[\]\\]", "_", self.model_name), *methods, slug)))
 
 
-_OF_RECIPE = [name for name in field_names(Recipe) if name != "own_damping"]  # solver.damping for a person
-
 SETTINGS: Mapping[str, type] = MappingProxyType(
     {
         name: owner
         for field in field_names(RunConfig)
-        for owner, names in [(Recipe, _OF_RECIPE) if field == "recipe" else (RunConfig, [field])]
+        for owner, names in [(Recipe, field_names(Recipe)) if field == "recipe" else (RunConfig, [field])]
         for name in names
     }
 )
@@ -283,8 +281,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     recipe = config.recipe
     values = {name: getattr(recipe if owner is Recipe else config, name) for name, owner in SETTINGS.items()}
     for setting, method in config.methods.items():
-        damping = {"damping": recipe.damping} if setting == "solver" else {}
-        values[setting] = method and {"name": method_name(setting, method)} | damping | options_of(method)
+        values[setting] = method and {"name": method_name(setting, method)} | options_of(method)
     group = recipe.selector.group
     return values | {
         "pattern": recipe.pattern.text(group),

@@ -106,10 +106,10 @@ class Exchanging(Solver):
     def title(self) -> str:
         return f"{self.solver.title} with exchanges"
 
-    def footprint(self, damping: float) -> Footprint:
+    def footprint(self) -> Footprint:
         # A + t I and its inverse, in memory together with the solver's matrices. Of a row: weights, residual, wins, costs and the
         # temporary arrays of the selection.
-        solver = self.solver.footprint(damping)
+        solver = self.solver.footprint()
         return Footprint(solver.hessians + 2, solver.vectors + 5)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:

@@ -42,8 +42,6 @@ class Recipe(Bounded):
       tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
       refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
       quantize: whether the kept weights become integers once they are solved; None leaves them.
-      own_damping: the pull of the objective toward the dense weights, as a share of the Hessian's diagonal; None stands for the
-        solver's default. ``solver.damping`` in files and on the command line.
 
     Raises:
       UserError: a number is out of its bounds, or one method does not go with another.
@@ -60,12 +58,9 @@ class Recipe(Bounded):
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
     quantize: Quantizer | None = None
-    own_damping: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.own_damping is not None:  # an option of the solver for a person
-            Bound(0).refuse("solver.damping", self.own_damping)
         for method in filter(None, self.methods.values()):
             method.needs(self)
 
@@ -82,9 +77,7 @@ class Recipe(Bounded):
     @property
     def damping(self) -> float:
         """The damping of the objective."""
-        if self.solver is None:
-            return 0.0
-        return self.solver.default_damping if self.own_damping is None else self.own_damping
+        return self.solver.damping if self.solver else 0.0
 
     def update(self, pattern: Pattern) -> Solver:
         """The solver for the layers of a pattern; it also changes masks if the recipe refines them."""
@@ -94,7 +87,7 @@ class Recipe(Bounded):
 
     def footprint(self) -> Footprint:
         """The device memory of pruning a group of matrices, without the arrays that every method holds."""
-        update = self.update(self.pattern).footprint(self.damping)
+        update = self.update(self.pattern).footprint()
         rounder = self.quantize.footprint() if self.quantize else Footprint(0, 0, split=True)
         return Footprint(
             max(update.hessians, self.selector.hessians, rounder.hessians),

@@ -125,7 +125,7 @@ def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
 @pytest.mark.parametrize(
     "argv, changed",
     [
-        (["--solver.damping", "0.1"], dict(own_damping=0.1)),
+        (["--solver.damping", "0.1"], dict(solver=CG(damping=0.1))),
         (["--refine.rounds", "8"], dict(refine=Swaps(rounds=8))),
         (["--recapture", "false"], dict(recapture=False)),
     ],
@@ -151,7 +151,7 @@ def test_an_option_of_another_method_than_the_best_presets_is_refused():
         (["--solver", "cg"], {}),
         (["--accept=per_row"], {}),
         (["--refine", "null"], dict(refine=None)),
-        (["--solver", "mpax"], dict(solver=MPAX(), own_damping=None)),
+        (["--solver", "mpax"], dict(solver=MPAX())),
         (["--tuning", "grid"], dict(tuning=Grid())),
         (["--allocation", "owl"], dict(allocation=OWL())),
         (["--target", "self"], dict(target=SelfTarget())),
@@ -218,7 +218,7 @@ def test_the_embedded_model_has_its_text_where_it_is_named(name, file):
 def test_overrides_without_a_model_change_the_embedded_default(file):
     assert parse(["--config", file("batch: 2"), "--solver", "cg", "--solver.damping", "0.1"]) == parse(
         ["--preset", "best"]
-    ).changed(batch=2, own_damping=0.1)
+    ).changed(batch=2, solver=CG(damping=0.1))
 
 
 @pytest.mark.parametrize("where", ["command line", "file"])
@@ -269,8 +269,8 @@ def test_yaml_reads_what_it_writes(value):
 @pytest.mark.parametrize(
     "text, solver",
     [
-        ("cg", CG()),
-        ("CG", CG()),
+        ("cg", CG(damping=0.3)),
+        ("CG", CG(damping=0.3)),
         ("mpax", MPAX()),
         ("Mpax", MPAX()),
         ("exact", Exact()),
@@ -330,9 +330,7 @@ def test_a_list_of_numbers_is_read_alike_from_the_command_line_and_a_file(rates,
 def test_the_command_line_goes_over_the_file_wherever_it_stands(file):
     path = file("model: a\nbatch: 2\nsolver: {name: cg, damping: 0.5, max_steps: 8}")
     for argv in (["--config", path, "--solver.damping", "0.1"], ["--solver.damping", "0.1", "--config", path]):
-        assert parse([*argv, "--preset", "fast"]) == RunConfig(model="a", batch=2).changed(
-            solver=CG(max_steps=8), own_damping=0.1
-        )
+        assert parse([*argv, "--preset", "fast"]) == RunConfig(model="a", batch=2).changed(solver=CG(max_steps=8, damping=0.1))
 
 
 def test_another_method_drops_the_options_of_the_files(file):
@@ -382,9 +380,9 @@ def test_to_dict_is_json_and_complete():
     values = to_dict(EVERYTHING)
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     names = {field.name for kind in (RunConfig, Recipe) for field in dataclasses.fields(kind)}
-    assert set(values) == names - {"recipe", "own_damping"}  # the recipe's stand among the others, and damping in the solver
+    assert set(values) == names - {"recipe"}  # the recipe's stand among the others
     assert values["pattern"] == "4:8"
-    assert values["solver"] == {"name": "mpax", "damping": 0.0} | dataclasses.asdict(EVERYTHING.recipe.solver)
+    assert values["solver"] == {"name": "mpax"} | dataclasses.asdict(EVERYTHING.recipe.solver)
     assert to_dict(EVERYTHING.changed(solver=None, refine=None))["solver"] is None
 
 
@@ -394,7 +392,7 @@ def test_to_dict_is_json_and_complete():
         {"pattern": NM(2, 4)},
         {"pattern": Unstructured(0.5, "layer")},
         {"solver": None},
-        {"own_damping": 0.5},
+        {"solver": CG(damping=0.5)},
         {"dtype": "float32"},
         {"selector": Magnitude()},
         {"accept": PerLayer()},

@@ -38,7 +38,7 @@ ROUNDS = 4
 
 def refined(solver, swaps: Swaps, pattern, problem, pruned, damping: float | None = None) -> Solution:
     """Solved with exchanges, by default with the solver's own damping."""
-    return solve(Exchanging(solver, swaps, pattern), problem, pruned, solver.default_damping if damping is None else damping)
+    return solve(Exchanging(solver, swaps, pattern), problem, pruned, solver.damping if damping is None else damping)
 
 
 def schur_by_eigenvalues(hessian: np.ndarray, damping: float, kept: float) -> np.ndarray:
@@ -82,7 +82,7 @@ def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, 
 )
 def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, solver, selector, target):
     """Against the exact minimiser on the mask that came, in float64; the second layer's inputs have a dead one among them."""
-    damping = solver.default_damping
+    damping = solver.damping
     for seed, dead in ((0, []), (1, [3])):
         problem = layer(np.random.default_rng(seed), 12, 40, target=target)
         hessian = problem.hessian.at[jnp.array(dead, int)].set(0.0).at[:, jnp.array(dead, int)].set(0.0)

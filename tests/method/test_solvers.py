@@ -176,7 +176,7 @@ def test_a_layer_that_sees_nothing_is_left_alone(solver, damping):
 )
 def test_no_row_gets_worse_after_the_cast(solver, damping, dtype):
     problem, _ = problem_and_mask(7, spread=2.0)
-    recipe = Recipe(Unstructured(0.5), Wanda(), solver, PerRow(), own_damping=damping)
+    recipe = Recipe(Unstructured(0.5), Wanda(), dataclasses.replace(solver, damping=damping), PerRow())
     before, _ = prune_layer(problem, Recipe(recipe.pattern, recipe.selector, None), dtype)
     after, rows = prune_layer(problem, recipe, dtype)
     f = row_objective(problem, after.weight)

@@ -266,7 +266,7 @@ def test_a_solver_is_judged_by_its_own_damped_objective(accept):
     problem = layer(np.random.default_rng(3), 12, 32, tokens=48, spread=2.0)
     selector, pattern = ADMM(damping=0.0), Unstructured(0.5)
     start = prune_layer(problem, Recipe(pattern, selector, None))[0].weight
-    final, rows = prune_layer(problem, Recipe(pattern, selector, Exact(), accept, own_damping=1.0))
+    final, rows = prune_layer(problem, Recipe(pattern, selector, Exact(damping=1.0), accept))
     assert not rows.refused.any()
     assert (row_objective(problem, final.weight, 1.0) <= row_objective(problem, start, 1.0) * (1 + 1e-5)).all()
     assert (row_objective(problem, final.weight) > row_objective(problem, start)).all()

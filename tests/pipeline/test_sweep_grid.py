@@ -31,7 +31,7 @@ def test_cells_are_the_product_in_order_seed_by_seed(file):
     assert (
         last.config.recipe.pattern == NM(2, 4)
         and last.config.recipe.selector == Magnitude()
-        and (last.config.recipe.solver, last.config.recipe.own_damping) == (CG(), 0.25)
+        and last.config.recipe.solver == CG(damping=0.25)
     )
     assert [(rule.path, rule.pattern) for rule in last.config.recipe.layers] == [("self_attn.*", None)]
     assert (last.config.calibration.seed, last.config.calibration.windows, last.config.calibration.length) == (3, 4, 8)
@@ -92,23 +92,19 @@ def test_later_settings_go_over_earlier_ones(file):
 @pytest.mark.parametrize(
     ("run", "update", "solver"),
     [
-        (
-            {"name": "cg", "damping": 0.5},
-            {"name": "mpax", "eps_abs": 0.1},
-            (MPAX(eps_abs=0.1), None),
-        ),  # another method: its own options
-        ({"name": "cg", "damping": 0.5}, {"name": "cg", "max_steps": 7}, (CG(max_steps=7), 0.5)),
-        ({"name": "cg", "damping": 0.5}, {"name": "CG", "max_steps": 7}, (CG(max_steps=7), 0.5)),
-        ({"name": "cg", "damping": 0.5}, {"max_steps": 7}, (CG(max_steps=7), 0.5)),
-        ({"name": "cg", "damping": 0.5}, "cg", (CG(), 0.5)),
-        ({"name": "cg", "damping": 0.5}, None, (None, None)),
-        (None, "mpax", (MPAX(), None)),
-        ("mpax", {"eps_abs": 0.1}, (MPAX(eps_abs=0.1), None)),
+        ({"name": "cg", "damping": 0.5}, {"name": "mpax", "eps_abs": 0.1}, MPAX(eps_abs=0.1)),  # another method: its own options
+        ({"name": "cg", "damping": 0.5}, {"name": "cg", "max_steps": 7}, CG(damping=0.5, max_steps=7)),
+        ({"name": "cg", "damping": 0.5}, {"name": "CG", "max_steps": 7}, CG(damping=0.5, max_steps=7)),
+        ({"name": "cg", "damping": 0.5}, {"max_steps": 7}, CG(damping=0.5, max_steps=7)),
+        ({"name": "cg", "damping": 0.5}, "cg", CG(damping=0.5)),
+        ({"name": "cg", "damping": 0.5}, None, None),
+        (None, "mpax", MPAX()),
+        ("mpax", {"eps_abs": 0.1}, MPAX(eps_abs=0.1)),
     ],
 )
 def test_a_method_takes_the_options_of_its_own_name_only(file, run, update, solver):
     config = only_cell(file, run={"model": "m", "solver": run}, updates={"u": {"solver": update}}).config
-    assert (config.recipe.solver, config.recipe.own_damping) == solver
+    assert config.recipe.solver == solver
 
 
 def test_the_command_line_goes_over_all_cells(file):

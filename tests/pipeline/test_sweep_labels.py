@@ -65,7 +65,7 @@ def test_the_command_line_leaves_what_labels_stand_for(file, changes, argv, said
         ({}, ["--pattern", "0.5", "--selector", "WANDA"], {}),  # what the file says too
         ({}, ["--accept", "per_layer"], {"accept": PerLayer()}),
         ({}, ["--selector.shift_zero", "true"], {"selector": Wanda(shift_zero=True)}),
-        (DAMPED, ["--solver.tolerance", "1e-5"], {"solver": CG(tolerance=1e-5), "own_damping": 0.5}),
+        (DAMPED, ["--solver.tolerance", "1e-5"], {"solver": CG(tolerance=1e-5, damping=0.5)}),
         (
             {"updates": {"all": {"batch": 2}}},
             ["--preset", "paper"],

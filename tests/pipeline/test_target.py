@@ -589,7 +589,7 @@ def test_the_matrices_of_a_dense_target_are_counted():
         .memory_analysis()
     )
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    footprint = BEYOND.solver.footprint(BEYOND.damping)
+    footprint = BEYOND.solver.footprint()
     told = GroupLoad(size, rows, footprint, streams=2).bytes(mesh(1, 1), False, rows)
     assert total < told < 1.6 * total
     drift = drift._replace(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),))

@@ -15,7 +15,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.figures import main
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import NM
-from optima_tpu.method.solvers import MPAX
+from optima_tpu.method.solvers import CG, MPAX
 from optima_tpu.method.targets import DenseTarget
 from optima_tpu.report import curves, figures
 from optima_tpu.report.contents import CellResult
@@ -155,7 +155,7 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
     "changes, labels, title",
     [
         (
-            [{"own_damping": 0.1}, {"own_damping": 0.5}],
+            [{"solver": CG(damping=0.1)}, {"solver": CG(damping=0.5)}],
             ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"],
             "sparsity 0.5",
         ),
@@ -176,7 +176,7 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
         ),
         (
             [
-                {"calibration": dataclasses.replace(EMBEDDED.calibration, written=4), "own_damping": damping}
+                {"calibration": dataclasses.replace(EMBEDDED.calibration, written=4), "solver": CG(damping=damping)}
                 for damping in (0.1, 0.5)
             ],
             ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"],
@@ -192,7 +192,7 @@ def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, t
 
 
 def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
-    recipe = {"own_damping": 0.03, "target": DenseTarget(0.5, 0.25), "recapture": True, "refine": Swaps()}
+    recipe = {"solver": CG(damping=0.03), "target": DenseTarget(0.5, 0.25), "recapture": True, "refine": Swaps()}
     reports = [layer for layer in layers(0) if layer.name in NAMES[:2]]
     runs = [write_run(tmp_path / str(index), EMBEDDED.changed(**change), reports) for index, change in enumerate(({}, recipe))]
     data = curves.layer_errors(runs)

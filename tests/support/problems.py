@@ -45,7 +45,7 @@ def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def solve(solver: Solver, problem: LayerProblem, pruned: Pruned, damping: float | None = None) -> Solution:
     """Runs a solver, compiled once for each choice and shape; with the damping that is its default, or with another one."""
-    damping = solver.default_damping if damping is None else damping
+    damping = solver.damping if damping is None else damping
     return solver(dataclasses.replace(problem, damping=damping), pruned)
 
 

@@ -63,7 +63,7 @@ class Adam(Solver):
         if not self.learning_rates:
             raise UserError("expected one number or more in solver.learning_rates, got none")
 
-    def footprint(self, damping: float) -> Footprint:
+    def footprint(self) -> Footprint:
         return Footprint(hessians=3, vectors=10)  # fitted 1.8 and 8.4
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:

@@ -1,8 +1,9 @@
 """The base class of all solvers."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,6 +13,7 @@ from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Footprint
+from optima_tpu.runtime.bounds import Bound
 
 
 @runtime_checkable
@@ -31,21 +33,24 @@ SolveRows = Callable[[LayerProblem], SolveMask]
 """Takes the rows' problem, then masks and weights to start from. What one problem's solves share is computed once."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Solver(Method, abc.ABC):
     """Moves the kept weights to minimise every row's objective, starting from the pruned weights.
 
     A solver is a frozen dataclass. Rows are independent: a solver may be given any subset of a layer's rows, or rows of several
     layers with one input, and returns the same result for each row. It traces under ``jit`` and ``shard_map``. The problem
-    defines the objective, damping included.
+    defines the objective: a recipe gives its solver's damping to every problem, and a solver reads it there.
 
     Attributes:
-      default_damping: the damping of the objective if the user sets none.
+      damping: ridge of the objective that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. With 0, a
+        nearly singular layer fits the calibration set with huge weights and ruins the model.
       changes_masks: whether the solver returns new masks, ``Solution.keep``.
     """
 
     setting: ClassVar[str] = "solver"
-    default_damping: ClassVar[float] = 0.0
     changes_masks: ClassVar[bool] = False
+
+    damping: Annotated[float, Bound(0)] = dataclasses.field(default=0.0, kw_only=True)
 
     @abc.abstractmethod
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
@@ -63,7 +68,7 @@ class Solver(Method, abc.ABC):
         """
         return lambda problem: lambda pruned, rough=False: self(problem, pruned)
 
-    def footprint(self, damping: float) -> Footprint:
+    def footprint(self) -> Footprint:
         """The device memory of the solver. This default is a cautious guess."""
         return Footprint(hessians=8, vectors=40)
 
@@ -80,5 +85,5 @@ class Unchanged(Solver):
         rows = pruned.weight.shape[0]
         return Solution(pruned.weight, jnp.zeros(rows), jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
 
-    def footprint(self, damping: float) -> Footprint:
+    def footprint(self) -> Footprint:
         return Footprint(hessians=1, vectors=4, split=True)

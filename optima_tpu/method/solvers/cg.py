@@ -18,7 +18,7 @@ a few numbers per row. The check after a cycle costs two all-gathers and two all
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,16 +61,15 @@ class CG(Solver):
         the recurrences in float32.
     """
 
-    default_damping: ClassVar[float] = 1e-2
-
+    damping: Annotated[float, Bound(0)] = dataclasses.field(default=1e-2, kw_only=True)
     tolerance: Annotated[float, Bound(above=0)] = 1e-3
     max_steps: Annotated[int, Bound(1)] = 96
     cycle: Annotated[int, Bound(1)] = 4
 
-    def footprint(self, damping: float) -> Footprint:
+    def footprint(self) -> Footprint:
         # H, A, X, R' and the temporary arrays of a factorisation: fitted 5.6. A row's change, residual, direction, best point,
         # image and preconditioned residual: fitted 7.3. Features may be split if no eigenvalue of the whole Hessian is needed.
-        return Footprint(hessians=6, vectors=8, split=damping >= SAFE_DAMPING)
+        return Footprint(hessians=6, vectors=8, split=self.damping >= SAFE_DAMPING)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian, problem.damping)(problem)(pruned)

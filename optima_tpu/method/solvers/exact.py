@@ -20,7 +20,7 @@ class Exact(Solver):
     ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` (the Newton decrement through the row's own factor), up to rounding.
     """
 
-    def footprint(self, damping: float) -> Footprint:
+    def footprint(self) -> Footprint:
         # Fitted 6.8 (float64 matrices count twice) and 5.0, with one factorisation at a time; ``rows_at_once`` bounds the memory
         # of more.
         return Footprint(hessians=8, vectors=6)

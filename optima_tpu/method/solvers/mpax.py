@@ -79,7 +79,7 @@ class MPAX(Solver):
     unit_diagonal: bool = False
     primal_importance: Annotated[float, Bound(above=0)] = 1.0
 
-    def footprint(self, damping: float) -> Footprint:
+    def footprint(self) -> Footprint:
         # Fitted 2.1 and 9.4, as MPAX's own 38 vectors a row are held for an eighth of the rows at once. In a batch of 256 rows it
         # is a quarter of the rows, and the fit is 13.8.
         return Footprint(hessians=4, vectors=14)
