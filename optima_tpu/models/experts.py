@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
-from optima_tpu.models.family import Family, Residual
+from optima_tpu.models.family import ExpertNames, Family, Residual
 from optima_tpu.models.grouped import Stretches, grouped_dot
 from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear
 from optima_tpu.models.routers import GroupRouter, Groups, Router
@@ -104,6 +104,7 @@ class MixtureNames:
       narrow: the name of down.
       shared: the name of the shared expert in the mixture.
       bias: whether the layers of an expert have biases.
+      count: the setting that counts the experts in a configuration of ``transformers``.
     """
 
     mlp: str = "mlp"
@@ -112,6 +113,7 @@ class MixtureNames:
     narrow: str = "down_proj"
     shared: str = "shared_experts"
     bias: bool = False
+    count: str = "num_experts"
 
     def sizes(self, config: MixtureConfig) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the layers of an expert."""
@@ -121,7 +123,17 @@ class MixtureNames:
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers of all experts, by their path in the block."""
-        return tuple(".".join(filter(None, (self.mlp, "experts.*", name))) for name in (*self.wide, self.narrow))
+        return tuple(self.inside("experts.*", name) for name in (*self.wide, self.narrow))
+
+    @property
+    def experts(self) -> ExpertNames:
+        """The names of what the experts have, by their path in the block."""
+        router = (self.inside(self.router, name) for name in ("weight", "bias", "e_score_correction_bias"))
+        return ExpertNames(self.count, self.inside("experts."), tuple(router), self.inside("shares"), self.layers[-1])
+
+    def inside(self, *names: str) -> str:
+        """The path in the block of a part of the mixture."""
+        return ".".join(filter(None, (self.mlp, *names)))
 
     @property
     def shared_layers(self) -> tuple[str, ...]:
@@ -201,7 +213,8 @@ class Expert(nnx.Module):
 class Experts(nnx.Module):
     """A router and its experts.
 
-    Every layer of an expert sows the :class:`Routed` input that all experts read.
+    Every layer of an expert sows the :class:`Routed` input that all experts read. The mixture sows the ``shares`` of each token's
+    experts.
 
     Attributes:
       mesh: the mesh that the block runs on; None for one device.
@@ -216,6 +229,7 @@ class Experts(nnx.Module):
         """The outputs of the experts of each token, weighted by their shares. The router reads ``x``, or what else is given."""
         layout = self.layout
         chosen, shares = getattr(self, layout.router)(x if routed_by is None else routed_by)
+        self.sow(nnx.Intermediate, "shares", shares)
         layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
         weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
         biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
@@ -382,6 +396,7 @@ def family(
         residuals={named(name): around for name, around in llama.FAMILY.residuals.items()}
         | {down: Residual("before_shared", "after_mlp")},
         cuts={**llama.FAMILY.cuts, "neuron": "stand in experts"},
+        experts=layout.experts,
         shared=tuple(wide),
         sharding={named(name): spec for name, spec in llama.SHARDING.items()}
         | {name + ".weight": P(MODEL, None) for name in (*wide, gate, up)}

@@ -155,6 +155,24 @@ class Cut(NamedTuple):
         return {**{name: each * kept for name, each in self.settings.items()}, **self.fixed}
 
 
+class ExpertNames(NamedTuple):
+    """The names of what the experts of a mixture have.
+
+    Attributes:
+      setting: the number in a configuration of ``transformers`` that counts the experts.
+      each: what the names of an expert's parameters begin with in a block, before its number: "mlp.experts.".
+      router: the parameters of the router that have a row for each expert; a model has some of them.
+      shares: the name under which the mixture sows the shares of a token's experts.
+      down: the layer that ends an expert, "mlp.experts.*.down_proj".
+    """
+
+    setting: str
+    each: str
+    router: tuple[str, ...]
+    shares: str
+    down: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One decoder family. The rest of the program knows only what is declared here.
@@ -185,6 +203,8 @@ class Family:
         belong here.
       cuts: by the word of the pattern that cuts them: makes the :class:`Cut` of a kind of parts from the configuration; or says why
         they cannot be cut, behind "whose ...s".
+      experts: the names of the experts' parameters where experts can be removed; or says why they cannot be, behind the name of the
+        model.
       shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
         borrow from the others. Where a token's share multiplies its input (Llama 4), it lends what its first expert reads.
       stacks: the tensors that hold parameters of all experts, by their names in the block.
@@ -208,6 +228,7 @@ class Family:
     attended: tuple[str, ...] = ("self_attn.o_proj",)
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     cuts: Mapping[str, Callable[[Any], Cut] | str] = dataclasses.field(default_factory=dict)
+    experts: ExpertNames | str = "which has no experts"
     shared: tuple[str, ...] = ()
     stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)
     exact: tuple[str, ...] = ()

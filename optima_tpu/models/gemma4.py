@@ -190,6 +190,7 @@ FAMILY = dataclasses.replace(
     cuts={"neuron": neurons, "head": "differ in width from block to block"},
     linears=(*llama.LINEARS, *LAYOUT.layers),
     sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
+    experts="whose router has a scale for each expert",
     shared=tuple(_WIDE),
     stacks={
         "experts.gate_up_proj": Stack(tuple(name + ".weight" for name in _WIDE), turned=False),

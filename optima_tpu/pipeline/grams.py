@@ -9,6 +9,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from optima_tpu.method.experts import ExpertStatistics
 from optima_tpu.method.statistics import Drift, TokenStatistics
 from optima_tpu.models.experts import Route, Routed
 from optima_tpu.models.grouped import Stretches, grouped_dot, grouped_outer
@@ -129,6 +130,39 @@ def add_routed(
     energy = tuple(old + jax.lax.with_sharding_constraint(new, whole) for old, new in zip(before.drift.energy, energy))
     # Experts add to no residual stream as they are: a share comes between.
     return added._replace(drift=Drift(before.drift.cross + cross, energy, before.drift.residual))
+
+
+def add_outputs(
+    mesh: Mesh, before: ExpertStatistics, read: Routed, shares: Array, valid: Array, down: Array, bias: Array | None
+) -> ExpertStatistics:
+    """Adds the tokens of a batch to the sums over the outputs of all experts.
+
+    Args:
+      read: the input of down.
+      shares: [batch, length, experts_per_token].
+      valid: [batch] bool, False for windows that do not count.
+      down: [experts, d_out, d_in].
+      bias: [experts, d_out]; None for none.
+    """
+    split = MODEL if down.shape[1] % mesh.shape[MODEL] == 0 else None
+
+    def local(read: Routed, shares: Array, valid: Array, down: Array, bias: Array | None) -> ExpertStatistics:
+        route = Route.of(read.chosen.reshape(-1, read.chosen.shape[-1]), read.experts)
+        outputs = grouped_dot(read.rows, down, route.stretches, jnp.float32)
+        if bias is not None:
+            outputs += bias[route.expert].astype(jnp.float32)
+        squares = jnp.sum(jnp.square(outputs), axis=1)
+        squares = squares if split is None else jax.lax.psum(squares, split)
+        counts = valid[route.token // read.chosen.shape[1]].astype(jnp.float32)
+        norms, share = jnp.sqrt(squares), jnp.zeros(len(squares)).at[route.row].set(shares.reshape(-1, shares.shape[-1]))
+        of_rows = jnp.stack([jnp.ones_like(norms), norms, squares, share * norms]) * counts
+        tokens, *sums = jax.lax.psum(jnp.zeros((4, read.experts)).at[:, route.expert].add(of_rows), DATA)
+        return ExpertStatistics(tokens.astype(jnp.int32), *sums)
+
+    batch, outputs = P(DATA), P(None, split)
+    specs = (batch, batch, batch, outputs, outputs)
+    found = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(read, shares, valid, down, bias)
+    return jax.tree.map(jnp.add, before, found)
 
 
 def gram_of_tokens(mesh: Mesh, stream: Routed, valid: Array) -> Array:

@@ -1,0 +1,61 @@
+"""The scores of experts against their published formulas, in float64, and the choice by them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optima_tpu.method.experts import MAN, MSAN, REAP, ExpertStatistics, Frequency, kept_experts
+
+TOKENS, WIDTH, INNER, EXPERTS, FEW = 40, 7, 5, 6, 2
+rng = np.random.default_rng(0)
+DOWN = rng.standard_normal((EXPERTS, WIDTH, INNER))
+HIDDEN = rng.standard_normal((EXPERTS, TOKENS, INNER))
+GATES = rng.random((TOKENS, EXPERTS))
+# The last expert gets no token.
+CHOSEN = np.argsort(-GATES[:, :-1], axis=1)[:, :FEW]
+SENT = [np.flatnonzero((CHOSEN == expert).any(axis=1)) for expert in range(EXPERTS)]
+NORMS = [np.linalg.norm(HIDDEN[expert, sent] @ DOWN[expert].T, axis=1) for expert, sent in enumerate(SENT)]
+STATISTICS = ExpertStatistics(
+    jnp.array([len(sent) for sent in SENT]),
+    *(
+        jnp.array([sum(of(expert, sent)) for expert, sent in enumerate(SENT)], jnp.float32)
+        for of in (
+            lambda expert, sent: NORMS[expert],
+            lambda expert, sent: NORMS[expert] ** 2,
+            lambda expert, sent: GATES[sent, expert] * NORMS[expert],
+        )
+    ),
+)
+
+
+def reap(expert, sent):
+    return np.mean(GATES[sent, expert] * NORMS[expert])
+
+
+def msan(expert, sent):
+    gram = HIDDEN[expert, sent].T @ HIDDEN[expert, sent]
+    return np.trace(DOWN[expert] @ gram @ DOWN[expert].T) / len(sent)
+
+
+@pytest.mark.parametrize(
+    ("score", "formula"),
+    [
+        (Frequency(), lambda expert, sent: len(sent)),
+        (REAP(), reap),
+        (MAN(), lambda expert, sent: np.mean(NORMS[expert])),
+        (MSAN(), msan),
+    ],
+    ids=str,
+)
+def test_a_score_is_its_formula(score, formula):
+    expected = [formula(expert, sent) if len(sent) else 0 for expert, sent in enumerate(SENT)]
+    assert len(SENT[-1]) == 0 and min(expected[:-1]) > 0
+    np.testing.assert_allclose(score(STATISTICS), expected, rtol=1e-6)
+
+
+def test_the_experts_with_the_highest_scores_stay_and_the_first_of_equal_ones():
+    assert kept_experts(np.array([1.0, 3, 2, 3, 0, 2]), 3).tolist() == [1, 2, 3]
+
+
+def test_every_group_keeps_as_many_experts():
+    assert kept_experts(np.array([9.0, 8, 7, 3, 2, 1]), 4, groups=2).tolist() == [0, 1, 3, 4]
