@@ -18,6 +18,7 @@ from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import OUTCOME
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
+from optima_tpu.pipeline.speed import MEASURED
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, recorded_command
 from optima_tpu.runtime.buckets import BucketError
@@ -39,7 +40,7 @@ _PAIRS = tuple(map(perplexity_files, ("dense", "pruned")))
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
 """The folders of the folders that are written block by block, or check by check."""
 
-_RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, OUTCOME, CONTINUED.name, CALIBRATION, REPORT)
+_RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, OUTCOME, CONTINUED.name, MEASURED.name, CALIBRATION, REPORT)
 """The files beside the folders that a resume reads back. The results of evaluations are read by the report alone."""
 
 

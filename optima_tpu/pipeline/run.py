@@ -20,7 +20,7 @@ from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import TextPerplexity
 from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows
-from optima_tpu.pipeline.stages import Results, continues
+from optima_tpu.pipeline.stages import Results, continues, cuts
 from optima_tpu.report.contents import Allocated, Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import Progress, Terminal, say
@@ -99,11 +99,12 @@ def measuring(config: RunConfig, keep: Keep, run: PrunedRun) -> Report:
     """The stages behind the last block."""
     outcome = keep(stages.UNTRAINED, run.blocks, keep(stages.TRAINING, run.blocks)) if config.distill else None
     pruned = keep(stages.CHECKPOINTING, run.blocks, outcome, run.allocation)
-    results = Results(run.dense, keep(stages.PERPLEXITY, pruned), outcome, run.allocation)
+    perplexity, memory = keep(stages.PERPLEXITY, pruned), keep(stages.MEMORY)
+    speed = keep(stages.SPEED, pruned) if cuts(config) else None
+    results = Results(run.dense, perplexity, outcome, run.allocation, speed)
     keep(stages.SENDING, run.sinks, results)
     if config.export:
         keep(stages.EXPORTING, results)
-    memory = keep(stages.MEMORY)
     prompts = keep(stages.PROMPTS, pruned) if continues(config) else None
     return keep(stages.REPORTING, results, pruned, memory, prompts)
 

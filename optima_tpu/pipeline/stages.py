@@ -12,6 +12,7 @@ from msgspec import structs
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import Tokens, unigram_perplexity
+from optima_tpu.method.patterns import WholeParts
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
@@ -41,6 +42,7 @@ from optima_tpu.pipeline.perplexities import (
     read_perplexity,
 )
 from optima_tpu.pipeline.self_calibration import keep_calibration
+from optima_tpu.pipeline.speed import MEASURED, speed
 from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
 from optima_tpu.report.contents import (
     Allocated,
@@ -52,6 +54,7 @@ from optima_tpu.report.contents import (
     Perplexities,
     Report,
     RunFacts,
+    Speed,
     TextFacts,
 )
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
@@ -84,12 +87,14 @@ class Results(NamedTuple):
       dense, pruned: the models' perplexities.
       outcome: of the training; None without one.
       allocation: the sparsity of every block; None where all blocks have the pattern's.
+      speed: of the dense and the cut model; None where nothing was cut.
     """
 
     dense: TextPerplexity
     pruned: TextPerplexity
     outcome: Outcome | None
     allocation: Allocated | None
+    speed: Speed | None
 
 
 # Each stage below: what it will do, what an earlier start kept, how it is done.
@@ -347,6 +352,35 @@ def _send(work: StageWork, sinks: Steps, results: Results) -> None:
 SENDING = Stage("sending the perplexities", _send)
 
 
+MEMORY = Stage("measuring the memory", lambda work: memory_peaks())
+"""Peaks before whole models are on the devices, from all processes."""
+
+
+def cuts(config: RunConfig) -> bool:
+    """Whether the exported model may be without parts of the dense one."""
+    return config.export and any(isinstance(pattern, WholeParts) for pattern in config.recipe.patterns)
+
+
+def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
+    opened = work.opened
+    exported = Exported.open(opened.directory)
+    if not exported.cuts.kept:
+        return None
+    dense = opened.model.decoder
+    narrow = Decoder.open(exported.config(), exported.source, dense.mesh, dense.batch)
+    found = speed(opened.model, narrow, device_budget(opened.config.device_memory))
+    MEASURED.write(opened.directory, found)
+    return found
+
+
+SPEED = Stage(
+    "measuring the speed",
+    _measure_speed,
+    lambda work, pruned: MEASURED.read(work.opened.directory),
+    lambda opened: [] if MEASURED.read(opened.directory) else [Step("measuring the speed", 0)],
+)
+
+
 def _export_steps(opened: Opened) -> list[Step]:
     return [Step(WRITING, total_bytes(opened.model.decoder.tensors))]
 
@@ -377,9 +411,6 @@ def _continue(work: StageWork, pruned: PrunedModel) -> Continuations:
     CONTINUED.write(opened.directory, texts)
     return texts
 
-
-MEMORY = Stage("measuring the memory", lambda work: memory_peaks())
-"""Peaks before whole models are on the devices, from all processes."""
 
 PROMPTS = Stage(
     "continuing prompts with both models",
@@ -440,6 +471,7 @@ def _facts(opened: Opened, results: Results) -> RunFacts:
         perplexity=Perplexities(results.dense.perplexity, results.pruned.perplexity),
         evaluation=_text(opened.config.evaluation.source or text.source, opened.texts.evaluation),
         distillation=results.outcome,
+        speed=results.speed,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from optima_tpu.report.numbers import percent
+from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
 from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.records import Block, Count, Positive, Record, Share, Size, check_record, within
@@ -256,6 +256,37 @@ class CutCount(Record, frozen=True):
         return len(self.left) == 1
 
 
+class Rates(Record, frozen=True):
+    """Tokens a second, of all windows: of reading a prompt, and of writing behind it."""
+
+    reading: Positive
+    writing: Positive
+
+
+class Speed(Record, frozen=True):
+    """The contents of speed.json: how fast the dense and the cut model computed in this program's own forward pass.
+
+    Attributes:
+      how: the devices, the dtype and the tokens, in words; empty where nothing was measured.
+      dense, cut: the fastest of a few turns, which the models took one after the other; None where they were not measured.
+      reason: why they were not; empty if they were.
+    """
+
+    how: str
+    dense: Rates | None = None
+    cut: Rates | None = None
+    reason: str = ""
+
+    @property
+    def words(self) -> str:
+        """What was measured: "1.19 times dense in reading (475 → 564 tokens/s), 1.12 times in writing (15.5 → 17.4)"."""
+        if self.dense is None or self.cut is None:
+            return f"not measured: {self.reason}"
+        pairs = ((self.dense.reading, self.cut.reading), (self.dense.writing, self.cut.writing))
+        (read, reading), (write, writing) = ((f"{b / a:.2f} times", f"{number(a)} → {number(b)}") for a, b in pairs)
+        return f"{read} dense in reading ({reading} tokens/s), {write} in writing ({writing})"
+
+
 class MemoryPeaks(Record, frozen=True):
     """Peak memory in bytes, of the process and of the device that used most.
 
@@ -293,6 +324,7 @@ class RunFacts(Record, frozen=True, kw_only=True):
       evaluation: the text that perplexity was measured on.
       perplexity: of both models.
       distillation: None if the pruned model was not trained.
+      speed: of the dense and the cut model; None if nothing was cut.
     """
 
     recipe: str
@@ -300,6 +332,7 @@ class RunFacts(Record, frozen=True, kw_only=True):
     evaluation: TextFacts
     perplexity: Perplexities
     distillation: Outcome | None
+    speed: Speed | None
 
     @property
     def training(self) -> Outcome | None:

@@ -122,6 +122,15 @@ def _cuts(report: Report) -> Fact | None:
     return Fact("kept", "Kept", [first], f"of {others} in every block; {note}")
 
 
+def _speed(report: Report) -> Fact | None:
+    if report.speed is None:
+        return None
+    if report.speed.cut is None:
+        return Fact("speed", "Speed", ["not measured"], f"because {report.speed.reason}")
+    first, _, others = report.speed.words.partition(" in ")
+    return Fact("speed", "Speed", [first], f"in {others}, on this machine: {report.speed.how}")
+
+
 def _quantised(report: Report) -> Fact | None:
     errors, quantizer = quantized_line(report.layers), report.settings.quantize
     return Fact("quantised", "Quantised", [quantizer.name], f"mean error {errors}") if errors and quantizer else None
@@ -189,7 +198,7 @@ def running(report: Report) -> str:
 
 
 FACTS: Sequence[Callable[[Report], Fact | None]] = (
-    *(_perplexity, _error, _against_dense, _sparsity, _cuts, _quantised, _masks, _size, _memory, _trained),
+    *(_perplexity, _error, _against_dense, _sparsity, _cuts, _speed, _quantised, _masks, _size, _memory, _trained),
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
 _OF_LAYERS = _error, _against_dense, _quantised, _masks

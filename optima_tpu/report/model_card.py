@@ -170,7 +170,9 @@ def _storage(card: Card) -> str:
         return _IN_MAXTEXT
     if not card.sidecar.cuts:
         return _IN_FILES
-    return _CUT + (" Its zeros are stored like other numbers." if card.has_zeros else "") + "\n"
+    speed = card.facts.speed if card.facts else None
+    measured = f" Where it was made ({speed.how}): {_plain(speed.words)}." if speed and speed.cut else ""
+    return _CUT + measured + (" Its zeros are stored like other numbers." if card.has_zeros else "") + "\n"
 
 
 def _recipe(card: Card) -> str:

