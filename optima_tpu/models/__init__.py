@@ -12,6 +12,7 @@ from optima_tpu.models import (
     exaone4,
     gemma,
     gemma4,
+    general,
     glm,
     glm4_moe,
     gpt_oss,
@@ -111,29 +112,30 @@ def family_named(architectures: Iterable[str] | None) -> Family | None:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a ``transformers`` configuration.
+    """The family of a ``transformers`` configuration: the declared one, or one that is made from the model's class in torch.
 
     Raises:
-      UserError: the architecture is not supported (the message lists those that are), the model type does not belong to it, or
-        the model attends to later tokens.
+      UserError: the architecture is not supported, the model type does not belong to it, or the model attends to later tokens.
     """
     names = config.architectures or [type(config).__name__]
     name = next((name for name in names if name in FAMILIES), None)
     if name is None:
         refuse_architecture(names, config.model_type)
-        raise UserError(
-            f"expected a model of architecture {', '.join(FAMILIES)}, got {', '.join(names)} (model_type {config.model_type}): "
-            "not supported"
-        )
+        return _causal(general.family(config), config)
     if config.model_type not in FAMILIES[name]:
         raise UserError(
             f"expected the model_type {' or '.join(FAMILIES[name])} of a {name}, got {config.model_type!r}, as which "
             "transformers would open it: correct one of the two in config.json"
         )
-    family, text = FAMILIES[name][config.model_type], config.get_text_config()
-    if not getattr(text, "is_causal", True):
-        raise UserError("expected is_causal true, got false: only causal models are supported")
+    family, text = _causal(FAMILIES[name][config.model_type], config), config.get_text_config()
     if strange := sorted(set(getattr(text, "per_layer_attributes", None) or ()) - family.by_block):
         expected = f"{', '.join(sorted(family.by_block))} alone" if family.by_block else "nothing"
         raise UserError(f"expected {expected} in the per_layer_config of a {name}, got {', '.join(strange)}: not supported")
+    return family
+
+
+def _causal(family: Family, config: Any) -> Family:
+    """The family, unless the configuration says that tokens see later ones."""
+    if not getattr(config.get_text_config(), "is_causal", True):
+        raise UserError("expected is_causal true, got false: only causal models are supported")
     return family

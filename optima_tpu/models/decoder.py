@@ -142,7 +142,8 @@ class Decoder:
         family, config = self.family, self.config
         table = (config.vocab, config.d_embedding)
         inner = {family.embedding: table} | family.embedding_extras(config) | _shapes(self._final[1])
-        return {self.root + name: shape for name, shape in inner.items()} | ({} if config.tied else {family.head: table})
+        head = ({} if config.tied else {family.head: table}) | ({family.head_bias: table[:1]} if config.head_bias else {})
+        return {self.root + name: shape for name, shape in inner.items()} | head
 
     def blocks(self, indices: Sequence[int]) -> Iterator[dict[str, Array]]:
         """The parameters of several blocks, one block after the other; the next block is read while the caller works on one.
@@ -232,10 +233,11 @@ class Decoder:
     def _head(self, placing: Callable[[Mapping[str, P]], dict[str, Array]]) -> "Head":
         graph, abstract = self._final
         name = self.root + self.family.embedding if self.config.tied else self.family.head
-        placed = placing({self.root + inner: P() for inner in _shapes(abstract)} | {name: P(MODEL, None)})
-        projection = placed.pop(name)
+        biases = {self.family.head_bias: P(MODEL)} if self.config.head_bias else {}
+        placed = placing({self.root + inner: P() for inner in _shapes(abstract)} | {name: P(MODEL, None)} | biases)
+        projection, bias = placed.pop(name), placed.pop(self.family.head_bias, None)
         parameters = {name.removeprefix(self.root): array for name, array in placed.items()}
-        return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap, self.config.logit_scale)
+        return Head(_filled(abstract, parameters), projection, bias, graph, self.config.logit_cap, self.config.logit_scale)
 
     def _read(self, name: str) -> np.ndarray:
         """A tensor of :attr:`end_shapes` on the host, by its name after the root."""
@@ -302,16 +304,17 @@ Parts = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The family's ``final`` module (state and graph), output projection [vocab, d_embedding], cap and scale of the logits."""
+    """The family's ``final`` module, projection [vocab, d_embedding], bias [vocab] or None, cap and scale of the logits."""
 
     state: nnx.State
     projection: Array
+    bias: Array | None
     graph: nnx.GraphDef
     cap: float | None
     scale: float = 1.0
 
 
-jax.tree_util.register_dataclass(Head, data_fields=["state", "projection"], meta_fields=["graph", "cap", "scale"])
+jax.tree_util.register_dataclass(Head, data_fields=["state", "projection", "bias"], meta_fields=["graph", "cap", "scale"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -352,6 +355,7 @@ def head_logits(head: Head, hidden: Array) -> Array:
     # Straight to float32: rounding logits to bfloat16 would cost perplexity its third digit.
     logits = project(states, head.projection, jnp.float32)
     logits = _bfloat16_gradient(logits) if states.dtype == jnp.bfloat16 else logits
+    logits = logits if head.bias is None else logits + head.bias.astype(jnp.float32)
     logits = logits if head.scale == 1 else head.scale * logits
     return head.cap * jnp.tanh(logits / head.cap) if head.cap else logits
 

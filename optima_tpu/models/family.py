@@ -25,12 +25,14 @@ class Positions(NamedTuple):
       cos, sin: rotary tables [length, rotated dimensions] float32, or None for a family without rotary embedding.
       window: how many tokens each position sees, itself included, [length] int32; None if all blocks of the model see everything.
       cache: the cache of the earlier tokens; None if there are none.
+      arguments: what a model gives to a block of the general family besides.
     """
 
     cos: Array | np.ndarray | None = None
     sin: Array | np.ndarray | None = None
     window: Array | np.ndarray | None = None
     cache: Cache | None = None
+    arguments: Any = ()
 
     @property
     def rotary(self) -> tuple[Array | np.ndarray, Array | np.ndarray]:
@@ -56,6 +58,7 @@ class DecoderConfig:
       tied: whether the head is the embedding.
       logit_cap: ``c`` where logits are ``c tanh(logits / c)``, or None.
       logit_scale: factor of the logits.
+      head_bias: whether logits have a bias.
       kind: the block that ``Family.block`` makes: the first one of those that are alike.
     """
 
@@ -66,6 +69,7 @@ class DecoderConfig:
     tied: bool
     logit_cap: float | None = None
     logit_scale: float = 1.0
+    head_bias: bool = False
     kind: int = 0
 
     @property
@@ -108,7 +112,9 @@ class Residual(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A tensor that holds parameters of all experts of a block, [experts, ...].
+    """A tensor that is stored otherwise than the program computes with it: parameters of all experts of a block, [experts, ...].
+
+    Where no part has a number, it is one parameter, without an axis of experts.
 
     Attributes:
       parts: the parameters of one expert in it, one behind the other along the outputs, each by its name in the block with ``*``
@@ -118,6 +124,11 @@ class Stack(NamedTuple):
 
     parts: tuple[str, ...]
     turned: bool = True
+
+    @property
+    def axes(self) -> int:
+        """How many axes count experts."""
+        return int("*" in self.parts[0])
 
     def behind(self, prefix: str) -> "Stack":
         """The same with a prefix before each name."""
@@ -196,6 +207,7 @@ class Family:
       embed: (config, read, tokens [windows, length], places [length]) -> [windows, length, d_model]; None for the plain table.
         It computes with numpy arrays on the host, and with jax arrays in a traced program.
       head: full name of the output projection, [vocab, d_embedding]; not read if it is tied.
+      head_bias: full name of its bias, [vocab]; read where ``DecoderConfig.head_bias`` says so.
       attended: the layers that read the output of attention; each block has one of them. Its input is kept while the block is
         pruned part by part, so that attention is computed once.
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
@@ -225,6 +237,7 @@ class Family:
     embedding_extras: Callable[[Any], dict[str, Shape]] = lambda config: {}
     embed: Callable[[Any, ReadTensor, Array | np.ndarray, Array | np.ndarray], Array | np.ndarray] | None = None
     head: str = "lm_head.weight"
+    head_bias: str = "lm_head.bias"
     attended: tuple[str, ...] = ("self_attn.o_proj",)
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     cuts: Mapping[str, Callable[[Any], Cut] | str] = dataclasses.field(default_factory=dict)

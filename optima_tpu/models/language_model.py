@@ -31,6 +31,7 @@ class LanguageModel(nnx.Module):
         placed = decoder.place_ends({root + name: spec for name, spec in names.items()})
         self.embedding = nnx.Dict({name.removeprefix(root): nnx.Param(array) for name, array in placed.items()})
         self.head = None if decoder.config.tied else nnx.Param(head.projection)
+        self.head_bias = None if head.bias is None else nnx.Param(head.bias)
         self._fixed = _Fixed(decoder)
 
     def __call__(self, tokens: Array) -> Array:
@@ -41,7 +42,9 @@ class LanguageModel(nnx.Module):
             hidden, _ = forward(*nnx.split(block), hidden, decoder.config.positions(index, length))
         graph, state = nnx.split(self.final)
         projection = self.embedding[decoder.family.embedding] if self.head is None else self.head
-        return head_logits(Head(state, projection[...], graph, decoder.config.logit_cap, decoder.config.logit_scale), hidden)
+        bias = None if self.head_bias is None else self.head_bias[...]
+        config = decoder.config
+        return head_logits(Head(state, projection[...], bias, graph, config.logit_cap, config.logit_scale), hidden)
 
     def tensors(self) -> dict[str, Array]:
         """The parameters by the names that they have in the checkpoint, for ``safetensors.flax.save_file``."""
@@ -54,7 +57,8 @@ class LanguageModel(nnx.Module):
             for path, value in nnx.to_flat_state(nnx.state(part, nnx.Param))
         }
         found |= {decoder.root + name: value[...] for name, value in self.embedding.items()}
-        return found | ({} if self.head is None else {decoder.family.head: self.head[...]})
+        ends = (decoder.family.head, self.head), (decoder.family.head_bias, self.head_bias)
+        return found | {name: value[...] for name, value in ends if value is not None}
 
 
 class _Fixed:

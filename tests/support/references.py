@@ -506,6 +506,45 @@ REFERENCES = [
 ]
 
 
+WIDE = dict(vocab_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=6)
+BLOCKS = WIDE | dict(intermediate_size=80)
+GPT = dict(vocab_size=64, n_embd=48, n_layer=3, n_head=6, n_positions=128)
+GENERAL = [
+    Reference("GPT2LMHeadModel", "GPT2Config", GPT, {"plain": {}, "by layer": dict(scale_attn_by_inverse_layer_idx=True)}),
+    Reference("GPTNeoXForCausalLM", "GPTNeoXConfig", BLOCKS, {"parallel": {}, "sequential": dict(use_parallel_residual=False)}),
+    Reference("GPTJForCausalLM", "GPTJConfig", GPT | dict(rotary_dim=4), {"plain": {}}),
+    Reference("PhiForCausalLM", "PhiConfig", BLOCKS, {"plain": {}, "normed": dict(qk_layernorm=True)}),
+    Reference(
+        "FalconForCausalLM",
+        "FalconConfig",
+        WIDE,
+        {"7b": {}, "alibi": dict(alibi=True, parallel_attn=False), "40b": dict(new_decoder_architecture=True, num_kv_heads=2)},
+    ),
+    Reference("BloomForCausalLM", "BloomConfig", dict(vocab_size=64, hidden_size=48, n_layer=3, n_head=6), {"plain": {}}),
+    Reference(
+        "MptForCausalLM",
+        "MptConfig",
+        dict(vocab_size=64, d_model=48, n_layers=3, n_heads=6, max_seq_len=128, expansion_ratio=2),
+        {"plain": {}},
+    ),
+    Reference("OlmoForCausalLM", "OlmoConfig", BLOCKS, {"plain": {}, "clipped": dict(clip_qkv=0.5)}),
+    Reference(
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        dict(
+            vocab_size=64,
+            hidden_size=48,
+            num_layers=4,
+            num_heads=6,
+            attention_types=[[["global", "local"], 2]],
+            window_size=7,
+            max_position_embeddings=128,
+        ),
+        {"windows": {}},
+    ),
+]
+"""Models without a family of their own."""
+
 MIXTURES = tuple(reference.model for reference in REFERENCES if {"num_experts_per_tok", "top_k_experts"} & set(reference.base))
 """The models of mixtures of experts."""
 

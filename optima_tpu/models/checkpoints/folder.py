@@ -23,7 +23,7 @@ from optima_tpu.models.checkpoints.source import (
     read_config,
     whole_slices,
 )
-from optima_tpu.models.checkpoints.stacks import Unstacked
+from optima_tpu.models.checkpoints.stacks import Unstacked, stacks_of
 from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.checksums import ALL, changes, listed
 from optima_tpu.runtime.inside import inside
@@ -200,7 +200,8 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
     if cast is not None:
         tensors = Cast(tensors, cast, family.exact if family else ())
     known = fingerprint(assets["config.json"], tensors, files)
-    source: TensorSource = Unstacked(tensors, family.stacks) if family and family.stacks else tensors
+    stacks = stacks_of(config.architectures)
+    source: TensorSource = Unstacked(tensors, stacks) if stacks else tensors
     return Pretrained(config, source, assets, known, origin, sum(path.stat().st_size for path in files))
 
 

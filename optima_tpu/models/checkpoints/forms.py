@@ -78,8 +78,8 @@ class Form:
         self.run, self.stacked = run, stacks_among(run.source.stacked, stacks_of(run.architectures()))
         if self.stacked and not self.stacks:
             raise UserError(
-                f"expected --format {Plain.name} or {PackedForm.name} for a model that stores its experts in one tensor, got "
-                f"{self.name}: not supported"
+                f"expected --format {Plain.name} or {PackedForm.name} for a model that stores its experts in one tensor, or its matrices "
+                f"as [inputs, outputs], got {self.name}: not supported"
             )
 
     def write(self, folder: Path) -> tuple[list[str], Zeros]:

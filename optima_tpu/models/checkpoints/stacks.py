@@ -13,12 +13,13 @@ import numpy as np
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
 from optima_tpu.models.family import Stack
+from optima_tpu.models.general import TURNED
 
 
 def stacks_of(architectures: Iterable[str] | None) -> Mapping[str, Stack]:
     """``Family.stacks`` of the model with these ``architectures`` in config.json; empty for an unknown one."""
     family = family_named(architectures)
-    return family.stacks if family else {}
+    return family.stacks if family else next((TURNED[name] for name in architectures or () if name in TURNED), {})
 
 
 def stacks_among(names: Iterable[str], stacks: Mapping[str, Stack]) -> dict[str, Stack]:
@@ -46,20 +47,22 @@ class Unstacked(ComputedTensors):
         self.stacks = stacks_among(stacked.names(), stacks)
         computed: dict[str, ComputedTensor] = {}
         for name, stack in self.stacks.items():
-            (experts, *_), (first, *rest) = stacked.shape(name), stack.turn(stacked.shape(name)[1:])
-            shape, dtype = (first // len(stack.parts), *rest), stacked.dtype(name)
-            for expert, (number, part) in itertools.product(range(experts), enumerate(stack.parts)):
-                read = functools.partial(_read, stacked, name, stack.turned, expert, number * shape[0])
+            whole, dtype = stacked.shape(name), stacked.dtype(name)
+            experts, (first, *rest) = whole[: stack.axes], stack.turn(whole[stack.axes :])
+            shape = (first // len(stack.parts), *rest)
+            for expert, (number, part) in itertools.product(range(*experts or (1,)), enumerate(stack.parts)):
+                read = functools.partial(_read, stacked, name, stack, expert, number * shape[0])
                 computed[part.replace("*", str(expert))] = ComputedTensor(shape, dtype, read)
-        super().__init__(stacked, computed, self.stacks.keys())
+        super().__init__(stacked, computed, self.stacks.keys() - computed.keys())
 
 
-def _read(stacked: TensorSource, name: str, turned: bool, expert: int, before: int, index: tuple[slice, ...]) -> np.ndarray:
+def _read(stacked: TensorSource, name: str, stack: Stack, expert: int, before: int, index: tuple[slice, ...]) -> np.ndarray:
     """The parameter of an expert that begins ``before`` outputs behind the first one in a stack."""
     first, *rest = index
     inner = (slice(before + first.start, before + first.stop, first.step), *rest)
-    read = stacked.read(name, (slice(expert, expert + 1), *(reversed(inner) if turned else inner)))[0]
-    return read.T if turned else read
+    read = stacked.read(name, ((slice(expert, expert + 1),) * stack.axes + stack.turn(inner)))
+    read = read.reshape(read.shape[stack.axes :])
+    return read.T if stack.turned else read
 
 
 class Stacked:
@@ -74,7 +77,8 @@ class Stacked:
         self._parts, self._stacks, present = parts, stacks, set(parts.names())
         self._members: dict[str, tuple[str, ...]] = {}
         for name, stack in stacks.items():
-            experts = (tuple(part.replace("*", str(number)) for part in stack.parts) for number in itertools.count())
+            numbers = itertools.count() if stack.axes else range(1)
+            experts = (tuple(part.replace("*", str(number)) for part in stack.parts) for number in numbers)
             self._members[name] = tuple(itertools.chain.from_iterable(itertools.takewhile(present.issuperset, experts)))
         self._members |= {name: (name,) for name in present.difference(*self._members.values())}
 
@@ -86,7 +90,7 @@ class Stacked:
             return self._parts.shape(name)
         stack, members = self._stacks[name], self._members[name]
         first, *rest = self._parts.shape(members[0])
-        return len(members) // len(stack.parts), *stack.turn((first * len(stack.parts), *rest))
+        return (len(members) // len(stack.parts),) * stack.axes + stack.turn((first * len(stack.parts), *rest))
 
     def dtype(self, name: str) -> np.dtype:
         return self._parts.dtype(self._members[name][0])
@@ -102,12 +106,14 @@ class Stacked:
             return members[0]
         stack, whole = self._stacks[name], np.stack(members)
         whole = whole.reshape(len(members) // len(stack.parts), -1, *whole.shape[2:])
-        return np.swapaxes(whole, 1, -1) if stack.turned else whole
+        whole = np.swapaxes(whole, 1, -1) if stack.turned else whole
+        return whole if stack.axes else whole[0]
 
     def split(self, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         """The members of a tensor."""
         if name not in self._stacks:
             return {name: array}
-        whole = np.swapaxes(array, 1, -1) if self._stacks[name].turned else array
-        members = self._members[name]
+        stack, members = self._stacks[name], self._members[name]
+        whole = array if stack.axes else array[None]
+        whole = np.swapaxes(whole, 1, -1) if stack.turned else whole
         return dict(zip(members, whole.reshape(len(members), -1, *whole.shape[2:]), strict=True))

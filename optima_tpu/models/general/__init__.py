@@ -1,0 +1,50 @@
+"""The general way: any decoder that the installed ``transformers`` has, run by its own code in torch, on JAX by torchax.
+
+It is taken where an architecture has no file here. Only classes of ``transformers`` run, no code from a model's folder.
+"""
+
+import collections
+import importlib.util
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.family import Family, Stack
+
+_GPT2 = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+TURNED: Mapping[str, Mapping[str, Stack]] = {
+    name: {weight: Stack((weight,)) for weight in _GPT2} for name in ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
+}
+"""The matrices that a checkpoint of an architecture holds as [d_in, d_out]: those of its ``Conv1D``."""
+
+NEEDED = "torch", "torchax"
+
+
+def family(config: Any) -> Family:
+    """The family of a ``transformers`` configuration, made from its class in torch. The last few are kept.
+
+    Raises:
+      UserError: torch or torchax is not installed, or the model does not fit: says why.
+    """
+    name = (config.architectures or [type(config).__name__])[0]
+    if missing := [each for each in NEEDED if importlib.util.find_spec(each) is None]:
+        raise UserError(
+            f"a {name} has no family of its own here and is run by its code in transformers, which needs {' and '.join(missing)}: "
+            "pip install 'optima-tpu[any]'"
+        )
+    from optima_tpu.models.general.build import general_family
+
+    stored = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPUTED}
+    key = json.dumps([type(config).__name__, stored], sort_keys=True, default=str)
+    if key not in _KEPT:
+        _KEPT[key] = general_family(config)
+        while len(_KEPT) > _MOST:
+            _KEPT.popitem(last=False)
+    return _KEPT[key]
+
+
+_NOT_COMPUTED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version"}
+_KEPT: collections.OrderedDict[str, Family] = collections.OrderedDict()
+_MOST = 4

@@ -1,0 +1,346 @@
+"""A model of ``transformers`` without its weights: where its blocks stand, what surrounds them, and what it gives to each.
+
+All parameters of the blocks stay on the meta device. The other parameters are zeros that take no memory.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch.utils import _pytree
+from transformers.pytorch_utils import Conv1D
+
+from optima_tpu.errors import UserError, one_line
+
+LAYERS = (torch.nn.Linear, Conv1D)
+"""The classes of the layers that are pruned. The weight of a Conv1D is [d_in, d_out]."""
+
+
+class BlockCall(NamedTuple):
+    """What a model gives to a block for one window.
+
+    Attributes:
+      tensors: the arguments that are tensors, apart from the hidden states.
+      places: their positions among ``leaves``.
+      hidden: the position of the hidden states.
+      leaves: all arguments, flat, with None in the place of a tensor.
+      spec: how the leaves become arguments again.
+      width: of the hidden states.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    places: tuple[int, ...]
+    hidden: int
+    leaves: tuple[Any, ...]
+    spec: Any
+    width: int
+
+    def arguments(self, hidden: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, Any]:
+        """(args, kwargs) of the block."""
+        leaves = list(self.leaves)
+        for place, tensor in zip((self.hidden, *self.places), (hidden, *tensors), strict=True):
+            leaves[place] = tensor
+        return _pytree.tree_unflatten(leaves, self.spec)
+
+
+class Logits(NamedTuple):
+    """What a model makes of the products with its head: ``cap tanh(scale x / cap)``, or ``scale x`` where the cap is None."""
+
+    scale: float
+    cap: float | None
+
+
+class Shell:
+    """A causal language model of ``transformers`` without its weights.
+
+    Attributes:
+      name: its class.
+      model: the module; attention is eager, since other implementations may drop the mask where they mask by themselves.
+      path: the name of the list of its blocks.
+      blocks: the blocks.
+      embedding, head: names of the embedding's and the head's weight.
+      before: the parameters that the hidden states of the first block come from.
+      behind: the modules between the last block and the head, one after the other.
+      logits: what becomes of the products with the head.
+      width: of the hidden states.
+      tied: whether the head is the embedding.
+    """
+
+    def __init__(self, config: Any):
+        self.name = (config.architectures or [type(config).__name__])[0]
+        self.model = _without_weights(self.name, config)
+        self.path, self.blocks = _blocks(self.name, self.model)
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if not isinstance(table, torch.nn.Embedding) or not isinstance(head, torch.nn.Linear):
+            raise self.refusal("it has no table of embeddings, or no layer that makes logits")
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self.embedding, self.head, self._head = f"{names[id(table)]}.weight", f"{names[id(head)]}.weight", head
+        self._returned: list[Any] = []
+        self._caught: dict[int, tuple[BlockCall, ...]] = {}
+        self.width = self.catch(2)[0].width  # also finds what each block returns
+        self.tied = self.head in self.model.all_tied_weights_keys
+        self.behind = tuple(names[id(module)] for module in self._behind())
+        self.logits = self._logits()
+        outer = {name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.path}.")}
+        inside = {f"{name}.{inner}" for name in self.behind for inner, _ in self.model.get_submodule(name).named_parameters()}
+        bias = {self.head.replace("weight", "bias")}
+        self.before = tuple(sorted(outer - inside - bias - {self.head, self.embedding}))
+
+    def refusal(self, why: str) -> UserError:
+        """The error for a model that the general way cannot run."""
+        return UserError(f"the general way cannot run a {self.name}: {why}; give a model of another architecture")
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether the head has a bias."""
+        return self._head.bias is not None
+
+    @property
+    def root(self) -> str:
+        """The prefix of all names but the head's."""
+        prefix = f"{self.model.base_model_prefix}."
+        return prefix if self.path.startswith(prefix) else ""
+
+    def catch(self, length: int) -> tuple[BlockCall, ...]:
+        """What the model gives to each of its blocks for a window of this length, in float32. No block runs."""
+        if length not in self._caught:
+            if len(self._caught) == _LENGTHS:
+                del self._caught[next(iter(self._caught))]
+            self._caught[length] = self._catch(length)
+        return self._caught[length]
+
+    @functools.cached_property
+    def follows(self) -> tuple[tuple[bool, ...], ...]:
+        """For each block, which of ``BlockCall.tensors`` have the dtype of the hidden states."""
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        narrow = {name: each.to(torch.bfloat16) for name, each in parameters if not name.startswith(f"{self.path}.")}
+        calls = zip(self.catch(2), self._catch(2, narrow), strict=True)
+        return tuple(tuple(a.dtype != b.dtype for a, b in zip(wide.tensors, other.tensors, strict=True)) for wide, other in calls)
+
+    def shapes(self, module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """The shapes of what a checkpoint holds of a module; the weight of each layer that is pruned is [d_out, d_in]."""
+        turned = {f"{name}.weight" for name in turned_layers(module)}
+        kept = {name: tuple(tensor.shape) for name, tensor in stored(module).items()}
+        return {name: shape[::-1] if name in turned else shape for name, shape in kept.items()}
+
+    def _catch(self, length: int, parameters: Mapping[str, torch.Tensor] = {}) -> tuple[BlockCall, ...]:
+        """As :meth:`catch`.
+
+        Raises:
+          UserError: a block reads something that depends on the tokens beside the hidden states.
+        """
+        calls: list[BlockCall] = []
+        hidden: list[torch.Tensor] = []
+
+        def instead(index: int, args: Any, kwargs: Any) -> Any:
+            entering = args[0] if args else kwargs["hidden_states"]
+            if hidden and entering is not hidden[0]:
+                raise self.refusal(f"it changes the hidden states between the blocks {index - 1} and {index}")
+            hidden[:] = [entering]
+            calls.append(self._call(index, args, kwargs, entering))
+            if len(self._returned) == index:
+                self._returned.append(self._returns(index, args, kwargs))
+            if index == len(self.blocks) - 1:
+                raise _Stop
+            return self._output(index, entering)
+
+        self.run(torch.arange(length)[None] % self.model.get_input_embeddings().num_embeddings, instead, parameters)
+        return tuple(calls)
+
+    def entering(self, tokens: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The hidden states of the first block for tokens [windows, length], from the parameters that come before it."""
+        caught: list[torch.Tensor] = []
+
+        def instead(index: int, args: Any, kwargs: Any) -> Any:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        self.run(tokens, instead, parameters)
+        return caught[0]
+
+    def run(
+        self, tokens: torch.Tensor, instead: Callable[[int, Any, Any], Any], parameters: Mapping[str, torch.Tensor] = {}
+    ) -> Any:
+        """The model's output for tokens [windows, length], with ``instead(index, args, kwargs)`` in the place of each block.
+
+        None if that raised ``_Stop``.
+        """
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(replaced(block, lambda *args, index=index, **kwargs: instead(index, args, kwargs)))
+            with contextlib.suppress(_Stop):
+                return torch.func.functional_call(self.model, dict(parameters), (), {"input_ids": tokens, "use_cache": False})
+        return None
+
+    def _call(self, index: int, args: Any, kwargs: Any, hidden: torch.Tensor) -> BlockCall:
+        leaves, spec = _pytree.tree_flatten((args, kwargs))
+        place = next(at for at, leaf in enumerate(leaves) if leaf is hidden)
+        places = tuple(at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and at != place)
+        for at in places:
+            if leaves[at].is_meta:
+                raise self.refusal(f"its block {index} reads what an earlier block returned beside the hidden states")
+            if leaves[at].requires_grad:
+                raise self.refusal(f"its block {index} reads weights or embeddings of the model beside the hidden states")
+        rest = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        return BlockCall(tuple(leaves[at] for at in places), places, place, rest, spec, hidden.shape[-1])
+
+    def _returns(self, index: int, args: Any, kwargs: Any) -> Any:
+        """What a block returns behind the hidden states, on the meta device; None where it returns these alone."""
+        block = self.blocks[index]
+        buffers = {name: buffer.to("meta") for name, buffer in block.named_buffers()}
+        args, kwargs = _pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+        forward = block.__dict__.pop("forward")
+        try:
+            with torch.no_grad():
+                output = torch.func.functional_call(block, buffers, args, kwargs)
+        except Exception as error:  # the code of any model
+            raise self.refusal(f"its block {index} does not run without values ({one_line(error)})") from error
+        finally:
+            block.forward = forward
+        return None if isinstance(output, torch.Tensor) else tuple(output[1:])
+
+    def _output(self, index: int, hidden: torch.Tensor) -> Any:
+        """What a block would return, with these hidden states."""
+        return hidden if self._returned[index] is None else (hidden, *self._returned[index])
+
+    def _behind(self) -> tuple[torch.nn.Module, ...]:
+        """The modules between the last block and the head."""
+        current: list[torch.Tensor] = []
+        found: list[torch.nn.Module] = []
+        running: list[torch.nn.Module] = []
+
+        def enter(module: torch.nn.Module, args: Any) -> None:
+            running.append(module)
+
+        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+            if not current or module is self._head or not args or any(id(each) not in outer for each in running):
+                return
+            if args[0] is not current[0]:
+                raise self.refusal(f"its {type(module).__name__} behind the last block does not read what comes before it")
+            found.extend([module] if output is not args[0] else [])
+            current[:] = [output]
+
+        def instead(index: int, args: Any, kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            current[:] = [hidden] if index == len(self.blocks) - 1 else []
+            return self._output(index, hidden)
+
+        def head(x: torch.Tensor) -> torch.Tensor:
+            if (x.data_ptr(), x.shape, x.stride()) != (current[0].data_ptr(), current[0].shape, current[0].stride()):
+                raise self.refusal("it changes the hidden states between its last norm and its head")
+            return x
+
+        # The modules that the blocks stand in run around what is looked for.
+        parts = self.path.split(".")
+        outer = {id(self.model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))}
+        inside = {id(module) for module in self.model.get_submodule(self.path).modules()}
+        others = [module for module in self.model.modules() if id(module) not in inside | outer]
+        with contextlib.ExitStack() as stack:
+            for module in others:
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            stack.enter_context(replaced(self._head, head))
+            self.run(torch.arange(2)[None], instead)
+        return tuple(found)
+
+    def _logits(self) -> Logits:
+        """Found by giving values to what comes behind the head: none of it has weights."""
+        values = torch.tensor([1e-3, -1e-3, 0.5, -2.0, 30.0, 1e3, 1e30, -1e30])
+
+        def head(x: torch.Tensor) -> torch.Tensor:
+            return values.repeat(*x.shape[:2], 1)
+
+        with replaced(self._head, head):
+            made = self.run(
+                torch.arange(2)[None],
+                lambda index, args, kwargs: self._output(index, args[0] if args else kwargs["hidden_states"]),
+            )
+        found = made.logits[0, -1].detach().float()
+        scale = float(found[0] / values[0])
+        capped = bool(found[6].abs() < 1e6)
+        cap = float(found[6].abs()) if capped else None
+        expected = cap * torch.tanh(scale * values / cap) if cap else scale * values
+        if made.logits.shape[-1] != len(values) or not torch.allclose(found, expected, rtol=1e-4):
+            raise self.refusal("it computes something else behind its head than a factor and a soft cap")
+        return Logits(1.0 if abs(scale - 1) < 1e-4 else scale, cap)
+
+
+_LENGTHS = 4
+"""Lengths of windows whose arguments are kept: a run has two, and a trace one of its own."""
+
+
+class _Stop(Exception):
+    """Ends a pass of the model when all that is wanted of it is known."""
+
+
+@contextlib.contextmanager
+def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module computes something else."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+def layers_of(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers of a block that are pruned, by their path in it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, LAYERS)}
+
+
+def turned_layers(block: torch.nn.Module) -> list[str]:
+    """Those whose weight torch holds as [d_in, d_out]."""
+    return [name for name, layer in layers_of(block).items() if isinstance(layer, Conv1D)]
+
+
+def stored(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a module that a checkpoint holds, by name: parameters, and buffers that do not follow from the configuration."""
+    return {
+        **dict(module.named_parameters()),
+        **{name: each for name, each in module.named_buffers() if name not in computed(module)},
+    }
+
+
+def computed(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of a module that follow from the configuration, by name."""
+    owned = ((path, name, inner) for path, inner in module.named_modules() for name in inner._non_persistent_buffers_set)
+    return {f"{path}.{name}".lstrip("."): inner._buffers[name] for path, name, inner in owned if inner._buffers[name] is not None}
+
+
+def _without_weights(name: str, config: Any) -> Any:
+    made = getattr(transformers, name, None)
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        raise UserError(
+            f"expected an architecture of the installed transformers {transformers.__version__}, got {name}: install the release "
+            "that has it"
+        )
+    try:
+        with torch.device("meta"):
+            model = made._from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32).eval()
+        for full, buffer in [*model.named_buffers()]:
+            owner, _, leaf = full.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = torch.zeros_like(buffer, device="cpu")
+        model.initialize_weights()  # fills the buffers, as from_pretrained does
+    except Exception as error:  # the code of any model
+        raise UserError(f"transformers cannot make a {name} of this config.json ({one_line(error)}): check the file") from error
+    path, _ = _blocks(name, model)
+    for full, parameter in [*model.named_parameters(remove_duplicate=False)]:
+        owner, _, leaf = full.rpartition(".")
+        if not full.startswith(f"{path}."):
+            # They have a gradient: what depends on them is seen by its own.
+            model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(torch.zeros(()).expand(parameter.shape))
+    return model
+
+
+def _blocks(name: str, model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """The longest list of modules that is in no other list, and its name."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    outer = {path: module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
+    if not outer:
+        raise UserError(f"the general way cannot run a {name}: it has no list of blocks; give a model of another architecture")
+    return max(outer.items(), key=lambda item: (len(item[1]), sum(parameter.numel() for parameter in item[1].parameters())))

@@ -1,0 +1,128 @@
+"""Decoders without a family of their own, against transformers' (torch), on tiny random models."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import family_of
+from optima_tpu.models.check import check_checkpoint
+from optima_tpu.models.decoder import Decoder
+from tests.models.test_models import compared
+from tests.support.meshes import mesh
+from tests.support.pruning import compiled_forward
+from tests.support.references import GENERAL, Reference, tiny
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchax")
+transformers = pytest.importorskip("transformers")
+
+CASES = [
+    pytest.param(reference, settings, id=f"{reference.model}-{name}")
+    for reference in GENERAL
+    for name, settings in reference.variants.items()
+]
+MODELS = pytest.mark.parametrize("reference", GENERAL, ids=lambda reference: reference.model)
+
+
+def first(reference: Reference) -> dict:
+    return next(iter(reference.variants.values()))
+
+
+def named(model: str) -> Reference:
+    return next(reference for reference in GENERAL if reference.model == model)
+
+
+@pytest.mark.parametrize(("reference", "settings"), CASES)
+def test_logits_agree_with_transformers(reference, settings):
+    assert (compared(reference, settings) < 1e-5).all()
+
+
+@MODELS
+def test_logits_do_not_depend_on_the_mesh(reference):
+    assert (compared(reference, first(reference), shape=(4, 2)) < 1e-5).all()
+
+
+@MODELS
+def test_bfloat16_logits_agree_within_its_rounding(reference):
+    """Measured: 0.007 to 0.022."""
+    assert (compared(reference, first(reference), dtype=torch.bfloat16) < 16 * 2**-9).all()
+
+
+@pytest.mark.parametrize(("reference", "settings"), CASES)
+def test_inputs_of_layers_are_those_of_torch(reference, settings):
+    config, model, tensors = tiny(reference, settings)
+    decoder = Decoder.open(config, tensors, mesh(1, 1), batch=2)
+    tokens = np.random.default_rng(0).integers(1, 64, (2, 40)).astype(np.int32)
+    expected = {}
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: expected.update({name: args[0]}) if args else None)
+    with torch.no_grad():
+        model(torch.tensor(tokens, dtype=torch.long))
+    hidden = decoder.embed(tokens)
+    for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
+        (batch,) = hidden.batches(2)
+        positions, alike = decoder.positions(index, 40), decoder.at(index)
+        inputs = compiled_forward(alike.graph, alike.state(parameters), batch.hidden, positions)[1]
+        assert set(inputs) == set(alike.linears)
+        for name, ours in inputs.items():
+            theirs = expected[decoder.prefix(index) + name].numpy().reshape(ours.shape)
+            assert np.abs(np.asarray(ours) - theirs).max() < 1e-5 * np.abs(theirs).max(), name
+        decoder.apply(index, parameters, hidden)
+
+
+@pytest.mark.parametrize(("reference", "settings"), CASES)
+def test_every_tensor_of_the_checkpoint_is_read_and_no_other(reference, settings):
+    config, _, tensors = tiny(reference, settings)
+    decoder = Decoder.open(config, tensors, mesh(1, 1))
+    assert sorted(decoder.tensor_names()) == sorted(tensors.names())
+    check_checkpoint(decoder)
+    for index in decoder.config.kinds:
+        alike = decoder.at(index)
+        assert {name + ".weight" for name in alike.linears} == {n for n, shape in alike.block_shapes.items() if len(shape) == 2}
+        assert all(alike.sharding(name + ".weight") != P() for name in alike.linears)
+
+
+def test_blocks_that_compute_the_same_are_one_kind():
+    kinds = {
+        reference.model: family_of(reference.configuration(first(reference))).read_config(None).kinds for reference in GENERAL
+    }
+    assert kinds.pop("GPTNeoForCausalLM") == (0, 1)
+    assert set(kinds.values()) == {(0,)}
+    scaled = named("GPT2LMHeadModel").configuration(dict(scale_attn_by_inverse_layer_idx=True))
+    assert family_of(scaled).read_config(None).kinds == (0, 1, 2)
+
+
+@MODELS
+def test_the_output_of_attention_is_known_by_the_layer_that_reads_it(reference):
+    """The first layer whose input at a token depends on an earlier token."""
+    config, _, tensors = tiny(reference, first(reference))
+    decoder = Decoder.open(config, tensors, mesh(1, 1))
+    assert decoder.attended.rpartition(".")[2] in ("c_proj", "dense", "out_proj", "o_proj") and "mlp" not in decoder.attended
+
+
+def test_without_torchax_the_refusal_says_what_to_install(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchax" else find(name))
+    with pytest.raises(UserError, match="^a GPT2LMHeadModel has no family of its own .* torchax: pip install 'optima-tpu.any.'$"):
+        family_of(named("GPT2LMHeadModel").configuration({}))
+
+
+def test_a_model_that_transformers_has_not_is_refused():
+    config = named("GPT2LMHeadModel").configuration({})
+    config.architectures = ["NoSuchModel"]
+    with pytest.raises(UserError, match="^expected an architecture of the installed transformers .*, got NoSuchModel: "):
+        family_of(config)
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80
+    )
+    config.architectures = ["BertLMHeadModel"]
+    with pytest.raises(
+        UserError, match="^the general way cannot run a BertLMHeadModel: .*; give a model of another architecture$"
+    ):
+        family_of(config)
