@@ -162,7 +162,7 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
     from optima_tpu.report.file import REPORT
     from optima_tpu.report.page import PAGE
     from optima_tpu.report.run_record import RUN
-    from optima_tpu.runtime.checksums import ALL, changes, listed, refuse_changed
+    from optima_tpu.runtime.checksums import ALL, WRITE_AGAIN, changes, listed, refuse_changed
     from optima_tpu.runtime.files import files_in
 
     path = as_path(run)
@@ -183,7 +183,7 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
             raise UserError(
                 f"expected {' and '.join(missing)} in {path}, got none: take the run directory, or leave --include-report out"
             )
-        refuse_changed(path, [REPORT], "repeat the run's command, which writes the file again")
+        refuse_changed(path, [REPORT], WRITE_AGAIN)
         files |= {name: path / name for name in (PAGE, REPORT)}
     searched = {name: file for name, file in files.items() if not name.endswith(_ARRAYS) and file.stat().st_size <= _SEARCHED}
     private = [f"{name} holds {what}" for name, file in searched.items() if (what := _private(file, path))]

@@ -10,8 +10,7 @@ from lm_eval.utils import handle_non_serializable
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.checksums import refuse_changed
-from optima_tpu.runtime.records import read_record
+from optima_tpu.runtime.checksums import read_intact
 
 
 class _Arguments(TypedDict):
@@ -60,8 +59,7 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
     for path in (as_path(folder) / file for file in files):
         if path.exists():
             remedy = "it holds no results of an evaluation, or it is damaged: leave --against_results out"
-            refuse_changed(path.parent, [path.name], remedy)
-            known = read_record(path, Known, remedy)
+            known = read_intact(path, Known, remedy, remedy)
             found.append((known["config"]["model_args"], known))
     if not found:
         raise UserError(

@@ -446,13 +446,6 @@ class ExportedLayer(LayerReport, frozen=True, kw_only=True):
         return LayerReport(**{field: getattr(self, field) for field in LayerReport.__struct_fields__} | {"name": name})
 
 
-class KeptCount(Record, frozen=True):
-    """How many parts of a kind every block of an export has left, and how many it had."""
-
-    kept: Count
-    total: Count
-
-
 class ExportForm(Record, frozen=True):
     """How an export was written, see ``forms``."""
 
@@ -467,7 +460,7 @@ class Sidecar(Record, frozen=True):
     Attributes:
       model: the model that was pruned: its id on the hub, or the name of a folder or file.
       manifest: of the run.
-      cuts: of each kind of parts that were cut, by what they are called.
+      cuts: of each kind of parts that the folder is without, by what they are called.
       layers: of each pruned matrix.
       form: how the folder was written.
       files: the names of all files.
@@ -475,7 +468,7 @@ class Sidecar(Record, frozen=True):
 
     model: str
     manifest: Mapping[str, Any]
-    cuts: dict[str, KeptCount]
+    cuts: dict[str, CutCount]
     layers: tuple[ExportedLayer, ...]
     form: ExportForm
     files: tuple[str, ...]

@@ -12,8 +12,7 @@ from optima_tpu.report.contents import CellResult
 from optima_tpu.report.numbers import number, plural
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import names, read_report
-from optima_tpu.runtime.checksums import refuse_changed
-from optima_tpu.runtime.records import read_record
+from optima_tpu.runtime.checksums import read_intact
 
 MADE_BY = "OPTIMA-TPU, optima_tpu.figures"
 """Stands in the metadata of every figure."""
@@ -149,9 +148,11 @@ def windows(sweep: str | Path) -> WindowCounts:
     if path.is_dir() and not (path / "results.json").exists():
         raise UserError(f"expected the directory of a sweep, got {sweep}, which has no results.json: check the path")
     path = path / "results.json" if path.is_dir() else path
-    refuse_changed(path.parent, [path.name], "repeat the sweep's command, which writes the file again")
-    remedy = "it is no results.json of a sweep, or it is damaged"
-    results = read_record(path, list[CellResult], remedy)
+    again, remedy = (
+        "repeat the sweep's command, which writes the file again",
+        "it is no results.json of a sweep, or it is damaged",
+    )
+    results = read_intact(path, list[CellResult], again, remedy)
     done = [result for result in results if result.state == "finished"]
     if not done:
         raise UserError(f"expected finished cells in {path}, got none yet; repeat the sweep's command")

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import legible
 from optima_tpu.method.patterns import parse_pattern
-from optima_tpu.report.contents import KeptCount, Outcome, RunFacts, Sidecar
+from optima_tpu.report.contents import CutCount, Outcome, RunFacts, Sidecar
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
@@ -119,9 +119,9 @@ def _made(card: Card) -> str:
     return f"{by} then trained by OPTIMA-TPU on {on} with its zeros held, so that it is not a model of one-shot pruning"
 
 
-def parts_left(cuts: Mapping[str, KeptCount]) -> str:
+def parts_left(cuts: Mapping[str, CutCount]) -> str:
     """What every block has left: "48 of 64 neurons, 2 of 3 key-value heads"."""
-    return ", ".join(f"{count.kept:,} of {count.total:,} {called}" for called, count in cuts.items())
+    return ", ".join(f"{count.left[0]:,} of {count.total:,} {called}" for called, count in cuts.items())
 
 
 def _cuts(card: Card) -> str:

@@ -14,11 +14,11 @@ from optima_tpu.config.parse import flags, method_settings, recorded_run, words_
 from optima_tpu.errors import UserError
 from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
+from optima_tpu.runtime.checksums import WRITE_AGAIN, changes, keep, known, listed, read_intact, refuse_changed
 from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.program import program
-from optima_tpu.runtime.records import Record, check_record, encoded, known_record, read_record
+from optima_tpu.runtime.records import Record, check_record, encoded, known_record
 
 RUN, ASSETS = "run.json", "assets"
 
@@ -65,9 +65,6 @@ def _bytes(manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> byt
     return encoded(RunRecord(manifest, configuration), indent=2)
 
 
-_AGAIN = "repeat the run's command, which writes the file again"
-
-
 def read_run(directory: str | Path) -> RunRecord:
     """The manifest and the configuration of a run.
 
@@ -79,15 +76,14 @@ def read_run(directory: str | Path) -> RunRecord:
     if not (directory / RUN).exists():
         instead = f"give {directory.parent}" if (directory.parent / RUN).exists() else "check the path"
         raise UserError(f"expected a run directory, got {directory}, which has no {RUN}: {instead}")
-    refuse_changed(directory, [RUN], _AGAIN)
-    return read_record(directory / RUN, RunRecord)
+    return read_intact(directory / RUN, RunRecord)
 
 
 def read_assets(directory: str | Path) -> dict[str, bytes]:
     """The source model's files that the run has kept, name -> contents. Raises UserError if one of them is damaged."""
     directory = as_path(directory)
     folder = directory / ASSETS
-    refuse_changed(directory, [name for name in listed(directory) if name.startswith(f"{ASSETS}/")], _AGAIN)
+    refuse_changed(directory, [name for name in listed(directory) if name.startswith(f"{ASSETS}/")], WRITE_AGAIN)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files_in(folder)}
 
 

@@ -13,9 +13,8 @@ from optima_tpu.report.numbers import duration
 from optima_tpu.report.run_record import RUN, read_run, recorded_command
 from optima_tpu.report.settings import RunSettings
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.checksums import read_intact
 from optima_tpu.runtime.inside import refuse_links
-from optima_tpu.runtime.records import read_record
 
 # Settings that change neither weights nor layer errors; labels leave them out.
 _ELSEWHERE = (
@@ -108,8 +107,7 @@ def read_report(run: str) -> Report:
                 raise UserError(f"{run} is not finished: it has no {REPORT} yet; to finish it, repeat {command}")
             raise UserError(f"expected a run directory, got {run}, which has no {REPORT}: check the path")
         path /= REPORT
-    refuse_changed(path.parent, [path.name], "repeat the run's command, which writes the file again")
-    return read_record(path, Report, "it is no report of a run, it is damaged, or another version of OPTIMA-TPU wrote it")
+    return read_intact(path, Report, remedy="it is no report of a run, it is damaged, or another version of OPTIMA-TPU wrote it")
 
 
 def names(reports: Mapping[str, Report]) -> tuple[str, dict[str, str]]:
@@ -175,7 +173,6 @@ def _evaluation(place: str, report: Report) -> tuple[EvaluationRecord | None, st
     if not path.exists():
         return None, None
     remedy = "move the file away, or evaluate again"
-    refuse_changed(path.parent, [path.name], remedy)
-    evaluation = read_record(path, EvaluationRecord, remedy)
+    evaluation = read_intact(path, EvaluationRecord, remedy, remedy)
     same = evaluation.evaluated.model.manifest == report.manifest
     return (evaluation, None) if same else (None, evaluation.model)

@@ -11,12 +11,15 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, in_bucket
 from optima_tpu.runtime.files import digest, files_in, write_bytes, writing
 from optima_tpu.runtime.inside import OutsideError, inside, own
-from optima_tpu.runtime.records import Count, read_record
+from optima_tpu.runtime.records import DAMAGED, Count, read_record
+
+T = TypeVar("T")
 
 SUMS = "sha256-{}.json"
 """The name of a file of checksums; the label is "all", or in the folder of several processes the number of each."""
@@ -38,6 +41,7 @@ def write_sums(folder: Path, files: Iterable[Path] | None = None, label: str = "
 
 
 AGAIN = "make room and repeat the command"
+WRITE_AGAIN = "repeat the run's command, which writes the file again"
 
 
 def keep(folder: Path, files: Mapping[str, bytes], remedy: str = AGAIN) -> None:
@@ -139,6 +143,16 @@ def refuse_changed(folder: Path, names: Iterable[str], remedy: str) -> None:
     sums = listed(folder)
     for name, why in changes(folder, {name: sums[name] for name in names if name in sums}).items():
         raise UserError(f"{folder / name} {why}: {remedy}")
+
+
+def read_intact(path: Path, kind: type[T], again: str = WRITE_AGAIN, remedy: str = DAMAGED) -> T:
+    """The contents of a JSON file that has its checksum or is not listed, as :func:`optima_tpu.runtime.records.read_record`.
+
+    Args:
+      again: the end of the message about a file that has changed.
+    """
+    refuse_changed(path.parent, [path.name], again)
+    return read_record(path, kind, remedy)
 
 
 def _wrong(folder: Path, sums: Sums) -> dict[str, str]:

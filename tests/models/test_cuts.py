@@ -164,7 +164,7 @@ def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
     export(run, tmp_path / "out", say=said.append)
     assert "every block has 48 of 64 neurons, 2 of 3 key-value heads left, and the others are not written" in said
     sidecar, config = (json.loads((tmp_path / "out" / name).read_text()) for name in ("optima_tpu.json", "config.json"))
-    assert sidecar["cuts"] == {"neurons": {"kept": 48, "total": 64}, "key-value heads": {"kept": 2, "total": 3}}
+    assert sidecar["cuts"] == {"neurons": {"left": [48], "total": 64}, "key-value heads": {"left": [2], "total": 3}}
     numbers = {"intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
     assert {name: config[name] for name in numbers} == numbers
     shapes = {"mlp.down_proj": ([36, 48], [36, 64]), "self_attn.o_proj": ([36, 24], [36, 36])}

@@ -14,7 +14,7 @@ from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.family import Cut
-from optima_tpu.report.contents import CutCount, KeptCount
+from optima_tpu.report.contents import CutCount
 
 
 class Cuts(NamedTuple):
@@ -35,10 +35,9 @@ class Cuts(NamedTuple):
     zeros_stay: tuple[str, ...] = ()
 
     @property
-    def kept(self) -> dict[str, KeptCount]:
+    def deleted(self) -> dict[str, CutCount]:
         """The counts of what was cut."""
-        counts = self.counts.items()
-        return {called: KeptCount(count.left[0], count.total) for called, count in counts if count.deleted}
+        return {called: count for called, count in self.counts.items() if count.deleted}
 
 
 def with_settings(config: bytes, settings: Mapping[str, int]) -> bytes:

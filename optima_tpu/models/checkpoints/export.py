@@ -32,10 +32,10 @@ from optima_tpu.report.model_card import HUB_ID, Card, model_card, parts_left
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
+from optima_tpu.runtime.checksums import ALL, changes, damage, known, read_intact, write_sums
 from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove_if, writing
 from optima_tpu.runtime.inside import own, refuse_special
-from optima_tpu.runtime.records import encoded, known_record, read_record
+from optima_tpu.runtime.records import encoded, known_record
 
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
@@ -100,8 +100,8 @@ def export(
             f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "
             "model"
         )
-        if run.cuts.kept:
-            say(f"every block has {parts_left(run.cuts.kept)} left, and the others are not written")
+        if run.cuts.deleted:
+            say(f"every block has {parts_left(run.cuts.deleted)} left, and the others are not written")
         for why in run.cuts.zeros_stay:
             say(why)
         with making(out) as partial:
@@ -124,8 +124,7 @@ def _facts(run_directory: Path) -> RunFacts | None:
     """What the report of a run says on its model; None if the run has no report."""
     if not (run_directory / REPORT).exists():
         return None
-    refuse_changed(run_directory, [REPORT], "repeat the run's command, which writes the file again")
-    return read_record(run_directory / REPORT, Report)
+    return read_intact(run_directory / REPORT, Report)
 
 
 def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
@@ -209,4 +208,4 @@ def _sidecar(run: Exported, zeros: Mapping[str, int], form: ExportForm) -> Sidec
     # For a local model only the folder's name, because this file may be published.
     origin = source.run.settings.model
     model = origin if HUB_ID.fullmatch(origin) else Path(origin).name
-    return Sidecar(model, source.run.manifest, cuts.kept, tuple(layers), form, ())
+    return Sidecar(model, source.run.manifest, cuts.deleted, tuple(layers), form, ())
