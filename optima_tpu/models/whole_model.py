@@ -125,6 +125,11 @@ def _cache_structs(decoder: Decoder, length: int) -> tuple[dict[str, jax.ShapeDt
     )
 
 
+def cache_bytes(decoder: Decoder, length: int) -> int:
+    """Bytes of what all blocks keep of the tokens of one window."""
+    return sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in jax.tree.leaves(_cache_structs(decoder, length)))
+
+
 def windows_at_once(decoder: Decoder, samples: int, length: int, budget: float, advice: str, limit: int | None = None) -> int:
     """How many windows are written at once: as many as fit, in batches of nearly equal size.
 

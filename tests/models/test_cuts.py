@@ -23,6 +23,7 @@ from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.family import Cut
 from optima_tpu.pipeline import speed
 from optima_tpu.pipeline.inputs import on_model
+from optima_tpu.plan import main as planning
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
 from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, REFERENCES, Reference, tiny
@@ -282,6 +283,12 @@ def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
     assert all(rates[model][what] > 0 for model in ("dense", "cut") for what in ("reading", "writing"))
     assert re.search(rf"\nspeed       \S+ times dense in reading .* in writing .*, on this machine: {rates['how']}\n", printed)
     assert f"Where it was made ({rates['how']}): " in (run / "hf" / "README.md").read_text()
+    assert planning(["--model", str(model), "--no-compile", "--json", str(tmp_path / "plan.json"), *words, *SMALL]) == 0
+    assert "\ncut model    " in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["storage"]["disk"]["export for transformers"] == plan["serving"]["cut"]["weights"] == 4 * left
+    assert plan["serving"]["dense"]["weights"] == 4 * weights
+    assert 3 * plan["serving"]["cut"]["cache"] == 2 * plan["serving"]["dense"]["cache"] > 0
     export(run, tmp_path / "packed", form="packed")
     unpack(tmp_path / "packed", tmp_path / "again")
     names = {path.name for path in (run / "hf").iterdir()}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.patterns import Pattern, WholeParts
 from optima_tpu.method.statistics import Groups
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
@@ -192,7 +192,13 @@ def storage(
     if squares:
         disk[GRADIENT] = squares
     if config.export:
-        disk["export for transformers"] = whole + ends + pruned // 8
+        served = model.narrow(patterns)
+        masked = sum(
+            math.prod(shape)
+            for path, shape in shapes.items()
+            if served is model or not isinstance(patterns[path], WholeParts)  # what is cut needs no mask
+        )
+        disk["export for transformers"] = served.all_blocks_bytes() + served.end_bytes() + masked // 8
     if config.distill:
         one, spans = _saved_bytes(model, config.distill), len(config.distill.spans(decoder.config.blocks))
         # While a state is written, the one before and the finished spans are there; at the end one state and all trained blocks.

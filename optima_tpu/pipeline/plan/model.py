@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -11,12 +12,16 @@ from transformers import PretrainedConfig
 
 from optima_tpu.config.model_spec import is_hub_id, refuse_missing
 from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import Pattern, WholeInputs
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
+from optima_tpu.models.checkpoints.cuts import cuts_of, with_settings
 from optima_tpu.models.checkpoints.folder import assets_in
 from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
 from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.family import Cut
+from optima_tpu.models.whole_model import cache_bytes
 from optima_tpu.runtime.mesh import DATA, MODEL
 
 
@@ -42,6 +47,13 @@ class DeclaredTensors:
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         raise UserError(f"expected to read no weight, got a request for {name}: this model has its config.json alone")
+
+
+class Serving(NamedTuple):
+    """Bytes that a program which runs a model holds: of its weights, and of what it keeps of earlier tokens."""
+
+    weights: int
+    cache: int
 
 
 class DeclaredModel(NamedTuple):
@@ -74,6 +86,26 @@ class DeclaredModel(NamedTuple):
         decoder = self.decoder
         return decoder.tensors.dtype(decoder.prefix(decoder.config.kind) + next(iter(decoder.block_shapes)))
 
+    def narrow(self, patterns: Mapping[str, Pattern]) -> "DeclaredModel":
+        """The model that a run exports: without the parts of which all blocks lose one number.
+
+        Args:
+          patterns: the pattern of every pruned matrix, by its whole path.
+        """
+        decoder, settings = self.decoder, dict[str, int]()
+        for kind in cuts_of(self.config).values():
+            if isinstance(kind, Cut):
+                readers = (patterns.get(decoder.prefix(index) + kind.read_by) for index in range(decoder.config.blocks))
+                left = {
+                    pattern.kept(kind.total) if isinstance(pattern, WholeInputs) and pattern.width == kind.width else kind.total
+                    for pattern in readers
+                }
+                settings |= kind.config(*left) if len(left) == 1 and kind.total not in left else {}
+        if not settings:
+            return self
+        config, _ = read_config(with_settings(self.config.to_json_string().encode(), settings), self.origin)
+        return self._replace(config=config, decoder=Decoder.open(config, decoder.tensors, decoder.mesh, decoder.batch))
+
     def block_bytes(self) -> int:
         """Size of the weights of a block of the decoder's kind."""
         decoder, prefix = self.decoder, self.decoder.prefix(self.decoder.config.kind)
@@ -86,6 +118,10 @@ class DeclaredModel(NamedTuple):
     def end_bytes(self) -> int:
         """Size of the weights outside the blocks."""
         return sum(math.prod(shape) * self.itemsize(name) for name, shape in self.decoder.end_shapes.items())
+
+    def serving(self, length: int) -> "Serving":
+        """What a program that runs the model holds for one window of so many tokens."""
+        return Serving(self.all_blocks_bytes() + self.end_bytes(), cache_bytes(self.decoder, length))
 
     def itemsize(self, name: str) -> int:
         """Bytes of one value of a tensor."""

@@ -33,7 +33,7 @@ from optima_tpu.pipeline.plan.compile import (
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.gradient import gradient_programs
-from optima_tpu.pipeline.plan.model import DeclaredModel
+from optima_tpu.pipeline.plan.model import DeclaredModel, Serving
 from optima_tpu.pipeline.plan.program import STAGES, Program
 from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.topology import Machine
@@ -54,6 +54,7 @@ class Plan:
       seconds: by stage of the run.
       assumptions: the assumptions behind ``seconds``, in words.
       refused: why a run would refuse to begin; empty if it would begin.
+      serving: what programs hold that run the dense and the cut model, for one window of the calibration; None if nothing is cut.
     """
 
     model: DeclaredModel
@@ -64,6 +65,7 @@ class Plan:
     seconds: dict[str, float]
     assumptions: list[str]
     refused: str = ""
+    serving: tuple[Serving, Serving] | None = None
 
     @property
     def written(self) -> float:
@@ -101,6 +103,7 @@ class Plan:
             ],
             "fits": not self.too_large and not self.refused,
             "refused": self.refused,
+            "serving": self.serving and dict(zip(("dense", "cut"), (each._asdict() for each in self.serving))),
             "storage": self.storage._asdict() | {"left": self.storage.left, "written": self.written},
             "seconds": self.seconds,
             "assumptions": self.assumptions,
@@ -193,6 +196,7 @@ def make_plan(
     running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
     timed = estimate.RunTime(model, config, machine, stored, forward)
     seconds = timed.stages(running, compiling if machine.compiles else None)
+    narrow = model.narrow(patterns)
     return Plan(
         model,
         machine,
@@ -202,6 +206,7 @@ def make_plan(
         seconds,
         estimate.assumptions(config, machine, unknown),
         refused,
+        None if narrow is model else (model.serving(text.window_length), narrow.serving(text.window_length)),
     )
 
 

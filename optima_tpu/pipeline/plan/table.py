@@ -125,6 +125,14 @@ def summary(plan: Plan) -> list[str]:
     lines.append(
         f"             {_gib(stored.left)} GiB at the end; in all it writes {plan.written:.2f} times the model's own bytes"
     )
+    if plan.serving:
+        dense, cut = plan.serving
+        lines.append(
+            f"cut model    {_gib(cut.weights)} GiB of weights instead of {_gib(dense.weights)}, which each written token reads;"
+        )
+        lines.append(
+            f"             {_gib(cut.cache)} GiB instead of {_gib(dense.cache)} of keys and values for a window as long as those of the text"
+        )
     return lines
 
 
