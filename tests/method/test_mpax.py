@@ -32,6 +32,9 @@ def layer() -> tuple[LayerProblem, Pruned]:
     return problem, Wanda()(problem, Unstructured(0.5))
 
 
+exact = jax.jit(Exact())
+
+
 def excess(layer, solver: MPAX) -> float:
     """Mean ``f - f*`` of the rows, relative to the mean square of their outputs."""
     problem, pruned = layer
@@ -39,7 +42,6 @@ def excess(layer, solver: MPAX) -> float:
     return float(jnp.mean((problem.value(found) - problem.value(best)) / problem.energy()))
 
 
-exact = jax.jit(Exact())
 in_rounds = jax.jit(mpax._solve_rows)
 in_one_loop = jax.jit(jax.vmap(mpax._solve_row, in_axes=(None, None, 0)))
 
@@ -78,7 +80,7 @@ def test_a_row_at_the_iteration_limit_is_not_converged(layer):
     assert bool(jnp.all(jnp.isfinite(solution.weight)))
 
 
-@pytest.mark.parametrize("limit", [70, 600, 20_000])
+@pytest.mark.parametrize("limit", [70, 600, 3000])
 @pytest.mark.parametrize("count", [1, 150])  # a round of one part, and rounds of several
 def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
     rng = np.random.default_rng(count)
@@ -115,10 +117,8 @@ def test_the_gap_is_the_residual_of_the_damped_problem(layer, damping):
 def test_data_that_is_not_finite_stops_at_the_first_test(layer):
     problem, pruned = layer
     solve = MPAX(unit_diagonal=True)
-    clean, solution = (
-        solve(problem, pruned),
-        solve(dataclasses.replace(problem, pull=jnp.zeros_like(problem.weight).at[3].set(jnp.nan)), pruned),
-    )
+    pull = jnp.zeros_like(problem.weight)
+    clean, solution = (solve(dataclasses.replace(problem, pull=each), pruned) for each in (pull, pull.at[3].set(jnp.nan)))
     np.testing.assert_array_equal(solution.weight[3], pruned.weight[3])
     assert not solution.converged[3] and jnp.isinf(solution.gap[3]) and solution.steps[3] < 100
     others = np.arange(ROW_COUNT) != 3

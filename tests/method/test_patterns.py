@@ -20,7 +20,7 @@ PATTERNS = st.one_of(
 
 
 @settings(max_examples=30, deadline=None)
-@given(PATTERNS, st.integers(1, 6), st.integers(0, 2**31), st.integers(1, 6))
+@given(PATTERNS, st.sampled_from([1, 5]), st.integers(0, 2**31), st.integers(1, 6))
 def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(pattern, rows, seed, levels):
     # Few distinct levels: ties everywhere, as in 4-bit checkpoints.
     scores = np.random.default_rng(seed).integers(0, levels, (rows, 32)).astype(np.float32)
@@ -81,24 +81,8 @@ def test_patterns_are_read_from_text(text, expected):
 @pytest.mark.parametrize(
     "text",
     [
-        "1.0",
-        "-0.1",
-        "4:4",
-        "0:4",
-        "half",
-        "2:4:8",
-        "0.5/block",
-        "nan",
-        "2:4@",
-        "2:4@0",
-        "2@4:8",
-        "1/input",
-        "-1/input",
-        "0.5/input@",
-        "0.5/input@0",
-        "0.5/input@x",
-        "x/neuron",
-        "2:4/input",
+        *("1.0", "-0.1", "4:4", "0:4", "half", "2:4:8", "0.5/block", "nan", "2:4@", "2:4@0", "2@4:8", "2:4/input"),
+        *("1/input", "-1/input", "0.5/input@", "0.5/input@0", "0.5/input@x", "x/neuron"),
     ],
 )
 def test_what_is_no_pattern_is_refused(text):
@@ -113,11 +97,7 @@ def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
 
 @pytest.mark.parametrize(
     "columns, advice",
-    [
-        (576, "divisible by 512, got a layer with 576; 2:4@16 fits it"),
-        (36, "with 36; 2:4@9 fits it"),
-        (37, "with 37; choose an M that divides it"),
-    ],
+    [(576, "by 512, got a layer with 576; 2:4@16 fits"), (36, "2:4@9 fits"), (37, "choose an M that divides it")],
 )
 def test_a_stride_that_does_not_fit_is_refused_with_one_that_does(columns, advice):
     with pytest.raises(UserError, match=advice):
@@ -178,10 +158,7 @@ def test_heads_are_cut_by_the_nearest_number_a_half_down():
     counts = {(0.33, 3): 2, (0.5, 3): 2, (0.51, 3): 1, (0.25, 8): 6, (0.33, 8): 5, (0.0, 3): 3}
     assert {(share, heads): Heads(share).kept(heads) for share, heads in counts} == counts
     assert Heads(0.5, 4).kept(32) == Heads(0.5, 4).kept(30) == 16 and Heads(0.33, width=192).pruned_count((576, 576)) == 576 * 192
-    with pytest.raises(
-        UserError,
-        match=r"a model, which says how wide a head is, where the pattern is 0.33/head, got a layer .* take 0.33/input$",
-    ):
+    with pytest.raises(UserError, match=r"how wide a head is, where the pattern is 0.33/head, got a layer .* take 0.33/input$"):
         Heads(0.33).pruned_count((576, 576))
 
 
@@ -221,7 +198,7 @@ def test_what_violates_whole_inputs_is_named():
     assert pattern.violation(ragged, or_fewer=True) is None
 
 
-@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([0, -100, 100]))
+@given(st.sampled_from([1, 3, 4, 33]), st.integers(0, 2**32 - 1), st.sampled_from([0, -100, 100]))  # few: each is compiled
 @settings(max_examples=30, deadline=None)
 def test_totals_are_sums_that_do_not_depend_on_the_order_of_rows(rows, seed, exponent):
     rng = np.random.default_rng(seed)

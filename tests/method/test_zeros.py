@@ -56,10 +56,10 @@ def trained(optimizer: optax.GradientTransformation, parameters: dict, steps: in
     return parameters
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_pruned_weights_stay_zero_and_the_others_move(optimizer, dtype):
-    parameters = jax.tree.map(lambda array: array.astype(dtype), model())
+def test_pruned_weights_stay_zero_and_the_others_move(optimizer):
+    """In bfloat16, where optax also promotes; the tests below are in float32."""
+    parameters = jax.tree.map(lambda array: array.astype(jnp.bfloat16), model())
     masks = masks_of(parameters)
     after = trained(keep_zeros(optimizer, masks), parameters)
     assert broken_zeros(after, masks) == []
