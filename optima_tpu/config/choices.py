@@ -20,26 +20,16 @@ from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import KL, Blocks, CrossEntropy
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.quantization import Int4, Int8
-from optima_tpu.method.selectors import ADMM, Imported, Magnitude, Price, Selector, SparseGPT, Thanos, Wanda
-from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
+from optima_tpu.method.selectors import SELECTORS, Selector
+from optima_tpu.method.solvers import SOLVERS, Solver
 from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Grid
 from optima_tpu.runtime.own_classes import import_class, import_path, imported_class, is_import_path, only_named
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
     {
-        "selector": MappingProxyType(
-            {
-                "wanda": Wanda,
-                "sparsegpt": SparseGPT,
-                "thanos": Thanos,
-                "admm": ADMM,
-                "price": Price,
-                "magnitude": Magnitude,
-                "imported": Imported,
-            }
-        ),
-        "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "adam": Adam, "null": None}),
+        "selector": SELECTORS,
+        "solver": SOLVERS,
         "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
         "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
         "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),

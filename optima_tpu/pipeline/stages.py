@@ -364,7 +364,7 @@ def cuts(config: RunConfig) -> bool:
 def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
     opened = work.opened
     exported = Exported.open(opened.directory)
-    if not exported.cuts.kept:
+    if not exported.cuts.deleted:
         return None
     dense = opened.model.decoder
     narrow = Decoder.open(exported.config(), exported.source, dense.mesh, dense.batch)

@@ -1,5 +1,8 @@
 """Choose which weights of a layer stay. One file per method; a selector is a frozen dataclass with a ``__call__``."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from optima_tpu.method.selectors.admm import ADMM
 from optima_tpu.method.selectors.base import Selector
 from optima_tpu.method.selectors.imported import Imported
@@ -9,4 +12,17 @@ from optima_tpu.method.selectors.sparsegpt import SparseGPT
 from optima_tpu.method.selectors.thanos import Thanos
 from optima_tpu.method.selectors.wanda import Wanda
 
-__all__ = ["ADMM", "Imported", "Magnitude", "Price", "Selector", "SparseGPT", "Thanos", "Wanda"]
+SELECTORS: Mapping[str, type[Selector]] = MappingProxyType(
+    {
+        "wanda": Wanda,
+        "sparsegpt": SparseGPT,
+        "thanos": Thanos,
+        "admm": ADMM,
+        "price": Price,
+        "magnitude": Magnitude,
+        "imported": Imported,
+    }
+)
+"""The selectors by their names in YAML files and on the command line."""
+
+__all__ = ["ADMM", "SELECTORS", "Imported", "Magnitude", "Price", "Selector", "SparseGPT", "Thanos", "Wanda"]
