@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.options import alternatives, kinds
 from optima_tpu.config.parse import flags, parse
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.models.decoder import Decoder
@@ -157,7 +158,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     methods = {setting: draw(st.sampled_from(sorted(names))) for setting, names in CHOICES.items()}
     chosen = draw(st.lists(st.sampled_from(sorted(methods)), max_size=4, unique=True))
     argv = [word for setting in chosen for word in (f"--{setting}", methods[setting])]
-    settings_of = {name: kind for name, kind in kinds(methods).items() if name not in ("config", "print_config", "help")}
+    settings_of = {
+        name: kind for name, kind in kinds(RunConfig, methods).items() if name not in ("config", "print_config", "help")
+    }
     for name in draw(st.lists(st.sampled_from(sorted(settings_of)), max_size=4, unique=True)):
         argv += [f"--{name}", draw(values_of(settings_of[name]))]
     return argv + draw(st.lists(WORDS, max_size=1)) * draw(st.booleans())

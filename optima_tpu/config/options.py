@@ -65,16 +65,9 @@ class SettingsParser(PrintsHelp, jsonargparse.ArgumentParser):
 
 
 def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
-    """The parser of all settings, with the options of the chosen methods."""
-    parser = SettingsParser(
-        prog=_PROGRAM,
-        usage=f"{_PROGRAM} [MODEL] [--config FILE] [--SETTING VALUE ...]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    """The parser of ``optima prune``, with the options of the chosen methods."""
+    usage = f"{_PROGRAM} [MODEL] [--config FILE] [--SETTING VALUE ...]"
+    parser = settings_parser(RunConfig, chosen, base, prog=_PROGRAM, usage=usage, description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; the command line overrides them")
     parser.add_argument(
         "--preset",
@@ -83,22 +76,24 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
         + f"; other settings override the preset's (default: {DEFAULT}; with a named selector or --solver null {PLAIN})",
     )
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
-    add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
-    for setting in CHOICES:
-        add_method(parser, setting, chosen[setting], base[setting])
-    for setting, cls in PARTS.items():
-        add_fields(parser.add_argument_group(_TITLES[setting]), cls, setting + ".", base[setting])
     return parser
 
 
-def add_method(
-    parser: jsonargparse.ArgumentParser, setting: str, chosen: str, base: Mapping[str, Any], needed: bool = False
-) -> None:
-    """Adds the choice of a method, and the options of the chosen one that have a default in ``base``.
+def settings_parser(
+    settings: type, chosen: Mapping[str, str], base: Mapping[str, Any], **texts: Any
+) -> jsonargparse.ArgumentParser:
+    """The parser of a command's settings, which are the fields of a dataclass. What has no default in ``base`` is left out."""
+    parser = SettingsParser(**texts, formatter_class=Formatter, exit_on_error=False, allow_abbrev=False)
+    _add_fields(parser.add_argument_group("settings"), settings, "", base)
+    for setting in chosen:
+        _add_method(parser, setting, chosen[setting], base[setting], needed=settings is not RunConfig)
+    for setting, cls in _parts(settings).items():
+        _add_fields(parser.add_argument_group(_TITLES[setting]), cls, setting + ".", base[setting])
+    return parser
 
-    Args:
-      needed: whether the choice ``null`` is left out.
-    """
+
+def _add_method(parser: jsonargparse.ArgumentParser, setting: str, chosen: str, base: Mapping[str, Any], needed: bool) -> None:
+    """Adds the choice of a method, without ``null`` if one is needed, and the options of the chosen one."""
     methods = CHOICES[setting]
     named = methods if chosen in methods else {**methods, chosen: method_class(setting, chosen)}
     table = "\n".join(_table_row(setting, name, cls) for name, cls in named.items() if cls or not needed)
@@ -110,7 +105,7 @@ def add_method(
         f"--{setting}.name", metavar="NAME", type=str, default=chosen, help=f"one of these{own} (default: {chosen})"
     )
     if cls := named[chosen]:
-        add_fields(group, cls, setting + ".", base)
+        _add_fields(group, cls, setting + ".", base)
 
 
 def _table_row(setting: str, name: str, cls: type | None) -> str:
@@ -129,11 +124,11 @@ def _plain(text: str | None) -> str:
     return re.sub(r"``|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*])", "", " ".join((text or "").split())).rstrip(".")
 
 
-def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
+def _add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
     """Adds one option for each field of a dataclass that has a default in ``base``; its line in the docstring is the help."""
     texts = field_texts(cls)
     for name, kind in fields(cls).items():
-        if name not in base:
+        if name in CHOICES or name not in base:
             continue
         default = base[name]
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
@@ -162,16 +157,20 @@ def fields(cls: type) -> Mapping[str, Any]:
     return declared | {"pattern": str | float, "layers": str}
 
 
-def parts(chosen: Mapping[str, str]) -> dict[str, type]:
-    """The dataclass whose fields are the options of a setting, for each setting that has any."""
-    methods = {setting: method_class(setting, chosen[setting]) for setting in CHOICES}
-    return {setting: cls for setting, cls in methods.items() if cls} | PARTS
+def _parts(settings: type) -> Mapping[str, type]:
+    return PARTS if settings is RunConfig else {}
 
 
-def kinds(chosen: Mapping[str, str]) -> dict[str, Any]:
-    """The type of every setting by its dotted name."""
-    found = {**fields(RunConfig)}
-    for setting, cls in parts(chosen).items():
+def parts(settings: type, chosen: Mapping[str, str]) -> dict[str, type]:
+    """The dataclass whose fields are the options of a setting, for each setting of a command that has any."""
+    methods = {setting: method_class(setting, name) for setting, name in chosen.items()}
+    return {setting: cls for setting, cls in methods.items() if cls} | dict(_parts(settings))
+
+
+def kinds(settings: type, chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The type of every setting of a command by its dotted name."""
+    found = {name: kind for name, kind in fields(settings).items() if name not in CHOICES}
+    for setting, cls in parts(settings, chosen).items():
         found |= {f"{setting}.{name}": kind for name, kind in fields(cls).items()}
     return found
 

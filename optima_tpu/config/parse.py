@@ -41,25 +41,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import jsonargparse
 
 from optima_tpu.config import yaml12
-from optima_tpu.config.choices import CHOICES, NAMED, OPEN, canonical_name, default_options, method_class, method_name, options_of
+from optima_tpu.config.choices import CHOICES, NAMED, OPEN, canonical_name, default_options, method_class, method_name
 from optima_tpu.config.flat import flat
 from optima_tpu.config.names import ALIASES, ELSEWHERE, by_own_names
-from optima_tpu.config.options import (
-    PARTS,
-    Formatter,
-    SettingsParser,
-    add_fields,
-    add_method,
-    alternatives,
-    fields,
-    kinds,
-    make_parser,
-    parts,
-)
+from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts, settings_parser
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import SETTINGS, RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
-from optima_tpu.method.choice import Method
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
@@ -163,14 +151,49 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
             base[setting] = base[setting] | value
 
     parser = _parser(chosen, base)
-    known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
-    _check_known(flat(document), known | {"preset"}, chosen, "")
-    _check_known(_options(argv), known | {"help", "config", "preset", "print_config", *beside}, chosen, "--")
+    types = kinds(RunConfig, chosen)
+    names = {f"{setting}.name" for setting in chosen}
+    _check_known(flat(document), {*types, *names, "preset"}, chosen, "")
+    _check_known(_options(argv), {*types, *names, "help", "config", "preset", "print_config", *beside}, chosen, "--")
+    values = _read(parser, argv, types, document)
+    values |= _made(RunConfig, chosen, values)
+    group = values["selector"].group
+    for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
+        try:
+            values[name] = read(values[name], group, import_pattern)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    given = {name: values[name] for name in SETTINGS}
+    return RunConfig(given.pop("model")).changed(**given)
+
+
+def _read(
+    parser: jsonargparse.ArgumentParser,
+    argv: Sequence[str],
+    types: Mapping[str, Any],
+    document: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The values of the settings that have ``types``, from a command line on top of a document."""
     try:
-        namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
+        given = parser.parse_object(dict(document), defaults=False) if document else None
+        namespace = parser.parse_args(argv, namespace=given)
     except argparse.ArgumentError as error:
-        raise UserError(_refusal(error, kinds(chosen), parser, argv)) from None
-    return _build(namespace, chosen)
+        raise UserError(_refusal(error, types, parser, argv)) from None
+    values = {name: namespace[name] for name in types}
+    for name, kind in types.items():
+        if values[name] is None and type(None) not in alternatives(kind):
+            raise UserError(f"expected a value for {name}, got none; leave the line out for its default")
+    refuse_beyond(values)
+    return values
+
+
+def _made(settings: type, chosen: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods and parts of a command's settings, by setting; an option without a value has its default."""
+    made: dict[str, Any] = dict.fromkeys(chosen)
+    for setting, cls in parts(settings, chosen).items():
+        options = {name: f"{setting}.{name}" for name in fields(cls)}
+        made[setting] = cls(**{name: values[dotted] for name, dotted in options.items() if dotted in values})
+    return made
 
 
 def _parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
@@ -229,57 +252,39 @@ def parse_command(
       UserError: a setting does not exist, or its value is not allowed.
     """
     argv = _words(argv)
-    types = {name: kind for name, kind in fields(settings).items() if name not in CHOICES}
-    given = {field.name: field.default for field in dataclasses.fields(settings)}
-    defaults = {name: given[name] for name in types if name != "model"}
-    methods = _methods(settings, argv)
-    chosen = {setting: method_name(setting, method) for setting, method in methods.items()}
-    parser = SettingsParser(
-        prog=program,
-        usage=f"{program} MODEL [--SETTING VALUE ...]",
-        description=description,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    chosen = _needed(settings, argv)
+    base = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "model"}
+    for setting, name in chosen.items():
+        options = default_options(setting, name).items()
+        base[setting] = {option: value for option, value in options if f"{setting}.{option}" not in moved}
+    usage = f"{program} MODEL [--SETTING VALUE ...]"
+    parser = settings_parser(settings, chosen, base, prog=program, usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", type=str)
-    add_fields(parser.add_argument_group("settings"), settings, "", defaults)
-    for setting, method in methods.items():
-        base = {option: value for option, value in options_of(method).items() if f"{setting}.{option}" not in moved}
-        add_method(parser, setting, chosen[setting], base, needed=True)
-        cls: type = type(method)
-        types |= {f"{setting}.{option}": kind for option, kind in fields(cls).items() if option in base}
-    known = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
     for name in _options(argv):
         if name in moved:
             raise UserError(f"there is no setting --{name}; type {moved[name]}")
+    types = {name: kind for name, kind in kinds(settings, chosen).items() if name not in moved}
+    known = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
     _check_known(_options(argv), known, chosen, "--")
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {program} --help")
-    try:
-        parsed = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(_refusal(error, types, parser, argv)) from None
-    refuse_beyond({name: parsed[name] for name in types if name != "model"})
-    for setting, method in methods.items():
-        chosen_options = {name: parsed[f"{setting}.{name}"] for name in options_of(method) if f"{setting}.{name}" in types}
-        methods[setting] = dataclasses.replace(method, **chosen_options)
-    return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
+    values = _read(parser, argv, types)
+    values |= _made(settings, chosen, values)
+    return settings(**{field.name: values[field.name] for field in dataclasses.fields(settings)})
 
 
-def _methods(settings: "type[DataclassInstance]", argv: Sequence[str]) -> dict[str, Method]:
-    """The method that a command line chooses for each field of a dataclass that is a choice, with its default options."""
-    choices = [field for field in dataclasses.fields(settings) if field.name in CHOICES]
-    if not choices:
-        return {}
-    early, chosen = _early(argv), {}
-    for field in choices:
-        given = getattr(early, field.name)
-        cls = type(field.default) if given is None else method_class(field.name, canonical_name(field.name, given))
-        if cls is None:
-            needed = ", ".join(name for name, each in CHOICES[field.name].items() if each)
-            raise UserError(f"expected {field.name} to be one of {needed}, got {given}")
-        chosen[field.name] = cls()
+def _needed(settings: "type[DataclassInstance]", argv: Sequence[str]) -> dict[str, str]:
+    """The name of the method that a command line chooses for each field of a dataclass that is a choice."""
+    chosen = {
+        field.name: method_name(field.name, field.default) for field in dataclasses.fields(settings) if field.name in CHOICES
+    }
+    early = _early(argv) if chosen else None
+    for setting in chosen:
+        if (given := getattr(early, setting)) is not None:
+            chosen[setting] = canonical_name(setting, given)
+        if method_class(setting, chosen[setting]) is None:
+            needed = ", ".join(name for name, each in CHOICES[setting].items() if each)
+            raise UserError(f"expected {setting} to be one of {needed}, got {given}")
     return chosen
 
 
@@ -422,23 +427,6 @@ def method_settings(value: Any) -> dict[str, Any]:
     """A method in its long form: ``cg`` as ``{"name": "cg"}``."""
     method = dict(value) if isinstance(value, dict) else {"name": value}
     return method | {"name": "null"} if method.get("name", "") is None else method
-
-
-def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunConfig:
-    for name, kind in kinds(chosen).items():
-        if namespace[name] is None and type(None) not in alternatives(kind):
-            raise UserError(f"expected a value for {name}, got none; leave the line out for its default")
-        refuse_beyond({name: namespace[name]})
-    values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
-    for setting, cls in parts(chosen).items():
-        values[setting] = cls(**{name: namespace[f"{setting}.{name}"] for name in fields(cls)})
-    group = values["selector"].group
-    for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
-        try:
-            values[name] = read(values[name], group, import_pattern)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-    return RunConfig(values.pop("model")).changed(**values)
 
 
 def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:
