@@ -268,7 +268,8 @@ class Speed(Record, frozen=True):
 
     Attributes:
       how: the devices, the dtype and the tokens, in words; empty where nothing was measured.
-      dense, cut: the fastest of a few turns, which the models took one after the other; None where they were not measured.
+      dense, cut: the fastest reading and the fastest token of a few turns, which the models took one after the other; None where they
+        were not measured.
       reason: why they were not; empty if they were.
     """
 
