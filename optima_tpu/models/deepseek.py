@@ -150,13 +150,12 @@ class DeepseekAttention(nnx.Module):
         return self.o_proj(attention(q, k, v, positions, Scores(config.scale), self.mesh).reshape(*x.shape[:2], -1))
 
 
-LAYOUT = experts.MixtureNames(count="n_routed_experts")
 ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 """``Family.exact``: rounded, they would send tokens to other experts."""
 
 
 def _family(read_config: Callable[[Any], DeepseekConfig], **fields: Any) -> Family:
-    made = experts.family(read_config, LAYOUT, DeepseekAttention)
+    made = experts.family(read_config, attention=DeepseekAttention)
     projections = ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "q_b_proj", "kv_b_proj")
     wide = tuple(f"self_attn.{name}" for name in projections)
     return dataclasses.replace(

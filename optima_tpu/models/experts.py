@@ -104,7 +104,6 @@ class MixtureNames:
       narrow: the name of down.
       shared: the name of the shared expert in the mixture.
       bias: whether the layers of an expert have biases.
-      count: the setting that counts the experts in a configuration of ``transformers``.
     """
 
     mlp: str = "mlp"
@@ -113,7 +112,6 @@ class MixtureNames:
     narrow: str = "down_proj"
     shared: str = "shared_experts"
     bias: bool = False
-    count: str = "num_experts"
 
     def sizes(self, config: MixtureConfig) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the layers of an expert."""
@@ -129,7 +127,7 @@ class MixtureNames:
     def experts(self) -> ExpertNames:
         """The names of what the experts have, by their path in the block."""
         router = (self.inside(self.router, name) for name in ("weight", "bias", "e_score_correction_bias"))
-        return ExpertNames(self.count, self.inside("experts."), tuple(router), self.inside("shares"), self.layers[-1])
+        return ExpertNames(self.inside("experts."), tuple(router), self.inside("shares"), self.layers[-1])
 
     def inside(self, *names: str) -> str:
         """The path in the block of a part of the mixture."""

@@ -170,14 +170,12 @@ class ExpertNames(NamedTuple):
     """The names of what the experts of a mixture have.
 
     Attributes:
-      setting: the number in a configuration of ``transformers`` that counts the experts.
       each: what the names of an expert's parameters begin with in a block, before its number: "mlp.experts.".
       router: the parameters of the router that have a row for each expert; a model has some of them.
       shares: the name under which the mixture sows the shares of a token's experts.
       down: the layer that ends an expert, "mlp.experts.*.down_proj".
     """
 
-    setting: str
     each: str
     router: tuple[str, ...]
     shares: str

@@ -28,7 +28,5 @@ def read_lite(config: Any) -> deepseek.DeepseekConfig:
     return deepseek.read_latent(config, tuple(kind == "sparse" for kind in found))
 
 
-GLM4_MOE = dataclasses.replace(
-    experts.family(read_config, deepseek.LAYOUT), exact=deepseek.ROUTER, ignored=deepseek.further_tokens(46, 92)
-)
+GLM4_MOE = dataclasses.replace(experts.family(read_config), exact=deepseek.ROUTER, ignored=deepseek.further_tokens(46, 92))
 GLM4_MOE_LITE = dataclasses.replace(deepseek.V3, read_config=read_lite, ignored=deepseek.further_tokens(47))

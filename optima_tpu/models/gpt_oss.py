@@ -65,10 +65,6 @@ STACKS = {
     for ending, what in (("", "weight"), ("_bias", "bias"))
 }
 FAMILY = dataclasses.replace(
-    experts.family(
-        read_config,
-        experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, count="num_local_experts"),
-        mixture=mixture,
-    ),
+    experts.family(read_config, experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True), mixture=mixture),
     stacks=STACKS,
 )

@@ -1,6 +1,7 @@
 """An open model: its checkpoint, and its decoder on the mesh."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from optima_tpu.config.run_config import LENGTH
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained
+from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, FewerExperts
+from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.decoder import Decoder
 
 
@@ -17,6 +20,17 @@ class Model(NamedTuple):
 
     pretrained: Pretrained
     decoder: Decoder
+
+
+def without_experts(model: Model, cut: ExpertCut, kept: Sequence[Sequence[int]]) -> Model:
+    """The model whose mixtures have only the experts ``kept``; empty for a block without a mixture."""
+    pretrained, decoder = model
+    assets = {**pretrained.assets, "config.json": cut.config(pretrained.assets["config.json"])}
+    config, _ = read_config(assets["config.json"], pretrained.origin)
+    stay = {decoder.prefix(index): experts for index, experts in enumerate(kept) if experts}
+    tensors = FewerExperts(pretrained.tensors, cut.names, stay)
+    fewer = dataclasses.replace(pretrained, config=config, tensors=tensors, assets=assets)
+    return Model(fewer, dataclasses.replace(decoder, config=decoder.family.read_config(config), tensors=tensors))
 
 
 def window_length(model: PretrainedConfig, name: str, given: int | None) -> int:

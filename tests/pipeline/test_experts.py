@@ -1,16 +1,28 @@
 """Experts that are removed before the walk."""
 
+import re
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optima_tpu.errors import UserError
+from optima_tpu.method.experts import MSAN, REAP
+from optima_tpu.models import routers
 from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, expert_cut
+from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.family import ExpertNames
-from optima_tpu.pipeline.experts import expert_statistics
+from optima_tpu.models.layers import project
+from optima_tpu.models.model import Model, without_experts
+from optima_tpu.pipeline.experts import choose_experts, expert_statistics
 from tests.support.meshes import mesh
-from tests.support.references import REFERENCES, tiny
+from tests.support.oracles import logits_of, run_head
+from tests.support.references import BESIDE_IMAGES, REFERENCES, tiny
 
-MODELS = {reference.model: reference for reference in REFERENCES}
+MODELS = {reference.model: reference for reference in (*REFERENCES, *BESIDE_IMAGES)}
 
 
 @pytest.mark.parametrize(
@@ -48,3 +60,83 @@ def sown_inputs(decoder: Decoder, index: int, values: np.ndarray):
     alike = decoder.at(index)
     state = alike.state(next(decoder.blocks([index])))
     return forward(alike.graph, state, values, decoder.positions(index, values.shape[1]))[1]
+
+
+def opened(model: str, shape: tuple[int, int]) -> tuple[Model, ExpertCut]:
+    """A tiny model that loses half of its experts, or fewer where a token is sent to more."""
+    grouped = "n_group" in MODELS[model].base
+    config, _, tensors = tiny(MODELS[model], dict(n_routed_experts=12) if grouped else {})
+    assets = {"config.json": config.to_json_string(use_diff=False).encode()}
+    pretrained = Pretrained(config, tensors, assets, "", model)
+    return Model(pretrained, Decoder.open(config, tensors, mesh(*shape), batch=1)), expert_cut(0.5, config)
+
+
+CUT = {
+    "MixtralForCausalLM": (1, 1),
+    "OlmoeForCausalLM": (4, 2),
+    "Qwen2MoeForCausalLM": (2, 2),
+    "Qwen3MoeForCausalLM": (4, 2),
+    "Qwen3NextForCausalLM": (1, 1),
+    "Qwen3_5MoeForConditionalGeneration": (2, 4),
+    "GptOssForCausalLM": (4, 2),
+    "DeepseekV2ForCausalLM": (1, 1),
+    "DeepseekV3ForCausalLM": (2, 2),
+    "Glm4MoeForCausalLM": (4, 2),
+    "Glm4MoeLiteForCausalLM": (1, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), CUT.items())
+def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_them(name, shape, monkeypatch):
+    model, cut = opened(name, shape)
+    tokens = np.random.default_rng(1).integers(0, 60, (3, 16)).astype(np.int32)
+    kept = list(choose_experts(model, cut, REAP(), tokens))
+    assert len(kept) == model.decoder.config.blocks and {len(stay) for stay in kept} - {0} == {cut.kept} and cut.kept < cut.total
+    found = logits_of(without_experts(model, cut, kept).decoder, tokens)
+
+    never = np.zeros((len(kept), cut.total), np.float32)
+    for index, stay in enumerate(kept):
+        never[index, [expert for expert in range(cut.total) if expert not in stay]] = -np.inf
+    decoder, hidden = model.decoder, model.decoder.embed(tokens)
+    for index, parameters in enumerate(decoder.blocks(range(len(kept)))):
+        jax.clear_caches()  # the router of each block has other experts
+        monkeypatch.setattr(routers, "project", lambda *args, index=index: project(*args) + never[index])
+        corrected = {
+            name: value + jnp.where(never[index] < 0, -1e9, 0) if name.endswith("e_score_correction_bias") else value
+            for name, value in parameters.items()
+        }
+        decoder.apply(index, corrected, hidden)
+    monkeypatch.undo()
+    head = decoder.head()
+    for batch in hidden.batches(decoder.batch):
+        expected = np.asarray(run_head(head, batch.hidden))[batch.there]
+        assert np.abs(found[batch.rows[batch.there]] - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+def test_a_choice_goes_on_behind_the_blocks_that_are_chosen():
+    model, cut = opened("Qwen3MoeForCausalLM", (2, 2))
+    tokens = np.random.default_rng(1).integers(0, 60, (5, 16)).astype(np.int32)
+    kept = list(choose_experts(model, cut, MSAN(), tokens))
+    assert list(choose_experts(model, cut, MSAN(), tokens, kept[:1])) == kept[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "why"),
+    [
+        (
+            "LlamaForCausalLM",
+            0.5,
+            "got LlamaForCausalLM, which has no experts; leave out cut.experts, and prune weights by --pattern 2:4",
+        ),
+        ("Llama4ForCausalLM", 0.5, "got Llama4ForCausalLM, whose router multiplies the inputs of experts"),
+        ("Qwen3MoeForCausalLM", 4, "the 5 experts of Qwen3MoeForCausalLM, got 4: a token is sent to 2; take --cut.experts 3"),
+        (
+            "Glm4MoeForCausalLM",
+            0.5,
+            "the 6 experts of Glm4MoeForCausalLM, got 0.5: a token is sent to 2 and 3 groups keep as many",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_removed_are_refused_by_name(name, experts, why):
+    with pytest.raises(UserError, match=re.escape(why)):
+        expert_cut(experts, MODELS[name].configuration({}))

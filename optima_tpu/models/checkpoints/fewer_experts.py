@@ -1,0 +1,120 @@
+"""A model without some of the experts of its mixtures: how many can stay, and its tensors."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import family_of
+from optima_tpu.models.checkpoints.cuts import with_settings
+from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
+from optima_tpu.models.experts import MixtureConfig
+from optima_tpu.models.family import ExpertNames
+from optima_tpu.models.routers import Groups
+
+
+class ExpertCut(NamedTuple):
+    """How many experts every mixture of a model keeps.
+
+    Attributes:
+      names: of the family.
+      kept: the number that stays.
+      total: the number in the dense model.
+      groups: number of equal groups, each of which keeps as many.
+    """
+
+    names: ExpertNames
+    kept: int
+    total: int
+    groups: int
+
+    def config(self, config: bytes) -> bytes:
+        """config.json with the new number of experts."""
+        record: dict[str, Any] = json.loads(config)
+        text = record["text_config"] if isinstance(record.get("text_config"), dict) else record
+        return with_settings(config, {name: self.kept for name in _COUNTS if name in text})
+
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""The settings of ``transformers`` that count experts: a model has one of them, which may have two names in different files."""
+
+
+def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
+    """The numbers for ``cut.experts``: a share below 1, or a number of experts that leave every mixture.
+
+    With a share, as many stay as the groups of experts divide.
+
+    Raises:
+      UserError: experts of this model cannot be removed, or too few would stay.
+    """
+    family, named = family_of(model), ", ".join(model.architectures or [model.model_type])
+    if isinstance(family.experts, str):
+        raise UserError(
+            f"expected a model whose experts can be removed where cut.experts is {experts:g}, got {named}, {family.experts}; leave out "
+            "cut.experts, and prune weights by --pattern 2:4"
+        )
+    config = family.read_config(model)
+    assert isinstance(config, MixtureConfig), "a family with names of experts has mixtures"
+    total, groups = config.experts, config.groups or Groups()
+    sizes = [size for size in range(1, total // groups.total) if _enough(size, groups, config.experts_per_token)]
+    kept = total - experts if experts >= 1 else -(-round(total * (1 - experts), 6) // groups.total) * groups.total
+    allowed = [size * groups.total for size in sizes]
+    if kept not in allowed:
+        nearest = min(allowed, key=lambda count: abs(count - kept), default=None)
+        reasons = f"a token is sent to {config.experts_per_token}" + f" and {groups.total} groups keep as many" * (
+            groups.total > 1
+        )
+        take = "leave out cut.experts" if nearest is None else f"take --cut.experts {total - nearest}"
+        raise UserError(
+            f"expected cut.experts to leave enough of the {total} experts of {named}, got {experts:g}: {reasons}; {take}"
+        )
+    return ExpertCut(family.experts, int(kept), total, groups.total)
+
+
+def _enough(size: int, groups: Groups, few: int) -> bool:
+    """Whether groups of so many experts have enough for a token, and for the rating of a group."""
+    return size * groups.chosen >= few and (groups.chosen == groups.total or size >= groups.best)
+
+
+class FewerExperts(ComputedTensors):
+    """The tensors of a model without some experts. The experts that stay are numbered anew.
+
+    Args:
+      tensors: of the whole model.
+      names: of the family.
+      kept: the experts that stay, ascending, by the prefix of the names of their block.
+
+    Attributes:
+      stacks: the names of ``Unstacked.stacks``.
+    """
+
+    def __init__(self, tensors: TensorSource, names: ExpertNames, kept: Mapping[str, Sequence[int]]):
+        self.stacks = tuple(sorted(getattr(tensors, "stacks", ())))
+        computed, gone = dict[str, ComputedTensor](), set[str]()
+        of_experts = {prefix + names.each: {old: new for new, old in enumerate(stay)} for prefix, stay in kept.items()}
+        for name in tensors.names():
+            before, _, behind = name.partition(names.each)
+            if (numbers := of_experts.get(before + names.each)) is not None and behind:
+                number, _, rest = behind.partition(".")
+                gone.add(name)
+                if int(number) in numbers:
+                    new = f"{before}{names.each}{numbers[int(number)]}.{rest}"
+                    computed[new] = ComputedTensor(
+                        tensors.shape(name), tensors.dtype(name), functools.partial(tensors.read, name)
+                    )
+        present = set(tensors.names())
+        for prefix, stay in kept.items():
+            for name in present & {prefix + each for each in names.router}:
+                shape = len(stay), *tensors.shape(name)[1:]
+                read = functools.partial(_rows, tensors, name, np.array(stay))
+                computed[name] = ComputedTensor(shape, tensors.dtype(name), read)
+        super().__init__(tensors, computed, gone - computed.keys())
+
+
+def _rows(tensors: TensorSource, name: str, stay: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    first, *rest = index
+    return tensors.read(name, (slice(None), *rest))[stay[first]]
