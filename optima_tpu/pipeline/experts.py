@@ -1,9 +1,10 @@
-"""Removes experts of mixtures before the walk: statistics of their outputs, the choice of those that stay."""
+"""Removes experts of mixtures before the walk: chooses those that stay, and solves their weights toward the whole mixture."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,43 +12,142 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from optima_tpu.method.experts import ExpertScore, ExpertStatistics, kept_experts
-from optima_tpu.models.activations import HiddenStates
+from optima_tpu.method.experts import ExpertScore, ExpertStatistics, kept_experts, refit
+from optima_tpu.models.activations import Batch, HiddenStates
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.model import Model, without_experts
 from optima_tpu.pipeline.calibrate import PassProgram, pass_batch
-from optima_tpu.pipeline.grams import add_outputs
+from optima_tpu.pipeline.grams import Sent, add_outputs, mixed_gram, mixed_moments, mixed_output
 from optima_tpu.runtime.processes import fetch
 
 
-def choose_experts(
-    model: Model, cut: ExpertCut, score: ExpertScore, tokens: np.ndarray, before: Sequence[tuple[int, ...]] = ()
-) -> Iterator[tuple[int, ...]]:
-    """The experts that stay in each block, ascending; empty for a block without a mixture.
+class CutBlock(NamedTuple):
+    """A block that has lost experts.
 
-    A block is scored by what it computes behind the blocks before it, which have lost their experts.
-
-    Args:
-      tokens: [windows, length] int32, the calibration text.
-      before: the choices for the first blocks, where they are known.
+    Attributes:
+      stay: the experts that stay, ascending; empty for a block without a mixture.
+      down: their solved weights, by name inside the block; empty where the dense weights stay.
+      error_before, error_after: ``|y - yhat|^2 / |y|^2`` of the mixture's output on the calibration text, with the dense weights and with
+        the solved ones; None where none were solved.
     """
-    decoder, names = model.decoder, cut.names
-    mixed = [_part(names.down, 0) + ".weight" in decoder.at(index).block_shapes for index in range(decoder.config.blocks)]
-    fewer = without_experts(model, cut, [range(cut.kept) if each else () for each in mixed]).decoder
-    hidden = decoder.embed(tokens)
-    for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
-        if not mixed[index]:
-            stay: tuple[int, ...] = ()
-        elif index < len(before):
-            stay = before[index]
-        else:
-            scores = fetch(score(expert_statistics(decoder, index, names, parameters, hidden)))
-            stay = tuple(kept_experts(scores, cut.kept, cut.groups).tolist())
-        if index >= len(before):
-            yield stay
-        fewer.apply(index, _with_only(parameters, names, stay) if stay else parameters, hidden)
+
+    stay: tuple[int, ...]
+    down: Mapping[str, Array] = {}
+    error_before: float | None = None
+    error_after: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertRemoval:
+    """What is done to every block.
+
+    Attributes:
+      model: the dense one.
+      cut: how many experts stay.
+      score: the experts with the highest scores stay.
+      steps: of the refit; 0 leaves the dense weights.
+    """
+
+    model: Model
+    cut: ExpertCut
+    score: ExpertScore
+    steps: int = 0
+
+    def blocks(self, tokens: np.ndarray, before: Sequence[CutBlock] = ()) -> Iterator[CutBlock]:
+        """Every block from ``len(before)`` on, without the experts that have the lowest scores.
+
+        A block is scored, and solved, for what enters it behind the blocks before it, which have lost their experts.
+
+        Args:
+          tokens: [windows, length] int32, the calibration text.
+          before: the first blocks, from an earlier start of the run.
+        """
+        decoder, names, every = self.model.decoder, self.cut.names, range(self.model.decoder.config.blocks)
+        mixed = [_part(names.down, 0) + ".weight" in decoder.at(index).block_shapes for index in every]
+        fewer = without_experts(self.model, self.cut, [range(self.cut.kept) if each else () for each in mixed]).decoder
+        hidden = decoder.embed(tokens)
+        for index, parameters in enumerate(decoder.blocks(every)):
+            block = before[index] if index < len(before) else CutBlock(())
+            if mixed[index]:
+                block = block if block.stay else self._cut(index, fewer, parameters, hidden)
+                parameters = _with_only(parameters, names, block.stay) | dict(block.down)
+            if index >= len(before):
+                yield block
+            fewer.apply(index, parameters, hidden)
+
+    def _cut(self, index: int, fewer: Decoder, parameters: Mapping[str, Array], hidden: HiddenStates) -> CutBlock:
+        names, batch = self.cut.names, self.model.decoder.batch
+        whole = _MixedBlock.of(self.model.decoder, index, names, parameters, hidden.length)
+        scores = fetch(self.score(whole.statistics(hidden, batch)))
+        stay = tuple(kept_experts(scores, self.cut.kept, self.cut.groups).tolist())
+        if not self.steps:
+            return CutBlock(stay)
+        left = _MixedBlock.of(fewer, index, names, _with_only(parameters, names, stay), hidden.length)
+        sums = (_sums(whole.mesh, whole.mixture(each), left.mixture(each)) for each in hidden.batches(batch))
+        pull, gram, before, energy = _mean(sums, len(hidden) * hidden.length)
+
+        def product(direction: Array) -> Array:
+            parts = (_product(left.mesh, left.mixture(each).sent, direction) for each in hidden.batches(batch))
+            return _mean(parts, len(hidden) * hidden.length)
+
+        found = refit(pull, gram, before, product, self.steps)
+        new = left.down + found.change
+        down = {}
+        for number in range(len(stay)):
+            name = _part(names.down, number) + ".weight"
+            old = parameters[name]
+            down[name] = jax.device_put(new[number].astype(old.dtype), old.sharding)
+        first, last = fetch((found.before / energy, found.after / energy))
+        return CutBlock(stay, down, float(first), float(last))
+
+
+class _Mixed(NamedTuple):
+    """What a mixture computes in a batch: its input, and down of all experts in float32."""
+
+    sent: Sent
+    down: Array
+    bias: Array | None
+
+
+class _MixedBlock(NamedTuple):
+    """A block with a mixture, on the mesh.
+
+    Attributes:
+      down: of all experts, [experts, d_out, d_in] float32.
+      bias: [experts, d_out]; None for none.
+    """
+
+    mesh: Mesh
+    program: PassProgram
+    state: Any
+    positions: Any
+    down: Array
+    bias: Array | None
+
+    @classmethod
+    def of(cls, decoder: Decoder, index: int, names: ExpertNames, parameters: Mapping[str, Array], length: int) -> "_MixedBlock":
+        decoder = decoder.at(index)
+        down, bias = (_stacked(parameters, f"{names.down}.{ending}") for ending in ("weight", "bias"))
+        assert down is not None, "the block has a mixture"
+        program = PassProgram(decoder.graph, decoder.mesh, (_part(names.down, 0), names.shares))
+        state, positions = decoder.state(parameters), decoder.positions(index, length)
+        return cls(decoder.mesh, program, state, positions, down.astype(jnp.float32), bias)
+
+    def mixture(self, batch: Batch) -> _Mixed:
+        """The mixture at work on a batch of hidden states that enter the block."""
+        found = pass_batch(self.program, self.state, batch.hidden, self.positions, {})[1]
+        read, shares = (found[name] for name in self.program.names)
+        return _Mixed(Sent(read, shares, batch.valid), self.down, self.bias)
+
+    def statistics(self, hidden: HiddenStates, size: int) -> ExpertStatistics:
+        """Sums over the outputs of the experts."""
+        zeros = jnp.zeros(len(self.down))
+        sums = ExpertStatistics(zeros.astype(jnp.int32), zeros, zeros, zeros)
+        for batch in hidden.batches(size):
+            sums = _added(self.mesh, sums, self.mixture(batch))
+        return sums
 
 
 def _with_only(parameters: Mapping[str, Array], names: ExpertNames, stay: Sequence[int]) -> dict[str, Array]:
@@ -59,32 +159,33 @@ def _with_only(parameters: Mapping[str, Array], names: ExpertNames, stay: Sequen
     return others | {f"{names.each}{new[int(old)]}.{rest}": parameters[name] for name, old, rest in numbered if int(old) in new}
 
 
-def expert_statistics(
-    decoder: Decoder, index: int, names: ExpertNames, parameters: Mapping[str, Array], hidden: HiddenStates
-) -> ExpertStatistics:
-    """Sums over the outputs of the experts of block ``index``.
-
-    Args:
-      names: of the family.
-      parameters: the block's, by name inside the block, on the mesh.
-      hidden: the hidden states that enter the block.
-    """
-    decoder = decoder.at(index)
-    first, state, positions = _part(names.down, 0), decoder.state(parameters), decoder.positions(index, hidden.length)
-    program = PassProgram(decoder.graph, decoder.mesh, (first, names.shares))
-    down, bias = (_stacked(parameters, f"{names.down}.{ending}") for ending in ("weight", "bias"))
-    assert down is not None, "the block has a mixture"
-    zeros = jnp.zeros(len(down))
-    sums = ExpertStatistics(zeros.astype(jnp.int32), zeros, zeros, zeros)
-    for batch in hidden.batches(decoder.batch):
-        found = pass_batch(program, state, batch.hidden, positions, {})[1]
-        sums = _added(decoder.mesh, sums, found[first], found[names.shares], batch.valid, down, bias)
-    return sums
+@functools.partial(jax.jit, static_argnums=0)
+def _added(mesh: Mesh, sums: ExpertStatistics, mixed: _Mixed) -> ExpertStatistics:
+    return add_outputs(mesh, sums, *mixed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _added(mesh: Mesh, sums: ExpertStatistics, *batch: Any) -> ExpertStatistics:
-    return add_outputs(mesh, sums, *batch)
+def _sums(mesh: Mesh, whole: _Mixed, left: _Mixed) -> tuple[Array, Array, Array, Array]:
+    """Of a batch what :func:`~optima_tpu.method.experts.refit` takes, not divided by the tokens, and ``|y|^2``."""
+    with jax.default_matmul_precision("highest"):
+        target = mixed_output(mesh, *whole)
+        error = target - mixed_output(mesh, *left)
+        sums = mixed_moments(mesh, left.sent, error), mixed_gram(mesh, left.sent)
+        return *sums, jnp.sum(error**2), jnp.sum(target**2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _product(mesh: Mesh, sent: Sent, direction: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return mixed_moments(mesh, sent, mixed_output(mesh, sent, direction))
+
+
+def _mean(parts: Iterator[Any], count: int) -> Any:
+    """The sum of the parts of all batches, of which one is held at a time, divided by the tokens."""
+    total = next(parts)
+    for part in parts:
+        total = jax.tree.map(jnp.add, total, part)
+    return jax.tree.map(lambda array: array / count, total)
 
 
 def _stacked(parameters: Mapping[str, Array], name: str) -> Array | None:

@@ -1,7 +1,7 @@
 """Sums of products of the inputs of layers, over the tokens of a batch on the mesh."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,37 +132,106 @@ def add_routed(
     return added._replace(drift=Drift(before.drift.cross + cross, energy, before.drift.residual))
 
 
-def add_outputs(
-    mesh: Mesh, before: ExpertStatistics, read: Routed, shares: Array, valid: Array, down: Array, bias: Array | None
-) -> ExpertStatistics:
-    """Adds the tokens of a batch to the sums over the outputs of all experts.
+class Sent(NamedTuple):
+    """What the experts of a batch read, and how the router shares the tokens among them.
 
-    Args:
+    Attributes:
       read: the input of down.
       shares: [batch, length, experts_per_token].
       valid: [batch] bool, False for windows that do not count.
+    """
+
+    read: Routed
+    shares: Array
+    valid: Array
+
+    def by_rows(self) -> tuple[Route, Array, Array]:
+        """Inside a shard_map: the route, the rows in float32, and the share of each row, which is 0 where the window does not count."""
+        route = Route.of(self.read.chosen.reshape(-1, self.read.chosen.shape[-1]), self.read.experts)
+        shares = self.shares.reshape(-1, self.shares.shape[-1]).astype(jnp.float32)
+        share = jnp.zeros(len(route.token)).at[route.row].set(shares)
+        counts = self.valid[route.token // self.read.chosen.shape[1]]
+        return route, self.read.rows.astype(jnp.float32), jnp.where(counts, share, 0)
+
+
+def add_outputs(mesh: Mesh, before: ExpertStatistics, sent: Sent, down: Array, bias: Array | None) -> ExpertStatistics:
+    """Adds the tokens of a batch to the sums over the outputs of all experts.
+
+    Args:
       down: [experts, d_out, d_in].
       bias: [experts, d_out]; None for none.
     """
-    split = MODEL if down.shape[1] % mesh.shape[MODEL] == 0 else None
+    split = _outputs(mesh, down)
 
-    def local(read: Routed, shares: Array, valid: Array, down: Array, bias: Array | None) -> ExpertStatistics:
-        route = Route.of(read.chosen.reshape(-1, read.chosen.shape[-1]), read.experts)
-        outputs = grouped_dot(read.rows, down, route.stretches, jnp.float32)
+    def local(sent: Sent, down: Array, bias: Array | None) -> ExpertStatistics:
+        route, _, share = sent.by_rows()
+        outputs = grouped_dot(sent.read.rows, down, route.stretches, jnp.float32)
         if bias is not None:
             outputs += bias[route.expert].astype(jnp.float32)
         squares = jnp.sum(jnp.square(outputs), axis=1)
         squares = squares if split is None else jax.lax.psum(squares, split)
-        counts = valid[route.token // read.chosen.shape[1]].astype(jnp.float32)
-        norms, share = jnp.sqrt(squares), jnp.zeros(len(squares)).at[route.row].set(shares.reshape(-1, shares.shape[-1]))
+        counts = sent.valid[route.token // sent.read.chosen.shape[1]].astype(jnp.float32)
+        norms = jnp.sqrt(squares)
         of_rows = jnp.stack([jnp.ones_like(norms), norms, squares, share * norms]) * counts
-        tokens, *sums = jax.lax.psum(jnp.zeros((4, read.experts)).at[:, route.expert].add(of_rows), DATA)
+        tokens, *sums = jax.lax.psum(jnp.zeros((4, sent.read.experts)).at[:, route.expert].add(of_rows), DATA)
         return ExpertStatistics(tokens.astype(jnp.int32), *sums)
 
-    batch, outputs = P(DATA), P(None, split)
-    specs = (batch, batch, batch, outputs, outputs)
-    found = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(read, shares, valid, down, bias)
+    specs = (P(DATA), P(None, split), P(None, split))
+    found = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(sent, down, bias)
     return jax.tree.map(jnp.add, before, found)
+
+
+def mixed_output(mesh: Mesh, sent: Sent, down: Array, bias: Array | None = None) -> Array:
+    """``sum_e g_e W_e h_e`` of every token, [tokens, d_out] float32; 0 where the window does not count.
+
+    Args:
+      down: [experts, d_out, d_in] float32.
+      bias: [experts, d_out]; None for none.
+    """
+    split = _outputs(mesh, down)
+
+    def local(sent: Sent, down: Array, bias: Array | None) -> Array:
+        route, rows, share = sent.by_rows()
+        outputs = grouped_dot(rows, down, route.stretches, jnp.float32)
+        outputs = outputs if bias is None else outputs + bias[route.expert].astype(jnp.float32)
+        return jnp.sum((outputs * share[:, None])[route.row], axis=1)
+
+    specs = (P(DATA), P(None, split), P(None, split))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(DATA, split), check_vma=False)(sent, down, bias)
+
+
+def mixed_moments(mesh: Mesh, sent: Sent, outputs: Array) -> Array:
+    """``sum_t g_e(t) o_t h_e(t)'`` of every expert, [experts, d_out, d_in] float32: the transpose of :func:`mixed_output`.
+
+    Args:
+      outputs: ``o``, [tokens, d_out] float32.
+    """
+    split = _outputs(mesh, outputs)
+
+    def local(sent: Sent, outputs: Array) -> Array:
+        route, rows, share = sent.by_rows()
+        return jax.lax.psum(grouped_outer(outputs[route.token] * share[:, None], rows, route.stretches), DATA)
+
+    specs = (P(DATA), P(DATA, split))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, split), check_vma=False)(sent, outputs)
+
+
+def mixed_gram(mesh: Mesh, sent: Sent) -> Array:
+    """``sum_t g_e(t)^2 h_e(t) h_e(t)'`` of every expert, [experts, d_in, d_in] float32."""
+
+    def local(sent: Sent) -> Array:
+        route, rows, share = sent.by_rows()
+        shared = rows * share[:, None]
+        return jax.lax.psum(grouped_outer(_own_columns(shared, mesh), shared, route.stretches), DATA)
+
+    columns = _columns(mesh, sent.read.rows.shape[1])
+    out = P(None, columns[1] if columns else None)
+    return jax.shard_map(local, mesh=mesh, in_specs=P(DATA), out_specs=out, check_vma=False)(sent)
+
+
+def _outputs(mesh: Mesh, array: Array) -> str | None:
+    """The mesh axis that shares the second axis of an array, if it divides it."""
+    return MODEL if array.shape[1] % mesh.shape[MODEL] == 0 else None
 
 
 def gram_of_tokens(mesh: Mesh, stream: Routed, valid: Array) -> Array:

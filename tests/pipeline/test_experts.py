@@ -1,5 +1,6 @@
 """Experts that are removed before the walk."""
 
+import dataclasses
 import re
 
 import jax
@@ -17,7 +18,7 @@ from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.layers import project
 from optima_tpu.models.model import Model, without_experts
-from optima_tpu.pipeline.experts import choose_experts, expert_statistics
+from optima_tpu.pipeline.experts import ExpertRemoval, _MixedBlock
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of, run_head
 from tests.support.references import BESIDE_IMAGES, REFERENCES, tiny
@@ -36,7 +37,8 @@ def test_the_statistics_of_experts_are_those_of_each_expert_on_its_tokens(model,
     assert isinstance(names, ExpertNames)
     parameters = next(decoder.blocks([index]))
     values = np.random.default_rng(0).standard_normal((windows, 9, decoder.config.d_model)).astype(np.float32)
-    found = expert_statistics(decoder, index, names, parameters, Activations.of(decoder.mesh, values))
+    block = _MixedBlock.of(decoder, index, names, parameters, values.shape[1])
+    found = block.statistics(Activations.of(decoder.mesh, values), decoder.batch)
 
     alone = Decoder.open(config, tensors, mesh(1, 1))
     sown = sown_inputs(alone, index, values)
@@ -90,7 +92,7 @@ CUT = {
 def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_them(name, shape, monkeypatch):
     model, cut = opened(name, shape)
     tokens = np.random.default_rng(1).integers(0, 60, (3, 16)).astype(np.int32)
-    kept = list(choose_experts(model, cut, REAP(), tokens))
+    kept = [block.stay for block in ExpertRemoval(model, cut, REAP()).blocks(tokens)]
     assert len(kept) == model.decoder.config.blocks and {len(stay) for stay in kept} - {0} == {cut.kept} and cut.kept < cut.total
     found = logits_of(without_experts(model, cut, kept).decoder, tokens)
 
@@ -113,11 +115,60 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
         assert np.abs(found[batch.rows[batch.there]] - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-def test_a_choice_goes_on_behind_the_blocks_that_are_chosen():
+@pytest.mark.parametrize(("name", "shape"), [("Qwen3MoeForCausalLM", (1, 1)), ("GptOssForCausalLM", (4, 2))])
+def test_the_refit_is_the_ridge_regression_of_all_experts_jointly(name, shape):
+    """Against the normal equations of all experts, in float64."""
+    model, cut = opened(name, shape)
+    decoder, names, tokens = model.decoder, cut.names, np.random.default_rng(1).integers(0, 60, (5, 16)).astype(np.int32)
+    found = next(ExpertRemoval(model, cut, REAP(), steps=60).blocks(tokens))
+    parameters, hidden = next(decoder.blocks([0])), decoder.embed(tokens)
+    fewer = without_experts(model, cut, [found.stay, *[range(cut.kept)] * (decoder.config.blocks - 1)]).decoder
+    (y, *_), (yhat, features, down) = (
+        mixed_by_hand(each, names, next(each.blocks([0])), np.asarray(hidden.values)) for each in (decoder, fewer)
+    )
+    gram, pull = features.T @ features / len(y), (y - yhat).T @ features / len(y)
+    width = down.shape[2]
+    blocks = np.arange(len(gram)) // width
+    ridge = np.diag(0.1 * np.diag(gram) + (np.diag(gram) == 0))
+    change = np.linalg.solve(gram + ridge, pull.T).T
+    assert blocks[-1] == cut.kept - 1
+    solved = np.stack([np.asarray(found.down[names.down.replace("*", str(number)) + ".weight"]) for number in range(cut.kept)])
+    expected = down + change.reshape(-1, cut.kept, width).swapaxes(0, 1)
+    assert np.abs(solved - expected).max() <= 1e-4 * np.abs(expected).max()
+    errors = [np.sum(error**2) / np.sum(y**2) for error in (y - yhat, y - yhat - features @ change.T)]
+    np.testing.assert_allclose([found.error_before, found.error_after], errors, rtol=1e-4)
+    assert errors[1] < 0.9 * errors[0] and parameters
+
+
+def mixed_by_hand(decoder: Decoder, names: ExpertNames, parameters, values: np.ndarray):
+    """The output of the mixture of block 0 [tokens, d_out], the inputs of all its experts times their shares, and down, in float64."""
+    alone = dataclasses.replace(decoder, mesh=mesh(1, 1))
+    place = {name: np.asarray(value) for name, value in parameters.items()}
+    sown = forward(alone.graph, alone.state(place), values, alone.config.positions(0, values.shape[1]))[1]
+    routed, shares = sown[names.down.replace("*", "0")], np.asarray(sown[names.shares], np.float64)
+    chosen, few = np.asarray(routed.chosen).reshape(-1), shares.shape[-1]
+    rows = np.argsort(np.argsort(chosen, kind="stable"), kind="stable")
+    inputs = np.asarray(routed.rows, np.float64)[rows] * shares.reshape(-1, 1)
+    layers = [names.down.replace("*", str(number)) for number in range(routed.experts)]
+    down = np.stack([np.asarray(place[layer + ".weight"], np.float64) for layer in layers])
+    features = np.zeros((len(chosen) // few, routed.experts, down.shape[2]))
+    features[np.arange(len(chosen)) // few, chosen] = inputs
+    output = np.einsum("tei,eoi->to", features, down)
+    if layers[0] + ".bias" in place:
+        weighed = shares.reshape(-1, 1) * np.stack([place[layer + ".bias"] for layer in layers])[chosen]
+        output += weighed.reshape(len(output), few, -1).sum(axis=1)
+    return output, features.reshape(len(output), -1), down
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_removal_goes_on_behind_the_blocks_that_are_done(steps):
     model, cut = opened("Qwen3MoeForCausalLM", (2, 2))
     tokens = np.random.default_rng(1).integers(0, 60, (5, 16)).astype(np.int32)
-    kept = list(choose_experts(model, cut, MSAN(), tokens))
-    assert list(choose_experts(model, cut, MSAN(), tokens, kept[:1])) == kept[1:]
+    removal = ExpertRemoval(model, cut, MSAN(), steps)
+    first, *others = removal.blocks(tokens)
+    for expected, found in zip(others, removal.blocks(tokens, [first]), strict=True):
+        assert found.stay == expected.stay and found.down.keys() == expected.down.keys()
+        assert all(np.array_equal(found.down[name], value) for name, value in expected.down.items())
 
 
 @pytest.mark.parametrize(
