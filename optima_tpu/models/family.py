@@ -59,6 +59,7 @@ class DecoderConfig:
       logit_cap: ``c`` where logits are ``c tanh(logits / c)``, or None.
       logit_scale: factor of the logits.
       head_bias: whether logits have a bias.
+      generates: whether blocks keep what later tokens need, so that the model can write text.
       kind: the block that ``Family.block`` makes: the first one of those that are alike.
     """
 
@@ -70,6 +71,7 @@ class DecoderConfig:
     logit_cap: float | None = None
     logit_scale: float = 1.0
     head_bias: bool = False
+    generates: bool = True
     kind: int = 0
 
     @property

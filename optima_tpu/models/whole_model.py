@@ -140,9 +140,14 @@ def windows_at_once(decoder: Decoder, samples: int, length: int, budget: float, 
       limit: the most windows to write at once; None sets none.
 
     Raises:
-      UserError: the model and one window on each slice of the data axis do not fit.
+      UserError: the model and one window on each slice of the data axis do not fit, or the model cannot write text.
     """
     mesh, config = decoder.mesh, decoder.config
+    if not config.generates:
+        raise UserError(
+            "a model that is run by its code in torch keeps nothing of earlier tokens, so it cannot write text: take another "
+            "--calibration.source than self, no --calibration.written, and no --tasks that generate"
+        )
     blocks = [sum(map(bytes_on_device, _block_structs(*stretch).values())) for stretch in decoder.stretches]
     dtype = np.dtype(decoder.tensors.dtype(decoder.root + decoder.family.embedding))
     tables = (2 - config.tied) * bytes_on_device(struct_on(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))

@@ -74,14 +74,19 @@ def saved(tmp_path_factory):
 
 def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> Path:
     """Runs the whole program on a mesh. Returns the run directory."""
-    config = RunConfig(
+    config = configured(model, directory, **settings)
+    run(config, Console(file=io.StringIO()), opened(config, shape))
+    return directory
+
+
+def configured(model: Path, directory: Path, **settings) -> RunConfig:
+    """A run over a few short windows of a text that comes with Python."""
+    return RunConfig(
         model=str(model),
         output=str(directory),
         calibration=Calibration("pydoc", windows=6, length=40, held_out=2),
         evaluation=Evaluation(windows=4),
     ).changed(**settings)
-    run(config, Console(file=io.StringIO()), opened(config, shape))
-    return directory
 
 
 # Of each layout of a checkpoint one. Of the others, the test of what transformers loads compares all that is not pruned.

@@ -84,6 +84,7 @@ def general_family(config: Any) -> Family:
         logit_cap=shell.logits.cap,
         logit_scale=shell.logits.scale,
         head_bias=shell.head_bias,
+        generates=False,
         shell=shell,
         alike=alike,
     )

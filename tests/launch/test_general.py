@@ -1,0 +1,115 @@
+"""Models without a family of their own, from a folder that transformers saved to one that transformers loads."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.targets import DenseTarget
+from optima_tpu.models.checkpoints import open_model
+from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.inputs import read_texts
+from optima_tpu.pipeline.run import run
+from optima_tpu.report.contents import Report
+from optima_tpu.report.file import REPORT
+from optima_tpu.runtime.records import read_record
+from tests.launch.test_families import HALF, assert_loads, configured, linears_of, pruned, slow_where
+from tests.support.meshes import mesh
+from tests.support.references import GENERAL, tiny
+from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
+from tests.support.tiny_models import byte_tokenizer
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchax")
+transformers = pytest.importorskip("transformers")
+
+REFERENCE = {reference.model: reference for reference in GENERAL}
+# Turned matrices and learned positions; a head with a bias; a fused matrix and arguments that depend on the number of windows.
+LAYOUTS = {"GPT2LMHeadModel", "PhiForCausalLM", "BloomForCausalLM"}
+MODELS = slow_where(list(REFERENCE), REFERENCE.keys() - LAYOUTS)
+BEST = HALF | dict(recapture=True, target=DenseTarget())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Gives the folder of a model's first variant as transformers saves it: several files, bfloat16."""
+    root = tmp_path_factory.mktemp("general")
+
+    @functools.cache
+    def save(name: str) -> Path:
+        reference = REFERENCE[name]
+        _, model, _ = tiny(reference, next(iter(reference.variants.values())) | dict(vocab_size=258), torch.bfloat16)
+        model.save_pretrained(root / name, max_shard_size="60KB")
+        byte_tokenizer().save_pretrained(root / name)
+        assert len(list((root / name).glob("*.safetensors"))) > 1
+        return root / name
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def halved(saved, tmp_path_factory):
+    """Gives the run of a model with two of four weights left, pruned on a 4x2 mesh with the dense stream and recapture."""
+    root = tmp_path_factory.mktemp("halved")
+    return functools.cache(lambda name: pruned(saved(name), root / name, (4, 2), **BEST))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, name):
+    source = saved(name)
+    folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
+    before, after = folder_tensors(source), folder_tensors(folder)
+    assert before.keys() == after.keys()
+    for tensor, array in before.items():
+        assert after[tensor].dtype == array.dtype
+        assert np.array_equal(after[tensor].view(np.uint8), array.view(np.uint8)), tensor
+    assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pruned_model_loads_in_transformers(saved, halved, name):
+    folder = halved(name) / "hf"
+    dense, found = open_model(str(saved(name)), "float32"), open_model(str(folder))
+    linears, masks = linears_of(Decoder.open(dense.config, dense.tensors, mesh(1, 1))), read_masks(folder)
+    assert masks.keys() == set(linears)
+    for tensor in found.tensors.names():
+        array = found.tensors.read(tensor)
+        if tensor in linears:
+            assert (masks[tensor].reshape(-1, 4).sum(axis=1) == 2).all() and (array[~masks[tensor]] == 0).all(), tensor
+        else:
+            assert np.array_equal(array, dense.tensors.read(tensor)), tensor
+    assert_loads(folder, name, (4, 2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_perplexity_is_that_of_transformers(saved, halved, name):
+    directory = halved(name)
+    config = configured(saved(name), directory, **BEST)
+    ids = read_texts(config, opened(config, (1, 1))).evaluation.ids
+    model = getattr(transformers, name).from_pretrained(directory / "hf", dtype="float32")
+    with torch.no_grad():
+        tokens = torch.tensor(ids, dtype=torch.long)
+        losses = torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:])
+    assert read_record(directory / REPORT, Report).perplexity.pruned == pytest.approx(float(losses.exp()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pruned_model_is_the_same_on_any_mesh(saved, halved, tmp_path, name):
+    one, others = (folder_tensors(run / "hf") for run in (pruned(saved(name), tmp_path, (1, 1), **BEST), halved(name)))
+    dense = open_model(str(saved(name)), "float32")
+    for tensor in linears_of(Decoder.open(dense.config, dense.tensors, mesh(1, 1))):
+        same = ((one[tensor] != 0) == (others[tensor] != 0)).mean()
+        assert same > 0.9, tensor
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(saved, halved, tmp_path):
+    config = configured(saved("GPT2LMHeadModel"), tmp_path, **BEST)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after_the_first_block(patched)
+        run(config, model=opened(config, (4, 2)))
+    run(config, model=opened(config, (4, 2)))
+    whole, again = (folder_tensors(each / "hf") for each in (halved("GPT2LMHeadModel"), tmp_path))
+    assert all(np.array_equal(again[name].view(np.uint8), array.view(np.uint8)) for name, array in whole.items())
