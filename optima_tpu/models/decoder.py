@@ -215,7 +215,12 @@ class Decoder:
         return _filled(self._block[1], parameters)
 
     def positions(self, index: int, length: int) -> Positions:
-        """The position data of block ``index`` for the first ``length`` positions, on every device."""
+        """The position data of block ``index`` for the first ``length`` positions, on every device.
+
+        Raises:
+          UserError: see :meth:`DecoderConfig.check`.
+        """
+        together(lambda: self.config.check(self.config.kind_of(index), length))
         return jax.tree.map(lambda array: place(self.mesh, array, P()), self.config.positions(index, length))
 
     def head(self) -> "Head":

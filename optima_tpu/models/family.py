@@ -93,6 +93,9 @@ class DecoderConfig:
         """The position data of block ``index`` for the first ``length`` positions."""
         raise NotImplementedError
 
+    def check(self, kind: int, length: int) -> None:
+        """Raises UserError if the blocks of a kind do not compute what they should for windows of this length."""
+
     def reach(self, name: str) -> float:
         """The mean share of all tokens that a layer of a block reads: 1 but for the layers of experts."""
         return 1.0
@@ -222,6 +225,7 @@ class Family:
       stacks: the tensors that hold parameters of all experts, by their names in the block.
       exact: parameters of a block that ``--dtype`` leaves in the dtype in which they are stored, as ``transformers`` does.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
+      note: what a run says about the family before it begins.
       needs_bos: whether every text must begin with the BOS token for the model to work.
       by_block: the settings of a ``transformers`` configuration that may differ from block to block (its ``per_layer_config``).
     """
@@ -246,5 +250,6 @@ class Family:
     stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)
     exact: tuple[str, ...] = ()
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
     needs_bos: bool = False
     by_block: frozenset[str] = frozenset()

@@ -48,6 +48,8 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
         lines += [f"unusual      {told}"] if (told := poor_text(which, unigram_perplexity(tokens.ids))) else []
     if config.distill and (idle := Trainer(decoder, config.distill).idle):
         lines.append(f"training     {idle}")
+    if decoder.family.note:
+        lines.insert(1, f"family       {decoder.family.note}")
     if fitted:
         lines.append(f"solver       {fitted}")
     say(console, "\n".join(lines))

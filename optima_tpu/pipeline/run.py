@@ -61,8 +61,10 @@ def run(
     check_signals()
     found = model.pretrained.config
     config = together(lambda: on_model(config, found, console))
-    # A pattern that does not fit is refused before the texts are read.
+    # A pattern or a block that does not fit is refused before the texts are read.
     together(lambda: pruned_layers(config, model.decoder))
+    for kind in model.decoder.config.kinds:
+        model.decoder.positions(kind, config.calibration.window_length)
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console, dense)
     return finish(opened, functools.partial(pruning, config), console)
 

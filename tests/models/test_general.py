@@ -10,6 +10,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.general import block
+from optima_tpu.models.layers import project
 from tests.models.test_models import compared
 from tests.support.meshes import mesh
 from tests.support.pruning import compiled_forward
@@ -126,3 +128,21 @@ def test_a_model_that_sees_later_tokens_is_refused():
         UserError, match="^the general way cannot run a BertLMHeadModel: .*; give a model of another architecture$"
     ):
         family_of(config)
+
+
+def test_a_block_that_differs_from_torch_is_refused_by_the_name_of_its_layer(monkeypatch):
+    config, _, tensors = tiny(named("GPTJForCausalLM"), dict(rotary_dim=2))
+    decoder = Decoder.open(config, tensors, mesh(1, 1))
+    decoder.positions(0, 40)
+    monkeypatch.setattr(block, "project", lambda x, weight: project(x, weight) * 1.001)
+    decoder.positions(1, 24)  # a block like it was compared at a longer window
+    with pytest.raises(
+        UserError,
+        match="^the general way cannot run a GPTJForCausalLM: the input of attn.out_proj of its block 0 differs .* at 48 ",
+    ):
+        decoder.positions(1, 48)
+
+
+def test_what_is_not_pruned_is_said():
+    note = family_of(named("PhiForCausalLM").configuration({})).note
+    assert "PhiForCausalLM" in note and "self_attn.q_proj" in note and "It cannot write text" in note

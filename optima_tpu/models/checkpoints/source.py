@@ -17,7 +17,7 @@ import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
 from optima_tpu.errors import UserError, one_line, some
-from optima_tpu.models import refuse_architecture
+from optima_tpu.models import family_named, refuse_architecture
 from optima_tpu.models.checkpoints.declared import DECIDING, Declared, DeclaredKind
 from optima_tpu.runtime.records import check_record, parse_record
 
@@ -195,7 +195,9 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     """
     record: dict[str, Any] = dict(parse_record(config, DeclaredKind, f"{where}: config.json", _CHECK))
     refuse_architecture(record.get("architectures") or (), record.get("model_type"))  # before its sizes look wrong
-    check_record(record, Declared, f"{where}: config.json", _CHECK)
+    # What transformers leaves open for a model of another family is its own affair.
+    stated = dict if family_named(record.get("architectures")) else _stated
+    check_record(stated(record), Declared, f"{where}: config.json", _CHECK)
     if (text := record.get("text_config")) is not None:
         check_record(text, Declared, f"{where}: config.json", _CHECK, inside="text_config")
     key = "dtype" if "dtype" in record else "torch_dtype"
@@ -226,10 +228,14 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     # Again, since a configuration has some entries under several names, and others block by block.
     for layer in text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]:
         found = {name: getattr(layer, name) for name in DECIDING if hasattr(layer, name)}
-        check_record(found, Declared, f"{where}: config.json", _CHECK)
+        check_record(stated(found), Declared, f"{where}: config.json", _CHECK)
     if getattr(text, "rope_parameters", None):  # without any it would warn
         text.standardize_rope_params()
     return parsed, config
+
+
+def _stated(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
 
 
 _PIECES, _PIECE = 16, 1 << 16

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, some
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models.family import DecoderConfig, Family, Positions
 from optima_tpu.models.general.block import Block, Final, Traced, embed, to_numpy
@@ -45,10 +45,12 @@ class GeneralConfig(DecoderConfig):
     Attributes:
       shell: the model.
       alike: for every block, the first one that computes the same.
+      checked: for each kind of blocks, the longest window at which it was compared with torch.
     """
 
     shell: Shell
     alike: tuple[int, ...]
+    checked: dict[int, int]
 
     @property
     def block_layers(self) -> tuple[int, ...]:
@@ -56,6 +58,22 @@ class GeneralConfig(DecoderConfig):
 
     def positions(self, index: int, length: int) -> Positions:
         return Positions(arguments=arguments_of(self.shell, index, length))
+
+    def check(self, kind: int, length: int) -> None:
+        """Compares a block with torch, unless it was compared at this length or a longer one.
+
+        Raises:
+          UserError: they differ; names the first layer whose input does.
+        """
+        if length <= self.checked.get(kind, 0):
+            return
+        for name, largest in differences(self, kind, length):
+            if not largest < NEAR:
+                raise self.shell.refusal(
+                    f"the {name} of its block {kind} differs from torch by {largest:.2g} of the largest value at {length} tokens, "
+                    f"more than {NEAR:g}"
+                )
+        self.checked[kind] = length
 
 
 def arguments_of(shell: Shell, index: int, length: int) -> Any:
@@ -87,6 +105,7 @@ def general_family(config: Any) -> Family:
         generates=False,
         shell=shell,
         alike=alike,
+        checked={},
     )
     linears = tuple(dict.fromkeys(kind_name(name) for kind in kinds for name in layers[kind].order))
     attended = tuple(dict.fromkeys(_attended(shell, kind, layers[kind].order) for kind in kinds))
@@ -106,6 +125,7 @@ def general_family(config: Any) -> Family:
         head_bias=shell.head.replace("weight", "bias"),
         attended=attended,
         ignored=_ignored(shell),
+        note=_note(shell, linears),
     )
 
 
@@ -113,11 +133,11 @@ class Difference(NamedTuple):
     """How far a block is from torch.
 
     Attributes:
-      module: the layer, or "output".
+      name: "input of" a layer, or "output".
       largest: the largest difference, relative to the largest value.
     """
 
-    module: str
+    name: str
     largest: float
 
 
@@ -136,7 +156,7 @@ def differences(config: GeneralConfig, kind: int, length: int) -> list[Differenc
     window = jax.jit(lambda *given: Traced(shell, kind).window(given[0], given[1], order, given[2], {}))
     with jax.default_matmul_precision("highest"):
         output, found = window(parameters, config.positions(kind, length).arguments, x[0].numpy())
-    pairs = [(name, found[first], inputs[name]) for name, first in order.items()] + [("output", output, expected)]
+    pairs = [(f"input of {name}", found[first], inputs[name]) for name, first in order.items()] + [("output", output, expected)]
     return [Difference(name, _relative(np.asarray(ours), theirs.reshape(ours.shape).numpy())) for name, ours, theirs in pairs]
 
 
@@ -236,6 +256,17 @@ def _random_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         return row.as_strided(tuple(shape), (1,) * len(shape))
 
     return {name: made(tensor.shape) for name, tensor in stored(module).items()}
+
+
+def _note(shell: Shell, linears: Sequence[str]) -> str:
+    """What runs the model, and what is not pruned."""
+    matrices = {kind_name(name) for block in shell.blocks for name, shape in shell.shapes(block).items() if len(shape) > 1}
+    others = sorted(matrices - {f"{name}.weight" for name in linears})
+    kept = f", and {some(others)} of the blocks" if others else ""
+    return (
+        f"the code of transformers' {shell.name}, by torchax: it prunes {', '.join(linears)}; embedding, norms, head{kept} stay as they "
+        "are. It cannot write text"
+    )
 
 
 def _ignored(shell: Shell) -> dict[str, str]:
