@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.patterns import NM, NamedPattern, Pattern, parse_pattern
-
-DENSE = "dense"
+from optima_tpu.method.patterns import DENSE, NM, NamedPattern, Pattern, parse_pattern
 
 
 def kind_name(name: str) -> str:
@@ -82,12 +80,13 @@ def pattern_of(rules: Sequence[LayerRule], default: Pattern, path: str, name: st
 
 
 def check_layers(
-    rules: Sequence[LayerRule], default: Pattern, shapes: Iterable[tuple[str, str, tuple[int, int]]]
+    rules: Sequence[LayerRule], default: Pattern, shapes: Iterable[tuple[str, str, tuple[int, int]]], cut: bool = False
 ) -> dict[str, Pattern]:
     """The pattern of every layer that is pruned, by its whole path.
 
     Args:
       shapes: (whole path, path inside the block, [d_out, d_in]) of every linear layer of the model.
+      cut: whether the model loses whole structures beside, so that every layer may stay dense.
 
     Raises:
       UserError: a rule matches no layer, no layer is left to prune, or an N:M does not divide a layer's inputs.
@@ -116,7 +115,7 @@ def check_layers(
             raise UserError(f"{path}: {error}") from None
     for nm, found in inputs.items():
         _check_inputs(rules, default, nm, found)
-    if not patterns:
+    if not patterns and not cut:
         by = f"--layers {layers_text(rules)}" if rules else f"the pattern {default.text()}"
         raise UserError(f"expected a layer to prune, but {by} leaves all of them dense")
     return patterns

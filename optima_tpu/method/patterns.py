@@ -163,6 +163,37 @@ def _share_of(size: int, sparsity: float) -> int:
     return min(math.floor(round(size * sparsity, 6)), max(size - 1, 0))
 
 
+DENSE = "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Pattern):
+    """Prunes nothing: every layer that no rule names stays as it is, for a run that cuts whole structures alone."""
+
+    sparsity: float = 0.0
+
+    def takes(self, name: str) -> bool:
+        return False
+
+    def pruned_count(self, shape: tuple[int, int]) -> int:
+        return 0
+
+    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+        return jnp.ones(scores.shape, bool)
+
+    def exchange(
+        self,
+        win: Float[Array, "rows d_in"],
+        cost: Float[Array, "rows d_in"],
+        keep: Bool[Array, "rows d_in"],
+        limit: Int32[Array, " rows"],
+    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
+        return keep, jnp.zeros_like(limit)
+
+    def text(self, group: str | None = None) -> str:
+        return DENSE
+
+
 @dataclasses.dataclass(frozen=True)
 class Unstructured(Pattern):
     """Prunes the given share of every comparison group, at any positions.
@@ -551,7 +582,7 @@ def import_pattern(text: str) -> Pattern:
 
 def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> Pattern:
     """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "0.25/input" (a quarter of the inputs),
-    "0.25/neuron", "0.25/neuron@64", "0.5/head", "2:4", "2:4@128" or "my_lab.patterns:Banded?width=4".
+    "0.25/neuron", "0.25/neuron@64", "0.5/head", "2:4", "2:4@128", "dense" or "my_lab.patterns:Banded?width=4".
 
     Args:
       group: the comparison group of a plain "0.5": that of the published selector.
@@ -564,6 +595,8 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
     if is_import_path(text):
         return own(text)
     try:
+        if text == DENSE:
+            return Dense()
         if ":" in text:
             n, m = text.split(":")
             m, apart, stride = m.partition("@")

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.smallest import lowest, pairs_that_pay, totals
-from optima_tpu.method.patterns import NM, Heads, Neurons, Unstructured, WholeInputs, parse_pattern
+from optima_tpu.method.patterns import NM, Dense, Heads, Neurons, Unstructured, WholeInputs, parse_pattern
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
     st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16), NM(2, 4, 8), NM(3, 4, 4), NM(4, 16, 2)]),
     st.sampled_from([WholeInputs(0.25, 4), WholeInputs(0.4, 1), WholeInputs(0.5, 3), WholeInputs(0.0), Neurons(0.5, 16)]),
-    st.sampled_from([Heads(0.5, width=8), Heads(0.3, width=4), Heads(0.25, 2, 4), Heads(0.7, width=16)]),
+    st.sampled_from([Dense(), Heads(0.5, width=8), Heads(0.3, width=4), Heads(0.25, 2, 4), Heads(0.7, width=16)]),
 )
 
 
@@ -65,6 +65,7 @@ def test_nan_scores_go_first():
         ("2:4", NM(2, 4)),
         ("6:8", NM(6, 8)),
         ("2:4@128", NM(2, 4, 128)),
+        ("dense", Dense()),
         ("0.25/input", WholeInputs(0.25, 128)),
         ("0.25/input@64", WholeInputs(0.25, 64)),
         ("0.3/neuron", Neurons(0.3)),
