@@ -130,6 +130,13 @@ class CutStructures(Bounded):
         """How many structures of each kind are cut, by what they are called."""
         return {name: count for name, count in dataclasses.asdict(self).items() if count}
 
+    @property
+    def words(self) -> str:
+        """ "4 blocks"."""
+        return " and ".join(
+            f"{count} {called.removesuffix('s') if count == 1 else called}" for called, count in self.counts.items()
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Sinks:
@@ -198,6 +205,11 @@ class RunConfig(Devices):
                 raise UserError(
                     f"expected calibration.held_out of at least 1 where {method.in_words}, which chooses by held-out windows, got 0"
                 )
+        if self.cut.counts and not self.recipe.selector.chooses:
+            raise UserError(
+                f"expected a selector that chooses masks where the model loses {self.cut.words}, got imported: its masks are of the dense "
+                "model; take another --selector"
+            )
         if self.cut.blocks and not self.calibration.held_out:
             raise UserError(
                 f"expected calibration.held_out of at least 1 where cut.blocks is {self.cut.blocks}, since held-out windows choose the "

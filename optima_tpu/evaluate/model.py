@@ -14,6 +14,7 @@ from optima_tpu.models import family_named
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.export import SIDECAR
+from optima_tpu.models.checkpoints.fewer_blocks import assets_without
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.source import Cast, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
@@ -138,9 +139,11 @@ def _exported_by(folder: Path) -> MadeBy:
 
 
 def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
-    tensors, assets, cast = CheckpointTensors(run), read_assets(run), parse_dtype(dtype)
+    tensors, cast = CheckpointTensors(run), parse_dtype(dtype)
+    assets = read_assets(run)
     if "config.json" not in assets:
         raise UserError(f"expected config.json in {run / ASSETS}, got a folder without it: copy the run directory again")
+    assets = assets_without(assets, tensors.run.left_out.blocks)
     config, assets["config.json"] = read_config(assets["config.json"], str(run / ASSETS), dtype)
     identity = json.dumps([read_run(run).manifest, dtype], sort_keys=True).encode()
     family = family_named(config.architectures)

@@ -1,7 +1,7 @@
 """An open model: its checkpoint, and its decoder on the mesh."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -10,8 +10,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from optima_tpu.config.run_config import LENGTH
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained
+from optima_tpu.models.checkpoints.fewer_blocks import Renumbered, assets_without
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, FewerExperts
-from optima_tpu.models.checkpoints.source import read_config
+from optima_tpu.models.checkpoints.source import TensorSource, read_config
 from optima_tpu.models.decoder import Decoder
 
 
@@ -26,11 +27,24 @@ def without_experts(model: Model, cut: ExpertCut, kept: Sequence[Sequence[int]])
     """The model whose mixtures have only the experts ``kept``; empty for a block without a mixture."""
     pretrained, decoder = model
     assets = {**pretrained.assets, "config.json": cut.config(pretrained.assets["config.json"])}
-    config, _ = read_config(assets["config.json"], pretrained.origin)
     stay = {decoder.prefix(index): experts for index, experts in enumerate(kept) if experts}
-    tensors = FewerExperts(pretrained.tensors, cut.names, stay)
-    fewer = dataclasses.replace(pretrained, config=config, tensors=tensors, assets=assets)
-    return Model(fewer, dataclasses.replace(decoder, config=decoder.family.read_config(config), tensors=tensors))
+    return _smaller(model, assets, FewerExperts(pretrained.tensors, cut.names, stay))
+
+
+def without_blocks(model: Model, left_out: Collection[int]) -> Model:
+    """The model without some of its blocks, whose other blocks have new numbers; as it is if none is left out."""
+    if not left_out:
+        return model
+    pretrained, decoder = model
+    tensors = Renumbered(pretrained.tensors, decoder.root + decoder.family.layers, left_out)
+    return _smaller(model, assets_without(pretrained.assets, left_out), tensors)
+
+
+def _smaller(model: Model, assets: Mapping[str, bytes], tensors: TensorSource) -> Model:
+    """The model that other tensors and another config.json among the assets describe."""
+    config, _ = read_config(assets["config.json"], model.pretrained.origin)
+    smaller = dataclasses.replace(model.pretrained, config=config, tensors=tensors, assets=assets)
+    return Model(smaller, dataclasses.replace(model.decoder, config=model.decoder.family.read_config(config), tensors=tensors))
 
 
 def window_length(model: PretrainedConfig, name: str, given: int | None) -> int:

@@ -9,11 +9,10 @@ from rich.console import Console
 from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import Calibration, RunConfig, to_dict, weights_settings
 from optima_tpu.data import SelfGenerated, parse_source, unigram_perplexity
-from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.inputs import Texts, linear_shapes
+from optima_tpu.pipeline.inputs import Texts, linear_shapes, pruned_layers
 from optima_tpu.report.meaningless import poor_text
 from optima_tpu.report.progress import say
 
@@ -29,9 +28,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     """
     decoder = model.decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
-    weights = sum(
-        math.prod(shapes[path]) for path in check_layers(config.recipe.layers, config.recipe.pattern, linear_shapes(decoder))
-    )
+    weights = sum(math.prod(shapes[path]) for path in pruned_layers(config, decoder))
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [
         f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
@@ -72,7 +69,7 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     methods = [settings[key] for key in ("selector", "solver") if settings[key]]
     words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(recipe.pattern)]
     words += [to_dict(config)["layers"]] if recipe.layers else []
-    words += [f"{count} {called} cut" for called, count in config.cut.counts.items()]
+    words += [f"{config.cut.words} cut"] if config.cut.counts else []
     if recipe.target.dense_stream:
         words.append(f"dense target {recipe.target.alpha:g}")
         words += [f"residual drift {recipe.target.gamma:g}"] if recipe.target.gamma and adding else []

@@ -21,6 +21,7 @@ from optima_tpu.method.selectors import Imported
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.cuts import placed, refuse_unreadable
+from optima_tpu.models.checkpoints.fewer_blocks import refuse_uncuttable
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
 from optima_tpu.models.model import Model, check_ids, window_bos, window_length
@@ -154,7 +155,7 @@ def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None
       console: prints that the model's context makes them shorter than usual.
 
     Raises:
-      UserError: windows are longer than the context that the model's config.json names, or the parts cannot be cut from the model.
+      UserError: windows are longer than the context that the model's config.json names, or parts or blocks cannot be cut from the model.
     """
     text = config.calibration
     length = window_length(model, "--calibration.length", text.length)
@@ -166,6 +167,7 @@ def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None
     config = dataclasses.replace(config, recipe=recipe, calibration=dataclasses.replace(text, length=length))
     for pattern in recipe.patterns:
         refuse_unreadable(pattern, model)
+    refuse_uncuttable(config.cut, model)
     return config
 
 
@@ -199,7 +201,7 @@ def pruned_layers(config: RunConfig, decoder: Decoder) -> dict[str, Pattern]:
       UserError: as ``check_layers``, or groups of integers do not divide the inputs of a layer.
     """
     shapes = list(linear_shapes(decoder))
-    patterns = check_layers(config.recipe.layers, config.recipe.pattern, shapes)
+    patterns = check_layers(config.recipe.layers, config.recipe.pattern, shapes, bool(config.cut.counts))
     for path, _, (_, d_in) in shapes:
         if config.recipe.quantize and path in patterns:
             try:

@@ -57,9 +57,9 @@ class TextPerplexity(NamedTuple):
     losses: np.ndarray | None = None
 
 
-def perplexity_steps(opened: Opened) -> list[Step]:
+def perplexity_steps(opened: Opened, decoder: Decoder) -> list[Step]:
     """The steps of :func:`measured`, the same for every model of this shape."""
-    return text_steps(opened.model.decoder, opened.texts.evaluation.ids, both=False)
+    return text_steps(decoder, opened.texts.evaluation.ids, both=False)
 
 
 def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:

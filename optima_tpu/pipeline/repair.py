@@ -15,6 +15,7 @@ from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
 from optima_tpu.models.checkpoints.packed import INDEX
 from optima_tpu.pipeline.allocate import ALLOCATION
 from optima_tpu.pipeline.continuations import CONTINUED
+from optima_tpu.pipeline.cut_blocks import LEFT_OUT
 from optima_tpu.pipeline.distill.outcome import OUTCOME
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
@@ -40,7 +41,7 @@ _PAIRS = tuple(map(perplexity_files, ("dense", "pruned")))
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
 """The folders of the folders that are written block by block, or check by check."""
 
-_RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, OUTCOME, CONTINUED.name, MEASURED.name, CALIBRATION, REPORT)
+_RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, LEFT_OUT, OUTCOME, CONTINUED.name, MEASURED.name, CALIBRATION, REPORT)
 """The files beside the folders that a resume reads back. The results of evaluations are read by the report alone."""
 
 
@@ -167,12 +168,14 @@ def mend(directory: Path, exported: bool = True) -> list[str]:
       exported: whether the run makes RUN/hf.
 
     Raises:
-      UserError: the allocation is damaged. Finished blocks have its sparsities, and a new one might have others.
+      UserError: the allocation, or the choice of blocks that are left out, is damaged. Finished blocks are by it, and a new one might be
+        another.
     """
     remove_unfinished(directory)
     found = faults(directory) if (directory / RUN).exists() else {}
-    if ALLOCATION in found and finished_blocks(directory):
-        raise UserError(f"{directory / ALLOCATION} {found[ALLOCATION]}, and the run cannot be resumed; choose another --output")
+    for name in (ALLOCATION, LEFT_OUT):
+        if name in found and finished_blocks(directory):
+            raise UserError(f"{directory / name} {found[name]}, and the run cannot be resumed; choose another --output")
     lost = set(found) - {RUN}
     if OUTCOME in lost:
         lost.add(CHECKPOINT)  # training again needs the blocks as they were pruned

@@ -75,6 +75,8 @@ def pruning(config: RunConfig, keep: Keep) -> Report:
     dense = keep(stages.DENSE)
     journal = keep(stages.JOURNAL, dense, text)
     sinks = keep(stages.SINKS, journal)
+    if config.cut.blocks:
+        keep(stages.CUTTING, journal)
     allocation = keep(stages.ALLOCATION, journal) if config.allocation.measures else None
     squares = keep(stages.GRADIENT, journal) if config.recipe.target.weigh_by_loss else None
     blocks = keep(stages.PRUNING, journal, sinks, allocation, squares)

@@ -4,7 +4,6 @@ Inside of PRUNING, which is the walk, the journal keeps block by block; inside o
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +15,12 @@ from optima_tpu.method.patterns import WholeParts
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
-from optima_tpu.models.checkpoints.source import Layered, total_bytes
+from optima_tpu.models.checkpoints.source import Layered, total_bytes, weight_count
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
+from optima_tpu.pipeline.cut_blocks import choose_block, kept_by, pruned_model, read_left_out, write_left_out
 from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
@@ -43,11 +44,12 @@ from optima_tpu.pipeline.perplexities import (
 )
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.speed import MEASURED, speed
-from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
+from optima_tpu.pipeline.walk import WRITING, Walk, WholeDense, block_steps, prune_model
 from optima_tpu.report.contents import (
     Allocated,
     Continuations,
     FileSizes,
+    LeftOut,
     MemoryPeaks,
     ModelFacts,
     Outcome,
@@ -59,6 +61,7 @@ from optima_tpu.report.contents import (
 )
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
+from optima_tpu.report.numbers import number
 from optima_tpu.report.pace import Step
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Steps, open_sinks
@@ -107,7 +110,7 @@ def _open(work: StageWork) -> Journal:
         opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
     )
     if opened.walk and journal.finished:
-        progress.note(f"resuming     {len(journal.finished)} of {opened.model.decoder.config.blocks} blocks are done")
+        progress.note(f"resuming     {len(journal.finished)} of {pruned_model(opened).decoder.config.blocks} blocks are done")
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.written))
     return journal
 
@@ -128,11 +131,11 @@ def _measure_dense(work: StageWork) -> TextPerplexity:
     return dense
 
 
-def _steps_of(model: str) -> Callable[[Opened], list[Step]]:
-    return lambda opened: [] if kept_perplexity(opened, model) else perplexity_steps(opened)
+def _steps_of(model: str, read: Callable[[Opened], Model]) -> Callable[[Opened], list[Step]]:
+    return lambda opened: [] if kept_perplexity(opened, model) else perplexity_steps(opened, read(opened).decoder)
 
 
-DENSE = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense"))
+DENSE = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense", lambda opened: opened.model))
 
 
 def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> Journal:
@@ -156,8 +159,35 @@ def _open_sinks(work: StageWork, journal: Journal) -> Steps:
 SINKS = Stage("opening the sinks", _open_sinks)
 
 
+def _cut_steps(opened: Opened) -> list[Step]:
+    chosen = read_left_out(opened.directory).blocks
+    return [Step("choosing a block to leave out")] * (opened.config.cut.blocks - len(chosen))
+
+
+def _read_cut(work: StageWork, journal: Journal) -> LeftOut | None:
+    chosen = read_left_out(work.opened.directory)
+    return chosen if len(chosen.blocks) == work.opened.config.cut.blocks else None
+
+
+def _cut(work: StageWork, journal: Journal) -> LeftOut:
+    opened, progress = work.opened, work.progress
+    chosen = read_left_out(opened.directory)
+    held_out = opened.texts.calibration.ids[opened.config.calibration.fitted :]
+    while len(chosen.blocks) < opened.config.cut.blocks:
+        chosen = choose_block(opened.model, held_out, chosen)
+        write_left_out(opened.directory, chosen)
+        progress.advance()
+        progress.note(
+            f"block {chosen.blocks[-1]} is left out: the predictions diverge by {number(chosen.divergences[-1])} nats on held-out windows"
+        )
+    return chosen
+
+
+CUTTING = Stage("leaving out blocks", _cut, _read_cut, _cut_steps)
+
+
 def _allocation_steps(opened: Opened) -> list[Step]:
-    config = opened.model.decoder.config
+    config = _walk(opened).decoder.config
     return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
 
 
@@ -208,9 +238,12 @@ GRADIENT = Stage(GRADIENT_NAME, _measure_gradient, _read_gradient, _gradient_ste
 
 
 def _walk(opened: Opened) -> Walk:
+    """The walk over the blocks that are not left out."""
     if opened.walk is None:
         raise ValueError("the blocks of a recovery are pruned already")
-    return opened.walk
+    walk, decoder, kept = opened.walk, pruned_model(opened).decoder, kept_by(opened)
+    groups = tuple(walk.groups[index] for index in kept)
+    return dataclasses.replace(walk, decoder=decoder, groups=groups, whole=WholeDense(walk.decoder, kept))
 
 
 def _with_sparsities(walk: Walk, allocation: Allocated | None) -> Walk:
@@ -224,7 +257,7 @@ def _with_sparsities(walk: Walk, allocation: Allocated | None) -> Walk:
 def unfinished(opened: Opened) -> list[int]:
     """The blocks that are still to be pruned, by what is in the run directory."""
     done = from_first(lambda: finished_blocks(opened.directory))
-    blocks = [] if _checkpointed(opened) else range(opened.model.decoder.config.blocks)
+    blocks = [] if _checkpointed(opened) else range(len(kept_by(opened)))
     return [index for index in blocks if index not in done]
 
 
@@ -254,13 +287,14 @@ def _prune(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocate
     return journal
 
 
-PRUNING = Stage("pruning", _prune, read_pruned, _pruning_steps, lambda opened: opened.model.decoder.config.blocks)
+PRUNING = Stage("pruning", _prune, read_pruned, _pruning_steps, lambda opened: len(kept_by(opened)))
 """Its result is the journal with every block."""
 
 
 def _training_steps(opened: Opened) -> list[Step]:
     method = opened.config.distill
-    return [] if method is None or _checkpointed(opened) else training_steps(method, opened.model.decoder.config.blocks)
+    blocks = len(kept_by(opened)), opened.model.decoder.config.blocks
+    return [] if method is None or _checkpointed(opened) else training_steps(method, *blocks)
 
 
 def _train(work: StageWork, journal: Journal) -> Outcome:
@@ -269,7 +303,13 @@ def _train(work: StageWork, journal: Journal) -> Outcome:
     assert method is not None and texts.distillation is not None, "a run without training has no such stage"
     held_out = texts.calibration.ids[config.calibration.fitted :]
     inputs = Inputs(
-        opened.model.decoder, journal, method, Windows(texts.distillation, held_out), device_budget(config.device_memory)
+        opened.model.decoder,
+        journal,
+        method,
+        Windows(texts.distillation, held_out),
+        device_budget(config.device_memory),
+        pruned_model(opened).decoder,
+        kept_by(opened),
     )
     outcome = (distill_by_spans if method.by_spans else distill)(inputs, work.progress)
     keep_outcome(opened.directory, outcome)
@@ -285,7 +325,7 @@ TRAINING = Stage("training", _train, _read_training, _training_steps, counted=TR
 
 
 def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:
-    dense = work.opened.model.decoder
+    dense = pruned_model(work.opened).decoder
     untrained = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
     outcome = structs.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
     keep_outcome(work.opened.directory, outcome)
@@ -296,7 +336,7 @@ UNTRAINED = Stage(
     "perplexity without the training",
     _compare,
     lambda work, journal, outcome: None if outcome.perplexity_before is None else outcome,
-    lambda opened: [] if _checkpointed(opened) else perplexity_steps(opened),
+    lambda opened: [] if _checkpointed(opened) else perplexity_steps(opened, pruned_model(opened).decoder),
 )
 """Its result is the outcome of the training with the perplexity of the model as it was pruned."""
 
@@ -304,7 +344,7 @@ UNTRAINED = Stage(
 def _checkpoint_steps(opened: Opened) -> list[Step]:
     if _checkpointed(opened):
         return []
-    decoder = opened.model.decoder
+    decoder = pruned_model(opened).decoder
     blocks = sum(block_bytes(decoder, index) for index in range(decoder.config.blocks))
     return [Step(WRITING, max(1.0, total_bytes(decoder.tensors) - blocks))]
 
@@ -316,14 +356,15 @@ def _read_checkpoint(
     blocks: tuple[BlockReport, ...] | None = from_first(lambda: checkpointed_blocks(directory))
     if blocks is None:
         return None
-    return PrunedModel(dataclasses.replace(work.opened.model.decoder, tensors=CheckpointTensors(directory)), blocks)
+    return PrunedModel(dataclasses.replace(pruned_model(work.opened).decoder, tensors=CheckpointTensors(directory)), blocks)
 
 
 def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> PrunedModel:
-    pretrained, decoder = work.opened.model
+    pretrained, decoder = pruned_model(work.opened)
     # If no step of the distillation improved the model, the blocks stay as they were pruned.
     blocks = Distilled(journal) if outcome and outcome.kept else journal
-    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, allocation.sparsity if allocation else None)
+    sparsity, left_out = allocation.sparsity if allocation else None, read_left_out(work.opened.directory)
+    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, sparsity, left_out)
     work.progress.advance()
     pruned = _read_checkpoint(work, journal, outcome, allocation)
     assert pruned is not None, "it was written"
@@ -340,13 +381,16 @@ def _measure_pruned(work: StageWork, pruned: PrunedModel) -> TextPerplexity:
 
 
 PERPLEXITY = Stage(
-    "pruned perplexity", _measure_pruned, lambda work, pruned: read_perplexity(work.opened, "pruned"), _steps_of("pruned")
+    "pruned perplexity",
+    _measure_pruned,
+    lambda work, pruned: read_perplexity(work.opened, "pruned"),
+    _steps_of("pruned", pruned_model),
 )
 
 
 def _send(work: StageWork, sinks: Steps, results: Results) -> None:
     measures = {"perplexity/dense": results.dense.perplexity, "perplexity/pruned": results.pruned.perplexity}
-    sinks.write(work.opened.model.decoder.config.blocks, measures)
+    sinks.write(len(kept_by(work.opened)), measures)
 
 
 SENDING = Stage("sending the perplexities", _send)
@@ -358,7 +402,8 @@ MEMORY = Stage("measuring the memory", lambda work: memory_peaks())
 
 def cuts(config: RunConfig) -> bool:
     """Whether the exported model may be without parts of the dense one."""
-    return config.export and any(isinstance(pattern, WholeParts) for pattern in config.recipe.patterns)
+    parts = any(isinstance(pattern, WholeParts) for pattern in config.recipe.patterns)
+    return config.export and (parts or bool(config.cut.counts))
 
 
 def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
@@ -382,7 +427,7 @@ SPEED = Stage(
 
 
 def _export_steps(opened: Opened) -> list[Step]:
-    return [Step(WRITING, total_bytes(opened.model.decoder.tensors))]
+    return [Step(WRITING, total_bytes(pruned_model(opened).decoder.tensors))]
 
 
 def _read_export(work: StageWork, results: Results) -> bool | None:
@@ -435,8 +480,9 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
             fingerprint=pretrained.fingerprint,
             architecture=next(iter(pretrained.config.architectures or ()), None),
             blocks=decoder.config.blocks,
-            weights=sum(math.prod(pretrained.tensors.shape(name)) for name in pretrained.tensors.names()),
+            weights=weight_count(pretrained.tensors),
         ),
+        "left_out": read_left_out(directory),
         "allocation": results.allocation,
         "weighed_layers": tuple(_weighed_layers(opened)),
         "seconds": dict(work.progress.seconds),
@@ -451,7 +497,7 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
             "sizes": _sizes(opened),
             "tokens": changes(opened, results.dense, results.pruned),
             "cuts": dict(exported.cuts.counts),
-            "removed": exported.removed(),
+            "removed": exported.removed() + weight_count(pretrained.tensors) - weight_count(pruned_model(opened).decoder.tensors),
         }
         return write_report(directory / REPORT, entries | measured_here, pruned.blocks)
 

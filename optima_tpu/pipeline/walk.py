@@ -42,7 +42,7 @@ class Walk:
     """The settings that all blocks of a run share.
 
     Attributes:
-      decoder: the dense model.
+      decoder: the dense model, without the blocks that are left out.
       recipe: what is done to every layer.
       groups: for every block the layers that read the same input, from ``calibrate.groups_of_blocks``.
       windows: the number of calibration windows; the windows after them are held out.
@@ -52,6 +52,7 @@ class Walk:
       tell: called with every layer's report as soon as the layer is done.
       begin: called before every part of a block with its kind and with words on it; see :func:`block_steps`.
       squares: from :mod:`loss_gradient`, of all windows, for a target that weighs tokens by the loss.
+      whole: the dense model with all blocks; None where the decoder has them.
     """
 
     decoder: Decoder
@@ -64,6 +65,23 @@ class Walk:
     tell: Callable[[LayerReport], None] = lambda report: None
     begin: Callable[[str, str], None] = lambda kind, words: None
     squares: Squares | None = None
+    whole: "WholeDense | None" = None
+
+
+class WholeDense(NamedTuple):
+    """The dense model with the blocks that the walk's decoder is without. Its stream passes them too.
+
+    Attributes:
+      decoder: of all blocks.
+      kept: the indices, in it, of the blocks of the walk.
+    """
+
+    decoder: Decoder
+    kept: tuple[int, ...]
+
+    def before(self, index: int) -> range:
+        """The blocks that are left out between the walk's block ``index`` and the one before it."""
+        return range(self.kept[index - 1] + 1 if index else 0, self.kept[index])
 
 
 class Streams(NamedTuple):
@@ -115,7 +133,8 @@ def prune_model(
         started = time.monotonic()
         if streams is None or following != index:
             streams = _streams_before(walk, tokens, index, journal, progress)
-            journal.repeated += time.monotonic() - started
+        _pass_left_out(walk, index, streams.dense)
+        journal.repeated += time.monotonic() - started
         progress.block(index, count)
         started = time.monotonic()
         pruned = prune_block(walk, index, parameters, streams)
@@ -345,8 +364,17 @@ def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal
         return Streams(hidden)
     first, dense = _saved_states(walk, tokens, index, journal, DENSE)
     for block, parameters in zip(range(first, index), decoder.blocks(range(first, index))):
+        _pass_left_out(walk, block, dense)
         repeat_block(walk, block, parameters, dense, dense=True)
     return Streams(hidden, dense)
+
+
+def _pass_left_out(walk: Walk, index: int, dense: HiddenStates | None) -> None:
+    """Passes the dense stream through the blocks that are left out before the walk's block ``index``."""
+    if walk.whole is None or dense is None:
+        return
+    for block, parameters in zip(walk.whole.before(index), walk.whole.decoder.blocks(walk.whole.before(index))):
+        walk.whole.decoder.apply(block, parameters, dense)
 
 
 def _saved_states(walk: Walk, tokens: np.ndarray, index: int, journal: Journal, name: str) -> tuple[int, HiddenStates]:

@@ -127,6 +127,22 @@ class Allocated(Record, frozen=True):
         return f"the sparsity of the blocks is from {percent(min(given))} to {percent(max(given))}"
 
 
+class LeftOut(Record, frozen=True):
+    """The contents of left_out.json: the blocks that the model is without.
+
+    Attributes:
+      blocks: their indices in the dense model, in the order in which they were chosen.
+      divergences: behind each choice ``KL(dense || without)`` of a prediction on the held-out windows, in nats; nothing was re-fitted.
+    """
+
+    blocks: tuple[Block, ...] = ()
+    divergences: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.blocks) != len(self.divergences):
+            raise ValueError(f"expected a divergence for each block, got {len(self.divergences)} for {len(self.blocks)}")
+
+
 class Environment(Record, frozen=True):
     """Versions, devices and mesh of a command. A package that is not installed, as in a checkout, has no version."""
 
@@ -239,8 +255,12 @@ class TokenChanges(Record, frozen=True):
             raise ValueError(f"expected an even number of edges and one share more, got {len(self.edges)} and {len(self.shares)}")
 
 
+BLOCKS = "blocks"
+"""What whole blocks are called among the parts that were cut."""
+
+
 class CutCount(Record, frozen=True):
-    """The parts of one kind that a block has, such as the neurons of its MLP.
+    """The parts of one kind that a block has, such as the neurons of its MLP, or the blocks of the model.
 
     Attributes:
       left: the numbers that blocks have left, ascending; config.json has room for one.
@@ -249,6 +269,11 @@ class CutCount(Record, frozen=True):
 
     left: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     total: Count
+
+    @property
+    def words(self) -> str:
+        """ "768 to 1,152 of 1,536"."""
+        return f"{' to '.join(f'{count:,}' for count in sorted({self.left[0], self.left[-1]}))} of {self.total:,}"
 
     @property
     def deleted(self) -> bool:
@@ -361,6 +386,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
       model_sparsity: share of all weights of the model that are zero by the masks or leave the exported model.
       weights, pruned: of the pruned matrices, how many there are, and how many are zero by the masks.
       allocation: None if every block has the pattern's sparsity.
+      left_out: the blocks that the model is without.
       cuts: of each kind of parts that were pruned as a whole, by what they are called.
       removed: how many weights the exported model is without, beside those that masks prune.
       weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
@@ -384,6 +410,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
     weights: Count
     pruned: Count
     allocation: Allocated | None
+    left_out: LeftOut = LeftOut()
     cuts: dict[str, CutCount]
     removed: Count
     weighed_layers: tuple[str, ...]
@@ -447,6 +474,13 @@ class ExportedLayer(LayerReport, frozen=True, kw_only=True):
         return LayerReport(**{field: getattr(self, field) for field in LayerReport.__struct_fields__} | {"name": name})
 
 
+def parts_left(cuts: Mapping[str, CutCount]) -> str:
+    """What a cut model has left: "26 of 30 blocks, 48 of 64 neurons, 2 of 3 key-value heads in every block"."""
+    model = [f"{cuts[BLOCKS].words} {BLOCKS}"] if BLOCKS in cuts else []
+    inner = ", ".join(f"{count.words} {called}" for called, count in cuts.items() if called != BLOCKS)
+    return ", ".join([*model, *([f"{inner} in every block"] if inner else [])])
+
+
 class ExportForm(Record, frozen=True):
     """How an export was written, see ``forms``."""
 
@@ -465,6 +499,7 @@ class Sidecar(Record, frozen=True):
       layers: of each pruned matrix.
       form: how the folder was written.
       files: the names of all files.
+      left_out: the blocks that the model is without.
     """
 
     model: str
@@ -473,6 +508,7 @@ class Sidecar(Record, frozen=True):
     layers: tuple[ExportedLayer, ...]
     form: ExportForm
     files: tuple[str, ...]
+    left_out: LeftOut = LeftOut()
 
     @property
     def decided(self) -> ManifestEntries:

@@ -6,7 +6,7 @@ A new power of a run shows its number by a row of :data:`FACTS`.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from optima_tpu.report.contents import Report
+from optima_tpu.report.contents import Report, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.numbers import became, direction, number, percent
 from optima_tpu.report.summary import exchanged, mean_errors, means, measured, quantized_line
@@ -107,19 +107,23 @@ def _sparsity(report: Report) -> Fact:
 def _cuts(report: Report) -> Fact | None:
     if not report.cuts:
         return None
-    left = {
-        called: " to ".join(f"{count:,}" for count in sorted({cut.left[0], cut.left[-1]})) for called, cut in report.cuts.items()
-    }
-    first, _, others = ", ".join(f"{left[called]} of {cut.total:,} {called}" for called, cut in report.cuts.items()).partition(
-        " of "
-    )
+    first, _, others = parts_left(report.cuts).partition(" of ")
     alike = all(cut.deleted for cut in report.cuts.values())
     note = (
         "the exported model is without the others"
         if alike
         else "where blocks differ, the exported model has zeros for the others"
     )
-    return Fact("kept", "Kept", [first], f"of {others} in every block; {note}")
+    return Fact("kept", "Kept", [first], f"of {others}; {note}")
+
+
+def _left_out(report: Report) -> Fact | None:
+    chosen = report.left_out
+    if not chosen.blocks:
+        return None
+    told = [number(divergence) for divergence in chosen.divergences]
+    note = f"of the dense model, in this order; on held-out windows the predictions diverge by {', '.join(told)} nats, before the walk"
+    return Fact("left out", "Blocks left out", [", ".join(map(str, chosen.blocks))], note)
 
 
 def _speed(report: Report) -> Fact | None:
@@ -198,7 +202,7 @@ def running(report: Report) -> str:
 
 
 FACTS: Sequence[Callable[[Report], Fact | None]] = (
-    *(_perplexity, _error, _against_dense, _sparsity, _cuts, _speed, _quantised, _masks, _size, _memory, _trained),
+    *(_perplexity, _error, _against_dense, _sparsity, _cuts, _left_out, _speed, _quantised, _masks, _size, _memory, _trained),
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
 _OF_LAYERS = _error, _against_dense, _quantised, _masks

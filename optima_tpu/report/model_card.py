@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import legible
 from optima_tpu.method.patterns import parse_pattern
-from optima_tpu.report.contents import CutCount, Outcome, RunFacts, Sidecar
+from optima_tpu.report.contents import BLOCKS, Outcome, RunFacts, Sidecar, parts_left
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
@@ -25,10 +25,7 @@ _IN_FILES = (
     "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp. Zeros save time only with "
     "a kernel that uses them.\n"
 )
-_CUT = (
-    "This is an ordinary model with narrower layers: its files are smaller, and every program that loads the dense model loads it and "
-    "computes less."
-)
+_CUT = "This is an ordinary smaller model: its files are smaller, and every program that loads the dense model loads it and computes less."
 _IN_MAXTEXT = (
     "`0/items` holds the parameters in MaxText's layout, and maxtext.yml the settings that belong to it: "
     "`maxtext.yml load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER`, with absolute paths, are arguments of MaxText's trainer. "
@@ -119,15 +116,19 @@ def _made(card: Card) -> str:
     return f"{by} then trained by OPTIMA-TPU on {on} with its zeros held, so that it is not a model of one-shot pruning"
 
 
-def parts_left(cuts: Mapping[str, CutCount]) -> str:
-    """What every block has left: "48 of 64 neurons, 2 of 3 key-value heads"."""
-    return ", ".join(f"{count.left[0]:,} of {count.total:,} {called}" for called, count in cuts.items())
+def _left_out(card: Card) -> str:
+    blocks = sorted(card.sidecar.left_out.blocks)
+    return (
+        f"it is without the blocks {', '.join(map(str, blocks))} of the source, so that later blocks have lower numbers"
+        if blocks
+        else ""
+    )
 
 
 def _cuts(card: Card) -> str:
-    cuts = card.sidecar.cuts
+    cuts = {called: count for called, count in card.sidecar.cuts.items() if called != BLOCKS}
     moved = ", and the matrices that read them were changed to compensate" * (card.recipe.solver is not None)
-    return f"every block has {parts_left(cuts)} left{',' if moved else ', and'} the others are deleted{moved}" if cuts else ""
+    return f"{parts_left(cuts)} are left{',' if moved else ', and'} the others are deleted{moved}" if cuts else ""
 
 
 def _zeros(card: Card) -> str:
@@ -139,7 +140,7 @@ def _zeros(card: Card) -> str:
     return f"{pruned:,} of the {weights:,} weights in its {len(masked)} pruned matrices are zero ({share:.2%})"
 
 
-_CHANGES: Sequence[Callable[[Card], str]] = (_cuts, _zeros)
+_CHANGES: Sequence[Callable[[Card], str]] = (_left_out, _cuts, _zeros)
 """What pruning did to the tensors, each in words; empty where it did no such thing."""
 
 

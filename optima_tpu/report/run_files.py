@@ -34,6 +34,7 @@ FILES: Mapping[str, str] = {
     "speed.json": "how fast the dense and the cut model computed on this machine",
     "calibration.npy": "the calibration windows that the dense model wrote, as token ids",
     "allocation.json": "the sparsity of every block, chosen by the allocation",
+    "left_out.json": "the blocks that the model is without, and what each choice did to its predictions",
     "distilled": "every block after the training, with checksums; checkpoint/ refers to it",
     "distillation.json": "the held-out loss at every check of the training, and which steps were kept",
     "distillation": "the state of a training that has not ended; the training removes it at its end",

@@ -163,7 +163,7 @@ def run(tmp_path_factory) -> Path:
 def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
     said = []
     export(run, tmp_path / "out", say=said.append)
-    assert "every block has 48 of 64 neurons, 2 of 3 key-value heads left, and the others are not written" in said
+    assert "48 of 64 neurons, 2 of 3 key-value heads in every block are left, and the others are not written" in said
     sidecar, config = (json.loads((tmp_path / "out" / name).read_text()) for name in ("optima_tpu.json", "config.json"))
     assert sidecar["cuts"] == {"neurons": {"left": [48], "total": 64}, "key-value heads": {"left": [2], "total": 3}}
     numbers = {"intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
@@ -175,12 +175,14 @@ def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
         assert (layer["shape"], layer["cut_from"]) == shapes[name.removesuffix(".weight").split(".", 3)[3]]
         assert (layer["pruned"], layer["sparsity"]) == (0, 0.0)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ", cut to 48 of 64 neurons, 2 of 3 key-value heads\n" in card
+    assert ", cut to 48 of 64 neurons, 2 of 3 key-value heads in every block\n" in card
     assert (
-        "key-value heads left, the others are deleted, and the matrices that read them were changed to compensate. All other"
+        "key-value heads in every block are left, the others are deleted, and the matrices that read them were changed to compensate. All other"
         in card
     )
-    assert "- sparse" not in card and "narrower layers" in card and "not smaller" not in card and "pruning_masks" not in card
+    assert (
+        "- sparse" not in card and "ordinary smaller model" in card and "not smaller" not in card and "pruning_masks" not in card
+    )
     assert not (tmp_path / "out" / "pruning_masks.npz").exists()
 
 
@@ -216,8 +218,11 @@ def test_other_layers_keep_their_masks(tmp_path):
         if not name.endswith("up_proj.weight"):
             assert parse_pattern("2:4").violation(keep) is None
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "2 of 3 key-value heads left, the others are deleted, and the matrices" in card and "`pruning_masks.npz`" in card
-    assert ", cut to 48 of 64 neurons, 2 of 3 key-value heads and pruned 2:4\n" in card
+    assert (
+        "2 of 3 key-value heads in every block are left, the others are deleted, and the matrices" in card
+        and "`pruning_masks.npz`" in card
+    )
+    assert ", cut to 48 of 64 neurons, 2 of 3 key-value heads in every block and pruned 2:4\n" in card
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,11 @@ from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.cuts import placed
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
+from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline.journal import Journal, open_journal
+from optima_tpu.report.contents import LeftOut
 from optima_tpu.report.records import BlockReport, LayerReport
 from tests.support.fake_reports import layer
 from tests.support.meshes import mesh
@@ -69,17 +72,26 @@ def _report_on(block: int, name: str, keep: np.ndarray) -> LayerReport:
 
 
 def pruned_run(
-    directory: Path, config: PretrainedConfig, source: MemoryTensors, pattern: str | None = None, layers: str = ""
+    directory: Path,
+    config: PretrainedConfig,
+    source: MemoryTensors,
+    pattern: str | None = None,
+    layers: str = "",
+    left_out: tuple[int, ...] = (),
 ) -> Path:
     """A run over the model that a configuration of transformers describes: half of every row is pruned at random.
 
     Args:
       pattern, layers: another pattern, and rules for layers, as they are typed. Weights are pruned by random scores.
+      left_out: blocks that the run leaves out.
     """
-    decoder = Decoder.open(config, source, mesh(1, 1))
     settings = config.to_diff_dict() | {"architectures": config.architectures, "dtype": "float32"}
+    assets = {"config.json": json.dumps(settings).encode()}
+    whole = Model(Pretrained(config, source, assets, "ab", "here"), Decoder.open(config, source, mesh(1, 1)))
+    pretrained, decoder = without_blocks(whole, left_out)
+    config, source = pretrained.config, pretrained.tensors
     manifest = MANIFEST if pattern is None else MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": pattern, "layers": layers}}
-    journal = open_journal(directory, manifest, {"config.json": json.dumps(settings).encode()}, to_dict(SMALL))
+    journal = open_journal(directory, manifest, assets, to_dict(SMALL))
     random = np.random.default_rng(0)
 
     def mask(name: str, linear: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -95,7 +107,7 @@ def pruned_run(
         weights = {name: np.where(keep, source.read(name), 0).astype(source.dtype(name)) for name, keep in masks.items()}
         report = block_report(block, {names[name]: keep for name, keep in masks.items()})
         journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 1), np.float32)))
-    write_checkpoint(journal, source, mesh(1, 1))
+    write_checkpoint(journal, source, mesh(1, 1), left_out=LeftOut(left_out, (0.5,) * len(left_out)))
     return directory
 
 

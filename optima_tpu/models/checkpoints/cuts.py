@@ -1,9 +1,8 @@
 """The parts of blocks that patterns cut, and what is left of a run's tensors and of its config.json without them."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -11,10 +10,11 @@ from transformers import PretrainedConfig
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Pattern, WholeInputs, WholeParts
 from optima_tpu.models import family_of
+from optima_tpu.models.checkpoints.fewer_blocks import with_settings
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.family import Cut
-from optima_tpu.report.contents import CutCount
+from optima_tpu.report.contents import BLOCKS, CutCount
 
 
 class Cuts(NamedTuple):
@@ -38,14 +38,6 @@ class Cuts(NamedTuple):
     def deleted(self) -> dict[str, CutCount]:
         """The counts of what was cut."""
         return {called: count for called, count in self.counts.items() if count.deleted}
-
-
-def with_settings(config: bytes, settings: Mapping[str, int]) -> bytes:
-    """config.json with other numbers, which stand in text_config where there is one."""
-    record: dict[str, Any] = json.loads(config)
-    text = record.get("text_config")
-    (text if isinstance(text, dict) else record).update(settings)
-    return json.dumps(record, indent=2).encode() + b"\n"
 
 
 def cuts_of(model: PretrainedConfig) -> dict[str, Cut | str]:
@@ -119,6 +111,9 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
       model: the configuration of the dense model.
     """
     found, inputs = Cuts(), {name: pattern for name, pattern in patterns.items() if isinstance(pattern, WholeInputs)}
+    if gone := len(source.run.left_out.blocks):
+        blocks = CutCount((len(source.run.blocks),), len(source.run.blocks) + gone)
+        found = found._replace(counts={BLOCKS: blocks})
     for kind in cuts_of(model).values() if inputs else ():
         if isinstance(kind, str):
             continue

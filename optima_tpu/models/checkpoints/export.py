@@ -25,10 +25,10 @@ from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, PackedF
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import INDEX, MASKS, SHAPE
 from optima_tpu.models.checkpoints.source import total_bytes
-from optima_tpu.report.contents import ExportedLayer, ExportForm, Report, RunFacts, Sidecar
+from optima_tpu.report.contents import ExportedLayer, ExportForm, Report, RunFacts, Sidecar, parts_left
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.licence import CARD
-from optima_tpu.report.model_card import HUB_ID, Card, model_card, parts_left
+from optima_tpu.report.model_card import HUB_ID, Card, model_card
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path, in_bucket
@@ -101,7 +101,7 @@ def export(
             "model"
         )
         if run.cuts.deleted:
-            say(f"every block has {parts_left(run.cuts.deleted)} left, and the others are not written")
+            say(f"{parts_left(run.cuts.deleted)} are left, and the others are not written")
         for why in run.cuts.zeros_stay:
             say(why)
         with making(out) as partial:
@@ -208,4 +208,4 @@ def _sidecar(run: Exported, zeros: Mapping[str, int], form: ExportForm) -> Sidec
     # For a local model only the folder's name, because this file may be published.
     origin = source.run.settings.model
     model = origin if HUB_ID.fullmatch(origin) else Path(origin).name
-    return Sidecar(model, source.run.manifest, cuts.deleted, tuple(layers), form, ())
+    return Sidecar(model, source.run.manifest, cuts.deleted, tuple(layers), form, (), source.run.left_out)

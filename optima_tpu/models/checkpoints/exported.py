@@ -15,7 +15,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers, pattern_of, with_patterns
 from optima_tpu.method.patterns import Pattern, WholeInputs, WholeParts, parse_pattern
 from optima_tpu.method.quantization import Quantizer
-from optima_tpu.models.checkpoints.cuts import Cuts, cut, placed, with_settings
+from optima_tpu.models.checkpoints.cuts import Cuts, cut, placed
+from optima_tpu.models.checkpoints.fewer_blocks import assets_without, with_settings
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.report.records import LayerReport
@@ -55,9 +56,10 @@ class Exported:
     @classmethod
     def open(cls, directory: Path) -> "Exported":
         """Opens a run, and cuts what it pruned in every block alike."""
-        run = cls(directory, CheckpointTensors(directory), read_assets(directory), {})
+        source = CheckpointTensors(directory)
+        run = cls(directory, source, assets_without(read_assets(directory), source.run.left_out.blocks), {})
         patterns = run._patterns()
-        if not any(isinstance(pattern, WholeInputs) for pattern in patterns.values()):
+        if not source.run.left_out.blocks and not any(isinstance(pattern, WholeInputs) for pattern in patterns.values()):
             return dataclasses.replace(run, patterns=patterns)
         cuts = cut(run.source, patterns, run.config())
         return cls(

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
-from optima_tpu.models.checkpoints.stacks import Unstacked
+from optima_tpu.report.contents import LeftOut
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import RunRecord, read_run, recorded_command
 from optima_tpu.runtime import signals
@@ -49,10 +49,15 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 class CheckpointedRun(RunRecord, frozen=True):
-    """A run, the report of each block, and the sparsity of each, or None where they don't differ."""
+    """A run, the report of each block, and the sparsity of each, or None where they don't differ.
+
+    Attributes:
+      left_out: the blocks that the model is without.
+    """
 
     blocks: tuple[BlockReport, ...]
     sparsity: tuple[Share | None, ...] | None
+    left_out: LeftOut = LeftOut()
 
 
 class _Metadata(Record, frozen=True):
@@ -182,7 +187,11 @@ class SavedBlocks(Protocol):
 
 
 def write_checkpoint(
-    journal: SavedBlocks, source: TensorSource, mesh: Mesh, sparsity: Sequence[float | None] | None = None
+    journal: SavedBlocks,
+    source: TensorSource,
+    mesh: Mesh,
+    sparsity: Sequence[float | None] | None = None,
+    left_out: LeftOut = LeftOut(),
 ) -> None:
     """Writes RUN/checkpoint: the names of the finished blocks, and all other tensors unchanged from the source.
 
@@ -194,6 +203,7 @@ def write_checkpoint(
       source: the ``TensorSource`` that was pruned.
       mesh: the devices from which the arrays are written.
       sparsity: the sparsity of every block, if blocks differ; None for a block whose layers all have rules.
+      left_out: the blocks of the dense model that the source is without.
 
     Raises:
       UserError: the disk is full or not writable. The finished blocks are intact.
@@ -219,9 +229,9 @@ def write_checkpoint(
                 raise ValueError(f"the source has no {name} {shape} {dtype}, which a finished block has")
         run, reports = read_run(journal.directory), tuple(journal.report(index) for index in sorted(journal.finished))
         metadata = _Metadata(
-            CheckpointedRun(run.manifest, run.configuration, reports, None if sparsity is None else tuple(sparsity)),
+            CheckpointedRun(run.manifest, run.configuration, reports, None if sparsity is None else tuple(sparsity), left_out),
             tuple(str(entry.relative_to(journal.directory)) for entry in entries),
-            tuple(sorted(source.stacks)) if isinstance(source, Unstacked) else (),
+            tuple(sorted(getattr(source, "stacks", ()))),
         )
         own = {"weights": {name: placed(name) for name in sorted(names.difference(saved.names()))}}
         save_tree(partial, own, json_values(metadata))

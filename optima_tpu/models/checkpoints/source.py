@@ -246,6 +246,11 @@ def total_bytes(tensors: TensorSource) -> int:
     return sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors.names())
 
 
+def weight_count(tensors: TensorSource) -> int:
+    """How many numbers all tensors have."""
+    return sum(math.prod(tensors.shape(name)) for name in tensors.names())
+
+
 def fingerprint(config: bytes, tensors: TensorSource, files: Iterable[Path]) -> str:
     """Identifies a checkpoint without reading all of it.
 

@@ -43,7 +43,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     that it was stopped in.
     """
     dense, journal, method, windows = inputs.dense, inputs.journal, inputs.method, inputs.windows
-    trainer, blocks = inputs.trainer, inputs.dense.config.blocks
+    trainer, blocks = inputs.trainer, inputs.pruned.config.blocks
     spans = method.spans(blocks)
     parts = TrainingParts.of(method, len(windows.training), 1)
     windows = windows._replace(training=windows.training[: parts.steps * parts.batch])  # the others fill no step
@@ -52,11 +52,9 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     if trained:
         progress.note(f"resuming  {trained[-1].span.last + 1} of {blocks} blocks are trained")
     for number, span in enumerate(spans):
-        for index, parameters in zip(span, dense.blocks(span)):
-            for stream in (training, held_out):
-                dense.apply(index, parameters, stream.dense)
+        for index in span:
+            _through(dense, inputs.dense_blocks(index), training.dense, held_out.dense)
             progress.advance()
-        del parameters  # a block of the dense model would stay on the devices while the span is trained
         if number == len(trained):
             model = TrainedBlocks.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
             trained.append(_train(model, journal, training, held_out, progress))
@@ -66,7 +64,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
             progress.skip(1 + method.steps + len(method.check_steps()))
         # From what was saved, and so rounded, in every start of the run.
         saved = {Distilled(journal).entry(index) for index in span}
-        after = dataclasses.replace(dense, tensors=OrbaxTensors(saved))
+        after = dataclasses.replace(inputs.pruned, tensors=OrbaxTensors(saved))
         _through(after, span, training.entering, held_out.entering)
         progress.advance()
     progress.note("the model as it was pruned reads the held-out text, for a comparison with the trained one")

@@ -30,14 +30,19 @@ _QUIET = 10.0
 """Seconds without a line after which a step prints one."""
 
 
-def training_steps(method: Distillation, blocks: int) -> list[Step]:
-    """What :func:`distill` and :func:`distill_by_spans` do before each call of ``advance``, in a training that was not stopped."""
+def training_steps(method: Distillation, blocks: int, dense_blocks: int | None = None) -> list[Step]:
+    """What :func:`distill` and :func:`distill_by_spans` do before each call of ``advance``, in a training that was not stopped.
+
+    Args:
+      blocks: of the pruned model.
+      dense_blocks: of the dense model; None if it has as many.
+    """
     dense, checks = Step("dense model reads the text"), method.check_steps()
     one = [Step(_CHECK)]
     for step in range(1, method.steps + 1):
         one += [Step(TRAINING_STEP), *[Step(_CHECK)] * (step in checks)]
     if not method.by_spans:
-        return [*[dense] * (blocks * method.reads_dense), *one]
+        return [*[dense] * ((dense_blocks or blocks) * method.reads_dense), *one]
     spans = [step for span in method.spans(blocks) for step in (*[dense] * len(span), *one, Step("trained span reads the text"))]
     return [*spans, *[Step("pruned model reads the held-out text")] * blocks, *[Step("head of a check")] * 2]
 
@@ -57,7 +62,7 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
       UserError: the disk is full; a loss is not finite.
     """
     method, journal, head = inputs.method, inputs.journal, inputs.dense.head()
-    span, length = range(inputs.dense.config.blocks), inputs.windows.training.shape[1]
+    span, length = range(inputs.pruned.config.blocks), inputs.windows.training.shape[1]
     model = TrainedBlocks.open(inputs.trainer, journal, span, NextToken(method, head), length)
     training = Training(model, States(journal.directory / FOLDER), progress)
     training.resume()

@@ -39,6 +39,8 @@ class Inputs:
       method: what is trained, and how.
       windows: the text.
       budget: bytes that may be used of each device.
+      fewer: reads the blocks that the pruned model has, where it is without some.
+      kept: the indices of these blocks in the dense model.
     """
 
     dense: Decoder
@@ -46,11 +48,24 @@ class Inputs:
     method: Distillation
     windows: Windows
     budget: float
+    fewer: Decoder | None = None
+    kept: tuple[int, ...] = ()
+
+    @property
+    def pruned(self) -> Decoder:
+        """Reads as many blocks as the pruned model has."""
+        return self.fewer or self.dense
 
     @property
     def trainer(self) -> Trainer:
         """The trainer of the pruned model's blocks."""
-        return Trainer(dataclasses.replace(self.dense, tensors=self.journal.tensors()), self.method, self.budget)
+        return Trainer(dataclasses.replace(self.pruned, tensors=self.journal.tensors()), self.method, self.budget)
+
+    def dense_blocks(self, index: int) -> range:
+        """The dense model's blocks that stand for one of the pruned model's: its own, those left out before it and behind the last."""
+        kept = self.kept or range(self.dense.config.blocks)
+        last = self.dense.config.blocks - 1 if index == len(kept) - 1 else kept[index]
+        return range(kept[index - 1] + 1 if index else 0, last + 1)
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,160 @@
+"""A model without some of its blocks: its config.json, and its tensors under their new numbers."""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import PretrainedConfig
+
+from optima_tpu.config.run_config import CutStructures
+from optima_tpu.errors import UserError
+from optima_tpu.models import family_of
+from optima_tpu.models.checkpoints.source import Index, TensorSource, read_config
+from optima_tpu.models.family import DecoderConfig
+
+
+def _entries(value: Any, kept: Sequence[int]) -> Any:
+    return [value[index] for index in kept]
+
+
+def _indices(value: Any, kept: Sequence[int]) -> Any:
+    return [new for new, old in enumerate(kept) if old in value]
+
+
+def _numbers(value: Any, kept: Sequence[int]) -> Any:
+    return {str(new): value[str(old)] for new, old in enumerate(kept) if str(old) in value}
+
+
+def _first(value: Any, kept: Sequence[int]) -> Any:
+    return sum(old < value for old in kept)
+
+
+_BY_BLOCK: Mapping[str, Callable[[Any, Sequence[int]], Any]] = {
+    **dict.fromkeys(("layer_types", "mlp_layer_types", "no_rope_layers"), _entries),
+    **dict.fromkeys(("moe_layers", "mlp_only_layers"), _indices),
+    "per_layer_config": _numbers,
+    **dict.fromkeys(("first_k_dense_replace", "max_window_layers"), _first),
+}
+"""Settings of ``transformers`` that say something of each block -> what they are for those that are kept: an entry for each block, the
+indices of some, a value by the number of a block, the number of the first ones."""
+
+_LENGTH = 64
+"""Positions at which two blocks are compared."""
+
+
+def kept_blocks(blocks: int, left_out: Collection[int]) -> tuple[int, ...]:
+    """The indices of the other blocks, ascending."""
+    return tuple(index for index in range(blocks) if index not in left_out)
+
+
+def settings_without(model: PretrainedConfig, left_out: Collection[int]) -> dict[str, Any]:
+    """The settings of config.json that change where blocks are left out."""
+    text = json.loads(model.get_text_config().to_json_string(use_diff=False))
+    kept = kept_blocks(text["num_hidden_layers"], left_out)
+    changed = {name: change(text[name], kept) for name, change in _BY_BLOCK.items() if text.get(name) is not None}
+    return {"num_hidden_layers": len(kept)} | changed
+
+
+def with_settings(config: bytes, settings: Mapping[str, Any]) -> bytes:
+    """config.json with other settings, which stand in text_config where there is one."""
+    record: dict[str, Any] = json.loads(config)
+    text = record.get("text_config")
+    (text if isinstance(text, dict) else record).update(settings)
+    return json.dumps(record, indent=2).encode() + b"\n"
+
+
+def assets_without(assets: Mapping[str, bytes], left_out: Collection[int]) -> dict[str, bytes]:
+    """The files of a model, with the config.json of the model without some blocks; as they are if no block is left out."""
+    if not left_out:
+        return dict(assets)
+    model, _ = read_config(assets["config.json"], "the dense model")
+    return {**assets, "config.json": with_settings(assets["config.json"], settings_without(model, left_out))}
+
+
+def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
+    """Reads config.json as it will be without each of the blocks.
+
+    Raises:
+      UserError: no block would be left, or without most blocks another one would be read as something else.
+    """
+    if not cut.blocks:
+        return
+    blocks, named = family_of(model).read_config(model).blocks, ", ".join(model.architectures or [model.model_type])
+    if cut.blocks >= blocks:
+        raise UserError(f"expected cut.blocks below {blocks}, the blocks of {named}, got {cut.blocks}")
+    whys = {index: why for index in range(blocks) if (why := why_unreadable(model, (index,)))}
+    if blocks - len(whys) < cut.blocks:
+        first = next(iter(whys))
+        raise UserError(
+            f"expected a model without whose blocks config.json describes the others where cut.blocks is {cut.blocks}, got {named}: "
+            f"without block {first} {whys[first]}; leave out cut.blocks, and cut neurons by --pattern 0.25/neuron"
+        )
+
+
+def why_unreadable(model: PretrainedConfig, left_out: Collection[int]) -> str:
+    """Why config.json does not describe the model without some blocks; empty if it does."""
+    config = with_settings(model.to_json_string(use_diff=False).encode(), settings_without(model, left_out))
+    family = family_of(model)
+    try:
+        found = family.read_config(read_config(config, "the cut model")[0])
+    except UserError as error:
+        return f"its config.json is refused: {error}"
+    return _other(family.read_config(model), found, kept_blocks(family.read_config(model).blocks, left_out))
+
+
+def _other(dense: DecoderConfig, found: DecoderConfig, kept: Sequence[int]) -> str:
+    """What differs between the blocks that are kept and those that were read; empty if nothing does."""
+    names = [name for name, value in vars(dense).items() if isinstance(value, str | float | int | None)]
+    for name in names:
+        if name not in ("blocks", "kind") and getattr(dense, name) != getattr(found, name):
+            return f"{name} would be {getattr(found, name)} instead of {getattr(dense, name)}"
+    for new, old in enumerate(kept):
+        layers = [each.block_layers and each.block_layers[index] for each, index in ((dense, old), (found, new))]
+        positions = [jax.tree.leaves(each.positions(index, _LENGTH)) for each, index in ((dense, old), (found, new))]
+        if layers[0] != layers[1] or not all(map(np.array_equal, *positions)):
+            return f"block {old} would be read as a block of another kind"
+    return ""
+
+
+class Renumbered:
+    """The tensors of a model without some blocks, by their new names.
+
+    Args:
+      tensors: of the whole model. They may be of more blocks than it has, which nothing reads; these stay behind the last one.
+      prefix: of the names of a block's tensors, with ``{}`` for its number.
+      left_out: the blocks.
+
+    Attributes:
+      stacks: the new names of ``Unstacked.stacks``.
+    """
+
+    def __init__(self, tensors: TensorSource, prefix: str, left_out: Collection[int]):
+        self._tensors, (before, behind) = tensors, prefix.split("{}")
+        block = re.compile(re.escape(before) + r"(\d+)" + re.escape(behind))
+
+        def renamed(names: Iterable[str]) -> dict[str, str]:
+            blocks = {name: int(match[1]) for name in names if (match := block.match(name))}
+            new = {old: old - sum(each < old for each in left_out) for old in blocks.values() if old not in left_out}
+            return {
+                name if old is None else block.sub(f"{before}{new[old]}{behind}", name, 1): name
+                for name in names
+                if (old := blocks.get(name)) is None or old in new
+            }
+
+        self._names = renamed(tensors.names())
+        self.stacks = tuple(sorted(renamed(getattr(tensors, "stacks", ()))))
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._names))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._names[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._tensors.dtype(self._names[name])
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        return self._tensors.read(self._names[name], index)

@@ -1,0 +1,129 @@
+"""Chooses the blocks that the model can be without, by what that does to its predictions.
+
+One block after the other is left out: the one without which ``KL(dense || without)`` of the next-token distribution on the held-out
+windows is smallest, given those that are left out already. Only the blocks that turn the stream least are tried, by
+
+    1 - cos(x_b, x_b+1)        mean over the tokens
+
+of the hidden states before and behind a block, the score by which ShortGPT (Men et al., 2024, arXiv:2403.03853) leaves out blocks.
+A try passes the windows through the blocks behind the one that it leaves out, and no others. All tries of a choice pass through the
+blocks together, so every block is read once for them, and once for the scores.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.distance import window_scores
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.fewer_blocks import kept_blocks, why_unreadable
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model, without_blocks
+from optima_tpu.pipeline.opened import Opened
+from optima_tpu.report.contents import LeftOut
+from optima_tpu.runtime.kept import KeptRecord
+from optima_tpu.runtime.processes import everyones
+
+LEFT_OUT = "left_out.json"
+TRIED = 8
+"""How many blocks are tried for each choice."""
+
+_KEPT = KeptRecord(LEFT_OUT, LeftOut)
+
+
+def read_left_out(directory: Path) -> LeftOut:
+    """The blocks that a run has chosen so far. Every process calls it."""
+    return _KEPT.read(directory) or LeftOut()
+
+
+def write_left_out(directory: Path, chosen: LeftOut) -> None:
+    """Keeps what was chosen so far: a stopped run goes on behind it."""
+    _KEPT.write(directory, chosen)
+
+
+def kept_by(opened: Opened) -> tuple[int, ...]:
+    """The indices of the dense model's blocks that a run keeps. Until they are chosen, others stand for those that it leaves out."""
+    blocks, chosen = range(opened.model.decoder.config.blocks), read_left_out(opened.directory).blocks
+    others = (index for index in reversed(blocks) if index not in chosen)
+    return kept_blocks(len(blocks), (*chosen, *itertools.islice(others, opened.config.cut.blocks - len(chosen))))
+
+
+def pruned_model(opened: Opened) -> Model:
+    """The model whose blocks a run prunes: the dense one, without the blocks that the run leaves out."""
+    kept = kept_by(opened)
+    return without_blocks(opened.model, [index for index in range(opened.model.decoder.config.blocks) if index not in kept])
+
+
+def choose_block(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIED) -> LeftOut:
+    """The blocks that are left out, and the one whose loss changes the predictions least beside them.
+
+    The hosts hold the hidden states of the windows before each block.
+
+    Args:
+      model: the dense one.
+      tokens: [windows, length] int32, held out.
+      before: the blocks that are left out already.
+      tried: how many blocks are tried.
+
+    Raises:
+      UserError: no predictions are finite, or without any other block config.json does not describe those that are left.
+    """
+    decoder, config = model.decoder, model.pretrained.config
+    everything, left = range(decoder.config.blocks), kept_blocks(decoder.config.blocks, before.blocks)
+    dense = decoder.embed(tokens)
+    _through(decoder, everything, dense)
+    hidden, entering, turns = decoder.embed(tokens), list[Activations](), list[float]()
+    for index, parameters in zip(left, decoder.blocks(left)):
+        entering.append(hidden.copy())
+        decoder.apply(index, parameters, hidden)
+        turns.append(_turn(entering[-1], hidden))
+    least = (left[place] for place in np.argsort(turns, kind="stable"))
+    readable = (index for index in least if not why_unreadable(config, (*before.blocks, index)))
+    tries = {index: entering[left.index(index)] for index in sorted(itertools.islice(readable, tried))}
+    if not tries:
+        raise UserError(
+            f"expected cut.blocks of at most {len(before.blocks)}, since config.json describes no model without another block, got more"
+        )
+    del entering
+    behind = [index for index in left if index > min(tries)]
+    for index, parameters in zip(behind, decoder.blocks(behind)):
+        for without, stream in tries.items():
+            if without < index:
+                decoder.apply(index, parameters, stream)
+    head, predictions = decoder.head(), tokens.shape[1] - 1
+    divergences = {
+        without: float(window_scores((head, head), (dense, stream), tokens, decoder.batch).kl.mean(dtype=np.float64))
+        / predictions
+        for without, stream in tries.items()
+    }
+    finite = [without for without in tries if np.isfinite(divergences[without])]
+    if not finite:
+        raise UserError(
+            f"the predictions are not finite without any of the blocks {', '.join(map(str, tries))}: {decoder.overflowed}"
+        )
+    best = min(finite, key=lambda without: (divergences[without], without))
+    return LeftOut((*before.blocks, best), (*before.divergences, divergences[best]))
+
+
+def _through(decoder: Decoder, blocks: Sequence[int], hidden: Activations) -> None:
+    for index, parameters in zip(blocks, decoder.blocks(blocks)):
+        decoder.apply(index, parameters, hidden)
+
+
+def _turn(before: Activations, behind: Activations) -> float:
+    """How far a block turns the hidden states of a token: 1 - cos, mean over all tokens of all processes."""
+    found = np.array([_turns(*states) for states in zip(before.values, behind.values)])
+    whole = np.empty(len(before))
+    for theirs, part in everyones((before.rows, found)):  # processes may hold the same windows, with equal values
+        whole[theirs] = part
+    return float(whole.mean())
+
+
+def _turns(before: np.ndarray, behind: np.ndarray) -> float:
+    """The same over the tokens of a window, [length, d_model]."""
+    first, second = (states.astype(np.float32) for states in (before, behind))
+    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    return float(1 - np.mean(np.sum(first * second, axis=-1) / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float64))

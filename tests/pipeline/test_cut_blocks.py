@@ -1,0 +1,212 @@
+"""Blocks are left out by what that does to the predictions, and the walk goes on toward the dense model of all blocks."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from optima_tpu.config.run_config import CutStructures, RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.model import open_evaluated
+from optima_tpu.evaluate.perplexity import perplexity
+from optima_tpu.launch import main
+from optima_tpu.method.patterns import NM
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Imported, Wanda
+from optima_tpu.method.solvers import CG
+from optima_tpu.method.targets import DenseTarget
+from optima_tpu.models.checkpoints.source import Pretrained
+from optima_tpu.models.decoder import Decoder, head_logits
+from optima_tpu.models.model import Model, without_blocks
+from optima_tpu.pipeline import cut_blocks
+from optima_tpu.pipeline.calibrate import groups_of_blocks
+from optima_tpu.pipeline.cut_blocks import choose_block
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.repair import verified
+from optima_tpu.pipeline.walk import Streams, Walk, WholeDense, _pass_left_out, prune_block
+from optima_tpu.report.contents import LeftOut
+from optima_tpu.runtime.processes import fetch
+from tests.support.meshes import mesh
+from tests.support.runs import SMALL, assert_same_weights, folder_tensors, only_error
+from tests.support.tiny_models import tiny_folder, tiny_llama
+
+TOKENS = np.random.default_rng(1).integers(0, 64, (6, 24)).astype(np.int32)
+
+
+def dense_model(shape=(1, 1), blocks=5) -> Model:
+    config, source = tiny_llama(num_hidden_layers=blocks)
+    assets = {"config.json": (json.dumps(config.to_diff_dict() | {"architectures": config.architectures})).encode()}
+    return Model(Pretrained(config, source, assets, "", ""), Decoder.open(config, source, mesh(*shape), batch=2))
+
+
+def divergence(model: Model, left_out: tuple[int, ...]) -> float:
+    """``KL(dense || without)`` of a prediction, from the logits of the two whole models in float64."""
+    both = [model.decoder, without_blocks(model, left_out).decoder]
+    p, q = (log_probabilities(each) for each in both)
+    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)[:, :-1]))
+
+
+def log_probabilities(decoder: Decoder) -> np.ndarray:
+    hidden, blocks = decoder.embed(TOKENS), range(decoder.config.blocks)
+    for index, parameters in zip(blocks, decoder.blocks(blocks)):
+        decoder.apply(index, parameters, hidden)
+    batches = hidden.batches(2)
+    logits = np.concatenate([fetch(head_logits(decoder.head(), each.hidden))[each.there] for each in batches]).astype(np.float64)
+    return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_the_choice_is_that_of_brute_force_one_block_after_the_other(shape):
+    model, chosen = dense_model(shape), LeftOut()
+    for _ in range(3):
+        tried = [(*chosen.blocks, index) for index in range(5) if index not in chosen.blocks]
+        by_force = {left_out: divergence(model, left_out) for left_out in tried}
+        chosen = choose_block(model, TOKENS, chosen)
+        best = min(by_force, key=by_force.__getitem__)
+        assert chosen.blocks == best and abs(chosen.divergences[-1] - by_force[best]) < 1e-5 * by_force[best]
+
+
+def test_only_the_blocks_that_turn_the_stream_least_are_tried():
+    model = dense_model()
+    (first,) = choose_block(model, TOKENS, LeftOut(), tried=1).blocks
+    hidden, turns = model.decoder.embed(TOKENS), []
+    for index, parameters in zip(range(5), model.decoder.blocks(range(5))):
+        before = hidden.values.copy()
+        model.decoder.apply(index, parameters, hidden)
+        norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(hidden.values, axis=-1)
+        turns.append(1 - np.mean(np.sum(before * hidden.values, axis=-1) / norms))
+    assert first == np.argmin(turns)
+
+
+def test_the_dense_stream_passes_what_the_pruned_stream_skips():
+    """So a block behind is fitted toward the dense model's own output."""
+    model, left_out = dense_model(), (0, 1, 3)
+    decoder = without_blocks(model, left_out).decoder
+    walk = Walk(
+        decoder,
+        Recipe(NM(2, 4), Wanda(), CG(), target=DenseTarget(alpha=1.0)),
+        groups_of_blocks(decoder),
+        4,
+        whole=WholeDense(model.decoder, (2, 4)),
+    )
+    streams, expected = Streams(decoder.embed(TOKENS), decoder.embed(TOKENS)), model.decoder.embed(TOKENS)
+    whole = model.decoder.blocks(range(5))
+    for index, parameters in zip(range(2), decoder.blocks(range(2))):
+        _pass_left_out(walk, index, streams.dense)
+        prune_block(walk, index, parameters, streams)
+        for block in [range(3), range(3, 5)][index]:
+            model.decoder.apply(block, next(whole), expected)
+        np.testing.assert_array_equal(streams.dense.values, expected.values)
+        assert np.abs(streams.pruned.values - expected.values).max() > 0.01
+
+
+WORDS = ["--preset", "fast", "--mesh", "4x2", "--cut.blocks", "2", "--target", "dense"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(words of the command without its output, directory) of a run that nothing stopped."""
+    root = tmp_path_factory.mktemp("cut")
+    words = ["--model", str(tiny_folder(root / "model", num_hidden_layers=5)), *WORDS, "--pattern", "2:4", *SMALL]
+    assert main([*words, "--output", str(root / "run")]) == 0
+    return words, root / "run"
+
+
+def test_a_run_says_everywhere_what_it_left_out(whole_run):
+    _, run = whole_run
+    report, kept = (json.loads((run / name).read_text()) for name in ("report.json", "left_out.json"))
+    assert report["cuts"] == {"blocks": {"left": [3], "total": 5}} and report["left_out"] == kept
+    assert len(set(kept["blocks"])) == len(kept["divergences"]) == 2
+    assert report["model"]["blocks"] == 5 and [block["index"] for block in report["blocks"]] == [0, 1, 2]
+    small, dense = folder_tensors(run / "hf"), folder_tensors(run.parent / "model")
+    weights, left = (sum(weight.size for weight in tensors.values()) for tensors in (dense, small))
+    assert report["removed"] == weights - left and report["model"]["weights"] == weights
+    for name in ("README.md", "optima_tpu.json"):
+        text = (run / "hf" / name).read_text()
+        assert all(str(block) in text for block in kept["blocks"])
+    assert "Blocks left out" in (run / "report.html").read_text()
+    assert not verified(run).damaged
+
+
+@pytest.mark.parametrize("stopped", ["choice", "journal"])
+def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch, stopped):
+    words, expected = whole_run
+    if stopped == "choice":
+        choose = cut_blocks.choose_block
+
+        def once(model, tokens, before):
+            if before.blocks:
+                raise KeyboardInterrupt
+            return choose(model, tokens, before)
+
+        monkeypatch.setattr("optima_tpu.pipeline.stages.choose_block", once)
+    else:
+        save = Journal.save
+
+        def first(journal, index, *rest):
+            save(journal, index, *rest)
+            if index == 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Journal, "save", first)
+    assert main([*words, "--output", str(tmp_path / "run")]) != 0
+    chosen = json.loads((tmp_path / "run" / "left_out.json").read_text())["blocks"]
+    assert len(chosen) == (1 if stopped == "choice" else 2)
+    monkeypatch.undo()
+    assert main([*words, "--output", str(tmp_path / "run")]) == 0
+    assert_same_weights(tmp_path / "run", expected)
+    assert (tmp_path / "run" / "left_out.json").read_bytes() == (expected / "left_out.json").read_bytes()
+
+
+def test_the_exported_model_has_the_perplexity_of_the_run(whole_run):
+    """The checkpoint, which is what the run measured, and the folder are one model."""
+    _, run = whole_run
+    both = [open_evaluated(str(each), mesh(1, 1), None, 2).model.decoder for each in (run, run / "hf")]
+    assert [each.config.blocks for each in both] == [3, 3]
+    assert perplexity(both[0], TOKENS) == perplexity(both[1], TOKENS)
+
+
+def test_a_model_may_be_cut_alone(tmp_path):
+    """With --pattern dense no weight changes and nothing has a mask."""
+    model = tiny_folder(tmp_path / "model", num_hidden_layers=4)
+    words = ["--model", str(model), "--output", str(tmp_path / "run"), "--mesh", "4x2", "--cut.blocks", "2", "--pattern", "dense"]
+    assert main([*words, *SMALL]) == 0
+    dense, small = folder_tensors(model), folder_tensors(tmp_path / "run" / "hf")
+    left_out = json.loads((tmp_path / "run" / "left_out.json").read_text())["blocks"]
+    kept = [index for index in range(4) if index not in left_out]
+    for name, tensor in small.items():
+        old = (
+            name.replace("layers.1.", f"layers.{kept[1]}.")
+            if "layers.1." in name
+            else name.replace("layers.0.", f"layers.{kept[0]}.")
+        )
+        assert tensor.tobytes() == dense[old].tobytes(), name
+    assert not (tmp_path / "run" / "hf" / "pruning_masks.npz").exists()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["weights"] == report["pruned"] == 0 and report["removed"] > 0
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--cut.blocks", "3"], "expected cut.blocks below 3, the blocks of LlamaForCausalLM, got 3"),
+        (["--cut.blocks", "-1"], "expected cut.blocks of at least 0, got -1"),
+        (["--cut.blocks", "many"], "expected cut.blocks to be a whole number, got many; as in --cut.blocks 0"),
+        (
+            ["--cut.blocks", "1", "--calibration.held_out", "0"],
+            "expected calibration.held_out of at least 1 where cut.blocks is 1",
+        ),
+        (["--pattern", "dense"], "expected a layer to prune, but the pattern dense leaves all of them dense"),
+    ],
+)
+def test_what_cannot_be_left_out_is_one_line(words, said, tmp_path, capsys):
+    model = tiny_folder(tmp_path / "model")
+    assert main(["--model", str(model), "--output", str(tmp_path / "run"), *SMALL, *words]) == 2
+    assert said in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_of_the_dense_model_do_not_go_with_fewer_blocks():
+    with pytest.raises(UserError, match="^expected a selector that chooses masks where the model loses 1 block, got imported"):
+        RunConfig("here", cut=CutStructures(1), recipe=dataclasses.replace(Recipe(), selector=Imported("masks")))
