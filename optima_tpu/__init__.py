@@ -13,7 +13,7 @@ The rooms of the package. Each imports only rooms above it in this list:
 - ``evaluate``: perplexity, distance from the dense model, the evaluation harness.
 - ``pipeline``: the run itself: ``run``, the walk over the blocks, the journal; and plans and sweeps of runs.
 - ``api``: the Python interface. Its names can also be imported from here: ``optima_tpu.prune``.
-- ``launch``, ``recover``, ``plan``, ``sweep``, ``export``, ``push``, ``unpack``, ``verify``, ``figures``: the command lines.
+- ``launch``, ``recover``, ``plan``, ``check``, ``sweep``, ``export``, ``push``, ``unpack``, ``verify``, ``figures``: the command lines.
   ``cli``: the command ``optima``, which calls them.
 """
 

@@ -107,7 +107,7 @@ def run(asked: AskedPlan) -> int:
     from optima_tpu.pipeline.plan.topology import local_machine, topology_machine
 
     console = Terminal()
-    model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
+    model, compiling = open_declared(config.model, config.dtype, config.batch, config.family == "general"), not options.no_compile
     machine = (
         topology_machine(options.topology, config.mesh, compiling, options.quick)
         if options.topology

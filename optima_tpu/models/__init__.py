@@ -111,15 +111,18 @@ def family_named(architectures: Iterable[str] | None) -> Family | None:
     return next((family for name in architectures or () for family in FAMILIES.get(name, {}).values()), None)
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Any, by_torch: bool = False) -> Family:
     """The family of a ``transformers`` configuration: the declared one, or one that is made from the model's class in torch.
+
+    Args:
+      by_torch: whether it is made so though one is declared.
 
     Raises:
       UserError: the architecture is not supported, the model type does not belong to it, or the model attends to later tokens.
     """
     names = config.architectures or [type(config).__name__]
     name = next((name for name in names if name in FAMILIES), None)
-    if name is None:
+    if name is None or by_torch:
         refuse_architecture(names, config.model_type)
         return _causal(general.family(config), config)
     if config.model_type not in FAMILIES[name]:

@@ -57,9 +57,18 @@ class Decoder:
     batch: int = 4
 
     @classmethod
-    def open(cls, hf_config: PretrainedConfig, tensors: TensorSource, mesh: Mesh, batch: int = 4) -> "Decoder":
-        """Raises UserError when the architecture, or a setting of it, is not supported."""
-        family = family_of(hf_config)
+    def open(
+        cls, hf_config: PretrainedConfig, tensors: TensorSource, mesh: Mesh, batch: int = 4, general: bool = False
+    ) -> "Decoder":
+        """Opens a model.
+
+        Args:
+          general: whether the model is run by its code in torch though it has a family.
+
+        Raises:
+          UserError: the architecture, or a setting of it, is not supported.
+        """
+        family = family_of(hf_config, general)
         present = set(tensors.names())
         root = next((root for root in family.roots if root + family.embedding in present), family.roots[0])
         return cls(family, root, family.read_config(hf_config), tensors, mesh, batch)

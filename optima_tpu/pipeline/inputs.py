@@ -80,7 +80,7 @@ def open_model_on_mesh(config: RunConfig) -> Model:
 
     def open_here() -> Model:
         pretrained = open_model(config.model, config.dtype)
-        decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
+        decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch, config.family == "general")
         check_checkpoint(decoder)
         return Model(pretrained, decoder)
 
@@ -234,6 +234,7 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
         "held_out": token_digest(ids[fitted:]),
         **({} if texts.distillation is None else {"distillation": token_digest(texts.distillation)}),
         "code": code_version(),
+        **({} if config.family == "declared" else {"family": config.family}),
         **generated_by(config),
     }
     if outside := config.outside_code:  # the same name may stand for other code tomorrow

@@ -71,6 +71,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "optima_tpu.plan",
             opens=lambda asked: asked.config,
         ),
+        "check": Command("compare a model here with torch on one window, and say what would be pruned", "optima_tpu.check"),
         "sweep": Command(
             "run a table of masks x updates x patterns over one model",
             "optima_tpu.sweep",

@@ -18,7 +18,7 @@ from optima_tpu.report.file import REPORT
 from optima_tpu.runtime.records import read_record
 from tests.launch.test_families import HALF, assert_loads, configured, linears_of, pruned, slow_where
 from tests.support.meshes import mesh
-from tests.support.references import GENERAL, tiny
+from tests.support.references import GENERAL, REFERENCES, SIZES, tiny
 from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer
 
@@ -113,3 +113,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits(saved, halved, tmp_path):
     run(config, model=opened(config, (4, 2)))
     whole, again = (folder_tensors(each / "hf") for each in (halved("GPT2LMHeadModel"), tmp_path))
     assert all(np.array_equal(again[name].view(np.uint8), array.view(np.uint8)) for name, array in whole.items())
+
+
+# A Gemma 3 has windows in some blocks, norms of queries and keys, and a scaled embedding.
+BOTH = "LlamaForCausalLM", "Gemma3ForCausalLM"
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_both_ways_give_the_same_masks_and_the_same_perplexity(tmp_path, name):
+    reference = next(each for each in REFERENCES if each.model == name)
+    _, model, _ = tiny(reference, next(iter(reference.variants.values())) | SIZES, torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    runs = [pruned(tmp_path / "model", tmp_path / way, (1, 1), family=way, **HALF) for way in ("declared", "general")]
+    reports = [read_record(run / REPORT, Report) for run in runs]
+    masks = [read_masks(run / "hf") for run in runs]
+    assert [report.manifest.get("family") for report in reports] == [None, "general"]
+    assert masks[0].keys() == masks[1].keys()
+    assert np.mean([(masks[0][each] == masks[1][each]).mean() for each in masks[0]]) > 0.999
+    first, second = (report.perplexity for report in reports)
+    assert second.dense == pytest.approx(first.dense, rel=1e-5) and second.pruned == pytest.approx(first.pruned, rel=1e-4)

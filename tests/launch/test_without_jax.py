@@ -80,6 +80,8 @@ REFUSED = [
     ["export", "a"],
     ["push", "a"],
     ["unpack", "a"],
+    ["check", "nowhere"],
+    ["check", "configs", "--length", "1"],
     ["verify", "nowhere"],
     ["verify", "configs"],
     ["figures", "layer-errors", "a", "--output", "nowhere.txt"],

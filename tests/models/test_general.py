@@ -108,7 +108,9 @@ def test_the_output_of_attention_is_known_by_the_layer_that_reads_it(reference):
 def test_without_torchax_the_refusal_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchax" else find(name))
-    with pytest.raises(UserError, match="^a GPT2LMHeadModel has no family of its own .* torchax: pip install 'optima-tpu.any.'$"):
+    with pytest.raises(
+        UserError, match="^a GPT2LMHeadModel without a family of its own .* torchax: pip install 'optima-tpu.any.'$"
+    ):
         family_of(named("GPT2LMHeadModel").configuration({}))
 
 

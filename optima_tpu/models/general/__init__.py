@@ -7,10 +7,13 @@ import collections
 import importlib.util
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Family, Stack
+
+if TYPE_CHECKING:
+    from optima_tpu.models.general.against_torch import Agreement
 
 _GPT2 = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -29,11 +32,7 @@ def family(config: Any) -> Family:
       UserError: torch or torchax is not installed, or the model does not fit: says why.
     """
     name = (config.architectures or [type(config).__name__])[0]
-    if missing := [each for each in NEEDED if importlib.util.find_spec(each) is None]:
-        raise UserError(
-            f"a {name} has no family of its own here and is run by its code in transformers, which needs {' and '.join(missing)}: "
-            "pip install 'optima-tpu[any]'"
-        )
+    _need(f"a {name} without a family of its own here is run by its code in transformers")
     from optima_tpu.models.general.build import general_family
 
     stored = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPUTED}
@@ -43,6 +42,19 @@ def family(config: Any) -> Family:
         while len(_KEPT) > _MOST:
             _KEPT.popitem(last=False)
     return _KEPT[key]
+
+
+def checked(model: str, length: int) -> "Agreement":
+    """Compares a model here with torch, see :func:`optima_tpu.models.general.against_torch.compared`."""
+    _need("a model is compared with its code in transformers")
+    from optima_tpu.models.general.against_torch import compared
+
+    return compared(model, length)
+
+
+def _need(what: str) -> None:
+    if missing := [each for each in NEEDED if importlib.util.find_spec(each) is None]:
+        raise UserError(f"{what}, which needs {' and '.join(missing)}: pip install 'optima-tpu[any]'")
 
 
 _NOT_COMPUTED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version"}

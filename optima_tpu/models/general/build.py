@@ -89,6 +89,7 @@ def general_family(config: Any) -> Family:
       UserError: the model does not fit what a family is; says why.
     """
     shell = Shell(config)
+    _refuse_other_names(shell)
     layers = [_layers(shell, index) for index in range(len(shell.blocks))]
     alike = _alike(shell, layers)
     kinds = sorted(set(alike))
@@ -121,8 +122,8 @@ def general_family(config: Any) -> Family:
         embedding=shell.embedding.removeprefix(shell.root),
         embedding_extras=lambda config: shapes,
         embed=embed,
-        head=shell.head,
-        head_bias=shell.head.replace("weight", "bias"),
+        head=shell.stored_as(shell.head),
+        head_bias=shell.stored_as(shell.head.replace("weight", "bias")),
         attended=attended,
         ignored=_ignored(shell),
         note=_note(shell, linears),
@@ -256,6 +257,14 @@ def _random_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         return row.as_strided(tuple(shape), (1,) * len(shape))
 
     return {name: made(tensor.shape) for name, tensor in stored(module).items()}
+
+
+def _refuse_other_names(shell: Shell) -> None:
+    """Only the head may have another name in a checkpoint: the rest of the program finds tensors by the names of modules."""
+    heads = {shell.head, shell.head.replace("weight", "bias")}
+    for name, _ in shell.model.named_parameters():
+        if name not in heads and (other := shell.stored_as(name)) != name:
+            raise shell.refusal(f"its {name} is called {other} in a checkpoint")
 
 
 def _note(shell: Shell, linears: Sequence[str]) -> str:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch.utils import _pytree
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from optima_tpu.errors import UserError, one_line
@@ -93,6 +95,19 @@ class Shell:
     def refusal(self, why: str) -> UserError:
         """The error for a model that the general way cannot run."""
         return UserError(f"the general way cannot run a {self.name}: {why}; give a model of another architecture")
+
+    def stored_as(self, name: str) -> str:
+        """The name of a parameter in a checkpoint, from which ``transformers`` makes the module's own when it loads it.
+
+        Raises:
+          UserError: transformers makes the parameter of other tensors.
+        """
+        for change in reversed(get_model_conversion_mapping(self.model, add_legacy=False)):
+            back, matched = change.reverse_transform().rename_source_key(name)
+            if matched is not None and not isinstance(change, WeightRenaming):
+                raise self.refusal(f"its {name} is made of other tensors when transformers loads it")
+            name = back
+        return name
 
     @property
     def head_bias(self) -> bool:

