@@ -255,14 +255,8 @@ def test_a_source_is_written_as_it_is_read(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "tfds:mine",
-        "tfds:@a",
-        "tfds:mine@",
-        "tfds:mine@a?page=1",
-        "hub:name@train",
-        "hub:org/name",
-        "hub:org/name@train[5:]",
-        "hub:org/name@train?split=a",
+        *("tfds:mine", "tfds:@a", "tfds:mine@", "tfds:mine@a?page=1"),
+        *("hub:name@train", "hub:org/name", "hub:org/name@train[5:]", "hub:org/name@train?split=a"),
     ],
 )
 def test_other_texts_are_refused(text):

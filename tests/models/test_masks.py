@@ -300,10 +300,7 @@ def test_npz_files_that_hold_something_else(tmp_path):
         ({}, "got none"),
         ({Q: np.zeros((2, 2, 2))}, r"is float64\[2, 2, 2\]"),
         ({Q: np.array([None])}, r"is object\[1\]"),
-        (
-            {Q: np.zeros((6, 2), np.uint8), f"{Q}.shape": np.array([6, 12]), DOWN: np.eye(2)},
-            rf"holds '{DOWN}' without '{DOWN}.shape'",
-        ),
+        ({Q: np.zeros((6, 2), np.uint8), f"{Q}.shape": np.array([6, 12]), DOWN: np.eye(2)}, rf"'{DOWN}' without '{DOWN}.shape'"),
         ({Q: np.eye(3), f"{Q}.mask": np.eye(3)}, f"two masks for {Q}"),
     ):
         np.savez(tmp_path / "masks.npz", **arrays)

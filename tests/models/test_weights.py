@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gguf
 import ml_dtypes
@@ -149,51 +150,34 @@ def test_the_fingerprint_follows_contents_and_dtype_but_not_the_place(folder, tm
     assert open_model(str(folder)).fingerprint != before
 
 
-def test_a_truncated_shard_is_named(folder):
-    shard = first_shard(folder)
-    shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(UserError, match=f"{shard.name} is truncated or damaged"):
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-5]), "is truncated or damaged"),
+        (lambda shard: shard.write_bytes(b"\xff" * 64), "is truncated or damaged"),
+        (lambda shard: shard.unlink(), "is missing"),
+        (lambda shard: save_file({"other": np.zeros(2, np.float32)}, shard), r"does not hold the tensor model\."),
+    ],
+    ids=["truncated", "header", "missing", "tensor"],
+)
+def test_a_shard_that_is_damaged_or_lacks_something_is_named(folder, damage, said):
+    damage(shard := first_shard(folder))
+    with pytest.raises(UserError, match=f"{shard.name} {said}"):
         open_model(str(folder))
 
 
-def test_a_shard_with_a_broken_header_is_named(folder):
-    shard = first_shard(folder)
-    shard.write_bytes(b"\xff" * 64)
-    with pytest.raises(UserError, match=f"{shard.name} is truncated or damaged"):
-        open_model(str(folder))
-
-
-def test_a_missing_shard_is_named(folder):
-    shard = first_shard(folder)
-    shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is missing"):
-        open_model(str(folder))
-
-
-def test_a_tensor_that_is_only_in_the_index_is_named(folder):
-    shard = first_shard(folder)
-    save_file({"other": np.zeros(2, np.float32)}, shard)
-    with pytest.raises(UserError, match=rf"{shard.name} does not hold the tensor model\."):
-        open_model(str(folder))
-
-
-def test_an_index_may_not_point_out_of_its_folder(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
-    with pytest.raises(UserError, match="not a file of its own folder"):
-        open_model(str(folder))
-
-
-def test_an_index_that_names_pickled_files_says_how_to_convert(folder):
-    index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")}))
-    with pytest.raises(UserError, match="pytorch_model-00001-of-00001.bin, which is no safetensors file: convert"):
-        open_model(str(folder))
-
-
-def test_an_index_that_is_nested_too_deeply_is_damaged(folder):
-    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="index.json: expected JSON, got brackets that are nested too deeply; it is damaged"):
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"weight_map": {"a": "../a.safetensors"}}', "not a file of its own folder"),
+        ('{"weight_map": {"a": "a.bin"}}', "a.bin, which is no safetensors file: convert"),
+        ("[" * 100_000, "index.json: expected JSON, got brackets that are nested too deeply; it is damaged"),
+    ],
+    ids=["outside", "pickled", "nested"],
+)
+def test_an_index_that_names_no_shards_of_its_folder_is_refused(folder, text, said):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=said):
         open_model(str(folder))
 
 
@@ -315,24 +299,21 @@ def test_a_hub_model_offline_says_what_to_do(monkeypatch, tmp_path):
         open_model("org/name")
 
 
+ANSWER = SimpleNamespace(headers={}, request=None)
+
+
 @pytest.mark.parametrize(
-    ("kind", "message"), [(GatedRepoError, "is gated.*hf auth login"), (RepositoryNotFoundError, "no public model")]
+    ("error", "message"),
+    [
+        (GatedRepoError("no", response=ANSWER), "is gated.*hf auth login"),
+        (RepositoryNotFoundError("no", response=ANSWER), "no public model"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "org/name could not be downloaded .*No space left on device"),
+    ],
+    ids=["gated", "unknown", "no space"],
 )
-def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, kind, message):
-    def refuse(*args, **kwargs):
-        raise kind("no", response=SimpleNamespace(headers={}, request=None))
-
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
+def test_a_download_that_fails_is_one_line_that_says_why(monkeypatch, error, message):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(UserError, match=message):
-        open_model("org/name")
-
-
-def test_a_download_that_ends_early_is_one_line(monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(hub, "snapshot_download", full)
-    with pytest.raises(UserError, match="org/name could not be downloaded .*No space left on device"):
         open_model("org/name")
 
 
@@ -473,16 +454,9 @@ def test_a_gguf_file_reads_back_as_the_model_it_was_made_from(tmp_path, kinds):
 def test_the_configuration_of_a_gguf_file_is_the_models(tmp_path):
     write_gguf(tmp_path / "m.gguf", llama_tensors())
     opened = open_model(str(tmp_path / "m.gguf"))
-    assert json.loads(opened.assets["config.json"]) == CONFIG | {
-        "hidden_act": "silu",
-        "max_position_embeddings": 128,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-    }
+    told = {"hidden_act": "silu", "max_position_embeddings": 128, "rope_scaling": None, "attention_bias": False}
+    told |= {"mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    assert json.loads(opened.assets["config.json"]) == CONFIG | told
     assert opened.config.rope_parameters["rope_theta"] == 10000.0
 
 
@@ -527,28 +501,16 @@ def test_llama3_rope_scaling_is_recovered_or_refused(tmp_path):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    theta, scaling = (
-        500000.0,
-        {
-            "rope_type": "llama3",
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    )
+    theta, scaling = 500000.0, {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     changes = {"rope_theta": theta, "rope_scaling": dict(scaling), "max_position_embeddings": 131072}
     config = LlamaConfig(**CONFIG | changes)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     factors = (theta ** (-torch.arange(0, D_HEAD, 2) / D_HEAD) / scaled).numpy().astype(np.float32)
     assert factors[0] == 1 < factors[2] < factors[3] == 32  # all three regimes are there
     for name, values in (("a", factors), ("b", np.full_like(factors, 3))):
-        write_gguf(
-            tmp_path / f"{name}.gguf",
-            llama_tensors(),
-            theta=theta,
-            extra=lambda writer, values=values: writer.add_tensor("rope_freqs.weight", values),
-        )
+        extra = functools.partial(lambda values, writer: writer.add_tensor("rope_freqs.weight", values), values)
+        write_gguf(tmp_path / f"{name}.gguf", llama_tensors(), theta=theta, extra=extra)
     assert json.loads(open_model(str(tmp_path / "a.gguf")).assets["config.json"])["rope_scaling"] == scaling
     with pytest.raises(UserError, match="rope_freqs.weight"):
         open_model(str(tmp_path / "b.gguf"))
