@@ -59,10 +59,8 @@ def refusal(capsys, *argv) -> str:
 
 def test_layer_errors_are_those_of_the_reports(tmp_path):
     reports = {"wanda + cg": layers(1), "wanda + mpax": layers(2)}
-    runs = [
-        write_run(tmp_path / "a", WANDA_CG, reports["wanda + cg"]),
-        write_run(tmp_path / "b", WANDA_MPAX, reports["wanda + mpax"]) / "report.json",
-    ]
+    runs = [write_run(tmp_path / "a", WANDA_CG, reports["wanda + cg"])]
+    runs.append(write_run(tmp_path / "b", WANDA_MPAX, reports["wanda + mpax"]) / "report.json")
     figure = figures.layer_errors(curves.layer_errors(runs))
     assert [axes.get_title() for axes in figure.axes] == [name.partition(".")[2] for name in NAMES]
     for axes, name in zip(figure.axes, NAMES, strict=True):
@@ -97,10 +95,8 @@ def test_runs_over_other_runs_compare_final_errors(tmp_path):
     runs = {name: write_run(tmp_path / name, configs[name], reports[name]) for name in "abc"}
     data = curves.layer_errors([runs["a"], runs["b"]], [runs["c"]])
     assert list(data.runs) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + none"]
-    assert list(curves.layer_errors([runs["a"], runs["b"]], [runs["c"], runs["a"]]).runs) == [
-        "wanda + cg / wanda + none",
-        "wanda + mpax / wanda + cg",
-    ]
+    compared = curves.layer_errors([runs["a"], runs["b"]], [runs["c"], runs["a"]])
+    assert list(compared.runs) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + cg"]
     line = data.runs["wanda + mpax / wanda + none"]["mlp.up_proj"]
     pairs = [pair for pair in zip(reports["b"], reports["c"], strict=True) if pair[0].name == "mlp.up_proj"]
     assert line.calibration == [mine.error_after / other.error_after for mine, other in pairs]
@@ -115,12 +111,8 @@ def test_a_layer_that_is_pruned_in_some_blocks_is_drawn_there(tmp_path):
 
 
 def test_experts_of_a_block_are_one_point_their_mean(tmp_path):
-    own = [
-        structs.replace(layer, name=f"mlp.experts.{expert}.up_proj")
-        for expert in range(3)
-        for layer in layers(expert)
-        if layer.name == "mlp.up_proj"
-    ]
+    ups = [(expert, layer) for expert in range(3) for layer in layers(expert) if layer.name == "mlp.up_proj"]
+    own = [structs.replace(layer, name=f"mlp.experts.{expert}.up_proj") for expert, layer in ups]
     own[3] = structs.replace(own[3], error_before=0.0, error_after=0.0)  # the second expert in the first block
     lines = curves.layer_errors([write_run(tmp_path / "a", reports=own)]).runs["wanda + cg"]
     assert list(lines) == ["mlp.experts.*.up_proj"]

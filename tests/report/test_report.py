@@ -99,14 +99,8 @@ def test_numbers_have_three_significant_digits_and_few_zeros(value, text):
 
 
 def test_percent_and_duration():
-    assert [percent(share) for share in (0, 0.5, 0.07123, 1e-6, 1e-9, 1)] == [
-        "0%",
-        "50.0%",
-        "7.12%",
-        "0.000100%",
-        "< 0.00001%",
-        "100%",
-    ]
+    shares = {0: "0%", 0.5: "50.0%", 0.07123: "7.12%", 1e-6: "0.000100%", 1e-9: "< 0.00001%", 1: "100%"}
+    assert {share: percent(share) for share in shares} == shares
     times = (0.4, 7, 59.7, 725, 3599.7, 3723)
     assert [hms(seconds) for seconds in times] == ["0:00", "0:07", "1:00", "12:05", "1:00:00", "1:02:03"]
     assert [duration(seconds) for seconds in times] == ["0 s", "7 s", "1:00 min", "12:05 min", "1:00:00 h", "1:02:03 h"]
@@ -133,16 +127,8 @@ def test_summary_by_layer_kind():
 
 
 def test_experts_that_no_token_reached_are_in_no_mean():
-    seen = layer(
-        error_before=0.2,
-        error_after=0.1,
-        tokens=9,
-        held_out_before=0.4,
-        held_out_after=0.3,
-        dense_before=0.5,
-        dense_after=0.4,
-        dense_drift=0.2,
-    )
+    errors = dict(error_before=0.2, error_after=0.1, held_out_before=0.4, held_out_after=0.3)
+    seen = layer(**errors, tokens=9, dense_before=0.5, dense_after=0.4, dense_drift=0.2)
     unseen, never = structs.replace(layer(tokens=9), error_before=0.4, error_after=0.3), layer(error_after=0.9, tokens=0)
     (kind,) = summary.by_kind([BlockReport(0, 1.0, (seen, unseen, never))])
     assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
@@ -223,9 +209,8 @@ def test_a_resumed_walk_does_not_count_the_blocks_it_skips(clock):
     walk(Progress(out, clock), clock, first=1)
     lines = [line for line in out.file.getvalue().splitlines() if "sparsity" in line]
     assert len(lines) == 3
-    assert lines[1].endswith(
-        "block 2 (3 of 4): calibration error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning"
-    )
+    told = "block 2 (3 of 4): calibration error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning"
+    assert lines[1].endswith(told)
 
 
 def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
@@ -236,12 +221,9 @@ def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
         progress.block(index, 30)
         clock.now += seconds
         progress.advance()
-    assert [line.partition(" of 30): ")[2] for line in out.file.getvalue().splitlines()[2:]] == [
-        "10.0 s",
-        "2.0 s, about 56 s left for pruning",
-        "4.0 s, about 1:21 min left for pruning",
-        "4.0 s, about 1:44 min left for pruning",
-    ]
+    left = ["2.0 s, about 56 s", "4.0 s, about 1:21 min", "4.0 s, about 1:44 min"]
+    told = [line.partition(" of 30): ")[2] for line in out.file.getvalue().splitlines()[2:]]
+    assert told == ["10.0 s", *(f"{each} left for pruning" for each in left)]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -292,11 +274,8 @@ def test_on_a_terminal_a_bar_shows_step_layer_and_time_left(clock):
         progress.layer(layer(2))
         progress._bars.refresh()
         text = out.file.getvalue()
-    for words in (
-        "2/4",
-        "about 20 s left for pruning",
-        "block 2 self_attn.q_proj: calibration error 12.3% -> 5.00%, sparsity 50.0%",
-    ):
+    solved = "block 2 self_attn.q_proj: calibration error 12.3% -> 5.00%, sparsity 50.0%"
+    for words in ("2/4", "about 20 s left for pruning", solved):
         assert words in text
 
 
@@ -451,13 +430,8 @@ def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
     assert "dense 29.19, pruned 48.35, 1.66 times, worse, on pydoc, 40 windows of 512" in text
     assert "50.0% of the 200 weights in 4 matrices" in text
     assert "1.50 GiB on the host" in text
-    for words in (
-        "block 0 mlp.down_proj (7 inputs)",
-        "block 1 self_attn.q_proj (3 rows)",
-        "block 1 mlp.down_proj (2 rows)",
-        "record  runs/x/report.json",
-        "in percent of the output's energy",
-    ):
+    named = ("block 0 mlp.down_proj (7 inputs)", "block 1 self_attn.q_proj (3 rows)", "block 1 mlp.down_proj (2 rows)")
+    for words in (*named, "record  runs/x/report.json", "in percent of the output's energy"):
         assert words in text
 
 
@@ -515,11 +489,8 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 
 def test_a_perplexity_of_308_digits_is_shown_with_an_exponent():
-    assert (
-        number(math.exp(709), 4) == "8.218e307"
-        and number(999999999999999.0) == "999999999999999"
-        and number(None) == "not finite"
-    )
+    assert number(math.exp(709), 4) == "8.218e307" and number(None) == "not finite"
+    assert number(999999999999999.0) == "999999999999999"
 
 
 @pytest.mark.parametrize("text", ["[/bold]", "[link=file:///x]here[/link]", ":smile:", "a\x1b[31mred\rb"])
