@@ -9,7 +9,7 @@ from optima_tpu.config.run_config import CutStructures, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
-from optima_tpu.models.checkpoints.fewer_blocks import Renumbered, settings_without, why_unreadable
+from optima_tpu.models.checkpoints.fewer_blocks import Renumbered, refuse_uncuttable, settings_without, why_unreadable
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.pipeline.inputs import on_model
@@ -178,6 +178,14 @@ def test_blocks_that_cannot_be_left_out_are_refused_before_anything_is_computed(
         on_model(run, config)
     assert str(refused.value) == said
     on_model(RunConfig(model="here"), config)
+
+
+def test_a_model_that_runs_by_its_own_code_is_refused_by_name():
+    config = transformers.GPT2Config(architectures=["GPT2LMHeadModel"])
+    with pytest.raises(
+        UserError, match="^expected a model of a family of this program where cut.blocks is 1, got GPT2LMHeadModel, "
+    ):
+        refuse_uncuttable(CutStructures(1), config)
 
 
 @pytest.fixture(scope="module")

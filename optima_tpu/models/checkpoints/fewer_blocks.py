@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from optima_tpu.config.run_config import CutStructures
 from optima_tpu.errors import UserError
-from optima_tpu.models import family_of
+from optima_tpu.models import family_named, family_of
 from optima_tpu.models.checkpoints.source import Index, TensorSource, read_config
 from optima_tpu.models.family import DecoderConfig
 
@@ -78,11 +78,17 @@ def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
     """Reads config.json as it will be without each of the blocks.
 
     Raises:
-      UserError: no block would be left, or without most blocks another one would be read as something else.
+      UserError: the model has no family of this program, no block would be left, or without most blocks another one would be read as something else.
     """
     if not cut.blocks:
         return
-    blocks, named = family_of(model).read_config(model).blocks, ", ".join(model.architectures or [model.model_type])
+    named = ", ".join(model.architectures or [model.model_type])
+    if family_named(model.architectures) is None:
+        raise UserError(
+            f"expected a model of a family of this program where cut.blocks is {cut.blocks}, got {named}, which runs by its own code in "
+            "torch and names its blocks in ways of its own; leave out cut.blocks"
+        )
+    blocks = family_of(model).read_config(model).blocks
     if cut.blocks >= blocks:
         raise UserError(f"expected cut.blocks below {blocks}, the blocks of {named}, got {cut.blocks}")
     whys = {index: why for index in range(blocks) if (why := why_unreadable(model, (index,)))}

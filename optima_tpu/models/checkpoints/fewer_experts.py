@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
-from optima_tpu.models.checkpoints.cuts import with_settings
+from optima_tpu.models.checkpoints.fewer_blocks import with_settings
 from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
 from optima_tpu.models.experts import MixtureConfig
 from optima_tpu.models.family import ExpertNames

@@ -15,7 +15,8 @@ from optima_tpu.config.model_spec import is_hub_id, refuse_missing
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Pattern, WholeInputs
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
-from optima_tpu.models.checkpoints.cuts import cuts_of, with_settings
+from optima_tpu.models.checkpoints.cuts import cuts_of
+from optima_tpu.models.checkpoints.fewer_blocks import with_settings
 from optima_tpu.models.checkpoints.folder import assets_in
 from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
