@@ -27,7 +27,8 @@ class Recipe(Bounded):
         that the published selector compares, 2:4 keeps 2 of every 4, 2:4@128 keeps 2 of every 4 inputs that lie 128 apart.
         0.25/neuron cuts a quarter of the neurons of every MLP and leaves the other layers dense, so that the exported model is
         smaller; 0.25/input prunes whole inputs of every layer. Both keep a multiple of 128, or with @64 behind, of 64. 0.33/head
-        cuts a third of the heads of attention, each key-value head with its queries.
+        cuts a third of the heads of attention, each key-value head with its queries. dense prunes nothing, for a model that loses
+        whole blocks alone.
         A pattern of your own is named by its import path and options: my_lab.patterns:Comb?every=3.
       layers: rules for layers with another pattern: PATH=PATTERN or PATH=dense, separated by commas; the last rule that matches
         holds. "self_attn.*=dense" leaves attention dense, "model.layers.0.*=0.3" prunes the first block less.
