@@ -21,10 +21,15 @@ class DeclaredKind(TypedDict, total=False):
     model_type: str
 
 
-class Declared(DeclaredKind, total=False):
+class DeclaredStorage(DeclaredKind, total=False):
+    """How the weights are stored."""
+
     dtype: str | None
     torch_dtype: str | None
     quantization_config: dict[str, Any] | None
+
+
+class Declared(DeclaredStorage, total=False):
     num_hidden_layers: _Blocks
     layer_types: Annotated[list[str], msgspec.Meta(max_length=1 << 11)] | None
     hidden_size: _Width

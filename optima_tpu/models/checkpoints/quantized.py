@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from optima_tpu.models.checkpoints import compressed_tensors
-from optima_tpu.models.checkpoints.declared import Declared
+from optima_tpu.models.checkpoints.declared import DeclaredStorage
 from optima_tpu.models.checkpoints.mxfp4 import Mxfp4Source
 from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.runtime.records import parse_record
@@ -28,7 +28,8 @@ def without_quantization(config: bytes, where: str) -> tuple[bytes, Reader]:
     Raises:
       UserError: the file is damaged, or the weights are stored in a way of compressed-tensors that is not read.
     """
-    record: dict[str, Any] = dict(parse_record(config, Declared, f"{where}: config.json", "check the file, or download it again"))
+    remedy = "check the file, or download it again"
+    record: dict[str, Any] = dict(parse_record(config, DeclaredStorage, f"{where}: config.json", remedy))
     said = record.get("quantization_config") or {}
     if (method := str(said.get("quant_method"))) not in _READERS:
         return config, lambda stored: stored

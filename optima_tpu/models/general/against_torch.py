@@ -50,7 +50,7 @@ def compared(model: str, length: int) -> Agreement:
             check_checkpoint(decoder)
             if way == "family" and not decoder.config.generates:
                 continue
-            apart = float(np.abs(_logits(decoder, tokens.astype(np.int32)) - expected).max() / np.abs(expected).max())
+            apart = float(np.abs(logits(decoder, tokens.astype(np.int32)) - expected).max() / np.abs(expected).max())
         except UserError as error:
             lines.append(f"{way:<12} refused: {error}")
             continue
@@ -71,7 +71,8 @@ def _torch_logits(folder: Path, name: str, tokens: np.ndarray) -> np.ndarray:
         return model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.numpy()
 
 
-def _logits(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
+def logits(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """The logits [windows, length, vocab] of tokens."""
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         decoder.apply(index, parameters, hidden)
