@@ -150,6 +150,8 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
         elif value["name"] == chosen[setting]:
             base[setting] = base[setting] | value
 
+    said = {name: getattr(early, name) or document.get(name) or base[name] for name in ("pattern", "layers")}
+    base["solver"] = _damped(base["solver"], said)
     parser = _parser(chosen, base)
     types = kinds(RunConfig, chosen)
     names = {f"{setting}.name" for setting in chosen}
@@ -194,6 +196,22 @@ def _made(settings: type, chosen: Mapping[str, str], values: Mapping[str, Any]) 
         options = {name: f"{setting}.{name}" for name in fields(cls)}
         made[setting] = cls(**{name: values[dotted] for name, dotted in options.items() if dotted in values})
     return made
+
+
+def _damped(options: Any, said: Mapping[str, Any]) -> Any:
+    """A solver's default options, with at least the damping of the patterns if the solver has some of its own.
+
+    Args:
+      said: the texts of ``pattern`` and ``layers``, as far as they are settings.
+    """
+    if not isinstance(options, dict) or not options.get("damping"):
+        return options
+    try:
+        rules = parse_layers(str(said.get("layers") or ""))
+        patterns = [parse_pattern(str(said.get("pattern", "0.5"))), *(rule.pattern for rule in rules if rule.pattern)]
+    except UserError:  # it is raised again where the settings are read
+        return options
+    return options | {"damping": max(options["damping"], *(pattern.damping for pattern in patterns))}
 
 
 def _parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
@@ -325,6 +343,7 @@ def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
             name = settings[setting]["name"]
             # The defaults of the user's own class are in its code, which is not imported where only a record names it.
             defaults[setting] = default_options(setting, name) if name in CHOICES[setting] else {}
+    defaults["solver"] = _damped(defaults["solver"], settings)
     default = flat(defaults)
     return {key: value for key, value in flat(settings).items() if value != default.get(key)}
 
@@ -411,6 +430,8 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", action="append")
     parser.add_argument("--model")
     parser.add_argument("--preset")
+    parser.add_argument("--pattern")
+    parser.add_argument("--layers")
     for setting in CHOICES:
         parser.add_argument(f"--{setting}.name", dest=setting)
     try:

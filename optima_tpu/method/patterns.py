@@ -43,10 +43,12 @@ class Pattern(abc.ABC):
         or matrix.
       free: whether the pruned weights may be anywhere in a comparison group, so that sparsities can be allocated to blocks.
       sparsity: the share of weights that are pruned.
+      damping: the least damping of the objective where the person names none and the solver has some of its own.
     """
 
     group: str = "row"
     free: ClassVar[bool] = False
+    damping: ClassVar[float] = 0.0
     sparsity: float = math.nan
 
     @property
@@ -404,6 +406,8 @@ class WholeInputs(Pattern):
 
     group = "layer"
     word: ClassVar[str] = "input"
+    # All rows lose the same inputs: what stays moves much further than behind masks, and fits the calibration tokens too well.
+    damping: ClassVar[float] = 0.3
 
     sparsity: float = 0.25
     multiple: int = MULTIPLE

@@ -13,7 +13,7 @@ import pytest
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.names import ALIASES, ELSEWHERE
-from optima_tpu.config.parse import configure, dump, flags, on_preset, parse
+from optima_tpu.config.parse import chosen_run, configure, dump, flags, on_preset, parse
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import EMBEDDED, Calibration, CutStructures, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import check_sources
@@ -22,7 +22,7 @@ from optima_tpu.method.acceptance import PerLayer, PerRow
 from optima_tpu.method.allocation import OWL
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.mask_swaps import Swaps
-from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.patterns import NM, Heads, Neurons, Unstructured
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
@@ -113,6 +113,27 @@ def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
         parse([*argv, "--help"])
     told = re.search(r"--solver.damping X .*?\(default: (.*?)\)", " ".join(capsys.readouterr().out.split()))
     assert float(told[1]) == damping
+
+
+@pytest.mark.parametrize(
+    "argv, damping",
+    [
+        (["--pattern", "0.25/neuron"], Neurons.damping),
+        (["--pattern", "2:4", "--layers", "*=0.33/head"], Heads.damping),
+        (["--pattern", "0.25/input", "--solver.damping", "0.01"], 0.01),
+        (["--pattern", "0.25/neuron", "--preset", "paper"], 0.0),
+        (["--pattern", "0.25/neuron", "--preset", "best", "--refine", "null"], 0.3),
+        (["--pattern", "2:4"], 0.01),
+    ],
+)
+def test_whole_inputs_take_more_damping_unless_somebody_says_otherwise(argv, damping, file):
+    argv = argv if "--preset" in argv else [*argv, "--preset", "fast"]
+    config = parse(argv)
+    assert config.recipe.damping == damping
+    assert parse(flags(config)) == parse(["--config", file(dump(config))]) == config
+    settings = dict(zip((word[2:] for word in argv[::2]), argv[1::2]))
+    damped = {"solver": {"damping": float(settings.pop("solver.damping"))}} if "solver.damping" in settings else {}
+    assert chosen_run(settings | damped) == config
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ class Solver(Method, abc.ABC):
 
     Attributes:
       damping: ridge of the objective that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. With 0, a
-        nearly singular layer fits the calibration set with huge weights and ruins the model.
+        nearly singular layer fits the calibration set with huge weights and ruins the model. Where whole inputs, neurons or heads
+        are pruned, a solver with damping of its own takes at least 0.3 unless you say otherwise.
       changes_masks: whether the solver returns new masks, ``Solution.keep``.
     """
 
