@@ -31,7 +31,12 @@ class Comparison(NamedTuple):
 
 
 def distance(
-    dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None, per_block: bool = False
+    dense: Decoder,
+    pruned: Decoder,
+    tokens: np.ndarray,
+    advance: Callable[[], None] = lambda: None,
+    per_block: bool = False,
+    left_out: int = 0,
 ) -> Comparison:
     """Measures the distance between two models, block by block, and their perplexities.
 
@@ -44,20 +49,27 @@ def distance(
       advance: called after every block, and after every batch of the head.
       per_block: apply the head to the stream after every block, not only after the last one. This usually costs more time than
         the blocks themselves.
+      left_out: how many blocks the pruned model is without. Then the streams are compared behind the last block alone.
 
     Raises:
       UserError: the models differ in depth, width or vocabulary; or the output of one is not finite. The message then names the
         first layer whose input is not finite.
     """
-    check_same_shape(dense, pruned)
-    models, count = (dense, pruned), dense.config.blocks
+    check_same_shape(dense, pruned, left_out)
+    if left_out and per_block:
+        raise UserError(
+            f"expected a model of all blocks where --per_block compares them, got one without {left_out}; leave it out"
+        )
+    models, count = (dense, pruned), pruned.config.blocks
     streams = [model.embed(tokens) for model in models]
+    for index, parameters in zip(range(left_out), dense.blocks(range(left_out))):
+        dense.apply(index, parameters, streams[0])
     squares = np.empty((count, len(streams[0].rows), 2))  # float64
     heads: tuple[Head, Head] | None = None
     scores = []
-    for index, blocks in enumerate(zip(*(model.blocks(range(count)) for model in models))):
-        for model, parameters, stream in zip(models, blocks, streams):
-            model.apply(index, parameters, stream)
+    for index, blocks in enumerate(zip(dense.blocks(range(left_out, dense.config.blocks)), pruned.blocks(range(count)))):
+        for model, parameters, stream, place in zip(models, blocks, streams, (left_out + index, index)):
+            model.apply(place, parameters, stream)
         squares[index] = _squares(*streams)
         advance()
         if per_block or index == count - 1:
@@ -75,7 +87,7 @@ def distance(
         agreement=agreement,
         agreement_stderr=agreement_stderr,
         tokens=len(tokens) * predictions,
-        hidden_errors=tuple(_ratios(streams[0].rows, squares, len(tokens))),
+        hidden_errors=tuple(_ratios(streams[0].rows, squares, len(tokens))[-1 if left_out else 0 :]),
         kls=tuple(mean for mean, _ in kls) if per_block else None,
         agreements=tuple(mean for mean, _ in agreements) if per_block else None,
     )
@@ -153,10 +165,11 @@ def _ratios(rows: np.ndarray, squares: np.ndarray, windows: int) -> list[float]:
         return (error / norm).tolist()
 
 
-def check_same_shape(dense: Decoder, pruned: Decoder) -> None:
-    """Raises UserError if the models differ in depth, width or vocabulary."""
+def check_same_shape(dense: Decoder, pruned: Decoder, left_out: int = 0) -> None:
+    """Raises UserError if the models differ in depth, but for the blocks that are left out, in width or vocabulary."""
     for name, what in (("blocks", "blocks"), ("d_model", "features"), ("vocab", "tokens in the vocabulary")):
         expected, came = getattr(dense.config, name), getattr(pruned.config, name)
+        expected -= left_out if name == "blocks" else 0
         if came != expected:
             raise UserError(
                 f"expected a model of {expected} {what}, as in the dense model, got {came}: compare a pruned model with the "

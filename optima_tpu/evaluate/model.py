@@ -42,6 +42,13 @@ class MadeBy(NamedTuple):
     manifest: Mapping[str, Any] | None = None
     calibration: str | None = None
 
+    @property
+    def left_out(self) -> int:
+        """How many blocks of the dense model the run left out."""
+        recipe = self.manifest["recipe"] if self.manifest else {}
+        count: int = recipe.get("cut", {}).get("blocks", 0)
+        return count
+
 
 class Evaluated(NamedTuple):
     """An opened model.

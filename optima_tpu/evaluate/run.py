@@ -271,7 +271,8 @@ def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progr
         value = perplexity(pruned, tokens.ids, progress.advance, between=progress.advance)
         apart, dense = None, None
     else:
-        apart, dense, value = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)
+        against, left_out = models["against"].model.decoder, models["model"].run.left_out
+        apart, dense, value = distance(against, pruned, tokens.ids, progress.advance, per_block, left_out)
     score = TextScore(value, dense, int(tokens.ids.size), tokens.how, unigram_perplexity(tokens.ids))
     if progress.ahead and (told := _unpredicted(score)):  # behind the last stage the summary says it
         progress.note(f"unusual: {told}")

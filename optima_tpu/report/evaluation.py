@@ -22,7 +22,7 @@ class Distance(Record, frozen=True):
       agreement_stderr: standard error of ``agreement``.
       tokens: number of predictions.
       hidden_errors: for every block ``||H_pruned - H_dense||_F^2 / ||H_dense||_F^2``, with ``H`` the residual stream after the
-        block at all positions of all windows; None if it is not finite. It includes the errors of earlier blocks. In many models a
+        block at all positions of all windows; None if it is not finite. It includes the errors of earlier blocks. A model without some blocks has that of the last one alone. In many models a
         few tokens have a much larger norm than the others; these tokens then dominate the value.
       kls: ``kl`` for every block, with ``p`` and ``q`` computed by the model's final norm and head from the residual stream
         after that block (the logit lens, nostalgebraist 2020); None if not requested. Only the last entry compares predictions.

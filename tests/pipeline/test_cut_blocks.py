@@ -8,6 +8,7 @@ import pytest
 
 from optima_tpu.config.run_config import CutStructures, RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.distance import distance
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.launch import main
@@ -16,6 +17,7 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.method.targets import DenseTarget
+from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.models.model import Model, without_blocks
@@ -25,6 +27,7 @@ from optima_tpu.pipeline.cut_blocks import choose_block
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.pipeline.repair import verified
 from optima_tpu.pipeline.walk import Streams, Walk, WholeDense, _pass_left_out, prune_block
+from optima_tpu.recover import main as recover
 from optima_tpu.report.contents import LeftOut
 from optima_tpu.runtime.processes import fetch
 from tests.support.meshes import mesh
@@ -162,9 +165,41 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch
 def test_the_exported_model_has_the_perplexity_of_the_run(whole_run):
     """The checkpoint, which is what the run measured, and the folder are one model."""
     _, run = whole_run
-    both = [open_evaluated(str(each), mesh(1, 1), None, 2).model.decoder for each in (run, run / "hf")]
+    opened = [open_evaluated(str(each), mesh(1, 1), None, 2) for each in (run, run / "hf")]
+    assert [each.run.left_out for each in opened] == [2, 2]
+    both = [each.model.decoder for each in opened]
     assert [each.config.blocks for each in both] == [3, 3]
     assert perplexity(both[0], TOKENS) == perplexity(both[1], TOKENS)
+
+
+def test_the_distance_from_the_dense_model_is_that_of_the_predictions():
+    model = dense_model()
+    found = distance(model.decoder, without_blocks(model, (1, 3)).decoder, TOKENS, left_out=2).distance
+    assert abs(found.kl - divergence(model, (1, 3))) < 1e-5 * found.kl and len(found.hidden_errors) == 1
+    with pytest.raises(UserError, match="expected a model of 4 blocks, as in the dense model, got 3"):
+        distance(model.decoder, without_blocks(model, (1, 3)).decoder, TOKENS, left_out=1)
+
+
+def test_training_goes_on_from_a_model_of_fewer_blocks(whole_run, tmp_path):
+    """Toward the dense model of all blocks, and with the zeros held."""
+    _, run = whole_run
+    out = tmp_path / "out"
+    words = [str(run), "--tokens", "256", "--source", "random", "--evaluation", "random", "--windows", "4", "--length", "32"]
+    assert recover([*words, "--held_out", "2", "--output", str(out)]) == 0
+    report, before = (json.loads((each / "report.json").read_text()) for each in (out, run))
+    assert report["left_out"] == before["left_out"] and report["cuts"] == before["cuts"]
+    assert json.loads((out / "hf" / "config.json").read_text())["num_hidden_layers"] == 3
+    masks, trained = read_masks(out / "hf"), folder_tensors(out / "hf")
+    assert len(masks) == 21 and all(not trained[name][~keep].any() for name, keep in masks.items())
+
+
+@pytest.mark.parametrize("method", ["kl", "blocks"])
+def test_a_run_trains_the_blocks_that_are_left(method, whole_run, tmp_path):
+    words, _ = whole_run
+    trained = ["--distill", method, "--distill.windows", "4", "--distill.batch", "2", "--output", str(tmp_path / "run")]
+    assert main([*words, *trained]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len(report["blocks"]) == 3 and report["distillation"]["checks"]
 
 
 def test_a_model_may_be_cut_alone(tmp_path):

@@ -18,6 +18,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.arguments import recovery_texts
+from optima_tpu.pipeline.cut_blocks import pruned_model, write_left_out
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts, on_model
@@ -100,7 +101,9 @@ def recovering(config: RunConfig, start: Start, keep: Keep) -> Report:
 
 def _taking(start: Start) -> Stage[[Journal], Journal]:
     def take(work: StageWork, journal: Journal) -> Journal:
-        decoder = work.opened.model.decoder
+        if start.record.left_out.blocks:
+            write_left_out(work.opened.directory, start.record.left_out)
+        decoder = pruned_model(work.opened).decoder
         missing = [index for index in range(decoder.config.blocks) if index not in journal.finished]
         for index, parameters in zip(missing, start.decoder.blocks(missing)):
             _take_block(journal, start, index, parameters, decoder.prefix(index))

@@ -20,9 +20,9 @@ from optima_tpu.models.checkpoints.export import SIDECAR
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import MaskSource, open_masks
-from optima_tpu.models.model import Model
+from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline.recover.config import RecoverConfig
-from optima_tpu.report.contents import Sidecar
+from optima_tpu.report.contents import LeftOut, Sidecar
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.run_record import RUN, RunRecord
 from optima_tpu.report.settings import ManifestEntries, RunSettings
@@ -44,12 +44,14 @@ class _Record(NamedTuple):
       settings: of that run; None where only the exported folder is left.
       dense: the model that was pruned, as it was typed.
       layers: name of each pruned weight -> the report of its layer.
+      left_out: the blocks of the dense model that it is without.
     """
 
     manifest: Mapping[str, Any] | None = None
     settings: RunSettings | None = None
     dense: str | None = None
     layers: Mapping[str, LayerReport] = {}
+    left_out: LeftOut = LeftOut()
 
     @property
     def decided(self) -> ManifestEntries | None:
@@ -161,7 +163,7 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
     # Both read in every process: Orbax counts the reads of each, and saves wait for a process that counts others.
     names, pattern = together(lambda: _pruned(decoder, masks, record))
     expected = None if config.dtype or decided is None else decided.model
-    together(lambda: _check(pruned, dense, expected, names))
+    together(lambda: _check(pruned, dense, expected, record.left_out))
     return Start(pruned, dense.model, record, masks, names, pattern)
 
 
@@ -187,7 +189,7 @@ def _record(spec: str, decoder: Decoder) -> _Record:
     if (path / RUN).is_file():
         run = CheckpointTensors(path).run
         layers = {f"{decoder.prefix(block.index)}{layer.name}.weight": layer for block in run.blocks for layer in block.layers}
-        return _Record(run.manifest, run.settings, run.settings.model, layers)
+        return _Record(run.manifest, run.settings, run.settings.model, layers, run.left_out)
     exported = known_record(path / SIDECAR, Sidecar) if path.is_dir() else None
     if exported is None:
         return _Record()
@@ -238,18 +240,18 @@ def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[froze
     return frozenset(found), regular or parse_pattern(f"{min(max(share, 0.001), 0.999):.3f}/layer")
 
 
-def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, names: frozenset[str]) -> None:
+def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, left_out: LeftOut) -> None:
     """Raises UserError if the dense model is not the one that was pruned.
 
     Args:
       expected: its fingerprint, if the record of the pruned model has it.
-      names: the pruned weights.
+      left_out: the blocks that the pruned model is without.
     """
     check_pair(pruned, dense)
-    mine, theirs = pruned.model.decoder, dense.model.decoder
     who, whose = pruned.model.pretrained.origin, dense.model.pretrained.origin
     if expected is not None and expected != dense.model.pretrained.fingerprint:
         raise UserError(f"expected the model that {who} was pruned from, got another one in {whose}: give its place as --against")
+    mine, theirs = pruned.model.decoder, without_blocks(dense.model, left_out.blocks).decoder
     sizes = [(each.family, [(blocks, alike.block_shapes) for alike, blocks in each.stretches]) for each in (mine, theirs)]
     if sizes[0] != sizes[1]:
         raise UserError(f"expected --against with the model that {who} was pruned from, got one of another size in {whose}")
