@@ -117,13 +117,29 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
     Returns:
       The command's exit status, even if a signal came before the command's end and the command finished all the same; 2 for an
       error that the user can correct, 69 if another process has ended, 75 after SIGTERM, 130 after Ctrl-C. Any other error: 1 in
-      one of several processes, while a process that is alone raises the error.
+      one of several processes, while a process that is alone raises the error. A process that joined others only inside the
+      command ends here instead if they could not leave in order.
     """
+    host = _joined()  # who joined the processes before, as Ray does, also leaves them, and goes on whatever the status is
+
+    def leaving() -> int:
+        status = command() or 0
+        if not host and _joined() and (processes := _processes()):
+            processes.leave()
+        return status
+
     with signals.listening(again), warnings.catch_warnings():
         if not sys.warnoptions:  # python -W and PYTHONWARNINGS show the libraries' warnings to who develops
             warnings.simplefilter("ignore")
-        status = _status(command, again)
+        status = _status(leaving, again)
         signals.ended(status)
+        if not host and _joined() and (processes := _processes()):
+            # An orderly shutdown would wait for processes that may never arrive. Process 0 exits last: without it jax aborts the
+            # other processes, which then could not print how they ended.
+            sys.stdout.flush()
+            if processes.is_first():
+                time.sleep(processes.LAST)
+            os._exit(status)
         return status
 
 
@@ -132,7 +148,7 @@ def _processes() -> types.ModuleType | None:
     return sys.modules.get("optima_tpu.runtime.processes")
 
 
-def _status(command: Callable[[], int | None], again: str) -> int:
+def _status(command: Callable[[], int], again: str) -> int:
     try:
         with panics_refused("a library in Rust ended the command; a file that it read may be damaged"):
             return _printed(command)
@@ -165,7 +181,7 @@ class _Unprinted(Exception):
         self.error = error
 
 
-def _printed(command: Callable[[], int | None]) -> int:
+def _printed(command: Callable[[], int]) -> int:
     """The exit status of a command whose output has been printed. Raises :class:`_Unprinted` if it could not be."""
     try:
         status = _unless_stopped(command)
@@ -192,17 +208,14 @@ def _unprinted(error: OSError, again: str) -> int:
     return _ended(2, f"error: the output could not be written: {error.strerror}; {again}")
 
 
-def _unless_stopped(command: Callable[[], int | None]) -> int:
+def _unless_stopped(command: Callable[[], int]) -> int:
     """The exit status of a command. Raises :class:`signals.Stopped` if a signal ended its work.
 
     A command that returns has finished, whatever signal came meanwhile.
     """
     signals.check()
     try:
-        status = command() or 0
-        if (processes := _processes()) and processes.joined():
-            processes.leave()
-        return status
+        return command()
     except Exception as error:
         if isinstance(error, OSError) and (refused := _of_output(error)):
             raise _Unprinted(refused) from error
@@ -218,11 +231,10 @@ def _ended(status: int, message: str) -> int:
     signals.ended(status)
     if message:
         print(message, file=sys.stderr, flush=True)
-    if (processes := _processes()) and processes.joined():
-        # An orderly shutdown would wait for processes that may never arrive. Process 0 exits last: without it jax aborts the
-        # other processes, which then could not print how they ended.
-        sys.stdout.flush()
-        if processes.is_first():
-            time.sleep(processes.LAST)
-        os._exit(status)
     return status
+
+
+def _joined() -> bool:
+    """Whether this process has joined others; the program that calls may have done so before ``processes`` was imported."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()

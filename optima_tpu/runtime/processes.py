@@ -42,7 +42,7 @@ _HELLO = b"optima-tpu"
 
 
 def start(coordinator: str | None, count: int | None, index: int | None, timeout: int) -> None:
-    """Joins the other processes. Does nothing for a process that is alone.
+    """Joins the other processes. Does nothing for a process that is alone, nor where the caller has joined them, as Ray does.
 
     Without arguments a cluster is joined where the platform announces one: Slurm, Open MPI, TPU slices.
 
@@ -54,10 +54,16 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
 
     Raises:
       UserError: the arguments are not complete; a process did not join in time (the message has its number); Open MPI 5 without
-        mpi4py.
+        mpi4py; arguments of a process that has joined others before.
     """
     refuse_incomplete(coordinator, count, index)
-    if coordinator is None or count is None or index is None:
+    if joined():
+        if coordinator is not None:
+            raise UserError(
+                f"expected no --coordinator where the processes have joined before this command, got {coordinator}: leave out "
+                "--coordinator, --num_processes and --process_id"
+            )
+    elif coordinator is None or count is None or index is None:
         announced = _announced()
         if announced is not False:
             _join_announced(timeout, certain=announced is True)

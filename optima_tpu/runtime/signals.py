@@ -161,8 +161,11 @@ class _Listener:
         self._since = 0.0
 
     def start(self) -> bool:
-        """Installs the handlers and starts the thread. Returns False, and does nothing, if they are there."""
-        if self._thread is not None:
+        """Installs the handlers and starts the thread. Returns False, and does nothing, if they are there.
+
+        Nor outside the main thread, where Python takes no handlers: the program that called from there hears its signals.
+        """
+        if self._thread is not None or threading.current_thread() is not threading.main_thread():
             return False
         self._reset()
         self._ear, self._mouth = os.pipe()

@@ -1,5 +1,7 @@
 """The scripts in launch/: what they would run, and that several local processes start, fail and stop together."""
 
+import argparse
+import importlib.util
 import os
 import shlex
 import shutil
@@ -86,6 +88,65 @@ def test_dry_run_of_a_tpu_pod():
     assert {"--zone=my-zone", "--worker=all"} < set(command)
     remote = next(part.removeprefix("--command=") for part in command if part.startswith("--command="))
     assert shlex.split(remote) == ["exec", "~/optima/bin/python", *COMMAND, *ARGUMENTS]
+
+
+ON_A_CLUSTER = {
+    "xpk.sh": dict(CLUSTER="c", TPU_TYPE="v5litepod-16", ZONE="z", PROJECT="p"),
+    "cluster_toolkit.sh": dict(COMPUTE_TYPE="ct6e-standard-4t", TOPOLOGY="4x4"),
+}
+
+
+@pytest.mark.parametrize("script", ON_A_CLUSTER)
+def test_dry_run_on_a_cluster(script):
+    result = run(script, "--dry-run", *ARGUMENTS, OPTIMA_IMAGE="host:5/image:tpu", OPTIMA_NAME="my-run", **ON_A_CLUSTER[script])
+    command = shlex.split(result.stdout)
+    options = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
+    assert shlex.split(options["command"]) == ["python", *COMMAND, *ARGUMENTS]
+    assert options["restart-on-exit-codes"] == f"{LOST},{RESUME}"
+    assert "my-run" in (options.get("workload"), options.get("name"))
+
+
+@pytest.mark.parametrize("script", ON_A_CLUSTER)
+@pytest.mark.parametrize("name", ["My-run", "run.1", "-run", "run-", "r" * 41])
+def test_the_name_of_a_job_is_a_dns_label(script, name):
+    result = run(script, "--dry-run", OPTIMA_IMAGE="i", OPTIMA_NAME=name, **ON_A_CLUSTER[script])
+    assert result.returncode == 2 and f"got '{name}'" in result.stderr
+
+
+def test_xpk_takes_the_command():
+    parser = pytest.importorskip("xpk.parser.core")
+    found = argparse.ArgumentParser()
+    parser.set_parser(found)
+    result = run("xpk.sh", "--dry-run", *ARGUMENTS, OPTIMA_IMAGE="i", XPK_ENV="--dry-run", **ON_A_CLUSTER["xpk.sh"])
+    taken = found.parse_args(shlex.split(result.stdout)[1:])
+    assert taken.workload == "optima" and taken.dry_run and taken.restart_on_exit_codes == f"{LOST},{RESUME}"
+
+
+def test_skypilot_starts_a_stopped_run_again():
+    task = yaml12.load((LAUNCH / "sky.yaml").read_text())
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [LOST, RESUME]
+    assert task["run"].split()[1:4] == ["~/optima/bin/python", *COMMAND][:3] and '--output "$OUTPUT"' in task["run"]
+
+
+def test_skypilot_takes_the_file():
+    task = pytest.importorskip("sky").Task.from_yaml(str(LAUNCH / "sky.yaml"), env_overrides=[("OUTPUT", "gs://bucket/run")])
+    (resources,) = task.resources
+    assert resources.job_recovery["recover_on_exit_codes"] == [LOST, RESUME] and resources.use_spot
+
+
+def test_ray_starts_a_stopped_run_again_and_not_what_needs_mending(monkeypatch):
+    spec = importlib.util.spec_from_file_location("ray_train", LAUNCH / "ray_train.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    options = script.parser().parse_args(["--workers", "2", "--", *ARGUMENTS])
+    assert options.arguments == ARGUMENTS
+    for status, again in ((0, False), (2, False), (1, True), (LOST, True), (RESUME, True)):
+        monkeypatch.setattr("optima_tpu.launch.main", lambda arguments, status=status: status)
+        if again:
+            with pytest.raises(RuntimeError, match=f"status {status}"):
+                script.prune({"arguments": []})
+        else:
+            assert script.prune({"arguments": []}) == status
 
 
 def test_dry_run_of_the_jobset():

@@ -32,6 +32,41 @@ def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished
     assert [line.partition(":")[0] for line in without_gloo(second[1])] == ["bytes read"]  # the second process says nothing else
 
 
+# A program that has joined the processes before it prunes, and that calls from a thread, as Ray does.
+JOINED = """
+import sys, threading, jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from optima_tpu.launch import main
+found = []
+thread = threading.Thread(target=lambda: found.append(main(sys.argv[3:])))
+thread.start()
+thread.join()
+print("went on after", *found, "joined", jax.distributed.is_initialized())
+jax.distributed.shutdown()
+"""
+
+
+def joined(command: list[str]) -> list[tuple[int, str, str]]:
+    """The statuses and outputs of two processes of four devices whose program calls the command."""
+    address = f"localhost:{free_port()}"
+    return at_once(["-c", JOINED, address, number, *command] for number in range(2))
+
+
+def test_a_program_that_has_joined_the_processes_prunes_in_them_and_goes_on(finished, tmp_path):
+    for status, printed, error in joined([*finished.arguments, "--output", str(tmp_path / "run")]):
+        assert status == 0 and "went on after 0 joined True" in printed, error
+    assert_close_weights(tmp_path / "run", finished.directory)
+
+
+def test_a_program_that_has_joined_the_processes_goes_on_after_a_run_that_is_refused(finished, tmp_path):
+    (tmp_path / "notes").touch()
+    found = joined([*finished.arguments, "--output", str(tmp_path)])
+    for status, printed, error in found:
+        assert status == 0 and "went on after 2 joined True" in printed, error
+    assert [f"{tmp_path} holds files that are not a run" in error for *_, error in found] == [True, False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kl", "blocks"])
 def test_training_in_two_processes_gives_the_weights_of_one_and_keeps_every_zero(finished, tmp_path, method):

@@ -27,6 +27,14 @@ def test_half_an_address_is_refused():
             processes.start(*given, timeout=1)
 
 
+def test_processes_that_have_joined_before_need_no_address(monkeypatch):
+    monkeypatch.setattr(processes, "joined", lambda: True)
+    monkeypatch.setattr(processes, "_initialize", lambda *_, **__: pytest.fail("joins again"))
+    processes.start(None, None, None, timeout=1)
+    with pytest.raises(UserError, match=r"joined before this command, got host:12: leave out\s+--coordinator"):
+        processes.start("host:12", 2, 0, timeout=1)
+
+
 def test_more_processes_than_any_run_has_are_refused():
     with pytest.raises(UserError, match="expected num_processes of at most 65536, got 1000000000"):
         processes.start("localhost:1", 10**9, 0, timeout=1)
