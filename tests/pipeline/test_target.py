@@ -28,6 +28,7 @@ from optima_tpu.method.solvers import CG
 from optima_tpu.method.statistics import Drift, TokenSets
 from optima_tpu.method.targets import DenseTarget, SelfTarget
 from optima_tpu.method.tuning import Fixed, Grid, best_of
+from optima_tpu.models import family_of
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.layers import scaled
@@ -49,13 +50,17 @@ from tests.support.oracles import input_of
 from tests.support.plans import config_folder, run_config
 from tests.support.problems import linear_of, oracle
 from tests.support.pruning import compiled_forward, group_arguments, measure, prune_calibrated, prune_matrices, walk_block
-from tests.support.references import MIXTURES, REFERENCES, small, tiny
+from tests.support.references import MIXTURES, REFERENCES, apart, small, tiny
 from tests.support.tiny_models import tiny_llama
 
 TIGHT = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-7))
 BEYOND = dataclasses.replace(TIGHT, target=DenseTarget(0.5), recapture=True)
 GROUPS = (("self_attn.o_proj",), ("mlp.down_proj",))
 """Two layers of one shape, of which the second reads what the first one changes."""
+
+
+AROUND = dict.fromkeys(("self_attn.o_proj", "self_attn.out_proj"), ("before_attention", "after_attention"))
+AROUND |= {"mlp.down_proj": ("after_attention", "after_mlp"), "fc2": ("before_mlp", "after_mlp")}
 
 
 def decoder_on(shape):
@@ -104,12 +109,7 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     )
     for names, (hessian, _, drift) in zip(groups, statistics, strict=True):
         x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
-        around = {
-            "self_attn.o_proj": ("before_attention", "after_attention"),
-            "mlp.down_proj": ("after_attention", "after_mlp"),
-            "self_attn.out_proj": ("before_attention", "after_attention"),
-            "fc2": ("before_mlp", "after_mlp"),
-        }.get(names[0])
+        around = AROUND.get(names[0])
         share = np.full((77, 1), 1 / 77)  # of every token in a mean
         if weigh and around:
             share = 1 / np.mean(np.asarray(theirs[around[1]], np.float64).reshape(77, -1) ** 2, axis=1, keepdims=True)
@@ -134,14 +134,20 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
+def test_nothing_is_added_to_a_residual_stream_where_a_norm_follows(reference):
+    norms = any(name in reference.model for name in ("Gemma2", "Gemma3", "Gemma4", "Olmo2", "Olmo3", "Glm4For", "Exaone4"))
+    assert bool(family_of(reference.configuration({})).residuals) != norms
+
+
+# The named ones have layers of other names, or add a share.
+ADDING = ("Starcoder2ForCausalLM", "Qwen2MoeForCausalLM", "GraniteForCausalLM", "Qwen3_5ForCausalLM")
+
+
+@pytest.mark.parametrize("reference", apart(*ADDING))
 def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
     config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
     decoder = Decoder.open(config, tensors, mesh(1, 1))
     residuals = decoder.family.residuals
-    between = any(
-        name in reference.model for name in ("Gemma2", "Gemma3", "Gemma4", "Olmo2", "Olmo3", "Glm4For", "Exaone4")
-    )  # norms
-    assert bool(residuals) != between
     x = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
     for kind in decoder.config.kinds:
         alike, parameters = decoder.at(kind), next(decoder.blocks([kind]))
@@ -223,16 +229,8 @@ def group_of(weight, sets, recipe, shape=(1, 1), layout=RowLayout(), few=False):
     pull += recipe.target.gamma * drift.residual[0] if drift.residual else 0
     if few:
         drift, unseen_drift = (each._replace(cross=None, outputs=(weight @ each.cross,)) for each in (drift, unseen_drift))
-    (new,), (keep,), (rows,) = prune_matrices(
-        (jnp.asarray(weight),),
-        hessian,
-        recipe,
-        mesh(*shape),
-        held_out=unseen,
-        layout=layout,
-        drift=drift,
-        held_out_drift=unseen_drift,
-    )
+    told = dict(held_out=unseen, layout=layout, drift=drift, held_out_drift=unseen_drift)
+    (new,), (keep,), (rows,) = prune_matrices((jnp.asarray(weight),), hessian, recipe, mesh(*shape), **told)
     return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, pull)
 
 
@@ -336,13 +334,8 @@ def test_alpha_0_is_the_papers_target_to_the_last_bit():
 
 
 def test_the_mesh_changes_neither_the_choice_nor_the_weights():
-    recipe = dataclasses.replace(
-        BEYOND,
-        recapture=False,
-        tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)),
-        accept=HeldOut(),
-        target=DenseTarget(0.5, 0.25, weigh_tokens=True),
-    )
+    chosen = dict(tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)), accept=HeldOut(), target=DenseTarget(0.5, 0.25, weigh_tokens=True))
+    recipe = dataclasses.replace(BEYOND, recapture=False, **chosen)
     reference, hidden, dense = walk(recipe)
     chosen = {(report.damping, report.alpha) for _, _, reports in reference for report in reports}
     assert len(chosen) > 1, chosen
@@ -417,7 +410,9 @@ def test_a_dense_target_is_a_walk_of_two_streams():
 @pytest.mark.parametrize("preset, resident", [("fast", False), ("best", False), ("best", True)])
 def test_a_run_that_goes_on_repeats_the_bits_of_both_streams(preset, resident):
     """So does one whose hidden states stay on the devices, where those of the first were on the host. On a mesh the compiler rounds a block otherwise in another program: what is left out of it changes how devices share it."""
-    decoder, recipe = decoder_on((2, 2)), parse(["--preset", preset, "--layers", "*.1.*.o_proj=dense"]).recipe
+    recipe = parse(["--preset", preset, "--layers", "*.1.*.o_proj=dense"]).recipe
+    # The masks do not matter, and those of these compile in a moment.
+    decoder, recipe = decoder_on((2, 2)), dataclasses.replace(recipe, selector=Wanda(), solver=None, refine=None)
     walk = Walk(decoder, recipe, groups_of_blocks(decoder), windows=5)
     hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
     if resident:
@@ -558,14 +553,8 @@ def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 
 def test_experts_that_are_alike_are_captured_together():
-    groups = (
-        ("self_attn.q_proj", "self_attn.k_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.experts.0.gate_proj",),
-        ("mlp.experts.0.down_proj",),
-        ("mlp.experts.1.gate_proj",),
-        ("mlp.experts.1.down_proj",),
-    )
+    experts = tuple((f"mlp.experts.{expert}.{name}_proj",) for expert in (0, 1) for name in ("gate", "down"))
+    groups = (("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.o_proj",), *experts)
     assert stages(groups) == (groups[:1], groups[1:2], (groups[2], groups[4]), (groups[3], groups[5]))
 
 
@@ -573,44 +562,15 @@ def test_the_matrices_of_a_dense_target_are_counted():
     rows, size = 320, 192
     hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
     drift = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
-    found = (
-        prune_group.lower(
-            *group_arguments(
-                (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
-                hessian,
-                BEYOND,
-                mesh(1, 1),
-                held_out=hessian,
-                drift=drift,
-                held_out_drift=drift,
-            )
-        )
-        .compile()
-        .memory_analysis()
-    )
-    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    footprint = BEYOND.solver.footprint()
-    told = GroupLoad(size, rows, footprint, streams=2).bytes(mesh(1, 1), False, rows)
-    assert total < told < 1.6 * total
-    drift = drift._replace(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),))
-    found = (
-        prune_group.lower(
-            *group_arguments(
-                (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
-                hessian,
-                dataclasses.replace(BEYOND, target=DenseTarget(0.5, 0.5)),
-                mesh(1, 1),
-                held_out=hessian,
-                drift=drift,
-                held_out_drift=drift,
-            )
-        )
-        .compile()
-        .memory_analysis()
-    )
-    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    told = GroupLoad(size, rows, footprint, streams=2, residual=True).bytes(mesh(1, 1), False, rows)
-    assert total < told < 1.6 * total
+    footprint, weights = BEYOND.solver.footprint(), (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),)
+    residual = drift._replace(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),))
+    for gamma, each in ((0.0, drift), (0.5, residual)):
+        recipe = dataclasses.replace(BEYOND, target=DenseTarget(0.5, gamma))
+        held_out = dict(held_out=hessian, drift=each, held_out_drift=each)
+        found = prune_group.lower(*group_arguments(weights, hessian, recipe, mesh(1, 1), **held_out)).compile().memory_analysis()
+        total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        told = GroupLoad(size, rows, footprint, streams=2, residual=gamma > 0).bytes(mesh(1, 1), False, rows)
+        assert total < told < 1.6 * total
     block = block_of({"a": (8, 64), "b": (8, 64)}, mesh(1, 1))
     budget = 4 * 2 * 2 * 4 * 64 * 64  # a quarter holds the Hessians of both
     one, two = (
@@ -645,23 +605,10 @@ def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
     command = ["--preset", "fast", "--target", "dense", "--target.alpha", "0.5", "--recapture", "true", "--tuning", "grid"]
     command += ["--tuning.damping", "[0.01,0.1]", "--tuning.alpha", "[]", "--accept", "held_out"]
     config = parse(command)
-    assert (config.recipe.target, config.recipe.recapture, config.recipe.tuning, config.recipe.accept) == (
-        DenseTarget(0.5),
-        True,
-        Grid((0.01, 0.1), ()),
-        HeldOut(),
-    )
-    assert (
-        configure(
-            {
-                "target": {"name": "dense", "alpha": 0.5},
-                "recapture": True,
-                "accept": "held_out",
-                "tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []},
-            }
-        )
-        == config
-    )
+    chosen = dict(target=DenseTarget(0.5), recapture=True, tuning=Grid((0.01, 0.1), ()), accept=HeldOut())
+    assert {name: getattr(config.recipe, name) for name in chosen} == chosen
+    file = {"target": {"name": "dense", "alpha": 0.5}, "recapture": True, "accept": "held_out"}
+    assert configure(file | {"tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []}}) == config
     plain = parse(["--preset", "fast"])
     assert (plain.recipe.target, plain.recipe.recapture, plain.recipe.tuning) == (SelfTarget(), False, Fixed())
     for change in ({"target": DenseTarget()}, {"recapture": True}, {"tuning": Grid()}):

@@ -545,6 +545,15 @@ GENERAL = [
 ]
 """Models without a family of their own."""
 
+
+def apart(*own: str) -> list:
+    """The references as parameters of a test: those of relatives are slow, but for the ``own`` whose layers differ where it looks."""
+    return [
+        pytest.param(each, id=each.model, marks=[pytest.mark.slow] * (each.relative and each.model not in own))
+        for each in REFERENCES
+    ]
+
+
 MIXTURES = tuple(reference.model for reference in REFERENCES if {"num_experts_per_tok", "top_k_experts"} & set(reference.base))
 """The models of mixtures of experts."""
 
