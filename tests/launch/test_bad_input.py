@@ -58,24 +58,14 @@ def refused(tmp_path, capfd):
         (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
         (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got 'half'"),
         (["--pattern", "1/neuron"], "pattern: expected a sparsity in [0, 1), got 1.0; 0.5 prunes half of the neurons"),
-        (
-            ["--pattern", "0.25/neuron", "--preset", "fast"],
-            "0.25/neuron prunes none of 36 neurons, since the kept number is rounded up to a multiple of 128; "
-            "take 0.25/neuron@4\n",
-        ),
+        (["--pattern", "0.25/neuron", "--preset", "fast"], "is rounded up to a multiple of 128; take 0.25/neuron@4\n"),
         (["--pattern", "0.1/head", "--preset", "fast"], "0.1/head prunes none of 3 heads; take 0.34/head\n"),
         (["--pattern", "0.9/head", "--preset", "fast"], "0.9/head leaves none of 3 heads; take 0.67/head\n"),
-        (
-            ["--pattern", "0.25/input", "--preset", "best"],
-            "whose masks can be exchanged, got 0.25 of the inputs; take --preset fast or --refine null",
-        ),
-        (
-            ["--pattern", "0.25/input@4", "--preset", "fast", "--selector", "sparsegpt"],
-            "expected a pattern that says how many weights a part of a row loses, got 0.25 of the inputs; take --selector wanda",
-        ),
+        (["--pattern", "0.25/input", "--preset", "best"], "got 0.25 of the inputs; take --preset fast or --refine null"),
+        (["--pattern", "0.25/input@4", "--preset", "fast", "--selector", "sparsegpt"], "of the inputs; take --selector wanda"),
         (
             ["--pattern", "0.25/neuron@4", "--preset", "fast", "--quantize", "int4"],
-            "expected one scale for a row where the pattern is 0.25/neuron@4, which takes groups of inputs apart, got groups of 32",
+            "takes groups of inputs apart, got groups of 32",
         ),
         (["--cut", "0.25"], "there is no setting --cut; did you mean --pattern, as in --pattern 0.25/neuron?"),
         (["--pattern", "3:8"], "divisible by 8, got 36 in self_attn.q_proj, "),
@@ -99,15 +89,9 @@ def refused(tmp_path, capfd):
         (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
         (["--calibration.sample", "8"], "did you mean --calibration.windows or "),
         (["--solver.damping", "-1"], "damping"),
-        (
-            ["--solver", "gurobi"],
-            "expected solver to be one of cg, mpax, exact, adam, null, or the import path of your own, such as my_lab.masks:Solver, got 'gurobi'",
-        ),
+        (["--solver", "gurobi"], "or the import path of your own, such as my_lab.masks:Solver, got 'gurobi'"),
         (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
-        (
-            ["--calibration.windows", "many"],
-            "expected calibration.windows to be a whole number, got many; as in --calibration.windows ",
-        ),
+        (["--calibration.windows", "many"], "calibration.windows to be a whole number, got many; as in --calibration.windows "),
         (["--batch"], "batch"),
         (["--dtype", "int8"], "expected dtype to be"),
         (["--config", "/dev/zero"], "expected a file, but /dev/zero is a pipe, a socket or a device"),
@@ -286,9 +270,7 @@ def test_libraries_say_nothing_before_the_one_line(tmp_path):
     assert first.startswith("starting     optima-tpu ") and [done.returncode, *others[1:]] == [0, "[2, 2]"], done.stderr
     odd_rope, no_hub = done.stderr.splitlines()
     assert odd_rope.startswith("error: expected rope_type")
-    assert no_hub.startswith("error: ") and (
-        "the hub can't be reached and its cache does not hold no-such-owner/no-such-model" in no_hub
-    )
+    assert no_hub.startswith("error: ") and "its cache does not hold no-such-owner/no-such-model" in no_hub
     assert not (tmp_path / "run").exists()
 
 
@@ -297,9 +279,7 @@ def test_a_weight_of_whole_numbers(refused, tmp_path):
         arrays[TENSOR] = arrays[TENSOR].astype(np.int8)
 
     message = refused("--model", tiny_folder(tmp_path / "model", change=change), *SMALL)
-    assert (
-        f"1 tensors are stored as int8 ({TENSOR}), expected float32, bfloat16 or float16; " in message and "quantised" in message
-    )
+    assert f"1 tensors are stored as int8 ({TENSOR}), expected float32, " in message and "quantised" in message
 
 
 @pytest.mark.parametrize(
