@@ -114,23 +114,8 @@ def test_many_configurations(tmp_path):
 
 WORDS = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=8) | st.sampled_from(
     (
-        "",
-        "null",
-        "true",
-        "-1",
-        "0",
-        "1e400",
-        "nan",
-        "2:4",
-        "0.5/row",
-        "{}",
-        "[]",
-        "[1]",
-        "--",
-        "9" * 30,
-        "a=b",
-        "x:Y",
-        "null.name",
+        *("", "null", "true", "-1", "0", "1e400", "nan", "2:4", "0.5/row", "{}", "[]", "[1]", "--", "9" * 30),
+        *("a=b", "x:Y", "null.name"),
     )
 )
 
@@ -183,19 +168,8 @@ def assert_evaluation_parsed(argv: list[str]) -> None:
         assert str(error) and "\n" not in str(error)
 
 
-EVALUATE = (
-    "model",
-    "--against",
-    "--perplexity",
-    "--tasks",
-    "--length",
-    "--windows",
-    "--mesh",
-    "--dtype",
-    "--batch",
-    "--limit",
-    "--output",
-)
+EVALUATE = "model", "--against", "--perplexity", "--tasks", "--length", "--windows", "--mesh", "--dtype", "--batch", "--limit"
+EVALUATE += ("--output",)
 EVALUATIONS = st.lists(st.sampled_from(EVALUATE) | WORDS | st.integers().map(str), max_size=6)
 
 

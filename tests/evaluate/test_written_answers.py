@@ -85,20 +85,8 @@ def instances(arguments):
     return [Instance("generate_until", {}, entry, 0, ("a_task", number, 1)) for number, entry in enumerate(arguments)]
 
 
-TEXTS = [
-    "f",
-    "a",
-    "bc",
-    "de fa",
-    "Question: what is abc?",
-    "Größe",
-    "a b c d e f " * 4,
-    "cafe " * 11,
-    "fade",
-    "bead",
-    "deaf",
-    "faced",
-]
+TEXTS = ["f", "a", "bc", "de fa", "Question: what is abc?", "Größe", "a b c d e f " * 4, "cafe " * 11]
+TEXTS += ["fade", "bead", "deaf", "faced"]
 
 
 def test_answers_are_those_of_transformers(folder, reference):

@@ -171,18 +171,15 @@ def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(
     assert json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["model"] == "llama"
 
 
+OWN_LICENCE = ["license: other", "license_name: mine", "license_link: LICENSE"]
+
+
 @pytest.mark.parametrize(
     ("front", "said"),
     [
         ("license: gemma", ["license: gemma"]),
-        (
-            "license: other\nlicense_name: mine\nlicense_link: LICENSE",
-            ["license: other", "license_name: mine", "license_link: LICENSE"],
-        ),
-        (
-            "license: other\nlicense_name: mine\nlicense_link: ../TERMS",
-            ["license: other", "license_name: mine", "license_link: LICENSE"],
-        ),
+        ("license: other\nlicense_name: mine\nlicense_link: LICENSE", OWN_LICENCE),
+        ("license: other\nlicense_name: mine\nlicense_link: ../TERMS", OWN_LICENCE),
         ("license: [mit, gemma]", ["license: apache-2.0"]),
         (
             "license: other\nlicense_name: <img src=x onerror=alert(1)>\nlicense_link: 'https://x/\"><script>'",
@@ -391,15 +388,8 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
 def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path, tied):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
     source = MemoryTensors(safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors"))

@@ -17,80 +17,25 @@ from tests.support.tiny_models import MemoryTensors
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-GEMMA2_2B = dict(
-    vocab_size=256_000,
-    hidden_size=2304,
-    intermediate_size=9216,
-    num_hidden_layers=26,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=256,
-    query_pre_attn_scalar=256,
-    sliding_window=4096,
-    attn_logit_softcapping=50.0,
-    final_logit_softcapping=30.0,
-)
-GEMMA3_1B = dict(
-    vocab_size=262_144,
-    hidden_size=1152,
-    intermediate_size=6912,
-    num_hidden_layers=26,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    head_dim=256,
-    query_pre_attn_scalar=256,
-    sliding_window=512,
-    sliding_window_pattern=6,
-)
+GEMMA = dict(num_hidden_layers=26, head_dim=256, query_pre_attn_scalar=256)
+GEMMA2_2B = GEMMA | dict(vocab_size=256_000, hidden_size=2304, intermediate_size=9216, num_attention_heads=8)
+GEMMA2_2B |= dict(num_key_value_heads=4, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+GEMMA3_1B = GEMMA | dict(vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_attention_heads=4)
+GEMMA3_1B |= dict(num_key_value_heads=1, sliding_window=512, sliding_window_pattern=6)
 GEMMA4 = dict(attention_k_eq_v=True, hidden_size_per_layer_input=0, sliding_window=1024, final_logit_softcapping=30.0)
-GEMMA4_31B = GEMMA4 | dict(
-    hidden_size=5376,
-    intermediate_size=21504,
-    num_hidden_layers=60,
-    num_attention_heads=32,
-    num_key_value_heads=16,
-    num_global_key_value_heads=4,
-)
-LLAMA31_8B = dict(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=131_072,
-    rope_parameters=LLAMA31,
-)
+GEMMA4_31B = GEMMA4 | dict(hidden_size=5376, intermediate_size=21504, num_hidden_layers=60)
+GEMMA4_31B |= dict(num_attention_heads=32, num_key_value_heads=16, num_global_key_value_heads=4)
+LLAMA31_8B = dict(vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+LLAMA31_8B |= dict(num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072, rope_parameters=LLAMA31)
 OPT = dict(vocab_size=50_272, max_position_embeddings=2048)
 OPT_125M = OPT | dict(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, word_embed_proj_dim=768)
-OPT_350M = OPT | dict(
-    hidden_size=1024,
-    ffn_dim=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    word_embed_proj_dim=512,
-    do_layer_norm_before=False,
-)
+OPT_350M = OPT | dict(hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16)
+OPT_350M |= dict(word_embed_proj_dim=512, do_layer_norm_before=False)
 QWEN25 = dict(max_position_embeddings=32_768, rope_parameters=dict(rope_type="default", rope_theta=1e6))
-QWEN25_05B = QWEN25 | dict(
-    vocab_size=151_936,
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
-QWEN25_7B = QWEN25 | dict(
-    vocab_size=152_064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
+QWEN25_05B = QWEN25 | dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+QWEN25_05B |= dict(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+QWEN25_7B = QWEN25 | dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)
+QWEN25_7B |= dict(num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
 PUBLISHED = {
     "Llama-3.1-8B": ("LlamaForCausalLM", "LlamaConfig", LLAMA31_8B, 8_030_261_248),
     "Qwen2.5-0.5B": ("Qwen2ForCausalLM", "Qwen2Config", QWEN25_05B, 494_032_768),
@@ -103,26 +48,11 @@ PUBLISHED = {
 }
 
 GPT_OSS_20B = dict(num_hidden_layers=24, num_local_experts=32)
-DEEPSEEK_V2_LITE = dict(
-    hidden_size=2048,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    q_lora_rank=None,
-    intermediate_size=10944,
-    moe_intermediate_size=1408,
-    num_experts_per_tok=6,
-    first_k_dense_replace=1,
-)
-GEMMA4_26B = GEMMA4 | dict(
-    hidden_size=2816,
-    intermediate_size=2112,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    num_global_key_value_heads=2,
-    enable_moe_block=True,
-    num_experts=128,
-    top_k_experts=8,
-    moe_intermediate_size=704,
+DEEPSEEK_V2_LITE = dict(hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None)
+DEEPSEEK_V2_LITE |= dict(intermediate_size=10944, moe_intermediate_size=1408, num_experts_per_tok=6, first_k_dense_replace=1)
+GEMMA4_26B = GEMMA4 | dict(hidden_size=2816, intermediate_size=2112, num_attention_heads=16, num_key_value_heads=8)
+GEMMA4_26B |= dict(
+    num_global_key_value_heads=2, enable_moe_block=True, num_experts=128, top_k_experts=8, moe_intermediate_size=704
 )
 GLM45_AIR = dict(attention_bias=True, head_dim=128)
 MIXTURES = {

@@ -249,9 +249,7 @@ def test_a_command_that_has_written_all_does_not_fail_by_its_output(stream, why,
 def test_a_result_that_finds_no_room_is_an_error(request, capfd):
     request.getfixturevalue("full")
     assert guarded(lambda: print("a result"), "the same command does it again") == 2
-    assert only_error(capfd.readouterr().err) == (
-        "error: the output could not be written: No space left on device; the same command does it again\n"
-    )
+    assert "could not be written: No space left on device; the same command does it again" in only_error(capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)

@@ -81,14 +81,8 @@ def tiny_gguf(path: Path) -> None:
     from tokenizers import pre_tokenizers
 
     words = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "th"]
-    config, tensors = tiny_llama(
-        vocab_size=len(words),
-        num_hidden_layers=1,
-        hidden_size=32,
-        intermediate_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
+    config, tensors = tiny_llama(vocab_size=len(words), num_hidden_layers=1, **sizes)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -318,27 +312,8 @@ KINDS = {
 """Name -> kind of file."""
 
 REPLACEMENTS = (
-    None,
-    True,
-    -1,
-    0,
-    1,
-    3,
-    2**31,
-    10**18,
-    -(10**30),
-    0.5,
-    -2.5,
-    1e308,
-    float("nan"),
-    "",
-    "x",
-    "0.5",
-    [],
-    {},
-    [[]],
-    [1],
-    {"a": 1},
+    *(None, True, -1, 0, 1, 3, 2**31, 10**18, -(10**30), 0.5, -2.5, 1e308, float("nan")),
+    *("", "x", "0.5", [], {}, [[]], [1], {"a": 1}),
 )
 """What a value in a file of JSON is replaced with."""
 
