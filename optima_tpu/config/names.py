@@ -32,6 +32,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
         **dict.fromkeys(("epochs", "num_train_epochs"), ("distill.passes", "1")),
         **dict.fromkeys(("cut", "pruning_ratio"), ("pattern", "0.25/neuron")),
         **dict.fromkeys(("drop_layers", "remove_layers", "num_layers_to_drop"), ("cut.blocks", "4")),
+        **dict.fromkeys(("drop_experts", "expert_pruning_ratio", "num_experts_to_prune"), ("cut.experts", "0.5")),
         "ignore": ("layers", "PATH=dense"),
     }
 )

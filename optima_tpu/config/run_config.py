@@ -10,16 +10,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from optima_tpu.config.choices import CHOICES, method_name, options_of
 from optima_tpu.config.flat import field_names
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.allocation import Allocation, Uniform
 from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import Distillation
+from optima_tpu.method.experts import SCORES, ExpertScore
 from optima_tpu.method.layer_rules import layers_text
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
-from optima_tpu.runtime.own_classes import outside_code
+from optima_tpu.runtime.own_classes import import_class, is_import_path, outside_code
 
 MOST_TOKENS = 1 << 28
 """Tokens of a text that is read into memory. Their hidden states take a terabyte in a model of width 2048."""
@@ -120,22 +121,51 @@ class CutStructures(Bounded):
       blocks: number of whole blocks that are left out. The run chooses them on the held-out windows, one after the other: each time
         the block without which the next-token distribution stays nearest to the dense model's. More make the model smaller and
         worse; take --target dense, so that the layers behind a gap are fitted toward the whole model.
+      experts: number of experts that every mixture loses, or their share if it is below 1. The experts with the lowest scores go.
+      score: how experts are scored: reap (their share of the output times its norm), frequency, man or msan (the mean norm or squared
+        norm of their outputs), or the import path of a class of your own, such as my_lab.scores:MyScore.
+      refit: passes over the calibration text that solve the experts that stay toward the output of the whole mixture. More passes come
+        nearer to the solution; 0 leaves the weights of the experts.
     """
 
     setting: ClassVar[str] = "cut"
 
     blocks: Annotated[int, Bound(0)] = 0
+    experts: Annotated[float, Bound(0)] = 0.0
+    score: str = "reap"
+    refit: Annotated[int, Bound(0)] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts >= 1 and self.experts != int(self.experts):
+            raise UserError(f"expected cut.experts to be a share below 1 or a whole number, got {self.experts:g}")
+        if self.blocks and self.experts:
+            raise UserError(
+                f"expected cut.blocks or cut.experts, got {self.blocks} and {self.experts:g}: cut one in a run, and the other in a run of "
+                "its exported model"
+            )
+        if self.score not in SCORES and not is_import_path(self.score):
+            own = "the import path of your own, such as my_lab.scores:MyScore"
+            near = did_you_mean(self.score, SCORES)
+            raise UserError(f"expected cut.score to be one of {', '.join(SCORES)}, or {own}, got {self.score!r}{near}")
 
     @property
-    def counts(self) -> dict[str, int]:
-        """How many structures of each kind are cut, by what they are called."""
-        return {name: count for name, count in dataclasses.asdict(self).items() if count}
+    def expert_score(self) -> ExpertScore:
+        """The score of experts. Imports a class of the user's own."""
+        cls = import_class(self.score, ExpertScore) if is_import_path(self.score) else SCORES[self.score]  # type: ignore[type-abstract]
+        return cls()
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """How many structures of each kind are cut, or which share below 1, by what they are called."""
+        return {called: count for called, count in (("blocks", self.blocks), ("experts", self.experts)) if count}
 
     @property
     def words(self) -> str:
-        """ "4 blocks"."""
+        """ "4 blocks", or "0.5 of the experts"."""
         return " and ".join(
-            f"{count} {called.removesuffix('s') if count == 1 else called}" for called, count in self.counts.items()
+            f"{count:g} of the {called}" if count < 1 else f"{count:g} {called.removesuffix('s') if count == 1 else called}"
+            for called, count in self.counts.items()
         )
 
 
@@ -233,7 +263,8 @@ class RunConfig(Devices):
     @property
     def outside_code(self) -> dict[str, str]:
         """The user's own classes in this run, by import path, and the SHA-256 of the file that each was read from."""
-        return outside_code([*self.recipe.patterns, *filter(None, self.methods.values())])
+        scores = [self.cut.expert_score] if self.cut.experts else []
+        return outside_code([*self.recipe.patterns, *filter(None, self.methods.values()), *scores])
 
     @property
     def model_name(self) -> str:
@@ -253,7 +284,7 @@ class RunConfig(Devices):
         methods += ["dense"] if recipe.target.dense_stream else []
         methods += [chosen["quantize"]] if recipe.quantize else []
         methods += [chosen["allocation"]] if self.allocation.measures else []
-        methods += [f"cut{count}{called}" for called, count in self.cut.counts.items()]
+        methods += [f"cut{count:g}{called}" for called, count in self.cut.counts.items()]
         group = recipe.selector.group
         what = ",".join(filter(None, (recipe.pattern.text(group), layers_text(recipe.layers, group))))
         slug = _slug(what)

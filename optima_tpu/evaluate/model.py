@@ -14,7 +14,7 @@ from optima_tpu.models import family_named
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.export import SIDECAR
-from optima_tpu.models.checkpoints.fewer_blocks import assets_without
+from optima_tpu.models.checkpoints.fewer_experts import cut_assets
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.source import Cast, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
@@ -150,7 +150,7 @@ def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
     assets = read_assets(run)
     if "config.json" not in assets:
         raise UserError(f"expected config.json in {run / ASSETS}, got a folder without it: copy the run directory again")
-    assets = assets_without(assets, tensors.run.left_out.blocks)
+    assets = cut_assets(assets, tensors.run.left_out)
     config, assets["config.json"] = read_config(assets["config.json"], str(run / ASSETS), dtype)
     identity = json.dumps([read_run(run).manifest, dtype], sort_keys=True).encode()
     family = family_named(config.architectures)

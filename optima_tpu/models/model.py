@@ -11,7 +11,7 @@ from optima_tpu.config.run_config import LENGTH
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained
 from optima_tpu.models.checkpoints.fewer_blocks import Renumbered, assets_without
-from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, FewerExperts
+from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, FewerExperts, assets_with
 from optima_tpu.models.checkpoints.source import TensorSource, read_config
 from optima_tpu.models.decoder import Decoder
 
@@ -23,12 +23,17 @@ class Model(NamedTuple):
     decoder: Decoder
 
 
-def without_experts(model: Model, cut: ExpertCut, kept: Sequence[Sequence[int]]) -> Model:
-    """The model whose mixtures have only the experts ``kept``; empty for a block without a mixture."""
+def without_experts(model: Model, cut: ExpertCut, kept: Sequence[Sequence[int]], solved: TensorSource | None = None) -> Model:
+    """The model whose mixtures have only some experts.
+
+    Args:
+      kept: these experts, for each block; empty for a block without a mixture.
+      solved: their tensors that have other values than in the model, by their new names.
+    """
     pretrained, decoder = model
-    assets = {**pretrained.assets, "config.json": cut.config(pretrained.assets["config.json"])}
     stay = {decoder.prefix(index): experts for index, experts in enumerate(kept) if experts}
-    return _smaller(model, assets, FewerExperts(pretrained.tensors, cut.names, stay))
+    tensors = FewerExperts(pretrained.tensors, cut.names, stay, solved)
+    return _smaller(model, assets_with(pretrained.assets, cut.kept), tensors)
 
 
 def without_blocks(model: Model, left_out: Collection[int]) -> Model:

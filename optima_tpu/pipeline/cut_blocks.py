@@ -20,8 +20,10 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import window_scores
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.fewer_blocks import kept_blocks, why_unreadable
+from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model, without_blocks
+from optima_tpu.pipeline.experts import done_blocks, without_those
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.report.contents import LeftOut
 from optima_tpu.runtime.kept import KeptRecord
@@ -52,9 +54,13 @@ def kept_by(opened: Opened) -> tuple[int, ...]:
 
 
 def pruned_model(opened: Opened) -> Model:
-    """The model whose blocks a run prunes: the dense one, without the blocks that the run leaves out."""
+    """The model whose blocks a run prunes: the dense one, without the blocks and the experts that the run leaves out."""
     kept = kept_by(opened)
-    return without_blocks(opened.model, [index for index in range(opened.model.decoder.config.blocks) if index not in kept])
+    model = without_blocks(opened.model, [index for index in range(opened.model.decoder.config.blocks) if index not in kept])
+    if not opened.config.cut.experts:
+        return model
+    chosen = done_blocks(opened.directory, read_left_out(opened.directory).experts)
+    return without_those(opened.directory, model, expert_cut(opened.config.cut.experts, model.pretrained.config), chosen)
 
 
 def choose_block(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIED) -> LeftOut:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,61 @@ from jax.sharding import Mesh
 from optima_tpu.method.experts import ExpertScore, ExpertStatistics, kept_experts, refit
 from optima_tpu.models.activations import Batch, HiddenStates
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
+from optima_tpu.models.checkpoints.orbax import OrbaxTensors, save_tree
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.model import Model, without_experts
 from optima_tpu.pipeline.calibrate import PassProgram, pass_batch
 from optima_tpu.pipeline.grams import Sent, add_outputs, mixed_gram, mixed_moments, mixed_output
-from optima_tpu.runtime.processes import fetch
+from optima_tpu.report.contents import BlockExperts, ExpertsLeft
+from optima_tpu.runtime.checksums import damage
+from optima_tpu.runtime.files import complete
+from optima_tpu.runtime.kept import keeping
+from optima_tpu.runtime.processes import fetch, from_first
+
+EXPERTS = "experts"
+"""The folder in a run directory that has the solved weights of each block."""
+
+
+def done_blocks(directory: Path, left: ExpertsLeft | None) -> tuple[BlockExperts, ...]:
+    """The first blocks of a run that have lost their experts, as far as their solved weights are there. Every process calls it."""
+
+    def there(index: int, block: BlockExperts) -> bool:
+        return block.error_after is None or (complete(_entry(directory, index)) and not damage(_entry(directory, index)))
+
+    blocks = left.blocks if left else ()
+    count: int = from_first(lambda: len(list(itertools.takewhile(lambda each: there(*each), enumerate(blocks)))))
+    return blocks[:count]
+
+
+def keep_block(directory: Path, index: int, prefix: str, block: "CutBlock") -> BlockExperts:
+    """Writes the solved weights of a block, and returns what is recorded of it. Every process calls it.
+
+    Raises:
+      UserError: the disk is full or not writable.
+    """
+    if block.down:
+        with keeping(_entry(directory, index), "the blocks before it are intact; make room and repeat the command") as partial:
+            save_tree(partial, {"weights": {prefix + name: array for name, array in block.down.items()}}, {})
+    return BlockExperts(block.stay, block.error_before, block.error_after)
+
+
+def _entry(directory: Path, index: int) -> Path:
+    return directory / EXPERTS / f"block_{index:04d}"
+
+
+def mixed_blocks(decoder: Decoder, cut: ExpertCut) -> list[bool]:
+    """Whether each block has a mixture."""
+    first = _part(cut.names.down, 0) + ".weight"
+    return [first in decoder.at(index).block_shapes for index in range(decoder.config.blocks)]
+
+
+def without_those(directory: Path, model: Model, cut: ExpertCut, blocks: Sequence[BlockExperts]) -> Model:
+    """The model of a run without the experts that it removes. In the blocks behind ``blocks`` the first experts stand for those that stay."""
+    mixed = mixed_blocks(model.decoder, cut)
+    kept = [block.stay for block in blocks] + [range(cut.kept) if each else () for each in mixed[len(blocks) :]]
+    entries = [_entry(directory, index) for index, block in enumerate(blocks) if block.error_after is not None]
+    return without_experts(model, cut, kept, OrbaxTensors(entries) if entries else None)
 
 
 class CutBlock(NamedTuple):
@@ -55,26 +105,27 @@ class ExpertRemoval:
     score: ExpertScore
     steps: int = 0
 
-    def blocks(self, tokens: np.ndarray, before: Sequence[CutBlock] = ()) -> Iterator[CutBlock]:
-        """Every block from ``len(before)`` on, without the experts that have the lowest scores.
+    def blocks(self, tokens: np.ndarray, begun: Sequence[BlockExperts] = (), directory: Path = Path()) -> Iterator[CutBlock]:
+        """Every block from ``len(begun)`` on, without the experts that have the lowest scores.
 
         A block is scored, and solved, for what enters it behind the blocks before it, which have lost their experts.
 
         Args:
           tokens: [windows, length] int32, the calibration text.
-          before: the first blocks, from an earlier start of the run.
+          begun: the first blocks, from an earlier start of the run in ``directory``.
         """
-        decoder, names, every = self.model.decoder, self.cut.names, range(self.model.decoder.config.blocks)
-        mixed = [_part(names.down, 0) + ".weight" in decoder.at(index).block_shapes for index in every]
-        fewer = without_experts(self.model, self.cut, [range(self.cut.kept) if each else () for each in mixed]).decoder
-        hidden = decoder.embed(tokens)
-        for index, parameters in enumerate(decoder.blocks(every)):
-            block = before[index] if index < len(before) else CutBlock(())
+        decoder, first = self.model.decoder, len(begun)
+        fewer, mixed = without_those(directory, self.model, self.cut, begun).decoder, mixed_blocks(decoder, self.cut)
+        hidden, others = decoder.embed(tokens), range(first, decoder.config.blocks)
+        for index, parameters in zip(range(first), fewer.blocks(range(first))):
+            fewer.apply(index, parameters, hidden)
+        for index, parameters in zip(others, decoder.blocks(others)):
             if mixed[index]:
-                block = block if block.stay else self._cut(index, fewer, parameters, hidden)
-                parameters = _with_only(parameters, names, block.stay) | dict(block.down)
-            if index >= len(before):
+                block = self._cut(index, fewer, parameters, hidden)
+                parameters = _with_only(parameters, self.cut.names, block.stay) | dict(block.down)
                 yield block
+            else:
+                yield CutBlock(())
             fewer.apply(index, parameters, hidden)
 
     def _cut(self, index: int, fewer: Decoder, parameters: Mapping[str, Array], hidden: HiddenStates) -> CutBlock:

@@ -22,6 +22,7 @@ from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.cuts import placed, refuse_unreadable
 from optima_tpu.models.checkpoints.fewer_blocks import refuse_uncuttable
+from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
 from optima_tpu.models.model import Model, check_ids, window_bos, window_length
@@ -155,7 +156,7 @@ def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None
       console: prints that the model's context makes them shorter than usual.
 
     Raises:
-      UserError: windows are longer than the context that the model's config.json names, or parts or blocks cannot be cut from the model.
+      UserError: windows are longer than the context that the model's config.json names, or parts, blocks or experts cannot be cut from the model.
     """
     text = config.calibration
     length = window_length(model, "--calibration.length", text.length)
@@ -168,6 +169,8 @@ def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None
     for pattern in recipe.patterns:
         refuse_unreadable(pattern, model)
     refuse_uncuttable(config.cut, model)
+    if config.cut.experts:
+        expert_cut(config.cut.experts, model)
     return config
 
 

@@ -17,6 +17,7 @@ from optima_tpu.pipeline.allocate import ALLOCATION
 from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.cut_blocks import LEFT_OUT
 from optima_tpu.pipeline.distill.outcome import OUTCOME
+from optima_tpu.pipeline.experts import EXPERTS
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.pipeline.speed import MEASURED
@@ -38,7 +39,7 @@ def perplexity_files(model: str) -> tuple[str, str]:
 
 _PAIRS = tuple(map(perplexity_files, ("dense", "pruned")))
 """One pass over the text measures both files of a pair."""
-_FOLDERS = ("journal", "activations", "distilled", "distillation")
+_FOLDERS = ("journal", "activations", "distilled", "distillation", EXPERTS)
 """The folders of the folders that are written block by block, or check by check."""
 
 _RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, LEFT_OUT, OUTCOME, CONTINUED.name, MEASURED.name, CALIBRATION, REPORT)

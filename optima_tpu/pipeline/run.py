@@ -77,6 +77,8 @@ def pruning(config: RunConfig, keep: Keep) -> Report:
     sinks = keep(stages.SINKS, journal)
     if config.cut.blocks:
         keep(stages.CUTTING, journal)
+    if config.cut.experts:
+        keep(stages.REMOVING, journal)
     allocation = keep(stages.ALLOCATION, journal) if config.allocation.measures else None
     squares = keep(stages.GRADIENT, journal) if config.recipe.target.weigh_by_loss else None
     blocks = keep(stages.PRUNING, journal, sinks, allocation, squares)

@@ -14,17 +14,20 @@ from optima_tpu.data import Tokens, unigram_perplexity
 from optima_tpu.method.patterns import WholeParts
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
+from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
 from optima_tpu.models.checkpoints.source import Layered, total_bytes, weight_count
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
+from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.cut_blocks import choose_block, kept_by, pruned_model, read_left_out, write_left_out
 from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
+from optima_tpu.pipeline.experts import ExpertRemoval, done_blocks, keep_block
 from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
@@ -48,6 +51,7 @@ from optima_tpu.pipeline.walk import WRITING, Walk, WholeDense, block_steps, pru
 from optima_tpu.report.contents import (
     Allocated,
     Continuations,
+    ExpertsLeft,
     FileSizes,
     LeftOut,
     MemoryPeaks,
@@ -61,7 +65,7 @@ from optima_tpu.report.contents import (
 )
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
-from optima_tpu.report.numbers import number
+from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.pace import Step
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Steps, open_sinks
@@ -186,6 +190,38 @@ def _cut(work: StageWork, journal: Journal) -> LeftOut:
 CUTTING = Stage("leaving out blocks", _cut, _read_cut, _cut_steps)
 
 
+def _removal_steps(opened: Opened) -> list[Step]:
+    done = done_blocks(opened.directory, read_left_out(opened.directory).experts)
+    return [Step("removing the experts of a block")] * (opened.model.decoder.config.blocks - len(done))
+
+
+def _read_removal(work: StageWork, journal: Journal) -> LeftOut | None:
+    return None if _removal_steps(work.opened) else read_left_out(work.opened.directory)
+
+
+def _remove(work: StageWork, journal: Journal) -> LeftOut:
+    opened, progress, directory = work.opened, work.progress, work.opened.directory
+    choice, decoder = opened.config.cut, opened.model.decoder
+    cut, chosen = expert_cut(choice.experts, opened.model.pretrained.config), read_left_out(directory)
+    done = done_blocks(directory, chosen.experts)
+    removal = ExpertRemoval(opened.model, cut, choice.expert_score, choice.refit)
+    tokens = opened.texts.calibration.ids[: opened.config.calibration.fitted]
+    for block in removal.blocks(tokens, done, directory):
+        done += (keep_block(directory, len(done), decoder.prefix(len(done)), block),)
+        chosen = structs.replace(chosen, experts=ExpertsLeft(cut.total, done))
+        write_left_out(directory, chosen)
+        progress.advance()
+        if block.error_before is not None and block.error_after is not None:
+            progress.note(
+                f"block {len(done) - 1} keeps {cut.kept} of {cut.total} experts; the error of their output falls from "
+                f"{percent(block.error_before)} to {percent(block.error_after)}"
+            )
+    return chosen
+
+
+REMOVING = Stage("removing experts", _remove, _read_removal, _removal_steps)
+
+
 def _allocation_steps(opened: Opened) -> list[Step]:
     config = _walk(opened).decoder.config
     return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
@@ -242,7 +278,7 @@ def _walk(opened: Opened) -> Walk:
     if opened.walk is None:
         raise ValueError("the blocks of a recovery are pruned already")
     walk, decoder, kept = opened.walk, pruned_model(opened).decoder, kept_by(opened)
-    groups = tuple(walk.groups[index] for index in kept)
+    groups = groups_of_blocks(decoder) if opened.config.cut.experts else tuple(walk.groups[index] for index in kept)
     return dataclasses.replace(walk, decoder=decoder, groups=groups, whole=WholeDense(walk.decoder, kept))
 
 

@@ -127,16 +127,44 @@ class Allocated(Record, frozen=True):
         return f"the sparsity of the blocks is from {percent(min(given))} to {percent(max(given))}"
 
 
-class LeftOut(Record, frozen=True):
-    """The contents of left_out.json: the blocks that the model is without.
+class BlockExperts(Record, frozen=True):
+    """The experts that stay in a block.
 
     Attributes:
+      stay: their indices in the dense model, ascending; empty for a block without a mixture.
+      error_before, error_after: ``|y - yhat|^2 / |y|^2`` of the mixture's output on the calibration text, with the dense weights of down
+        and with the solved ones; None where none were solved.
+    """
+
+    stay: tuple[Count, ...] = ()
+    error_before: float | None = None
+    error_after: float | None = None
+
+
+class ExpertsLeft(Record, frozen=True):
+    """The experts that a model keeps, of ``total`` in every mixture; for the first blocks until all are chosen."""
+
+    total: Count
+    blocks: tuple[BlockExperts, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """How many every mixture keeps."""
+        return max(len(block.stay) for block in self.blocks)
+
+
+class LeftOut(Record, frozen=True):
+    """The contents of left_out.json: the blocks and the experts that the model is without.
+
+    Attributes:
+      experts: those that stay; None if no experts are removed.
       blocks: their indices in the dense model, in the order in which they were chosen.
       divergences: behind each choice ``KL(dense || without)`` of a prediction on the held-out windows, in nats; nothing was re-fitted.
     """
 
     blocks: tuple[Block, ...] = ()
     divergences: tuple[float, ...] = ()
+    experts: ExpertsLeft | None = None
 
     def __post_init__(self) -> None:
         if len(self.blocks) != len(self.divergences):

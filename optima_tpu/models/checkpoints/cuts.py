@@ -114,6 +114,8 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
     if gone := len(source.run.left_out.blocks):
         blocks = CutCount((len(source.run.blocks),), len(source.run.blocks) + gone)
         found = found._replace(counts={BLOCKS: blocks})
+    if experts := source.run.left_out.experts:
+        found = found._replace(counts={**found.counts, "experts": CutCount((experts.kept,), experts.total)})
     for kind in cuts_of(model).values() if inputs else ():
         if isinstance(kind, str):
             continue

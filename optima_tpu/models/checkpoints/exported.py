@@ -16,9 +16,11 @@ from optima_tpu.method.layer_rules import parse_layers, pattern_of, with_pattern
 from optima_tpu.method.patterns import Pattern, WholeInputs, WholeParts, parse_pattern
 from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models.checkpoints.cuts import Cuts, cut, placed
-from optima_tpu.models.checkpoints.fewer_blocks import assets_without, with_settings
+from optima_tpu.models.checkpoints.fewer_blocks import with_settings
+from optima_tpu.models.checkpoints.fewer_experts import cut_assets
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.checkpoints.source import read_config
+from optima_tpu.report.contents import LeftOut
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.run_record import read_assets
 
@@ -57,9 +59,9 @@ class Exported:
     def open(cls, directory: Path) -> "Exported":
         """Opens a run, and cuts what it pruned in every block alike."""
         source = CheckpointTensors(directory)
-        run = cls(directory, source, assets_without(read_assets(directory), source.run.left_out.blocks), {})
+        run = cls(directory, source, cut_assets(read_assets(directory), source.run.left_out), {})
         patterns = run._patterns()
-        if not source.run.left_out.blocks and not any(isinstance(pattern, WholeInputs) for pattern in patterns.values()):
+        if source.run.left_out == LeftOut() and not any(isinstance(pattern, WholeInputs) for pattern in patterns.values()):
             return dataclasses.replace(run, patterns=patterns)
         cuts = cut(run.source, patterns, run.config())
         return cls(

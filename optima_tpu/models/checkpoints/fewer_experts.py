@@ -10,11 +10,12 @@ from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
-from optima_tpu.models.checkpoints.fewer_blocks import with_settings
+from optima_tpu.models.checkpoints.fewer_blocks import assets_without, with_settings
 from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
 from optima_tpu.models.experts import MixtureConfig
 from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.routers import Groups
+from optima_tpu.report.contents import LeftOut
 
 
 class ExpertCut(NamedTuple):
@@ -32,15 +33,23 @@ class ExpertCut(NamedTuple):
     total: int
     groups: int
 
-    def config(self, config: bytes) -> bytes:
-        """config.json with the new number of experts."""
-        record: dict[str, Any] = json.loads(config)
-        text = record["text_config"] if isinstance(record.get("text_config"), dict) else record
-        return with_settings(config, {name: self.kept for name in _COUNTS if name in text})
-
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """The settings of ``transformers`` that count experts: a model has one of them, which may have two names in different files."""
+
+
+def assets_with(assets: Mapping[str, bytes], experts: int) -> dict[str, bytes]:
+    """The files of a model, with the config.json of the model with so many experts."""
+    record: dict[str, Any] = json.loads(assets["config.json"])
+    text = record["text_config"] if isinstance(record.get("text_config"), dict) else record
+    counts = {name: experts for name in _COUNTS if name in text}
+    return {**assets, "config.json": with_settings(assets["config.json"], counts)}
+
+
+def cut_assets(assets: Mapping[str, bytes], left_out: LeftOut) -> dict[str, bytes]:
+    """The files of a model, with the config.json of the model without what is left out."""
+    fewer = assets_without(assets, left_out.blocks)
+    return assets_with(fewer, left_out.experts.kept) if left_out.experts else fewer
 
 
 def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
@@ -87,12 +96,15 @@ class FewerExperts(ComputedTensors):
       tensors: of the whole model.
       names: of the family.
       kept: the experts that stay, ascending, by the prefix of the names of their block.
+      solved: tensors by their new names, in the place of those that are so called.
 
     Attributes:
       stacks: the names of ``Unstacked.stacks``.
     """
 
-    def __init__(self, tensors: TensorSource, names: ExpertNames, kept: Mapping[str, Sequence[int]]):
+    def __init__(
+        self, tensors: TensorSource, names: ExpertNames, kept: Mapping[str, Sequence[int]], solved: TensorSource | None = None
+    ):
         self.stacks = tuple(sorted(getattr(tensors, "stacks", ())))
         computed, gone = dict[str, ComputedTensor](), set[str]()
         of_experts = {prefix + names.each: {old: new for new, old in enumerate(stay)} for prefix, stay in kept.items()}
@@ -112,6 +124,9 @@ class FewerExperts(ComputedTensors):
                 shape = len(stay), *tensors.shape(name)[1:]
                 read = functools.partial(_rows, tensors, name, np.array(stay))
                 computed[name] = ComputedTensor(shape, tensors.dtype(name), read)
+        if solved is not None:
+            for name in solved.names():
+                computed[name] = ComputedTensor(solved.shape(name), solved.dtype(name), functools.partial(solved.read, name))
         super().__init__(tensors, computed, gone - computed.keys())
 
 

@@ -1,0 +1,146 @@
+"""Runs that remove experts are exported as ordinary smaller models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optima_tpu.evaluate.model import open_evaluated
+from optima_tpu.launch import main
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.pipeline import stages
+from optima_tpu.pipeline.cut_blocks import read_left_out
+from optima_tpu.pipeline.experts import done_blocks
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.repair import verified
+from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
+from tests.support.references import REFERENCES, SIZES, tiny
+from tests.support.runs import SMALL, folder_tensors, only_error
+from tests.support.tiny_models import byte_tokenizer
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+GROUPS = dict(n_routed_experts=8, n_group=2, topk_group=1, moe_intermediate_size=48)
+MODELS = {
+    "Qwen3MoeForCausalLM": dict(moe_intermediate_size=48, num_experts=6),
+    "MixtralForCausalLM": dict(num_local_experts=6),
+    "GptOssForCausalLM": dict(num_local_experts=6),
+    "DeepseekV3ForCausalLM": GROUPS,
+    "Glm4MoeForCausalLM": GROUPS,
+}
+ALONE = ["--pattern", "dense"]
+
+
+def folder(model: str, path: Path) -> Path:
+    """A tiny model as ``transformers`` saves it."""
+    reference = next(each for each in REFERENCES if each.model == model)
+    _, saved, _ = tiny(reference, SIZES | MODELS[model])
+    saved.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_transformers_loads_the_model_and_computes_what_the_run_measured(model, tmp_path):
+    source, run = folder(model, tmp_path / "model"), tmp_path / "run"
+    words = ["--model", str(source), "--output", str(run), "--cut.experts", "0.5", "--mesh", "4x2", *ALONE, *SMALL]
+    assert main(words) == 0
+    small, info = getattr(transformers, model).from_pretrained(
+        run / "hf", attn_implementation="eager", dtype="float32", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    total = max(value for name, value in MODELS[model].items() if name.endswith("experts"))
+    report, kept = (json.loads((run / name).read_text()) for name in ("report.json", "left_out.json"))
+    assert report["cuts"] == {"experts": {"left": [total // 2], "total": total}} and report["left_out"] == kept
+    weights, left = (sum(each.size for each in folder_tensors(path).values()) for path in (source, run / "hf"))
+    assert report["removed"] == weights - left > 0
+    assert f"{total // 2} of {total} experts in every block" in (run / "hf" / "README.md").read_text()
+    errors = [(block["error_before"], block["error_after"]) for block in kept["experts"]["blocks"] if block["stay"]]
+    assert errors and all(after < before for before, after in errors)
+    assert not verified(run).damaged
+
+    tokens = np.random.default_rng(0).integers(0, 250, (2, 24)).astype(np.int32)
+    found = logits_of(open_evaluated(str(run), mesh(1, 1), None, 2).model.decoder, tokens)
+    exported = logits_of(open_evaluated(str(run / "hf"), mesh(1, 1), None, 2).model.decoder, tokens)
+    assert np.array_equal(found, exported)
+    with torch.no_grad():
+        expected = small.eval()(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(words of the command without its output, directory) of a run that nothing stopped, with masks and a dense target behind the removal."""
+    root = tmp_path_factory.mktemp("experts")
+    model = folder("Qwen3MoeForCausalLM", root / "model")
+    words = ["--model", str(model), "--cut.experts", "2", "--cut.refit", "2", "--preset", "fast", "--target", "dense", *SMALL]
+    assert main([*words, "--output", str(root / "run")]) == 0
+    return words, root / "run"
+
+
+@pytest.mark.parametrize("stopped", ["removal", "journal"])
+def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch, stopped):
+    words, expected = whole_run
+    if stopped == "removal":
+        keep = stages.keep_block
+
+        def once(directory, index, *rest):
+            if index == 1:
+                raise KeyboardInterrupt
+            return keep(directory, index, *rest)
+
+        monkeypatch.setattr(stages, "keep_block", once)
+    else:
+        save = Journal.save
+
+        def first(journal, index, *rest):
+            save(journal, index, *rest)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Journal, "save", first)
+    run = tmp_path / "run"
+    assert main([*words, "--output", str(run)]) != 0
+    done = json.loads((run / "left_out.json").read_text())["experts"]["blocks"]
+    assert len(done) == (1 if stopped == "removal" else 2)
+    monkeypatch.undo()
+    assert main([*words, "--output", str(run)]) == 0
+    assert (run / "left_out.json").read_bytes() == (expected / "left_out.json").read_bytes()
+    ours, theirs = CheckpointTensors(run), CheckpointTensors(expected)
+    assert ours.names() == theirs.names() and ours.pruned() == theirs.pruned()
+    for name, array in theirs.load(theirs.names()).items():
+        assert ours.read(name).tobytes() == array.tobytes(), name
+
+
+def test_blocks_whose_solved_weights_are_damaged_do_not_count(whole_run, tmp_path):
+    _, run = whole_run
+    shutil.copytree(run / "experts", tmp_path / "experts")
+    left = read_left_out(run).experts
+    assert done_blocks(tmp_path, left) == left.blocks
+    largest = max((path for path in (tmp_path / "experts" / "block_0001").rglob("*") if path.is_file()), key=size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    assert done_blocks(tmp_path, left) == left.blocks[:1]
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cut.experts", "1.5"], "expected cut.experts to be a share below 1 or a whole number, got 1.5"),
+        (["--cut.experts", "5"], "the 6 experts of Qwen3MoeForCausalLM, got 5: a token is sent to 2; take --cut.experts 4"),
+        (["--cut.experts", "0.5", "--cut.score", "reep"], "expected cut.score to be one of reap, frequency, man, msan"),
+        (["--cut.experts", "0.5", "--cut.blocks", "1"], "expected cut.blocks or cut.experts, got 1 and 0.5"),
+    ],
+)
+def test_what_cannot_be_removed_is_one_line(words, said, tmp_path, capsys):
+    model = folder("Qwen3MoeForCausalLM", tmp_path / "model")
+    capsys.readouterr()  # transformers prints while it saves
+    assert main(["--model", str(model), "--output", str(tmp_path / "run"), *SMALL, *words]) == 2
+    assert said in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
