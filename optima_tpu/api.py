@@ -33,6 +33,7 @@ from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.on_devices import place_packed
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.report.contents import Report
+from optima_tpu.report.facts import facts
 from optima_tpu.report.numbers import number
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.runs import read_report
@@ -166,15 +167,16 @@ class Result:
 
     def _facts(self) -> list[tuple[str, str]]:
         settings, (dense, pruned) = self.contents.settings, self.perplexity
-        facts = {
+        shown = {
             "model": settings.model_name,
-            "method": f"{settings.method}, {settings.pattern}",
+            "method": self.contents.recipe,
             "sparsity": f"{self.sparsity:.1%} of the pruned matrices",
+            **{fact.name: fact.words for fact in facts(self.contents) if fact.name == "kept"},
             "perplexity": f"{number(dense)} dense, {number(pruned)} pruned ({pruned / dense:.2f} times)",
             "measured on": self.contents.evaluation.how,
             "directory": str(self.directory),
         }
-        return list(facts.items())
+        return list(shown.items())
 
 
 @_one_message

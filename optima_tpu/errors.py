@@ -36,6 +36,12 @@ def some(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 row", "2 rows", "1,234 matrices", "3 passes". Every count that may be 1 goes through this function."""
+    endings = {"s": "ses", "x": "ces"}
+    return f"{count:,} {noun if count == 1 else noun[:-1] + endings.get(noun[-1], f'{noun[-1]}s')}"
+
+
 def did_you_mean(got: object, known: Iterable[str], before: str = "", cutoff: float = 0.6) -> str:
     """ "; did you mean sparsegpt?" for the misspelling of a known name, in any case; empty if no name is near.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, plural
 from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.inside import refuse_links
@@ -111,7 +111,7 @@ def push(files: Mapping[str, Path], repository: str, api: "HfApi", ask: Callable
         what = "adds a commit to it" if there else f"makes it {_seen(public)}"
         if old:
             what += f" and deletes its {', '.join(old)}"
-        if not ask(f"publish {len(files)} files, {total}, as {repository}, which {what}?"):
+        if not ask(f"publish {plural(len(files), 'file')}, {total}, as {repository}, which {what}?"):
             raise UserError("nothing was published: expected yes, got another answer; --yes answers beforehand")
         if not there:
             api.create_repo(repository, private=not public)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.program import Parser, program
 
@@ -66,7 +66,7 @@ def run(asked: AskedSweep) -> int:
         _list(console, grid, chosen, sweep.finished)
         return 0
     if sweep.finished:
-        say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
+        say(console, f"resuming  {len(sweep.finished)} of {plural(len(grid.cells), 'cell')} done")
     words = shlex.join(_command(options, settings))
     sweep.run(console, words)
     files = sweep.write(words)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.runtime import command
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.light import lightly
@@ -52,7 +52,7 @@ def run(folder: Path) -> int:
     seconds = max(time.monotonic() - start, 1e-3)
     told = f"{len(found.damaged)} damaged" if found.damaged else "all match"
     told += f", {len(found.unlisted)} not listed" if found.unlisted else ""
-    print(f"{found.files} files, {found.size / 1e9:.2f} GB, {told} ({found.size / 1e9 / seconds:.2f} GB/s)")
+    print(f"{plural(found.files, 'file')}, {found.size / 1e9:.2f} GB, {told} ({found.size / 1e9 / seconds:.2f} GB/s)")
     if found.damaged:
         print(f"to mend it: {found.remedy}")
     if found.unlisted:

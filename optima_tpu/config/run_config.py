@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from optima_tpu.config.choices import CHOICES, method_name, options_of
 from optima_tpu.config.flat import field_names
-from optima_tpu.errors import UserError, did_you_mean
+from optima_tpu.errors import UserError, did_you_mean, plural
 from optima_tpu.method.allocation import Allocation, Uniform
 from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import Distillation
@@ -35,7 +35,9 @@ _LONG_SLUG = 40
 def few_tokens(name: str, windows: int | None, length: int | None) -> None:
     """Raises UserError for more windows than any machine has memory for."""
     if windows is not None and length is not None and windows * length > MOST_TOKENS:
-        raise UserError(f"expected {name} of at most {MOST_TOKENS} tokens in all, got {windows} windows of {length}; take fewer")
+        raise UserError(
+            f"expected {name} of at most {MOST_TOKENS} tokens in all, got {plural(windows, 'window')} of {length}; take fewer"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Calibration(Bounded):
         if self.written and self.source.partition("?")[0] == "self":
             raise UserError(
                 f"expected calibration.written with a stored text as calibration.source, got {self.source}, which the model writes as a "
-                f"whole: give {self.windows + self.written} windows of it and no calibration.written"
+                f"whole: give {plural(self.windows + self.written, 'window')} of it and no calibration.written"
             )
 
     @property

@@ -18,7 +18,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from optima_tpu.data.file import File
 from optima_tpu.data.tfds import TFDS
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.program import Parser, program
 
@@ -173,7 +173,7 @@ def run(chosen: argparse.Namespace) -> None:
         task = progress.add_task("", total=None)
         counts = build(target, files, others, chosen.validation_share, lambda count: progress.update(task, completed=count))
     signals.ended(0)
-    held = ", ".join(f"{count:,} documents in {split}" for split, count in counts.items())
+    held = ", ".join(f"{plural(count, 'document')} in {split}" for split, count in counts.items())
     print(f"wrote {target.directory / target.name / VERSION}: {held}; use it with --calibration.source {target}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from optima_tpu.data.source import Part, Split, Tokens
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Npy:
         required = windows if split == "calibration" and windows is not None else 1
         if len(array) < required:
             raise UserError(
-                f"{self.path} holds {len(array)} windows of {length} tokens, {required} are needed: "
+                f"{self.path} holds {plural(len(array), 'window')} of {length} tokens, {required} are needed: "
                 "ask for fewer (windows and held_out count together) or give more"
             )
         ids = np.asarray(array[:windows])
@@ -57,7 +57,7 @@ class Npy:
                 f"expected token ids in [0, {vocabulary}), {self.path} holds {low if low < 0 else high}: "
                 "make it with this model's tokenizer"
             )
-        how = f"the first {len(ids)} windows of {length} tokens of {self}"
+        how = f"the first {plural(len(ids), 'window')} of {length} tokens of {self}"
         return Tokens(ids.astype(np.int32), how, int(array.size))
 
     def check(self) -> None:

@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 
 from optima_tpu.data.source import Split, Tokens
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,4 +25,4 @@ class Random:
             )
         rng = np.random.Generator(np.random.PCG64([seed, get_args(Split).index(split)]))
         ids = rng.integers(0, vocabulary, (windows, length), dtype=np.int32)
-        return Tokens(ids, f"{windows} windows of {length} random token ids", ids.size)
+        return Tokens(ids, f"{plural(windows, 'window')} of {length} random token ids", ids.size)

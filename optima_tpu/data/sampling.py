@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from optima_tpu.data.source import Tokens
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 
 Encode = Callable[[str], np.ndarray]
 """Text to [tokens] int32 ids, special tokens included."""
@@ -86,21 +86,25 @@ def calibration_windows(
             if len(long) == count:
                 break
 
-    windows, more, drawn = f"windows of {length} tokens", held_out_text(draw.held_out), f"drawn with seed {draw.seed}"
+    windows, more, drawn = (
+        f"{plural(count, 'window')} of {length} tokens",
+        held_out_text(draw.held_out),
+        f"drawn with seed {draw.seed}",
+    )
     sizes = np.array([ids.size for ids in long], np.int64)
     if len(long) == count:
         places = list(enumerate(rng.integers(0, sizes - length, endpoint=True)))
-        how = f"{count} {windows} {drawn}, each from another document of {origin} that is longer than a window{more}"
+        how = f"{windows} {drawn}, each from another document of {origin} that is longer than a window{more}"
     elif sizes.sum() >= needed:
         places = _places(rng, sizes, draw, origin)
-        which = "one document" if len(long) == 1 else f"{len(long)} documents"
-        how = f"{count} {windows} {drawn} from {which} of {origin} longer than a window{more}"
+        which = "one document" if len(long) == 1 else plural(len(long), "document")
+        how = f"{windows} {drawn} from {which} of {origin} longer than a window{more}"
     elif total >= needed:
-        how = f"{count} consecutive {windows} of {read} documents of {origin}, packed in an order {drawn}{more}"
+        how = f"{plural(count, 'consecutive window')} of {length} tokens of {plural(read, 'document')} of {origin}, packed in an order {drawn}{more}"
         return Tokens(np.concatenate(packed)[:needed].reshape(count, length), how, total)
     else:
         raise UserError(
-            f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
+            f"{origin} holds {total} tokens of calibration text, {plural(count, 'window')} of {length} need {needed}: "
             "give a longer text, or ask for fewer or shorter windows (calibration.windows, calibration.held_out and distill.windows "
             "count together); calibration.written lets the model write some"
         )
@@ -142,8 +146,8 @@ def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw, origin: str
             places.append((document, start))
     if len(places) < draw.count:
         raise UserError(
-            f"{origin} has no room for {draw.held_out} held-out windows of {draw.length} tokens beside the {draw.windows} "
-            "calibration windows: give a longer text, or ask for fewer"
+            f"{origin} has no room for {plural(draw.held_out, 'held-out window')} of {draw.length} tokens beside "
+            f"{plural(draw.windows, 'calibration window')}: give a longer text, or ask for fewer"
         )
     return places
 
@@ -171,7 +175,7 @@ def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, sepa
             f"{origin} holds {total} tokens of text, one window needs {length}: give a longer text or shorter windows"
         )
     ids = np.concatenate(parts)[: count * length].reshape(count, length)
-    how = f"{count} consecutive windows of {length} tokens of {len(parts)} documents of {origin}, packed in random order"
+    how = f"{plural(count, 'consecutive window')} of {length} tokens of {plural(len(parts), 'document')} of {origin}, packed in random order"
     return Tokens(ids, how, total)
 
 
@@ -211,5 +215,5 @@ def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int,
             f"{origin} holds {ids.size} tokens of evaluation text, one window needs {length}: give a "
             "longer text or ask for shorter windows"
         )
-    how = f"the first {count} consecutive windows of {length} tokens of {origin}"
+    how = f"the first {plural(count, 'consecutive window')} of {length} tokens of {origin}"
     return Tokens(ids[: count * length].reshape(count, length), how, ids.size)

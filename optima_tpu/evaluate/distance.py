@@ -90,6 +90,7 @@ def distance(
         hidden_errors=tuple(_ratios(streams[0].rows, squares, len(tokens))[-1 if left_out else 0 :]),
         kls=tuple(mean for mean, _ in kls) if per_block else None,
         agreements=tuple(mean for mean, _ in agreements) if per_block else None,
+        log_ratio_stderr=_mean((last.pruned_nll - last.dense_nll) / predictions)[1],
     )
     return Comparison(apart, perplexity_of(last.dense_nll, tokens), perplexity_of(last.pruned_nll, tokens))
 

@@ -18,12 +18,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.data import tokenizing
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.evaluate.answers import Ends, Question, Rules, read_rules
 from optima_tpu.evaluate.likelihood import Likelihood, Request, likelihoods, make_plan
 from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from optima_tpu.models.model import Model
-from optima_tpu.report.numbers import plural
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.device_memory import device_budget

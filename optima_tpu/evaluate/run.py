@@ -16,7 +16,7 @@ from rich.console import Console
 from optima_tpu import data
 from optima_tpu.config.flat import flat
 from optima_tpu.data import Tokens, token_digest, unigram_perplexity
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.evaluate.distance import distance
 from optima_tpu.evaluate.earlier_results import check_known, read_known
@@ -351,9 +351,9 @@ def _greeting(
     config: EvaluateConfig, models: Mapping[str, Evaluated], texts: Mapping[str, Tokens], mesh: Mesh, folder: Path
 ) -> list[str]:
     """Lines that describe the evaluation, printed before the first long computation."""
-    several = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+    several = "" if jax.process_count() == 1 else f" in {plural(jax.process_count(), 'process')}"
     lines = [
-        f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
+        f"{name:<12} {opened.model.pretrained.origin}: {plural(opened.model.decoder.config.blocks, 'block')}"
         for name, opened in models.items()
     ]
     lines += [f"perplexity   {', '.join(texts)}"] if texts else []

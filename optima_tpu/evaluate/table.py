@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from optima_tpu.evaluate.tasks import PAPER
-from optima_tpu.report.evaluation import EvaluationRecord, TaskScore
-from optima_tpu.report.numbers import number
+from optima_tpu.report.evaluation import Distance, EvaluationRecord, TaskScore
+from optima_tpu.report.numbers import interval, number
 from optima_tpu.report.progress import show
 from optima_tpu.report.table import labelled
 
@@ -22,9 +22,9 @@ def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[
     """
     console.print()
     lines = []
-    for score in record.perplexity.values():
-        dense = score.against
-        beside = f", against {number(dense, 4)} ({number(score.perplexity / dense)} times)" if dense else ""
+    for source, score in record.perplexity.items():
+        dense, apart = score.against, record.distance.get(source)
+        beside = f", against {number(dense, 4)} ({_times(score.perplexity / dense, apart)})" if dense else ""
         lines.append(f"perplexity  {number(score.perplexity, 4)}{beside}, on {score.how}")
     for source, apart in record.distance.items():
         kl = number(apart.kl, 4) + _error(apart.kl_stderr)
@@ -66,6 +66,13 @@ def task_table(scores: Sequence[TaskScore], compared: bool) -> Table:
             row += ["-", "-"]
         table.add_row(*row)
     return table
+
+
+def _times(ratio: float, apart: Distance | None) -> str:
+    """ "2.80 times, 2.61 to 3.00 with two standard errors over its windows"."""
+    ends = interval(ratio, apart.log_ratio_stderr if apart else None)
+    spread = f", {' to '.join(map(number, ends))} with two standard errors over its windows" if ends else ""
+    return f"{number(ratio)} times{spread}"
 
 
 def _error(value: float | None) -> str:

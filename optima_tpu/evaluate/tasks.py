@@ -18,11 +18,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import simple_parse_args_string
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, plural
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.report.evaluation import TaskResult
-from optima_tpu.report.numbers import plural
 from optima_tpu.report.summary import mean_or_none
 from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.processes import SharedError, from_first, is_first

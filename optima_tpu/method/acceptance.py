@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float32
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.outcomes import RowOutcomes
@@ -246,6 +246,6 @@ def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowOutcomes]
         if broken:
             raise UserError(
                 f"{prefix}{name}: expected finite weights from the selector, got NaN or infinity in {broken:,} of "
-                f"{len(report.before):,} rows: its Hessian is too close to singular; raise --selector.damping, or "
+                f"{plural(len(report.before), 'row')}: its Hessian is too close to singular; raise --selector.damping, or "
                 "take more calibration text"
             )

@@ -118,6 +118,14 @@ class Distillation(Method, abc.ABC):
         """The number of Adam steps of a span; the last windows of a pass are left out if they do not fill a batch."""
         return self.passes * max(1, self.windows // self.batch)
 
+    def filled(self, windows: int) -> int:
+        """How many of so many windows a training reads: those that fill a step. Fewer than a batch are one step."""
+        return windows - windows % self.batch if windows > self.batch else windows
+
+    def tokens(self, length: int) -> int:
+        """How many tokens the steps read, in all passes over windows of ``length``."""
+        return self.passes * self.filled(self.windows) * length
+
     def check_steps(self) -> tuple[int, ...]:
         """The steps after which the held-out loss is measured, the last one among them."""
         count = min(self.checks or max(self.fewest_checks, min(self.steps // 128, _MOST_CHECKS)), self.steps)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
-from optima_tpu.errors import UserError, did_you_mean
+from optima_tpu.errors import UserError, did_you_mean, plural
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay, totals
 from optima_tpu.runtime.bounds import at_least, whole
 from optima_tpu.runtime.mesh import padded
@@ -418,7 +418,8 @@ class WholeInputs(Pattern):
         at_least(1, f"the multiple in a pattern SHARE/{self.word}@MULTIPLE", self.multiple, MOST_INPUTS)
 
     def __str__(self) -> str:
-        return f"{self.sparsity:.4g} of the {self.word}s"
+        rounded = f" (kept in multiples of {self.multiple})" if self.multiple > 1 else ""
+        return f"{self.sparsity:.4g} of the {self.word}s{rounded}"
 
     def kept(self, parts: int) -> int:
         """How many of so many parts stay.
@@ -430,7 +431,7 @@ class WholeInputs(Pattern):
         if self.sparsity and not 0 < kept < parts:
             rounded = f", since the kept number is rounded up to a multiple of {self.multiple}" * (kept > 0 and self.multiple > 1)
             raise UserError(
-                f"{self.text()} {'prunes' if kept else 'leaves'} none of {parts} {self.word}{'s' * (parts > 1)}{rounded}; take {self._instead(parts)}"
+                f"{self.text()} {'prunes' if kept else 'leaves'} none of {plural(parts, self.word)}{rounded}; take {self._instead(parts)}"
             )
         return min(kept, parts)
 
@@ -513,9 +514,18 @@ class WholeParts(WholeInputs):
 
     Attributes:
       layer: the layer that reads the parts, by its path in a block; it is no pattern for other layers. None until the model is known.
+      total: how many a block has; 0 until the model is known.
+      called: what they are called, "key-value heads".
     """
 
     layer: str | None = None
+    total: int = 0
+    called: str = ""
+
+    def __str__(self) -> str:
+        """ "1 of 3 key-value heads cut", which the share of an odd number says only roughly; the share until the model is known."""
+        lost = max(self.total - self._rounded(self.total), 0)
+        return f"{lost:,} of {self.total:,} {self.called} cut" if self.total else super().__str__()
 
     def takes(self, name: str) -> bool:
         assert self.layer is not None, "the model says which layer reads the parts, before any layer is asked for"

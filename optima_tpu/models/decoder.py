@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import PretrainedConfig
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models import family_of
 from optima_tpu.models.activations import Activations, HiddenStates, held_rows
@@ -410,6 +410,6 @@ def _name(path: tuple) -> str:
 def _check(name: str, array: np.ndarray) -> None:
     if not np.isfinite(array).all():
         raise UserError(
-            f"{name} holds {np.sum(~np.isfinite(array))} values that are NaN or infinite in {array.dtype}: "
-            "the checkpoint is damaged, or they do not fit --dtype"
+            f"{name} holds {plural(int(np.sum(~np.isfinite(array))), 'value')} of NaN or infinity in {array.dtype}: "
+            "the checkpoint is damaged, or does not fit --dtype"
         )

@@ -7,13 +7,17 @@ import jax
 from rich.console import Console
 
 from optima_tpu.config.parse import on_preset
-from optima_tpu.config.run_config import Calibration, RunConfig, to_dict, weights_settings
+from optima_tpu.config.run_config import Calibration, RunConfig, weights_settings
 from optima_tpu.data import SelfGenerated, parse_source, unigram_perplexity
+from optima_tpu.errors import plural
+from optima_tpu.method.distillation import Distillation
+from optima_tpu.method.patterns import DENSE
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import Texts, linear_shapes, pruned_layers
 from optima_tpu.report.meaningless import poor_text
+from optima_tpu.report.numbers import trained_on
 from optima_tpu.report.progress import say
 
 _FEW, _ENOUGH = 8, 16
@@ -29,9 +33,9 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     decoder = model.decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
     weights = sum(math.prod(shapes[path]) for path in pruned_layers(config, decoder))
-    shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+    shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {plural(jax.process_count(), 'process')}"
     lines = [
-        f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
+        f"model        {model.pretrained.origin}: {plural(decoder.config.blocks, 'block')}, {weights:,} weights to prune",
         f"preset       {on_preset(config)}",
         f"recipe       {recipe_line(config, decoder)}",
         f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
@@ -43,13 +47,22 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
         lines.insert(4, f"             {few}")
     for which, tokens in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
         lines += [f"unusual      {told}"] if (told := poor_text(which, unigram_perplexity(tokens.ids))) else []
-    if config.distill and (idle := Trainer(decoder, config.distill).idle):
-        lines.append(f"training     {idle}")
+    if config.distill:
+        lines.append(f"training     {training_words(config.distill, config.calibration.window_length)}")
+        lines += [f"             {idle}"] if (idle := Trainer(decoder, config.distill).idle) else []
     if decoder.family.note:
         lines.insert(1, f"family       {decoder.family.note}")
     if fitted:
         lines.append(f"solver       {fitted}")
     say(console, "\n".join(lines))
+
+
+def training_words(method: Distillation, length: int) -> str:
+    """What a training lowers, what it moves, and how much it reads in windows of ``length`` tokens."""
+    batch = plural(min(method.batch, method.windows), "window")
+    times = "once" if method.passes == 1 else plural(method.passes, "time")
+    amount = trained_on(method.steps, method.tokens(length))
+    return f"{method.words}, {method.train}: {amount}, {batch} of {length} in a step, each read {times}"
 
 
 def short_text(text: Calibration, widest: int) -> str:
@@ -68,7 +81,7 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     recipe, settings, adding = config.recipe, weights_settings(config), bool(decoder.family.residuals)
     methods = [settings[key] for key in ("selector", "solver") if settings[key]]
     words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(recipe.pattern)]
-    words += [to_dict(config)["layers"]] if recipe.layers else []
+    words += [f"{rule.path}={rule.pattern or DENSE}" for rule in recipe.layers]
     words += [f"{config.cut.words} cut"] if config.cut.counts else []
     if recipe.target.dense_stream:
         words.append(f"dense target {recipe.target.alpha:g}")
@@ -81,7 +94,7 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     if recipe.borrow and decoder.family.shared:
         words.append(f"experts borrow {recipe.borrow:g} tokens an input")
     if recipe.refine:
-        words.append(f"{recipe.refine.rounds} rounds of exchanges")
+        words.append(f"{plural(recipe.refine.rounds, 'round')} of exchanges")
     if recipe.quantize:
         words.append(str(recipe.quantize))
     if config.allocation.measures:
@@ -89,5 +102,5 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     if (candidates := recipe.tuning.candidates(recipe.damping, recipe.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
     if config.distill:
-        words.append(f"{config.distill.done} on {config.distill.windows} windows")
+        words.append(config.distill.done)
     return ", ".join(words)

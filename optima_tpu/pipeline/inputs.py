@@ -96,7 +96,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     run directory if an earlier start of the run saved it there.
 
     Args:
-      console: prints the progress while the model writes calibration text.
+      console: prints which texts are read, and the progress while the model writes calibration text.
 
     Raises:
       UserError: a text can't be read, is too short or does not fit the model; both texts are the same; or a model that writes
@@ -121,6 +121,8 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
             lambda: draw_together(source) if data.read_by_all(source) and not alone() else from_first(draw),
         )
 
+    if console:
+        say(console, f"reading      {' and '.join(dict.fromkeys(map(str, (plan.evaluation, plan.calibration))))}")
     # The evaluation text first: an error in it should appear before the model writes for minutes.
     evaluation = kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score))
     write = functools.partial(self_calibration, config, *model, console)

@@ -43,10 +43,9 @@ import safetensors.numpy
 from jax import Array
 from jax.sharding import Mesh
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.models.activations import Activations, HiddenStates, held_rows
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom, save_tree
-from optima_tpu.report.numbers import plural
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
@@ -232,7 +231,7 @@ class Journal:
         if stray := set(scales) - set(masks):
             raise ValueError(f"scales without masks: {sorted(stray)}")
         entry, states = self.entry(index), self._states(index)
-        remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
+        remedy = f"what is finished, {plural(len(self.finished), 'block')}, is intact; make room and repeat the command"
 
         due = from_first(lambda: self.repeated >= 60 * self.recompute) and bool(streams)
 

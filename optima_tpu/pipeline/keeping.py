@@ -53,6 +53,7 @@ class Stage(Generic[P, T]):
       steps: what ``make`` will do, by what is in the run directory, for the time left; empty where it takes no time.
       count: the number of its progress steps, where these have parts.
       counted: the kind of its steps that the progress counts; empty for all.
+      done: how many of ``count`` an earlier start did, which ``steps`` leaves out.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Stage(Generic[P, T]):
     steps: Callable[[Opened], list[Step]] = lambda opened: []
     count: Callable[[Opened], int] | None = None
     counted: str = ""
+    done: Callable[[Opened], int] = lambda opened: 0
 
 
 class Keep(Protocol):
@@ -107,5 +109,5 @@ class Keeper:
         if steps := stage.steps(opened):
             progress.ahead = list(filter(None, self._ahead.values()))
             count = stage.count(opened) if stage.count else sum(stage.counted in ("", step.kind) for step in steps)
-            progress.stage(stage.name, count, steps, stage.counted)
+            progress.stage(stage.name, count, steps, stage.counted, stage.done(opened))
         return stage.make(self._work, *inputs, **named)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.resources import Footprint
@@ -353,9 +353,11 @@ def described(found: Sequence[Pass], ordinary: int = 1) -> str:
     """
     told: dict[str, None] = {}  # in the order of the layers, each once
     for names, where in (pair for each in found for pair in zip(each.groups, each.layouts)):
-        words = [f"{where.rows} rows at once"] * (where.rows is not None) + ["Hessian split over model"] * where.split
+        words = ([] if where.rows is None else [f"{plural(where.rows, 'row')} at once"]) + [
+            "Hessian split over model"
+        ] * where.split
         if words:
             told[f"{names[0]}: {', '.join(words)}"] = None
     if len(found) > ordinary:
-        told[f"Hessians of a block in {len(found)} passes"] = None
+        told[f"Hessians of a block in {plural(len(found), 'pass')}"] = None
     return "; ".join(told)

@@ -57,7 +57,9 @@ def run(
     first_only(lambda: check_sinks(config.sinks))
     refuse_unusable(together(lambda: config.run_directory))
     check_signals()
-    model = model or open_model_on_mesh(config)
+    if model is None:
+        say(console, f"opening      {config.model}: its files are compared with their checksums")
+        model = open_model_on_mesh(config)
     check_signals()
     found = model.pretrained.config
     config = together(lambda: on_model(config, found, console))

@@ -13,7 +13,7 @@ from rich.console import Console
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.data import SelfGenerated, Tokens, parse_source
 from optima_tpu.data.sampling import held_out_text
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
@@ -73,13 +73,14 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
             plan = plan_generation(decoder, prompts, sampling, advice=ADVICE, budget=budget, room=text.window_length)
             at_once, began = len(plan.batches[0].prompts), time.monotonic()
             progress.stage(
-                f"writing {count} windows of {text.window_length} tokens with the dense model, {at_once} at once", plan.steps
+                f"writing {plural(count, 'window')} of {text.window_length} tokens with the dense model, {at_once} at once",
+                plan.steps,
             )
             written = generate(decoder, plan, advance=progress.advance)
             ids = np.array([[start, *tokens] for tokens in written], np.int32)
             progress.note(f"{ids.size / (time.monotonic() - began):,.0f} tokens a second")
     how = (
-        f"{count} windows of {text.window_length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
+        f"{plural(count, 'window')} of {text.window_length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
         f"temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)
     )
     return Tokens(ids, how, ids.size)

@@ -11,6 +11,7 @@ from msgspec import structs
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import Tokens, unigram_perplexity
+from optima_tpu.errors import plural
 from optima_tpu.method.patterns import WholeParts
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
@@ -114,7 +115,8 @@ def _open(work: StageWork) -> Journal:
         opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
     )
     if opened.walk and journal.finished:
-        progress.note(f"resuming     {len(journal.finished)} of {pruned_model(opened).decoder.config.blocks} blocks are done")
+        blocks = pruned_model(opened).decoder.config.blocks
+        progress.note(f"resuming     {len(journal.finished)} of {plural(blocks, 'block')} done")
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.written))
     return journal
 
@@ -297,6 +299,16 @@ def unfinished(opened: Opened) -> list[int]:
     return [index for index in blocks if index not in done]
 
 
+def count_blocks(opened: Opened) -> int:
+    """The number of blocks that the pruned model has."""
+    return len(kept_by(opened))
+
+
+def count_finished(opened: Opened) -> int:
+    """The number of blocks that are pruned already, by what is in the run directory."""
+    return count_blocks(opened) - len(unfinished(opened))
+
+
 def _checkpointed(opened: Opened) -> bool:
     """Whether the run directory has the pruned model."""
     done: bool = from_first(lambda: complete(opened.directory / CHECKPOINT))
@@ -323,7 +335,7 @@ def _prune(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocate
     return journal
 
 
-PRUNING = Stage("pruning", _prune, read_pruned, _pruning_steps, lambda opened: len(kept_by(opened)))
+PRUNING = Stage("pruning", _prune, read_pruned, _pruning_steps, count_blocks, done=count_finished)
 """Its result is the journal with every block."""
 
 

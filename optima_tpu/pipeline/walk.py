@@ -132,6 +132,7 @@ def prune_model(
     for index, parameters in zip(missing, decoder.blocks(missing)):
         started = time.monotonic()
         if streams is None or following != index:
+            walk.begin(ENTERING, f"getting the hidden states that enter block {index}")
             streams = _streams_before(walk, tokens, index, journal, progress)
         _pass_left_out(walk, index, streams.dense)
         journal.repeated += time.monotonic() - started
@@ -162,6 +163,8 @@ def block_steps(walk: Walk, index: int) -> list[Step]:
 
 WRITING = "writing files"
 """The kind of steps whose work is a number of bytes that are written."""
+ENTERING = "hidden states before a block"
+"""The kind of the step before the first block of a start, which embeds the text, or repeats the blocks before."""
 
 
 def _calibrating(walk: Walk, index: int, part: Pass) -> Step:

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from optima_tpu.report.numbers import number, percent
+from optima_tpu.errors import plural
+from optima_tpu.report.numbers import number, percent, trained_on
 from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
 from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.records import Block, Count, Positive, Record, Share, Size, check_record, within
@@ -106,6 +107,13 @@ class Outcome(_Trained, frozen=True):
     perplexity_before: Positive | None = None
     seconds: float = 0.0
     spans: tuple[Span, ...] = ()
+
+    @property
+    def amount(self) -> str:
+        """How much the training read: "3 steps on 3,072 tokens, of which the state after step 2 is kept"."""
+        last = self.checks[-1].step
+        kept = f", of which the state after step {self.kept} is kept" * (0 < self.kept < last)
+        return trained_on(last, self.tokens) + kept
 
 
 class Allocated(Record, frozen=True):
@@ -467,6 +475,11 @@ class Report(RunFacts, frozen=True, kw_only=True):
         return within("manifest", self.manifest, ManifestEntries).code
 
     @property
+    def log_ratio_stderr(self) -> float | None:
+        """The standard error of the logarithm of the ratio of both perplexities, paired by window; None if it was not measured."""
+        return self.tokens.mean_stderr if self.tokens else None
+
+    @property
     def solver(self) -> str | None:
         """Name of the solver; None if the weights are the selector's own."""
         solver = self.settings.solver
@@ -551,7 +564,7 @@ class Sidecar(Record, frozen=True):
 
 def cell_name(mask: str, update: str, pattern: str, windows: int, seed: int) -> str:
     """The name of a cell; needs no configuration."""
-    return f"{mask} + {update}, {pattern}, {windows} windows, seed {seed}"
+    return f"{mask} + {update}, {pattern}, {plural(windows, 'window')}, seed {seed}"
 
 
 class CellResult(Record, frozen=True):

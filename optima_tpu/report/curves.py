@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.contents import CellResult
-from optima_tpu.report.numbers import number, plural
+from optima_tpu.report.numbers import number
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import names, read_report
 from optima_tpu.runtime.checksums import read_intact

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from optima_tpu.report.contents import Outcome, Report
-from optima_tpu.report.numbers import duration, number, percent, plural
+from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table
 
@@ -14,16 +14,14 @@ def distilled_line(report: Report) -> str:
     if outcome is None:
         return ""
     loss, before, after = _loss(report), number(outcome.before), number(outcome.after)
-    steps = plural(outcome.checks[-1].step, "step")
-    took = f"{steps} on {outcome.tokens:,} tokens in {duration(outcome.seconds)}"
     if not outcome.kept:
         return (
-            f"refused: none of {took} lowered the {loss} on held-out text, {before} nats; the model keeps its weights from before. "
+            f"refused: none of {outcome.amount} lowered the {loss} on held-out text, {before} nats; the model keeps its weights from before. "
             "Try a smaller learning rate, or more text"
         )
     gain = percent(1 - outcome.after / outcome.before)
-    kept = f", of which the state after step {outcome.kept} is kept" * (outcome.kept < outcome.checks[-1].step)
-    return f"{loss} on held-out text {before} -> {after} nats ({gain} less); {took}{kept}"
+    took = f"it took {duration(outcome.seconds)}"
+    return f"{loss} on held-out text {before} -> {after} nats ({gain} less); {outcome.amount}; {took}"
 
 
 def _loss(report: Report) -> str:
@@ -36,9 +34,7 @@ def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
     trained = [(run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := run.report.distillation)]
     tables = [
-        table
-        for label, report, found in trained
-        for table in (_checks(label or "Checks", report, found), *_spans(label or "Blocks", found))
+        table for label, report, found in trained for table in (_checks(label, report, found), *_spans(label or "Blocks", found))
     ]
     texts = dict.fromkeys(_text(report, found) for _, report, found in trained)
     return [Section("distillation", "Training after pruning", list(texts), tables=tables)] if tables else []
@@ -57,9 +53,10 @@ def _text(report: Report, outcome: Outcome) -> str:
     )
 
 
-def _checks(title: str, report: Report, outcome: Outcome) -> Table:
+def _checks(label: str, report: Report, outcome: Outcome) -> Table:
+    """The checks of a training. A page of several runs (``label``) has no tile that tells what became of it."""
     return Table(
-        title,
+        label or "Checks",
         ["step", "on the text it is trained on, nats", "held out, nats", "perplexity, held out", ""],
         [
             [
@@ -71,7 +68,7 @@ def _checks(title: str, report: Report, outcome: Outcome) -> Table:
             ]
             for check in outcome.checks
         ],
-        note=distilled_line(report),
+        note=distilled_line(report) if label else "",
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from optima_tpu.errors import plural
 from optima_tpu.report.contents import Environment
 from optima_tpu.runtime.records import Count, Record, Share, Undeclared, within
 
@@ -28,6 +29,8 @@ class Distance(Record, frozen=True):
         after that block (the logit lens, nostalgebraist 2020); None if not requested. Only the last entry compares predictions.
         The head was trained on the last stream only: it reads early streams badly and misses changes that only later blocks use.
       agreements: ``agreement`` for every block, computed in the same way; None if not requested.
+      log_ratio_stderr: standard error of the logarithm of the ratio of both perplexities, which is the mean rise of a token's loss;
+        None too where an earlier version measured the distance.
     """
 
     kl: float
@@ -38,6 +41,7 @@ class Distance(Record, frozen=True):
     hidden_errors: tuple[float | None, ...]
     kls: tuple[float | None, ...] | None
     agreements: tuple[Share, ...] | None
+    log_ratio_stderr: float | None = None
 
 
 class TextScore(Record, frozen=True):
@@ -173,7 +177,7 @@ class EvaluationRecord(Record, frozen=True):
         else:  # a task whose own number of examples is 0 keeps 0
             examples = f"{settings.fewshot}-shot where a task allows it" if settings.fewshot else "zero-shot"
         examples += ", as a chat" if settings.apply_chat_template else ""
-        return examples + (f", the first {settings.limit:,} documents of each" if settings.limit else "")
+        return examples + (f", the first {plural(settings.limit, 'document')} of each" if settings.limit else "")
 
     @property
     def scores(self) -> list[TaskScore]:

@@ -6,6 +6,7 @@ A new power of a run shows its number by a row of :data:`FACTS`.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from optima_tpu.errors import plural
 from optima_tpu.report.contents import Report, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.numbers import became, direction, number, percent
@@ -82,12 +83,7 @@ def _change(name: str, title: str, errors: tuple[float | None, float | None], te
     before, after = errors
     better = f"{became(before, after, percent)}, " if report.solver and before is not None and after is not None else ""
     labels = ("before", "after the update") if report.solver else ()
-    return Fact(name, title, _both(*errors, report), f"{better}mean of {_matrices(report)}, {text}", labels)
-
-
-def _matrices(report: Report) -> str:
-    count = len(report.layers)
-    return f"{count:,} {'matrix' if count == 1 else 'matrices'}"
+    return Fact(name, title, _both(*errors, report), f"{better}mean of {plural(len(report.layers), 'matrix')}, {text}", labels)
 
 
 def _both(before: float | None, after: float | None, report: Report) -> list[str]:
@@ -98,7 +94,7 @@ def _both(before: float | None, after: float | None, report: Report) -> list[str
 
 def _sparsity(report: Report) -> Fact:
     note = (
-        f"of the {report.weights:,} weights in {_matrices(report)}, {percent(report.model_sparsity)} of all "
+        f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}, {percent(report.model_sparsity)} of all "
         f"{report.model.weights:,} weights of the model"
     )
     return Fact("sparsity", "Sparsity", [percent(report.sparsity)], note)
@@ -107,14 +103,13 @@ def _sparsity(report: Report) -> Fact:
 def _cuts(report: Report) -> Fact | None:
     if not report.cuts:
         return None
-    first, _, others = parts_left(report.cuts).partition(" of ")
     alike = all(cut.deleted for cut in report.cuts.values())
     note = (
         "the exported model is without the others"
         if alike
         else "where blocks differ, the exported model has zeros for the others"
     )
-    return Fact("kept", "Kept", [first], f"of {others}; {note}")
+    return Fact("kept", "Kept", [parts_left(report.cuts)], f"({note})")
 
 
 def _left_out(report: Report) -> Fact | None:
@@ -180,7 +175,7 @@ def _why_not_smaller(report: Report) -> str:
 def size(count: int) -> str:
     """Formats a number of bytes: "538 MB", "16.1 GB"."""
     exponent = min(max((len(str(count)) - 1) // 3, 0), 4)
-    return f"{count} bytes" if not exponent else f"{number(count / 1000**exponent)} {('kB', 'MB', 'GB', 'TB')[exponent - 1]}"
+    return plural(count, "byte") if not exponent else f"{number(count / 1000**exponent)} {('kB', 'MB', 'GB', 'TB')[exponent - 1]}"
 
 
 def _memory(report: Report) -> Fact:

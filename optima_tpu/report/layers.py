@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from optima_tpu.errors import plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.meaningless import meaningless_lines
@@ -158,8 +159,8 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
             continue  # the comparison of runs shows it
         spread = "the same share in each matrix" if low == high else f"from {low} to {high} per matrix"
         text.append(
-            f"{run.label + ': ' if several else ''}{percent(sparsity(run.report.layers))} of the weights of {len(run.report.layers):,} "
-            f"matrices are zero by the mask, {spread}."
+            f"{run.label + ': ' if several else ''}{percent(sparsity(run.report.layers))} of the weights of "
+            f"{plural(len(run.report.layers), 'matrix')} are zero by the mask, {spread}."
         )
     note = "Blank: not pruned. For several layers of one kind in a block, such as experts, the map shows their mean."
     return Section(
@@ -250,7 +251,7 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
             for name, (before, after) in worsened(run.report.blocks).items()
         ]
         rows += [
-            [name, TROUBLE[kind][0], f"{count:,} {TROUBLE[kind][1]}{'' if count == 1 else 's'}"]
+            [name, TROUBLE[kind][0], plural(count, TROUBLE[kind][1])]
             for kind, layers in unusual(run.report.blocks).items()
             for name, count in layers.items()
         ]

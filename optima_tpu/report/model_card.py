@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData
 
 from optima_tpu.config.flat import flat
-from optima_tpu.errors import legible
-from optima_tpu.method.patterns import parse_pattern
+from optima_tpu.errors import legible, plural
+from optima_tpu.method.patterns import WholeParts, parse_pattern
 from optima_tpu.report.contents import BLOCKS, Outcome, RunFacts, Sidecar, parts_left
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
-from optima_tpu.report.summary import held_out_caveat, mean_errors
+from optima_tpu.report.summary import held_out_caveat, mean_errors, sparsity
 from optima_tpu.report.view import without_folders
 
 _IN_FILES = (
@@ -96,7 +96,9 @@ def _front(card: Card) -> str:
 def _title(card: Card) -> str:
     name, pattern = Path(card.sidecar.model.removeprefix("wheel:")).name, parse_pattern(card.recipe.pattern)
     cut = f"cut to {parts_left(card.sidecar.cuts)}" if card.sidecar.cuts else ""
-    pruned = f"pruned {pattern}" if card.has_zeros else ""
+    # The zeros of other layers, or of parts that are not cut: the share of parts in the pattern is none of weights.
+    zeros = f"to {percent(sparsity(card.sidecar.masked))} zeros" if isinstance(pattern, WholeParts) else str(pattern)
+    pruned = f"pruned {zeros}" if card.has_zeros else ""
     return f"# {_plain(name)}, {_plain(' and '.join(filter(None, [cut, pruned])))}{' and trained' * bool(card.training)}\n"
 
 
@@ -112,8 +114,8 @@ def _made(card: Card) -> str:
     by = "pruned, and" if card.recovered else "pruned by OPTIMA-TPU, and"
     if card.refused:
         return f"{by} left as it was pruned, because training lowered no loss on held-out text"
-    on = f"{card.training.tokens:,} tokens" if card.training else "text"
-    return f"{by} then trained by OPTIMA-TPU on {on} with its zeros held, so that it is not a model of one-shot pruning"
+    amount = f", {card.training.amount}," if card.training else ""
+    return f"{by} then trained by OPTIMA-TPU{amount} with its zeros held, so that it is not a model of one-shot pruning"
 
 
 def _left_out(card: Card) -> str:
@@ -136,8 +138,9 @@ def _zeros(card: Card) -> str:
         return ""
     masked = card.sidecar.masked
     pruned, weights = sum(layer.pruned for layer in masked), sum(math.prod(layer.shape) for layer in masked)
-    share = pruned / max(weights, 1)
-    return f"{pruned:,} of the {weights:,} weights in its {len(masked)} pruned matrices are zero ({share:.2%})"
+    return (
+        f"{pruned:,} of the {weights:,} weights in its {plural(len(masked), 'pruned matrix')} are zero ({sparsity(masked):.2%})"
+    )
 
 
 _CHANGES: Sequence[Callable[[Card], str]] = (_left_out, _cuts, _zeros)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from optima_tpu.errors import plural
+
 
 def number(value: float | None, digits: int = 3) -> str:
     """``value`` with ``digits`` significant digits: "0.0123", "12.3", "1234", "2.00e-9". None is not finite, as in records.
@@ -42,6 +44,19 @@ def became(before: float, after: float, show: Callable[[float], str]) -> str:
     return "unchanged" if show(before) == show(after) else direction(before, after)
 
 
+def interval(ratio: float, error: float | None) -> tuple[float, float] | None:
+    """A ratio less and more two standard errors of its logarithm; None if the error was not measured."""
+    if error is None:
+        return None
+    spread = math.exp(min(2 * error, 100.0))  # a damaged report may hold any number
+    return ratio / spread, ratio * spread
+
+
+def trained_on(steps: int, tokens: int) -> str:
+    """ "3 steps on 3,072 tokens": how much a training reads, in these words wherever it is told."""
+    return f"{plural(steps, 'step')} on {plural(tokens, 'token')}"
+
+
 def duration(seconds: float) -> str:
     """A duration with its unit: "7 s", "12:05 min", "1:02:03 h"."""
     whole = round(seconds)
@@ -53,8 +68,3 @@ def hms(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def plural(count: int, noun: str) -> str:
-    """ "1 row", "2 rows", "1,234 rows"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

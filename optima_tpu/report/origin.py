@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from optima_tpu.config.parse import dump, recorded_run
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.report import plots
 from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import duration, number, percent
@@ -133,7 +133,7 @@ def _facts(run: FinishedRun) -> list[list[str]]:
         "recipe": report.recipe,
         "calibration text": report.calibration.how,
         "evaluation text": report.evaluation.how,
-        "devices": place.words + (f", {place.processes} processes" if place.processes > 1 else ""),
+        "devices": place.words + (f", {plural(place.processes, 'process')}" if place.processes > 1 else ""),
         "code": report.code,
         "packages": ", ".join(f"{name} {version}" for name, version in place.packages.items() if version),
         "system": f"Python {place.python}, {place.system}",

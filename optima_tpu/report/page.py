@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jinja2
 
+from optima_tpu.errors import plural
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.layers import layer_errors, maps, solver, strange
-from optima_tpu.report.numbers import plural
 from optima_tpu.report.origin import cost, origin
 from optima_tpu.report.plots import MARKERS, SERIES
 from optima_tpu.report.published import result

@@ -120,10 +120,11 @@ class Progress:
         self.end_stage()
         self._bars.stop()
 
-    def stage(self, name: str, total: int, steps: Sequence[Step] | None = None, counted: str = "") -> None:
+    def stage(self, name: str, total: int, steps: Sequence[Step] | None = None, counted: str = "", done: int = 0) -> None:
         """Starts a stage of ``total`` steps and ends the previous stage.
 
         Args:
+          done: of the ``total`` steps those that an earlier start of the run did; ``steps`` are without them.
           steps: the steps in their order, or their parts where :meth:`begin` tells them apart; None for steps of one kind, which
             no other stage has.
           counted: the kind of the ``total`` steps where the stage has other steps beside them; empty if it has none.
@@ -132,12 +133,12 @@ class Progress:
         self._stage, self._stage_start = name, self._clock()
         self._step_start, self._part, self._quiet = self._stage_start, "", _QUIET
         self._steps = [Step(name)] * total if steps is None else list(steps)
-        self._total, self._done, self._counted = total, 0, counted
+        self._total, self._done, self._counted = total, done, counted
         left, words = self._remaining(), [name]
         if left.stage is not None and left.stage >= _SHORT:
             words += [f"about {duration(left.stage)}", *_of_run(left)]
         self._say(", ".join(words))
-        self._bars.reset(self._task, total=total, description=name, visible=True)
+        self._bars.reset(self._task, total=total, completed=done, description=name, visible=True)
         check_signals()
 
     def note(self, text: str) -> None:
@@ -183,10 +184,11 @@ class Progress:
             self._tell_if_quiet()
         check_signals()
 
-    def skip(self, count: int) -> None:
-        """Leaves out the next steps of the stage, which an earlier start of the run did."""
-        self._done += sum(step.kind == self._counted for step in self._steps[:count]) if self._counted else count
-        del self._steps[:count]
+    def skip(self, kinds: Iterable[str]) -> None:
+        """Leaves out the next step of each of these kinds, which an earlier start of the run did."""
+        for kind in kinds:
+            self._done += self._counted in ("", kind)
+            self._take(kind)
         self._step_start = self._clock()
         self._bars.update(self._task, completed=self._done)
 
@@ -208,10 +210,14 @@ class Progress:
 
     def _finish(self, kind: str) -> None:
         """Measures the part that ends now, and takes it off the steps that are left."""
-        now, index = self._clock(), next((at for at, step in enumerate(self._steps) if step.kind == kind), None)
-        step = Step(kind) if index is None else self._steps.pop(index)
-        self._pace = self._pace.after(step, now - self._step_start)
+        now = self._clock()
+        self._pace = self._pace.after(self._take(kind), now - self._step_start)
         self._step_start = now
+
+    def _take(self, kind: str) -> Step:
+        """Removes the next step of a kind from those that are left."""
+        index = next((at for at, step in enumerate(self._steps) if step.kind == kind), None)
+        return Step(kind) if index is None else self._steps.pop(index)
 
     def _remaining(self) -> Remaining:
         return remaining(self._pace, self._steps, self.ahead, self._clock() - self._step_start)

@@ -9,7 +9,6 @@ of them has the number.
 
 import csv
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from optima_tpu.report.contents import Perplexities, Report
-from optima_tpu.report.numbers import direction, number
+from optima_tpu.report.numbers import direction, interval, number
 
 _SIZES = 2.5
 """A model is compared with models of at most so many times, and at least one part in so many, of its weights."""
@@ -88,8 +87,8 @@ def result(report: Report) -> str:
     Nothing is called good or poor: published results are of other models and texts, and an evaluation has few windows. What is said
     of the range, "above all of them", holds by two standard errors of the loss, paired by window, and only on the same texts.
     """
-    low, high = _interval(report.perplexity.ratio, report.tokens.mean_stderr if report.tokens else None)
-    first, note = _change(report.perplexity, low, high), _beyond_pruning(report)
+    ends = interval(report.perplexity.ratio, report.log_ratio_stderr)
+    first, note = _change(report.perplexity, ends), _beyond_pruning(report)
     if note:
         return f"{first} {note}"
     rows = comparable(report)
@@ -98,12 +97,12 @@ def result(report: Report) -> str:
     best, worst = rows[0], rows[-1]
     text = report.settings.evaluation_source
     place = ""
-    if text in TEXTS and low is not None and high is not None:
+    if text in TEXTS and ends:
         place = (
             " This run is below all of them."
-            if high < best.ratio
+            if ends[1] < best.ratio
             else " This run is above all of them."
-            if low > worst.ratio
+            if ends[0] > worst.ratio
             else ""
         )
     elif text not in TEXTS:
@@ -121,22 +120,15 @@ def _range(rows: Sequence[Published]) -> str:
     return f"{rows[0].model} {ends}, on {texts}"
 
 
-def _change(perplexity: Perplexities, low: float | None, high: float | None) -> str:
+def _change(perplexity: Perplexities, ends: tuple[float, float] | None) -> str:
     """ "Perplexity 14.8 → 19.7: 1.33 times the dense model’s, worse (1.31 to 1.35 with two standard errors)."."""
     dense, pruned = perplexity.dense, perplexity.pruned
     first = f"Perplexity {number(dense, 4)} → {number(pruned, 4)}: {number(perplexity.ratio)} times the dense model’s"
-    if low is None or high is None:
+    if ends is None:
         return f"{first}, {direction(dense, pruned)}; how sure that is was not measured."
+    low, high = ends
     sure = direction(dense, pruned) if not low <= 1 <= high else "no difference that this text can show"
     return f"{first}, {sure} ({number(low)} to {number(high)} with two standard errors over its windows)."
-
-
-def _interval(ratio: float, error: float | None) -> tuple[float | None, float | None]:
-    """The ratio less and more two standard errors of its logarithm; None for each if the error was not recorded."""
-    if error is None:
-        return None, None
-    spread = math.exp(min(2 * error, 100.0))  # a damaged report may hold any number
-    return ratio / spread, ratio * spread
 
 
 def _same_pattern(row: str, pattern: str, sparsity: float) -> bool:
@@ -150,7 +142,7 @@ def _same_pattern(row: str, pattern: str, sparsity: float) -> bool:
 def _beyond_pruning(report: Report) -> str | None:
     """What was done with the weights behind the pruning, in a sentence; None if nothing was."""
     if report.training:
-        what = f"was trained on {report.training.tokens:,} tokens after it was pruned"
+        what = "was trained after it was pruned"
     elif recovered := report.settings.recover:
         return f"The weights are those of {recovered.model}: training lowered no loss on held-out text."
     elif report.settings.quantize:

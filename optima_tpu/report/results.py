@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from optima_tpu.errors import plural
 from optima_tpu.report import plots
 from optima_tpu.report.evaluation import Distance
 from optima_tpu.report.facts import facts, running, sizes
 from optima_tpu.report.meaningless import meaningless_lines
-from optima_tpu.report.numbers import number, percent, plural
+from optima_tpu.report.numbers import interval, number, percent
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import FinishedRun, differences
 from optima_tpu.report.summary import mean_errors, unusual, worsened
@@ -20,6 +21,7 @@ _SIZE = (
     "The pruned file is as large as the dense file, and the model runs as fast, because zeros are stored like other numbers. "
     "Zeros save time or space only with a kernel or a compressor that uses them."
 )
+_SPREAD = "In brackets: the ratio two standard errors lower and higher, over windows that both models read."
 _SHOWN = 4
 """Most commands that the page shows for several runs."""
 
@@ -51,7 +53,7 @@ def comparison(runs: Sequence[FinishedRun]) -> Section:
     rows = [[name, *(_setting(values, run) for run in runs)] for name, values in settings.items()]
     labels = [run.label for run in runs]
     same = len({run.report.evaluation.digest for run in runs}) == 1
-    text = [] if same else ["These runs measured perplexity on different texts, so their perplexities are not comparable."]
+    text, results = [] if same else [_other_texts(runs)], _headlines(runs)
     return Section(
         "comparison",
         "Side by side",
@@ -65,18 +67,34 @@ def comparison(runs: Sequence[FinishedRun]) -> Section:
                 runs=True,
                 note="" if rows else "None: these runs have the same settings, code and devices.",
             ),
-            Table("Results", ["", *labels], [[name, *values] for name, values in _headlines(runs).items()], runs=True),
+            Table(
+                "Results",
+                ["", *labels],
+                [[name, *values] for name, values in results.items()],
+                runs=True,
+                note=_spread(results["pruned / dense"]),
+            ),
         ],
     )
+
+
+def _other_texts(runs: Sequence[FinishedRun]) -> str:
+    """Says in what the evaluation texts of runs differ."""
+    texts = [run.report.evaluation for run in runs]
+    hows = dict.fromkeys(without_folders(text.how) for text in texts)
+    what = "different texts" if len({text.source for text in texts}) > 1 else "different windows of one text"
+    if len(hows) == 1:
+        what = "texts of one name that are not the same tokens"
+    return f"These runs measured perplexity on {what}, so their perplexities are not comparable: {'; '.join(hows)}."
 
 
 def outcome(runs: Sequence[FinishedRun]) -> Section:
     """Section on perplexity and tasks, dense against pruned."""
     several = len(runs) > 1
     missing = [run for run in runs if not run.evaluation]
-    who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
+    which = "this run" if not several else "these runs" if missing == list(runs) else f"{len(missing)} of these runs"
     text: list[str] = (
-        [f"{who} not evaluated on other texts and tasks. The commands below do this and then update this page."]
+        [f"Nobody evaluated {which} on other texts and tasks. The commands below do this and then update this page."]
         if missing
         else []
     )
@@ -122,27 +140,31 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     rows: dict[str, list[list[str]]] = {"dense": []}
     for run in runs:
         report, label = run.report, [run.label] if several else []
-        texts: list[tuple[str, str, float | None, float, int]] = [
+        texts: list[tuple[str, str, float | None, float, int, float | None]] = [
             (
                 "dense",
                 without_folders(report.evaluation.how),
                 report.perplexity.dense,
                 report.perplexity.pruned,
                 report.evaluation.tokens,
+                report.log_ratio_stderr,
             )
         ]
         for name, score in _by_short_name(run.evaluation.perplexity if run.evaluation else {}).items():
             how = without_folders(score.how)
             told = how if name in how else f"{name}: {how}"
-            texts.append((run.beside, told, score.against, score.perplexity, score.tokens))
-        for other, how, before, pruned, tokens in texts:
+            apart = _distances(run).get(name)
+            texts.append(
+                (run.beside, told, score.against, score.perplexity, score.tokens, apart.log_ratio_stderr if apart else None)
+            )
+        for other, how, before, pruned, tokens, error in texts:
             rows.setdefault(other, []).append(
                 [
                     *label,
                     how,
                     NONE if before is None else number(before, 4),
                     number(pruned, 4),
-                    NONE if before is None else f"{number(pruned / before)}×",
+                    NONE if before is None else _ratio(pruned / before, error),
                     f"{tokens:,}",
                 ]
             )
@@ -153,6 +175,7 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
             [*first, other, "pruned", f"pruned / {other}", "tokens"],
             own,
             names=len(first),
+            note=_spread(row[-2] for row in own),
         )
         for other, own in rows.items()
     ]
@@ -239,6 +262,9 @@ def unusual_count(run: FinishedRun) -> int:
     return len({*worsened(run.report.blocks), *(layer for layers in unusual(run.report.blocks).values() for layer in layers)})
 
 
+_COMPARED = ("kept", "size")
+"""The facts of a run that are rows of the comparison as they stand."""
+
 _BY_BLOCK = {"hidden_errors": "Hidden state error", "kls": "Divergence", "agreements": "Same most likely token"}
 _UNITS: Mapping[str, Mapping[str, Any]] = {"hidden_errors": {"log": True}, "kls": {"unit": number, "log": True}, "agreements": {}}
 
@@ -251,7 +277,7 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
         values = {
             "perplexity, dense": number(report.perplexity.dense, 4),
             "perplexity, pruned": number(report.perplexity.pruned, 4),
-            "pruned / dense": f"{number(report.perplexity.ratio)}×",
+            "pruned / dense": _ratio(report.perplexity.ratio, report.log_ratio_stderr),
         }
         for text, distance in _distances(run).items():
             where = f"{_against(run.beside)} on {text}"
@@ -264,6 +290,7 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
             "on held-out text before": NONE if held_before is None else percent(held_before),
             "on held-out text after": NONE if held_after is None or not run.report.solver else percent(held_after),
             "sparsity": percent(report.sparsity),
+            **{fact.title.lower(): fact.tile.value for fact in facts(report) if fact.name in _COMPARED},
             "matrices": f"{len(run.report.layers):,}",
             "layers with anything unusual": f"{unusual_count(run):,}",
             "time": run.time,
@@ -299,6 +326,17 @@ def _tasks(run: FinishedRun, label: list[str]) -> list[list[str]]:
 def _against(other: str) -> str:
     """The addition to a caption if the other model is not the dense model."""
     return "" if other == "dense" else f" against {other}"
+
+
+def _ratio(ratio: float, error: float | None) -> str:
+    """ "2.80× (2.61 to 3.00)": see :data:`_SPREAD`."""
+    ends = interval(ratio, error)
+    return f"{number(ratio)}×" + (f" ({' to '.join(map(number, ends))})" if ends else "")
+
+
+def _spread(ratios: Iterable[str]) -> str:
+    """What stands under a table with such ratios; empty if no error is known."""
+    return _SPREAD if any("(" in ratio for ratio in ratios) else ""
 
 
 def _error(value: float | None, scale: float = 1) -> str:

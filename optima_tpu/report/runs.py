@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_tpu.config.flat import flat
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.report.contents import Report
 from optima_tpu.report.evaluation import EvaluationRecord
 from optima_tpu.report.file import REPORT
@@ -156,7 +156,7 @@ def _setting(key: str, value: Any) -> str:
 def _facts(settings: RunSettings) -> dict[str, str]:
     """The facts about a run that a title may contain."""
     text = settings.calibration
-    written = f" and {text.written} windows that the model wrote" if text.written else ""
+    written = f" and {plural(text.written, 'window')} that the model wrote" if text.written else ""
     pattern = settings.pattern if ":" in settings.pattern else f"sparsity {settings.pattern}"
     return {
         "model": settings.model_name,

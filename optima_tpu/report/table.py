@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from optima_tpu.errors import plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.contents import Report
 from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
-from optima_tpu.report.numbers import became, percent, plural
+from optima_tpu.report.numbers import became, percent
 from optima_tpu.report.published import result
 from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
 from optima_tpu.report.settings import RecipeSettings
@@ -176,7 +177,7 @@ def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
             )
     count = sum(map(len, kinds.values()))
     return [
-        f"in {count:,} {'matrix' if count == 1 else 'matrices'} the update raised the error of the layer's own output on "
+        f"in {plural(count, 'matrix')} the update raised the error of the layer's own output on "
         "held-out text, but not the distance to the dense model's output. The dense target intends this. Means by kind: "
         f"{', '.join(told)}"
     ]

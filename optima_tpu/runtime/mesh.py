@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, plural
 from optima_tpu.runtime.bounds import at_least, whole
 
 DATA, MODEL = "data", "model"
@@ -95,7 +95,7 @@ def refuse_count(mesh: tuple[int, int], count: int, kind: str, processes: int) -
         simulates = kind == "cpu" and not left and 0 < each <= MOST_DEVICES
         hint = f", or --cpu_devices {each}{where} to simulate it" if simulates else ""
         raise UserError(
-            f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
+            f"mesh {data}x{model} needs {plural(data * model, 'device')}, there {'is' if count == 1 else 'are'} {count} ({kind}): "
             f"choose a mesh whose product is {count}{hint}"
         )
 
@@ -111,7 +111,7 @@ def _between_hosts(data: int, model: int) -> np.ndarray | None:
     # The data centre's network connects TPU slices: only sums over the data axis cross it.
     if data % len(slices):
         raise UserError(
-            f"mesh {data}x{model} does not fit {len(slices)} slices of {len(devices) // len(slices)} devices: "
+            f"mesh {data}x{model} does not fit {len(slices)} slices of {plural(len(devices) // len(slices), 'device')}: "
             f"choose one whose first number is a multiple of {len(slices)}"
         )
     return mesh_utils.create_hybrid_device_mesh((data // len(slices), model), (len(slices), 1), devices)
@@ -146,7 +146,7 @@ def simulate_devices(count: int | None) -> None:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         raise UserError(
-            f"expected cpu_devices before JAX has started, which has {jax.device_count()} devices now: restart Python, or "
+            f"expected cpu_devices before JAX has started, which has {plural(jax.device_count(), 'device')} now: restart Python, or "
             "leave cpu_devices out"
         ) from None
 

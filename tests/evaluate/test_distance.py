@@ -9,7 +9,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import _batch_scores, distance
-from optima_tpu.evaluate.perplexity import perplexity
+from optima_tpu.evaluate.perplexity import perplexity, token_losses
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.records import encoded
@@ -99,6 +99,8 @@ def test_it_is_what_float64_gives_on_any_mesh(expected, shape):
     assert found.agreement == found.agreements[-1]
     assert found.agreement_stderr == pytest.approx(agreements[-1][1], rel=0.05)
     assert both == pytest.approx(perplexities, rel=1e-6)
+    rises = np.subtract(*(token_losses(decoder, TOKENS).mean(axis=1, dtype=np.float64) for decoder in models()))
+    assert found.log_ratio_stderr == pytest.approx(rises.std(ddof=1) / len(rises) ** 0.5, rel=1e-3)
 
 
 def test_a_model_is_at_no_distance_of_itself():
@@ -106,7 +108,7 @@ def test_a_model_is_at_no_distance_of_itself():
     found, first, second = distance(dense, dense, TOKENS[:1])
     assert (found.kl, found.agreement, found.hidden_errors) == (0.0, 1.0, (0.0,) * BLOCKS)
     assert first == second
-    assert found.kl_stderr is found.agreement_stderr is found.kls is found.agreements is None
+    assert found.kl_stderr is found.agreement_stderr is found.kls is found.agreements is found.log_ratio_stderr is None
 
 
 def test_no_logits_travel_between_devices():

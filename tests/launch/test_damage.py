@@ -99,7 +99,7 @@ def test_a_run_that_mends_a_block_does_not_count_it_as_done(finished, tmp_path, 
     flip(next(path for path in files_of(run / "journal/block_0001") if path.name != ALL), 9)
     assert main([*finished.arguments, "--output", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "resuming     2 of 3 blocks are done" in printed and "3 of 3 blocks" not in printed
+    assert "resuming     2 of 3 blocks done" in printed and "3 of 3 blocks" not in printed
 
 
 def test_a_damaged_export_is_named_first_and_nothing_is_measured_again(finished, tmp_path, capsys):

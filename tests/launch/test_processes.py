@@ -119,9 +119,9 @@ def test_two_processes_lose_nothing_when_one_is_killed_and_give_the_weights_of_o
     first, second = several(command)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert_close_weights(tmp_path / "run", finished.directory)
-    assert "2 of 3 blocks are done" in first[1]
+    assert "2 of 3 blocks done" in first[1]
     assert main([*finished.arguments, "--output", str(tmp_path / "other")]) == 0
-    assert "2 of 3 blocks are done" in capsys.readouterr().out
+    assert "2 of 3 blocks done" in capsys.readouterr().out
     assert_close_weights(tmp_path / "other", finished.directory)
 
 

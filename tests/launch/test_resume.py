@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, killed, capsys, moment,
     for place, path in enumerate(run.rglob("*")):  # nothing is decided by times, which a clock that jumps makes wrong
         os.utime(path, (place % 2 * 2**32,) * 2)  # 1970 or 2106
     assert main([*finished.arguments, "--output", str(run)]) == 0
-    assert f"resuming     {blocks} of 3 blocks are done" in capsys.readouterr().out
+    assert f"resuming     {blocks} of 3 blocks done" in capsys.readouterr().out
     assert_same_weights(run, finished.directory)
     assert not [path for path in run.rglob("*") if "partial" in path.name]
 

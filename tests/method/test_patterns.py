@@ -179,7 +179,7 @@ def test_heads_are_cut_by_the_nearest_number_a_half_down():
 )
 def test_a_share_that_prunes_nothing_or_all_is_refused_with_one_that_works(pattern, columns, instead):
     rounded = f", since the kept number is rounded up to a multiple of {pattern.multiple}" if pattern.multiple > 1 else ""
-    with pytest.raises(UserError, match=rf" none of {columns} {pattern.word}s?{rounded}; take {instead}$"):
+    with pytest.raises(UserError, match=rf" none of {columns:,} {pattern.word}s?{rounded}; take {instead}$"):
         pattern.kept(columns)
     for text in instead.split(" or ") if "/" in instead else ():
         assert 0 < parse_pattern(text).kept(columns) < columns

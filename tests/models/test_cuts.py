@@ -20,12 +20,15 @@ from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.cuts import cuts_of
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import Cut
 from optima_tpu.pipeline import speed
+from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import on_model
 from optima_tpu.plan import main as planning
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
+from tests.support.meshes import mesh
 from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, REFERENCES, Reference, tiny
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder, tiny_llama
@@ -147,7 +150,9 @@ def test_a_number_of_heads_that_transformers_refuses_is_refused_with_one_that_it
     run = on_model(
         RunConfig(model="here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8")), config
     )
-    assert run.recipe.patterns == [Heads(0.5, 1, 8, "self_attn.o_proj"), Neurons(0.3, 8, 1, "mlp.down_proj")]
+    heads, neurons = Heads(0.5, 1, 8, "self_attn.o_proj", 8, "heads"), Neurons(0.3, 8, 1, "mlp.down_proj", 11008, "neurons")
+    assert run.recipe.patterns == [heads, neurons]
+    assert [str(pattern) for pattern in run.recipe.patterns] == ["4 of 8 heads cut", "3,296 of 11,008 neurons cut"]
     assert [pattern.text() for pattern in run.recipe.patterns] == ["0.5/head", "0.3/neuron@8"]
     on_model(RunConfig(model="here").changed(pattern=parse_pattern("0.8/head")), config)  # leaves two
     few = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
@@ -184,6 +189,17 @@ def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
         "- sparse" not in card and "ordinary smaller model" in card and "not smaller" not in card and "pruning_masks" not in card
     )
     assert not (tmp_path / "out" / "pruning_masks.npz").exists()
+
+
+def test_greeting_and_card_say_what_is_cut_and_not_what_was_asked_for(tmp_path):
+    """Half of three heads is one head."""
+    config, source = tiny_llama(intermediate_size=64)
+    asked = RunConfig("here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8"))
+    line = recipe_line(on_model(asked, config), Decoder.open(config, source, mesh(1, 1)))
+    assert ", 1 of 3 key-value heads cut, *=16 of 64 neurons cut, " in line and "0.5" not in line and "0.3" not in line
+    run = pruned_run(tmp_path / "run", config, source, "0.5/head", "model.layers.1.*=dense")
+    export(run, tmp_path / "out")
+    assert ", pruned to 33.3% zeros\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_is_deleted_was_zero_and_what_stays_is_the_runs_bit_for_bit(run, tmp_path):
@@ -269,7 +285,7 @@ def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
     words = ["--preset", "fast", "--mesh", "4x2", *rules]
     assert main(["--model", str(model), "--output", str(run), *words, *SMALL]) == 0
     printed = capsys.readouterr().out
-    said = "48 of 64 neurons, 2 of 3 key-value heads in every block; the exported model is without the others"
+    said = "48 of 64 neurons, 2 of 3 key-value heads in every block (the exported model is without the others)"
     assert f"kept        {said}\n" in printed
     report = json.loads((run / "report.json").read_text())
     assert report["cuts"] == {"neurons": {"left": [48], "total": 64}, "key-value heads": {"left": [2], "total": 3}}

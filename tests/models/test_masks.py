@@ -381,7 +381,7 @@ def test_missing_and_unexpected_masks(tmp_path):
         check(tmp_path / "masks.npz")
     for part in (
         f"no mask for 2 pruned layers ({DOWN}, {LAST}); it holds {Q}, model.layers.7",
-        "masks for 1 layers that are not pruned (model.layers.7.mlp.up_proj.weight)",
+        "masks for 1 layer beside those that are pruned (model.layers.7.mlp.up_proj.weight)",
         "npz of 0/1 matrices",
     ):
         assert part in str(error.value)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -31,6 +32,7 @@ from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream, Windows
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Check, Outcome, Perplexities, Span
 from optima_tpu.report.distillation import distillation
+from optima_tpu.report.numbers import trained_on
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE
@@ -453,8 +455,9 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
     monkeypatch.setattr(Training, "_save_in_time", saving)
     left = train(None)
     assert len(ahead) >= method.steps and not any(ahead)
-    checks = sum(step.kind == "check" for step in training_steps(method, 3))
-    assert begun == [("check", "measuring the held-out text")] * checks
+    steps = [step.kind for step in training_steps(method, 3)]
+    said = {"check": "measuring the held-out text", "dense model reads the text": "the dense model reads the text"}
+    assert begun == [(kind, said[kind]) for kind in steps if kind in said]
     assert left == [*reversed(range(len(left)))]
     for folder in ("distilled", "distillation"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
@@ -499,6 +502,14 @@ def test_a_whole_run(tmp_path, capsys):
     assert report["distillation"] == json_values(outcome) and "distill" in report["recipe"]
     assert outcome.after < outcome.before and outcome.perplexity_before > 0
     assert "held-out divergence" in printed
+    lines = ["starting ", f"opening      {model}", "reading      random", "model  "]  # not one of them after a long silence
+    assert [printed.index(line) for line in lines] == sorted(map(printed.index, lines))
+    # How much a training reads is told once in each place, and alike.
+    card, page = ((output / name).read_text() for name in ("hf/README.md", "report.html"))
+    told = r"\d+ steps? on [\d,]+ tokens"
+    assert {*re.findall(told, printed + card + page)} == {trained_on(outcome.checks[-1].step, outcome.tokens)}
+    assert len(re.findall(told, printed)) == 2 and len(re.findall(told, card)) == len(re.findall(told, page)) == 1
+    assert re.search(rf"training     divergence from the dense model, all: {told}, 2 windows of ", printed)
     journal = Journal(output)
     tensors = CheckpointTensors(output)
     for name, weight in result(journal).items():

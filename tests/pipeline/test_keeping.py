@@ -17,8 +17,9 @@ class Shown:
     def __init__(self):
         self.stages, self.ahead = [], ()
 
-    def stage(self, name, total, steps, counted):
+    def stage(self, name, total, steps, counted, done):
         self.stages.append((name, total, steps, [list(each) for each in self.ahead]))
+        self.done = done
 
 
 def stage(name, kept, made, seconds=1):
@@ -60,6 +61,17 @@ def test_what_is_kept_is_not_made_again(known):
     few = dict(list(kept.items())[:known])
     names, result, made, _ = take(few)
     assert result == whole and made == names == list(kept)[known:]
+
+
+def test_a_stage_begins_where_an_earlier_start_ended():
+    """Blocks 0 to 22 of 30 are pruned: what enters block 23 is computed for long before it begins."""
+    progress = Shown()
+    work = StageWork(SimpleNamespace(left=7), progress, contextlib.ExitStack())
+    walk = Stage(
+        "walk", lambda work: True, steps=lambda opened: [Step("block")] * 7, count=lambda opened: 30, done=lambda opened: 23
+    )
+    Keeper(work, [walk])(walk)
+    assert progress.stages[0][:2] == ("walk", 30) and progress.done == 23
 
 
 def test_tracing_does_nothing():

@@ -17,6 +17,7 @@ from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import read_outcome
+from optima_tpu.pipeline.distill.windows import Feed
 from optima_tpu.pipeline.recover import run as recovering
 from optima_tpu.pipeline.recover.config import RecoverConfig, parse
 from optima_tpu.recover import main
@@ -76,7 +77,7 @@ def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(prune
         assert after[name].dtype == before[name].dtype and (after[name] != before[name]).any()
     assert (after["model.embed_tokens.weight"] == before["model.embed_tokens.weight"]).all()
     card, page = ((pruned / "recovered" / name).read_text() for name in ("hf/README.md", "report.html"))
-    assert "trained by OPTIMA-TPU on 512 tokens" in card and "in one shot" not in card
+    assert "trained by OPTIMA-TPU, 4 steps on 512 tokens, with its zeros held" in card and "in one shot" not in card
     assert "Trained on" in card and "| pruned, before the training |" in card and "as they were before the training" in card
     assert "optima_tpu.recover" in page and "not one-shot pruning" in page
 
@@ -87,8 +88,10 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert f"\nfrom        {folder}: its own report has the layers" in printed and "not con-" not in printed
-    assert " less); 4 steps on 512 tokens in " in printed
-    assert "on 512 tokens: 16 windows of 32, each read once\n" in printed and "not one-shot pruning" in printed
+    for spec in (folder, pruned / "model"):
+        assert printed.index(f"opening      {spec}: ") < printed.index("reading      ") < printed.index("\ndense model")
+    assert " less); 4 steps on 512 tokens; it took " in printed
+    assert ": 4 steps on 512 tokens, 4 windows of 32 in a step, each read once\n" in printed and "not one-shot pruning" in printed
     assert "  training\n" in printed and "step 1 of 4: " in printed
     # The time left of a training is tested with a clock that is fed; here it is too short to be said.
     assert "  stages: dense perplexity, taking the pruned blocks, training, perplexity without the training, " in printed
@@ -173,8 +176,11 @@ def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypa
     assert main(command) == signals.RESUME
     assert "saved  3 of 4 steps" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out/distillation").iterdir()] == ["step_0000003"]
+    shown, begin = [], Feed.begin
+    monkeypatch.setattr(Feed, "begin", lambda feed, step: shown.append(feed._progress._done) or begin(feed, step))
     assert main(command) == 0
-    assert "resuming  3 of 4 steps are done" in capsys.readouterr().out
+    assert shown == [3]  # while the dense model reads the text, which takes longer than a step
+    assert "resuming  3 of 4 steps done" in capsys.readouterr().out
     assert_same_weights(tmp_path / "out", pruned / "recovered")
     assert report(tmp_path / "out")["distillation"]["checks"] == report(pruned / "recovered")["distillation"]["checks"]
 
@@ -198,17 +204,16 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     assert result.directory == tmp_path / "out"
     printed = capsys.readouterr().out
     assert "has no more: 1,000,000 tokens were asked for" in printed
-    assert (
-        "20 of 22 windows of 32, each read once; 2 do not fill a step of 4\n" in printed
-        and "the dense model reads" not in printed
-    )
+    # 30 windows, of which eight are held out, and two would not fill a step.
+    assert ": 5 steps on 640 tokens, 4 windows of 32 in a step, each read once\n" in printed
+    assert "the dense model reads" not in printed
     before, after = (folder_tensors(path / "hf") for path in (pruned / "recovered", tmp_path / "out"))
     moved = {name for name in before if (before[name] != after[name]).any()}
     assert moved and all(before[name].ndim == 1 for name in moved)
     masks = [read_masks(path / "hf") for path in (pruned / "recovered", tmp_path / "out")]
     assert masks[0].keys() == masks[1].keys() and all((masks[0][name] == masks[1][name]).all() for name in masks[0])
     found = report(tmp_path / "out")["distillation"]
-    assert found["tokens"] == 20 * 32  # 30 windows, of which eight are held out
+    assert found["tokens"] == 20 * 32
     assert found["checks"][-1]["perplexity"] == pytest.approx(np.exp(found["checks"][-1]["held_out"]))
 
 

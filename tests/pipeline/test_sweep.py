@@ -223,7 +223,7 @@ def test_an_interrupted_sweep_goes_on_at_the_cell_that_is_not_finished(sweep, st
     assert sweep() == 0
     assert stand_in.ran == ["magnitude_none_50_4-windows_seed-0", "magnitude_cg_50_4-windows_seed-0"]
     assert stand_in.counts["dense"] == 0  # the finished cells know it
-    assert "resuming  2 of 4 cells are done" in capsys.readouterr().out
+    assert "resuming  2 of 4 cells done" in capsys.readouterr().out
     resumed = (tmp_path / "out" / "table.md").read_text()
 
     assert sweep() == 0 and len(stand_in.ran) == 2  # nothing is left to run
@@ -350,7 +350,7 @@ def test_kept_models_are_exported_where_that_is_asked_for_later(sweep, stand_in,
     assert len(stand_in.ran) == 2 and (tmp_path / "out" / "cells" / stand_in.ran[0] / "hf").exists()
     capsys.readouterr()
     assert sweep("--keep-checkpoints", "--export", "true", **one) == 0
-    assert len(stand_in.ran) == 2 and "resuming  1 of 1 cells are done" in capsys.readouterr().out
+    assert len(stand_in.ran) == 2 and "resuming  1 of 1 cell done" in capsys.readouterr().out
 
 
 def test_models_that_were_removed_are_made_again_where_they_are_to_be_kept(sweep, stand_in, tmp_path, capsys):
@@ -552,7 +552,7 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
     written = (out / "results.json").read_text()
     assert main([path, "--output", str(out), "--mesh", "2x4"]) == 0
     again = capsys.readouterr().out
-    assert "resuming  4 of 4 cells are done" in again and "\x1b" not in again
+    assert "resuming  4 of 4 cells done" in again and "\x1b" not in again
     assert (out / "results.json").read_text() == written
 
 
@@ -566,5 +566,5 @@ def test_a_finished_sweep_is_told_again_in_a_process_with_other_devices(finished
     written = (out / "results.json").read_text()
     again = python("-m", "optima_tpu.sweep", path, "--output", out, "--mesh", "2x1", "--cpu-devices", 2)
     assert (again.returncode, again.stderr) == (0, "")
-    assert "resuming  2 of 2 cells are done" in again.stdout and "\x1b" not in again.stdout
+    assert "resuming  2 of 2 cells done" in again.stdout and "\x1b" not in again.stdout
     assert (out / "results.json").read_text() == written

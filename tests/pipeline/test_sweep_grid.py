@@ -296,7 +296,7 @@ def test_markdown_has_the_header_the_rows_and_the_failures(file):
     assert "| mask | update | 50% | 2:4 MLP |" in lines and "| --- | --- | ---: | ---: |" in lines
     assert "| wanda | none | 21.50 ± 2.12 (n=2) | - |" in lines
     assert "- wanda + cg, 50%, 4 windows, seed 1: it | diverged" in lines
-    assert "5 of 10 cells are finished" in text and "Seeds: 0, 1" in text
+    assert "5 of 10 cells finished" in text and "Seeds: 0, 1" in text
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 

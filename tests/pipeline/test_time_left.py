@@ -20,8 +20,8 @@ def stages(monkeypatch) -> list[tuple[str, int, set[str], int]]:
     """Of every stage that ended: its name, the steps that were left, their kinds at its begin, the stages that it counted ahead."""
     ended, begin, end = [], Progress.stage, Progress.end_stage
 
-    def stage(progress, name, total, steps=None, counted=""):
-        begin(progress, name, total, steps, counted)
+    def stage(progress, name, total, steps=None, counted="", done=0):
+        begin(progress, name, total, steps, counted, done)
         progress.begun = {step.kind for step in progress._steps}, len(progress.ahead)
 
     def end_stage(progress):

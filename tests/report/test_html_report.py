@@ -16,23 +16,27 @@ import pytest
 from msgspec import structs
 from rich.console import Console
 
+from optima_tpu.api import Result
 from optima_tpu.config.parse import flags, parse
 from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.method.patterns import NM
 from optima_tpu.method.solvers import MPAX
 from optima_tpu.method.targets import DenseTarget
 from optima_tpu.report import plots
 from optima_tpu.report.__main__ import main
+from optima_tpu.report.contents import CutCount, FileSizes
+from optima_tpu.report.evaluation import EvaluationRecord
 from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.page import write_page
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.results import tiles
-from optima_tpu.report.runs import read_runs
+from optima_tpu.report.runs import read_report, read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.table import print_summary
 from optima_tpu.report.view import without_folders
-from optima_tpu.runtime.records import json_values
+from optima_tpu.runtime.records import encoded, json_values, read_record
 from tests.support.fake_reports import ENVIRONMENT, MANIFEST, layers, write_other_places, write_run
 from tests.support.pages import leave_plots_empty
 from tests.support.records import put
@@ -172,7 +176,7 @@ def test_the_page_says_the_numbers_of_the_report(tmp_path):
         assert f"block {layer.block}, {short}: {percent(layer.held_out_after)}" in page.sections["maps"]
         assert f"block {layer.block}, {short}: 50.0%" in page.sections["maps"]
     assert "Nothing: no dead inputs" in page.sections["unusual"]
-    assert "not evaluated on other texts" in page.sections["outcome"]
+    assert "on other texts and tasks. The commands" in page.sections["outcome"]
 
 
 def test_plots_are_described_in_words_and_take_the_pages_colours():
@@ -293,7 +297,11 @@ def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(manifest, sh
     page = drawn(run, to=tmp_path / "x.html")
     assert ("37.15" in page.words) == ("distance" in page.sections) == shown
     said = f"is not shown: it evaluates {EVALUATION['model']}, which this run did not make"
-    assert (said in page.sections["outcome"]) == ("not evaluated on other texts" in page.sections["outcome"]) == (not shown)
+    assert (
+        (said in page.sections["outcome"])
+        == ("on other texts and tasks. The commands" in page.sections["outcome"])
+        == (not shown)
+    )
 
 
 def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
@@ -311,6 +319,32 @@ def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
     assert "Tasks, ± one standard error" in page.tables
     for name, how in zip(asked, told):
         assert f"wanda + cg, {tmp_path / name}: {how}." in page.sections["outcome"]
+
+
+def test_runs_are_compared_in_what_they_kept_and_in_their_files(tmp_path):
+    cut = {"neurons": CutCount((48,), 64), "key-value heads": CutCount((2,), 3)}
+    runs = [write_run(tmp_path / name) for name in ("whole", "cut")]
+    report = structs.replace(read_report(str(runs[1])), cuts=cut, sizes=FileSizes(None, 538_000_000, 503_000_000, {}))
+    put(runs[1] / "report.json", encoded(report).decode())
+    results = {row[0]: row[1:] for row in drawn(*runs, to=tmp_path / "x.html").tables["Results"]}
+    assert results["kept"] == ["–", "48 of 64 neurons, 2 of 3 key-value heads in every block"]
+    assert results["file"] == ["269 MB", "538 MB → 503 MB"]
+    shown = str(Result(runs[1], report))
+    assert (
+        "\nkept        48 of 64 neurons, 2 of 3 key-value heads in every block (" in shown and "method      wanda + cg\n" in shown
+    )
+
+
+def test_a_ratio_of_perplexities_has_an_error_where_the_windows_were_paired(tmp_path, unplotted):
+    """exp(2 * 0.05) = 1.105, on both sides of 37.153 / 25.615."""
+    run, apart = write_run(tmp_path / "run"), EVALUATION["distance"]["wikitext2"] | {"log_ratio_stderr": 0.05}
+    put(run / "evaluation.json", json.dumps(EVALUATION | {"distance": {"wikitext2": apart}}))
+    page = drawn(run, to=tmp_path / "x.html")
+    assert [row[3] for row in page.tables["Perplexity, lower is better"][1:]] == ["1.50×", "1.45× (1.31 to 1.60)", "–"]
+    assert "In brackets: the ratio two standard errors lower and higher" in page.sections["outcome"]
+    out = Console(file=io.StringIO(), width=200)
+    print_evaluation(out, read_record(run / "evaluation.json", EvaluationRecord), {"record": "x"})
+    assert ", against 25.61 (1.45 times, 1.31 to 1.60 with two standard errors over its windows), on 40" in out.file.getvalue()
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
@@ -498,7 +532,18 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
     report["evaluation"] |= {"how": "the first 8 windows of pydoc", "digest": "ef" * 32}
     put(two / "report.json", json.dumps(report))
     assert main([str(one), str(two)]) == 0
-    assert "different texts, so their perplexities are not comparable.\n" in capsys.readouterr().out
+    assert (
+        "These runs measured perplexity on different windows of one text, so their perplexities are not comparable: "
+        "the first 4 windows of pydoc; the first 8 windows of pydoc.\n"
+    ) in capsys.readouterr().out
+    for entry, said in (
+        ({"source": "c4"}, "on different texts"),
+        ({"how": "the first 4 windows of pydoc"}, "not the same tokens"),
+    ):
+        report["evaluation"] |= entry | {"source": entry.get("source", "pydoc")}
+        put(two / "report.json", json.dumps(report))
+        assert main([str(one), str(two)]) == 0
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_trained_and_quantised_models_are_not_compared():
     assert "was quantised and not pruned, so published" in result(reported(**quantised, sparsity=0.0))
     assert "was quantised as well as pruned, so" in result(reported(**quantised))
     trained = Outcome((Check(0, 0.5), Check(3, 0.4)), 3, 5_000)
-    assert "was trained on 5,000 tokens after it was pruned, so" in result(reported(distillation=trained))
+    assert "The model was trained after it was pruned, so" in result(reported(distillation=trained))
     refused = Outcome((Check(0, 0.5), Check(3, 0.6)), 0, 5_000)
     said = result(reported(distillation=refused, settings={"recover": {"model": "runs/x"}}))
     assert said.endswith("The weights are those of runs/x: training lowered no loss on held-out text.") and "ublished" not in said

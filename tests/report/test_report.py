@@ -341,6 +341,25 @@ def test_a_long_step_says_what_is_done_before_its_end(clock):
     ]
 
 
+def test_a_resumed_walk_begins_where_the_earlier_start_ended_and_says_what_it_does_before_its_first_block(clock):
+    out = console()
+    progress = Progress(out, clock)
+    progress.stage("pruning", total=30, steps=[Step("calibrating")] * 7, done=23)
+    progress.begin("before", "getting the hidden states that enter block 23")
+    clock.now += 30
+    progress._tell_if_quiet()  # a thread asks every second
+    progress.block(23, 30)
+    for seconds in (50, 2, 2):
+        progress.begin("calibrating", "reading the calibration text")
+        clock.now += seconds
+    assert out.file.getvalue().splitlines() == [
+        "   0:00  pruning",
+        "   0:30  pruning, step 23 of 30 is done, getting the hidden states that enter block 23 (first time, slower), time left not known yet",
+        "   0:30  block 23 (24 of 30): its programs are compiled first, or read from an earlier run; blocks like it reuse them",
+    ]
+    assert progress.left() == "about 8 s left for pruning"  # not of the 30 seconds before the block
+
+
 def test_a_thread_asks_whether_a_step_is_silent_only_where_no_bar_moves(monkeypatch):
     asked = threading.Event()
     monkeypatch.setattr(Progress, "_tell_if_quiet", lambda self: asked.set())
@@ -356,7 +375,7 @@ def test_steps_that_an_earlier_start_did_count_as_done_and_not_as_measured(clock
     progress = Progress(out, clock)
     with progress:
         progress.stage("training", total=100)
-        progress.skip(90)
+        progress.skip(["training"] * 90)
         for seconds in (60, 2):
             clock.now += seconds
             progress.advance()
@@ -367,8 +386,8 @@ def test_a_training_counts_its_steps_as_its_own_lines_do_and_not_the_checks(cloc
     out = console()
     progress, one = Progress(out, clock), [Step("training step"), Step("check")]
     progress.stage("training", total=4, steps=[Step("dense"), Step("check"), *one * 4], counted="training step")
-    progress.skip(4)  # an earlier start took a step
-    for seconds in (1, 1, 30):
+    progress.skip(["check", "training step", "check"])  # an earlier start took a step, and the dense model reads the text again
+    for seconds in (1, 1, 1, 30):
         clock.now += seconds
         progress.advance()
     progress._tell_if_quiet()  # a thread asks every second

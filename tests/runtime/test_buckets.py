@@ -134,7 +134,7 @@ def test_a_run_in_a_bucket_that_is_killed_anywhere_goes_on_to_the_bits_of_one_in
         assert "is damaged" not in killed.stdout
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "resuming     3 of 3 blocks are done" in printed and f"{directory}/hf" in printed
+    assert "resuming     3 of 3 blocks done" in printed and f"{directory}/hf" in printed
     assert not [path for path in files_in(directory) if "partial" in path.name]
     assert_same_weights(fetched(directory, tmp_path / "run"), finished.directory)
     before = {str(path): path.stat().mtime for path in files_in(directory)}
@@ -161,7 +161,7 @@ def test_two_processes_share_a_bucket_and_lose_nothing_when_one_is_killed(bucket
     assert second[0] == -signal.SIGKILL and finished_blocks(directory) == [0, 1]
     first, second = several(command)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert "2 of 3 blocks are done" in first[1]
+    assert "2 of 3 blocks done" in first[1]
     assert_close_weights(fetched(directory, tmp_path / "run"), finished.directory)
 
 

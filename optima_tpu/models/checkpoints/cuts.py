@@ -48,7 +48,7 @@ def cuts_of(model: PretrainedConfig) -> dict[str, Cut | str]:
 
 
 def placed(pattern: Pattern, model: PretrainedConfig) -> Pattern:
-    """The pattern with the layer and the width of the parts that it cuts from a model.
+    """The pattern with the layer, the width, the number and the name of the parts that it cuts from a model.
 
     Raises:
       UserError: parts of this kind cannot be cut from this model.
@@ -61,7 +61,7 @@ def placed(pattern: Pattern, model: PretrainedConfig) -> Pattern:
             f"expected a model whose {pattern.word}s can be cut where the pattern is {pattern.text()}, got {_named(model)}, whose "
             f"{pattern.word}s {cut}; take another pattern, such as 2:4"
         )
-    return dataclasses.replace(pattern, width=cut.width, layer=cut.read_by)
+    return dataclasses.replace(pattern, width=cut.width, layer=cut.read_by, total=cut.total, called=cut.called)
 
 
 def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:

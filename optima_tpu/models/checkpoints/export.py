@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from msgspec import structs
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, PackedForm, Plain
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
@@ -97,7 +97,7 @@ def export(
         remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run.manifest, own=out.parent == directory))
         refuse_occupied(out, "export to")
         say(
-            f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "
+            f"writing and checking {plural(len(run.source.names()), 'tensor')} of {dense:,} bytes as {form}, which takes minutes for a large "
             "model"
         )
         if run.cuts.deleted:

@@ -176,8 +176,8 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
     vocabulary = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
     if vocabulary != parsed.vocab_size:
         raise UserError(
-            f"{path} is inconsistent: its metadata has {parsed.vocab_size} tokens, its embedding "
-            f"{vocabulary} rows: download it again"
+            f"{path} is inconsistent: its metadata has {parsed.vocab_size} tokens, the rows of its "
+            f"embedding are {vocabulary}: download it again"
         )
     assets = {"config.json": config, "generation_config.json": generation_config_json(fields)}
     assets |= tokenizer_files(fields, architecture)

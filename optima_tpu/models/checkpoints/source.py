@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
-from optima_tpu.errors import UserError, one_line, some
+from optima_tpu.errors import UserError, one_line, plural, some
 from optima_tpu.models import family_named, refuse_architecture
 from optima_tpu.models.checkpoints.declared import DECIDING, Declared, DeclaredKind
 from optima_tpu.runtime.records import check_record, parse_record
@@ -293,7 +293,7 @@ def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[
     rules = [*IGNORABLE, *ignored]
     unexpected = {name for name in present - expected if not any(re.fullmatch(rule, name) for rule in rules)}
     report = [
-        f"{len(names)} tensors {kind} ({some(names)})"
+        f"{plural(len(names), 'tensor')} {kind} ({some(names)})"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -313,6 +313,5 @@ def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
     for dtype in found.keys() - set(DTYPES.values()):
         remedy = "take --dtype float32" if dtype == np.float64 else "give the model as it was before it was quantised"
         raise UserError(
-            f"{len(found[dtype])} tensors are stored as {dtype} ({some(found[dtype])}), expected float32, bfloat16 or "
-            f"float16; {remedy}"
+            f"expected float32, bfloat16 or float16, got {plural(len(found[dtype]), 'tensor')} in {dtype} ({some(found[dtype])}); {remedy}"
         )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from optima_tpu.errors import UserError, some
+from optima_tpu.errors import UserError, plural, some
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import hub, open_model
 from optima_tpu.models.decoder import Decoder, head_logits
@@ -88,6 +88,6 @@ def _pruned(decoder: Decoder) -> str:
     weights = sum(math.prod(alike.block_shapes[f"{name}.weight"]) for alike in blocks for name in alike.linears)
     largest = max(sum(map(math.prod, alike.block_shapes.values())) for alike in kinds)
     return (
-        f"{decoder.config.blocks} blocks, {len(kinds)} of them different, {weights:,} weights to prune in {some(names, 12)}; "
+        f"{plural(decoder.config.blocks, 'block')}, {len(kinds)} of them different, {weights:,} weights to prune in {some(names, 12)}; "
         f"the largest block has {4 * largest / 2**20:,.1f} MiB in float32"
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from optima_tpu.errors import UserError, some
+from optima_tpu.errors import UserError, plural, some
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import ReadGiven
 from optima_tpu.models.checkpoints import TensorSource
@@ -80,11 +80,11 @@ def _check_names(source: MaskSource, shapes: Mapping[str, tuple[int, int]]) -> N
     held, wanted = set(source.names()), set(shapes)
     report = []
     if missing := wanted - held:
-        report.append(f"no mask for {len(missing)} pruned layers ({some(missing)}); it holds {some(held)}")
+        report.append(f"no mask for {plural(len(missing), 'pruned layer')} ({some(missing)}); it holds {some(held)}")
     if (unexpected := held - wanted) and not source.from_zeros:
         report.append(
-            f"masks for {len(unexpected)} layers that are not pruned ({some(unexpected)}): "
-            "prune them too, or take them out of the file"
+            f"masks for {plural(len(unexpected), 'layer')} beside those that are pruned ({some(unexpected)}): "
+            "prune more, or take the masks out of the file"
         )
     if report:
         raise UserError(f"{_called(source)} does not fit the layers to prune: {'; '.join(report)}")

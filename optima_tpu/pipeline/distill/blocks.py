@@ -23,6 +23,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from optima_tpu.errors import plural
 from optima_tpu.evaluate.predictions import per_token, sum_over_windows
 from optima_tpu.method.distillation import Distillation, cross_entropy, hidden_error, optimizer
 from optima_tpu.method.zeros import keep_zeros
@@ -105,8 +106,8 @@ class Trainer:
         if windows >= slices:
             return ""
         return (
-            f"{slices - windows} of {slices} slices of the data axis compute padding, for a step trains on {windows} "
-            f"window{'s' * (windows > 1)}: take --distill.batch {slices}{' and more windows' * (self.method.windows < slices)}, "
+            f"{slices - windows} of {slices} slices of the data axis compute padding, for a step trains on "
+            f"{plural(windows, 'window')}: take --distill.batch {slices}{' and more windows' * (self.method.windows < slices)}, "
             "or a mesh with a smaller data axis"
         )
 

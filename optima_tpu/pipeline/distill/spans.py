@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from optima_tpu.errors import plural
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom
 from optima_tpu.models.decoder import Decoder
@@ -18,8 +19,8 @@ from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Tra
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER, Distilled
 from optima_tpu.pipeline.distill.states import States, write_blocks
-from optima_tpu.pipeline.distill.train import Training, finite
-from optima_tpu.pipeline.distill.windows import Inputs, TrainingParts, TrainingStream
+from optima_tpu.pipeline.distill.train import CHECK, TRAINING_STEP, Training, finite
+from optima_tpu.pipeline.distill.windows import READING, Inputs, TrainingParts, TrainingStream
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Check, Outcome, Span
 from optima_tpu.report.numbers import percent
@@ -50,9 +51,10 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     training, held_out = (_begin(dense, tokens) for tokens in windows)
     trained = from_first(lambda: _trained(journal, spans))
     if trained:
-        progress.note(f"resuming  {trained[-1].span.last + 1} of {blocks} blocks are trained")
+        progress.note(f"resuming  {trained[-1].span.last + 1} of {plural(blocks, 'block')} trained")
     for number, span in enumerate(spans):
         for index in span:
+            progress.begin(READING, "the dense model reads the text")
             _through(dense, inputs.dense_blocks(index), training.dense, held_out.dense)
             progress.advance()
         if number == len(trained):
@@ -61,7 +63,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
             progress.note(", ".join(filter(None, [_told(trained[-1].span, blocks), progress.left()])))
             del model  # two spans would be on the devices while the next one is opened
         else:
-            progress.skip(1 + method.steps + len(method.check_steps()))
+            progress.skip([CHECK] * (1 + len(method.check_steps())) + [TRAINING_STEP] * method.steps)
         # From what was saved, and so rounded, in every start of the run.
         saved = {Distilled(journal).entry(index) for index in span}
         after = dataclasses.replace(inputs.pruned, tensors=OrbaxTensors(saved))
@@ -80,7 +82,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     return Outcome(
         (first, last),
         last.step if last.held_out < first.held_out else 0,
-        inputs.tokens,
+        method.tokens(windows.training.shape[1]),
         seconds=sum(each.seconds for each in trained),
         spans=tuple(each.span for each in trained),
     )
@@ -143,7 +145,7 @@ def _measure(trainer: Trainer, goal: Goal, stream: TrainingStream, progress: Pro
 
 def _told(span: Span, blocks: int) -> str:
     where = f"block{'s' * (span.first < span.last)} {span.blocks}"
-    left = f", {blocks - 1 - span.last} blocks to go"
+    left = f", {plural(blocks - 1 - span.last, 'block')} to go"
     if not span.kept:
         return f"{where}: no step lowered the held-out error of the hidden states, {percent(span.before)}; the weights stay{left}"
     return f"{where}: held-out error of the hidden states {percent(span.before)} -> {percent(span.after)}, step {span.kept}{left}"

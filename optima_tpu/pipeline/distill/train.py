@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER
 from optima_tpu.pipeline.distill.states import State, States, write_blocks
-from optima_tpu.pipeline.distill.windows import Feed, Inputs, TrainingStream
+from optima_tpu.pipeline.distill.windows import READING, Feed, Inputs, TrainingStream
 from optima_tpu.report.contents import Check, Outcome
 from optima_tpu.report.numbers import number
 from optima_tpu.report.pace import Step
@@ -23,7 +23,7 @@ from optima_tpu.runtime.signals import Stopped
 
 SHARE = 20
 """A state is saved when this many times as long as it takes has passed since the last."""
-_CHECK = "check"
+CHECK = "check"
 TRAINING_STEP = "training step"
 """The kind of a step of Adam, which the progress counts as the lines of the training do."""
 _QUIET = 10.0
@@ -37,10 +37,10 @@ def training_steps(method: Distillation, blocks: int, dense_blocks: int | None =
       blocks: of the pruned model.
       dense_blocks: of the dense model; None if it has as many.
     """
-    dense, checks = Step("dense model reads the text"), method.check_steps()
-    one = [Step(_CHECK)]
+    dense, checks = Step(READING), method.check_steps()
+    one = [Step(CHECK)]
     for step in range(1, method.steps + 1):
-        one += [Step(TRAINING_STEP), *[Step(_CHECK)] * (step in checks)]
+        one += [Step(TRAINING_STEP), *[Step(CHECK)] * (step in checks)]
     if not method.by_spans:
         return [*[dense] * ((dense_blocks or blocks) * method.reads_dense), *one]
     spans = [step for span in method.spans(blocks) for step in (*[dense] * len(span), *one, Step("trained span reads the text"))]
@@ -73,7 +73,7 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
     best = training.run(held_out, feed.step)
     if training.best:
         write_blocks(model, training.best, journal)
-    return Outcome(tuple(training.checks), best.step, inputs.tokens, seconds=training.seconds)
+    return Outcome(tuple(training.checks), best.step, method.tokens(length), seconds=training.seconds)
 
 
 @dataclasses.dataclass
@@ -120,7 +120,8 @@ class Training:
             self.step = self.saved = found.step
             self.checks, self.losses = list(found.checks), list(found.losses)
             self.seconds, self.best = found.seconds, self.states.best(self.model, found)
-            self._note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
+            self.progress.skip([CHECK] * len(self.checks) + [TRAINING_STEP] * self.step)
+            self._note(f"resuming  {self.step} of {plural(self.model.trainer.method.steps, 'step')} done")
 
     def run(self, held_out: TrainingStream, windows: Callable[[int], TrainingStream]) -> Check:
         """Takes the steps and checks that are left, and returns the best check.
@@ -129,9 +130,7 @@ class Training:
           windows: gives a step its windows.
         """
         try:
-            if self.checks:
-                self.progress.skip(self.step + len(self.checks))
-            else:
+            if not self.checks:
                 self.check(held_out)
                 self.progress.advance()
             while self.due or self.step < self.model.trainer.method.steps:
@@ -145,7 +144,7 @@ class Training:
         except Stopped:
             self.save()
             if self.step:
-                self._note(f"saved  {self.step} of {self.model.trainer.method.steps} steps")
+                self._note(f"saved  {self.step} of {plural(self.model.trainer.method.steps, 'step')}")
             raise
         return min(self.checks, key=lambda check: check.held_out)
 
@@ -160,7 +159,7 @@ class Training:
 
     def check(self, held_out: TrainingStream) -> None:
         """Measures the model on the held-out windows, and keeps it if it is the best so far."""
-        self.progress.begin(_CHECK, "measuring the held-out text")
+        self.progress.begin(CHECK, "measuring the held-out text")
         start, goal = time.monotonic(), self.model.goal
         loss, perplexity = self.model.measure(held_out)
         found = Check(self.step, finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
@@ -206,7 +205,9 @@ class Training:
 def finite(value: float, step: int) -> float:
     """A loss after a step. Raises UserError where it is not finite."""
     if not np.isfinite(value):
-        raise UserError(f"the loss is {value} after {step} steps of training; try a smaller learning rate, or --dtype float32")
+        raise UserError(
+            f"the loss is {value} after {plural(step, 'step')} of training; try a smaller learning rate, or --dtype float32"
+        )
     return value
 
 
@@ -221,7 +222,7 @@ def refuse_large(trainer: Trainer, *otherwise: str) -> None:
         together = len(trainer.method.spans(blocks)[0])
         ways = [*filter(None, [trainer.method.smaller]), "--distill.train norms", *otherwise]
         instead = ", ".join([*ways[:-1], f"or {ways[-1]}"])
-        which = "all blocks" if together == blocks else f"{together} block{'s' * (together > 1)} at a time"
+        which = "all blocks" if together == blocks else f"{plural(together, 'block')} at a time"
         gradients = " gradients," if trainer.accumulates else ""
         raise UserError(
             f"training holds weights,{gradients} two moments and masks of {which}, {needed / 2**30:.1f} GiB on each "

@@ -1,7 +1,7 @@
 """The windows of tokens that a training reads, on their way through both models."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,9 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.progress import Progress
+
+READING = "dense model reads the text"
+"""The kind of the steps in which a block of the dense model reads all windows."""
 
 AT_ONCE = 1 << 32
 """Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
@@ -66,12 +69,6 @@ class Inputs:
         kept = self.kept or range(self.dense.config.blocks)
         last = self.dense.config.blocks - 1 if index == len(kept) - 1 else kept[index]
         return range(kept[index - 1] + 1 if index else 0, last + 1)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the steps read."""
-        training = self.windows.training
-        return self.method.steps * min(self.method.batch, len(training)) * training.shape[1]
 
 
 class TrainingStream(NamedTuple):
@@ -131,7 +128,7 @@ class Feed:
     def begin(self, step: int) -> TrainingStream:
         """Gets the windows of a step ready, and returns the held-out ones."""
         self._held, training = self._place(step)
-        self._part, found = _streams(self._inputs, (training, self._inputs.windows.held_out), self._progress.advance)
+        self._part, found = _streams(self._inputs, (training, self._inputs.windows.held_out), self._progress)
         return found
 
     def step(self, step: int) -> TrainingStream:
@@ -141,7 +138,7 @@ class Feed:
             # Not a step of the progress: how many parts there are depends on the width of the model.
             if self._inputs.method.reads_dense:
                 self._progress.note("the dense model reads the next part of the text")
-            self._held, (self._part,) = number, _streams(self._inputs, (training,), lambda: None)
+            self._held, (self._part,) = number, _streams(self._inputs, (training,))
         first = (step % self._steps - number * self._at_once) * self._batch
         return self._part.part(first, first + self._batch)
 
@@ -152,15 +149,22 @@ class Feed:
         return number, used[number * size : (number + 1) * size]
 
 
-def _streams(inputs: Inputs, sets: Sequence[np.ndarray], advance: Callable[[], None]) -> tuple[TrainingStream, ...]:
-    """Sets of windows, embedded, and behind the last block of the dense model if the loss reads it."""
+def _streams(inputs: Inputs, sets: Sequence[np.ndarray], progress: Progress | None = None) -> tuple[TrainingStream, ...]:
+    """Sets of windows, embedded, and behind the last block of the dense model if the loss reads it.
+
+    Args:
+      progress: advanced after every block of the dense model.
+    """
     dense = inputs.dense
     embedded = [dense.embed(tokens) for tokens in sets]
     if not inputs.method.reads_dense:
         return tuple(map(TrainingStream, sets, embedded, embedded))
     finals = [hidden.copy() for hidden in embedded]
     for index, parameters in enumerate(dense.blocks(range(dense.config.blocks))):
+        if progress:
+            progress.begin(READING, "the dense model reads the text")
         for final in finals:
             dense.apply(index, parameters, final)
-        advance()
+        if progress:
+            progress.advance()
     return tuple(map(TrainingStream, sets, embedded, finals))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
@@ -362,7 +362,7 @@ def _pruning(
     call = pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout)
     work, unknown = counted(call, machine)
     memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
-    found = compile_call(f"solver for {name}: {rows:,} rows a device", call)
+    found = compile_call(f"solver for {name}: {plural(rows, 'row')} a device", call)
     if found and found.memory:
         memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
     return Program(name, "pruning", layers.calls, rows, layout, work, memory, found, unknown)

@@ -7,12 +7,13 @@ from rich.table import Table
 
 from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import plural
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.greeting import recipe_line
+from optima_tpu.pipeline.greeting import recipe_line, training_words
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.plan import Plan, Program
 from optima_tpu.pipeline.plan.topology import GIB, Machine
-from optima_tpu.report.numbers import duration, number, plural
+from optima_tpu.report.numbers import duration, number
 from optima_tpu.report.progress import say, show
 from optima_tpu.runtime.mesh import DATA, MODEL
 
@@ -41,18 +42,16 @@ def greeting(config: RunConfig, model: DeclaredModel, machine: Machine, recoveri
     """The lines that describe what is planned, printed before the first long step."""
     shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
-    training = f", {config.distill.windows} x {text.window_length} for the training" if config.distill and not recovering else ""
     written = f", {text.written} x {text.window_length} that the model writes" if text.written else ""
     recipe = [f"preset   {on_preset(config)}", f"recipe   {recipe_line(config, model.decoder)}"]
-    if recovering and (method := config.distill):
-        batch = min(method.batch, method.windows)
-        steps = f"{method.steps:,} step{'s' * (method.steps > 1)} of {batch} window{'s' * (batch > 1)}"
-        recipe = [f"training {method.words}, {method.train}, {steps}; nothing is pruned"]
+    if config.distill:
+        training = f"training {training_words(config.distill, text.window_length)}"
+        recipe = [f"{training}; nothing is pruned"] if recovering else [*recipe, training]
     idle = config.distill and Trainer(model.decoder, config.distill).idle
     return [
-        f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",
+        f"model    {model.origin}: {plural(model.decoder.config.blocks, 'block')}, only its configuration is read",
         *recipe,
-        f"text     {text.source}, {text.windows} x {text.window_length} tokens{training}{written}, and {text.held_out} windows held out",
+        f"text     {text.source}, {text.windows} x {text.window_length} tokens{written}, and {plural(text.held_out, 'window')} held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
         *(f"note     {note}" for note in (*machine.notes, *filter(None, [idle]))),

@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, plural
 from optima_tpu.method.linalg.features import rough_matmul
 from optima_tpu.runtime.bounds import at_least
 from optima_tpu.runtime.device_memory import host_memory
@@ -204,7 +204,7 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
                 memory=chip.memory // cores,
                 **{rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "rough", "factor", "bandwidth")},
             )
-            notes.append(f"a {kind} chip counts as {cores} devices: figures are per device")
+            notes.append(f"a {kind} chip counts as {plural(cores, 'device')}: figures are per device")
     cores = len(devices) // count if devices else 1
     # jax.make_mesh splits the dimensions of a v5e slice as needed, but of no other kind.
     sizes = fitting_mesh(mesh, _primes(count) if kind == "v5e" else (*shape, cores), text)
@@ -263,7 +263,7 @@ def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[
     if best == asked:
         return best
     why = (
-        f"needs {math.prod(asked)} devices, {where} has {count}"
+        f"needs {plural(math.prod(asked), 'device')}, {where} has {count}"
         if math.prod(asked) != count
         else f"splits a dimension of {where}, which jax.make_mesh does not do there"
     )
@@ -289,7 +289,7 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     platform()
     made = make_mesh(mesh)
     count, first = jax.device_count(), jax.devices()[0]
-    where = f"{count} {first.platform} device{'s' * (count > 1)} here"
+    where = f"{plural(count, f'{first.platform} device')} here"
     stats = first.memory_stats() or {}
     # Simulated devices share the memory and the cores of the host.
     sharing = count if first.platform == "cpu" else 1

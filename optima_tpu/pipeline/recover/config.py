@@ -97,8 +97,8 @@ class RecoverConfig(Devices):
         return count_tokens("--tokens", self.tokens)
 
     def training_windows(self, length: int) -> int:
-        """How many windows of ``length`` tokens training reads."""
-        return max(1, self.token_count // (self.distill.passes * length))
+        """How many windows of ``length`` tokens training reads: as many as fill its steps."""
+        return max(1, self.distill.filled(self.token_count // (self.distill.passes * length)))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in JSON types, with ``distill`` in the layout of the YAML files."""

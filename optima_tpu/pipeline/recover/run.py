@@ -14,13 +14,14 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.arguments import recovery_texts
 from optima_tpu.pipeline.cut_blocks import pruned_model, write_left_out
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
+from optima_tpu.pipeline.greeting import training_words
 from optima_tpu.pipeline.inputs import Texts, on_model
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Stage, StageWork
@@ -52,11 +53,16 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     directory = together(lambda: config.directory)
     refuse_unusable(directory)
     check_signals()
-    start = open_start(config, make_mesh(config.mesh))
+    start = open_start(
+        config,
+        make_mesh(config.mesh),
+        lambda spec: say(console, f"opening      {spec}: its files are compared with their checksums"),
+    )
     dense = config.against or start.record.dense
     assert dense is not None, "open_start opened it"
     source, evaluation = _sources(config, start)
     length = window_length(start.dense.pretrained.config, "--length", config.length)
+    say(console, f"reading      {' and '.join(dict.fromkeys((evaluation, source)))}")
     try:
         drawn, scored = _texts(config, start, source, evaluation, length)
     except UserError as error:
@@ -65,10 +71,10 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
         raise UserError(
             f"{error}" + (f"; {named} would replace the text that the record of {config.model} names" if named else "")
         ) from None
-    windows = len(drawn.ids) - config.held_out
+    windows = config.distill.filled(max(0, len(drawn.ids) - config.held_out))
     if windows < 1:
         raise UserError(
-            f"expected a text of more than {config.held_out} windows of {length} tokens, which are held out, got {len(drawn.ids)} in "
+            f"expected a text of more than {plural(config.held_out, 'window')} of {length} tokens, which are held out, got {len(drawn.ids)} in "
             f"{source}: give a longer text, or fewer --held-out"
         )
     run_config = _run_config(config, start.base(dense, config.model), source, evaluation, length, windows)
@@ -77,7 +83,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     assert method is not None
     decoder = start.dense.decoder
     refuse_large(Trainer(decoder, method, device_budget(config.device_memory)))
-    held_out, training = np.split(drawn.ids, [config.held_out])
+    held_out, training, _ = np.split(drawn.ids, [config.held_out, config.held_out + windows])
     texts = Texts(drawn._replace(ids=np.concatenate([training, held_out])), scored, training)
     manifest = _manifest(run_config, start, texts)
     agree("recovery", flat(manifest))
@@ -111,7 +117,12 @@ def _taking(start: Start) -> Stage[[Journal], Journal]:
         return journal
 
     return Stage(
-        "taking the pruned blocks", take, stages.read_pruned, lambda opened: [Step("taking")] * len(stages.unfinished(opened))
+        "taking the pruned blocks",
+        take,
+        stages.read_pruned,
+        lambda opened: [Step("taking")] * len(stages.unfinished(opened)),
+        stages.count_blocks,
+        done=stages.count_finished,
     )
 
 
@@ -195,25 +206,17 @@ def _manifest(config: RunConfig, start: Start, texts: Texts) -> dict[str, Any]:
 def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens) -> list[str]:
     method, text, mesh = opened.config.distill, opened.config.calibration, opened.model.decoder.mesh
     assert method is not None
-    batch, asked = min(method.batch, text.windows), config.token_count
-    used = method.steps // method.passes * batch
-    rest = text.windows - used
-    times = "once" if method.passes == 1 else f"{method.passes} times"
-    told = f"{method.steps * batch * text.window_length:,} tokens: {used:,}{f' of {text.windows:,}' if rest else ''} windows of "
-    told += f"{text.window_length}, each read {times}" + (
-        f"; {rest} do{'es' if rest == 1 else ''} not fill a step of {batch}" if rest else ""
-    )
     lines = [
-        f"model        {config.model}: {opened.model.decoder.config.blocks} blocks, {len(start.names)} pruned matrices",
+        f"model        {config.model}: {plural(opened.model.decoder.config.blocks, 'block')}, {plural(len(start.names), 'pruned matrix')}",
         f"dense model  {start.dense.pretrained.origin}",
-        f"training     {method.words}, {method.train}, on {told}",
+        f"training     {training_words(method, text.window_length)}",
         "             this is training, not one-shot pruning",
         *(f"             {idle}" for idle in filter(None, [Trainer(opened.model.decoder, method).idle])),
         f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
     ]
     if text.windows < config.training_windows(text.window_length):
         lines.append(
-            f"             {text.source} has no more: {asked:,} tokens were asked for; more --distill.passes read the windows again"
+            f"             {text.source} has no more: {config.token_count:,} tokens were asked for; more --distill.passes read the windows again"
         )
     scored = opened.texts.evaluation
     lines.append(f"evaluation   {', '.join(filter(None, (scored.how, scored.cache)))}")

@@ -1,7 +1,7 @@
 """What a recovery starts from: a pruned model with its masks, the record of how it was pruned, and the dense model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,12 +132,16 @@ class Start(NamedTuple):
         return BlockReport(index, 0.0, tuple(layers))
 
 
-def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
+def open_start(config: RecoverConfig, mesh: Mesh, opening: Callable[[str], None]) -> Start:
     """Opens the pruned model and the dense model, and checks that they belong together. Every process calls it.
+
+    Args:
+      opening: called with the name of each model before it is opened, which may take minutes.
 
     Raises:
       UserError: a model cannot be opened, has no masks, or they do not belong together.
     """
+    opening(config.model)
     pruned = open_evaluated(config.model, mesh, config.dtype, config.batch)
     check_signals()
     decoder = pruned.model.decoder
@@ -157,6 +161,7 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
     # As it was opened to be pruned; without a record, in the dtype of the pruned model.
     stored = decoder.tensors.dtype(decoder.root + decoder.family.embedding).name
     dtype = config.dtype or (decided.recipe.dtype if decided else stored)
+    opening(spec)
     dense = _open_dense(spec, mesh, dtype, config)
     check_signals()
     masks = together(lambda: open_masks(str(_of_run(config.model))))

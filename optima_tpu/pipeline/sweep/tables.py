@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import structs
 from rich.table import Table
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.contents import CellResult, Report
@@ -90,7 +90,7 @@ def describe(reports: Sequence[Report]) -> dict[str, str]:
     if not reports:
         return {}
     return {
-        "model": told(lambda report: f"{report.model.origin}, {report.model.blocks} blocks"),
+        "model": told(lambda report: f"{report.model.origin}, {plural(report.model.blocks, 'block')}"),
         "calibration": told(lambda report: report.calibration.how),
         "evaluation": told(lambda report: f"{report.evaluation.how}, {report.evaluation.tokens:,} tokens"),
         "code": told(lambda report: report.code),
@@ -110,7 +110,7 @@ def layout(grid: CellGrid, results: Sequence[CellResult]) -> TableText:
         for windows in counts
         if any((result.pattern, result.windows) == (pattern, windows) for result in results)
     ]
-    headings = [f"{pattern}, {windows} windows" if len(counts) > 1 else pattern for pattern, windows in columns]
+    headings = [f"{pattern}, {plural(windows, 'window')}" if len(counts) > 1 else pattern for pattern, windows in columns]
     place = {column: [result for result in results if (result.pattern, result.windows) == column] for column in columns}
     rows = [("dense", "", *(_dense(place[column]) for column in columns))]
     for mask in grid.masks:
@@ -130,7 +130,7 @@ def markdown(title: str, header: Mapping[str, str], table: TableText, results: S
     done = sum(result.state == "finished" for result in results)
     seeds = sorted({result.seed for result in results})
     spread = ", mean ± sample standard deviation over n seeds" if len(seeds) > 1 else ""
-    lines += [f"Perplexity{spread}. Seeds: {', '.join(map(str, seeds))}. {done} of {len(results)} cells are finished.", ""]
+    lines += [f"Perplexity{spread}. Seeds: {', '.join(map(str, seeds))}. {done} of {plural(len(results), 'cell')} finished.", ""]
     sides = ["---", "---", *["---:"] * (len(table.headings) - 2)]
     for row in (table.headings, sides, *table.rows):
         lines.append("| " + " | ".join(text.replace("|", r"\|") for text in row) + " |")
