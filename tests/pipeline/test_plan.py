@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,20 @@ from tests.support.pruning import group_arguments
 from tests.support.runs import only_error
 from tests.support.tiny_models import byte_tokenizer, tiny_folder, tiny_llama
 
+SIZES = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, head_dim=32)
+SLICE = AbstractMesh((4, 2), ("data", "model"))
+"""Eight chips that are not here."""
+
+
+def machine_of(devices, name="there", **chip) -> Machine:
+    return Machine(name, CHIPS["v5e"]._replace(**chip), devices, 1, 0.5)
+
+
+def compiling(machine: Machine, *programs: str):
+    """Compiles the programs whose names begin so; the others are compiled in other tests."""
+    compile_call = compiler(machine, lambda line: None)
+    return lambda what, call: compile_call(what, call) if what.startswith(programs) else None
+
 
 @pytest.mark.parametrize("topology, splits", [("v5e:4x4", True), ("v6e:4x4", False), ("v5p:4x4x1", False)])
 def test_a_mesh_splits_the_dimensions_of_a_v5e_alone(topology, splits):
@@ -69,10 +84,9 @@ def test_a_loop_that_does_not_say_how_often_it_runs_is_named(tmp_path):
             weight = jax.lax.while_loop(lambda weight: jnp.any(weight > 1), lambda weight: weight / 2, pruned.weight)
             return Unchanged()(problem, pruned._replace(weight=weight))
 
-    machine = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
     for solver, named in ((CG(), 0), (Mine(), 1)):
         config = run_config(config_folder(tmp_path), solver=solver)
-        plan = make_plan(config, open_declared(config.model, None, config.batch).on(machine.mesh), machine)
+        plan = make_plan(config, open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE))
         said = [line for line in plan.to_json()["assumptions"] if "does not say how often it usually runs" in line]
         assert len(said) == named and all("test_plan.py" in line for line in said)
 
@@ -181,10 +195,9 @@ def test_the_tokens_of_the_evaluation_are_those_of_the_run(tmp_path):
 
 def test_the_plan_of_simulated_devices(tmp_path):
     """Compiled for the mesh that is here: what is printed of the solver's loop is what the README promises."""
-    chip = CHIPS["v5e"]
     config = run_config(config_folder(tmp_path))
     model = open_declared(config.model, None, config.batch).on(mesh(4, 2))
-    plan = make_plan(config, model, Machine("here", chip, mesh(4, 2), 1, 0.5))
+    plan = make_plan(config, model, machine_of(mesh(4, 2), "here"))
     calibration, down = plan.programs
     # 16 windows in steps of 2 on each of 4 slices, the held-out ones in one step, in each of 3 blocks.
     assert (calibration.calls, down.calls, down.rows, plan.batch) == (3 * 3, 3, math.ceil(36 / 8), 2)
@@ -198,18 +211,11 @@ def test_the_plan_of_simulated_devices(tmp_path):
 @pytest.mark.parametrize("preset", ["fast", "best"])
 def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, preset):
     """A pass ends at the last input that it needs, and reads the output of attention where an earlier pass keeps it."""
-    sizes = dict(
-        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, head_dim=32, num_hidden_layers=1
-    )
-    config = configure(
-        {
-            "model": config_folder(tmp_path, **sizes),
-            "preset": preset,
-            "calibration": {"source": "random", "windows": 8, "length": 64, "held_out": 0},
-        }
-    )
-    model = open_declared(config.model, None, config.batch).on(mesh(1, 1))
-    plan = make_plan(config, model, Machine("here", CHIPS["v5e"], mesh(1, 1), 1, 0.5))
+    text = {"source": "random", "windows": 8, "length": 64, "held_out": 0}
+    folder = config_folder(tmp_path, **SIZES, num_hidden_layers=1)
+    config = configure({"model": folder, "preset": preset, "calibration": text})
+    model, machine = open_declared(folder, None, config.batch).on(mesh(1, 1)), machine_of(mesh(1, 1), "here")
+    plan = make_plan(config, model, machine, compile_call=compiling(machine, "calibration"))
     calibrations = [program for program in plan.programs if program.name.startswith("calibration")]
     assert len(calibrations) == {"fast": 1, "best": 4}[preset]
     ratios = [program.work.flops / program.compiled.flops for program in calibrations]
@@ -218,21 +224,15 @@ def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, pr
 
 def test_the_plan_of_a_run_that_weighs_by_the_loss_has_the_passes_back(tmp_path):
     """FLOPs are those that the compiler counts, what is kept is as large as what a run keeps, and nothing of it is left."""
-    sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, head_dim=32)
-    folder = config_folder(tmp_path, **sizes, num_hidden_layers=2, vocab_size=512)
+    folder = config_folder(tmp_path, **SIZES, num_hidden_layers=2, vocab_size=512)
     text = {"source": "random", "windows": 8, "length": 129, "held_out": 4}
 
     def plan(shape, power):
         config = configure(
             {"model": folder, "preset": "best", "calibration": text, "batch": 1, "target": {"weigh_by_loss": power}}
         )
-        model, machine = open_declared(folder, None, 1).on(mesh(*shape)), Machine("here", CHIPS["v5e"], mesh(*shape), 1, 0.5)
-        compile_call = compiler(machine, lambda line: None)
-
-        def passes_back(what, call):  # the other programs are compiled in other tests
-            return compile_call(what, call) if what.startswith(("block back", "head: gradient")) else None
-
-        return make_plan(config, model, machine, compile_call=passes_back)
+        model, machine = open_declared(folder, None, 1).on(mesh(*shape)), machine_of(mesh(*shape), "here")
+        return make_plan(config, model, machine, compile_call=compiling(machine, "block back", "head: gradient"))
 
     alone, split, without = plan((1, 1), 0.5), plan((4, 2), 0.5), plan((1, 1), 0.0)
     assert len(alone.programs) == len(without.programs) + 2 and "gradient of the loss" not in without.seconds
@@ -249,8 +249,7 @@ def test_the_plan_of_a_run_that_weighs_by_the_loss_has_the_passes_back(tmp_path)
 
 def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     """Compiled as training calls them; FLOPs and bytes are those that the compiler counts, and nothing is pruned."""
-    sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, head_dim=32)
-    folder = config_folder(tmp_path, **sizes, num_hidden_layers=2, vocab_size=512, max_position_embeddings=256)
+    folder = config_folder(tmp_path, **SIZES, num_hidden_layers=2, vocab_size=512, max_position_embeddings=256)
     text = Calibration("random", length=129, held_out=4)
 
     def trainer_on(*shape):
@@ -260,8 +259,7 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
         memory = (trainer_on(*shape).bytes_on_device() + room) / 2**30
         config = as_run(RunConfig(folder, batch=1, calibration=text, distill=KL(batch=4), device_memory=memory), "10k")
         model = open_declared(folder, None, config.batch).on(mesh(*shape))
-        machine = Machine("here", CHIPS["v5e"], mesh(*shape), 1, 0.5)
-        return make_plan(config, model, machine, recovering=True, compile_call=compile_call)
+        return make_plan(config, model, machine_of(mesh(*shape), "here"), recovering=True, compile_call=compile_call)
 
     alone, split = plan((1, 1)), plan((4, 2))
     steps = 10_000 // 129 // 4
@@ -308,21 +306,22 @@ def test_a_setting_of_recover_is_told_by_the_name_that_it_has_in_a_plan(capsys):
     assert "type --calibration.length" in only_error(capsys.readouterr().err)
 
 
-def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(capsys):
+def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(monkeypatch, tmp_path, capsys):
     """Also of the default model, which is pruned with windows of 512 tokens."""
-    for words, length in ([], 2048), (["--calibration.length", "512"], 512), (["--calibration.length=256"], 256):
-        main(["--recover", "1M", "--topology", "v5e:1x1", "--no-compile", *words])
+    monkeypatch.setattr("optima_tpu.pipeline.plan.plan.make_plan", lambda *_, **__: sys.exit())  # the greeting comes before it
+    model = config_folder(tmp_path, max_position_embeddings=4096)
+    for words, length in ([], 2048), ([model], 2048), ([model, "--calibration.length", "512"], 512):
+        with pytest.raises(SystemExit):
+            main([*words, "--recover", "1M", "--topology", "v5e:1x1", "--no-compile"])
         assert f"{10**6 // length} x {length} tokens, and 8 windows held out" in capsys.readouterr().out
 
 
 def test_a_training_by_spans_takes_the_same_memory_at_any_depth(tmp_path):
     def plan(depth, method):
         folder = config_folder(tmp_path, num_hidden_layers=depth)
-        model = open_declared(folder, None, 1).on(AbstractMesh((4, 2), ("data", "model")))
-        config = as_run(
-            RunConfig(folder, batch=1, calibration=Calibration("random", length=64, held_out=4), distill=method), "10k"
-        )
-        return make_plan(config, model, Machine("there", CHIPS["v5e"], model.decoder.mesh, 1, 0.5), recovering=True)
+        text = Calibration("random", length=64, held_out=4)
+        config = as_run(RunConfig(folder, batch=1, calibration=text, distill=method), "10k")
+        return make_plan(config, open_declared(folder, None, 1).on(SLICE), machine_of(SLICE), recovering=True)
 
     shallow, deep, whole = plan(2, Blocks(span=2)), plan(8, Blocks(span=2)), plan(8, KL())
     assert [program.memory for program in shallow.programs] == [program.memory for program in deep.programs]
@@ -338,8 +337,7 @@ def window_flops(model, length, wanted=None, known=()):
     decoder, (state, hidden, positions) = model.decoder, Entering.of(model.decoder, length, 1)
     inputs = {name: jax.ShapeDtypeStruct((1, length, decoder.input_width(name)), hidden.dtype) for name in known}
     program = PassProgram(decoder.graph, decoder.mesh, tuple(wanted or ()), output=wanted is None)
-    machine = Machine("there", CHIPS["v5e"], decoder.mesh, 1, 0.5)
-    return counted(Call(pass_batch, (program, state, hidden, positions, inputs)), machine).work.flops
+    return counted(Call(pass_batch, (program, state, hidden, positions, inputs)), machine_of(decoder.mesh)).work.flops
 
 
 def test_a_token_counts_at_its_own_experts_alone(tmp_path):
@@ -363,9 +361,8 @@ def test_a_token_counts_at_its_own_experts_alone(tmp_path):
 def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp_path):
     def model(shared):
         heads = dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=3, vocab_size=64)
-        experts = dict(
-            n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=shared, intermediate_size=80, moe_intermediate_size=24
-        )
+        experts = dict(n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=shared)
+        experts |= dict(intermediate_size=80, moe_intermediate_size=24)
         named = dict(model_type="glm4_moe", architectures=["Glm4MoeForCausalLM"], dtype="float32", first_k_dense_replace=1)
         (tmp_path / "config.json").write_text(json.dumps(heads | experts | named))
         return open_declared(str(tmp_path), None, 1)
@@ -394,13 +391,8 @@ def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp
 
 def test_every_chunk_of_linear_attention_counts_where_its_output_is_needed(tmp_path):
     sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=64, intermediate_size=96)
-    delta = dict(
-        layer_types=["linear_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    )
+    delta = dict(layer_types=["linear_attention"], linear_num_key_heads=2, linear_num_value_heads=4)
+    delta |= dict(linear_key_head_dim=16, linear_value_head_dim=16)
     named = dict(model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(sizes | delta | named))
     model = open_declared(str(tmp_path), None, 1)
@@ -429,30 +421,21 @@ def test_the_passes_of_a_block_are_found_in_one_look_at_its_weights_however_many
 
 def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     config = run_config(config_folder(tmp_path))
-    small = Machine("there", CHIPS["v5e"]._replace(memory=1000), AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
-    plan = make_plan(config, open_declared(config.model, None, config.batch).on(small.mesh), small)
+    model, small = open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE, memory=1000)
+    plan = make_plan(config, model, small)
     assert len(plan.too_large) == 2 and not plan.to_json()["fits"]
     assert "and its block with the other Hessians alone takes" in plan.refused and "--device_memory" in plan.refused
     said = "\n".join(summary(plan))
-    assert (
-        "does not fit down [36, 60]" in said
-        and "try --batch 1 and --mesh 2x4, which splits more over the same devices, or more devices" in said
-    )
+    assert "does not fit down [36, 60]" in said and "try --batch 1 and --mesh 2x4, which splits more over the same" in said
 
     text = dataclasses.replace(config.calibration, source="self")
-    whole = make_plan(
-        dataclasses.replace(config, calibration=text, device_memory=1e-5),
-        open_declared(config.model, None, config.batch).on(small.mesh),
-        small._replace(chip=CHIPS["v5e"]),
-    )
+    whole = make_plan(dataclasses.replace(config, calibration=text, device_memory=1e-5), model, machine_of(SLICE))
     assert "to write its own calibration text" in whole.refused and not whole.to_json()["fits"]
     assert any("windows that the model writes at once" in words for words in whole.assumptions)
 
     def refuse():
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-            "temporaries (37.29G) exceeds available HBM (15.75G)."
-        )
+        needed = "the total memory required for HLO temporaries (37.29G) exceeds available HBM (15.75G)."
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {needed}")
 
     assert compiled(refuse).refused == "needs 37.29GiB of 15.75GiB"
     full = dataclasses.replace(plan, programs=(plan.programs[0]._replace(compiled=compiled(refuse)),))
@@ -461,13 +444,12 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
 
 def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path):
     config = run_config(config_folder(tmp_path))
-    machine = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    machine = machine_of(SLICE)
     model = open_declared(config.model, None, config.batch).on(machine.mesh)
 
     def plan(written: int):
-        return make_plan(
-            dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, written=written)), model, machine
-        )
+        text = dataclasses.replace(config.calibration, written=written)
+        return make_plan(dataclasses.replace(config, calibration=text), model, machine)
 
     stored, chip = model.all_blocks_bytes() + model.end_bytes(), machine.chip
     reading = stored / 2 / (0.5 * chip.bandwidth)
@@ -481,16 +463,15 @@ def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path
     assert beside.storage.hidden == pytest.approx(grown * without.storage.hidden)
 
 
-@pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.9, True)])
-def test_a_plan_that_fits_closely_says_so(tmp_path, share, warned):
+def test_a_plan_that_fits_closely_says_so(tmp_path):
     config = run_config(config_folder(tmp_path))
-    machine = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
-    plan = make_plan(config, open_declared(config.model, None, config.batch).on(machine.mesh), machine)
-    memory = int(max(program.memory for program in plan.programs) / share)
-    told = summary(dataclasses.replace(plan, machine=machine._replace(chip=machine.chip._replace(memory=memory))))
-    assert any("leave a quarter free" in line for line in told) == warned
-    assert told[0].startswith("fits closely" if warned else "fits  ")
-    small = dataclasses.replace(plan, machine=machine._replace(chip=machine.chip._replace(memory=1)))
+    plan = make_plan(config, open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE))
+    for share, warned in (0.5, False), (0.9, True):
+        memory = int(max(program.memory for program in plan.programs) / share)
+        told = summary(dataclasses.replace(plan, machine=machine_of(SLICE, memory=memory)))
+        assert any("leave a quarter free" in line for line in told) == warned
+        assert told[0].startswith("fits closely" if warned else "fits  ")
+    small = dataclasses.replace(plan, machine=machine_of(SLICE, memory=1))
     assert "--mesh 2x4, which splits more over the same devices, or more devices" in "\n".join(summary(small))
 
 
@@ -527,7 +508,7 @@ ENTRY %main (input: f32[8,16]) -> (f32[2,16], bf16[4]) {
 def test_the_collectives_of_a_plan_take_their_bytes_over_a_link():
     found = Compiled(1.0, moved={"all-gather": 1_000, "all-reduce": 500})
     program = Program("step", "training", 10, None, None, Work(), 0, found)
-    machine = Machine("there", CHIPS["v5e"], mesh(4, 2), 1, 0.5)
+    machine = machine_of(mesh(4, 2))
     assert CHIPS["v5e"].link == 50e9  # of 400 GB/s, by four links in two directions
     assert program.communication(machine) == pytest.approx(10 * 2_000 / 50e9)
     assert program._replace(compiled=None).communication(machine) == 0
@@ -560,7 +541,7 @@ def test_counted_products_and_memory_agree_with_the_compiler():
     shapes, grid = ((problem,), hessian), mesh(1, 1)
     found = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid, held_out=hessian)))
     call = Call(prune_group, group_arguments(*shapes, recipe, grid, held_out=hessian))
-    work, _ = counted(call, Machine("here", CHIPS["v5e"], grid, 1, 0.5, here=True))
+    work, _ = counted(call, machine_of(grid, "here")._replace(here=True))
     assert 0.95 < work.flops / found.flops < 1.05
     recipe = Recipe(Unstructured(0.5), Wanda(), CG())
     with_solver = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid)))
@@ -591,15 +572,9 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
     assert "expected --calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
     for words, said in (
-        (
-            ["--topology", "v5e-8"],
-            "expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got 'v5e-8'; type v5e:2x4\n",
-        ),
+        (["--topology", "v5e-8"], "a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got 'v5e-8'; type v5e:2x4\n"),
         (["--topology", "v5litepod-16"], "type v5e:4x4"),
-        (
-            ["--topology", "v5e:4x2", "--mesh", "4x4"],
-            "error: mesh 4x4 needs 16 devices, v5e:4x2 has 8: the nearest that fits is --mesh 2x4\n",
-        ),
+        (["--topology", "v5e:4x2", "--mesh", "4x4"], "error: mesh 4x4 needs 16 devices, v5e:4x2 has 8: the nearest that fits"),
         (["--topolgy", "v5e:4x2"], "there is no setting --topolgy; did you mean --topology?"),
         (["--recover", "2kk"], "expected --recover as a number such as 200k, 50M or 1000000, got 2kk"),
     ):
