@@ -56,16 +56,9 @@ class StandIn:
         return Texts(calibration, Tokens(np.full((config.evaluation.windows or 2, 8), 1), "other windows", 16))
 
     def manifest_of(self, config, model, texts):
-        return json.loads(
-            json.dumps(
-                {
-                    "model": "ab" * 32,
-                    "recipe": weights_settings(config),
-                    "calibration": token_digest(texts.calibration.ids),
-                    "code": self.code,
-                }
-            )
-        )
+        digest = token_digest(texts.calibration.ids)
+        manifest = {"model": "ab" * 32, "recipe": weights_settings(config), "calibration": digest, "code": self.code}
+        return json.loads(json.dumps(manifest))
 
     def is_export_of(self, directory, folder):
         return folder.exists()
@@ -189,22 +182,13 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| magnitude | none | 26.50 ± 0.71 (n=2) |" in text and "| dense |  | 10.00 |" in text
     command = f"python -m optima_tpu.sweep {tmp_path / 'small.yaml'} --batch 3 --output {tmp_path / 'out'}"
-    for line in (
-        "model: org/name, 2 blocks",
-        "calibration: random windows",
-        "evaluation: other windows, 16 tokens",
-        "code: 0+1",
-        "hardware: 8 x cpu (cpu), mesh 4x2, jax 1",
-        f"command: {command}",
-    ):
+    about = ("model: org/name, 2 blocks", "calibration: random windows", "evaluation: other windows, 16 tokens", "code: 0+1")
+    for line in (*about, "hardware: 8 x cpu (cpu), mesh 4x2, jax 1", f"command: {command}"):
         assert f"- {line}\n" in text
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 6
     fields = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [(field["update"], field["seeds"], field["perplexity"]) for field in fields] == [
-        ("none", 2, 24.5),
-        ("cg", 2, 20.5),
-        ("none", 2, 26.5),
-    ]
+    found = [(field["update"], field["seeds"], field["perplexity"]) for field in fields]
+    assert found == [("none", 2, 24.5), ("cg", 2, 20.5), ("none", 2, 26.5)]
     assert fields[2]["perplexity_spread"] == pytest.approx(0.5**0.5) and fields[2]["error_after"] is None
     assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 1 + 3
     printed = capsys.readouterr().out
@@ -230,9 +214,8 @@ def test_an_interrupted_sweep_goes_on_at_the_cell_that_is_not_finished(sweep, st
     assert (tmp_path / "out" / "table.md").read_text() == resumed
     assert sweep("--output", str(tmp_path / "whole")) == 0
     whole = (tmp_path / "whole" / "table.md").read_text()
-    assert [line for line in whole.splitlines() if line.startswith("|")] == [
-        line for line in resumed.splitlines() if line.startswith("|")
-    ]
+    one, other = ([line for line in table.splitlines() if line.startswith("|")] for table in (whole, resumed))
+    assert one == other
     assert json.loads((tmp_path / "whole" / "results.json").read_text()) == read_results(tmp_path)
 
 
@@ -332,14 +315,8 @@ def test_kept_checkpoints_stay(sweep, stand_in, tmp_path):
     assert sweep("--keep-checkpoints", **one) == 0
     assert sweep(**one) == 0  # also when the table is made again without the option
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-windows_seed-0"
-    assert {path.name for path in cell.iterdir()} == {
-        "report.json",
-        "run.json",
-        "sha256-all.json",
-        "journal",
-        "checkpoint",
-        "assets",
-    }
+    left = {"report.json", "run.json", "sha256-all.json", "journal", "checkpoint", "assets"}
+    assert {path.name for path in cell.iterdir()} == left
 
 
 def test_kept_models_are_exported_where_that_is_asked_for_later(sweep, stand_in, tmp_path, capsys):
@@ -425,12 +402,8 @@ def test_the_last_to_write_keeps_what_another_terminal_has_finished(sweep, stand
     beside("--only", "magnitude")
     assert sweep("--only", "wanda") == 0
     assert [name.partition("_50")[0] for name in stand_in.ran] == ["magnitude_none", "magnitude_cg", "wanda_none", "wanda_cg"]
-    assert [(entry["state"], entry["perplexity"]) for entry in read_results(tmp_path)] == [
-        ("finished", 24),
-        ("finished", 20),
-        ("finished", 26),
-        ("finished", 22),
-    ]
+    found = [(entry["state"], entry["perplexity"]) for entry in read_results(tmp_path)]
+    assert found == [("finished", perplexity) for perplexity in (24, 20, 26, 22)]
 
 
 def test_a_cell_that_was_another_terminal_s_has_not_failed_once_that_has_finished_it(sweep, beside, tmp_path):
@@ -511,12 +484,8 @@ def test_a_sweep_in_several_processes_is_refused(sweep, stand_in, capsys, option
 
 def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, capsys):
     """Interrupted inside its third cell; its cells are what the command line of a single run gives."""
-    run = {
-        "model": str(finished.model),
-        "mesh": "4x2",
-        "calibration": {"source": "random", "windows": 8, "length": 32},
-        "evaluation": {"source": "random", "windows": 4},
-    }
+    texts = {"calibration": {"source": "random", "windows": 8, "length": 32}, "evaluation": {"source": "random", "windows": 4}}
+    run = {"model": str(finished.model), "mesh": "4x2", **texts}
     updates = {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "tolerance": 1e-6}}}
     path = write_sweep(tmp_path / "real.yaml", run=run, updates=updates, patterns={"50%": {"pattern": 0.5}})
     out = tmp_path / "out"
