@@ -1,5 +1,6 @@
 """The distance between a pruned and the dense model on a text, in total and after every block."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.perplexity import check_finite, perplexity_of
-from optima_tpu.evaluate.predictions import picked, sum_over_windows
+from optima_tpu.evaluate.predictions import STRETCH, picked, stretch_of, sum_over_windows
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, Head, head_logits
 from optima_tpu.report.evaluation import Distance
@@ -119,16 +120,17 @@ def window_scores(
       advance: called after every batch.
     """
     sums = DistanceSums(*np.empty((len(DistanceSums._fields), len(tokens)), np.float32))
+    stretch = stretch_of(size, len(heads[0].projection))
     for dense, pruned in zip(*(stream.batches(size) for stream in streams)):
-        found = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens)))
+        found = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens), stretch))
         for whole, part in zip(sums, found):
             whole[dense.rows[dense.there]] = part[dense.there]
         advance()
     return sums
 
 
-@jax.jit
-def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens: Array) -> DistanceSums:
+@functools.partial(jax.jit, static_argnames="stretch")
+def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens: Array, stretch: int = STRETCH) -> DistanceSums:
     def score(targets, *states):
         logits = [head_logits(head, state) for head, state in zip(heads, states)]
         first = [values.argmax(axis=-1) for values in logits]
@@ -137,7 +139,7 @@ def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens:
             jnp.sum(jnp.exp(p) * (p - q), axis=-1), first[0] == first[1], -picked(p, targets), -picked(q, targets)
         )
 
-    return sum_over_windows(score, tokens, *hidden)
+    return sum_over_windows(score, tokens, *hidden, stretch=stretch)
 
 
 def _mean(windows: np.ndarray) -> tuple[float, float | None]:

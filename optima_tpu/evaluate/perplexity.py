@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.predictions import per_token, picked
+from optima_tpu.evaluate.predictions import STRETCH, per_token, picked, stretch_of
 from optima_tpu.models.activations import Activations, count_batches
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
@@ -62,10 +62,11 @@ def token_losses(
 def token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between: Callable[[], None] = _nothing) -> np.ndarray:
     """Same as :func:`token_losses`, computed from the output of the last block."""
     head, losses = decoder.head(), np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+    stretch = stretch_of(decoder.batch, decoder.config.vocab)
     for number, batch in enumerate(hidden.batches(decoder.batch)):
         if number:
             between()
-        nll = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
+        nll = fetch(_batch_nll(head, batch.hidden, batch.place(tokens), stretch))
         losses[batch.rows[batch.there]] = nll[batch.there]
     return losses
 
@@ -112,15 +113,15 @@ def _finite_inputs(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positio
     return {name: jnp.isfinite(jax.tree.leaves(value)[0]).all() for name, value in inputs.items()}
 
 
-@jax.jit
-def _batch_nll(head: Head, hidden: Array, tokens: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="stretch")
+def _batch_nll(head: Head, hidden: Array, tokens: Array, stretch: int = STRETCH) -> Array:
     """Same as :func:`token_nll`, for a batch of windows on the devices."""
 
     def score(targets, states):
         logits = head_logits(head, states)
         return jax.nn.logsumexp(logits, axis=-1) - picked(logits, targets)
 
-    return per_token(score, tokens, hidden)
+    return per_token(score, tokens, hidden, stretch=stretch)
 
 
 def text_steps(decoder: Decoder, tokens: np.ndarray, both: bool, per_block: bool = False) -> list[Step]:

@@ -11,20 +11,34 @@ Tree = TypeVar("Tree")
 STRETCH = 128
 """Positions of each window whose logits are computed at once."""
 
+_MOST = 1 << 25
 
-def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
+
+def stretch_of(windows: int, vocabulary: int) -> int:
+    """Positions of each window at once where a vocabulary is large: at most :data:`STRETCH`, a power of two.
+
+    Then logits take at most 128 MiB of a device in float32. A model is measured before and after its blocks are pruned: with 262,144 words
+    its head would else need more memory than any block.
+
+    Args:
+      windows: of a batch, in each slice of the data axis.
+    """
+    return min(STRETCH, 1 << max(1, _MOST // (windows * vocabulary)).bit_length() - 1)
+
+
+def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array, stretch: int = STRETCH) -> Tree:
     """Sums ``score`` over the positions of each window. The last position has no next token and is left out.
 
     Args:
-      score, tokens, streams: see :func:`per_token`.
+      score, tokens, streams, stretch: see :func:`per_token`.
 
     Returns:
       The tree that ``score`` returns, with leaves [windows] float32.
     """
-    return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), _by_stretch(_summed(score), tokens, *streams))
+    return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), _by_stretch(_summed(score), tokens, stretch, *streams))
 
 
-def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
+def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array, stretch: int = STRETCH) -> Tree:
     """Computes ``score`` at every position of each window except the last, which has no next token.
 
     Works on one chunk of positions at a time: the logits of a whole batch would be the largest array of the program.
@@ -34,6 +48,7 @@ def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tre
         [windows, chunk, ...]. The target of a position is the next token.
       tokens: [windows, length] int32.
       streams: hidden states [windows, length, d_model].
+      stretch: positions of a chunk.
 
     Returns:
       The tree that ``score`` returns, with leaves [windows, length - 1, ...].
@@ -43,7 +58,7 @@ def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tre
     def joined(values: Array) -> Array:
         return values.swapaxes(0, 1).reshape(windows, -1, *values.shape[3:])[:, :positions]
 
-    return jax.tree.map(joined, _by_stretch(lambda there, *inputs: score(*inputs), tokens, *streams))
+    return jax.tree.map(joined, _by_stretch(lambda there, *inputs: score(*inputs), tokens, stretch, *streams))
 
 
 def _summed(score: Callable[..., Tree]) -> Callable[..., Tree]:
@@ -53,14 +68,14 @@ def _summed(score: Callable[..., Tree]) -> Callable[..., Tree]:
     return summed
 
 
-def _by_stretch(work: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
+def _by_stretch(work: Callable[..., Tree], tokens: Array, stretch: int, *streams: Array) -> Tree:
     """Applies ``work(there, targets, *states)`` to each chunk of positions, stacked; ``there`` is False at padding."""
     windows, positions = tokens.shape[0], tokens.shape[1] - 1
-    count = -(-positions // STRETCH)
+    count = -(-positions // stretch)
 
     def cut(array: Array) -> Array:
-        filled = jnp.pad(array, ((0, 0), (0, count * STRETCH - positions), *[(0, 0)] * (array.ndim - 2)))
-        return filled.reshape(windows, count, STRETCH, *array.shape[2:]).swapaxes(0, 1)
+        filled = jnp.pad(array, ((0, 0), (0, count * stretch - positions), *[(0, 0)] * (array.ndim - 2)))
+        return filled.reshape(windows, count, stretch, *array.shape[2:]).swapaxes(0, 1)
 
     parts = jax.tree.map(cut, (jnp.ones((windows, positions), bool), tokens[:, 1:], *(stream[:, :-1] for stream in streams)))
     return jax.lax.map(lambda inputs: work(*inputs), parts)

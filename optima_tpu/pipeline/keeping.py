@@ -19,6 +19,7 @@ from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, Protocol, T
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
+from optima_tpu.runtime.host_memory import give_back_freed_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,4 +111,6 @@ class Keeper:
             progress.ahead = list(filter(None, self._ahead.values()))
             count = stage.count(opened) if stage.count else sum(stage.counted in ("", step.kind) for step in steps)
             progress.stage(stage.name, count, steps, stage.counted, stage.done(opened))
-        return stage.make(self._work, *inputs, **named)
+        made = stage.make(self._work, *inputs, **named)
+        give_back_freed_memory()  # else the next stage's arrays lie between the holes of this one's
+        return made

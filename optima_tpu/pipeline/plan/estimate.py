@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.evaluate.predictions import stretch_of
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.patterns import Pattern, WholeParts
 from optima_tpu.method.statistics import Groups
@@ -146,6 +147,7 @@ def storage(
     patterns: Mapping[str, Pattern],
     kept: float = 0.0,
     calibrates: bool = True,
+    on_cpu: bool = False,
 ) -> Storage:
     """Host memory and disk of a run.
 
@@ -154,6 +156,8 @@ def storage(
       patterns: the pattern of every pruned matrix, by its whole path.
       kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
       calibrates: whether the calibration text passes through the blocks; it does not where they are pruned already.
+      on_cpu: whether the devices use the memory of the host. Then it holds the head three times, in a file, as read and on a device, and
+        the logits.
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
@@ -168,12 +172,14 @@ def storage(
     saved = whole - round(zeros * itemsize * ASSUMED.compressed) + round(pruned * ASSUMED.mask) + scales
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
     share = -(-hidden // hosts)
+    measured = decoder.batch * stretch_of(decoder.batch, decoder.config.vocab) * decoder.config.vocab  # logits at once
+    head = on_cpu * (3 * table + 4 * measured)
     # A save to the journal makes one more copy; embedding the tokens needs the whole table.
     host = {
         "the program": ASSUMED.program,
         "hidden states": share,
-        "being saved, or the embedding": max(
-            share + block + (pruned + scales) * block // whole, table + table // itemsize, ends // hosts
+        f"being saved, or the embedding{' or the head' * on_cpu}": max(
+            share + block + (pruned + scales) * block // whole, table + table // itemsize, ends // hosts, head
         ),
     }
     if kept:

@@ -190,7 +190,7 @@ def make_plan(
     unknown = frozenset[str]().union(*(program.unknown for program in programs))
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     forward = _forward_passes(model, machine, config, walk.kinds)
-    stored = estimate.storage(model, config, machine.hosts, patterns, forward.kept, not recovering)
+    stored = estimate.storage(model, config, machine.hosts, patterns, forward.kept, not recovering, machine.platform == "cpu")
     stored = stored._replace(resident=walk.states > 0)
     running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
     running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
