@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,3 +19,8 @@ def field_names(cls: type) -> list[str]:
     """The names of a dataclass's fields, its own before those that it inherits."""
     names = [field.name for field in dataclasses.fields(cls)]
     return sorted(names, key=lambda name: name not in inspect.get_annotations(cls))
+
+
+def typed(value: Any) -> str:
+    """A setting as it is typed: null, true, 0.5/row."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -42,7 +42,7 @@ import jsonargparse
 
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES, NAMED, OPEN, canonical_name, default_options, method_class, method_name
-from optima_tpu.config.flat import flat
+from optima_tpu.config.flat import flat, typed
 from optima_tpu.config.names import ALIASES, ELSEWHERE, by_own_names
 from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts, settings_parser
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
@@ -350,11 +350,7 @@ def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:
     """Settings by their dotted names as words of a command line."""
-    return [
-        word
-        for key, value in settings.items()
-        for word in ("--" + key.removesuffix(".name"), value if isinstance(value, str) else json.dumps(value))
-    ]
+    return [word for key, value in settings.items() for word in ("--" + key.removesuffix(".name"), typed(value))]
 
 
 def load(text: str, origin: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained
-from optima_tpu.runtime.bounds import at_least
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.records import parse_record
 
 _NEW = 256
@@ -69,7 +69,7 @@ def read_rules(settings: Mapping[str, Any]) -> Rules:
             f"expected settings of written answers out of {', '.join(sorted(_KNOWN))}, got {', '.join(unknown)}: run lm-eval on the "
             "exported folder"
         )
-    at_least(1, "max_gen_toks", found["max_gen_toks"])
+    Bound(1).refuse("max_gen_toks", found["max_gen_toks"])
     return Rules(found["max_gen_toks"], tuple(until))
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int32
 
 from optima_tpu.errors import UserError, did_you_mean, plural
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay, totals
-from optima_tpu.runtime.bounds import at_least, whole
+from optima_tpu.runtime.bounds import Bound, whole
 from optima_tpu.runtime.mesh import padded
 from optima_tpu.runtime.own_classes import import_class, import_path, is_import_path, only_named, read_options, write_options
 
@@ -289,7 +289,7 @@ class NM(Pattern):
             raise UserError(f"expected a pattern N:M with 0 < N < M, got {self.n}:{self.m}")
         if self.stride < 1:
             raise UserError(f"expected a stride of at least 1 in a pattern N:M@STRIDE, got {self.stride}")
-        at_least(1, "the inputs that a group spans, M times the stride,", self.m * self.stride, MOST_INPUTS)
+        Bound(1, MOST_INPUTS).refuse("the inputs that a group spans, M times the stride,", self.m * self.stride)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" + (f"@{self.stride}" if self.stride > 1 else "")
@@ -415,7 +415,7 @@ class WholeInputs(Pattern):
 
     def __post_init__(self) -> None:
         _refuse_share(self.sparsity, f"{self.word}s")
-        at_least(1, f"the multiple in a pattern SHARE/{self.word}@MULTIPLE", self.multiple, MOST_INPUTS)
+        Bound(1, MOST_INPUTS).refuse(f"the multiple in a pattern SHARE/{self.word}@MULTIPLE", self.multiple)
 
     def __str__(self) -> str:
         rounded = f" (kept in multiples of {self.multiple})" if self.multiple > 1 else ""

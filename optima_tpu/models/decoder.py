@@ -355,7 +355,7 @@ def forward(
     """
     block = nnx.merge(graph, state)
     for name, value in (known or {}).items():
-        _inner(block, name).known = Known(value)
+        layer_of(block, name).known = Known(value)
     # Float32 models keep float32 products on every platform; bfloat16 ones are not affected.
     with jax.default_matmul_precision("highest"):
         output, taps = nnx.capture(block, nnx.Intermediate)(hidden, positions)
@@ -398,7 +398,7 @@ def _filled(state: nnx.State, parameters: Mapping[str, Array | jax.ShapeDtypeStr
     return nnx.from_flat_state([(path, leaf.replace(parameters[_name(path)])) for path, leaf in nnx.to_flat_state(state)])
 
 
-def _inner(block: nnx.Module, name: str) -> Any:
+def layer_of(block: nnx.Module, name: str) -> Any:
     """A layer of a block by its name, "self_attn.o_proj"."""
     return functools.reduce(getattr, name.split("."), block)
 

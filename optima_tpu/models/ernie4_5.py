@@ -3,17 +3,8 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
-
 from optima_tpu.models import llama
-from optima_tpu.models.rope import Rope, rotate_neighbours
-
-
-def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
-    """In float32, rounded once."""
-    return rotate_neighbours(x.astype(jnp.float32), cos, sin).astype(x.dtype)
+from optima_tpu.models.rope import Rope, rotate_neighbours_wide
 
 
 def read_config(config: Any) -> llama.LlamaConfig:
@@ -21,7 +12,7 @@ def read_config(config: Any) -> llama.LlamaConfig:
     return llama.LlamaConfig(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
-        rotation=rotate,
+        rotation=rotate_neighbours_wide,
         qkv_bias=config.use_bias,
         o_bias=config.use_bias,
         mlp_bias=config.use_bias,

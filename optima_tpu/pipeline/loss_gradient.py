@@ -24,7 +24,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import cross_entropy
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.activations import HiddenStates
-from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.decoder import Decoder, forward, layer_of
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.distill.blocks import head_gradient
@@ -186,17 +186,14 @@ def backward(
       cotangent: of what leaves it.
     """
 
-    def layer(block: nnx.Module, name: str) -> Any:
-        return functools.reduce(getattr, name.split("."), block)
-
     def run(shifts: dict[str, Array], hidden: Array) -> Array:
         block = nnx.merge(graph, state)
         for name, shift in shifts.items():  # a bias of its own for every token has the gradient of the layer's output
-            inner = layer(block, name)
+            inner = layer_of(block, name)
             inner.bias = nnx.Param(inner.bias[...] + shift if hasattr(inner, "bias") else shift)
         return forward(*nnx.split(block), hidden, positions)[0]
 
-    rows = {name: len(layer(nnx.merge(graph, state), name).weight[...]) for names in groups for name in names}
+    rows = {name: len(layer_of(nnx.merge(graph, state), name).weight[...]) for names in groups for name in names}
     shifts = {name: jnp.zeros((*hidden.shape[:2], size), hidden.dtype) for name, size in rows.items()}
     gradients, before = jax.vjp(run, shifts, hidden)[1](cotangent)
 

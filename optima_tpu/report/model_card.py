@@ -5,11 +5,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from optima_tpu.config.flat import flat
+from optima_tpu.config.flat import flat, typed
 from optima_tpu.errors import legible, plural
 from optima_tpu.method.patterns import WholeParts, parse_pattern
 from optima_tpu.report.contents import BLOCKS, Outcome, RunFacts, Sidecar, parts_left
@@ -184,7 +184,7 @@ def _recipe(card: Card) -> str:
     if card.facts:
         read = f"{'Trained' if card.recovered else 'Calibrated'} on {_plain(without_folders(card.facts.calibration.how))}"
         told = f"{_plain(card.facts.recipe)}. {read}. All settings:\n"
-    rows = [(_plain(name), _plain(_typed(value))) for name, value in settings.items() if value != ""]
+    rows = [(_plain(name), _plain(typed(value))) for name, value in settings.items() if value != ""]
     return "\n".join(["## Recipe\n", *filter(None, [told]), _table(("setting", "value"), rows)])
 
 
@@ -243,11 +243,6 @@ _PARTS: Sequence[Callable[[Card], str]] = (
     *(_front, _title, _summary, _integers, _storage, _recipe, _perplexity, _layer_errors, _no_licence, _files),
 )
 """The parts of a card in their order; a part that does not apply is empty."""
-
-
-def _typed(value: Any) -> str:
-    """A setting as it is typed: null, true, 0.5/row."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(text: str) -> str:

@@ -70,7 +70,7 @@ class Bound:
     def refuse(self, name: str, value: float) -> None:
         """Raises UserError for a number out of bounds, by the name of its setting."""
         holds = (
-            math.isfinite(value)
+            -math.inf < value < math.inf
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
@@ -85,7 +85,7 @@ class Bound:
             return f"from {self.least} to {most}"
         ends = (("of at least", self.least), ("above", self.above), ("of at most", most), ("below", self.below))
         words = " and ".join(f"{word} {end}" for word, end in ends if end is not None).replace(" and of at most", " and at most")
-        return words if math.isfinite(value) else f"to be a finite number {words}"
+        return words if -math.inf < value < math.inf else f"to be a finite number {words}"
 
 
 class Bounded:
@@ -111,14 +111,6 @@ def _bounds(cls: type) -> Mapping[str, Bound]:
     """The bound of every field that has one."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {name: each for name, hint in hints.items() for each in getattr(hint, "__metadata__", ()) if isinstance(each, Bound)}
-
-
-def at_least(least: float, name: str, value: float | None, most: float = MOST) -> None:
-    """Raises UserError for a number below its least value, above ``most``, or for NaN."""
-    if value is not None and not value >= least:
-        raise UserError(f"expected {name} of at least {least}, got {value}")
-    if value is not None and value > most:
-        raise UserError(f"expected {name} of at most {most}, got {value}")
 
 
 def refuse_beyond(values: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError, one_line, plural
-from optima_tpu.runtime.bounds import at_least, whole
+from optima_tpu.runtime.bounds import MOST, Bound, whole
 
 DATA, MODEL = "data", "model"
 
@@ -46,7 +46,7 @@ def parse_mesh(text: str) -> tuple[int, int]:
         raise UserError(f"expected a mesh such as 4x2 or data=4,model=2, got {text!r}") from None
     if data < 1 or model < 1:
         raise UserError(f"expected a mesh with at least 1 device on each axis, such as 4x2, got {text!r}")
-    at_least(1, "the devices of a mesh", data * model)
+    Bound(most=MOST).refuse("the devices of a mesh", data * model)
     return data, model
 
 

@@ -36,8 +36,8 @@ def test_a_pattern_of_a_giant_number_is_refused(pattern, number):
 
 
 def test_a_pattern_spans_no_more_inputs_than_a_layer_has():
-    assert "of at most 16777216, got 1000000000" in refusal(parse_pattern, "1:1000000000")
-    assert "of at most 16777216, got 4000000000" in refusal(parse_pattern, "2:4@1000000000")
+    assert "from 1 to 16777216, got 1000000000" in refusal(parse_pattern, "1:1000000000")
+    assert "from 1 to 16777216, got 4000000000" in refusal(parse_pattern, "2:4@1000000000")
     assert parse_pattern("2:4@4194304") == NM(2, 4, 4194304)
 
 
@@ -107,11 +107,11 @@ def test_a_number_in_a_text_source_has_a_bound(source):
 
 
 def test_a_written_answer_has_a_bound():
-    assert "expected max_gen_toks of at most" in refusal(read_rules, {"max_gen_toks": 10**12})
+    assert "expected max_gen_toks from 1 to" in refusal(read_rules, {"max_gen_toks": 10**12})
 
 
 def test_the_cells_of_a_sweep_are_counted_before_they_are_made(tmp_path):
     axes = {name: {f"{name}{i}": {} for i in range(3000)} for name in ("masks", "patterns")}
     document = {"run": {"model": "m"}, "updates": {"cg": {}}, "seeds": [0], **axes}
     (tmp_path / "sweep.yaml").write_text(json.dumps(document))
-    assert "cells in the table of a sweep of at most 10000, got 9000000" in refusal(read_grid, tmp_path / "sweep.yaml")
+    assert "cells in the table of a sweep from 1 to 10000, got 9000000" in refusal(read_grid, tmp_path / "sweep.yaml")

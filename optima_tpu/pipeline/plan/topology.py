@@ -18,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from optima_tpu.errors import UserError, one_line, plural
 from optima_tpu.method.linalg.features import rough_matmul
-from optima_tpu.runtime.bounds import at_least
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.device_memory import host_memory
 from optima_tpu.runtime.mesh import DATA, MODEL, make_mesh, parse_mesh, platform
 
@@ -133,7 +133,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
     if found[1] not in CHIPS:
         raise UserError(f"expected a topology of {', '.join(CHIPS)}, such as v5e:4x2, got {text!r}")
     shape = tuple(map(int, found[2].split("x")))
-    at_least(1, "the chips of a topology", math.prod(shape), MOST_CHIPS)
+    Bound(1, MOST_CHIPS).refuse("the chips of a topology", math.prod(shape))
     whole = [(*(_of_hosts(size, up) for size in shape[:2]), *shape[2:]) for up in (False, True)]
     if shape not in whole:
         near = " or ".join(f"{found[1]}:{'x'.join(map(str, each))}" for each in whole)

@@ -15,7 +15,7 @@ from optima_tpu.method.distillation import KL, Distillation
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
-from optima_tpu.runtime.bounds import MOST_SEED, Bound, at_least
+from optima_tpu.runtime.bounds import MOST_SEED, Bound
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.program import program
@@ -89,7 +89,7 @@ class RecoverConfig(Devices):
             raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
         few_tokens("--evaluation", self.windows, self.length)
         few_tokens("--source", self.held_out, self.length)
-        at_least(1, "tokens", self.token_count, MOST_TOKENS * self.distill.passes)
+        Bound(1, MOST_TOKENS * self.distill.passes).refuse("tokens", self.token_count)
 
     @property
     def token_count(self) -> int:

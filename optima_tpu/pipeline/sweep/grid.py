@@ -31,7 +31,7 @@ from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, refuse_idle_seeds, refuse_twins
 from optima_tpu.pipeline.sweep.labels import labelled_settings, refuse_relabelled
-from optima_tpu.runtime.bounds import at_least
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.buckets import as_path, in_bucket
 
 MOST_CELLS = 10_000
@@ -100,7 +100,7 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
         raise UserError(f"expected output to be a directory, got {chosen!r}")
 
-    at_least(1, "cells in the table of a sweep", math.prod(map(len, (*axes.values(), *counts.values()))), MOST_CELLS)
+    Bound(1, MOST_CELLS).refuse("cells in the table of a sweep", math.prod(map(len, (*axes.values(), *counts.values()))))
     places = [
         dict(zip(("seeds", "windows", *_AXES), values, strict=True))
         for values in itertools.product(counts["seeds"], counts["windows"], *axes.values())

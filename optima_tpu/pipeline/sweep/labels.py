@@ -1,12 +1,11 @@
 """The settings under the labels of a sweep's file, which the command line may not change."""
 
 import argparse
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from optima_tpu.config.choices import CHOICES
-from optima_tpu.config.flat import flat
+from optima_tpu.config.flat import flat, typed
 from optima_tpu.config.parse import configure, spelled
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import RunConfig, to_dict
@@ -54,15 +53,11 @@ def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequ
         if found.get(name) != labelled.get(name):
             option = f"--{name}" if f"--{name}" in given else "--preset"
             raise UserError(
-                f"expected {name} {_shown(labelled.get(name))}, as the labels of the file say, got "
-                f"{_shown(found.get(name))}; leave {option} out, or change the file"
+                f"expected {name} {typed(labelled.get(name))}, as the labels of the file say, got "
+                f"{typed(found.get(name))}; leave {option} out, or change the file"
             )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the names that they have on the command line."""
     return {name.removesuffix(".name"): value for name, value in flat(settings).items()}
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
