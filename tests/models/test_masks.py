@@ -385,7 +385,7 @@ def test_missing_and_unexpected_masks(tmp_path):
         "npz of 0/1 matrices",
     ):
         assert part in str(error.value)
-    with pytest.raises(UserError, match="that are not pruned") as error:
+    with pytest.raises(UserError, match="beside those that are pruned") as error:
         check(tmp_path / "masks.npz", shapes={Q: SHAPES[Q]})
     assert "no mask for" not in str(error.value)
 
