@@ -539,13 +539,16 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
         "files": {what: str(path) for what, path in files.items()},
     }
 
+    # Every process asks what was left out; inside of write, process 0 is alone.
+    left_out = weight_count(pretrained.tensors) - weight_count(pruned_model(opened).decoder.tensors)
+
     def write() -> Report:
         exported = Exported.open(directory)
         measured_here = {
             "sizes": _sizes(opened),
             "tokens": changes(opened, results.dense, results.pruned),
             "cuts": dict(exported.cuts.counts),
-            "removed": exported.removed() + weight_count(pretrained.tensors) - weight_count(pruned_model(opened).decoder.tensors),
+            "removed": exported.removed() + left_out,
         }
         return write_report(directory / REPORT, entries | measured_here, pruned.blocks)
 
