@@ -5,7 +5,6 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from optima_tpu.config.model_spec import refuse_missing
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command
 from optima_tpu.runtime.program import Parser, program
@@ -34,6 +33,8 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     chosen = make_parser().parse_args(arguments)
     if not 2 <= chosen.length <= 1 << 20:
         raise UserError(f"expected --length of at least 2 and at most {1 << 20}, got {chosen.length}")
+    from optima_tpu.config.model_spec import refuse_missing  # imports JAX, except in a rehearsal
+
     refuse_missing(chosen.model)
     if chosen.model.startswith("wheel:") or chosen.model.endswith(".gguf"):
         raise UserError(f"expected a folder or a hub id, whose files torch reads too, got {chosen.model}")

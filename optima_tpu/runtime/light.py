@@ -108,10 +108,14 @@ class _Modules:
             assert code is not None
             vars(module).update(__builtins__=self.builtins, __file__=str(path), __package__=name.rpartition(".")[0])
             self.loading += 1
+            # ``dataclasses`` asks sys.modules for the module of a class that has an annotation in quotes.
+            beside = sys.modules.setdefault(name, module) is module
             try:
                 exec(code, vars(module))
             finally:
                 self.loading -= 1
+                if beside:
+                    del sys.modules[name]
         return self.loaded[name]
 
     def import_(self, name: str, names: Any = None, local: Any = None, wanted: Sequence[str] | None = (), level: int = 0) -> Any:

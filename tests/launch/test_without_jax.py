@@ -242,7 +242,7 @@ def test_help_says_how_ones_own_classes_are_named(narrow):
     words = " ".join(help_text.split())
     for each in ("my_lab.masks:MySelector", "my_lab.masks:MySolver", "my_lab.masks:MyTarget", "my_lab.patterns:Comb?every=3"):
         assert each in words
-    assert words.count("the import path of a class of your own") == 3
+    assert words.count("the import path of a class of your own") == 4
 
 
 def test_a_clash_of_files_is_refused_from_the_arguments(narrow, tmp_path):
