@@ -54,7 +54,7 @@ def checked(model: str, length: int) -> "Agreement":
 
 def _need(what: str) -> None:
     if missing := [each for each in NEEDED if importlib.util.find_spec(each) is None]:
-        raise UserError(f"{what}, which needs {' and '.join(missing)}: pip install 'optima-tpu[any]'")
+        raise UserError(f"{what}, which needs {' and '.join(missing)}: pip install '.[any]' in the directory of the repository")
 
 
 _NOT_COMPUTED = {"dtype", "torch_dtype", "_name_or_path", "transformers_version"}
