@@ -45,7 +45,7 @@ def msan(expert, sent):
         (MAN(), lambda expert, sent: np.mean(NORMS[expert])),
         (MSAN(), msan),
     ],
-    ids=str,
+    ids=["frequency", "reap", "man", "msan"],
 )
 def test_a_score_is_its_formula(score, formula):
     expected = [formula(expert, sent) if len(sent) else 0 for expert, sent in enumerate(SENT)]
