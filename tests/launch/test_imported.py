@@ -149,7 +149,7 @@ def lost(masks):
     [
         (flipped, "0.5", "model.layers.0.mlp.down_proj.weight: the mask looks flipped"),
         (cut, "0.5", "model.layers.1.mlp.up_proj.weight: expected a mask of the weight's shape"),
-        (lost, "0.5", "no mask for 1 pruned layers (model.layers.2.self_attn.o_proj.weight)"),
+        (lost, "0.5", "no mask for 1 pruned layer (model.layers.2.self_attn.o_proj.weight)"),
         (dict, "2:4", "model.layers.0.mlp.down_proj.weight: expected 2 kept of every 4, got"),
         (dict, "0.6", "model.layers.0.mlp.down_proj.weight: expected 60.00% of the weights pruned, got 50.00%"),
     ],

@@ -18,5 +18,5 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
         assert not cell.get("outputs"), "outputs are not committed"
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
-    assert "sparsegpt + none" in capsys.readouterr().out
+    assert "sparsegpt, 0.5 per layer" in capsys.readouterr().out
     assert namespace["both"].shape[0] == len(namespace["fast"].layers) == 21

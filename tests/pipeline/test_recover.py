@@ -283,7 +283,7 @@ def test_tokens_are_counted_in_any_spelling():
     assert {text: RecoverConfig("model", text).token_count for text in counts} == counts
     assert parse(["model", "--tokens", "50M"]).distill == KL()
     assert parse(["model", "--tokens", "1k", "--distill", "blocks", "--distill.span", "2"]).distill == Blocks(span=2)
-    with pytest.raises(UserError, match="at most 268435456, got 9000000000"):
+    with pytest.raises(UserError, match="from 1 to 268435456, got 9000000000"):
         RecoverConfig("model", "9b")
 
 

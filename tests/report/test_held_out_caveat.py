@@ -39,7 +39,7 @@ def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, t
     print_summary(out, run.report, tmp_path)
     layers = tuple(ExportedLayer(**structs.asdict(layer)) for layer in run.report.layers)
     manifest = MANIFEST | {"recipe": weights_settings(config)}
-    card = model_card(Card(Sidecar("x", manifest, None, layers, ExportForm("plain", 1, True), ()), {}, None, "transformers"))
+    card = model_card(Card(Sidecar("x", manifest, {}, layers, ExportForm("plain", 1, True), ()), {}, None, "transformers"))
     page = render(title, [run])
     beginnings = {out.file.getvalue(): "no weight was fitted to; this text ", page: "<p>This text ", card: "The held-out text "}
     for text, beginning in beginnings.items():

@@ -574,6 +574,8 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
         for name, value in model.state_dict().items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
+    if reference.model == "GPTNeoXForCausalLM":  # transformers has the head under another name than the files
+        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
     stacks = stacks_of(config.architectures)
     if stacks:
         return config, model, Unstacked(MemoryTensors(tensors), stacks)
