@@ -34,6 +34,7 @@ def rows(record, name):
     return part["rows"]
 
 
+@pytest.mark.slow
 def test_every_part_has_its_rows(record):
     assert record["ended"] == "complete" and record["small"] and record["hardware"]
     assert [part["name"] for part in record["parts"]] == [part.name for part in PARTS]
@@ -42,6 +43,7 @@ def test_every_part_has_its_rows(record):
         assert {len(row) for row in part["rows"]} == {len(part["columns"])}
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_float64(record):
     found = {name: numbers for name, *numbers in rows(record, "results")}
     for name in ("wanda", "magnitude", "sparsegpt", "thanos", "admm", "price"):
@@ -50,6 +52,7 @@ def test_the_results_are_those_of_float64(record):
     assert found["`exact`"][2] < 1e-9 and found["`cg`"][2] < 2e-3 and found["`mpax`"][2] < 1e-2
 
 
+@pytest.mark.slow
 def test_the_killed_run_ends_with_the_same_bits(record):
     assert rows(record, "run")[-1][-1] == "yes"
 
