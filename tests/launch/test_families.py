@@ -89,6 +89,16 @@ def configured(model: Path, directory: Path, **settings) -> RunConfig:
     ).changed(**settings)
 
 
+def assert_bit_for_bit(source, folder):
+    """An export has the tensors and the config.json of the dense model."""
+    before, after = folder_tensors(source), folder_tensors(folder)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert after[name].dtype == array.dtype
+        assert np.array_equal(after[name].view(np.uint8), array.view(np.uint8)), name
+    assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
 # Of each layout of a checkpoint one. Of the others, the test of what transformers loads compares all that is not pruned.
 LAYOUTS = {"LlamaForCausalLM", "OPTForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM", MULTIMODAL.model}
 
@@ -97,12 +107,7 @@ LAYOUTS = {"LlamaForCausalLM", "OPTForCausalLM", "Qwen3MoeForCausalLM", "Phi3For
 def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, family):
     source = saved(family)
     folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
-    before, after = folder_tensors(source), folder_tensors(folder)
-    assert before.keys() == after.keys()
-    for name, array in before.items():
-        assert after[name].dtype == array.dtype
-        assert np.array_equal(after[name].view(np.uint8), array.view(np.uint8)), name
-    assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert_bit_for_bit(source, folder)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from optima_tpu.pipeline.run import run
 from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.runtime.records import read_record
-from tests.launch.test_families import HALF, assert_loads, configured, linears_of, pruned, slow_where
+from tests.launch.test_families import HALF, assert_bit_for_bit, assert_loads, configured, linears_of, pruned, slow_where
 from tests.support.meshes import mesh
 from tests.support.references import GENERAL, REFERENCES, SIZES, tiny
 from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
@@ -61,12 +61,7 @@ def halved(saved, tmp_path_factory):
 def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, name):
     source = saved(name)
     folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
-    before, after = folder_tensors(source), folder_tensors(folder)
-    assert before.keys() == after.keys()
-    for tensor, array in before.items():
-        assert after[tensor].dtype == array.dtype
-        assert np.array_equal(after[tensor].view(np.uint8), array.view(np.uint8)), tensor
-    assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert_bit_for_bit(source, folder)
 
 
 @pytest.mark.parametrize("name", MODELS)
