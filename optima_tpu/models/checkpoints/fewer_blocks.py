@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from optima_tpu.config.run_config import CutStructures
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_named, family_of
-from optima_tpu.models.checkpoints.source import Index, TensorSource, read_config
+from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource, read_config
 from optima_tpu.models.family import DecoderConfig
 
 
@@ -125,7 +125,7 @@ def _other(dense: DecoderConfig, found: DecoderConfig, kept: Sequence[int]) -> s
     return ""
 
 
-class Renumbered:
+class Renumbered(ComputedTensors):
     """The tensors of a model without some blocks, by their new names.
 
     Args:
@@ -138,7 +138,7 @@ class Renumbered:
     """
 
     def __init__(self, tensors: TensorSource, prefix: str, left_out: Collection[int]):
-        self._tensors, (before, behind) = tensors, prefix.split("{}")
+        before, behind = prefix.split("{}")
         block = re.compile(re.escape(before) + r"(\d+)" + re.escape(behind))
 
         def renamed(names: Iterable[str]) -> dict[str, str]:
@@ -150,17 +150,7 @@ class Renumbered:
                 if (old := blocks.get(name)) is None or old in new
             }
 
-        self._names = renamed(tensors.names())
+        names = renamed(tensors.names())
+        computed = {new: ComputedTensor.of(tensors, old) for new, old in names.items() if new != old}
+        super().__init__(tensors, computed, set(tensors.names()) - names.keys())
         self.stacks = tuple(sorted(renamed(getattr(tensors, "stacks", ()))))
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._names))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(self._names[name])
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._tensors.dtype(self._names[name])
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        return self._tensors.read(self._names[name], index)

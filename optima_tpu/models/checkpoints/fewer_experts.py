@@ -115,9 +115,7 @@ class FewerExperts(ComputedTensors):
                 gone.add(name)
                 if int(number) in numbers:
                     new = f"{before}{names.each}{numbers[int(number)]}.{rest}"
-                    computed[new] = ComputedTensor(
-                        tensors.shape(name), tensors.dtype(name), functools.partial(tensors.read, name)
-                    )
+                    computed[new] = ComputedTensor.of(tensors, name)
         present = set(tensors.names())
         for prefix, stay in kept.items():
             for name in present & {prefix + each for each in names.router}:
@@ -125,8 +123,7 @@ class FewerExperts(ComputedTensors):
                 read = functools.partial(_rows, tensors, name, np.array(stay))
                 computed[name] = ComputedTensor(shape, tensors.dtype(name), read)
         if solved is not None:
-            for name in solved.names():
-                computed[name] = ComputedTensor(solved.shape(name), solved.dtype(name), functools.partial(solved.read, name))
+            computed |= {name: ComputedTensor.of(solved, name) for name in solved.names()}
         super().__init__(tensors, computed, gone - computed.keys())
 
 

@@ -59,6 +59,11 @@ class ComputedTensor(NamedTuple):
     dtype: np.dtype
     read: Callable[[tuple[slice, ...]], np.ndarray]
 
+    @classmethod
+    def of(cls, source: TensorSource, name: str) -> "ComputedTensor":
+        """A tensor of another source as it is there, for another name or place."""
+        return cls(tuple(source.shape(name)), source.dtype(name), functools.partial(source.read, name))
+
 
 class ComputedTensors:
     """The tensors of a checkpoint, of which some are computed on reading.
@@ -118,10 +123,7 @@ class Layered(ComputedTensors):
     """
 
     def __init__(self, above: TensorSource, below: TensorSource):
-        own = {
-            name: ComputedTensor(above.shape(name), above.dtype(name), functools.partial(above.read, name))
-            for name in above.names()
-        }
+        own = {name: ComputedTensor.of(above, name) for name in above.names()}
         super().__init__(below, own)
 
 
