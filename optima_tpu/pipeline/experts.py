@@ -197,7 +197,7 @@ class _MixedBlock(NamedTuple):
         zeros = jnp.zeros(len(self.down))
         sums = ExpertStatistics(zeros.astype(jnp.int32), zeros, zeros, zeros)
         for batch in hidden.batches(size):
-            sums = _added(self.mesh, sums, self.mixture(batch))
+            sums = jax.block_until_ready(_added(self.mesh, sums, self.mixture(batch)))
         return sums
 
 
@@ -232,10 +232,14 @@ def _product(mesh: Mesh, sent: Sent, direction: Array) -> Array:
 
 
 def _mean(parts: Iterator[Any], count: int) -> Any:
-    """The sum of the parts of all batches, of which one is held at a time, divided by the tokens."""
-    total = next(parts)
+    """The sum of the parts of all batches, divided by the tokens.
+
+    Waits for each part: otherwise the parts of many batches would be on the devices at once, and so many programs that exchange data
+    would be queued that the threads of a CPU's simulated devices wait for each other without end.
+    """
+    total = jax.block_until_ready(next(parts))
     for part in parts:
-        total = jax.tree.map(jnp.add, total, part)
+        total = jax.block_until_ready(jax.tree.map(jnp.add, total, part))
     return jax.tree.map(lambda array: array / count, total)
 
 
