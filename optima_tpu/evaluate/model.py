@@ -16,7 +16,7 @@ from optima_tpu.models.checkpoints import Pretrained, load_tokenizer, open_model
 from optima_tpu.models.checkpoints.export import SIDECAR
 from optima_tpu.models.checkpoints.fewer_experts import cut_assets
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, refuse_damaged_checkpoint
-from optima_tpu.models.checkpoints.source import Cast, parse_dtype, read_config
+from optima_tpu.models.checkpoints.source import cast, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.report.contents import Sidecar
@@ -146,7 +146,7 @@ def _exported_by(folder: Path) -> MadeBy:
 
 
 def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
-    tensors, cast = CheckpointTensors(run), parse_dtype(dtype)
+    tensors, wanted = CheckpointTensors(run), parse_dtype(dtype)
     assets = read_assets(run)
     if "config.json" not in assets:
         raise UserError(f"expected config.json in {run / ASSETS}, got a folder without it: copy the run directory again")
@@ -154,5 +154,5 @@ def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
     config, assets["config.json"] = read_config(assets["config.json"], str(run / ASSETS), dtype)
     identity = json.dumps([read_run(run).manifest, dtype], sort_keys=True).encode()
     family = family_named(config.architectures)
-    read = tensors if cast is None else Cast(tensors, cast, family.exact if family else ())
+    read = tensors if wanted is None else cast(tensors, wanted, family.exact if family else ())
     return Pretrained(config, read, assets, hashlib.sha256(identity).hexdigest(), origin)

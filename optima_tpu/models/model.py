@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from optima_tpu.config.run_config import LENGTH
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained
-from optima_tpu.models.checkpoints.fewer_blocks import Renumbered, assets_without
-from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, FewerExperts, assets_with
+from optima_tpu.models.checkpoints.fewer_blocks import assets_without, renumbered
+from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, assets_with, fewer_experts
 from optima_tpu.models.checkpoints.source import TensorSource, read_config
 from optima_tpu.models.decoder import Decoder
 
@@ -32,7 +32,7 @@ def without_experts(model: Model, cut: ExpertCut, kept: Sequence[Sequence[int]],
     """
     pretrained, decoder = model
     stay = {decoder.prefix(index): experts for index, experts in enumerate(kept) if experts}
-    tensors = FewerExperts(pretrained.tensors, cut.names, stay, solved)
+    tensors = fewer_experts(pretrained.tensors, cut.names, stay, solved)
     return _smaller(model, assets_with(pretrained.assets, cut.kept), tensors)
 
 
@@ -41,7 +41,7 @@ def without_blocks(model: Model, left_out: Collection[int]) -> Model:
     if not left_out:
         return model
     pretrained, decoder = model
-    tensors = Renumbered(pretrained.tensors, decoder.root + decoder.family.layers, left_out)
+    tensors = renumbered(pretrained.tensors, decoder.root + decoder.family.layers, left_out)
     return _smaller(model, assets_without(pretrained.assets, left_out), tensors)
 
 

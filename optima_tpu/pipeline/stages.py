@@ -17,7 +17,7 @@ from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
-from optima_tpu.models.checkpoints.source import Layered, total_bytes, weight_count
+from optima_tpu.models.checkpoints.source import layered, total_bytes, weight_count
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
@@ -374,7 +374,7 @@ TRAINING = Stage("training", _train, _read_training, _training_steps, counted=TR
 
 def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:
     dense = pruned_model(work.opened).decoder
-    untrained = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
+    untrained = dataclasses.replace(dense, tensors=layered(journal.tensors(), dense.tensors))
     outcome = structs.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
     keep_outcome(work.opened.directory, outcome)
     return outcome

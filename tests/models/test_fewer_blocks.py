@@ -9,7 +9,7 @@ from optima_tpu.config.run_config import CutStructures, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
-from optima_tpu.models.checkpoints.fewer_blocks import Renumbered, refuse_uncuttable, settings_without, why_unreadable
+from optima_tpu.models.checkpoints.fewer_blocks import refuse_uncuttable, renumbered, settings_without, why_unreadable
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.pipeline.inputs import on_model
@@ -147,7 +147,7 @@ def test_tensors_behind_the_last_block_stay_behind_it():
         "vision.layers.1.norm.weight",
     )
     tensors = MemoryTensors({name: np.full(1, place, np.float32) for place, name in enumerate(names)})
-    found = Renumbered(tensors, "model.layers.{}.", (1, 3))
+    found = renumbered(tensors, "model.layers.{}.", (1, 3))
     assert {name: int(found.read(name)[0]) for name in found.names()} == {
         "model.embed_tokens.weight": 0,
         **{f"model.layers.{new}.norm.weight": 1 + old for new, old in enumerate((0, 2, 4))},

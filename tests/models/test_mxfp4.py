@@ -16,7 +16,7 @@ from optima_tpu.method.patterns import NM
 from optima_tpu.method.selectors import Magnitude
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
-from optima_tpu.models.checkpoints.mxfp4 import Mxfp4Source, expand
+from optima_tpu.models.checkpoints.mxfp4 import expand, without_mxfp4
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.run import run
@@ -99,7 +99,7 @@ def test_every_code_with_every_scale_is_what_transformers_reads():
 )
 def test_parts_are_read_as_those_of_the_whole(index):
     blocks, scales = halves(np.random.default_rng(0), 3, 96, 10, (0, 254))
-    source = Mxfp4Source(MemoryTensors({NAME + "_blocks": blocks, NAME + "_scales": scales}))
+    source = without_mxfp4(MemoryTensors({NAME + "_blocks": blocks, NAME + "_scales": scales}))
     assert source.names() == (NAME,) and source.shape(NAME) == (3, 96, 10) and source.dtype(NAME) == ml_dtypes.bfloat16
     assert_same(source.read(NAME, index), expanded_by_transformers(blocks, scales)[index])
 
@@ -161,5 +161,5 @@ def test_halves_that_do_not_fit_are_refused_by_name(change, message):
     arrays = {NAME + "_blocks": blocks, NAME + "_scales": scales}
     change(arrays)
     with pytest.raises(UserError, match=message) as refused:
-        Mxfp4Source(MemoryTensors(arrays))
+        without_mxfp4(MemoryTensors(arrays))
     assert "\n" not in str(refused.value) and NAME in str(refused.value)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from optima_tpu.models import gpt_oss
-from optima_tpu.models.checkpoints.stacks import Stacked, Unstacked, stacks_of
+from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of, unstacked
 from optima_tpu.models.family import Stack
 from tests.support.tiny_models import MemoryTensors
 
@@ -15,14 +15,14 @@ def test_parts_of_experts_are_read_one_by_one_and_put_together_again():
     array = np.random.default_rng(0).standard_normal((11, 4, 6))
     for turned in (True, False):
         stacks = {"experts.both": Stack(("experts.*.gate.weight", "experts.*.up.weight"), turned)}
-        parts = Unstacked(MemoryTensors({"x.experts.both": array}), stacks)
+        parts = unstacked(MemoryTensors({"x.experts.both": array}), stacks)
         each = array[7].T if turned else array[7]
         for name, expected in zip(("gate", "up"), np.split(each, 2)):
             name = f"x.experts.7.{name}.weight"
             assert parts.shape(name) == expected.shape
             np.testing.assert_array_equal(parts.read(name), expected)
             np.testing.assert_array_equal(parts.read(name, (slice(1, 2), slice(0, 3))), expected[1:2, :3])
-        whole = Stacked(parts, parts.stacks)
+        whole = Stacked(parts, stacks_among(parts.stacks, stacks))
         assert whole.names() == ("x.experts.both",) and whole.shape("x.experts.both") == array.shape
         members = {name: parts.read(name) for name in whole.members("x.experts.both")}
         np.testing.assert_array_equal(whole.joined("x.experts.both", members), array)
@@ -37,7 +37,7 @@ def test_experts_are_read_one_by_one_and_put_together_again():
         "model.norm.weight": rng.standard_normal(4),
     }
     source = MemoryTensors(arrays)
-    parts = Unstacked(source, gpt_oss.STACKS)
+    parts = unstacked(source, gpt_oss.STACKS)
     assert len(parts.names()) == 2 * experts + 1
     for number in range(experts):
         matrix, bias = (f"{PREFIX}{number}.gate_up_proj.{what}" for what in ("weight", "bias"))
@@ -47,7 +47,7 @@ def test_experts_are_read_one_by_one_and_put_together_again():
         np.testing.assert_array_equal(parts.read(matrix, (..., slice(1, 3))), parts.read(matrix)[:, 1:3])
         np.testing.assert_array_equal(parts.read(bias), arrays[PREFIX + "gate_up_proj_bias"][number])
 
-    whole = Stacked(parts, parts.stacks)
+    whole = Stacked(parts, stacks_among(parts.stacks, gpt_oss.STACKS))
     assert whole.names() == source.names()
     for name, array in arrays.items():
         assert (whole.shape(name), whole.dtype(name)) == (array.shape, array.dtype)

@@ -23,7 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model, refuse_damaged_model
-from optima_tpu.models.checkpoints.source import Cast, whole_slices
+from optima_tpu.models.checkpoints.source import cast, whole_slices
 from tests.support.tiny_models import MemoryTensors, tiny_folder
 
 HEADS, KV_HEADS, D_HEAD, D_MODEL, D_FF, LAYERS = 4, 2, 8, 32, 64, 2
@@ -127,9 +127,9 @@ def test_a_cast_leaves_routers_that_decide_in_float32():
     stored = MemoryTensors({name: np.full((2, 2), 1 / 3, np.float32) for name in (gate, bias, up)})
     for name in ("DeepseekV2", "DeepseekV3", "Glm4Moe", "Glm4MoeLite"):
         family = family_named([f"{name}ForCausalLM"])
-        cast = Cast(stored, np.dtype(ml_dtypes.bfloat16), family.exact)
-        assert [cast.dtype(each).name for each in (gate, bias, up)] == ["float32", "float32", "bfloat16"]
-        assert cast.read(gate)[0, 0] == np.float32(1 / 3) and cast.read(up).dtype == cast.dtype(up)
+        found = cast(stored, np.dtype(ml_dtypes.bfloat16), family.exact)
+        assert [found.dtype(each).name for each in (gate, bias, up)] == ["float32", "float32", "bfloat16"]
+        assert found.read(gate)[0, 0] == np.float32(1 / 3) and found.read(up).dtype == found.dtype(up)
     assert family_named(["Qwen2MoeForCausalLM"]).exact == ()
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from optima_tpu.models.checkpoints.stacks import Unstacked, stacks_of
+from optima_tpu.models.checkpoints.stacks import stacks_of, unstacked
 from tests.support.ecosystem import SIZES as BASE
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
@@ -578,7 +578,7 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
         tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
     stacks = stacks_of(config.architectures)
     if stacks:
-        return config, model, Unstacked(MemoryTensors(tensors), stacks)
+        return config, model, unstacked(MemoryTensors(tensors), stacks)
     return config, model, MemoryTensors(as_saved(tensors, "Mixtral" in reference.model))
 
 

@@ -153,35 +153,32 @@ def reader(said: Mapping[str, Any], where: str) -> Callable[[TensorSource], Tens
     (weights,) = (group["weights"] for group in said["config_groups"].values())
     if not weights.get("symmetric", True):
         raise UserError(f"{where}: expected symmetric integers, with zero among them, got others; {_READ}")
-    return functools.partial(DequantizedSource, bits=weights["num_bits"])
+    return functools.partial(dequantized, bits=weights["num_bits"])
 
 
-class DequantizedSource(ComputedTensors):
+def dequantized(stored: TensorSource, bits: int) -> ComputedTensors:
     """Tensors of a folder of integers and scales, multiplied out on reading as :func:`integers` takes them apart.
 
     Args:
-      stored: the tensors in the folder, in their own dtypes.
       bits: of the integers. A weight has the dtype of its scales.
 
     Raises:
       UserError: the tensors of a weight do not fit one another.
     """
-
-    def __init__(self, stored: TensorSource, bits: int):
-        computed, hidden, names = dict[str, ComputedTensor](), set[str](), set(stored.names())
-        for module in sorted(name.removesuffix(PACKED) for name in names if name.endswith("." + PACKED)):
-            if missing := {module + SCALE, module + SHAPE} - names:
-                raise UserError(f"expected {min(missing)} beside {module + PACKED}, got none: export the model again")
-            shape = tuple(map(int, stored.read(module + SHAPE)))
-            words, scales = stored.shape(module + PACKED), stored.shape(module + SCALE)
-            if len(shape) != 2 or words != (shape[0], -(-shape[1] * bits // 32)) or scales[0] != shape[0] or shape[1] % scales[1]:
-                raise UserError(
-                    f"{module}weight: expected integers and scales of {shape}, got {words} and {scales}: export the model again"
-                )
-            read = functools.partial(_read, stored, module, bits, shape[1])
-            computed[module + "weight"] = ComputedTensor(shape, stored.dtype(module + SCALE), read)
-            hidden |= {module + PACKED, module + SCALE, module + SHAPE}
-        super().__init__(stored, computed, hidden)
+    computed, hidden, names = dict[str, ComputedTensor](), set[str](), set(stored.names())
+    for module in sorted(name.removesuffix(PACKED) for name in names if name.endswith("." + PACKED)):
+        if missing := {module + SCALE, module + SHAPE} - names:
+            raise UserError(f"expected {min(missing)} beside {module + PACKED}, got none: export the model again")
+        shape = tuple(map(int, stored.read(module + SHAPE)))
+        words, scales = stored.shape(module + PACKED), stored.shape(module + SCALE)
+        if len(shape) != 2 or words != (shape[0], -(-shape[1] * bits // 32)) or scales[0] != shape[0] or shape[1] % scales[1]:
+            raise UserError(
+                f"{module}weight: expected integers and scales of {shape}, got {words} and {scales}: export the model again"
+            )
+        read = functools.partial(_read, stored, module, bits, shape[1])
+        computed[module + "weight"] = ComputedTensor(shape, stored.dtype(module + SCALE), read)
+        hidden |= {module + PACKED, module + SCALE, module + SHAPE}
+    return ComputedTensors(stored, computed, hidden)
 
 
 def _read(stored: TensorSource, module: str, bits: int, d_in: int, index: tuple[slice, ...]) -> np.ndarray:

@@ -125,32 +125,25 @@ def _other(dense: DecoderConfig, found: DecoderConfig, kept: Sequence[int]) -> s
     return ""
 
 
-class Renumbered(ComputedTensors):
+def renumbered(tensors: TensorSource, prefix: str, left_out: Collection[int]) -> ComputedTensors:
     """The tensors of a model without some blocks, by their new names.
 
     Args:
       tensors: of the whole model. They may be of more blocks than it has, which nothing reads; these stay behind the last one.
       prefix: of the names of a block's tensors, with ``{}`` for its number.
-      left_out: the blocks.
-
-    Attributes:
-      stacks: the new names of ``Unstacked.stacks``.
     """
+    before, behind = prefix.split("{}")
+    block = re.compile(re.escape(before) + r"(\d+)" + re.escape(behind))
 
-    def __init__(self, tensors: TensorSource, prefix: str, left_out: Collection[int]):
-        before, behind = prefix.split("{}")
-        block = re.compile(re.escape(before) + r"(\d+)" + re.escape(behind))
+    def renamed(names: Iterable[str]) -> dict[str, str]:
+        blocks = {name: int(match[1]) for name in names if (match := block.match(name))}
+        new = {old: old - sum(each < old for each in left_out) for old in blocks.values() if old not in left_out}
+        return {
+            name if old is None else block.sub(f"{before}{new[old]}{behind}", name, 1): name
+            for name in names
+            if (old := blocks.get(name)) is None or old in new
+        }
 
-        def renamed(names: Iterable[str]) -> dict[str, str]:
-            blocks = {name: int(match[1]) for name in names if (match := block.match(name))}
-            new = {old: old - sum(each < old for each in left_out) for old in blocks.values() if old not in left_out}
-            return {
-                name if old is None else block.sub(f"{before}{new[old]}{behind}", name, 1): name
-                for name in names
-                if (old := blocks.get(name)) is None or old in new
-            }
-
-        names = renamed(tensors.names())
-        computed = {new: ComputedTensor.of(tensors, old) for new, old in names.items() if new != old}
-        super().__init__(tensors, computed, set(tensors.names()) - names.keys())
-        self.stacks = tuple(sorted(renamed(getattr(tensors, "stacks", ()))))
+    names = renamed(tensors.names())
+    computed = {new: ComputedTensor.of(tensors, old) for new, old in names.items() if new != old}
+    return ComputedTensors(tensors, computed, set(tensors.names()) - names.keys(), renamed(getattr(tensors, "stacks", ())))

@@ -89,42 +89,34 @@ def _enough(size: int, groups: Groups, few: int) -> bool:
     return size * groups.chosen >= few and (groups.chosen == groups.total or size >= groups.best)
 
 
-class FewerExperts(ComputedTensors):
+def fewer_experts(
+    tensors: TensorSource, names: ExpertNames, kept: Mapping[str, Sequence[int]], solved: TensorSource | None = None
+) -> ComputedTensors:
     """The tensors of a model without some experts. The experts that stay are numbered anew.
 
     Args:
-      tensors: of the whole model.
-      names: of the family.
       kept: the experts that stay, ascending, by the prefix of the names of their block.
       solved: tensors by their new names, in the place of those that are so called.
-
-    Attributes:
-      stacks: the names of ``Unstacked.stacks``.
     """
-
-    def __init__(
-        self, tensors: TensorSource, names: ExpertNames, kept: Mapping[str, Sequence[int]], solved: TensorSource | None = None
-    ):
-        self.stacks = tuple(sorted(getattr(tensors, "stacks", ())))
-        computed, gone = dict[str, ComputedTensor](), set[str]()
-        of_experts = {prefix + names.each: {old: new for new, old in enumerate(stay)} for prefix, stay in kept.items()}
-        for name in tensors.names():
-            before, _, behind = name.partition(names.each)
-            if (numbers := of_experts.get(before + names.each)) is not None and behind:
-                number, _, rest = behind.partition(".")
-                gone.add(name)
-                if int(number) in numbers:
-                    new = f"{before}{names.each}{numbers[int(number)]}.{rest}"
-                    computed[new] = ComputedTensor.of(tensors, name)
-        present = set(tensors.names())
-        for prefix, stay in kept.items():
-            for name in present & {prefix + each for each in names.router}:
-                shape = len(stay), *tensors.shape(name)[1:]
-                read = functools.partial(_rows, tensors, name, np.array(stay))
-                computed[name] = ComputedTensor(shape, tensors.dtype(name), read)
-        if solved is not None:
-            computed |= {name: ComputedTensor.of(solved, name) for name in solved.names()}
-        super().__init__(tensors, computed, gone - computed.keys())
+    computed, gone = dict[str, ComputedTensor](), set[str]()
+    of_experts = {prefix + names.each: {old: new for new, old in enumerate(stay)} for prefix, stay in kept.items()}
+    for name in tensors.names():
+        before, _, behind = name.partition(names.each)
+        if (numbers := of_experts.get(before + names.each)) is not None and behind:
+            number, _, rest = behind.partition(".")
+            gone.add(name)
+            if int(number) in numbers:
+                new = f"{before}{names.each}{numbers[int(number)]}.{rest}"
+                computed[new] = ComputedTensor.of(tensors, name)
+    present = set(tensors.names())
+    for prefix, stay in kept.items():
+        for name in present & {prefix + each for each in names.router}:
+            shape = len(stay), *tensors.shape(name)[1:]
+            read = functools.partial(_rows, tensors, name, np.array(stay))
+            computed[name] = ComputedTensor(shape, tensors.dtype(name), read)
+    if solved is not None:
+        computed |= {name: ComputedTensor.of(solved, name) for name in solved.names()}
+    return ComputedTensors(tensors, computed, gone - computed.keys(), getattr(tensors, "stacks", ()))
 
 
 def _rows(tensors: TensorSource, name: str, stay: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:

@@ -14,16 +14,16 @@ from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import packed
 from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import (
-    Cast,
     Index,
     Pretrained,
     TensorSource,
+    cast,
     fingerprint,
     parse_dtype,
     read_config,
     whole_slices,
 )
-from optima_tpu.models.checkpoints.stacks import Unstacked, stacks_of
+from optima_tpu.models.checkpoints.stacks import stacks_of, unstacked
 from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.checksums import ALL, changes, listed
 from optima_tpu.runtime.inside import inside
@@ -181,7 +181,7 @@ def _user_error() -> Iterator[None]:
 
 def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrained:
     """Opens a folder and checks that all its weight files are complete. See :func:`optima_tpu.models.checkpoints.open_model`."""
-    cast = parse_dtype(dtype)
+    wanted = parse_dtype(dtype)
     _refuse_outside(folder)
     if not (folder / "config.json").is_file():
         raise UserError(_not_a_model(folder))
@@ -197,11 +197,11 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
         tensors = reader(stored)
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
     family = family_named(config.architectures)
-    if cast is not None:
-        tensors = Cast(tensors, cast, family.exact if family else ())
+    if wanted is not None:
+        tensors = cast(tensors, wanted, family.exact if family else ())
     known = fingerprint(assets["config.json"], tensors, files)
     stacks = stacks_of(config.architectures)
-    source: TensorSource = Unstacked(tensors, stacks) if stacks else tensors
+    source: TensorSource = unstacked(tensors, stacks) if stacks else tensors
     return Pretrained(config, source, assets, known, origin, sum(path.stat().st_size for path in files))
 
 

@@ -36,35 +36,30 @@ def expand(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return weights.reshape(*scales.shape[:-1], scales.shape[-1] * _INPUTS).astype(ml_dtypes.bfloat16)
 
 
-class Mxfp4Source(ComputedTensors):
+def without_mxfp4(stored: TensorSource) -> ComputedTensors:
     """Tensors of a folder, with those in MXFP4 expanded on reading; the others stay as they are stored.
-
-    Args:
-      stored: the tensors in the folder, in their own dtypes.
 
     Raises:
       UserError: the two tensors of a weight do not fit one another.
     """
-
-    def __init__(self, stored: TensorSource):
-        computed, names = dict[str, ComputedTensor](), set(stored.names())
-        halves = {name for name in names if name.endswith((BLOCKS, SCALES))}
-        for name in sorted({half.removesuffix(BLOCKS).removesuffix(SCALES) for half in halves}):
-            for half, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
-                if name + half not in names:
-                    raise UserError(f"expected {name + half} beside {name + other}, got none: download the model again")
-            if name in names:
-                raise UserError(f"expected {name} in MXFP4 alone, got it beside {name + BLOCKS}: download the model again")
-            blocks, scales = stored.shape(name + BLOCKS), stored.shape(name + SCALES)
-            kinds = stored.dtype(name + BLOCKS), stored.dtype(name + SCALES)
-            if len(blocks) != 4 or blocks[3] != _BYTES or scales != blocks[:3] or {*kinds} != {np.dtype(np.uint8)}:
-                raise UserError(
-                    f"{name + BLOCKS}: expected uint8 [experts, d_out, groups, {_BYTES}] and scales in uint8 [experts, d_out, groups], "
-                    f"got {kinds[0]} {list(blocks)} and {kinds[1]} {list(scales)}: download the model again"
-                )
-            shape = blocks[0], blocks[2] * _INPUTS, blocks[1]
-            computed[name] = ComputedTensor(shape, np.dtype(ml_dtypes.bfloat16), functools.partial(_read, stored, name))
-        super().__init__(stored, computed, halves)
+    computed, names = dict[str, ComputedTensor](), set(stored.names())
+    halves = {name for name in names if name.endswith((BLOCKS, SCALES))}
+    for name in sorted({half.removesuffix(BLOCKS).removesuffix(SCALES) for half in halves}):
+        for half, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+            if name + half not in names:
+                raise UserError(f"expected {name + half} beside {name + other}, got none: download the model again")
+        if name in names:
+            raise UserError(f"expected {name} in MXFP4 alone, got it beside {name + BLOCKS}: download the model again")
+        blocks, scales = stored.shape(name + BLOCKS), stored.shape(name + SCALES)
+        kinds = stored.dtype(name + BLOCKS), stored.dtype(name + SCALES)
+        if len(blocks) != 4 or blocks[3] != _BYTES or scales != blocks[:3] or {*kinds} != {np.dtype(np.uint8)}:
+            raise UserError(
+                f"{name + BLOCKS}: expected uint8 [experts, d_out, groups, {_BYTES}] and scales in uint8 [experts, d_out, groups], "
+                f"got {kinds[0]} {list(blocks)} and {kinds[1]} {list(scales)}: download the model again"
+            )
+        shape = blocks[0], blocks[2] * _INPUTS, blocks[1]
+        computed[name] = ComputedTensor(shape, np.dtype(ml_dtypes.bfloat16), functools.partial(_read, stored, name))
+    return ComputedTensors(stored, computed, halves)
 
 
 def _read(stored: TensorSource, name: str, index: tuple[slice, ...]) -> np.ndarray:

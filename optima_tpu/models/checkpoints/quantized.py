@@ -6,7 +6,7 @@ from typing import Any
 
 from optima_tpu.models.checkpoints import compressed_tensors
 from optima_tpu.models.checkpoints.declared import DeclaredStorage
-from optima_tpu.models.checkpoints.mxfp4 import Mxfp4Source
+from optima_tpu.models.checkpoints.mxfp4 import without_mxfp4
 from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.runtime.records import parse_record
 
@@ -15,7 +15,7 @@ Reader = Callable[[TensorSource], TensorSource]
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], str], Reader]] = {
     "compressed-tensors": compressed_tensors.reader,
-    "mxfp4": lambda said, where: Mxfp4Source,
+    "mxfp4": lambda said, where: without_mxfp4,
 }
 """``quant_method`` -> (quantization_config, the name of the model in messages) -> Reader."""
 

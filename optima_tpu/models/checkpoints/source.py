@@ -72,10 +72,17 @@ class ComputedTensors:
       stored: the checkpoint.
       computed: those tensors, by name.
       hidden: names in ``stored`` of what they are computed from, which are no tensors of the model.
+      stacks: the tensors in files of which some are parts, see ``stacks``.
     """
 
-    def __init__(self, stored: TensorSource, computed: Mapping[str, ComputedTensor], hidden: Collection[str] = ()):
-        self._stored, self._computed = stored, computed
+    def __init__(
+        self,
+        stored: TensorSource,
+        computed: Mapping[str, ComputedTensor],
+        hidden: Collection[str] = (),
+        stacks: Iterable[str] = (),
+    ):
+        self._stored, self._computed, self.stacks = stored, computed, tuple(sorted(stacks))
         self._names = tuple(sorted({*stored.names(), *computed}.difference(hidden)))
 
     def names(self) -> tuple[str, ...]:
@@ -94,37 +101,26 @@ class ComputedTensors:
         return tensor.read(whole_slices(index, tensor.shape))
 
 
-class Cast(ComputedTensors):
+def cast(source: TensorSource, dtype: np.dtype, exact: tuple[str, ...] = ()) -> ComputedTensors:
     """The floating-point tensors of a checkpoint in one dtype, rounded once.
 
     Args:
-      source: the checkpoint.
-      dtype: that dtype.
       exact: ``Family.exact``, the ends of the names of tensors that keep the dtype in which they are stored.
     """
 
-    def __init__(self, source: TensorSource, dtype: np.dtype, exact: tuple[str, ...] = ()):
-        def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
-            return source.read(name, index).astype(dtype, copy=False)
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return source.read(name, index).astype(dtype, copy=False)
 
-        ends = tuple("." + name for name in exact)
-        cast = (name for name in source.names() if source.dtype(name) in _FLOATS and not name.endswith(ends))
-        super().__init__(
-            source, {name: ComputedTensor(source.shape(name), dtype, functools.partial(read, name)) for name in cast}
-        )
+    ends = tuple("." + name for name in exact)
+    names = (name for name in source.names() if source.dtype(name) in _FLOATS and not name.endswith(ends))
+    return ComputedTensors(
+        source, {name: ComputedTensor(source.shape(name), dtype, functools.partial(read, name)) for name in names}
+    )
 
 
-class Layered(ComputedTensors):
-    """The tensors of one source over those of another: the blocks of a journal over the model that is pruned.
-
-    Args:
-      above: its tensors hide tensors of the same name in ``below``.
-      below: has every name.
-    """
-
-    def __init__(self, above: TensorSource, below: TensorSource):
-        own = {name: ComputedTensor.of(above, name) for name in above.names()}
-        super().__init__(below, own)
+def layered(above: TensorSource, below: TensorSource) -> ComputedTensors:
+    """The tensors of one source over those of another, which has every name: the blocks of a journal over the dense model."""
+    return ComputedTensors(below, {name: ComputedTensor.of(above, name) for name in above.names()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,28 +32,22 @@ def stacks_among(names: Iterable[str], stacks: Mapping[str, Stack]) -> dict[str,
     return {name: stacks[stack].behind(name.removesuffix(stack)) for name, stack in found}
 
 
-class Unstacked(ComputedTensors):
+def unstacked(stacked: TensorSource, stacks: Mapping[str, Stack]) -> ComputedTensors:
     """The tensors of a checkpoint, with the parameters of each expert by themselves.
 
     Args:
-      stacked: the checkpoint.
       stacks: ``Family.stacks``.
-
-    Attributes:
-      stacks: :func:`stacks_among` its names.
     """
-
-    def __init__(self, stacked: TensorSource, stacks: Mapping[str, Stack]):
-        self.stacks = stacks_among(stacked.names(), stacks)
-        computed: dict[str, ComputedTensor] = {}
-        for name, stack in self.stacks.items():
-            whole, dtype = stacked.shape(name), stacked.dtype(name)
-            experts, (first, *rest) = whole[: stack.axes], stack.turn(whole[stack.axes :])
-            shape = (first // len(stack.parts), *rest)
-            for expert, (number, part) in itertools.product(range(*experts or (1,)), enumerate(stack.parts)):
-                read = functools.partial(_read, stacked, name, stack, expert, number * shape[0])
-                computed[part.replace("*", str(expert))] = ComputedTensor(shape, dtype, read)
-        super().__init__(stacked, computed, self.stacks.keys() - computed.keys())
+    found = stacks_among(stacked.names(), stacks)
+    computed: dict[str, ComputedTensor] = {}
+    for name, stack in found.items():
+        whole, dtype = stacked.shape(name), stacked.dtype(name)
+        experts, (first, *rest) = whole[: stack.axes], stack.turn(whole[stack.axes :])
+        shape = (first // len(stack.parts), *rest)
+        for expert, (number, part) in itertools.product(range(*experts or (1,)), enumerate(stack.parts)):
+            read = functools.partial(_read, stacked, name, stack, expert, number * shape[0])
+            computed[part.replace("*", str(expert))] = ComputedTensor(shape, dtype, read)
+    return ComputedTensors(stacked, computed, found.keys() - computed.keys(), found)
 
 
 def _read(stacked: TensorSource, name: str, stack: Stack, expert: int, before: int, index: tuple[slice, ...]) -> np.ndarray:
@@ -66,10 +60,10 @@ def _read(stacked: TensorSource, name: str, stack: Stack, expert: int, before: i
 
 
 class Stacked:
-    """How the tensors of :class:`Unstacked` become those of the checkpoint again.
+    """How the tensors of :func:`unstacked` become those of the checkpoint again.
 
     Args:
-      parts: the tensors, by the names of :class:`Unstacked`; only names, shapes and dtypes are read.
+      parts: the tensors, by the names of :func:`unstacked`; only names, shapes and dtypes are read.
       stacks: :func:`stacks_among` the checkpoint's names.
     """
 
