@@ -31,7 +31,7 @@ finish anyway before the old hidden states are removed. SIGTERM waits for the en
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -296,6 +296,10 @@ class Journal:
     def report(self, index: int) -> BlockReport:
         """The report of a finished block, as it was saved."""
         return read_custom(self.entry(index), _Entry).report
+
+    def reports(self, entry: Callable[[int], Path]) -> dict[Path, BlockReport]:
+        """The reports of all finished blocks, by their checkpoints: ``entry`` of each block."""
+        return {entry(index): self.report(index) for index in sorted(self.finished)}
 
     def last_activations(self, mesh: Mesh, before: int, windows: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
         """The last block before ``before`` with undamaged saved hidden states, and these; None if there is no such block."""

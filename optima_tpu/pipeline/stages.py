@@ -4,6 +4,7 @@ Inside of PRUNING, which is the walk, the journal keeps block by block; inside o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_alloc
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.cut_blocks import choose_block, kept_by, pruned_model, read_left_out, write_left_out
-from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
+from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
@@ -157,7 +158,7 @@ JOURNAL = Stage("recording", _record)
 def _open_sinks(work: StageWork, journal: Journal) -> Steps:
     opened = work.opened
     sinks = work.resources.enter_context(open_sinks(opened.config.sinks, opened.directory, opened.configuration))
-    steps = Steps(sinks, journal)
+    steps = Steps(sinks, journal.finished, journal.report)
     steps.follow()
     return steps
 
@@ -410,9 +411,10 @@ def _read_checkpoint(
 def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> PrunedModel:
     pretrained, decoder = pruned_model(work.opened)
     # If no step of the distillation improved the model, the blocks stay as they were pruned.
-    blocks = Distilled(journal) if outcome and outcome.kept else journal
-    sparsity, left_out = allocation.sparsity if allocation else None, read_left_out(work.opened.directory)
-    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, sparsity, left_out)
+    directory = work.opened.directory
+    entry = functools.partial(trained_block, directory) if outcome and outcome.kept else journal.entry
+    sparsity, left_out = allocation.sparsity if allocation else None, read_left_out(directory)
+    write_checkpoint(directory, lambda: journal.reports(entry), pretrained.tensors, decoder.mesh, sparsity, left_out)
     work.progress.advance()
     pruned = _read_checkpoint(work, journal, outcome, allocation)
     assert pruned is not None, "it was written"

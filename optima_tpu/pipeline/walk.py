@@ -31,7 +31,7 @@ from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
-from optima_tpu.report.rows import LayerFacts, layer_report
+from optima_tpu.report.rows import layer_report
 from optima_tpu.runtime.host_memory import give_back_freed_memory
 from optima_tpu.runtime.mesh import ROWS, place
 from optima_tpu.runtime.processes import fetch
@@ -340,12 +340,12 @@ def _report(
     refuse_broken(walk.decoder.prefix(index), names, rows)
     reports = []
     for name, matrix, left, happened in zip(names, found, kept, rows):
-        chosen: tuple[float | None, float | None] = (None, None)
-        if happened.chosen is not None:
-            chosen = walk.recipe.tuning.chosen(happened.chosen, walk.recipe.damping, walk.recipe.target)
         (d_out, d_in), alive_inputs = matrix.keep.shape, int(live_diagonal(diagonal).sum())
-        facts = LayerFacts(index, name, (d_out, d_in), int(left), d_in - alive_inputs, int(tokens), *chosen)
-        reports.append(layer_report(facts, happened))
+        others = {"block": index, "name": name, "dead_inputs": d_in - alive_inputs, "tokens": int(tokens)}
+        if happened.chosen is not None:
+            tuned = walk.recipe.tuning.chosen(happened.chosen, walk.recipe.damping, walk.recipe.target)
+            others |= dict(zip(("damping", "alpha"), tuned, strict=True))
+        reports.append(layer_report(happened, (d_out, d_in), int(left), others))
         walk.tell(reports[-1])
     return reports
 

@@ -562,40 +562,33 @@ class Sidecar(Record, frozen=True):
         return [layer for layer in self.layers if layer.cut_from is None]
 
 
-def cell_name(mask: str, update: str, pattern: str, windows: int, seed: int) -> str:
-    """The name of a cell; needs no configuration."""
-    return f"{mask} + {update}, {pattern}, {plural(windows, 'window')}, seed {seed}"
-
-
-class CellResult(Record, frozen=True):
-    """An entry of results.json: the result of one cell of a sweep. A number is None if the cell is not finished, or if its run has no such number.
-
-    Attributes:
-      mask: label of the mask.
-      update: label of the update.
-      pattern: label of the pattern.
-      windows: number of calibration windows.
-      seed: seed of their draw.
-      state: "missing" if the cell was not run yet.
-      perplexity: perplexity of the pruned model.
-      dense: perplexity of the dense model on the same text.
-      error_before: relative error of a layer's output with the selector's weights, mean over layers.
-      error_after: as ``error_before``, with the final weights.
-      held_out_before: as ``error_before``, on the held-out windows.
-      held_out_after: as ``error_after``, on the held-out windows.
-      seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
-      rows_not_converged: rows that did not meet the solver's own test, all layers together.
-      rows_refused: rows that kept the selector's weights.
-      sparsity: share of the weights of the pruned matrices that are zero.
-      reason: why the cell failed.
-      report: path of its report.json, from the directory of the tables.
-    """
+class CellName(Record, frozen=True):
+    """A cell of a sweep, by the labels of its methods, its number of calibration windows, and the seed of their draw."""
 
     mask: str
     update: str
     pattern: str
     windows: Count
     seed: int
+
+    def __str__(self) -> str:
+        return f"{self.mask} + {self.update}, {self.pattern}, {plural(self.windows, 'window')}, seed {self.seed}"
+
+
+class CellResult(CellName, frozen=True):
+    """An entry of results.json: the result of one cell of a sweep. A number is None if the cell is not finished, or if its run has no such number.
+
+    Attributes:
+      state: "missing" if the cell was not run yet.
+      perplexity, dense: of the pruned and of the dense model on the same text.
+      error_before, error_after, held_out_before, held_out_after: means over layers, see :class:`LayerReport`.
+      seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
+      rows_not_converged, rows_refused: of all layers together.
+      sparsity: share of the weights of the pruned matrices that are zero.
+      reason: why the cell failed.
+      report: path of its report.json, from the directory of the tables.
+    """
+
     state: Literal["finished", "failed", "missing"] = "missing"
     perplexity: Positive | None = None
     dense: Positive | None = None
@@ -613,6 +606,3 @@ class CellResult(Record, frozen=True):
     def __post_init__(self) -> None:
         if self.state == "finished" and None in (self.perplexity, self.dense, self.report):
             raise ValueError("expected perplexity, dense and report in a finished cell, got null")
-
-    def __str__(self) -> str:
-        return cell_name(self.mask, self.update, self.pattern, self.windows, self.seed)

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,26 +149,21 @@ def open_sinks(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) 
         yield together(lambda: start() if is_first() else ())
 
 
-class FinishedBlocks(Protocol):
-    """The part of the journal's interface that gives the finished blocks of a run."""
-
-    @property
-    def finished(self) -> Collection[int]: ...
-
-    def report(self, index: int) -> BlockReport:
-        """The record of a finished block."""
-
-
 class Steps:
-    """Sends the finished blocks of a journal to sinks, each once and in order."""
+    """Sends the finished blocks of a journal to sinks, each once and in order.
 
-    def __init__(self, sinks: Sequence[Sink], journal: FinishedBlocks):
-        self._sinks, self._journal, self._next = sinks, journal, 0
+    Args:
+      finished: the indices of the finished blocks; the journal adds to them.
+      report: the record of a finished block.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], finished: Collection[int], report: Callable[[int], BlockReport]):
+        self._sinks, self._finished, self._report, self._next = sinks, finished, report, 0
 
     def follow(self) -> None:
         """Sends the blocks finished since the last call, up to the first unfinished block."""
-        while self._sinks and self._next in self._journal.finished:
-            write_block(self._sinks, self._journal.report(self._next))
+        while self._sinks and self._next in self._finished:
+            write_block(self._sinks, self._report(self._next))
             self._next += 1
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:

@@ -15,13 +15,12 @@ from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
-from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.inputs import read_texts
 from optima_tpu.pipeline.run import run
 from optima_tpu.unpack import unpack
-from tests.support.fake_run import assert_same, begun, block_report, on_host
+from tests.support.fake_run import assert_same, begun, block_report, on_host, write_checkpoint
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, tiny

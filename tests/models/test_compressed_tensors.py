@@ -15,10 +15,19 @@ from optima_tpu.errors import UserError
 from optima_tpu.export import main
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.pipeline.plan.model import open_declared
-from tests.support.fake_run import MANIFEST, assert_same, begun, block_report, finished_run, on_host, small_model
+from tests.support.fake_run import (
+    MANIFEST,
+    assert_same,
+    begun,
+    block_report,
+    finished_run,
+    on_host,
+    small_model,
+    write_checkpoint,
+)
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import MemoryTensors, tiny_folder

@@ -17,7 +17,7 @@ from optima_tpu.export import main
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
 from optima_tpu.models.checkpoints.forms import Options
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.report.contents import Perplexities
 from optima_tpu.report.file import write_report
@@ -34,6 +34,7 @@ from tests.support.fake_run import (
     on_host,
     pruned_block,
     small_model,
+    write_checkpoint,
 )
 from tests.support.meshes import mesh
 from tests.support.processes import process_environment

@@ -13,10 +13,9 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
-from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.report.licence import CARD, Licence, licence_of
 from tests.models import test_gguf_families, test_weights
-from tests.support.fake_run import begun, block_report, on_host
+from tests.support.fake_run import begun, block_report, on_host, write_checkpoint
 from tests.support.meshes import mesh
 from tests.support.references import LINEAR, LLAMA3, YARN
 from tests.support.tiny_models import MemoryTensors, byte_tokenizer, tiny_folder

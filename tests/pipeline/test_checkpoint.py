@@ -16,7 +16,7 @@ from optima_tpu.config.run_config import to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints import orbax as checkpoint
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, save_tree, write_checkpoint
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, save_tree
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.report.records import BlockReport
@@ -34,6 +34,7 @@ from tests.support.fake_run import (
     pruned_block,
     small_model,
     states_of,
+    write_checkpoint,
 )
 from tests.support.meshes import mesh
 from tests.support.tiny_models import MemoryTensors

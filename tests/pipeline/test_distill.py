@@ -25,7 +25,7 @@ from optima_tpu.models.decoder import forward, head_logits
 from optima_tpu.pipeline.distill import states
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.model import TrainedBlocks
-from optima_tpu.pipeline.distill.outcome import Distilled, keep_outcome, read_outcome
+from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, Training, distill, refuse_large, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream, Windows
@@ -125,7 +125,7 @@ def stopped_in_step_6(before: int = 3):
 
 
 def result(journal: Journal) -> dict[str, np.ndarray]:
-    entries = [Distilled(journal).entry(index) for index in sorted(journal.finished)]
+    entries = [trained_block(journal.directory, index) for index in sorted(journal.finished)]
     found = OrbaxTensors(entries)
     return found.load(found.names())
 
@@ -269,7 +269,7 @@ def test_only_what_is_asked_for_moves(pruned, windows, train, moved):
         assert moved in name or (weight == before.read(name)).all(), name
     assert any((weight != before.read(name)).any() for name, weight in result(journal).items())
     for index in journal.finished:
-        entry, masks = Distilled(journal).entry(index), journal.masks(index)
+        entry, masks = trained_block(journal.directory, index), journal.masks(index)
         saved = load_group(entry, "masks", read_metadata(entry).metadata["masks"])
         assert saved.keys() == masks.keys() and all((saved[name] == keep).all() for name, keep in masks.items())
 
@@ -322,7 +322,7 @@ def test_spans_of_blocks_come_nearer_to_the_dense_hidden_states_with_masks_held(
         for name, keep in journal.masks(index).items():
             assert (trained[name][~keep] == 0).all() and (trained[name] != before.read(name)).any(), name
     dense = opened(parse(pruned[0]), (4, 2)).decoder
-    entries = [Distilled(journal).entry(index) for index in range(3)]
+    entries = [trained_block(journal.directory, index) for index in range(3)]
     after = dataclasses.replace(dense, tensors=OrbaxTensors(entries))
     streams = [dense.embed(windows.held_out) for _ in range(2)]
     errors = []

@@ -10,7 +10,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from optima_tpu.models.checkpoints.orbax import quiet_orbax, write_checkpoint
+from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.errors import UserError
 from tests.support import fake_run
@@ -26,7 +26,7 @@ for what in ("weights", "activations", "checkpoint"):
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 writes = (lambda: journal.save(1, weights | {"big": big, "bigger": -big}, masks, report, activations),
           lambda: journal.save(1, weights, masks, report, fake_run.on_host(big[None])),
-          lambda: write_checkpoint(journal, source, fake_run.mesh(1, 1)))
+          lambda: fake_run.write_checkpoint(journal, source, fake_run.mesh(1, 1)))
 for journal, write in zip(journals, writes):
     try:
         write()

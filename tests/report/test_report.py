@@ -23,7 +23,7 @@ from optima_tpu.report.numbers import duration, hms, number, percent
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress, Terminal, show
 from optima_tpu.report.records import BlockReport, LayerReport
-from optima_tpu.report.rows import LayerFacts, layer_report
+from optima_tpu.report.rows import layer_report
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.records import check_record, encoded, json_values, parse_record
 from tests.support.fake_reports import ENTRIES, TEXT, layer, report_of
@@ -141,10 +141,10 @@ def test_experts_that_no_token_reached_are_in_no_mean():
 def test_a_layer_without_held_out_tokens_has_no_error_on_them():
     ones, nothing = np.ones(4), np.zeros((4, 4))
     rows = RowOutcomes(ones, ones, ones, ones, ones, ones > 0, ones < 0, nothing[:3], nothing)
-    layer = LayerFacts(0, "mlp.experts.0.up_proj", (4, 8), kept=16, dead=0, tokens=9)
-    found = layer_report(layer, rows)
+    others = {"block": 0, "name": "mlp.experts.0.up_proj", "dead_inputs": 0, "tokens": 9}
+    found = layer_report(rows, (4, 8), 16, others)
     assert {found.held_out_before, found.held_out_after, found.dense_before, found.dense_after, found.dense_drift} == {None}
-    found = layer_report(layer, rows._replace(held_out=nothing[:3] + 2))
+    found = layer_report(rows._replace(held_out=nothing[:3] + 2), (4, 8), 16, others)
     assert (found.held_out_before, found.held_out_after, found.dense_after) == (1, 1, None)
 
 

@@ -38,7 +38,7 @@ class FakeJournal(SimpleNamespace):
 
 def test_finished_blocks_are_sent_once_and_in_order():
     memory, journal = Memory(), FakeJournal(finished={0, 2})
-    steps = sinks.Steps([memory], journal)
+    steps = sinks.Steps([memory], journal.finished, journal.report)
     steps.follow()
     assert [step for step, _ in memory.steps] == [0]  # the second was damaged, and the third must not come before it
     steps.follow()

@@ -3,19 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PretrainedConfig
 
 from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
 from optima_tpu.method.layer_rules import parse_layers, pattern_of, with_patterns
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints import orbax
 from optima_tpu.models.checkpoints.cuts import placed
-from optima_tpu.models.checkpoints.orbax import write_checkpoint
-from optima_tpu.models.checkpoints.source import Pretrained
+from optima_tpu.models.checkpoints.source import Pretrained, TensorSource
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline.journal import Journal, open_journal
@@ -43,6 +45,11 @@ def small_model(dtype=ml_dtypes.bfloat16) -> MemoryTensors:
             tensors[f"model.layers.{block}.{name}.weight"] = random.standard_normal(shape).astype(dtype)
         tensors[f"model.layers.{block}.input_layernorm.weight"] = random.standard_normal(12).astype(dtype)
     return MemoryTensors(tensors)
+
+
+def write_checkpoint(journal: Journal, source: TensorSource, mesh: Mesh, **options: Any) -> None:
+    """Writes the checkpoint of a run whose blocks were not trained."""
+    orbax.write_checkpoint(journal.directory, lambda: journal.reports(journal.entry), source, mesh, **options)
 
 
 def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, BlockReport, tuple[Activations]]:

@@ -12,9 +12,9 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
@@ -175,19 +175,9 @@ def _by_itself() -> ocp.Context:
     return context
 
 
-class SavedBlocks(Protocol):
-    """The part of a run's journal that this module reads (``pipeline.journal.Journal``, which this package may not import)."""
-
-    @property
-    def directory(self) -> Path: ...
-    @property
-    def finished(self) -> Collection[int]: ...
-    def report(self, index: int) -> BlockReport: ...
-    def entry(self, index: int) -> Path: ...
-
-
 def write_checkpoint(
-    journal: SavedBlocks,
+    directory: Path,
+    blocks: Callable[[], Mapping[Path, BlockReport]],
     source: TensorSource,
     mesh: Mesh,
     sparsity: Sequence[float | None] | None = None,
@@ -199,8 +189,8 @@ def write_checkpoint(
     checkpoint is complete and is not written again. Every process calls this, and each writes a share of every tensor.
 
     Args:
-      journal: the ``Journal`` of the run, with every block of the model.
-      source: the ``TensorSource`` that was pruned.
+      blocks: reads the report of every block of the model, in their order, by the checkpoint of the block, below RUN.
+      source: what was pruned.
       mesh: the devices from which the arrays are written.
       sparsity: the sparsity of every block, if blocks differ; None for a block whose layers all have rules.
       left_out: the blocks of the dense model that the source is without.
@@ -208,7 +198,7 @@ def write_checkpoint(
     Raises:
       UserError: the disk is full or not writable. The finished blocks are intact.
     """
-    final = journal.directory / CHECKPOINT
+    final = directory / CHECKPOINT
     if from_first(lambda: complete(final)):
         return
 
@@ -221,16 +211,16 @@ def write_checkpoint(
         )
 
     with keeping(final, "all finished blocks are intact; make room and repeat the command") as partial:
-        entries = [journal.entry(index) for index in sorted(journal.finished)]
-        saved, names = OrbaxTensors(entries), set(source.names())
+        reports, names = blocks(), set(source.names())
+        saved = OrbaxTensors(reports)
         for name in saved.names():
             shape, dtype = saved.shape(name), saved.dtype(name)
             if name not in names or (shape, dtype) != (source.shape(name), source.dtype(name)):
                 raise ValueError(f"the source has no {name} {shape} {dtype}, which a finished block has")
-        run, reports = read_run(journal.directory), tuple(journal.report(index) for index in sorted(journal.finished))
+        run, shares = read_run(directory), None if sparsity is None else tuple(sparsity)
         metadata = _Metadata(
-            CheckpointedRun(run.manifest, run.configuration, reports, None if sparsity is None else tuple(sparsity), left_out),
-            tuple(str(entry.relative_to(journal.directory)) for entry in entries),
+            CheckpointedRun(run.manifest, run.configuration, tuple(reports.values()), shares, left_out),
+            tuple(str(entry.relative_to(directory)) for entry in reports),
             tuple(sorted(getattr(source, "stacks", ()))),
         )
         own = {"weights": {name: placed(name) for name in sorted(names.difference(saved.names()))}}

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Outcome
-from optima_tpu.report.records import BlockReport
 from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.files import remove
 from optima_tpu.runtime.kept import KeptRecord
@@ -43,28 +41,8 @@ def read_outcome(directory: Path, used: bool = False) -> Outcome | None:
     return None if trained and from_first(lambda: any(damage(entry) for entry in _entries(directory))) else record
 
 
-class Distilled:
-    """The blocks of a run behind its distillation, in the place of the journal's.
-
-    Attributes:
-      directory: of the run.
-      finished: the blocks.
-    """
-
-    def __init__(self, journal: Journal):
-        self._journal = journal
-        self.directory, self.finished = journal.directory, journal.finished
-
-    def report(self, index: int) -> BlockReport:
-        """The report of a block, from its pruning."""
-        return self._journal.report(index)
-
-    def entry(self, index: int) -> Path:
-        """The Orbax checkpoint of a block."""
-        return _entry(self.directory, index)
-
-
-def _entry(directory: Path, index: int) -> Path:
+def trained_block(directory: Path, index: int) -> Path:
+    """The Orbax checkpoint of a block behind the distillation of a run, in the place of the journal's."""
     return directory / DISTILLED / f"block_{index:04d}"
 
 

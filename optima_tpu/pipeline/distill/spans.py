@@ -17,7 +17,7 @@ from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Trainer
 from optima_tpu.pipeline.distill.model import TrainedBlocks
-from optima_tpu.pipeline.distill.outcome import FOLDER, Distilled
+from optima_tpu.pipeline.distill.outcome import FOLDER, trained_block
 from optima_tpu.pipeline.distill.states import States, write_blocks
 from optima_tpu.pipeline.distill.train import CHECK, TRAINING_STEP, Training, finite
 from optima_tpu.pipeline.distill.windows import READING, Inputs, TrainingParts, TrainingStream
@@ -65,7 +65,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
         else:
             progress.skip([CHECK] * (1 + len(method.check_steps())) + [TRAINING_STEP] * method.steps)
         # From what was saved, and so rounded, in every start of the run.
-        saved = {Distilled(journal).entry(index) for index in span}
+        saved = {trained_block(journal.directory, index) for index in span}
         after = dataclasses.replace(inputs.pruned, tensors=OrbaxTensors(saved))
         _through(after, span, training.entering, held_out.entering)
         progress.advance()
@@ -122,7 +122,7 @@ def _trained(journal: Journal, spans: Sequence[range]) -> list[_SavedSpan]:
     """The records of the first spans whose blocks are all saved and not damaged."""
     found = []
     for span in spans:
-        entries = [Distilled(journal).entry(index) for index in span]
+        entries = [trained_block(journal.directory, index) for index in span]
         if any(damage(entry) for entry in entries):
             break
         found.append(read_custom(entries[0], _SavedSpan))

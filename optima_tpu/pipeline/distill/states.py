@@ -11,7 +11,7 @@ from jax import Array
 from optima_tpu.models.checkpoints.orbax import load_group, read_custom, read_metadata, save_tree
 from optima_tpu.pipeline.distill.blocks import TrainedBlock, Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks, on_host
-from optima_tpu.pipeline.distill.outcome import REMEDY, Distilled
+from optima_tpu.pipeline.distill.outcome import REMEDY, trained_block
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Check
 from optima_tpu.runtime.checksums import damage
@@ -43,7 +43,7 @@ def write_blocks(
 ) -> None:
     """Writes blocks with their masks, of which the weights that move are ``moved``, in the checkpoint's dtypes."""
     for index, trainer, block, own in zip(model.span, model.trainers, model.blocks, moved):
-        prefix, path = trainer.decoder.prefix(index), Distilled(journal).entry(index)
+        prefix, path = trainer.decoder.prefix(index), trained_block(journal.directory, index)
         weights = {prefix + name: array for name, array in (own | block.fixed).items()}
         # A block holds the masks of what moves: of all matrices, or where norms alone move of none. Then the journal has them.
         masks = {prefix + name: keep for name, keep in block.keep.items()} or {

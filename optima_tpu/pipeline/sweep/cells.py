@@ -3,40 +3,18 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from optima_tpu.config.choices import CHOICES, default_options
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError
-from optima_tpu.report.contents import cell_name
+from optima_tpu.report.contents import CellName
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of the grid.
+class Cell(CellName, frozen=True):
+    """One run of the grid, with all of its settings; ``output`` is the cell's own directory."""
 
-    Attributes:
-      pattern: label of the pattern.
-      mask: label of the mask.
-      update: label of the update.
-      windows: number of calibration windows.
-      seed: seed of their draw.
-      config: all settings; ``output`` is the cell's own directory.
-    """
-
-    pattern: str
-    mask: str
-    update: str
-    windows: int
-    seed: int
     config: RunConfig
-
-    def __str__(self) -> str:
-        return cell_name(self.mask, self.update, self.pattern, self.windows, self.seed)
-
-    def inside(self, output: Path) -> Self:
-        """The cell with its directory inside ``output``."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, output=str(output / self.directory)))
 
     @property
     def directory(self) -> Path:

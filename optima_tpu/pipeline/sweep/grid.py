@@ -117,14 +117,15 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     # Cells with the same labels differ only in numbers: reading the settings takes longest and is done once for all of them.
     first = {key: counts[key][0] for key in _COUNTS}
     configured = functools.cache(lambda **labels: _configured(labels, first, run, axes, argv, beside))
-    cells = [_cell(place, configured, {key for key in _COUNTS if len(counts[key]) > 1}) for place in places]
-    default = Path("runs", "tables", f"{name}-{cells[0].config.model_name}")
+    varying = {key for key in _COUNTS if len(counts[key]) > 1}
+    first_model = configured(**{key: places[0][key] for key in _AXES}).model_name
+    default = Path("runs", "tables", f"{name}-{first_model}")
     directory = default if chosen is None else as_path(chosen)
     if in_bucket(directory):
         raise UserError(
             f"expected a local folder for the tables and runs of a sweep, got {chosen}; a single run can use a bucket"
         )
-    cells = [cell.inside(directory) for cell in cells]
+    cells = [_cell(place, configured, varying, directory / "cells") for place in places]
     refuse_twins(cells)
     refuse_idle_seeds(cells)
     return CellGrid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
@@ -217,8 +218,8 @@ def _configured(
     raise _CommandLineError(f"on the command line, for {cell}: {wrong}")
 
 
-def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str]) -> Cell:
-    """The cell with the labels and numbers of ``place``.
+def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str], folder: Path) -> Cell:
+    """The cell with the labels and numbers of ``place``, in a directory of its own inside ``folder``.
 
     Args:
       varying: the axes of numbers with several values, which the command line therefore does not set.
@@ -228,7 +229,7 @@ def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varyin
     text = dataclasses.replace(config.calibration, **{_COUNTED[key]: place[key] for key in varying})
     # The name has all numbers, so that a cell keeps its directory when the file begins to vary another number.
     parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{text.windows}-windows", f"seed-{text.seed}")
-    config = dataclasses.replace(config, calibration=text, output=str(Path("cells", "_".join(parts))))
+    config = dataclasses.replace(config, calibration=text, output=str(folder / "_".join(parts)))
     return Cell(**labels, windows=text.windows, seed=text.seed, config=config)
 
 

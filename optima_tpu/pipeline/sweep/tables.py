@@ -14,7 +14,7 @@ from rich.table import Table
 from optima_tpu.errors import UserError, plural
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
-from optima_tpu.report.contents import CellResult, Report
+from optima_tpu.report.contents import CellName, CellResult, Report
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import mean_errors
 from optima_tpu.runtime.checksums import keep
@@ -41,9 +41,9 @@ class TableText:
     rows: tuple[tuple[str, ...], ...]
 
 
-def missing(cell: Cell) -> CellResult:
+def missing(cell: CellName) -> CellResult:
     """The result of a cell that was not run yet."""
-    return CellResult(cell.mask, cell.update, cell.pattern, cell.windows, cell.seed)
+    return CellResult(*(getattr(cell, name) for name in CellName.__struct_fields__))
 
 
 def failed(cell: Cell, reason: str) -> CellResult:
