@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError, one_line
@@ -19,14 +19,6 @@ if TYPE_CHECKING:  # the library takes seconds to import
     from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 
 _FORM = "tfds:NAME@DIR or tfds:NAME/CONFIG:VERSION@DIR, optionally with ?split=NAME, ?field=NAME or ?split=NAME&field=NAME"
-
-
-class _Stretch(Protocol):
-    """Documents ``from_`` to ``to - 1`` of a split of the data set; None means the first or the last document."""
-
-    splitname: str
-    from_: int | None
-    to: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +134,8 @@ class TFDS:
             return self.split or "train"
         return next((name for name in ("validation", "test") if name in builder.info.splits), "train")
 
-    def _instructions(self, builder: "ReadOnlyBuilder", split: Split) -> "list[_Stretch]":
-        """The split as ranges of the data set's own splits."""
+    def _instructions(self, builder: "ReadOnlyBuilder", split: Split) -> list[Any]:
+        """The split as ranges of the data set's own splits, documents ``from_`` to ``to - 1``; None is the first or the last."""
         from tensorflow_datasets.core import splits
 
         try:

@@ -32,7 +32,7 @@ def _loss(report: Report) -> str:
 
 def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
-    trained = [(run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := run.report.distillation)]
+    trained = [(run.label, run.report, found) for run in runs if (found := run.report.distillation)]
     tables = [
         table for label, report, found in trained for table in (_checks(label, report, found), *_spans(label or "Blocks", found))
     ]

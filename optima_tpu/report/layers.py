@@ -11,14 +11,17 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.records import LayerKind, LayerReport
+from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import unusual_count
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.summary import (
+    FITTED,
+    HELD_OUT,
     by_kind,
     exchanged,
     gap_meaning,
     held_out_caveat,
+    layers_by_kind,
     mean_errors,
     means,
     quantized_line,
@@ -49,8 +52,8 @@ def layer_errors(runs: Sequence[FinishedRun]) -> Section:
         "Layer errors, " + ("after the update" if several else "before and after the update"),
         _said_of_errors(runs),
         [figure(elements, legend=_error_legend(runs), note=" ".join(notes))] if elements else [],
-        [_kind_table(run, run.label if several else "Mean over blocks") for run in runs],
-        [_layer_table(run, several) for run in runs],
+        [_kind_table(run) for run in runs],
+        [_layer_table(run) for run in runs],
     )
 
 
@@ -71,8 +74,7 @@ def _error_lines(runs: Sequence[FinishedRun], kind: str) -> list[plots.Line]:
         for name, (series, value) in curves.items():
             blocks, values = _by_block(layers, value)
             if not np.isnan(values).all():
-                label = f"{run.label}, {name}" if several else name
-                lines.append(plots.Line(label, blocks, values, series, dashed="held-out" in name))
+                lines.append(plots.Line(_line_label(run, name), blocks, values, series, dashed="held-out" in name))
     return lines
 
 
@@ -87,7 +89,6 @@ def _error_legend(runs: Sequence[FinishedRun]) -> list[Key]:
 
 def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
     """What the errors are, and on what text, in paragraphs."""
-    several = len(runs) > 1
     text = [
         "The error of a layer is the squared change of its output relative to the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
         "the dense weights W, the pruned weights V, and the layer’s inputs X in the pruned model. Before: with the selector’s "
@@ -95,7 +96,7 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
     ]
     for run in runs:
         if caveat := held_out_caveat(run.report.settings):
-            text.append(f"{f'The held-out text of {run.label}' if several else 'This text'} {caveat}.")
+            text.append(f"{f'The held-out text of {run.label}' if run.label else 'This text'} {caveat}.")
     if any(run.report.aims_at_dense for run in runs):
         text.append(
             "With a dense target, the solver minimises the distance to the dense model’s output instead of this error, so "
@@ -105,8 +106,7 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
     for run in runs:
         if told := quantized_line(run.report.layers):
             text.append(
-                f"{run.label if several else 'This run'} quantises the weights after the update; the errors above are from before. Mean "
-                f"error: {told}."
+                f"{run.subject} quantises the weights after the update; the errors above are from before. Mean error: {told}."
             )
     if any(run.report.weighed_layers for run in runs):
         text.append(
@@ -119,7 +119,7 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
             "power of the square of the loss's gradient at the layer's output."
         )
     return text + [
-        f"{run.label if several else 'This run'} has no held-out text: its errors are measured on the text that the weights "
+        f"{run.subject} has no held-out text: its errors are measured on the text that the weights "
         "were fitted to, and are larger on other text."
         for run in runs
         if not run.report.has_held_out
@@ -144,8 +144,10 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
     found = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in errors]) if kinds else np.array([])
     limits = (float(found.min()), float(found.max())) if found.size else None
     for index, (run, error) in enumerate(zip(runs, errors) if kinds else ()):
-        of, rows = f", {run.label}" if several else "", list(kinds.values())
-        share, final = f"Sparsity{of}", f"Final error on {'held-out' if unseen else 'calibration'} text{of}"
+        rows = list(kinds.values())
+        share, final = (
+            f"{what}{run.behind}" for what in ("Sparsity", f"Final error on {'held-out' if unseen else 'calibration'} text")
+        )
         shares = grid(run, lambda layer: layer.sparsity)
         elements += [
             (share, plots.cells(share, shares, rows, f"map-{index}-sparsity", limits=(0.0, 1.0))),
@@ -159,7 +161,7 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
             continue  # the comparison of runs shows it
         spread = "the same share in each matrix" if low == high else f"from {low} to {high} per matrix"
         text.append(
-            f"{run.label + ': ' if several else ''}{percent(sparsity(run.report.layers))} of the weights of "
+            f"{run.before}{percent(sparsity(run.report.layers))} of the weights of "
             f"{plural(len(run.report.layers), 'matrix')} are zero by the mask, {spread}."
         )
     note = "Blank: not pruned. For several layers of one kind in a block, such as experts, the map shows their mean."
@@ -170,7 +172,7 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
 
 def solver(runs: Sequence[FinishedRun]) -> Section:
     """Section on the solver: iterations, gaps, rows that did not converge."""
-    several, solved = len(runs) > 1, [(index, run) for index, run in enumerate(runs) if run.report.solver]
+    solved = [(index, run) for index, run in enumerate(runs) if run.report.solver]
     if not solved:
         return Section("solver", "Solver", ["No solver changed the weights: they are the selector’s own."])
     used = sorted({run.report.solver for run in runs if run.report.solver})
@@ -178,7 +180,7 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
     for _, run in solved:
         if (share := exchanged(run.report.layers)) is not None:
             text.append(
-                f"{run.label + ': ' if several else ''}{percent(share)} of the kept weights came in by exchange: the selector "
+                f"{run.before}{percent(share)} of the kept weights came in by exchange: the selector "
                 "had pruned them, and they replace other weights of their row."
             )
     if without := [run.label for run in runs if not run.report.solver]:
@@ -191,26 +193,23 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
     for (title, unit, log), (median, largest) in curves.items():
         lines = []
         for index, run in solved:
-            label, series = (f"{run.label}, ", index) if several else ("", _AFTER)
             lines += [
-                plots.Line(f"{label}median", *_by_block(run.report.layers, median, statistics.median), series),
-                plots.Line(f"{label}largest", *_by_block(run.report.layers, largest, max), series, dashed=True),
+                plots.Line(_line_label(run, "median"), *_by_block(run.report.layers, median, statistics.median), index),
+                plots.Line(_line_label(run, "largest"), *_by_block(run.report.layers, largest, max), index, dashed=True),
             ]
         panels.append(plots.Panel(title, lines, unit, log))
-    legend = [Key(run.label, index) for index, run in solved] if several else []
+    legend = [Key(run.label, index) for index, run in solved if run.label]
     legend += [Key("median of a block"), Key("largest of a block", dashed=True)]
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "solver")))
     tables = []
     for _, run in solved:
         kinds = by_kind(run.report.blocks)
         short = short_names([kind.name for kind in kinds])
-        most = {
-            kind.name: max(layer.steps_max for layer in run.report.layers if kind_name(layer.name) == kind.name) for kind in kinds
-        }
+        most = {name: max(layer.steps_max for layer in own) for name, own in layers_by_kind(run.report.layers).items()}
         tables.append(
             Table(
-                run.label if several else f"Rows, by {run.report.solver}",
-                ["layer", "rows", "median steps", "most steps", "largest gap", "not converged", "refused"],
+                run.label or f"Rows, by {run.report.solver}",
+                ["layer", "rows", *_ROWS],
                 [
                     [
                         short[kind.name],
@@ -231,21 +230,20 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
 
 def strange(runs: Sequence[FinishedRun]) -> Section:
     """Section on unusual layers, by name."""
-    several, text, folded = len(runs) > 1, [], []
+    text, folded = [], []
     fine = [run for run in runs if not unusual_count(run) and not meaningless_lines(run.report)]
     if fine:
-        where = f" in {'; '.join(run.label for run in fine)}" if several else ""
+        where = f" in {'; '.join(run.label for run in fine)}" if fine[0].label else ""
         unseen = not any(run.report.has_held_out for run in fine)
         kept = "" if unseen or not any(run.report.solver for run in fine) else ", and no matrix got worse on held-out text"
         text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}.")
     for run in runs:
-        label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
         lines = (
             meaningless_lines(run.report)
             + unusual_lines(run.report.blocks, run.report.settings)
             + traded_lines(run.report.blocks)
         )
-        text += [f"{label}{line}." if several else f"{line[0].upper()}{line[1:]}." for line in lines]
+        text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in lines]
         rows = [
             [name, "the update raised its error on held-out text", f"from {percent(before)} to {percent(after)}"]
             for name, (before, after) in worsened(run.report.blocks).items()
@@ -267,10 +265,18 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
         if rows:
             folded.append(
                 Table(
-                    f"Full list, by layer{of}", ["layer", "finding", "amount"], rows[:_LISTED], words=True, note=_rest(len(rows))
+                    f"Full list, by layer{run.behind}",
+                    ["layer", "finding", "amount"],
+                    rows[:_LISTED],
+                    words=True,
+                    note=_rest(len(rows)),
                 )
             )
     return Section("unusual", "Anything unusual", text, folded=folded)
+
+
+def _line_label(run: FinishedRun, name: str) -> str:
+    return f"{run.label}, {name}" if run.label else name
 
 
 def _kinds(runs: Sequence[FinishedRun]) -> dict[str, str]:
@@ -302,34 +308,26 @@ def _by_block(
     ]
 
 
-def _kind_table(run: FinishedRun, caption: str) -> Table:
-    kinds = by_kind(run.report.blocks)
-    short = short_names([kind.name for kind in kinds])
-    rows = []
-    for kind in kinds:
-        errors = _errors(run, *mean_errors([layer for layer in run.report.layers if kind_name(layer.name) == kind.name]))
-        errors += _against_dense(run, kind)
-        rows.append([short[kind.name], f"{kind.layers:,}", *errors, percent(kind.sparsity)])
-    if rows:
-        rows.append(
-            [
-                "all",
-                f"{len(run.report.layers):,}",
-                *_errors(run, *mean_errors(run.report.layers)),
-                *_against_dense(run, None),
-                percent(sparsity(run.report.layers)),
-            ]
-        )
-    return Table(
-        caption,
-        ["layer", "matrices", *_errors_of(run), "sparsity"],
-        rows,
-        "" if rows else "No layer was pruned.",
-        total=bool(rows),
+def _kind_table(run: FinishedRun) -> Table:
+    kinds = layers_by_kind(run.report.layers)
+    groups = {short: kinds[kind] for kind, short in short_names(list(kinds)).items()} | (
+        {"all": run.report.layers} if kinds else {}
     )
+    rows = [
+        [
+            name,
+            f"{len(layers):,}",
+            *_errors(run, mean_errors(layers)),
+            *_against_dense(run, means(layers, list(_AGAINST_DENSE))),
+            percent(sparsity(layers)),
+        ]
+        for name, layers in groups.items()
+    ]
+    head = ["layer", "matrices", *_errors_of(run), "sparsity"]
+    return Table(run.label or "Mean over blocks", head, rows, "" if rows else "No layer was pruned.", total=bool(rows))
 
 
-def _layer_table(run: FinishedRun, several: bool) -> Table:
+def _layer_table(run: FinishedRun) -> Table:
     layers, routed = run.report.layers, any(kind_name(layer.name) != layer.name for layer in run.report.layers)
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
@@ -339,8 +337,8 @@ def _layer_table(run: FinishedRun, several: bool) -> Table:
             "×".join(map(str, layer.shape)),
             *([NONE if layer.tokens is None else f"{layer.tokens:,}"] if routed else []),
             percent(layer.sparsity),
-            *_errors(run, layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after),
-            *_against_dense(run, layer),
+            *_errors(run, [getattr(layer, name) for name in (*FITTED, *HELD_OUT)]),
+            *_against_dense(run, [getattr(layer, name) for name in _AGAINST_DENSE]),
             *(
                 [
                     _steps(layer.steps_median),
@@ -356,12 +354,13 @@ def _layer_table(run: FinishedRun, several: bool) -> Table:
         for layer in layers[:_LISTED]
     ]
     head = ["block and layer", "shape", *(["tokens"] if routed else []), "sparsity", *_errors_of(run)]
-    head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.report.solver else []
+    head += _ROWS if run.report.solver else []
     notes = ["Tokens: of the calibration text, those that the layer read; an expert reads those that are routed to it."] * routed
     notes += [_rest(len(layers), ", by error")]
-    return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=" ".join(filter(None, notes)))
+    return Table(f"Every layer{run.behind}", head, rows, note=" ".join(filter(None, notes)))
 
 
+_ROWS = ["median steps", "most steps", "largest gap", "not converged", "refused"]
 _ERRORS = ("before", "after", "held out, before", "held out, after")
 _AGAINST_DENSE = {
     "dense_before": "against dense, before",
@@ -375,27 +374,14 @@ def _errors_of(run: FinishedRun) -> list[str]:
     return [*_ERRORS, *(_AGAINST_DENSE.values() if run.report.aims_at_dense else ())]
 
 
-def _against_dense(run: FinishedRun, of: LayerReport | LayerKind | None) -> list[str]:
-    """Errors of a layer or kind against the dense model; the mean over all layers for None; empty without a dense target."""
-    if not run.report.aims_at_dense:
-        return []
-    values = dict(
-        zip(
-            _AGAINST_DENSE,
-            [getattr(of, name) for name in _AGAINST_DENSE] if of else means(run.report.layers, list(_AGAINST_DENSE)),
-        )
-    )
-    if not run.report.solver:
-        values["dense_after"] = None
-    return [NONE if value is None else percent(value) for value in values.values()]
+def _against_dense(run: FinishedRun, values: Sequence[float | None]) -> list[str]:
+    """The three errors against the dense model as text; empty without a dense target."""
+    return _errors(run, values) if run.report.aims_at_dense else []
 
 
-def _errors(
-    run: FinishedRun, before: float | None, after: float | None, held_before: float | None, held_after: float | None
-) -> list[str]:
-    """The four errors as text. Without a solver, the errors after the update are blank."""
-    texts = [NONE if value is None else percent(value) for value in (before, after, held_before, held_after)]
-    return texts if run.report.solver else [texts[0], NONE, texts[2], NONE]
+def _errors(run: FinishedRun, values: Sequence[float | None]) -> list[str]:
+    """Errors before and after the update, and others behind each pair, as text. Without a solver, those after the update are blank."""
+    return [_share(value if run.report.solver or place % 2 == 0 else None) for place, value in enumerate(values)]
 
 
 def _rest(count: int, order: str = "") -> str:

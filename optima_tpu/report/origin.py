@@ -35,7 +35,7 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
     for run in runs:
         if run.earlier:
             text.append(
-                f"{run.label if several else 'This run'} was stopped and resumed: the table below shows the stages after the "
+                f"{run.subject} was stopped and resumed: the table below shows the stages after the "
                 f"last resume. Together with the blocks finished before, the run took {run.time}; the time of other earlier "
                 "work was not recorded."
             )
@@ -43,7 +43,7 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
         "Seconds for a block",
         [
             plots.Line(
-                run.label if several else "seconds",
+                run.label or "seconds",
                 [block.index for block in run.report.blocks],
                 [block.seconds for block in run.report.blocks],
                 index,
@@ -57,7 +57,7 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
         if any(block.seconds for run in runs for block in run.report.blocks)
         else []
     )
-    legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
+    legend = [Key(run.label, index) for index, run in enumerate(runs) if run.label]
     head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *(["share"] if totals[0] > 0 else [])]
     return Section(
         "cost",
@@ -81,17 +81,16 @@ def origin(runs: Sequence[FinishedRun]) -> Section:
     """Section on what was run and in which environment, with the command that repeats the run."""
     several, tables, code, files = len(runs) > 1, [], [], []
     for run in runs:
-        label = f", {run.label}" if several else ""
-        tables.append(Table(f"What was run{label}", [], _facts(run), words=True))
+        tables.append(Table(f"What was run{run.behind}", [], _facts(run), words=True))
         configuration = run.report.configuration
         try:
             name, words = recorded_words(configuration)
         except UserError as error:
-            code.append((f"No command takes the recorded settings{label}", str(error)))
+            code.append((f"No command takes the recorded settings{run.behind}", str(error)))
             continue
-        code.append((f"Command{label}", _command(words, name)))
+        code.append((f"Command{run.behind}", _command(words, name)))
         if name == "prune":
-            files.append((f"All settings{label}, as a file for --config", dump(recorded_run(configuration))))
+            files.append((f"All settings{run.behind}, as a file for --config", dump(recorded_run(configuration))))
     text = [
         commands(
             "Start this command in the same directory to repeat the run. While the run directory exists, the command only prints "

@@ -5,7 +5,7 @@ Its layout is defined in report.html.j2 and report.css in this folder.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jinja2
 
@@ -19,36 +19,12 @@ from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.run_files import run_files
 from optima_tpu.report.runs import FinishedRun, read_runs
 from optima_tpu.report.summary import measured
-from optima_tpu.report.view import Section, Tile, commands, unbroken, without_folders
+from optima_tpu.report.view import commands, unbroken, without_folders
 from optima_tpu.report.writing import continuations, tokens
 from optima_tpu.runtime.files import write_bytes, writing
 
 PAGE = "report.html"
 """File name of the page in a run directory."""
-
-
-class Page(NamedTuple):
-    """The input of the template.
-
-    Attributes:
-      title: title of the page.
-      subtitle: one line on the method and its settings.
-      code: version of the program that made the runs.
-      tiles: the most important numbers, shown first; empty if several runs are compared.
-      result: the result in a few sentences; empty if several runs are compared.
-      sections: the sections in their order on the page.
-      colours: colours of the series on a light page.
-      markers: markers of the series, as characters.
-    """
-
-    title: str
-    subtitle: str
-    code: str
-    tiles: Sequence[Tile]
-    result: str
-    sections: Sequence[Section]
-    colours: Sequence[str] = SERIES
-    markers: Sequence[str] = tuple(MARKERS.values())
 
 
 def is_page(data: bytes) -> bool:
@@ -91,16 +67,24 @@ def render(title: str, runs: Sequence[FinishedRun]) -> str:
         *(run_files(run) for run in runs if len(runs) == 1),
         origin(runs),
     ]
-    code = ", ".join(dict.fromkeys(run.report.code for run in runs))
+    page: dict[str, Any] = {
+        "code": ", ".join(dict.fromkeys(run.report.code for run in runs)),
+        "colours": SERIES,
+        "markers": tuple(MARKERS.values()),
+    }
     if len(runs) == 1:
         settings = runs[0].report.settings
-        name = settings.model_name
-        done = f"{settings.method}, {title.removeprefix(name).lstrip(', ')}"
-        page = Page(name, without_folders(done), code, tiles(runs[0]), result(runs[0].report), sections)
+        done = f"{settings.method}, {title.removeprefix(settings.model_name).lstrip(', ')}"
+        page |= {"title": settings.model_name, "subtitle": without_folders(done), "sections": sections}
+        page |= {"tiles": tiles(runs[0]), "result": result(runs[0].report)}
     else:
-        page = Page(
-            f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), "", [comparison(runs), *sections]
-        )
+        page |= {
+            "title": f"{plural(len(runs), 'run')} side by side",
+            "subtitle": without_folders(title),
+            "tiles": (),
+            "result": "",
+        }
+        page |= {"sections": [comparison(runs), *sections]}
     # Escape everything: names of models and paths come from the user.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -98,13 +98,9 @@ def outcome(runs: Sequence[FinishedRun]) -> Section:
         if missing
         else []
     )
-    code = [
-        (f"Measure the distance to the dense model{f', {run.label}' if several else ''}", _evaluate(run))
-        for run in missing[:_SHOWN]
-    ]
+    code = [(f"Measure the distance to the dense model{run.behind}", _evaluate(run)) for run in missing[:_SHOWN]]
     text += [
-        f"The evaluation.json of {run.label if several else 'this run'} is not shown: it evaluates {run.another}, which this "
-        "run did not make."
+        f"The evaluation.json of {run.label or 'this run'} is not shown: it evaluates {run.another}, which this run did not make."
         for run in runs
         if run.another
     ]
@@ -136,10 +132,9 @@ def _published_table(rows: Sequence[Published]) -> Table:
 
 def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     """A table for each model that pruned ones are measured beside."""
-    several = len(runs) > 1
     rows: dict[str, list[list[str]]] = {"dense": []}
     for run in runs:
-        report, label = run.report, [run.label] if several else []
+        report = run.report
         texts: list[tuple[str, str, float | None, float, int, float | None]] = [
             (
                 "dense",
@@ -160,7 +155,7 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
         for other, how, before, pruned, tokens, error in texts:
             rows.setdefault(other, []).append(
                 [
-                    *label,
+                    *run.cell,
                     how,
                     NONE if before is None else number(before, 4),
                     number(pruned, 4),
@@ -168,7 +163,7 @@ def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
                     f"{tokens:,}",
                 ]
             )
-    first = ["run", "text"] if several else ["text"]
+    first = ["run", "text"] if len(runs) > 1 else ["text"]
     return [
         Table(
             f"Perplexity{_against(other)}, lower is better",
@@ -187,7 +182,7 @@ def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     asked = {run.label: run.evaluation.asked for run in runs if run.evaluation and run.evaluation.tasks}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
     for other in dict.fromkeys(run.beside for run in runs):
-        tasks = [row for run in runs if run.beside == other for row in _tasks(run, [run.label] if several else [])]
+        tasks = [row for run in runs if run.beside == other for row in _tasks(run)]
         if tasks:
             head = ["run", "task", "metric"] if several else ["task", "metric"]
             tables.append(
@@ -204,7 +199,6 @@ def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
 
 def distance(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the distance to the dense or another model, by block; empty if it was not measured."""
-    several = len(runs) > 1
     rows: dict[str, list[list[str]]] = {}
     curves: dict[tuple[str, str], list[plots.Line]] = {}
     for index, run in enumerate(runs):
@@ -212,7 +206,7 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
             last = distance.hidden_errors[-1] if distance.hidden_errors else None
             rows.setdefault(run.beside, []).append(
                 [
-                    *([run.label] if several else []),
+                    *run.cell,
                     text,
                     number(distance.kl) + _error(distance.kl_stderr),
                     percent(distance.agreement) + _error(distance.agreement_stderr, 100),
@@ -223,14 +217,14 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
             for key, name in _BY_BLOCK.items():
                 if values := getattr(distance, key):
                     values = [math.nan if value is None else value for value in values]  # a value that was not finite
-                    line = plots.Line(run.label if several else "pruned", range(len(values)), values, index)
+                    line = plots.Line(run.label or "pruned", range(len(values)), values, index)
                     curves.setdefault((key, f"{name}, {text}{_against(run.beside)}"), []).append(line)
     if not rows:
         return []
     panels = [plots.Panel(title, lines, **_UNITS[key]) for (key, title), lines in curves.items()]
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "distance")))
-    legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
-    first = ["run", "text"] if several else ["text"]
+    legend = [Key(run.label, index) for index, run in enumerate(runs) if run.label]
+    first = ["run", "text"] if len(runs) > 1 else ["text"]
     tables = [
         Table(
             f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
@@ -301,7 +295,7 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     return {name: values for name, values in rows.items() if set(values) != {NONE}}
 
 
-def _tasks(run: FinishedRun, label: list[str]) -> list[list[str]]:
+def _tasks(run: FinishedRun) -> list[list[str]]:
     def told(metric: str, value: float | None, error: float | None) -> str:
         if value is None:
             return NONE
@@ -309,7 +303,7 @@ def _tasks(run: FinishedRun, label: list[str]) -> list[list[str]]:
 
     rows = [
         [
-            *label,
+            *run.cell,
             score.task,
             score.metric,
             told(score.metric, score.against, score.against_error),
@@ -319,7 +313,7 @@ def _tasks(run: FinishedRun, label: list[str]) -> list[list[str]]:
         for score in (run.evaluation.scores if run.evaluation else ())
     ]
     if rows and run.evaluation and run.evaluation.average is not None:
-        rows.append([*label, "mean of the six", "acc", NONE, percent(run.evaluation.average), NONE])
+        rows.append([*run.cell, "mean of the six", "acc", NONE, percent(run.evaluation.average), NONE])
     return rows
 
 

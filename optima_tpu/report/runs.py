@@ -38,7 +38,7 @@ class FinishedRun(NamedTuple):
     """A finished run.
 
     Attributes:
-      label: method and the settings that distinguish it from the other runs: "wanda + cg, 2:4".
+      label: method and the settings that distinguish it from the other runs: "wanda + cg, 2:4"; empty for a run alone.
       place: the path that the user gave: the run directory or its report.json.
       report: contents of report.json.
       evaluation: contents of evaluation.json; None if the run was evaluated only on its own perplexity.
@@ -56,6 +56,26 @@ class FinishedRun(NamedTuple):
         """The run directory, also if the user gave the path of its report.json."""
         path = as_path(self.place)
         return path if path.is_dir() else path.parent
+
+    @property
+    def subject(self) -> str:
+        """What begins a sentence about the run."""
+        return self.label or "This run"
+
+    @property
+    def before(self) -> str:
+        """What stands before a sentence that says nothing of the run itself; empty for a run alone."""
+        return f"{self.label}: " if self.label else ""
+
+    @property
+    def behind(self) -> str:
+        """What stands behind a caption; empty for a run alone."""
+        return f", {self.label}" if self.label else ""
+
+    @property
+    def cell(self) -> list[str]:
+        """The first cell of a row in a table of several runs; none for a run alone."""
+        return [self.label] if self.label else []
 
     @property
     def beside(self) -> str:
@@ -93,6 +113,8 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[FinishedRun]]:
     title, labels = names(reports)
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
     labels |= {place: f"{labels[place]}, {place}" for place in twins}  # runs with the same settings are distinguished by path
+    if len(reports) == 1:
+        labels = dict.fromkeys(reports, "")
     return title, [FinishedRun(labels[place], place, report, *_evaluation(place, report)) for place, report in reports.items()]
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from optima_tpu.config.run_config import Sinks
 from optima_tpu.errors import UserError, one_line
@@ -34,16 +34,6 @@ _MEASURES = (
     "steps_max",
     "rows_refused",
 )
-
-
-class Sink(Protocol):
-    """A destination for named numbers, step by step."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the values of a step. The caller writes each step once, in ascending order."""
-
-    def close(self) -> None:
-        """Flushes everything that was written to the disk or the server."""
 
 
 class TensorBoard:
@@ -98,6 +88,10 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Sink = TensorBoard | WeightsAndBiases
+"""Takes named numbers, each step once and in ascending order."""
 
 
 def check_sinks(sinks: Sinks) -> None:

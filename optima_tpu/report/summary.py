@@ -31,10 +31,15 @@ def measured(layers: Sequence[LayerReport]) -> bool:
 
 def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
     """One summary for each kind of layer, in the order of first occurrence."""
+    return tuple(_kind(name, layers) for name, layers in layers_by_kind(all_layers(blocks)).items())
+
+
+def layers_by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+    """The layers of each kind, in the order of first occurrence."""
     kinds: dict[str, list[LayerReport]] = {}
-    for layer in all_layers(blocks):
+    for layer in layers:
         kinds.setdefault(kind_name(layer.name), []).append(layer)
-    return tuple(_kind(name, layers) for name, layers in kinds.items())
+    return kinds
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

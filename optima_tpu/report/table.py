@@ -8,20 +8,20 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from optima_tpu.errors import plural
-from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.contents import Report
 from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import became, percent
 from optima_tpu.report.published import result
-from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
+from optima_tpu.report.records import BlockReport, LayerKind
 from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.report.summary import (
     all_layers,
     by_kind,
     gap_meaning,
     held_out_caveat,
+    layers_by_kind,
     mean_errors,
     means,
     measured,
@@ -161,9 +161,7 @@ def unusual_lines(blocks: Sequence[BlockReport], settings: RecipeSettings) -> li
 
 def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
     """One sentence on the layers of :func:`summary.traded`, an intended effect of a dense target; empty if there are none."""
-    kinds: dict[str, list[LayerReport]] = {}
-    for layer in traded(blocks):
-        kinds.setdefault(kind_name(layer.name), []).append(layer)
+    kinds = layers_by_kind(traded(blocks))
     if not kinds:
         return []
     short = short_names([kind.name for kind in by_kind(blocks)])

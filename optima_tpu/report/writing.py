@@ -11,40 +11,38 @@ from optima_tpu.report.view import Section, Table
 
 def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the tokens that got worse; empty if no run has recorded losses per token."""
-    several, text = len(runs) > 1, []
+    text = []
     tables: list[Table] = []
     folded: list[Table] = []
     known = [(run, found) for run in runs if (found := run.report.tokens)]
     if not known:
         return []
     for run, found in known:
-        label = f"{run.label}: " if several else ""
         shares, middle = found.shares, len(found.edges) // 2
         # Where the mean is within its noise of zero, worse and better tokens cancel, and the share is of next to nothing.
         share = found.rise_share if found.mean > max(0.01, 2 * (found.mean_stderr or 0)) else None
         told = f" The worst 1% of the tokens cause {percent(share)} of the total rise." if share is not None else ""
         text.append(
-            f"{label}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {found.tokens:,} tokens worse than the "
+            f"{run.before}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {found.tokens:,} tokens worse than the "
             f"dense model, {percent(sum(shares[:middle]))} better, and the others equally well, within "
             f"{found.edges[middle]:g} nats. The loss {_moved(found.mean)} on average; "
             f"its median {_moved(found.median)}.{told}"
         )
-        of = f", {run.label}" if several else ""
         bars = [[name, percent(share), _bar(share)] for name, share in zip(_classes(found.edges), shares, strict=True)]
-        tables.append(Table(f"Tokens by the change of their loss{of}", ["change, in nats", "tokens", ""], bars))
+        tables.append(Table(f"Tokens by the change of their loss{run.behind}", ["change, in nats", "tokens", ""], bars))
         worst = [
             [_marked(each.before, each.token, each.after), _chance(each.dense), _chance(each.pruned)] for each in found.worst
         ]
         if worst:
             table = Table(
-                f"Tokens with the largest rise of the loss{of}",
+                f"Tokens with the largest rise of the loss{run.behind}",
                 ["token, in its text", "dense", "pruned"],
                 worst,
                 words=True,
                 names=0,
                 note="Probability of the marked token in each model, given all earlier tokens of its window. ⏎ is a line break.",
             )
-            (folded if several else tables).append(table)
+            (folded if run.label else tables).append(table)
     text.append(
         "The loss of a token is −ln of the probability that the model gives it; the perplexity is e to the power of the mean loss. "
         "A rise of 0.1 nats multiplies the probability by 0.90, a rise of 2 nats by 0.14."
@@ -54,18 +52,16 @@ def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
 
 def continuations(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the texts that both models write; empty if no run has recorded any."""
-    several, text, tables = len(runs) > 1, [], []
+    text, tables = [], []
     for run in runs:
         found = run.report.continuations
         if not found:
             continue
         if found.reason:
-            text.append(f"{f'{run.label}: ' if several else ''}{found.reason}")
+            text.append(f"{run.before}{found.reason}")
             continue
         rows = [[each.prompt, _parted(each.dense), _parted(each.pruned)] for each in found.texts]
-        tables.append(
-            Table(f"After a prompt{f', {run.label}' if several else ''}", ["prompt", "dense", "pruned"], rows, words=True)
-        )
+        tables.append(Table(f"After a prompt{run.behind}", ["prompt", "dense", "pruned"], rows, words=True))
     if not (text or tables):
         return []
     if tables:

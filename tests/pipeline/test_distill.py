@@ -23,7 +23,7 @@ from optima_tpu.method.distillation import KL, Blocks, hidden_error
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, load_group, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
 from optima_tpu.pipeline.distill import states
-from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
+from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient, next_token
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
 from optima_tpu.pipeline.distill.spans import distill_by_spans
@@ -170,7 +170,7 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
         for name, gradient in own.items():
             assert np.abs(share * gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
     # A step updates each block behind its own backward pass, and the blocks before it read none of it.
-    model = TrainedBlocks(trainer, range(3), others, NextToken(METHOD, head), positions)
+    model = TrainedBlocks(trainer, range(3), others, next_token(METHOD, head), positions)
     model.step(TrainingStream(tokens, dense.embed(tokens), final), float(rate))
     for moved, block, gradient in zip(model.blocks, blocks, found):
         for name, expected in trainer.update(block, gradient, share, rate).masters.items():

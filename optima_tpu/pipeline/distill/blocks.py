@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -299,67 +299,29 @@ Loss = Callable[[Array, Array, Array], Array]
 """``Distillation.loss``."""
 
 
-class Goal(Protocol):
-    """What a training minimises: a mean over what it counts in windows, read where they leave the trained blocks."""
+class Goal(NamedTuple):
+    """What a training minimises: a mean over terms of windows, read where they leave the trained blocks.
 
-    @property
-    def words(self) -> str:
-        """What the mean is called."""
+    Attributes:
+      words: what the mean is called.
+      amount: a mean with its unit.
+      sums: from ``(dense, pruned, tokens, there)``, as for :func:`head_losses`, to the sum for each window, [windows] float32, and
+        others that are told beside it.
+      gradient: likewise to the sum for each window, and the gradient of the total with respect to ``pruned``.
+      without: how many positions at the end of a window have no term.
+    """
 
-    def amount(self, mean: float) -> str:
-        """A mean with its unit."""
-
-    def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
-        """The sum for each window, [windows] float32, and others of :func:`head_losses` that are told beside it."""
-
-    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
-        """The sum for each window, and the gradient of the total with respect to ``pruned``."""
-
-    def count(self, length: int) -> int:
-        """How many terms the sum of a window of ``length`` tokens has."""
+    words: str
+    amount: Callable[[float], str]
+    sums: Callable[[Array, Array, Array, Array], tuple[Array, ...]]
+    gradient: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
+    without: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class NextToken:
+def next_token(method: Distillation, head: Head) -> Goal:
     """The method's loss of the next token, behind the last block. Each window's last position has no next token."""
-
-    method: Distillation
-    head: Head
-
-    @property
-    def words(self) -> str:
-        return self.method.words
-
-    def amount(self, mean: float) -> str:
-        return f"{number(mean, 4)} nats"
-
-    def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
-        return head_losses(self.method.loss, self.head, dense, pruned, tokens, there)
-
-    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
-        return head_gradient(self.method.loss, self.head, dense, pruned, tokens, there)
-
-    def count(self, length: int) -> int:
-        return length - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class HiddenState:
-    """``hidden_error`` behind a span of blocks."""
-
-    words: ClassVar[str] = "error of the hidden states"
-
-    def amount(self, mean: float) -> str:
-        return percent(mean)
-
-    def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
-        return (hidden_errors(dense, pruned, there),)
-
-    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
-        return hidden_gradient(dense, pruned, there)
-
-    def count(self, length: int) -> int:
-        return length
+    sums, gradient = (functools.partial(each, method.loss, head) for each in (head_losses, head_gradient))
+    return Goal(method.words, lambda mean: f"{number(mean, 4)} nats", sums, gradient, without=1)
 
 
 @jax.jit
@@ -378,6 +340,15 @@ def hidden_gradient(dense: Array, pruned: Array, there: Array) -> tuple[Array, A
 
     gradient, sums = jax.grad(total, has_aux=True)(pruned)
     return sums, gradient
+
+
+HIDDEN_STATE = Goal(
+    "error of the hidden states",
+    percent,
+    lambda dense, pruned, tokens, there: (hidden_errors(dense, pruned, there),),
+    lambda dense, pruned, tokens, there: hidden_gradient(dense, pruned, there),
+)
+"""``hidden_error`` behind a span of blocks."""
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -96,7 +96,7 @@ class TrainedBlocks:
         return total / count
 
     def _terms(self, stream: TrainingStream) -> int:
-        return len(stream.entering) * self.goal.count(stream.tokens.shape[1])
+        return len(stream.entering) * (stream.tokens.shape[1] - self.goal.without)
 
 
 def on_host(arrays: Tree) -> Tree:

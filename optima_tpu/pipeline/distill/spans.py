@@ -15,7 +15,7 @@ from optima_tpu.errors import plural
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Trainer
+from optima_tpu.pipeline.distill.blocks import HIDDEN_STATE, Goal, Trainer, next_token
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER, trained_block
 from optima_tpu.pipeline.distill.states import States, write_blocks
@@ -58,7 +58,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
             _through(dense, inputs.dense_blocks(index), training.dense, held_out.dense)
             progress.advance()
         if number == len(trained):
-            model = TrainedBlocks.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
+            model = TrainedBlocks.open(trainer, journal, span, HIDDEN_STATE, windows.training.shape[1])
             trained.append(_train(model, journal, training, held_out, progress))
             progress.note(", ".join(filter(None, [_told(trained[-1].span, blocks), progress.left()])))
             del model  # two spans would be on the devices while the next one is opened
@@ -72,7 +72,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     progress.note("the model as it was pruned reads the held-out text, for a comparison with the trained one")
     before = dense.embed(windows.held_out)
     _through(trainer.decoder, range(blocks), before, advance=progress.advance)
-    goal = NextToken(method, dense.head())
+    goal = next_token(method, dense.head())
     checks = (
         Check(step, finite(loss, step), None, perplexity)
         for step, stream in ((0, held_out._replace(entering=before)), (method.steps, held_out))

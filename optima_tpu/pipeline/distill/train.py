@@ -9,7 +9,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, Tree
+from optima_tpu.pipeline.distill.blocks import Trainer, Tree, next_token
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER
 from optima_tpu.pipeline.distill.states import State, States, write_blocks
@@ -63,7 +63,7 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
     """
     method, journal, head = inputs.method, inputs.journal, inputs.dense.head()
     span, length = range(inputs.pruned.config.blocks), inputs.windows.training.shape[1]
-    model = TrainedBlocks.open(inputs.trainer, journal, span, NextToken(method, head), length)
+    model = TrainedBlocks.open(inputs.trainer, journal, span, next_token(method, head), length)
     training = Training(model, States(journal.directory / FOLDER), progress)
     training.resume()
     feed = Feed(inputs, progress)
