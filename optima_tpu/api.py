@@ -200,7 +200,7 @@ def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -
     from optima_tpu.data import check_sources  # imports pyarrow and more, which an import of this module does not wait for
     from optima_tpu.pipeline.run import run
 
-    check_sources(config.calibration.source, config.evaluation.source)
+    check_sources(*config.texts)
     take_devices(config)
     quiet_orbax()  # an evaluation does it itself
     report = run(config, None if progress else Console(quiet=True))
@@ -316,12 +316,12 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
     config = RecoverConfig(str(model), str(tokens), **settings)
     from optima_tpu.data import check_sources
 
-    check_sources(config.source, config.evaluation)
+    check_sources(*config.texts)
     take_devices(config)
     from optima_tpu.pipeline.recover.run import recover
 
     quiet_orbax()
-    return _with_page(Result(config.directory, recover(config, None if progress else Console(quiet=True))))
+    return _with_page(Result(config.run_directory, recover(config, None if progress else Console(quiet=True))))
 
 
 def _with_page(result: Result) -> Result:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command, signals
-from optima_tpu.runtime.outputs import refuse_foreign
+from optima_tpu.runtime.outputs import refuse_foreign, refuse_no_folder
 from optima_tpu.runtime.program import Parser, program
 
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -30,13 +30,15 @@ def run(asked: tuple[argparse.Namespace, Path]) -> None:
     from optima_tpu.report import curves, figures  # matplotlib is slow, and --help and errors need not wait
 
     refuse_foreign(path, curves.is_figure, chosen.force)
-    data: curves.LayerErrors | curves.WindowCounts = (
-        curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.windows(chosen.sweep)
-    )
-    drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.windows(data)
+    if chosen.figure == "layer-errors":
+        errors = curves.layer_errors(chosen.runs, chosen.against)
+        drawn, remarks = figures.layer_errors(errors), errors.remarks
+    else:
+        counts = curves.windows(chosen.sweep)
+        drawn, remarks = figures.windows(counts), counts.remarks
     figures.write(drawn, path)
     signals.ended(0)
-    for remark in data.remarks:
+    for remark in remarks:
         print(remark)
     print(f"wrote {path}")
 
@@ -50,8 +52,7 @@ def check_output(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.suffix.lower() not in _SUFFIXES:
         raise UserError(f"expected --output to end in one of {', '.join(_SUFFIXES)}, got {path}")
-    if not path.parent.is_dir():
-        raise UserError(f"expected --output in an existing folder, got {path}; make {path.parent} first")
+    refuse_no_folder("--output", path)
     if path.is_dir():
         raise UserError(f"expected --output to be a file, got the folder {path}")
     return path

@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command
+from optima_tpu.runtime.light import real
 from optima_tpu.runtime.program import program
 
 if TYPE_CHECKING:
     from optima_tpu.config.run_config import RunConfig
+    from optima_tpu.pipeline.recover.config import RecoverConfig
 
 
-def run(config: "RunConfig") -> None:
-    """Prunes, and draws the page of the run."""
+def run(config: "RunConfig | RecoverConfig", work: str = "optima_tpu.pipeline.run:run") -> None:
+    """Does the work of a run, "module:name", and draws its page."""
     command.take_devices(config)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.data import check_files
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
-    from optima_tpu.pipeline.run import run as prune
     from optima_tpu.runtime import processes
 
-    processes.first_only(lambda: check_files(config.calibration.source, config.evaluation.source))
+    processes.first_only(lambda: check_files(*config.texts))
     quiet_orbax()
-    prune(config)
+    real(work)(config)
     if processes.is_first():
         draw_page(config.run_directory)
 

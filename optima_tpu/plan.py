@@ -62,7 +62,7 @@ def read(argv: Sequence[str]) -> AskedPlan:
     from optima_tpu.config.parse import parse
     from optima_tpu.data import check_sources
     from optima_tpu.pipeline.recover.config import RecoverConfig, count_tokens
-    from optima_tpu.runtime.outputs import refuse_foreign
+    from optima_tpu.runtime.outputs import refuse_foreign, refuse_no_folder
 
     parser = make_parser()
     options, settings = parser.parse_known_args(list(argv))
@@ -77,10 +77,9 @@ def read(argv: Sequence[str]) -> AskedPlan:
     if recovering and not any(word.partition("=")[0] == "--calibration.length" for word in settings):
         settings += ["--calibration.length", "null"]  # a length that a run of this model would take is not one of a recovery
     config = parse(settings, parser.names)
-    check_sources(config.calibration.source, config.evaluation.source)
-    if options.json and not options.json.parent.is_dir():
-        raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
+    check_sources(*config.texts)
     if options.json:
+        refuse_no_folder("--json", options.json)
         refuse_foreign(options.json, _is_plan, options.force)
     return AskedPlan(options, config)
 

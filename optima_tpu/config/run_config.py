@@ -263,6 +263,11 @@ class RunConfig(Devices):
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **own), **settings)
 
     @property
+    def texts(self) -> tuple[str | None, str | None]:
+        """The texts to calibrate and to measure on, as they are named."""
+        return self.calibration.source, self.evaluation.source
+
+    @property
     def outside_code(self) -> dict[str, str]:
         """The user's own classes in this run, by import path, and the SHA-256 of the file that each was read from."""
         scores = [self.cut.expert_score] if self.cut.experts else []

@@ -6,12 +6,11 @@ The commands call these functions by ``runtime.light``, first without the librar
 from collections.abc import Iterable, Sequence
 
 from optima_tpu import data
-from optima_tpu.config.model_spec import refuse_early
 from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.arguments import refuse_wrong
 from optima_tpu.pipeline.recover import config as recover
-from optima_tpu.runtime.processes import may_join
 
 
 def read_run(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
@@ -21,11 +20,7 @@ def read_run(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
       UserError: a setting is wrong; the model or a file of text is missing; the texts, or mesh and devices, contradict each other.
     """
     config = parse(argv, beside)
-    refuse_early(config.coordinator, config.model)
-    data.check_sources(config.calibration.source, config.evaluation.source)
-    config.refuse_impossible()
-    if not may_join(config.coordinator):  # other processes would wait for this one, which has perhaps not all files
-        data.check_files(config.calibration.source, config.evaluation.source)
+    if refuse_wrong(config, [config.model], config.texts):
         texts_of(config)
     return config
 
@@ -50,13 +45,8 @@ def texts_of(config: RunConfig) -> tuple[data.Source, data.Source]:
 def read_recovery(argv: Sequence[str]) -> recover.RecoverConfig:
     """The recovery that a command line asks for. Raises UserError as :func:`read_run`."""
     config = recover.parse(argv)
-    refuse_early(config.coordinator, config.model, config.against)
-    data.check_sources(config.source, config.evaluation)
-    config.refuse_impossible()
-    if not may_join(config.coordinator):
-        data.check_files(config.source, config.evaluation)
-        if config.source:
-            recovery_texts(config.source, config.evaluation or config.source)
+    if refuse_wrong(config, (config.model, config.against), config.texts) and config.source:
+        recovery_texts(config.source, config.evaluation or config.source)
     return config
 
 

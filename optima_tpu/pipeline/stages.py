@@ -497,7 +497,7 @@ EXPORTING = Stage("exporting for transformers", _export, _read_export, _export_s
 
 def continues(config: RunConfig) -> bool:
     """Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning."""
-    return config.export and "random" not in (config.calibration.source, config.evaluation.source)
+    return config.export and "random" not in config.texts
 
 
 def _continue(work: StageWork, pruned: PrunedModel) -> Continuations:

@@ -12,8 +12,8 @@ from rich.table import Table as RichTable
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command, signals
-from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.outputs import refuse_foreign
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.outputs import refuse_foreign, refuse_no_folder
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def run(asked: tuple[argparse.Namespace, Path]) -> None:
     chosen, path = asked
     from optima_tpu.report.page import is_page, write_page
     from optima_tpu.report.progress import Terminal, say
+    from optima_tpu.report.table import print_summary
 
     console = Terminal()
     if chosen.output is not None or len(chosen.runs) > 1:
@@ -38,7 +39,7 @@ def run(asked: tuple[argparse.Namespace, Path]) -> None:
     runs = write_page(chosen.runs, path)
     signals.ended(0)
     if len(runs) == 1:
-        _tell(console, runs[0])
+        print_summary(console, runs[0].report, runs[0].directory)
     else:
         _compare(console, runs)
     say(console, f"\nwrote {path}")
@@ -51,23 +52,15 @@ def output_path(runs: Sequence[str], output: str | None) -> Path:
       UserError: ``output`` is a folder, or its folder does not exist.
     """
     from optima_tpu.report.page import PAGE
+    from optima_tpu.report.runs import run_of
 
     if output is None:
-        run = as_path(runs[0])
-        return (run if run.is_dir() else run.parent) / PAGE if len(runs) == 1 else Path(PAGE)
+        return run_of(runs[0]) / PAGE if len(runs) == 1 else Path(PAGE)
     path = as_path(output)
     if path.is_dir():
         raise UserError(f"expected --output with a file name, got the folder {path}; choose {path / PAGE}")
-    if not in_bucket(path) and not path.parent.is_dir():
-        raise UserError(f"expected --output in an existing folder, got {path}; make {path.parent} first")
+    refuse_no_folder("--output", path)
     return path
-
-
-def _tell(console: Console, run: "FinishedRun") -> None:
-    from optima_tpu.report.table import print_summary
-
-    place = as_path(run.place)
-    print_summary(console, run.report, place if place.is_dir() else place.parent)
 
 
 def _compare(console: Console, runs: "Sequence[FinishedRun]") -> None:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.method.layer_rules import kind_name
@@ -13,6 +13,8 @@ from optima_tpu.report.numbers import number
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import names, read_report
 from optima_tpu.runtime.checksums import read_intact
+
+L = TypeVar("L")
 
 MADE_BY = "OPTIMA-TPU, optima_tpu.figures"
 """Stands in the metadata of every figure."""
@@ -37,22 +39,6 @@ class LayerLine(NamedTuple):
     held_out: Sequence[float]
 
 
-class LayerErrors(NamedTuple):
-    """Data for the paper's Figure 2.
-
-    Attributes:
-      title: the settings that all runs share.
-      quantity: the quantity that the lines show.
-      runs: label -> kind of layer -> line.
-      remarks: notes on data that the figure leaves out.
-    """
-
-    title: str
-    quantity: str
-    runs: Mapping[str, Mapping[str, LayerLine]]
-    remarks: Sequence[str] = ()
-
-
 class WindowLine(NamedTuple):
     """Perplexities of one method with one pattern.
 
@@ -71,20 +57,24 @@ class WindowLine(NamedTuple):
     deviations: Sequence[float]
 
 
-class WindowCounts(NamedTuple):
-    """Data for the paper's Figure 3.
+class FigureData(NamedTuple, Generic[L]):
+    """Data for a figure of the paper.
 
     Attributes:
-      title: model, texts, and the perplexity of the dense model.
+      title: what all lines share.
       quantity: the quantity that the lines show.
-      panels: pattern -> its lines.
+      lines: of Figure 2 by the label of the run and the kind of layer, of Figure 3 by the pattern.
       remarks: notes on data that the figure leaves out.
     """
 
     title: str
     quantity: str
-    panels: Mapping[str, Sequence[WindowLine]]
+    lines: Mapping[str, L]
     remarks: Sequence[str] = ()
+
+
+LayerErrors = FigureData[Mapping[str, LayerLine]]
+WindowCounts = FigureData[Sequence[WindowLine]]
 
 
 def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ()) -> LayerErrors:
@@ -131,7 +121,7 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
         for label in dict.fromkeys(gaps)
     ]
     quantity = "final layer error: run / other run" if below else "layer error: after the update / before"
-    return LayerErrors(title, quantity, lines, remarks)
+    return FigureData(title, quantity, lines, remarks)
 
 
 def windows(sweep: str | Path) -> WindowCounts:
@@ -176,7 +166,7 @@ def windows(sweep: str | Path) -> WindowCounts:
     spread = f"\nmean and standard deviation over {counted} seeds" if seeds[-1] > 1 else ""
     left = len(results) - len(done)
     remarks = [f"left out {plural(left, 'cell')} of {len(results)} that are not finished"] if left else []
-    return WindowCounts(_windows_title(path.parent, done) + spread, "perplexity", panels, remarks)
+    return FigureData(_windows_title(path.parent, done) + spread, "perplexity", panels, remarks)
 
 
 def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]) -> list[tuple[float, float | None]]:

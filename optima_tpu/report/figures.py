@@ -52,15 +52,15 @@ class _Layout(NamedTuple):
 
 def layer_errors(data: LayerErrors) -> Figure:
     """A figure with one panel for each layer name and one line for each run; held-out text is dashed. All axes are the same."""
-    names = list(dict.fromkeys(name for lines in data.runs.values() for name in lines))
+    names = list(dict.fromkeys(name for lines in data.lines.values() for name in lines))
     # Each colour has its own marker; when the colours repeat, the markers are shifted.
     count = len(_COLOURS)
     looks: dict[str, Look] = {
         label: {"color": _COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
-        for index, label in enumerate(data.runs)
+        for index, label in enumerate(data.lines)
     }
     entries = [Line2D([], [], markersize=4, label=label, **look) for label, look in looks.items()]
-    held_out = any(np.isfinite(line.held_out).any() for lines in data.runs.values() for line in lines.values())
+    held_out = any(np.isfinite(line.held_out).any() for lines in data.lines.values() for line in lines.values())
     if held_out:
         entries += [
             Line2D([], [], color=_GREY, label="calibration text"),
@@ -70,7 +70,7 @@ def layer_errors(data: LayerErrors) -> Figure:
     figure, panels = _figure(data, list(titles.values()), _Layout(4, (2.8, 2.2), "block", share=True), entries)
     for axes, name in zip(panels, titles):
         axes.axhline(1, color=_GREY, linewidth=0.8, zorder=1)
-        for label, lines in data.runs.items():
+        for label, lines in data.lines.items():
             if name in lines:
                 line = lines[name]
                 axes.plot(line.blocks, line.calibration, markersize=2.5, linewidth=1.2, label=label, **looks[label])
@@ -84,7 +84,7 @@ def layer_errors(data: LayerErrors) -> Figure:
                         label=f"{label}, held-out",
                     )
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    values = [value for lines in data.runs.values() for line in lines.values() for value in (*line.calibration, *line.held_out)]
+    values = [value for lines in data.lines.values() for line in lines.values() for value in (*line.calibration, *line.held_out)]
     largest = np.nanmax(values)
     # Use a logarithmic axis if an error more than doubles, as it may on held-out text.
     if largest > 2 and np.nanmin(values) > 0:
@@ -99,7 +99,7 @@ def windows(data: WindowCounts) -> Figure:
 
     The colour of a line shows the mask, its style the update.
     """
-    every = [line for lines in data.panels.values() for line in lines]
+    every = [line for lines in data.lines.values() for line in lines]
     colours = dict(zip(dict.fromkeys(line.mask for line in every), itertools.cycle(_COLOURS)))
     styles = dict(zip(dict.fromkeys(line.update for line in every), itertools.cycle(zip(_STYLES, _MARKERS))))
     looks: dict[tuple[str, str], Look] = {}
@@ -114,9 +114,9 @@ def windows(data: WindowCounts) -> Figure:
             "label": f"{line.mask} + {line.update}",
         }
     entries = [Line2D([], [], **look) for look in looks.values()]
-    titles = [f"pattern {pattern}" for pattern in data.panels]
+    titles = [f"pattern {pattern}" for pattern in data.lines]
     figure, panels = _figure(data, titles, _Layout(2, (4.8, 3.2), "calibration windows"), entries)
-    for axes, lines in zip(panels, data.panels.values()):
+    for axes, lines in zip(panels, data.lines.values()):
         for line in lines:
             bars = None if np.isnan(line.deviations).all() else line.deviations
             axes.errorbar(line.windows, line.means, yerr=bars, capsize=2.5, elinewidth=1, **looks[line.mask, line.update])

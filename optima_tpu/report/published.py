@@ -11,7 +11,6 @@ import csv
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -28,16 +27,14 @@ TEXTS = {"c4": "C4", "wikitext2": "WikiText-2"}
 """The texts of the published results, by their names in the settings."""
 
 
-class Published(NamedTuple):
+class Published(Perplexities, frozen=True):
     """A published result.
 
     Attributes:
       pattern: "50%", "60%" or "70%" of the weights of every matrix, unstructured; or "2:4", "4:8".
-      model: name of the model.
-      billions: its number of weights.
+      billions: the model's number of weights.
       text: the text of both perplexities.
       method: the mask, and the update if there is one.
-      dense, pruned: the perplexities.
       source: the publication, or the file of this repository that has the measurement.
     """
 
@@ -46,21 +43,14 @@ class Published(NamedTuple):
     billions: float
     text: str
     method: str
-    dense: float
-    pruned: float
     source: str
-
-    @property
-    def ratio(self) -> float:
-        """The pruned model's perplexity relative to the dense model's."""
-        return self.pruned / self.dense
 
 
 @functools.cache
 def published() -> tuple[Published, ...]:
     """All rows of published.csv."""
     text = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8")
-    rows = ([row[name] for name in Published._fields] for row in csv.DictReader(text.splitlines()))
+    rows = ({name: row[name] for name in Published.__struct_fields__} for row in csv.DictReader(text.splitlines()))
     return msgspec.convert(list(rows), tuple[Published, ...], strict=False)
 
 
@@ -107,9 +97,7 @@ def result(report: Report) -> str:
         )
     elif text not in TEXTS:
         place = " This run was measured on another text, so compare with care."
-    ranges = "; ".join(
-        _range([row for row in rows if row.model == model]) for model in dict.fromkeys(row.model for row in sorted(rows))
-    )
+    ranges = "; ".join(_range([row for row in rows if row.model == model]) for model in sorted({row.model for row in rows}))
     return f"{first} Published methods at {best.pattern} with models of about this size: {ranges}.{place}"
 
 

@@ -53,9 +53,8 @@ class FinishedRun(NamedTuple):
 
     @property
     def directory(self) -> Path:
-        """The run directory, also if the user gave the path of its report.json."""
-        path = as_path(self.place)
-        return path if path.is_dir() else path.parent
+        """As :func:`run_of`."""
+        return run_of(self.place)
 
     @property
     def subject(self) -> str:
@@ -188,10 +187,15 @@ def _facts(settings: RunSettings) -> dict[str, str]:
     }
 
 
+def run_of(place: str) -> Path:
+    """The run directory, also if the user gave the path of its report.json."""
+    path = as_path(place)
+    return path if path.is_dir() else path.parent
+
+
 def _evaluation(place: str, report: Report) -> tuple[EvaluationRecord | None, str | None]:
     """(evaluation.json next to report.json, None); or (None, name of the evaluated model) if it is not this run's model."""
-    path = as_path(place)
-    path = (path if path.is_dir() else path.parent) / "evaluation.json"
+    path = run_of(place) / "evaluation.json"
     if not path.exists():
         return None, None
     remedy = "move the file away, or evaluate again"

@@ -4,7 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from optima_tpu.errors import UserError
+from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.records import MOST_BYTES
+
+
+def refuse_no_folder(option: str, path: Path) -> None:
+    """Raises UserError where the folder of a file to write does not exist. A bucket has no folders."""
+    if not in_bucket(path) and not path.parent.is_dir():
+        raise UserError(f"expected {option} in an existing folder, got {path}; make {path.parent} first")
 
 
 def refuse_foreign(path: Path, own: Callable[[bytes], bool], force: bool) -> None:

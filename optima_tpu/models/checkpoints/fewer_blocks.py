@@ -58,11 +58,15 @@ def settings_without(model: PretrainedConfig, left_out: Collection[int]) -> dict
     return {"num_hidden_layers": len(kept)} | changed
 
 
-def with_settings(config: bytes, settings: Mapping[str, Any]) -> bytes:
-    """config.json with other settings, which stand in text_config where there is one."""
+def with_settings(config: bytes, settings: Mapping[str, Any], held: bool = False) -> bytes:
+    """config.json with other settings, which stand in text_config where there is one.
+
+    Args:
+      held: take those of the settings alone that are in it.
+    """
     record: dict[str, Any] = json.loads(config)
-    text = record.get("text_config")
-    (text if isinstance(text, dict) else record).update(settings)
+    text = found if isinstance(found := record.get("text_config"), dict) else record
+    text.update({name: value for name, value in settings.items() if name in text or not held})
     return json.dumps(record, indent=2).encode() + b"\n"
 
 

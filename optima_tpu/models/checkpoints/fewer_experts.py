@@ -1,9 +1,8 @@
 """A model without some of the experts of its mixtures: how many can stay, and its tensors."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -40,10 +39,7 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def assets_with(assets: Mapping[str, bytes], experts: int) -> dict[str, bytes]:
     """The files of a model, with the config.json of the model with so many experts."""
-    record: dict[str, Any] = json.loads(assets["config.json"])
-    text = record["text_config"] if isinstance(record.get("text_config"), dict) else record
-    counts = {name: experts for name in _COUNTS if name in text}
-    return {**assets, "config.json": with_settings(assets["config.json"], counts)}
+    return {**assets, "config.json": with_settings(assets["config.json"], dict.fromkeys(_COUNTS, experts), held=True)}
 
 
 def cut_assets(assets: Mapping[str, bytes], left_out: LeftOut) -> dict[str, bytes]:

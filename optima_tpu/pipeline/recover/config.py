@@ -108,7 +108,12 @@ class RecoverConfig(Devices):
         }
 
     @property
-    def directory(self) -> Path:
+    def texts(self) -> tuple[str | None, str | None]:
+        """The texts to train and to measure on, as they are named."""
+        return self.source, self.evaluation
+
+    @property
+    def run_directory(self) -> Path:
         """Where the result goes."""
         if self.output is not None:
             return as_path(self.output)

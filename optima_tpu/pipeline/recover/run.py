@@ -50,7 +50,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     console = console or Terminal(quiet=not is_first())
     settings = config.to_dict()
     agree("settings and code", flat(settings | {"process_id": None, "code": code_version()}))
-    directory = together(lambda: config.directory)
+    directory = together(lambda: config.run_directory)
     refuse_unusable(directory)
     check_signals()
     start = open_start(
@@ -181,7 +181,7 @@ def _run_config(config: RecoverConfig, base: RunConfig, source: str, evaluation:
         **{name: getattr(config, name) for name in shared},
         process_id=config.process_id,
         join_timeout=config.join_timeout,
-        output=str(config.directory),
+        output=str(config.run_directory),
         distill=dataclasses.replace(config.distill, windows=windows),
         calibration=Calibration(source, windows, length, config.seed, config.held_out),
         evaluation=Evaluation(evaluation, length, config.windows),

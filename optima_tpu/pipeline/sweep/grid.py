@@ -203,7 +203,7 @@ def _configured(
 
     def read(words: Sequence[str]) -> RunConfig:
         config = configure(document, words, beside)
-        check_sources(config.calibration.source, config.evaluation.source)
+        check_sources(*config.texts)
         refuse_relabelled(config, document, words, labelled_settings(axes))
         return config
 
