@@ -56,8 +56,8 @@ def run(asked: AskedSweep) -> int:
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.sweep.runner import Sweep
-    from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
-    from optima_tpu.report.progress import Terminal, say, show
+    from optima_tpu.pipeline.sweep.tables import failure_lines, layout
+    from optima_tpu.report.progress import Terminal, plain_table, say, show
 
     quiet_orbax()
     sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints, options.force)
@@ -73,7 +73,8 @@ def run(asked: AskedSweep) -> int:
     failures = failure_lines(sweep.results)
     signals.ended(1 if failures else 0)
     console.print()
-    show(console, terminal_table(layout(grid, sweep.results)))
+    table = layout(grid, sweep.results)
+    show(console, plain_table(table.head, table.rows, table.names))
     say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
     return 1 if failures else 0
 

@@ -18,7 +18,6 @@ from optima_tpu.data.random import Random
 from optima_tpu.data.sampling import Draw
 from optima_tpu.data.self_generated import SelfGenerated
 from optima_tpu.data.source import (
-    Located,
     Part,
     Source,
     Split,
@@ -233,7 +232,7 @@ def refuse_overlap(
 ) -> None:
     """Raises UserError if both sources would read the same documents: no model is scored on text that it was calibrated on.
 
-    See :func:`shared`. Sources that are not :class:`Located` have splits without common documents.
+    See :func:`shared`. Sources that name no parts have splits without common documents.
 
     Args:
       both: what the command calls the two.
@@ -256,8 +255,6 @@ def shared(calibration: Source, evaluation: Source) -> Part | None:
     Raises:
       UserError: a source can't say what it reads, because its data set does not exist here.
     """
-    if not (isinstance(calibration, Located) and isinstance(evaluation, Located)):
-        return None
     return common_part(calibration.parts("calibration"), evaluation.parts("evaluation"))
 
 

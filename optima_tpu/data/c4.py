@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from optima_tpu.data import hub
 from optima_tpu.data.file import File
-from optima_tpu.data.source import Part, Split
+from optima_tpu.data.source import Part, Split, TextSource
 
 REPOSITORY = "allenai/c4"
 FILES = {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -14,7 +14,7 @@ EVALUATION_DOCUMENTS = 1100
 
 
 @dataclasses.dataclass(frozen=True)
-class C4:
+class C4(TextSource):
     """The first shard of the training set (356,317 documents); for evaluation the first shard of the validation set.
 
     Evaluation takes its first 1100 documents joined by a space, as SparseGPT does, and all of their windows; SparseGPT takes at

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from optima_tpu.data.source import Fingerprinted, Source, Split, Tokens
+from optima_tpu.data.source import Source, Split, Tokens
 from optima_tpu.models.checkpoints import Pretrained
 from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.files import user_cache, write_bytes
@@ -88,7 +88,7 @@ def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int 
     Raises:
       UserError: the source can't be read.
     """
-    fingerprint = source.fingerprint(split) if isinstance(source, Fingerprinted) else None
+    fingerprint = source.fingerprint(split)
     if fingerprint is None:
         return None
     assets = {name: hashlib.sha256(content).hexdigest() for name, content in pretrained.assets.items() if name != CARD}

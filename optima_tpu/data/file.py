@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from optima_tpu.data.source import Part, Split, split_options
+from optima_tpu.data.source import Part, Split, TextSource, split_options
 from optima_tpu.errors import UserError, one_line
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -26,7 +26,7 @@ _LEAST, _RATIO = 1 << 26, 100
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
+class File(TextSource):
     """The text of one file. It has no splits: calibration and evaluation both read all of it.
 
     Attributes:

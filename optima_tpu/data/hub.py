@@ -9,14 +9,14 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from optima_tpu.data.source import Documents, Part, Split, split_options
+from optima_tpu.data.source import Documents, Part, Split, TextSource, split_options
 from optima_tpu.errors import UserError, one_line
 
 _FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], optionally with ?field=NAME"
 
 
 @dataclasses.dataclass(frozen=True)
-class Hub:
+class Hub(TextSource):
     """One split of a data set, read by the ``datasets`` library. Calibration and evaluation both read it.
 
     The whole split is downloaded into the library's own cache, unless only its first documents are asked for: these are

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from optima_tpu.data.self_generated import SelfGenerated
-from optima_tpu.data.source import Fingerprinted, Located, Part, Source, Split, Tokens, common_part
+from optima_tpu.data.source import Part, Source, Split, TextSource, Tokens, common_part
 from optima_tpu.errors import UserError
 
 _SHARED = re.compile(r"(.+):(\d*\.?\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Mix:
+class Mix(TextSource):
     """Texts of which each gives its share of the windows. Windows of different texts alternate, so any first part is a mix too.
 
     Attributes:
@@ -66,11 +66,11 @@ class Mix:
 
     def parts(self, split: Split) -> Iterable[Part]:
         """The parts that are read of all texts that can say it."""
-        return [part for text in self.texts if isinstance(text, Located) for part in text.parts(split)]
+        return [part for text in self.texts for part in text.parts(split)]
 
     def fingerprint(self, split: Split) -> str | None:
         """The fingerprints of all texts; None if one can't tell."""
-        found = [text.fingerprint(split) if isinstance(text, Fingerprinted) else None for text in self.texts]
+        found = [text.fingerprint(split) for text in self.texts]
         known = [each for each in found if each is not None]
         return " ".join(known) if len(known) == len(found) else None
 
@@ -123,7 +123,7 @@ class Mix:
 
     def _refuse_overlap(self) -> None:
         """Raises UserError if two texts may share documents: held-out windows would hold what was calibrated on."""
-        for first, second in itertools.combinations([text for text in self.texts if isinstance(text, Located)], 2):
+        for first, second in itertools.combinations(self.texts, 2):
             if part := common_part(first.parts("calibration"), second.parts("calibration")):
                 raise UserError(
                     f"expected different texts in a mix, got {first} and {second}, which both read {part.place}: add up their shares"

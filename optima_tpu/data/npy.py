@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from optima_tpu.data.source import Part, Split, Tokens
+from optima_tpu.data.source import Part, Split, Tokens, TokenSource
 from optima_tpu.errors import UserError, one_line, plural
 
 
 @dataclasses.dataclass(frozen=True)
-class Npy:
+class Npy(TokenSource):
     """An integer array [windows, length] of token ids, used as it is. Calibration and evaluation both take its first rows.
 
     Attributes:

@@ -4,12 +4,12 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from optima_tpu.data.source import Split
+from optima_tpu.data.source import Split, TextSource
 from optima_tpu.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class PyDoc:
+class PyDoc(TextSource):
     """The prose of the Python language reference, from ``pydoc_data.topics``.
 
     Topics are taken in the order of their names. Some quote others in part or whole ("compound" holds "for"), so a paragraph is

@@ -5,12 +5,12 @@ from typing import get_args
 
 import numpy as np
 
-from optima_tpu.data.source import Split, Tokens
+from optima_tpu.data.source import Split, Tokens, TokenSource
 from optima_tpu.errors import UserError, plural
 
 
 @dataclasses.dataclass(frozen=True)
-class Random:
+class Random(TokenSource):
     """Every id of the vocabulary equally likely, from numpy's PCG64; the two splits differ."""
 
     def __str__(self) -> str:

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Iterator
 
-from optima_tpu.data.source import Split
+from optima_tpu.data.source import Split, TextSource
 from optima_tpu.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfGenerated:
+class SelfGenerated(TextSource):
     """Windows sampled from the dense model, as in self-calibration (Williams, Chrysostomou, Aletras, arXiv:2410.17170).
 
     ``optima_tpu.pipeline.self_calibration`` makes them, since it has the model. Every token of a window is drawn at the same

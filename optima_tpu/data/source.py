@@ -1,8 +1,9 @@
 """The interfaces of text sources and token sources."""
 
+import abc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol, overload, runtime_checkable
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -43,30 +44,6 @@ def unigram_perplexity(ids: np.ndarray) -> float:
     return float(np.exp(-np.sum(shares * np.log(shares)) + (len(counts) - 1) / (2 * ids.size)))
 
 
-@runtime_checkable
-class TextSource(Protocol):
-    """Documents of text. A frozen dataclass; its ``str`` is what the user types."""
-
-    def documents(self, split: Split) -> Iterable[str]:
-        """The documents of one split, always in the same order. Raises UserError if they can't be read.
-
-        A Sequence if a document can be read by its index: then only the documents that are needed are read.
-        """
-        ...
-
-
-@runtime_checkable
-class TokenSource(Protocol):
-    """Windows that are token ids already. A frozen dataclass; its ``str`` is what the user types."""
-
-    def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """``windows`` rows of ``length`` ids in [0, vocabulary); None means all. Raises UserError if it can't."""
-        ...
-
-
-Source = TextSource | TokenSource
-
-
 class Part(NamedTuple):
     """Documents ``first`` to ``last - 1`` of the text at ``place``; without a ``last``, all from ``first`` on.
 
@@ -94,22 +71,42 @@ def common_part(first: Iterable[Part], second: Iterable[Part]) -> Part | None:
     return next((part for part in first if any(map(part.overlaps, others))), None)
 
 
-@runtime_checkable
-class Located(Protocol):
-    """A source that can say what it reads, so that a run does not calibrate and evaluate on the same text."""
+class Known:
+    """What a source can say of itself without reading all of its text. A frozen dataclass; its ``str`` is what the user types."""
 
     def parts(self, split: Split) -> Iterable[Part]:
-        """The parts that are read for a split. Raises UserError if it can't say."""
-        ...
+        """The parts that are read for a split, so that a run does not calibrate and evaluate on the same text; none if it can't say.
 
-
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """A source that can tell whether its text has changed without reading all of it as text."""
+        Raises:
+          UserError: its data set does not exist here.
+        """
+        return ()
 
     def fingerprint(self, split: Split) -> str | None:
         """A text that differs if the documents differ; None if it can't tell. Raises UserError as ``documents`` does."""
-        ...
+        return None
+
+
+class TextSource(Known, abc.ABC):
+    """Documents of text."""
+
+    @abc.abstractmethod
+    def documents(self, split: Split) -> Iterable[str]:
+        """The documents of one split, always in the same order. Raises UserError if they can't be read.
+
+        A Sequence if a document can be read by its index: then only the documents that are needed are read.
+        """
+
+
+class TokenSource(Known, abc.ABC):
+    """Windows that are token ids already."""
+
+    @abc.abstractmethod
+    def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
+        """``windows`` rows of ``length`` ids in [0, vocabulary); None means all. Raises UserError if it can't."""
+
+
+Source = TextSource | TokenSource
 
 
 class Documents(Sequence[str]):

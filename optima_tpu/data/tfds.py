@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optima_tpu.data.source import Documents, Part, Split, split_options
+from optima_tpu.data.source import Documents, Part, Split, TextSource, split_options
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.runtime.inside import below, inside
 from optima_tpu.runtime.program import program
@@ -22,7 +22,7 @@ _FORM = "tfds:NAME@DIR or tfds:NAME/CONFIG:VERSION@DIR, optionally with ?split=N
 
 
 @dataclasses.dataclass(frozen=True)
-class TFDS:
+class TFDS(TextSource):
     """A data set that was prepared in a format with random access: array_record or Parquet.
 
     A document is read by its index, and only if it is needed, so that each of several processes can read a part; all processes

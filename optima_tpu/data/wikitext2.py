@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 from optima_tpu.data import hub
 from optima_tpu.data.file import File
-from optima_tpu.data.source import Part, Split
+from optima_tpu.data.source import Part, Split, TextSource
 
 REPOSITORY, CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 SPLITS = {"calibration": "train", "evaluation": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
-class WikiText2:
+class WikiText2(TextSource):
     """The training rows joined by a space for calibration, the test rows joined by a blank line for evaluation.
 
     Both as SparseGPT and Wanda do, empty rows included.

@@ -8,7 +8,7 @@ from rich.table import Table
 from optima_tpu.evaluate.tasks import PAPER
 from optima_tpu.report.evaluation import Distance, EvaluationRecord, TaskScore
 from optima_tpu.report.numbers import interval, number
-from optima_tpu.report.progress import show
+from optima_tpu.report.progress import plain_table, show
 from optima_tpu.report.table import labelled
 
 
@@ -52,11 +52,7 @@ def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[
 
 def task_table(scores: Sequence[TaskScore], compared: bool) -> Table:
     """A table with one row for each metric of each task, with standard errors."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("task", "metric"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("docs", "value", *(["against", "change"] if compared else [])):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for score in scores:
         row = [score.task, score.metric, f"{score.documents:,}", number(score.value, 4) + _error(score.error)]
         if score.against is not None:
@@ -64,8 +60,8 @@ def task_table(scores: Sequence[TaskScore], compared: bool) -> Table:
             row += [number(score.against, 4) + _error(score.against_error), ("-" if change < 0 else "+") + number(abs(change))]
         elif compared:
             row += ["-", "-"]
-        table.add_row(*row)
-    return table
+        rows.append(row)
+    return plain_table(("task", "metric", "docs", "value", *(("against", "change") if compared else ())), rows, names=2)
 
 
 def _times(ratio: float, apart: Distance | None) -> str:

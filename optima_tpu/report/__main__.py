@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command, signals
@@ -64,19 +63,14 @@ def output_path(runs: Sequence[str], output: str | None) -> Path:
 
 
 def _compare(console: Console, runs: "Sequence[FinishedRun]") -> None:
-    from optima_tpu.report.progress import say
+    from optima_tpu.report.progress import plain_table, say
     from optima_tpu.report.results import comparison
 
     section = comparison(runs)
     for line in section.text:
         say(console, f"{line}\n")
     for data in section.tables:
-        table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for index, name in enumerate(data.head):
-            table.add_column(name, justify="left" if data.words or not index else "right", overflow="fold")
-        for row in data.rows:
-            table.add_row(*row)
-        console.print(table, markup=False, highlight=False)
+        console.print(plain_table(data.head, data.rows, data.names, data.words), markup=False, highlight=False)
         say(console, data.note)
 
 

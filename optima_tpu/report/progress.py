@@ -43,6 +43,21 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def plain_table(head: Iterable[str], rows: Iterable[Sequence[str]], names: int = 1, words: bool = False) -> Table:
+    """A table without lines.
+
+    Args:
+      names: the number of cells at the start of a row that name it. They stand at the left, the numbers behind them at the right.
+      words: the other cells are words, not numbers.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if words or index < names else "right", vertical="bottom", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def show(console: Console, table: Table) -> None:
     """Prints a table with all digits: full width into a file or a pipe, folded cells on a narrow terminal."""
     if not console.is_terminal:

@@ -267,7 +267,7 @@ RESULTS = [
 
 def test_the_table_is_mean_and_sample_deviation_over_seeds(file):
     table = layout(read_grid(file()), RESULTS)
-    assert table.headings == ("mask", "update", "50%", "2:4 MLP")
+    assert table.head == ("mask", "update", "50%", "2:4 MLP")
     spread = np.std([30.25, 30.75], ddof=1)
     assert table.rows == (
         ("dense", "", "10.00", "10.00"),
@@ -284,7 +284,7 @@ def test_window_counts_are_columns_and_one_seed_has_no_spread(file):
         for windows, dense in ((16, 10.0), (2, 10.5))
     ]
     table = layout(read_grid(file()), results)
-    assert table.headings == ("mask", "update", "50%, 2 windows", "50%, 16 windows")
+    assert table.head == ("mask", "update", "50%, 2 windows", "50%, 16 windows")
     assert table.rows == (("dense", "", "10.50", "10.00"), ("wanda", "cg", "22.00", "36.00"))
 
 

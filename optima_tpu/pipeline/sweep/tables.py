@@ -1,7 +1,6 @@
 """The results of a sweep as Markdown, CSV, JSON and a table on the terminal."""
 
 import csv
-import dataclasses
 import io
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import structs
-from rich.table import Table
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.pipeline.sweep.cells import Cell
@@ -17,6 +15,7 @@ from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.contents import CellName, CellResult, Report
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import mean_errors
+from optima_tpu.report.view import Table
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.records import encoded, json_values, known_record
 
@@ -26,19 +25,6 @@ REMEDY = "the cells are intact; make room, or choose another --output"
 _RESULTS = "results.json"
 _FILES = ("table.md", "table.csv", "table.json", "results.csv", _RESULTS)
 _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
-
-
-@dataclasses.dataclass(frozen=True)
-class TableText:
-    """The table as text: a row for each mask and update, a column for each pattern and number of windows.
-
-    Attributes:
-      headings: of all columns.
-      rows: each as long as ``headings``; the dense model's row comes first.
-    """
-
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def missing(cell: CellName) -> CellResult:
@@ -98,10 +84,10 @@ def describe(reports: Sequence[Report]) -> dict[str, str]:
     }
 
 
-def layout(grid: CellGrid, results: Sequence[CellResult]) -> TableText:
+def layout(grid: CellGrid, results: Sequence[CellResult]) -> Table:
     """Perplexity of every cell, the mean over seeds with the sample standard deviation.
 
-    "-" means that nothing was run yet, or that the grid has no such cell.
+    It has a row for each mask and update, the dense model's first, and a column for each pattern and number of windows. "-" means that nothing was run yet, or that the grid has no such cell.
     """
     counts = sorted({result.windows for result in results})
     columns = [
@@ -120,10 +106,10 @@ def layout(grid: CellGrid, results: Sequence[CellResult]) -> TableText:
             ]
             if any(groups):
                 rows.append((mask, update, *map(_entry, groups)))
-    return TableText(("mask", "update", *headings), tuple(rows))
+    return Table("Perplexity", ("mask", "update", *headings), tuple(rows), names=2)
 
 
-def markdown(title: str, header: Mapping[str, str], table: TableText, results: Sequence[CellResult]) -> str:
+def markdown(title: str, header: Mapping[str, str], table: Table, results: Sequence[CellResult]) -> str:
     """The table and the origin of its numbers, as a page of Markdown."""
     lines = [f"# {title}", ""]
     lines += [f"- {key}: {value}" for key, value in header.items()] + [""]
@@ -131,8 +117,8 @@ def markdown(title: str, header: Mapping[str, str], table: TableText, results: S
     seeds = sorted({result.seed for result in results})
     spread = ", mean ± sample standard deviation over n seeds" if len(seeds) > 1 else ""
     lines += [f"Perplexity{spread}. Seeds: {', '.join(map(str, seeds))}. {done} of {plural(len(results), 'cell')} finished.", ""]
-    sides = ["---", "---", *["---:"] * (len(table.headings) - 2)]
-    for row in (table.headings, sides, *table.rows):
+    sides = ["---", "---", *["---:"] * (len(table.head) - 2)]
+    for row in (table.head, sides, *table.rows):
         lines.append("| " + " | ".join(text.replace("|", r"\|") for text in row) + " |")
     if failures := failure_lines(results):
         lines += ["", "Failed:", "", *(f"- {line}" for line in failures)]
@@ -175,16 +161,6 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
-
-
-def terminal_table(table: TableText) -> Table:
-    """The table for the terminal."""
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for index, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="left" if index < 2 else "right", vertical="bottom")
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 def write_tables(grid: CellGrid, results: Sequence[CellResult], header: Mapping[str, str]) -> dict[str, Path]:
