@@ -25,9 +25,7 @@ class Hub(TextSource):
     Attributes:
       repository: ORG/NAME; a local folder of this name takes precedence.
       config: the configuration; None where there is only one.
-      split: the split's name.
       first: the number of documents to stream; None takes all.
-      field: the column that holds the text.
     """
 
     repository: str

@@ -31,9 +31,6 @@ class Mix(TextSource):
     def parse(text: str, parse: Callable[[str], Source]) -> "Mix | None":
         """Reads SOURCE:SHARE,SOURCE:SHARE with any number of sources; None if the text has another form.
 
-        Args:
-          parse: reads the name of a source.
-
         Raises:
           UserError: a source is none, writes itself or comes twice; or the shares are not a whole.
         """

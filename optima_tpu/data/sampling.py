@@ -30,8 +30,6 @@ class Draw:
     """Which windows are drawn from a text.
 
     Attributes:
-      windows: number of windows.
-      length: tokens in each.
       seed: the same seed gives the same windows.
       held_out: number of windows drawn in addition to ``windows``; they share no token position with the calibration windows.
       bos: the first token of every window, followed by ``length - 1`` tokens of text that is tokenised without special tokens.

@@ -136,7 +136,6 @@ def split_options(text: str, names: Sequence[str], form: str) -> tuple[str, dict
     """Reads PATH or PATH?NAME=VALUE&NAME=VALUE.
 
     Args:
-      names: names of the allowed options.
       form: the expected form, for the message.
 
     Raises:

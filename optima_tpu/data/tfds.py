@@ -34,7 +34,6 @@ class TFDS(TextSource):
       directory: what TFDS calls data_dir; it holds NAME/VERSION or NAME/CONFIG/VERSION.
       split: the split that calibration and evaluation both read, in the notation of TFDS: "train", "train[:90%]", "train+test".
         None: calibration reads "train"; evaluation reads "validation", without such a split "test", and without both "train".
-      field: the feature that holds the text.
     """
 
     name: str

@@ -78,7 +78,6 @@ class Ends:
     """Where an answer ends: at an EOS token, or at one of the texts that its rules name.
 
     Attributes:
-      tokenizer: the checkpoint's tokenizer.
       eos: the ids that end a text by generation_config.json, or by config.json if it names none.
       penalty: generation_config.json's ``repetition_penalty``, which transformers would apply, and this program does not.
     """

@@ -22,7 +22,6 @@ class Comparison(NamedTuple):
     """Two models on the same windows.
 
     Attributes:
-      distance: between them.
       dense, pruned: their perplexities, as :func:`optima_tpu.evaluate.perplexity.perplexity` computes them.
     """
 
@@ -117,7 +116,6 @@ def window_scores(
     Args:
       tokens: [windows, length] int32. The streams may hold only some of these windows; the sums of the others are undefined.
       size: windows of a batch in each slice of the data axis.
-      advance: called after every batch.
     """
     sums = DistanceSums(*np.empty((len(DistanceSums._fields), len(tokens)), np.float32))
     stretch = stretch_of(size, len(heads[0].projection))

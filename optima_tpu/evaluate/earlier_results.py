@@ -50,7 +50,6 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
     Args:
       folder: the ``--output`` of that evaluation.
       files: names of files in the folder that may hold the harness's results.
-      fingerprint: fingerprint of the model, see ``Pretrained``.
 
     Raises:
       UserError: the folder has no results, or only results of other models.
@@ -81,7 +80,6 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, se
     Args:
       known: from :func:`read_known`.
       tasks: from ``tasks.load_tasks``.
-      limit: number of documents of each task.
       settings: from ``tasks.settings_of``.
 
     Raises:

@@ -40,9 +40,6 @@ class DecoderLM(TemplateLM):
     """Adapts a decoder to the harness: log-likelihoods of texts, and answers of the most likely tokens.
 
     Args:
-      model: the checkpoint and its decoder.
-      tokenizer: the checkpoint's tokenizer.
-      progress: shows how many requests are done.
       name: the name of the model in ``progress``, such as "pruned".
       context: the most tokens that the model reads at once; None takes the model's limit.
       budget: bytes that may be used of each device; None takes what ``device_budget`` allows.

@@ -33,7 +33,6 @@ class MadeBy(NamedTuple):
 
     Attributes:
       directory: the run directory, if the user named it or its checkpoint; None for an exported folder.
-      manifest: the manifest of the run.
       calibration: the text that the model was calibrated on, as in ``calibration.source``. None for an exported folder that was
         moved out of its run directory.
     """
@@ -55,8 +54,6 @@ class Evaluated(NamedTuple):
 
     Attributes:
       model: the checkpoint and its decoder on the mesh.
-      tokenizer: the checkpoint's tokenizer.
-      run: the run that produced the model.
     """
 
     model: Model

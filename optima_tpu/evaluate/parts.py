@@ -28,7 +28,6 @@ class Parts:
     """The measured parts of one evaluation: a text, or the tasks on one model.
 
     Args:
-      folder: of the evaluation.
       of: all that decides what is measured. Parts of another evaluation are not taken.
       note: called with a line for each part that need not be measured again.
     """
@@ -46,7 +45,6 @@ class Parts:
 
         Args:
           name: of the part, for the user.
-          kind: of the result.
           version: tells parts of one name apart that measure different things.
         """
         key = f"{name} {version}"

@@ -13,13 +13,7 @@ from optima_tpu.report.table import labelled
 
 
 def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[str, str], strange: Iterable[str] = ()) -> None:
-    """Prints perplexities, distances, why they mean nothing, the table of tasks, the paper's average, and where the files are.
-
-    Args:
-      record: contents of evaluation.json.
-      files: label -> path.
-      strange: why numbers mean nothing.
-    """
+    """Prints perplexities, distances, why they mean nothing, the table of tasks, the paper's average, and where the files are."""
     console.print()
     lines = []
     for source, score in record.perplexity.items():

@@ -23,7 +23,6 @@ class Activations:
     device of that slice: any range of windows is spread evenly, and a process holds only windows that its devices compute.
 
     Attributes:
-      mesh: axes ("data", "model").
       first, last: which windows.
       values: [held, length, d_model], the windows that this process holds, in order; see :attr:`rows`.
     """
@@ -145,7 +144,6 @@ class Resident:
     """Hidden states that stay on the devices, as :class:`Activations` in all else: no pass moves them to and from the hosts.
 
     Attributes:
-      mesh: axes ("data", "model").
       first, last: which windows.
       held: one array [slices * places, length, d_model], which :meth:`put` replaces. Windows are sharded over the data axis, and
         features over the model axis if it divides them: a batch is gathered when it is taken. On slice ``s`` are the windows ``s``,

@@ -28,7 +28,6 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     """Continues :data:`PROMPTS` with both models, each token the likeliest one. Every process calls it.
 
     Args:
-      model: the dense one.
       budget: bytes that a run may use of each device.
       progress: advanced after each model.
 

@@ -186,7 +186,6 @@ class Journal:
     """The finished blocks of one run. Made by :func:`open_journal`; one program writes it at a time.
 
     Attributes:
-      directory: the directory of the run.
       recompute: minutes of passes between two saves of hidden states; a run that goes on repeats at most these.
       finished: the indices of the blocks that are saved and not damaged.
       damaged: {index: reason} of the damaged blocks, for messages. A damaged block does not count as finished.
@@ -215,10 +214,8 @@ class Journal:
         Hidden states are written only if ``repeated`` has reached ``recompute``.
 
         Args:
-          index: the block.
           weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
           masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
-          report: of its layers.
           streams: the hidden states after the block, in the model's dtype, and the dense model's of the same windows, if the run
             has them; empty where no walk goes on from them.
           scales: HF name of a quantised weight -> [d_out, groups] in the dtype of the weight.
@@ -313,7 +310,6 @@ class Journal:
 
         Args:
           mesh: may differ from the mesh that they were saved from.
-          windows: the number of all windows.
           name: ``HIDDEN``, or ``DENSE`` for the dense model's hidden states.
         """
         folder = self._states(index)

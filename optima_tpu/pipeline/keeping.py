@@ -29,8 +29,6 @@ class StageWork(NamedTuple):
     """What every stage gets before its inputs.
 
     Attributes:
-      opened: model, texts and settings.
-      progress: shows how far the run is.
       resources: closed at the end of the run.
     """
 

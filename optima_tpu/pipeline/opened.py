@@ -29,7 +29,6 @@ class Opened:
     Attributes:
       manifest: all that decides the pruned weights; see ``inputs.manifest_of``.
       configuration: the settings as they are recorded.
-      directory: the directory of the run.
       walk: what is done to every block, with the pattern's sparsity; None where the blocks are pruned already.
       dense: the perplexity of the dense model on the evaluation text, if the caller knows it.
     """

@@ -36,7 +36,6 @@ class KeptPerplexity(Record, frozen=True):
 
     Attributes:
       tokens: digest of the text.
-      perplexity: on it.
       losses: SHA-256 of the file of losses that belongs to it; None without one.
     """
 
@@ -49,7 +48,6 @@ class TextPerplexity(NamedTuple):
     """What a model makes of the evaluation text.
 
     Attributes:
-      perplexity: of the model.
       losses: [windows, length - 1] float32, of the tokens of the first windows; None where only the perplexity is known.
     """
 

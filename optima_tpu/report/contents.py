@@ -39,7 +39,6 @@ class Check(Record, frozen=True):
     """What a check on held-out windows measured.
 
     Attributes:
-      step: after how many steps of Adam.
       held_out: mean loss of a held-out token, in nats.
       training: mean loss of a token of the steps since the check before; None before the first step.
       perplexity: on the held-out windows; None where the loss is of hidden states.
@@ -204,7 +203,6 @@ class ModelFacts(Record, frozen=True):
       origin: where it came from.
       fingerprint: of its contents.
       architecture: its class, by config.json.
-      blocks: how many it has.
       weights: how many it has, in all its tensors.
     """
 
@@ -219,9 +217,7 @@ class TextFacts(Record, frozen=True):
     """A text that a run reads.
 
     Attributes:
-      source: its name.
       how: how its windows were drawn, in words.
-      tokens: how many there are.
       digest: of the tokens.
       unigram_perplexity: what the frequencies of its tokens give.
     """
@@ -250,7 +246,6 @@ class ChangedToken(Record, frozen=True):
 
     Attributes:
       window, position: its indices.
-      before, token, after: text.
       dense, pruned: the token's probability in each model.
     """
 
@@ -267,7 +262,6 @@ class TokenChanges(Record, frozen=True):
     """How the loss of each token changed from the dense to the pruned model.
 
     Attributes:
-      tokens: how many there are.
       mean, median: of the rise of the loss in nats.
       mean_stderr: standard error of the mean, from the spread of the windows, since tokens of one window go together; None for a
         single window.
@@ -383,8 +377,6 @@ class RunFacts(Record, frozen=True, kw_only=True):
     Attributes:
       recipe: one line on the method, with only those settings that have an effect on the model's family.
       calibration: the text that the weights were fitted to.
-      evaluation: the text that perplexity was measured on.
-      perplexity: of both models.
       distillation: None if the pruned model was not trained.
       speed: of the dense and the cut model; None if nothing was cut.
     """
@@ -415,9 +407,6 @@ class Report(RunFacts, frozen=True, kw_only=True):
 
     Attributes:
       manifest: everything that determines the result, see ``inputs.manifest_of``.
-      configuration: the settings, from ``config.to_dict``.
-      environment: versions, devices and mesh.
-      model: the model that was pruned.
       sparsity: share of the weights of the pruned matrices that are zero by the masks.
       model_sparsity: share of all weights of the model that are zero by the masks or leave the exported model.
       weights, pruned: of the pruned matrices, how many there are, and how many are zero by the masks.
@@ -429,12 +418,9 @@ class Report(RunFacts, frozen=True, kw_only=True):
       unusual: what needs a look, by layer.
       layer_kinds: a summary for each kind of layer.
       seconds: by stage, of the last start of the run.
-      memory: peaks.
-      sizes: of files.
       tokens: the tokens of the evaluation text that the pruned model predicts worse; None if the losses were not saved.
       continuations: the texts that both models write after a few prompts; None if nobody would read them.
       files: label -> path of each file that the run wrote.
-      blocks: one report for each block of the model.
     """
 
     manifest: Mapping[str, Any]
@@ -535,11 +521,9 @@ class Sidecar(Record, frozen=True):
 
     Attributes:
       model: the model that was pruned: its id on the hub, or the name of a folder or file.
-      manifest: of the run.
       cuts: of each kind of parts that the folder is without, by what they are called.
       layers: of each pruned matrix.
       form: how the folder was written.
-      files: the names of all files.
       left_out: the blocks that the model is without.
     """
 

@@ -29,7 +29,6 @@ class LayerLine(NamedTuple):
     """Error ratios of one kind of layer in one run, by block.
 
     Attributes:
-      blocks: block indices, ascending.
       calibration: for each block the ratio of two errors on the calibration text; NaN leaves a gap.
       held_out: the same ratios on held-out text; all NaN if there is no held-out text.
     """
@@ -43,8 +42,6 @@ class WindowLine(NamedTuple):
     """Perplexities of one method with one pattern.
 
     Attributes:
-      mask: label of the mask.
-      update: label of the update.
       windows: numbers of calibration windows, ascending.
       means: mean perplexity over seeds, for each number of windows.
       deviations: sample standard deviation over seeds, for each number of windows; NaN for a single seed.

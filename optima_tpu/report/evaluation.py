@@ -48,9 +48,7 @@ class TextScore(Record, frozen=True):
     """The perplexity of a model on a text.
 
     Attributes:
-      perplexity: of the model.
       against: of the model that it is compared with; None without one.
-      tokens: of the text.
       how: the text and its windows, in words.
       unigram_perplexity: what the frequencies of the text's tokens give.
     """
@@ -73,9 +71,7 @@ class TaskScore(NamedTuple):
     """One metric of one task.
 
     Attributes:
-      task: name of the task.
       metric: "acc", or with the harness's filter "exact_match,strict".
-      documents: number of documents.
       value: value for the model.
       error: standard error of ``value``; None if the harness gives none.
       against: value for the second model; None without a second model.
@@ -99,7 +95,6 @@ class TaskResult(Record, frozen=True):
     """The metrics of a task.
 
     Attributes:
-      documents: number of documents.
       metrics: of the model.
       against: of the model that it is compared with; empty without one.
     """
@@ -147,11 +142,6 @@ class EvaluationRecord(Record, frozen=True):
       model: the evaluated model, as it was typed.
       against: the model that it is compared with; None without one.
       evaluated: both models, whatever their paths.
-      configuration: the settings.
-      environment: versions, devices and mesh.
-      perplexity: by text.
-      distance: by text; empty without a model to compare with.
-      tasks: by the name of the task or of the group.
       average: the mean accuracy over the paper's six tasks; None if one was not asked.
     """
 

@@ -35,10 +35,6 @@ def is_page(data: bytes) -> bool:
 def write_page(places: Sequence[str | Path], path: Path) -> list[FinishedRun]:
     """Writes the page about finished runs and returns them. A file with the same content is not written again.
 
-    Args:
-      places: run directories, or report.json files.
-      path: path of the HTML file.
-
     Raises:
       UserError: a run is not finished or not readable, or the page cannot be written.
     """

@@ -38,7 +38,6 @@ class Line(NamedTuple):
     """One line.
 
     Attributes:
-      label: name of the line, for the description.
       x: ascending positions.
       y: a value for each position; NaN leaves a gap.
       series: index of its colour and marker.
@@ -56,8 +55,6 @@ class Panel(NamedTuple):
     """Lines on the same axes.
 
     Attributes:
-      title: the quantity that the lines show.
-      lines: at least one line.
       unit: formats a value.
       log: use a logarithmic scale; values that are not positive are left out.
     """

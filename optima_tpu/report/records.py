@@ -30,7 +30,6 @@ class LayerReport(Record, frozen=True):
     ``error_before``, because the solver minimises another objective.
 
     Attributes:
-      block: index of the block.
       name: the layer inside the block, "self_attn.q_proj".
       shape: (d_out, d_in).
       pruned: number of weights that are zero by the mask.
@@ -42,7 +41,6 @@ class LayerReport(Record, frozen=True):
       gap_max: largest gap of all rows; infinite if the solver found no solution.
       steps_median: median over rows of the number of solver iterations.
       steps_max: largest number of iterations of all rows.
-      rows: d_out.
       rows_converged: rows that met the solver's own test.
       rows_refused: rows that kept the selector's weights, by the acceptance rule.
       dead_inputs: inputs that are zero on all calibration tokens.
@@ -102,7 +100,6 @@ class BlockReport(Record, frozen=True):
     """The record of one block.
 
     Attributes:
-      index: index of the block.
       seconds: elapsed time from reading its weights to its finished activations.
       layers: its layers, in the order in which they were pruned.
     """
@@ -124,11 +121,7 @@ class LayerKind(Record, frozen=True):
       dense_before, dense_after, dense_drift: mean errors against the dense model on held-out tokens, of the selector's, the final
         and the dense weights; None if they were not measured.
       sparsity: share of pruned weights among all weights of these layers.
-      gap_max: largest gap over rows and layers.
       steps_median: median over layers of the median over rows.
-      rows: number of rows of all these layers.
-      rows_not_converged: number of rows that did not meet the solver's own test.
-      rows_refused: number of rows that kept the selector's weights.
     """
 
     name: str

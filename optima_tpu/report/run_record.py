@@ -28,7 +28,6 @@ class RunRecord(Record, frozen=True):
 
     Attributes:
       manifest: all that decides the run's weights, see ``inputs.manifest_of``.
-      configuration: its settings.
     """
 
     manifest: Mapping[str, Any]

@@ -40,7 +40,6 @@ class FinishedRun(NamedTuple):
     Attributes:
       label: method and the settings that distinguish it from the other runs: "wanda + cg, 2:4"; empty for a run alone.
       place: the path that the user gave: the run directory or its report.json.
-      report: contents of report.json.
       evaluation: contents of evaluation.json; None if the run was evaluated only on its own perplexity.
       another: the model in evaluation.json if it is not this run's model, otherwise None.
     """

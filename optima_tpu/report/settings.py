@@ -110,8 +110,6 @@ class ManifestEntries(Undeclared, frozen=True):
 
     Attributes:
       model: fingerprint of the model that was pruned.
-      recipe: the settings.
-      code: version of the program.
       start: fingerprint of the pruned model that a recovery started from; None for a run that prunes.
     """
 

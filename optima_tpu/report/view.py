@@ -49,8 +49,6 @@ class Table(NamedTuple):
     """A table.
 
     Attributes:
-      caption: text above the table.
-      head: names of the columns.
       rows: cells as text, or as markup if part of the text is marked.
       note: text below the table.
       words: the cells are words, not numbers.
@@ -74,7 +72,6 @@ class Section(NamedTuple):
 
     Attributes:
       id: anchor for links.
-      title: heading of the section.
       text: paragraphs; markup only for paragraphs that contain a command, see :func:`commands`.
       plots: plots with their legends.
       tables: tables that are always visible.

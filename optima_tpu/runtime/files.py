@@ -45,7 +45,6 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
     """Turns an error of the operating system while ``path`` is written into a UserError of one line.
 
     Args:
-      path: what is being written.
       remedy: what is still intact and what to do.
 
     Raises:

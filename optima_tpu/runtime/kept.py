@@ -28,7 +28,6 @@ class KeptRecord(Generic[T]):
     """A record of a run directory.
 
     Attributes:
-      name: of its file.
       kind: its type, as :func:`optima_tpu.runtime.records.read_record` reads it.
       remedy: what to do where it cannot be written, for the message.
     """

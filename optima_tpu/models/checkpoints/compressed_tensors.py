@@ -112,7 +112,6 @@ def quantization_config(quantizer: Quantizer, others: Iterable[str], activations
     """What ``config.json`` says under ``quantization_config``.
 
     Args:
-      quantizer: bits and group of the integers.
       others: the names of the modules that are not quantised, as far as they may be linear layers.
       activations: whether the inputs of quantised layers are rounded to 8 bits, token by token, when the model runs.
     """

@@ -42,8 +42,6 @@ class Exported:
     """What every form of an export is made from.
 
     Attributes:
-      directory: the run.
-      source: its checkpoint.
       assets: the source's own files, such as config.json: name -> contents.
       patterns: the pattern of every pruned weight, without unstructured masks from elsewhere, which were checked there.
       cuts: what was cut, which neither ``source`` nor ``assets`` has.

@@ -21,9 +21,6 @@ class ExpertCut(NamedTuple):
     """How many experts every mixture of a model keeps.
 
     Attributes:
-      names: of the family.
-      kept: the number that stays.
-      total: the number in the dense model.
       groups: number of equal groups, each of which keeps as many.
     """
 

@@ -72,9 +72,6 @@ _CONVERT = (
 class SafetensorsSource:
     """Tensors in memory-mapped safetensors files; a read touches only the bytes of its slice.
 
-    Args:
-      shards: the files.
-
     Raises:
       OSError: a file may not be read.
       UserError: a file is missing, truncated or damaged, two files hold the same tensor, or one has a dtype that
@@ -121,9 +118,6 @@ class SafetensorsSource:
 
 class PackedSource:
     """Tensors of a packed folder, decoded on demand. The last one is held, because a mesh requests a tensor slice by slice.
-
-    Args:
-      folder: the folder with its index.
 
     Raises:
       UserError: the folder is damaged, or has a dtype that numpy can't represent. The message names the tensor or the file.

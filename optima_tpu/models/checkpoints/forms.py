@@ -59,7 +59,6 @@ class Form:
     """A form of one run. Making one raises UserError if the run cannot have this form.
 
     Attributes:
-      name: as in ``--format``.
       buckets: whether the folder may be in a bucket.
       stacks: whether the form can store one parameter of all experts as one tensor.
       compact: whether people choose the form for its size, so that the command prints it.

@@ -34,7 +34,6 @@ class Architecture:
     Attributes:
       name: the value of general.architecture; the architecture's own metadata keys begin with it.
       model: the class of transformers, for config.json.
-      model_type: the value in config.json.
       block: llama.cpp's names for the parts of a block -> Hugging Face's; "blk.3." becomes "model.layers.3.".
       settings: (its own metadata, names of the tensors in the file) -> the entries of config.json that only this architecture
         has.

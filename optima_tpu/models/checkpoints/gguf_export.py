@@ -86,9 +86,6 @@ class GGUFModel:
     """A model that can be written as a GGUF file.
 
     Attributes:
-      pretrained: the model.
-      architecture: its architecture in llama.cpp.
-      fields: metadata of the file.
       factors: the divisors of the rotary frequencies, for a Llama 3; None for others.
       kinds: for each tensor that is written, the type of its blocks.
     """

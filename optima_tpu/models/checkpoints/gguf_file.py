@@ -55,10 +55,7 @@ class GGUFSource:
     Face's: a Gemma's are one smaller than in the file.
 
     Args:
-      reader: the opened file.
-      architecture: the architecture that the file names.
       heads: number of query heads and of key-value heads.
-      dtype: the dtype of the returned arrays.
 
     Raises:
       UserError: a tensor that the architecture does not have, or a block format that the gguf library can't

@@ -58,10 +58,6 @@ SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_
 def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja.
 
-    Args:
-      fields: all metadata of the file.
-      architecture: the architecture that the file names.
-
     Raises:
       UserError: the file has no vocabulary, or a way to split text that can't be rebuilt exactly.
     """

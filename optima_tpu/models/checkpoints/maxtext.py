@@ -171,7 +171,6 @@ class _Kind:
       gemma: whether its norms and its embedding are Gemma's.
       windows: (blocks, width) -> the windows that it has with ``sliding_window_size`` width; None if it has none.
       mixture: for a mixture of experts, its name and how our checkpoint names its parts.
-      settings: further settings.
     """
 
     name: str
@@ -226,9 +225,7 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
     """The layout of a model in MaxText.
 
     Args:
-      hf_config: the model's configuration.
       source: the source of its tensors, of which only names and dtypes are read.
-      scan: whether its blocks are stacked (``scan_layers``).
 
     Raises:
       UserError: MaxText has no decoder for the model, or none with one of its settings, which the message names.

@@ -267,7 +267,6 @@ class TensorPart(NamedTuple):
     """The rows or the columns of a tensor that stay.
 
     Attributes:
-      indices: which.
       axis: 0 for rows, 1 for columns.
       total: how many there were.
     """

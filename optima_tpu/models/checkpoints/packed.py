@@ -69,7 +69,6 @@ class PackedTensor(NamedTuple):
     Attributes:
       file: the packed file that holds it.
       dtype: as safetensors names it.
-      shape: its sizes.
       encoding: ``plain``, ``planes`` or ``sparse``.
       parts: bytes of each part, in order: for ``sparse`` the mask and the planes, for ``planes`` the planes.
       sha256: of all parts together, as they are stored.
@@ -103,7 +102,6 @@ class TensorSpan(NamedTuple):
 
     Attributes:
       dtype: as safetensors names it.
-      shape: its sizes.
       begin: offset of its first byte behind the header.
       end: offset behind its last byte.
     """
@@ -132,7 +130,6 @@ class Packer:
         """Packs a safetensors file, tensor by tensor.
 
         Args:
-          path: the file.
           masks: name of a pruned weight -> bool of its shape, True where it was kept. These masks are stored instead of a mask of
             the bits that are not zero, and make pruning_masks.npz when the folder is unpacked.
 
@@ -200,7 +197,6 @@ class Packed:
     """An opened packed folder. Only the index and the headers are read; tensors are decoded one by one on demand.
 
     Attributes:
-      folder: where it is.
       tensors: name -> what the index says of the tensor.
       masks: the names of the pruned weights whose masks are known.
       files: name of every other file -> its SHA-256.

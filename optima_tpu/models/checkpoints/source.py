@@ -51,7 +51,6 @@ class ComputedTensor(NamedTuple):
     """A tensor that no file holds as it is.
 
     Attributes:
-      shape, dtype: of the tensor.
       read: computes a part of it, from one slice for each axis, see :func:`whole_slices`.
     """
 
@@ -69,8 +68,6 @@ class ComputedTensors:
     """The tensors of a checkpoint, of which some are computed on reading.
 
     Args:
-      stored: the checkpoint.
-      computed: those tensors, by name.
       hidden: names in ``stored`` of what they are computed from, which are no tensors of the model.
       stacks: the tensors in files of which some are parts, see ``stacks``.
     """
@@ -129,7 +126,6 @@ class Pretrained:
 
     Attributes:
       config: as ``transformers.AutoConfig`` reads config.json.
-      tensors: the weights.
       assets: file name -> bytes of every file but the weights that an exported folder needs: config.json,
         generation_config.json, tokenizer files, licence, and the model card, which may name it. The original bytes, except that config.json names the dtype that the
         caller asked for. For a GGUF file all of them are made from its metadata.
@@ -182,7 +178,6 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     """The model configuration in the bytes of a config.json, and the bytes to export.
 
     Args:
-      config: the file.
       where: the name of the model in messages.
       dtype: the dtype to which the weights are cast, or None. If config.json names another dtype, the returned bytes name this
         one.

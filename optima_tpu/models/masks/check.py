@@ -31,10 +31,8 @@ def check_masks(
     ones are checked.
 
     Args:
-      source: from ``open_masks``.
       shapes: name of each weight to prune -> [d_out, d_in].
       patterns: the same names -> the pattern of the mask.
-      weights: the dense model.
 
     Returns:
       SHA-256 over names, shapes and packed masks, in order of name: the same masks have the same digest in any file.

@@ -44,7 +44,6 @@ class TrainedBlock(NamedTuple):
       masters: what moves, float32, by name inside the block.
       fixed: the other parameters, in the checkpoint's dtype.
       keep: of the pruned weights, bool, True where a weight stays.
-      moments: the state of Adam.
     """
 
     masters: Tree
@@ -58,8 +57,6 @@ class Trainer:
     """Opens blocks and runs them, forward and backward.
 
     Attributes:
-      decoder: of the pruned model.
-      method: what is trained, and how fast.
       budget: bytes that may be used of each device.
     """
 

@@ -26,7 +26,6 @@ class State(Record, frozen=True):
     """The metadata of a saved state.
 
     Attributes:
-      step: after how many steps of Adam.
       checks: up to this step.
       losses: of the steps since the last check.
       seconds: that these steps and checks took.

@@ -34,7 +34,6 @@ def training_steps(method: Distillation, blocks: int, dense_blocks: int | None =
     """What :func:`distill` and :func:`distill_by_spans` do before each call of ``advance``, in a training that was not stopped.
 
     Args:
-      blocks: of the pruned model.
       dense_blocks: of the dense model; None if it has as many.
     """
     dense, checks = Step(READING), method.check_steps()
@@ -85,7 +84,6 @@ class Training:
       states: where it is saved.
       progress: counts checks and steps.
       speaks: whether it prints a line after every check, and after steps.
-      checks: so far.
       losses: of the steps since the last check.
       best: the weights of the best check, from ``TrainedBlocks.rounded``; None where the model as it was pruned is best.
       seconds: that all steps and checks took.

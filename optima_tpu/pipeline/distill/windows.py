@@ -37,10 +37,7 @@ class Inputs:
     """What a training begins with.
 
     Attributes:
-      dense: the dense model.
       journal: the finished blocks of the pruned one.
-      method: what is trained, and how.
-      windows: the text.
       budget: bytes that may be used of each device.
       fewer: reads the blocks that the pruned model has, where it is without some.
       kept: the indices of these blocks in the dense model.
@@ -93,7 +90,6 @@ class TrainingParts(NamedTuple):
     """How training reads its windows.
 
     Attributes:
-      batch: windows of a step.
       steps: steps of a pass over the windows.
       at_once: steps whose windows pass through the dense model together, and wait.
     """

@@ -52,7 +52,6 @@ class CellGrid:
       masks: labels of the masks, in the order of the file and of the table's rows.
       updates: labels of the updates, in the order of the file and of the table's rows.
       patterns: labels of the patterns, in the order of the file and of the table's columns.
-      cells: the runs.
     """
 
     output: Path
