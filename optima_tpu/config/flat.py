@@ -15,6 +15,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings under the names that they have on the command line."""
+    return {name.removesuffix(".name"): value for name, value in flat(values).items()}
+
+
 def field_names(cls: type) -> list[str]:
     """The names of a dataclass's fields, its own before those that it inherits."""
     names = [field.name for field in dataclasses.fields(cls)]

@@ -76,6 +76,13 @@ class TokenCache:
         return self.directory / f"{key}.safetensors"
 
 
+def kept_tokens(
+    use: bool, source: Source, split: Split, pretrained: Pretrained, draw: Callable[[], Tokens], **settings: int | None
+) -> Tokens:
+    """Windows from the user's token cache, if ``use`` says so, else from ``draw``; see :meth:`TokenCache.tokens`, :func:`token_key`."""
+    return TokenCache.of_user().tokens(lambda: token_key(source, split, pretrained, **settings), draw) if use else draw()
+
+
 def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int | None) -> str | None:
     """A hash of all that decides the tokens: text, tokenizer, settings of the draw, and versions of code and libraries.
 

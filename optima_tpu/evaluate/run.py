@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -218,16 +219,10 @@ def _check_chat(models: Iterable[Evaluated]) -> None:
 
 
 def _check_texts(sources: Iterable[str], models: Mapping[str, Evaluated]) -> None:
-    for source in sources:
-        _check_text(source, models)
-
-
-def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
-    """Raises UserError if one of the models was calibrated on this text."""
-    text = data.parse_source(source)
-    for opened in models.values():
+    """Raises UserError if one of the models was calibrated on one of the texts."""
+    for source, opened in itertools.product(sources, models.values()):
         calibration = opened.run.calibration
-        if calibration and _has_seen(calibration, text):
+        if calibration and _has_seen(calibration, data.parse_source(source)):
             raise UserError(
                 f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
                 f"{source} (calibrated on {calibration}): give another text, such as wikitext2, pydoc or file:PATH"

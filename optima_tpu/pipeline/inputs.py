@@ -13,7 +13,7 @@ from optima_tpu import data
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, weights_settings
 from optima_tpu.data import Draw, Tokens, token_digest
-from optima_tpu.data.cache import TokenCache, token_key
+from optima_tpu.data.cache import kept_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import check_layers, with_patterns
 from optima_tpu.method.patterns import Pattern
@@ -106,7 +106,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     plan = together(lambda: _plan_reading(config, model))
     draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, plan.draw)
     score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
-    kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
+    kept, pretrained = functools.partial(kept_tokens, config.token_cache), model.pretrained
 
     def draw_together(source: data.TextSource) -> Tokens:
         together(lambda: source.documents("calibration"))  # otherwise one process could fail while the others wait
@@ -116,15 +116,13 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
             raise SharedError(str(error)) from error
 
     def calibration(source: data.Source) -> Tokens:
-        return kept(
-            lambda: token_key(source, "calibration", model.pretrained, **dataclasses.asdict(plan.draw)),
-            lambda: draw_together(source) if data.read_by_all(source) and not alone() else from_first(draw),
-        )
+        read = (lambda: draw_together(source)) if data.read_by_all(source) and not alone() else lambda: from_first(draw)
+        return kept(source, "calibration", pretrained, read, **dataclasses.asdict(plan.draw))
 
     if console:
         say(console, f"reading      {' and '.join(dict.fromkeys(map(str, (plan.evaluation, plan.calibration))))}")
     # The evaluation text first: an error in it should appear before the model writes for minutes.
-    evaluation = kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score))
+    evaluation = kept(plan.evaluation, "evaluation", pretrained, lambda: from_first(score), **plan.score)
     write = functools.partial(self_calibration, config, *model, console)
     if isinstance(plan.calibration, data.SelfGenerated):
         together(lambda: check_ids([evaluation.ids], model))

@@ -50,7 +50,7 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
             )
             for index, run in enumerate(runs)
         ],
-        _seconds,
+        lambda value: f"{number(value)} s",
     )
     elements = (
         [(panel.title, plots.lines([panel], "cost")[0])]
@@ -144,7 +144,3 @@ def _facts(run: FinishedRun) -> list[list[str]]:
 
 def _gib(count: int | None) -> str:
     return f"{number(count / 2**30)} GiB" if count else "not counted"
-
-
-def _seconds(value: float) -> str:
-    return f"{number(value)} s"

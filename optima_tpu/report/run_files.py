@@ -65,7 +65,7 @@ def run_files(run: FinishedRun) -> Section:
     recorded = report.sizes.left
     names = {*recorded, *_ALWAYS, *_names_in(directory)}
     rows = [
-        [f"{name}/" if _is_folder(name) else name, words, size(recorded[name]) if recorded.get(name) else NONE]
+        [name if "." in name else f"{name}/", words, size(recorded[name]) if recorded.get(name) else NONE]
         for name, words in FILES.items()
         if name in names
     ]
@@ -96,10 +96,6 @@ def run_files(run: FinishedRun) -> Section:
             ("Load the pruned model, in Python, from the directory in which the run was started", _SNIPPET.format(folder=folder))
         ],
     )
-
-
-def _is_folder(name: str) -> bool:
-    return "." not in name
 
 
 def _names_in(directory: Path) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_tpu.config.choices import CHOICES
-from optima_tpu.config.flat import flat
+from optima_tpu.config.flat import flat, options
 from optima_tpu.config.parse import flags, method_settings, recorded_run, words_of
 from optima_tpu.errors import UserError
 from optima_tpu.report.settings import ManifestEntries, RunSettings
@@ -177,8 +177,7 @@ def _differences(
 
 def _named(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their dotted names, a method by the name of its setting."""
-    long = {name: method_settings(value) if name in CHOICES else value for name, value in configuration.items()}
-    return {name.removesuffix(".name"): value for name, value in flat(long).items()}
+    return options({name: method_settings(value) if name in CHOICES else value for name, value in configuration.items()})
 
 
 def recorded_command(configuration: Mapping[str, Any]) -> str:

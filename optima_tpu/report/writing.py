@@ -8,6 +8,8 @@ from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import Section, Table
 
+_BAR = Markup('<span class="bar" style="width: {:.2f}rem"></span>')
+
 
 def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the tokens that got worse; empty if no run has recorded losses per token."""
@@ -28,7 +30,9 @@ def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
             f"{found.edges[middle]:g} nats. The loss {_moved(found.mean)} on average; "
             f"its median {_moved(found.median)}.{told}"
         )
-        bars = [[name, percent(share), _bar(share)] for name, share in zip(_classes(found.edges), shares, strict=True)]
+        bars = [
+            [name, percent(share), _BAR.format(20 * share)] for name, share in zip(_classes(found.edges), shares, strict=True)
+        ]
         tables.append(Table(f"Tokens by the change of their loss{run.behind}", ["change, in nats", "tokens", ""], bars))
         worst = [
             [_marked(each.before, each.token, each.after), _chance(each.dense), _chance(each.pruned)] for each in found.worst
@@ -90,10 +94,6 @@ def _moved(change: float) -> str:
 
 def _chance(probability: float) -> str:
     return percent(probability) if probability >= 0.001 else "< 0.1%"
-
-
-def _bar(share: float) -> Markup:
-    return Markup('<span class="bar" style="width: {:.2f}rem"></span>').format(20 * share)
 
 
 def _marked(before: str, token: str, after: str) -> Markup:

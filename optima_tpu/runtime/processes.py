@@ -76,7 +76,8 @@ def refuse_incomplete(coordinator: str | None, count: int | None, index: int | N
     """Raises UserError for arguments of :func:`start` that name no process of a run; all None is none."""
     if coordinator is None and count is None and index is None:
         return
-    if coordinator is None or count is None or index is None or not _names_process(coordinator, count, index):
+    named = coordinator is not None and count is not None and index is not None
+    if not (named and 0 <= index < count and 0 < _port(coordinator) < 1 << 16):
         raise UserError(
             "expected --coordinator HOST:PORT, --num_processes N and --process_id K with 0 <= K < N together, "
             f"with a port from 1 to 65535, got {coordinator}, {count} and {index}"
@@ -88,10 +89,6 @@ def refuse_incomplete(coordinator: str | None, count: int | None, index: int | N
 def may_join(coordinator: str | None) -> bool:
     """Whether :func:`start` may join other processes. They would wait for one that ended before."""
     return coordinator is not None or _announced() is not False
-
-
-def _names_process(coordinator: str, count: int, index: int) -> bool:
-    return 0 <= index < count and 0 < _port(coordinator) < 1 << 16
 
 
 def _port(coordinator: str) -> int:

@@ -13,7 +13,7 @@ from optima_tpu import data
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import Draw, Tokens, token_digest
-from optima_tpu.data.cache import TokenCache, token_key
+from optima_tpu.data.cache import kept_tokens
 from optima_tpu.errors import UserError, plural
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.pipeline import stages
@@ -155,19 +155,22 @@ def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, le
     """The windows to train on, the held-out ones first, and those to measure on. Process 0 reads the texts."""
     model, tokenizer = start.dense, start.pruned.tokenizer
     bos = together(lambda: window_bos(model, tokenizer))
-    kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
     parsed, other = data.parse_source(source), data.parse_source(evaluation)
     windows = config.held_out + config.training_windows(length)
     score = {"length": length, "windows": config.windows, "bos": bos}
     draw = Draw(windows, length, config.seed, bos=bos)
     # The text to measure on first: an error in it should appear before millions of tokens are read.
-    scored = kept(
-        lambda: token_key(other, "evaluation", model.pretrained, **score),
-        lambda: from_first(lambda: data.evaluation_tokens(other, tokenizer, length=length, windows=config.windows, bos=bos)),
-    )
-    drawn = kept(
-        lambda: token_key(parsed, "calibration", model.pretrained, stream=1, **dataclasses.asdict(draw)),
-        lambda: from_first(lambda: data.stream_tokens(parsed, tokenizer, draw)),
+    measure = functools.partial(data.evaluation_tokens, other, tokenizer, length=length, windows=config.windows, bos=bos)
+    scored = kept_tokens(config.token_cache, other, "evaluation", model.pretrained, lambda: from_first(measure), **score)
+    read = functools.partial(data.stream_tokens, parsed, tokenizer, draw)
+    drawn = kept_tokens(
+        config.token_cache,
+        parsed,
+        "calibration",
+        model.pretrained,
+        lambda: from_first(read),
+        stream=1,
+        **dataclasses.asdict(draw),
     )
     together(lambda: check_ids([drawn.ids, scored.ids], model))
     return drawn, scored

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from optima_tpu.config.choices import CHOICES
-from optima_tpu.config.flat import flat, typed
+from optima_tpu.config.flat import options, typed
 from optima_tpu.config.parse import configure, spelled
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import RunConfig, to_dict
@@ -17,7 +17,7 @@ def labelled_settings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
     labels = [settings for axis in axes.values() for settings in axis.values()]
     if any("preset" in settings for settings in labels):
         labels += [preset.settings for preset in PRESETS.values()]
-    names = {name for settings in labels for name in _flat(settings)}
+    names = {name for settings in labels for name in options(settings)}
     return sorted(names | {name.partition(".")[0] for name in names if name.partition(".")[0] in CHOICES})
 
 
@@ -32,23 +32,23 @@ def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequ
     Raises:
       UserError: the command line changes one, whether by the setting, by a preset, or by another method.
     """
-    options = {spelled(f"--{name}"): f"--{name}" for name in (*names, "preset")}
+    spellings = {spelled(f"--{name}"): f"--{name}" for name in (*names, "preset")}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in options:
+    for option in spellings:
         parser.add_argument(option)
     words = [spelled(word) for word in argv]
     _, others = parser.parse_known_args(words)
     if len(others) == len(words):
         return
-    given = [options[option] for word in words if (option := word.partition("=")[0]) in options]
+    given = [spellings[option] for word in words if (option := word.partition("=")[0]) in spellings]
     try:
-        labelled = _flat(to_dict(configure(document, others)))
+        labelled = options(to_dict(configure(document, others)))
     except UserError as error:
         raise UserError(
             f"{', '.join(given)} would change settings that labels of the file set; change the file instead "
             f"(error without it: {error})"
         ) from None
-    found = _flat(to_dict(config))
+    found = options(to_dict(config))
     for name in names:
         if found.get(name) != labelled.get(name):
             option = f"--{name}" if f"--{name}" in given else "--preset"
@@ -56,8 +56,3 @@ def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequ
                 f"expected {name} {typed(labelled.get(name))}, as the labels of the file say, got "
                 f"{typed(found.get(name))}; leave {option} out, or change the file"
             )
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names that they have on the command line."""
-    return {name.removesuffix(".name"): value for name, value in flat(settings).items()}
