@@ -34,9 +34,10 @@ from optima_tpu.models.checkpoints.on_devices import place_packed
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.report.contents import Report
 from optima_tpu.report.facts import facts
-from optima_tpu.report.numbers import number
 from optima_tpu.report.page import PAGE, write_page
+from optima_tpu.report.published import change
 from optima_tpu.report.runs import read_report
+from optima_tpu.report.table import plain
 from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import take_devices
@@ -166,13 +167,13 @@ class Result:
         return f"<table>{rows}</table>"
 
     def _facts(self) -> list[tuple[str, str]]:
-        settings, (dense, pruned) = self.contents.settings, self.perplexity
+        settings = self.contents.settings
         shown = {
             "model": settings.model_name,
             "method": self.contents.recipe,
             "sparsity": f"{self.sparsity:.1%} of the pruned matrices",
             **{fact.name: fact.words for fact in facts(self.contents) if fact.name == "kept"},
-            "perplexity": f"{number(dense)} dense, {number(pruned)} pruned ({pruned / dense:.2f} times)",
+            "result": plain(change(self.contents)),
             "measured on": self.contents.evaluation.how,
             "directory": str(self.directory),
         }

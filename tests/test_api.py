@@ -12,6 +12,7 @@ from msgspec import structs
 import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.recover import run as recovering
+from optima_tpu.report.numbers import number
 from tests.support.runs import folder_tensors
 
 SMALL = {
@@ -44,7 +45,7 @@ def test_the_result_has_what_the_report_has(result, tmp_path):
     assert (result.export(tmp_path / "hf") / "config.json").exists()
     assert optima_tpu.load(result.directory).record == record
     for text in (str(result), result._repr_html_()):
-        assert "wanda + cg" in text and f"{result.perplexity.pruned:.3g} pruned" in text
+        assert "wanda + cg" in text and f"-&gt; {number(result.perplexity.pruned, 4)}: " in text.replace("-> ", "-&gt; ")
 
 
 def test_a_result_shows_names_with_markup_as_they_are(result):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -103,9 +103,10 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
         its own calibration text does not fit the devices as a whole.
     """
     config = together(lambda: on_model(config, model.pretrained.config))
-    plan = together(lambda: _plan_reading(config, model))
-    draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, plan.draw)
-    score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
+    source, other = together(lambda: texts_of(config))
+    tokenizer, windows, scored = together(lambda: _windows(config, model))
+    draw = functools.partial(data.calibration_tokens, source, tokenizer, windows)
+    score = functools.partial(data.evaluation_tokens, other, tokenizer, **scored)
     kept, pretrained = functools.partial(kept_tokens, config.token_cache), model.pretrained
 
     def draw_together(source: data.TextSource) -> Tokens:
@@ -117,36 +118,20 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
 
     def calibration(source: data.Source) -> Tokens:
         read = (lambda: draw_together(source)) if data.read_by_all(source) and not alone() else lambda: from_first(draw)
-        return kept(source, "calibration", pretrained, read, **dataclasses.asdict(plan.draw))
+        return kept(source, "calibration", pretrained, read, **dataclasses.asdict(windows))
 
     if console:
-        say(console, f"reading      {' and '.join(dict.fromkeys(map(str, (plan.evaluation, plan.calibration))))}")
+        say(console, f"reading      {' and '.join(dict.fromkeys(map(str, (other, source))))}")
     # The evaluation text first: an error in it should appear before the model writes for minutes.
-    evaluation = kept(plan.evaluation, "evaluation", pretrained, lambda: from_first(score), **plan.score)
+    evaluation = kept(other, "evaluation", pretrained, lambda: from_first(score), **scored)
     write = functools.partial(self_calibration, config, *model, console)
-    if isinstance(plan.calibration, data.SelfGenerated):
+    if isinstance(source, data.SelfGenerated):
         together(lambda: check_ids([evaluation.ids], model))
         drawn = write()
         return Texts(drawn, evaluation, written=drawn.ids)
-    drawn = calibration(plan.calibration)
+    drawn = calibration(source)
     together(lambda: check_ids([drawn.ids, evaluation.ids], model))
     return Texts.of(config, drawn, evaluation, write() if config.calibration.written else None)
-
-
-class _Score(TypedDict):
-    length: int
-    windows: int | None
-    bos: int | None
-
-
-class _Reading(NamedTuple):
-    """The sources and the tokenizer, and the arguments of ``data.calibration_tokens`` and ``data.evaluation_tokens``."""
-
-    calibration: data.Source
-    evaluation: data.Source
-    tokenizer: PreTrainedTokenizerBase
-    draw: Draw
-    score: _Score
 
 
 def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:
@@ -174,27 +159,13 @@ def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None
     return config
 
 
-def _plan_reading(config: RunConfig, model: Model) -> _Reading:
-    tokenizer = load_tokenizer(model.pretrained)
-    source, other = texts_of(config)
-    text = config.calibration
-    return _Reading(
-        source,
-        other,
-        tokenizer,
-        Draw(
-            windows=text.windows + (config.distill.windows if config.distill else 0),
-            length=text.window_length,
-            seed=text.seed,
-            held_out=text.held_out,
-            bos=window_bos(model, tokenizer),
-        ),
-        _Score(
-            length=config.evaluation.length or text.window_length,
-            windows=config.evaluation.windows,
-            bos=window_bos(model, tokenizer, config.evaluation.bos),
-        ),
-    )
+def _windows(config: RunConfig, model: Model) -> tuple[PreTrainedTokenizerBase, Draw, dict[str, Any]]:
+    """The tokenizer, the windows to draw for calibration, and the arguments of ``data.evaluation_tokens``."""
+    tokenizer, text, scored = load_tokenizer(model.pretrained), config.calibration, config.evaluation
+    count = text.windows + (config.distill.windows if config.distill else 0)
+    draw = Draw(count, text.window_length, text.seed, text.held_out, window_bos(model, tokenizer))
+    length, bos = scored.length or text.window_length, window_bos(model, tokenizer, scored.bos)
+    return tokenizer, draw, {"length": length, "windows": scored.windows, "bos": bos}
 
 
 def pruned_layers(config: RunConfig, decoder: Decoder) -> dict[str, Pattern]:

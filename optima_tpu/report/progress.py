@@ -52,7 +52,8 @@ def plain_table(head: Iterable[str], rows: Iterable[Sequence[str]], names: int =
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if words or index < names else "right", vertical="bottom", overflow="fold")
+        number = not words and index >= names
+        table.add_column(name, justify="right" if number else "left", vertical="top" if words else "bottom", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -77,14 +77,13 @@ def result(report: Report) -> str:
     Nothing is called good or poor: published results are of other models and texts, and an evaluation has few windows. What is said
     of the range, "above all of them", holds by two standard errors of the loss, paired by window, and only on the same texts.
     """
-    ends = interval(report.perplexity.ratio, report.log_ratio_stderr)
-    first, note = _change(report.perplexity, ends), _beyond_pruning(report)
+    first, note = change(report), _beyond_pruning(report)
     if note:
         return f"{first} {note}"
     rows = comparable(report)
     if not rows:
         return first
-    best, worst = rows[0], rows[-1]
+    best, worst, ends = rows[0], rows[-1], interval(report.perplexity.ratio, report.log_ratio_stderr)
     text = report.settings.evaluation_source
     place = ""
     if text in TEXTS and ends:
@@ -108,8 +107,9 @@ def _range(rows: Sequence[Published]) -> str:
     return f"{rows[0].model} {ends}, on {texts}"
 
 
-def _change(perplexity: Perplexities, ends: tuple[float, float] | None) -> str:
+def change(report: Report) -> str:
     """ "Perplexity 14.8 → 19.7: 1.33 times the dense model’s, worse (1.31 to 1.35 with two standard errors)."."""
+    perplexity, ends = report.perplexity, interval(report.perplexity.ratio, report.log_ratio_stderr)
     dense, pruned = perplexity.dense, perplexity.pruned
     first = f"Perplexity {number(dense, 4)} → {number(pruned, 4)}: {number(perplexity.ratio)} times the dense model’s"
     if ends is None:

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.flat import flat, options
@@ -123,28 +123,20 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
         )
 
 
-class _Entry(NamedTuple):
-    """Attributes:
-    settings: the settings that decide an entry of the manifest, by the first parts of their names.
-    words: what has changed if the entry differs and none of these settings does; empty for both values of the entry.
-    """
-
-    settings: tuple[str, ...] = ()
-    words: str = ""
-
-
 _TEXT = "the calibration text has other tokens than there"
-_ENTRIES: Mapping[str, _Entry] = {
-    "model": _Entry(("model", "dtype"), "the files of the model have changed"),
-    "recipe": _Entry(("dtype", "pattern", "layers", *CHOICES, "recapture", "borrow")),
-    "generated": _Entry(("calibration",)),
-    "calibration": _Entry(("calibration",), _TEXT),
-    "held_out": _Entry(("calibration",), _TEXT),
-    "distillation": _Entry(("calibration", "distill"), _TEXT),
-    "start": _Entry((), "the pruned model that training starts from has changed"),
-    "masks": _Entry(("selector",), "the masks of selector.path have changed"),
-    "weights": _Entry(("selector",), "the weights of selector.path have changed"),
+_ENTRIES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "model": (("model", "dtype"), "the files of the model have changed"),
+    "recipe": (("dtype", "pattern", "layers", *CHOICES, "recapture", "borrow"), ""),
+    "generated": (("calibration",), ""),
+    "calibration": (("calibration",), _TEXT),
+    "held_out": (("calibration",), _TEXT),
+    "distillation": (("calibration", "distill"), _TEXT),
+    "start": ((), "the pruned model that training starts from has changed"),
+    "masks": (("selector",), "the masks of selector.path have changed"),
+    "weights": (("selector",), "the weights of selector.path have changed"),
 }
+"""Entry of the manifest -> the settings that decide it, by the first parts of their names; and what has changed if the entry differs and
+none of these settings does, empty for both values of the entry."""
 
 
 def _differences(
@@ -161,8 +153,8 @@ def _differences(
         there, here = flat({key: old[key]} if key in old else {}), flat({key: manifest[key]} if key in manifest else {})
         if there == here:
             continue
-        entry = _ENTRIES.get(key, _Entry())
-        own = {name: both for name, both in other.items() if name.partition(".")[0] in entry.settings}
+        deciding, changed = _ENTRIES.get(key, ((), ""))
+        own = {name: both for name, both in other.items() if name.partition(".")[0] in deciding}
         settings |= {name: both for name, both in own.items() if name in methods or name.partition(".")[0] not in methods}
         if not own:
             values = [
@@ -170,7 +162,7 @@ def _differences(
                 for name in sorted(there | here)
                 if there.get(name, ...) != here.get(name, ...)
             ]
-            words += [entry.words] if entry.words else values
+            words += [changed] if changed else values
     another = "model" in settings  # and with it, perhaps, another tokenizer
     return settings, [each for each in dict.fromkeys(words) if not (another and each == _TEXT)]
 

@@ -10,7 +10,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import printing, signals
@@ -55,17 +55,11 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
     return guarded(work, command.again)
 
 
-class Opens(Protocol):
-    """The settings of a command that opens a model. Properties, since settings are frozen."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def coordinator(self) -> str | None: ...
-
-
-def announce(config: Opens | None) -> None:
+def announce(config: Any) -> None:
     """Prints the first line of a command that opens a model: its libraries load for seconds, and nothing can be said of the model before.
+
+    Args:
+      config: has the model and the processes, see ``Command.opens``; None for a command that opens no model.
 
     Processes of a job print none, for which of them is the first is known only after they joined.
     """

@@ -76,8 +76,7 @@ def refuse_incomplete(coordinator: str | None, count: int | None, index: int | N
     """Raises UserError for arguments of :func:`start` that name no process of a run; all None is none."""
     if coordinator is None and count is None and index is None:
         return
-    named = coordinator is not None and count is not None and index is not None
-    if not (named and 0 <= index < count and 0 < _port(coordinator) < 1 << 16):
+    if coordinator is None or count is None or index is None or not (0 <= index < count and 0 < _port(coordinator) < 1 << 16):
         raise UserError(
             "expected --coordinator HOST:PORT, --num_processes N and --process_id K with 0 <= K < N together, "
             f"with a port from 1 to 65535, got {coordinator}, {count} and {index}"
