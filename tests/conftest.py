@@ -86,6 +86,17 @@ def empty_plots(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unmeasured_speed(request):
+    """Runs that cut a model do not compare its speed, which takes as long as the rest of them, but in files that say ``TIMES``."""
+    from optima_tpu.report.contents import Speed
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "TIMES", False):
+            patch.setattr("optima_tpu.pipeline.stages.speed", lambda *given: Speed("", reason="this is a test"))
+        yield
+
+
 class FinishedRun(NamedTuple):
     """A run of the command line that nothing interrupted."""
 

@@ -44,7 +44,10 @@ def folder(model: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model", MODELS)
+# Of every family tests/pipeline/test_experts.py holds the same without a run.
+@pytest.mark.parametrize(
+    "model", [pytest.param(each, marks=[pytest.mark.slow] * (each != "DeepseekV3ForCausalLM")) for each in MODELS]
+)
 def test_transformers_loads_the_model_and_computes_what_the_run_measured(model, tmp_path):
     source, run = folder(model, tmp_path / "model"), tmp_path / "run"
     words = ["--model", str(source), "--output", str(run), "--cut.experts", "0.5", "--mesh", "4x2", *ALONE, *SMALL]
@@ -63,9 +66,8 @@ def test_transformers_loads_the_model_and_computes_what_the_run_measured(model, 
     assert errors and all(after < before for before, after in errors)
     assert not verified(run).damaged
 
-    tokens = np.random.default_rng(0).integers(0, 250, (2, 24)).astype(np.int32)
-    found = logits_of(open_evaluated(str(run), mesh(1, 1), None, 2).model.decoder, tokens)
-    exported = logits_of(open_evaluated(str(run / "hf"), mesh(1, 1), None, 2).model.decoder, tokens)
+    tokens = np.random.default_rng(0).integers(0, 250, (8, 32)).astype(np.int32)  # as the run's windows, so with its programs
+    found, exported = (logits_of(open_evaluated(str(each), mesh(4, 2)).model.decoder, tokens) for each in (run, run / "hf"))
     assert np.array_equal(found, exported)
     with torch.no_grad():
         expected = small.eval()(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
@@ -82,31 +84,25 @@ def whole_run(tmp_path_factory):
     return words, root / "run"
 
 
-@pytest.mark.parametrize("stopped", ["removal", "journal"])
-def test_a_stopped_run_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch, stopped):
+def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
+    """Behind the first block that lost experts, and behind the first one that was pruned."""
     words, expected = whole_run
-    if stopped == "removal":
-        keep = stages.keep_block
+    run, keep, save = tmp_path / "run", stages.keep_block, Journal.save
 
-        def once(directory, index, *rest):
-            if index == 1:
-                raise KeyboardInterrupt
-            return keep(directory, index, *rest)
-
-        monkeypatch.setattr(stages, "keep_block", once)
-    else:
-        save = Journal.save
-
-        def first(journal, index, *rest):
-            save(journal, index, *rest)
+    def once(directory, index, *rest):
+        if index == 1:
             raise KeyboardInterrupt
+        return keep(directory, index, *rest)
 
-        monkeypatch.setattr(Journal, "save", first)
-    run = tmp_path / "run"
-    assert main([*words, "--output", str(run)]) != 0
-    done = json.loads((run / "left_out.json").read_text())["experts"]["blocks"]
-    assert len(done) == (1 if stopped == "removal" else 2)
-    monkeypatch.undo()
+    def first(journal, index, *rest):
+        save(journal, index, *rest)
+        raise KeyboardInterrupt
+
+    for done, place, stopped in ((1, (stages, "keep_block"), once), (2, (Journal, "save"), first)):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, stopped)
+            assert main([*words, "--output", str(run)]) != 0
+        assert len(json.loads((run / "left_out.json").read_text())["experts"]["blocks"]) == done
     assert main([*words, "--output", str(run)]) == 0
     assert (run / "left_out.json").read_bytes() == (expected / "left_out.json").read_bytes()
     ours, theirs = CheckpointTensors(run), CheckpointTensors(expected)

@@ -12,6 +12,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.experts import MSAN, REAP
 from optima_tpu.models import routers
 from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, expert_cut
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, forward
@@ -19,15 +20,25 @@ from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.layers import project
 from optima_tpu.models.model import Model, without_experts
 from optima_tpu.pipeline.experts import ExpertRemoval, _MixedBlock, keep_block
+from optima_tpu.report.contents import BlockExperts, ExpertsLeft, LeftOut
+from tests.support.fake_run import run_without
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of, run_head
 from tests.support.references import BESIDE_IMAGES, REFERENCES, tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 MODELS = {reference.model: reference for reference in (*REFERENCES, *BESIDE_IMAGES)}
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"), [("MixtralForCausalLM", (1, 1)), ("GptOssForCausalLM", (4, 2)), ("DeepseekV3ForCausalLM", (2, 2))]
+    ("model", "shape"),
+    [
+        pytest.param("MixtralForCausalLM", (1, 1), marks=pytest.mark.slow),
+        ("GptOssForCausalLM", (4, 2)),
+        ("DeepseekV3ForCausalLM", (2, 2)),
+    ],
 )
 def test_the_statistics_of_experts_are_those_of_each_expert_on_its_tokens(model, shape):
     """Against every expert on its own rows of the input, in float64."""
@@ -88,18 +99,38 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize(("name", "shape"), CUT.items())
-def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_them(name, shape, monkeypatch):
-    model, cut = opened(name, shape)
-    tokens = np.random.default_rng(1).integers(0, 60, (3, 16)).astype(np.int32)
-    kept = [block.stay for block in ExpertRemoval(model, cut, REAP()).blocks(tokens)]
-    assert len(kept) == model.decoder.config.blocks and {len(stay) for stay in kept} - {0} == {cut.kept} and cut.kept < cut.total
-    found = logits_of(without_experts(model, cut, kept).decoder, tokens)
+TOKENS = np.random.default_rng(1).integers(0, 60, (3, 16)).astype(np.int32)
 
+
+@pytest.fixture(scope="module", params=CUT.items(), ids=lambda case: case[0])
+def halved(request):
+    """(whole model, what it loses, the experts that each block keeps, the model of these, its logits)."""
+    model, cut = opened(*request.param)
+    kept = [block.stay for block in ExpertRemoval(model, cut, REAP()).blocks(TOKENS)]
+    assert len(kept) == model.decoder.config.blocks and {len(stay) for stay in kept} - {0} == {cut.kept} and cut.kept < cut.total
+    small = without_experts(model, cut, kept)
+    return model, cut, kept, small, logits_of(small.decoder, TOKENS)
+
+
+def test_transformers_computes_the_same_of_the_exported_model(halved, tmp_path):
+    model, cut, kept, small, found = halved
+    left = LeftOut(experts=ExpertsLeft(cut.total, tuple(BlockExperts(stay) for stay in kept)))
+    export(run_without(tmp_path / "run", model, small, left), tmp_path / "out")
+    loaded, info = getattr(transformers, model.pretrained.origin).from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype="float32", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        expected = loaded.eval()(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
+    assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_them(halved, monkeypatch):
+    model, cut, kept, _, found = halved
     never = np.zeros((len(kept), cut.total), np.float32)
     for index, stay in enumerate(kept):
         never[index, [expert for expert in range(cut.total) if expert not in stay]] = -np.inf
-    decoder, hidden = model.decoder, model.decoder.embed(tokens)
+    decoder, hidden = model.decoder, model.decoder.embed(TOKENS)
     for index, parameters in enumerate(decoder.blocks(range(len(kept)))):
         jax.clear_caches()  # the router of each block has other experts
         monkeypatch.setattr(routers, "project", lambda *args, index=index: project(*args) + never[index])
@@ -115,7 +146,9 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
         assert np.abs(found[batch.rows[batch.there]] - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("name", "shape"), [("Qwen3MoeForCausalLM", (1, 1)), ("GptOssForCausalLM", (4, 2))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [pytest.param("Qwen3MoeForCausalLM", (1, 1), marks=pytest.mark.slow), ("GptOssForCausalLM", (4, 2))]
+)
 def test_the_refit_is_the_ridge_regression_of_all_experts_jointly(name, shape):
     """Against the normal equations of all experts, in float64."""
     model, cut = opened(name, shape)

@@ -95,10 +95,17 @@ def pruned_run(
     settings = config.to_diff_dict() | {"architectures": config.architectures, "dtype": "float32"}
     assets = {"config.json": json.dumps(settings).encode()}
     whole = Model(Pretrained(config, source, assets, "ab", "here"), Decoder.open(config, source, mesh(1, 1)))
-    pretrained, decoder = without_blocks(whole, left_out)
-    config, source = pretrained.config, pretrained.tensors
+    left = LeftOut(left_out, (0.5,) * len(left_out))
+    return run_without(directory, whole, without_blocks(whole, left_out), left, pattern, layers)
+
+
+def run_without(
+    directory: Path, whole: Model, cut: Model, left: LeftOut, pattern: str | None = "dense", layers: str = ""
+) -> Path:
+    """As :func:`pruned_run`, of a model that is without what ``left`` names."""
+    (config, source), decoder = (cut.pretrained.config, cut.pretrained.tensors), cut.decoder
     manifest = MANIFEST if pattern is None else MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": pattern, "layers": layers}}
-    journal = open_journal(directory, manifest, assets, to_dict(SMALL))
+    journal = open_journal(directory, manifest, whole.pretrained.assets, to_dict(SMALL))
     random = np.random.default_rng(0)
 
     def mask(name: str, linear: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -114,7 +121,7 @@ def pruned_run(
         weights = {name: np.where(keep, source.read(name), 0).astype(source.dtype(name)) for name, keep in masks.items()}
         report = block_report(block, {names[name]: keep for name, keep in masks.items()})
         journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 1), np.float32)))
-    write_checkpoint(journal, source, mesh(1, 1), left_out=LeftOut(left_out, (0.5,) * len(left_out)))
+    write_checkpoint(journal, source, mesh(1, 1), left_out=left)
     return directory
 
 

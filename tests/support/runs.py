@@ -24,9 +24,14 @@ SMALL = [
     "--evaluation.source",
     "random",
     "--evaluation.windows",
-    "4",
+    "8",
+    "--evaluation.length",
+    "32",
 ]
-"""The settings of a run over a :func:`tiny_folder` that takes a second or two."""
+"""The settings of a run over a :func:`tiny_folder` that takes a second or two.
+
+Windows of both texts have one shape, so that both take the same programs.
+"""
 
 
 def opened(config: RunConfig, shape: tuple[int, int]) -> Model:
