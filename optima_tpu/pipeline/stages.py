@@ -69,7 +69,6 @@ from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_di
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.pace import Step
-from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Steps, open_sinks
 from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.device_memory import device_budget
@@ -82,11 +81,11 @@ class PrunedModel(NamedTuple):
 
     Attributes:
       decoder: reads it.
-      blocks: the report of every block.
+      checkpoint: its tensors, and the report of every block.
     """
 
     decoder: Decoder
-    blocks: tuple[BlockReport, ...]
+    checkpoint: CheckpointTensors
 
 
 class Results(NamedTuple):
@@ -402,10 +401,12 @@ def _read_checkpoint(
     work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None
 ) -> PrunedModel | None:
     directory = work.opened.directory
-    blocks: tuple[BlockReport, ...] | None = from_first(lambda: checkpointed_blocks(directory))
-    if blocks is None:
-        return None
-    return PrunedModel(dataclasses.replace(pruned_model(work.opened).decoder, tensors=CheckpointTensors(directory)), blocks)
+    return _pruned(work) if from_first(lambda: checkpointed_blocks(directory) is not None) else None
+
+
+def _pruned(work: StageWork) -> PrunedModel:
+    tensors = CheckpointTensors(work.opened.directory)
+    return PrunedModel(dataclasses.replace(pruned_model(work.opened).decoder, tensors=tensors), tensors)
 
 
 def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> PrunedModel:
@@ -416,9 +417,7 @@ def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None
     sparsity, left_out = allocation.sparsity if allocation else None, read_left_out(directory)
     write_checkpoint(directory, lambda: journal.reports(entry), pretrained.tensors, decoder.mesh, sparsity, left_out)
     work.progress.advance()
-    pruned = _read_checkpoint(work, journal, outcome, allocation)
-    assert pruned is not None, "it was written"
-    return pruned
+    return _pruned(work)
 
 
 CHECKPOINTING = Stage("writing the checkpoint", _write_checkpoint, _read_checkpoint, _checkpoint_steps)
@@ -458,7 +457,7 @@ def cuts(config: RunConfig) -> bool:
 
 def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
     opened = work.opened
-    exported = Exported.open(opened.directory)
+    exported = Exported.open(opened.directory, pruned.checkpoint)
     if not exported.cuts.deleted:
         return None
     dense = opened.model.decoder
@@ -545,14 +544,14 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
     left_out = weight_count(pretrained.tensors) - weight_count(pruned_model(opened).decoder.tensors)
 
     def write() -> Report:
-        exported = Exported.open(directory)
+        exported = Exported.open(directory, pruned.checkpoint)
         measured_here = {
             "sizes": _sizes(opened),
             "tokens": changes(opened, results.dense, results.pruned),
             "cuts": dict(exported.cuts.counts),
             "removed": exported.removed() + left_out,
         }
-        return write_report(directory / REPORT, entries | measured_here, pruned.blocks)
+        return write_report(directory / REPORT, entries | measured_here, pruned.checkpoint.run.blocks)
 
     report: Report = from_first(write)
     return report

@@ -54,9 +54,9 @@ class Exported:
     cuts: Cuts = Cuts()
 
     @classmethod
-    def open(cls, directory: Path) -> "Exported":
-        """Opens a run, and cuts what it pruned in every block alike."""
-        source = CheckpointTensors(directory)
+    def open(cls, directory: Path, source: CheckpointTensors | None = None) -> "Exported":
+        """Opens a run, whose checkpoint may be open already, and cuts what the run pruned in every block alike."""
+        source = source or CheckpointTensors(directory)
         run = cls(directory, source, cut_assets(read_assets(directory), source.run.left_out), {})
         patterns = run._patterns()
         if source.run.left_out == LeftOut() and not any(isinstance(pattern, WholeInputs) for pattern in patterns.values()):

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
@@ -85,8 +86,15 @@ def quiet_orbax() -> None:
 
 def save_tree(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Writes a checkpoint of arrays on the host or on the mesh. Every process calls it and writes what its devices hold."""
-    with _ONE:
+    with _ONE, _saving():
         ocp.save(path, tree, custom_metadata=dict(metadata))
+
+
+def _saving() -> ocp.Context:
+    """A context for saves. In one process, splitting the write of equal copies only compiles a slice for every shape and part."""
+    context = ocp.Context()
+    context.array.saving.use_replica_parallel = jax.process_count() > 1
+    return context
 
 
 def save_items(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -227,10 +235,24 @@ def write_checkpoint(
         save_tree(partial, own, json_values(metadata))
 
 
-def _opened(path: Path) -> tuple[_Metadata, dict[str, Path]]:
-    """The metadata of RUN/checkpoint, and the checkpoints of the blocks that it names, by these names."""
-    record = read_custom(path, _Metadata)
-    return record, {part: inside(path.parent, part, path) for part in record.parts}
+class _Opened(NamedTuple):
+    """RUN/checkpoint.
+
+    Attributes:
+      record: its metadata.
+      tree: of its arrays, as Orbax records them.
+      parts: the checkpoints of the blocks, by the names that the metadata have for them.
+    """
+
+    record: _Metadata
+    tree: Mapping[str, Any]
+    parts: dict[str, Path]
+
+    @classmethod
+    def of(cls, path: Path) -> "_Opened":
+        found = read_metadata(path)
+        record = check_record(found.custom_metadata, _Metadata, path)
+        return cls(record, found.metadata, {part: inside(path.parent, part, path) for part in record.parts})
 
 
 def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
@@ -242,8 +264,8 @@ def checkpointed_blocks(directory: Path) -> tuple[BlockReport, ...] | None:
     path = directory / CHECKPOINT
     if not complete(path):
         return None
-    record, parts = _opened(path)
-    return record.run.blocks if all(map(complete, parts.values())) else None
+    opened = _Opened.of(path)
+    return opened.record.run.blocks if all(map(complete, opened.parts.values())) else None
 
 
 def checkpoint_damage(directory: Path) -> str:
@@ -251,8 +273,7 @@ def checkpoint_damage(directory: Path) -> str:
     path = directory / CHECKPOINT
     if found := damage(path):
         return found
-    _, parts = _opened(path)
-    whys = ((name, damage(part) if part.exists() else "is missing") for name, part in parts.items())
+    whys = ((name, damage(part) if part.exists() else "is missing") for name, part in _Opened.of(path).parts.items())
     return next((f"{part}: {why}" for part, why in whys if why), "")
 
 
@@ -281,13 +302,14 @@ class OrbaxTensors:
 
     Args:
       paths: the checkpoints, each with groups "weights", "masks" and "scales" by name.
+      known: checkpoints whose record was read before, and their trees.
 
     Raises:
       UserError: as :func:`read_metadata`.
     """
 
-    def __init__(self, paths: Iterable[Path]):
-        self._trees = {path: read_metadata(path).metadata for path in paths}
+    def __init__(self, paths: Iterable[Path], known: Mapping[Path, Mapping[str, Any]] = MappingProxyType({})):
+        self._trees = {**known, **{path: read_metadata(path).metadata for path in paths}}
         self._found = {group: _leaves(self._trees, group) for group in ("weights", "masks", "scales")}
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
         self._left: Mapping[str, TensorPart] = {}
@@ -398,9 +420,9 @@ class CheckpointTensors(OrbaxTensors):
             raise UserError(
                 f"expected a finished run, got {directory}, which has no checkpoint yet; to finish it, repeat {command}"
             )
-        record, parts = _opened(path)
-        self.run, self.stacked = record.run, record.stacked
-        super().__init__((path, *parts.values()))
+        opened = _Opened.of(path)
+        self.run, self.stacked = opened.record.run, opened.record.stacked
+        super().__init__(opened.parts.values(), {path: opened.tree})
 
 
 def block_of(name: str) -> str:
