@@ -13,9 +13,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Heads, Pattern, Unstructured, WholeInputs
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors import ADMM, Magnitude, Price, Selector, SparseGPT, Thanos, Wanda
-from optima_tpu.method.selectors.price import _Priced
 from optima_tpu.runtime.mesh import ROWS, make_mesh
-from tests.support.problems import PATTERNS, layer, select, wide
+from tests.support.problems import PATTERNS, layer, select
 
 COUNT, SIZE = 8, 32
 # Blocks of 12 leave a last one of 8, and divide no N:M group of 8.
@@ -26,7 +25,7 @@ SELECTORS = {
     "sparsegpt": SparseGPT(block=12),
     "thanos": Thanos(block=12),
     "admm": ADMM(rho_first=0.3, levels=3),
-    "price": Price(steps=2),
+    "price": Price(steps=2, exchanges=2),
 }
 # Those that rank the weights of dead inputs by size; the others prune them first.
 BLIND = (Magnitude(), Wanda(shift_zero=True))
@@ -261,43 +260,3 @@ def test_matrices_of_one_input_are_chosen_as_if_each_were_alone(selector):
         alone = select(selector, problem, pattern)
         np.testing.assert_array_equal(chosen.keep, alone.keep)
         np.testing.assert_allclose(chosen.weight, alone.weight, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("target", ["self", "other"])
-@pytest.mark.parametrize("width", [1, 4])
-def test_a_price_is_what_the_optimum_loses_with_a_part(width, target):
-    """Against two solves in float64, of each row and part, with some inputs gone already."""
-    problem, damping = layer(np.random.default_rng(30), COUNT, SIZE, target=target), 0.05
-    left = np.repeat(np.arange(SIZE // width) % 4 != 1, width)
-    found = jax.jit(lambda problem, left: _Priced.of(problem, damping).prices(left, width))(problem, jnp.asarray(left))
-    weight, hessian, pull = wide(problem, damping)
-    aim = weight @ hessian + pull
-
-    def least(kept: np.ndarray) -> np.ndarray:
-        """The objective of every row at its optimum over some inputs, without its constant."""
-        return -np.einsum("rk,kl,rl->r", aim[:, kept], np.linalg.inv(hessian[np.ix_(kept, kept)]), aim[:, kept])
-
-    for part in range(SIZE // width):
-        inside = np.arange(SIZE) // width == part
-        if left[inside].all():
-            lost = least(np.flatnonzero(left & ~inside)) - least(np.flatnonzero(left))
-            np.testing.assert_allclose(found[:, part], lost, rtol=2e-3)
-
-
-def test_parts_leave_one_after_the_other_and_the_rest_is_priced_again():
-    """With a step for every part: what is cheapest in float64 leaves, until as many are left as the pattern says."""
-    problem, damping, width = layer(np.random.default_rng(31), COUNT, SIZE), 0.05, 2
-    pattern = dataclasses.replace(WholeInputs(0.5, multiple=1), width=width)
-    keep = np.asarray(select(Price(damping, steps=SIZE // width // 2), problem, pattern).keep)
-    weight, hessian, _ = wide(problem, damping)
-    energy = np.einsum("rd,de,re->r", weight, np.asarray(problem.hessian, np.float64), weight)
-    left = list(range(SIZE // width))
-
-    def loss(parts: list[int]) -> float:
-        kept = np.concatenate([np.arange(width) + part * width for part in parts])
-        aim = (weight @ hessian)[:, kept]
-        return -np.sum(np.einsum("rk,kl,rl->r", aim, np.linalg.inv(hessian[np.ix_(kept, kept)]), aim) / energy)
-
-    while len(left) > SIZE // width // 2:
-        left.remove(min(left, key=lambda part: loss([other for other in left if other != part])))
-    assert (keep == np.repeat(np.isin(np.arange(SIZE // width), left), width)).all()

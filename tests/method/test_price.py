@@ -1,0 +1,181 @@
+"""Prices and exchanges against solves in float64, and what they choose against other choosers and against all sets of inputs."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optima_tpu.method.patterns import WholeInputs
+from optima_tpu.method.problem import LayerProblem
+from optima_tpu.method.selectors import Price
+from optima_tpu.method.selectors.price import _Priced
+from tests.support.problems import layer, row_objective, select, wide
+
+COUNT, SIZE, DAMPING = 8, 32, 0.05
+
+
+def least(problem: LayerProblem, kept: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """The objective of every row at its optimum over some inputs, [..., rows] float64.
+
+    Args:
+      kept: [..., count] int.
+    """
+    weight, hessian, pull = wide(problem, damping)
+    aim = weight @ hessian + pull
+    inside, wanted = hessian[kept[..., :, None], kept[..., None, :]], np.moveaxis(aim[:, kept], 0, -1)
+    reached = np.sum(wanted * np.linalg.solve(inside, wanted), axis=-2)
+    return np.sum(weight * (aim + pull), axis=1) - reached
+
+
+def energy(problem: LayerProblem) -> np.ndarray:
+    """The energy of every row's output, [rows] float64."""
+    weight, hessian, _ = wide(problem)
+    return np.einsum("rd,de,re->r", weight, hessian, weight)
+
+
+@pytest.mark.parametrize("target", ["self", "other"])
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_price_is_what_the_optimum_loses_with_a_part(width, target):
+    """Of each row and part, with some inputs gone already."""
+    problem = layer(np.random.default_rng(30), COUNT, SIZE, target=target)
+    left = np.repeat(np.arange(SIZE // width) % 4 != 1, width)
+    found = jax.jit(lambda problem, left: _Priced.of(problem, DAMPING).prices(left, width))(problem, jnp.asarray(left))
+    for part in range(SIZE // width):
+        inside = np.arange(SIZE) // width == part
+        if left[inside].all():
+            lost = least(problem, np.flatnonzero(left & ~inside)) - least(problem, np.flatnonzero(left))
+            np.testing.assert_allclose(found[:, part], lost, rtol=2e-3)
+
+
+def test_parts_leave_one_after_the_other_and_the_rest_is_priced_again():
+    """With a step for every part: what is cheapest leaves, until as many are left as the pattern says."""
+    problem, width = layer(np.random.default_rng(31), COUNT, SIZE), 2
+    pattern = dataclasses.replace(WholeInputs(0.5, multiple=1), width=width)
+    keep = np.asarray(select(Price(DAMPING, steps=SIZE // width // 2), problem, pattern).keep)
+    left = list(range(SIZE // width))
+
+    def loss(parts: list[int]) -> float:
+        kept = np.concatenate([np.arange(width) + part * width for part in parts])
+        return float(np.sum(least(problem, kept) / energy(problem)))
+
+    while len(left) > SIZE // width // 2:
+        left.remove(min(left, key=lambda part: loss([other for other in left if other != part])))
+    assert (keep == np.repeat(np.isin(np.arange(SIZE // width), left), width)).all()
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_an_exchange_adds_what_the_optima_differ_by(width):
+    """Of each part that is left, for each that is not, with rows of different weights."""
+    problem, share = layer(np.random.default_rng(32), COUNT, SIZE, target="other"), np.linspace(1, 2, COUNT)
+    left = np.arange(SIZE // width) % 2 == 1
+
+    def objective(left: np.ndarray) -> float:
+        return float(share @ least(problem, np.flatnonzero(np.repeat(left, width))))
+
+    value, changes = jax.jit(lambda left: _Priced.of(problem, DAMPING).exchanged(left, width, jnp.asarray(share)[:, None]))(left)
+    before, changes = objective(left), np.asarray(changes)
+    np.testing.assert_allclose(value, before, rtol=1e-4)
+    expected = np.full(changes.shape, np.inf)
+    for goes, comes in itertools.product(np.flatnonzero(left), np.flatnonzero(~left)):
+        other = left.copy()
+        other[[goes, comes]] = False, True
+        expected[goes, comes] = objective(other) - before
+    lower = expected < -1e-3 * before
+    assert 5 < lower.sum() < np.isfinite(expected).sum()
+    np.testing.assert_allclose(changes[lower], expected[lower], rtol=5e-3)
+    assert np.isinf(changes[expected > 1e-3 * before]).all()
+
+
+def unit_rows(problem: LayerProblem) -> LayerProblem:
+    """The same with rows of the output energy 1, so that the price weighs them alike."""
+    return dataclasses.replace(problem, weight=problem.weight / jnp.asarray(np.sqrt(energy(problem)), jnp.float32)[:, None])
+
+
+def chosen(problem: LayerProblem, share: float, exchanges: int) -> np.ndarray:
+    """The inputs that are left."""
+    selector = Price(DAMPING, exchanges=exchanges)
+    return np.flatnonzero(select(selector, problem, WholeInputs(share, multiple=1)).keep[0])
+
+
+def test_exchanges_end_where_none_lowers_the_objective_here_at_the_best_of_all_sets():
+    """Half of 12 neurons leave, in 20 layers, and the objective of all 924 sets is known."""
+    sets = np.asarray(list(itertools.combinations(range(12), 6)))
+    gaps = []
+    for seed in range(20):
+        problem = unit_rows(layer(np.random.default_rng(seed), COUNT, 12))
+        objectives = least(problem, sets).sum(axis=-1)
+        backward, exchanged = (chosen(problem, 0.5, exchanges) for exchanges in (0, 20))
+        found = least(problem, exchanged).sum()
+        others = np.sum(np.isin(sets, exchanged), axis=1) == 5
+        assert found <= objectives[others].min() * (1 + 1e-5)
+        gaps.append((found / objectives.min() - 1, least(problem, backward).sum() / objectives.min() - 1))
+    ends, starts = np.transpose(gaps)
+    assert ends.max() < 1e-5 and np.sum(starts > 0.2) >= 3 and starts.max() > 0.7
+
+
+def osscar(problem: LayerProblem, gone: int) -> np.ndarray:
+    """The inputs that OSSCAR leaves (arXiv:2403.12983): the cheapest goes, one after the other; then its local search.
+
+    A step of the search takes the cheapest away, some at once, and brings those back that win most beside what is left. Where the
+    objective has not fallen, half as many are exchanged.
+    """
+    weight, hessian, _ = wide(problem, DAMPING)
+    aim, size = weight @ hessian, hessian.shape[0]
+
+    def cheapest(left: np.ndarray, count: int) -> np.ndarray:
+        made = np.linalg.inv(hessian[np.ix_(left, left)])
+        prices = np.sum((aim[:, left] @ made) ** 2, axis=0) / np.diag(made)
+        return np.delete(left, np.argsort(prices)[:count])
+
+    def filled(left: np.ndarray, count: int) -> np.ndarray:
+        others = np.setdiff1d(np.arange(size), left)
+        along = np.linalg.solve(hessian[np.ix_(left, left)], hessian[np.ix_(left, others)])
+        residual = aim[:, others] - aim[:, left] @ along
+        wins = np.sum(residual**2, axis=0) / (np.diag(hessian)[others] - np.sum(hessian[np.ix_(left, others)] * along, axis=0))
+        return np.sort(np.append(left, others[np.argsort(-wins)[:count]]))
+
+    left = np.arange(size)
+    for _ in range(gone):
+        left = cheapest(left, 1)
+    count = gone
+    while count:
+        tried = filled(cheapest(left, count), count)
+        if least(problem, tried).sum() < least(problem, left).sum():
+            left = tried
+        else:
+            count //= 2
+    return left
+
+
+def test_no_other_chooser_leaves_a_lower_objective():
+    """Slicing by the norm of activations, by Wanda's score and by FLAP's, with the solve and without, and OSSCAR, with it.
+
+    Half of 48 neurons leave. They are correlated, so that the backward prices alone are not the best of these.
+    """
+    size, rows, depth, gone, below = 48, 24, 4, 24, 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        gate, up = rng.standard_normal((2, depth, size)) / np.sqrt(depth)
+        hidden = rng.standard_normal((600, depth))
+        neurons = np.maximum(hidden @ gate - rng.random(size), 0) * (hidden @ up) + 0.1 * rng.standard_normal(size)
+        hessian = jnp.asarray(neurons.T @ neurons / len(neurons), jnp.float32)
+        weight = jnp.asarray(rng.standard_normal((rows, size)) * np.exp(0.5 * rng.standard_normal(size)), jnp.float32)
+        problem = unit_rows(LayerProblem(weight, hessian))
+        dense = np.abs(np.asarray(problem.weight, np.float64))
+        scores = {
+            "activations": np.abs(neurons).mean(axis=0),
+            "Wanda": dense.sum(axis=0) * np.sqrt(np.mean(neurons**2, axis=0)),
+            "FLAP": neurons.var(axis=0) * np.sum(dense**2, axis=0),
+        }
+        sets = {name: np.sort(np.argsort(score)[gone:]) for name, score in scores.items()}
+        sliced = [np.where(np.isin(np.arange(size), kept), problem.weight, 0) for kept in sets.values()]
+        sets["OSSCAR"] = osscar(problem, gone)
+        others = [least(problem, kept).sum() for kept in sets.values()]
+        others += [row_objective(problem, weights, DAMPING).sum() for weights in sliced]
+        found, backward = (least(problem, chosen(problem, gone / size, exchanges)).sum() for exchanges in (30, 0))
+        assert found <= min(others) * (1 + 1e-5) and found < min(others[:3]) and found <= 0.6 * min(others[4:])
+        below += found < backward
+    assert below == 6
