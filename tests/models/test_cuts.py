@@ -1,10 +1,13 @@
 """Runs that cut neurons or heads are exported as ordinary smaller models, which compute what the run's model with zeros does."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -44,14 +47,21 @@ def cuts(reference: Reference, settings) -> dict[str, Cut]:
     return {word: cut for word, cut in cuts_of(reference.configuration(settings)).items() if isinstance(cut, Cut)}
 
 
+TIMES = True  # its runs compare the speed, see conftest.py
+
+
 def cases():
-    """Every family from which parts can be cut: its first variant, those with biases, and those with other heads."""
+    """Every family from which parts can be cut: its first variant, those with biases, and those with other heads; the last is not slow."""
     # transformers 5.24 computes no text without images with the other class of Llama 4.
     for reference in (*REFERENCES, *(each for each in BESIDE_IMAGES if each is not LLAMA_IMAGES)):
-        for index, (name, settings) in enumerate(reference.variants.items()):
-            if (not index or any(word in name for word in ("bias", "head"))) and cuts(reference, settings):
-                yield pytest.param(reference, settings, id=f"{reference.model}-{name}")
-    yield pytest.param(REFERENCES[0], dict(num_key_value_heads=1), id="LlamaForCausalLM-one key")
+        taken = [
+            (name, settings)
+            for index, (name, settings) in enumerate(reference.variants.items())
+            if (not index or any(word in name for word in ("bias", "head"))) and cuts(reference, settings)
+        ]
+        for left, (name, settings) in zip(reversed(range(len(taken))), taken):
+            yield pytest.param(reference, settings, id=f"{reference.model}-{name}", marks=[pytest.mark.slow] * bool(left))
+    yield pytest.param(REFERENCES[0], dict(num_key_value_heads=1), id="LlamaForCausalLM-one key", marks=pytest.mark.slow)
     yield pytest.param(REFERENCES[0], dict(num_key_value_heads=2), id="LlamaForCausalLM-one key left")
     yield pytest.param(reference_of("Phi3ForCausalLM"), dict(num_key_value_heads=1), id="Phi3ForCausalLM-one key")
 
@@ -279,17 +289,41 @@ def test_weights_of_neurons_that_are_not_zero_are_not_deleted(run, tmp_path, mon
         export(run, tmp_path / "out")
 
 
-def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
-    model = tiny_folder(tmp_path / "model", intermediate_size=64)
-    run, rules = tmp_path / "run", ["--pattern", "0.25/neuron@8", "--layers", "*=0.33/head"]
-    words = ["--preset", "fast", "--mesh", "4x2", *rules]
-    assert main(["--model", str(model), "--output", str(run), *words, *SMALL]) == 0
-    printed = capsys.readouterr().out
+class Command(NamedTuple):
+    """A run of the command line that cut a model.
+
+    Attributes:
+      words: without --output.
+      measured: the decoders whose speed was measured.
+    """
+
+    model: Path
+    run: Path
+    words: list[str]
+    printed: str
+    measured: list[Decoder]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> Command:
+    root, printed, measured, load = tmp_path_factory.mktemp("command"), io.StringIO(), [], speed.load
+    model = tiny_folder(root / "model", intermediate_size=64, num_hidden_layers=2)
+    words = ["--preset", "fast", "--mesh", "4x2", "--pattern", "0.25/neuron@8", "--layers", "*=0.33/head", *SMALL]
+    words = ["--model", str(model), *words]
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "load", lambda decoder, length: measured.append(decoder) or load(decoder, length))
+        patch.setattr(speed, "_TURNS", 1)
+        assert main([*words, "--output", str(root / "run")]) == 0
+    return Command(model, root / "run", words, printed.getvalue(), measured)
+
+
+def test_the_command_writes_a_smaller_model_in_every_form(command, tmp_path, capsys):
+    model, run, words, printed, _ = command
     said = "48 of 64 neurons, 2 of 3 key-value heads in every block (the exported model is without the others)"
     assert f"kept        {said}\n" in printed
     report = json.loads((run / "report.json").read_text())
     assert report["cuts"] == {"neurons": {"left": [48], "total": 64}, "key-value heads": {"left": [2], "total": 3}}
-    assert report["removed"] == 3 * (2 * 16 + 12 + 4 + 4) * 36
+    assert report["removed"] == 2 * (2 * 16 + 12 + 4 + 4) * 36
     small, dense = folder_tensors(run / "hf"), folder_tensors(model)
     weights, left = (sum(weight.size for weight in tensors.values()) for tensors in (dense, small))
     assert report["model_sparsity"] == (weights - left) / weights and report["model"]["weights"] == weights
@@ -304,7 +338,7 @@ def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
     assert all(rates[model][what] > 0 for model in ("dense", "cut") for what in ("reading", "writing"))
     assert re.search(rf"\nspeed       \S+ times dense in reading .* in writing .*, on this machine: {rates['how']}\n", printed)
     assert f"Where it was made ({rates['how']}): " in (run / "hf" / "README.md").read_text()
-    assert planning(["--model", str(model), "--no-compile", "--json", str(tmp_path / "plan.json"), *words, *SMALL]) == 0
+    assert planning([*words, "--no-compile", "--json", str(tmp_path / "plan.json")]) == 0
     assert "\ncut model    " in capsys.readouterr().out
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["storage"]["disk"]["export for transformers"] == plan["serving"]["cut"]["weights"] == 4 * left
@@ -328,23 +362,24 @@ def test_the_command_writes_a_smaller_model_in_every_form(tmp_path, capsys):
         np.testing.assert_array_equal(opened.tensors.read(name), small[name])
 
 
-def test_the_speed_is_measured_once_of_the_narrow_model_and_only_where_both_models_fit(tmp_path, capsys, monkeypatch):
-    model, run = tiny_folder(tmp_path / "model", intermediate_size=64), tmp_path / "run"
-    words = ["--model", str(model), "--output", str(run), "--preset", "fast", "--pattern", "0.25/neuron@8", *SMALL]
-    opened, load = [], speed.load
-    monkeypatch.setattr(speed, "load", lambda decoder, length: opened.append(decoder) or load(decoder, length))
-    assert main(words) == 0
-    assert [decoder.block_shapes["mlp.down_proj.weight"] for decoder in opened] == [(36, 64), (36, 48)]
+def test_the_speed_is_measured_once_of_the_narrow_model_and_only_where_both_models_fit(command, tmp_path, capsys, monkeypatch):
+    assert [decoder.block_shapes["mlp.down_proj.weight"] for decoder in command.measured] == [(36, 64), (36, 48)]
+    run = shutil.copytree(command.run, tmp_path / "run")
+    words = [*command.words, "--output", str(run)]
     first = json.loads((run / "report.json").read_text())["speed"]
+    monkeypatch.setattr(speed, "_SHARE", 1e-9)
     (run / "report.json").unlink()
     assert main(words) == 0
-    assert json.loads((run / "report.json").read_text())["speed"] == first and len(opened) == 2
-    shutil.rmtree(run)
-    monkeypatch.setattr(speed, "_SHARE", 1e-9)
+    assert json.loads((run / "report.json").read_text())["speed"] == first
+    (run / "report.json").unlink()
+    (run / "speed.json").unlink()
     capsys.readouterr()
     assert main(words) == 0
-    assert (
-        "\nspeed       not measured because the whole model and its cache take " in capsys.readouterr().out and len(opened) == 2
-    )
-    assert main([*words, "--layers", "model.layers.1.*=dense", "--output", str(tmp_path / "zeros")]) == 0
+    assert "\nspeed       not measured because the whole model and its cache take " in capsys.readouterr().out
+
+
+def test_no_speed_is_measured_of_a_model_that_keeps_its_zeros(tmp_path):
+    model = tiny_folder(tmp_path / "model", intermediate_size=64, num_hidden_layers=2)
+    words = ["--preset", "fast", "--mesh", "4x2", "--pattern", "0.25/neuron@8", "--layers", "model.layers.1.*=dense", *SMALL]
+    assert main(["--model", str(model), *words, "--output", str(tmp_path / "zeros")]) == 0
     assert json.loads((tmp_path / "zeros" / "report.json").read_text())["speed"] is None

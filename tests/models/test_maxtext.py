@@ -197,7 +197,12 @@ def pruned(tmp_path_factory) -> Callable[[str], Path]:
 
 # Unscanned, Gemma 2 and 3 alone have places of their own; what is in an array is the same.
 @pytest.mark.parametrize(
-    "family, scan", [(name, True) for name in MODELS] + [(name, False) for name in ("llama", "gemma2", "gemma3", "mixtral")]
+    "family, scan",
+    [
+        *(pytest.param(name, True, marks=[pytest.mark.slow] * (name == "llama")) for name in MODELS),  # llama-tied has the same
+        *((name, False) for name in ("llama", "gemma2", "mixtral")),
+        pytest.param("gemma3", False, marks=pytest.mark.slow),  # as gemma2, with a longer cycle
+    ],
 )
 def test_every_array_is_where_maxtext_has_it_and_the_settings_describe_it(pruned, tmp_path, family, scan):
     checkpoint = CheckpointTensors(pruned(family))
