@@ -79,12 +79,12 @@ def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> 
 
 
 def configured(model: Path, directory: Path, **settings) -> RunConfig:
-    """A run over a few short windows of a text that comes with Python."""
+    """A run over a few short windows of a text that comes with Python, measured on random tokens."""
     return RunConfig(
         model=str(model),
         output=str(directory),
         calibration=Calibration("pydoc", windows=6, length=40, held_out=2),
-        evaluation=Evaluation(windows=4),
+        evaluation=Evaluation("random", windows=4),  # a run continues no prompts with it, which test_generate.py compares
     ).changed(**settings)
 
 
@@ -98,11 +98,13 @@ def assert_bit_for_bit(source, folder):
     assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-# Of each layout of a checkpoint one. Of the others, the test of what transformers loads compares all that is not pruned.
-LAYOUTS = {"LlamaForCausalLM", "OPTForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM", MULTIMODAL.model}
+# Of each layout of a checkpoint one.
+LAYOUTS = ["LlamaForCausalLM", "OPTForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM", MULTIMODAL.model]
 
 
-@pytest.mark.parametrize("family", slow_where(FAMILIES, set(FAMILIES) - LAYOUTS))
+# A Phi 3 has fused matrices. Of the other layouts a test below writes every weight without a run; of the other families, the test of
+# what transformers loads compares all that is not pruned.
+@pytest.mark.parametrize("family", slow_where(FAMILIES, set(FAMILIES) - {"Phi3ForCausalLM"}))
 def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, family):
     source = saved(family)
     folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
@@ -111,19 +113,20 @@ def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_pa
 
 @pytest.fixture(scope="module")
 def halved(saved, tmp_path_factory):
-    """Gives the folder of a family's first variant with two of four weights left, pruned on a 4x2 mesh."""
+    """Gives the folder of a family's first variant with two of four weights left."""
     root = tmp_path_factory.mktemp("halved")
-    return functools.cache(lambda family: pruned(saved(family), root / family, (4, 2), **HALF) / "hf")
+    return functools.cache(lambda family: pruned(saved(family), root / family, (1, 1), **HALF) / "hf")
 
 
 def linears_of(decoder: Decoder) -> list[str]:
     return [decoder.prefix(i) + name + ".weight" for i in range(decoder.config.blocks) for name in decoder.at(i).linears]
 
 
-# Of each layout of blocks one; a Llama's in test_launch.py. test_models.py compares every family's forward pass on several meshes.
-@pytest.mark.parametrize("family", ["OPTForCausalLM", "Qwen3MoeForCausalLM"])
+# A Llama's is in test_launch.py. test_models.py compares every family's forward pass on several meshes, and test_calibrate.py the
+# Hessians of an OPT, whose biases make something of windows that are not there.
+@pytest.mark.parametrize("family", slow_where(["OPTForCausalLM", "Qwen3MoeForCausalLM"], {"OPTForCausalLM"}))
 def test_a_pruned_model_is_the_same_on_any_mesh(saved, halved, tmp_path, family):
-    one, others = (folder_tensors(folder) for folder in (pruned(saved(family), tmp_path, (1, 1), **HALF) / "hf", halved(family)))
+    one, others = (folder_tensors(folder) for folder in (halved(family), pruned(saved(family), tmp_path, (4, 2), **HALF) / "hf"))
     dense = open_model(str(saved(family)), "float32")
     for name in linears_of(Decoder.open(dense.config, dense.tensors, mesh(1, 1))):
         # Scores of bfloat16 weights are often nearly equal, and rounding then decides.
@@ -150,7 +153,7 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, family):
         else:
             assert np.array_equal(array, dense.tensors.read(name)), name
 
-    assert_loads(halved(family), family, (4, 2))
+    assert_loads(halved(family), family, (1, 1))
 
 
 def test_a_model_that_stores_its_experts_in_one_tensor_is_packed_but_not_as_integers(halved, tmp_path):
@@ -193,8 +196,8 @@ def assert_loads(folder: Path, family: str, shape: tuple[int, int]) -> None:
 SLOW = {"Glm4MoeLiteForCausalLM", "DeepseekV2ForCausalLM", "Qwen3_5ForCausalLM", "Llama4ForCausalLM", GEMMA4_UNIFIED.model}
 
 
-@pytest.mark.parametrize("family", slow_where(RELATIVES, SLOW))
-def test_a_relative_with_half_of_its_weights_comes_back_and_loads_in_transformers(saved, tmp_path, family):
+@pytest.mark.parametrize("family", [*LAYOUTS, *slow_where(RELATIVES, SLOW)])
+def test_a_model_with_half_of_its_weights_comes_back_and_loads_in_transformers(saved, tmp_path, family):
     """Without a run, whose solver knows no family: every second weight of each layer is zero, the others are bit for bit."""
     dense = open_model(str(saved(family)))
     decoder = Decoder.open(dense.config, dense.tensors, mesh(1, 1))
@@ -216,7 +219,9 @@ def test_a_relative_with_half_of_its_weights_comes_back_and_loads_in_transformer
     found = open_model(str(tmp_path / "out")).tensors
     for name, array in expected.items():
         assert_same(found.read(name), array)
-    assert_loads(tmp_path / "out", family, (1, 1))
+    assert (tmp_path / "out/config.json").read_bytes() == (saved(family) / "config.json").read_bytes()
+    if family not in LAYOUTS:  # else transformers loads the model of a run
+        assert_loads(tmp_path / "out", family, (1, 1))
 
 
 @pytest.mark.parametrize("family", [family for family in REFERENCE if "Gemma" in family or "Llama" in family])
