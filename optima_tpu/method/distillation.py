@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BETAS = 0.9, 0.95
 """The decay rates of Adam's moments."""
+Kind = Literal["weights", "norms", "routers"]
+"""A kind of parameters that a training moves."""
 _LEAST = 0.1
 """The learning rate at the end, as a share of the peak."""
 _MOST_CHECKS = 1000
@@ -63,6 +65,7 @@ class Distillation(Method, abc.ABC):
         cosine.
       norm_factor: the learning rate of the norms' gains and of biases, as a multiple of learning_rate; 0 leaves them as they are.
       train: the parameters that are trained: "norms" only the norms' gains and biases, "weights" only the kept weights, "all" both.
+        "routers" trains only the routers of a mixture, which do not know that experts were removed or pruned.
       warmup: number of steps in which the learning rate rises.
       checks: how often the held-out loss is measured; the state of the best check is kept. null takes one check for every 128 steps, at
         least 4.
@@ -87,7 +90,7 @@ class Distillation(Method, abc.ABC):
     batch: Annotated[int, Bound(1)] = 2
     learning_rate: Annotated[float, Bound(above=0, most=1, hint="7e-5 is usual")] = 7e-5
     norm_factor: Annotated[float, Bound(0)] = 10.0
-    train: Literal["all", "weights", "norms"] = "all"
+    train: Literal["all", Kind] = "all"
     warmup: Annotated[int, Bound(0)] = 3
     checks: Annotated[int | None, Bound(1)] = None
 
@@ -141,14 +144,13 @@ class Distillation(Method, abc.ABC):
         )
         return float(schedule(step))
 
-    def factor(self, is_vector: bool) -> float:
-        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 if it is not trained.
+    def factor(self, kind: Kind) -> float:
+        """The learning rate of a kind of parameters as a multiple of :meth:`rate`; 0 if it is not trained.
 
-        All vectors count as gains and biases, also sinks and decays.
+        All vectors count as norms, also biases, sinks and decays.
         """
-        if is_vector:
-            return 0.0 if self.train == "weights" else self.norm_factor
-        return 0.0 if self.train == "norms" else 1.0
+        trained = kind == self.train or (self.train == "all" and kind != "routers")
+        return trained * (self.norm_factor if kind == "norms" else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,8 @@ def _others(card: Card) -> str:
     if origin.startswith("wheel:") or Path(origin).suffix == ".gguf":  # as a rule of quantised weights
         same = f"the same as in the source, a GGUF file whose numbers were converted to {dtype or 'float32'}"
     if method and method.train != "weights" and not card.refused:
-        return f"Training moved the norms' gains and the biases, too. The other tensors are {same}."
+        moved = "the routers" if method.train == "routers" else "the norms' gains and the biases, too"
+        return f"Training moved {moved}. The other tensors are {same}."
     return f"All other tensors are {same}."
 
 

@@ -21,7 +21,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.distillation import KL, Blocks, hidden_error
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, load_group, read_metadata
-from optima_tpu.models.decoder import forward, head_logits
+from optima_tpu.models.decoder import Decoder, forward, head_logits
 from optima_tpu.pipeline.distill import states
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient, next_token
 from optima_tpu.pipeline.distill.model import TrainedBlocks
@@ -40,8 +40,10 @@ from optima_tpu.runtime.mesh import bytes_on_device
 from optima_tpu.runtime.records import encoded, json_values, parse_record
 from optima_tpu.runtime.signals import Stopped
 from tests.support.fake_reports import ENTRIES, report_of
+from tests.support.meshes import mesh
+from tests.support.references import REFERENCES
 from tests.support.runs import SMALL, opened
-from tests.support.tiny_models import tiny_folder
+from tests.support.tiny_models import MemoryTensors, tiny_folder
 
 METHOD = KL(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, checks=2)
 ROOM = 2.0**40
@@ -272,6 +274,25 @@ def test_only_what_is_asked_for_moves(pruned, windows, train, moved):
         entry, masks = trained_block(journal.directory, index), journal.masks(index)
         saved = load_group(entry, "masks", read_metadata(entry).metadata["masks"])
         assert saved.keys() == masks.keys() and all((saved[name] == keep).all() for name, keep in masks.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "routers"),
+    [
+        ("Qwen3MoeForCausalLM", [{"mlp.gate.weight"}] * 2),
+        ("GptOssForCausalLM", [{"mlp.router.weight", "mlp.router.bias"}] * 2),
+        ("DeepseekV3ForCausalLM", [set(), {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"}]),
+        ("LlamaForCausalLM", None),
+    ],
+)
+def test_a_training_of_routers_moves_the_parameters_that_have_a_row_for_each_expert(model, routers):
+    reference = next(each for each in REFERENCES if each.model == model)
+    trainer = Trainer(Decoder.open(reference.configuration({}), MemoryTensors({}), mesh(1, 1)), KL(train="routers"), ROOM)
+    if routers:
+        assert [set(trainer.at(index).factors) for index in range(2)] == routers
+    else:
+        with pytest.raises(UserError, match="expected a model with routers where distill.train is routers, got one without"):
+            refuse_large(trainer)
 
 
 @in_float32

@@ -35,10 +35,10 @@ MODELS = {
 ALONE = ["--pattern", "dense"]
 
 
-def folder(model: str, path: Path) -> Path:
+def folder(model: str, path: Path, **settings: int) -> Path:
     """A tiny model as ``transformers`` saves it."""
     reference = next(each for each in REFERENCES if each.model == model)
-    _, saved, _ = tiny(reference, SIZES | MODELS[model])
+    _, saved, _ = tiny(reference, SIZES | MODELS[model] | settings)
     saved.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
@@ -76,10 +76,13 @@ def test_transformers_loads_the_model_and_computes_what_the_run_measured(model, 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """(words of the command without its output, directory) of a run that nothing stopped, with masks and a dense target behind the removal."""
+    """(words of the command without its output, directory) of a run that nothing stopped: behind the removal come masks for a dense target,
+    and the training of the routers.
+    """
     root = tmp_path_factory.mktemp("experts")
     model = folder("Qwen3MoeForCausalLM", root / "model")
     words = ["--model", str(model), "--cut.experts", "2", "--cut.refit", "2", "--preset", "fast", "--target", "dense", *SMALL]
+    words += ["--distill", "kl", "--distill.train", "routers", "--distill.windows", "8", "--distill.learning_rate", "1e-2"]
     assert main([*words, "--output", str(root / "run")]) == 0
     return words, root / "run"
 
@@ -109,6 +112,15 @@ def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_pat
     assert ours.names() == theirs.names() and ours.pruned() == theirs.pruned()
     for name, array in theirs.load(theirs.names()).items():
         assert ours.read(name).tobytes() == array.tobytes(), name
+
+
+def test_training_routers_moves_nothing_else_and_lowers_the_divergence(whole_run):
+    _, run = whole_run
+    journal, training = Journal(run), json.loads((run / "report.json").read_text())["distillation"]
+    before, after = journal.tensors(), CheckpointTensors(run)
+    moved = {name for name in before.names() if before.read(name).tobytes() != after.read(name).tobytes()}
+    assert moved == {f"model.layers.{index}.mlp.gate.weight" for index in range(2)}
+    assert training["kept"] and min(check["held_out"] for check in training["checks"][1:]) < training["checks"][0]["held_out"]
 
 
 def test_blocks_whose_solved_weights_are_damaged_do_not_count(whole_run, tmp_path):

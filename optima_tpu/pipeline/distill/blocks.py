@@ -25,10 +25,10 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import plural
 from optima_tpu.evaluate.predictions import per_token, sum_over_windows
-from optima_tpu.method.distillation import Distillation, cross_entropy, hidden_error, optimizer
+from optima_tpu.method.distillation import Distillation, Kind, cross_entropy, hidden_error, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
-from optima_tpu.models.family import Positions
+from optima_tpu.models.family import ExpertNames, Positions
 from optima_tpu.report.numbers import number, percent
 from optima_tpu.runtime.mesh import DATA, divisible, on_cpu, spread, struct_on
 
@@ -78,11 +78,14 @@ class Trainer:
     @functools.cached_property
     def factors(self) -> Mapping[str, float]:
         """The learning rate of every parameter that moves, as a multiple of the method's."""
-        linears = {name + ".weight" for name in self.decoder.linears}
-        shapes = self.decoder.block_shapes
-        # Norms of queries and keys may have gains for every head.
-        vectors = {name for name, shape in shapes.items() if len(shape) == 1 or name.endswith("norm.weight")}
-        found = {name: self.method.factor(name in vectors) for name in shapes if name in linears | vectors}
+        shapes, experts = self.decoder.block_shapes, self.decoder.family.experts
+        kinds: dict[Kind, set[str]] = {
+            "weights": {name + ".weight" for name in self.decoder.linears},
+            # Norms of queries and keys may have gains for every head.
+            "norms": {name for name, shape in shapes.items() if len(shape) == 1 or name.endswith("norm.weight")},
+            "routers": set(experts.router) if isinstance(experts, ExpertNames) else set(),
+        }
+        found = {name: sum(self.method.factor(kind) for kind, names in kinds.items() if name in names) for name in shapes}
         return {name: factor for name, factor in found.items() if factor}
 
     def shards(self, name: str) -> NamedSharding:

@@ -125,7 +125,8 @@ class States:
 
 def _of_block(path: Path, groups: Mapping[str, Any], group: str, trainer: Trainer, index: int) -> Tree:
     """The arrays of a block in one group of a saved state, split over the devices."""
-    wanted = {name: leaf for name, leaf in groups[group].items() if name.partition(".")[0] == str(index)}
+    # Where routers alone are trained, blocks without a mixture have nothing that moves.
+    wanted = {name: leaf for name, leaf in groups.get(group, {}).items() if name.partition(".")[0] == str(index)}
     read = {name.partition(".")[2]: array for name, array in load_group(path, group, wanted).items()}
     return {name: trainer.place(name, array) for name, array in read.items()}
 

@@ -210,15 +210,19 @@ def finite(value: float, step: int) -> float:
 
 
 def refuse_large(trainer: Trainer, *otherwise: str) -> None:
-    """Raises UserError where the devices cannot hold what is trained together.
+    """Raises UserError where the devices cannot hold what is trained together, or the model has nothing that is trained.
 
     Args:
       otherwise: what else may be typed.
     """
-    needed, blocks = trainer.bytes_on_device(), trainer.decoder.config.blocks
-    if needed > trainer.budget:
+    blocks, train = trainer.decoder.config.blocks, trainer.method.train
+    if not any(trainer.at(index).factors for index in range(blocks)):
+        raise UserError(
+            f"expected a model with {train} where distill.train is {train}, got one without: take --distill.train all"
+        )
+    if (needed := trainer.bytes_on_device()) > trainer.budget:
         together = len(trainer.method.spans(blocks)[0])
-        ways = [*filter(None, [trainer.method.smaller]), "--distill.train norms", *otherwise]
+        ways = [*filter(None, [trainer.method.smaller]), *["--distill.train norms"] * (train in ("all", "weights")), *otherwise]
         instead = ", ".join([*ways[:-1], f"or {ways[-1]}"])
         which = "all blocks" if together == blocks else f"{plural(together, 'block')} at a time"
         gradients = " gradients," if trainer.accumulates else ""
