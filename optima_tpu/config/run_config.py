@@ -162,6 +162,10 @@ class CutStructures(Bounded):
         """How many structures of each kind are cut, or which share below 1, by what they are called."""
         return {called: count for called, count in (("blocks", self.blocks), ("experts", self.experts)) if count}
 
+    def of_blocks(self, total: int) -> str:
+        """ "30 blocks", or "30 blocks, of which 26 stay"."""
+        return plural(total, "block") + f", of which {total - self.blocks} stay" * (self.blocks > 0)
+
     @property
     def words(self) -> str:
         """ "4 blocks", or "0.5 of the experts"."""

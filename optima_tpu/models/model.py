@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from optima_tpu.config.run_config import LENGTH
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained
-from optima_tpu.models.checkpoints.fewer_blocks import assets_without, renumbered
+from optima_tpu.models.checkpoints.fewer_blocks import assets_without, last_blocks, renumbered
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, assets_with, fewer_experts
 from optima_tpu.models.checkpoints.source import TensorSource, read_config
 from optima_tpu.models.decoder import Decoder
@@ -43,6 +43,11 @@ def without_blocks(model: Model, left_out: Collection[int]) -> Model:
     pretrained, decoder = model
     tensors = renumbered(pretrained.tensors, decoder.root + decoder.family.layers, left_out)
     return _smaller(model, assets_without(pretrained.assets, left_out), tensors)
+
+
+def without_last(model: Model, count: int) -> Model:
+    """The model without so many of its last blocks: the size of the model of a run that has not chosen its blocks yet."""
+    return without_blocks(model, last_blocks(model.pretrained.config, count))
 
 
 def _smaller(model: Model, assets: Mapping[str, bytes], tensors: TensorSource) -> Model:

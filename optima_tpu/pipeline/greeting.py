@@ -13,7 +13,7 @@ from optima_tpu.errors import plural
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.patterns import DENSE
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.model import Model
+from optima_tpu.models.model import Model, without_last
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import Texts, linear_shapes, pruned_layers
 from optima_tpu.report.meaningless import poor_text
@@ -30,12 +30,12 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     Args:
       fitted: from :func:`memory_plan.fitted`: what is split or done in parts to fit the devices; empty if nothing is.
     """
-    decoder = model.decoder
+    decoder = without_last(model, config.cut.blocks).decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
     weights = sum(math.prod(shapes[path]) for path in pruned_layers(config, decoder))
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {plural(jax.process_count(), 'process')}"
     lines = [
-        f"model        {model.pretrained.origin}: {plural(decoder.config.blocks, 'block')}, {weights:,} weights to prune",
+        f"model        {model.pretrained.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, {weights:,} weights to prune",
         f"preset       {on_preset(config)}",
         f"recipe       {recipe_line(config, decoder)}",
         f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",

@@ -9,7 +9,7 @@ from rich.console import Console
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.masks import open_given
-from optima_tpu.models.model import Model
+from optima_tpu.models.model import Model, without_last
 from optima_tpu.pipeline.allocate import allocation_steps
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
@@ -50,16 +50,16 @@ class Opened:
           UserError: pattern, rules, masks or allocation do not fit the model, a layer does not fit the devices, or the directory
             holds something else.
         """
-        decoder, recipe = model.decoder, config.recipe
+        decoder, recipe, left = model.decoder, config.recipe, without_last(model, config.cut.blocks).decoder
         manifest = manifest_of(config, model, texts)
         if config.allocation.measures:
-            allocation_steps(decoder, recipe, config.allocation)
+            allocation_steps(left, recipe, config.allocation)
         given = open_given(config.recipe.selector) if isinstance(config.recipe.selector, Imported) else None
         budget, groups = device_budget(config.device_memory), groups_of_blocks(decoder)
         fit = fitted(decoder, groups, recipe, texts.calibration.ids.shape, budget)
         walk = Walk(decoder, recipe, groups, config.calibration.fitted, budget - fit.states, given, fit.states > 0)
         if config.distill:
-            refuse_large(Trainer(decoder, config.distill, budget), "--distill null")
+            refuse_large(Trainer(left, config.distill, budget), "--distill null")
         directory = prepare_directory(config.run_directory, manifest, to_dict(config))
         greet(console, config, model, texts, directory, fit.told)
         return cls(config, model, texts, manifest, to_dict(config), directory, walk, dense)

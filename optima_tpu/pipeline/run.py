@@ -11,7 +11,7 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT
-from optima_tpu.models.model import Model
+from optima_tpu.models.model import Model, without_last
 from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.inputs import Texts, on_model, open_model_on_mesh, pruned_layers, read_texts, token_digest
 from optima_tpu.pipeline.journal import Journal, refuse_unusable
@@ -64,7 +64,7 @@ def run(
     found = model.pretrained.config
     config = together(lambda: on_model(config, found, console))
     # A pattern or a block that does not fit is refused before the texts are read.
-    together(lambda: pruned_layers(config, model.decoder))
+    together(lambda: pruned_layers(config, without_last(model, config.cut.blocks).decoder))
     for kind in model.decoder.config.kinds:
         model.decoder.positions(kind, config.calibration.window_length)
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console, dense)

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 
 from benchmarks.compiled import host_transfers, kernels, products
 from optima_tpu.config.parse import configure
-from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
+from optima_tpu.config.run_config import Calibration, CutStructures, Evaluation, RunConfig
 from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Blocks
@@ -462,6 +462,25 @@ def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path
     fitted = config.calibration.windows
     grown = (fitted + 8 + config.calibration.held_out) / (fitted + config.calibration.held_out)
     assert beside.storage.hidden == pytest.approx(grown * without.storage.hidden)
+
+
+def test_the_plan_of_fewer_blocks_is_that_of_the_shallower_model_and_of_the_choice(tmp_path):
+    """The dense model is as deep as before, and is read again for each choice."""
+
+    def plan(depth, left_out=0):
+        config = run_config(config_folder(tmp_path, num_hidden_layers=depth), cut=CutStructures(left_out))
+        return make_plan(config, open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE))
+
+    deep, cut, shallow = plan(4), plan(4, left_out=2), plan(2)
+    assert cut.programs == shallow.programs and cut.storage.disk == shallow.storage.disk
+    assert cut.serving[1].weights == sum(shallow.model.serving(32)[:1]) < cut.serving[0].weights == deep.model.serving(32).weights
+    for stage in ("calibration", "pruning", "pruned blocks forward"):
+        assert cut.seconds[stage] == shallow.seconds[stage], stage
+    for stage in ("perplexity, dense and pruned", "reading weights"):
+        assert shallow.seconds[stage] < cut.seconds[stage], stage
+    assert cut.seconds["perplexity, dense and pruned"] < deep.seconds["perplexity, dense and pruned"]
+    assert cut.seconds["blocks that are left out"] > 0 and "blocks that are left out" not in deep.seconds
+    assert cut.to_json()["blocks"] == 4
 
 
 def test_a_plan_that_fits_closely_says_so(tmp_path):

@@ -50,6 +50,15 @@ def kept_blocks(blocks: int, left_out: Collection[int]) -> tuple[int, ...]:
     return tuple(index for index in range(blocks) if index not in left_out)
 
 
+def last_blocks(model: PretrainedConfig, count: int) -> tuple[int, ...]:
+    """So many of the last blocks that the model can be without. They stand for those that a run has not chosen yet."""
+    found: tuple[int, ...] = ()
+    for index in reversed(range(family_of(model).read_config(model).blocks if count else 0)):
+        if len(found) < count and not why_unreadable(model, (*found, index)):
+            found += (index,)
+    return found
+
+
 def settings_without(model: PretrainedConfig, left_out: Collection[int]) -> dict[str, Any]:
     """The settings of config.json that change where blocks are left out."""
     text = json.loads(model.get_text_config().to_json_string(use_diff=False))

@@ -6,11 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import plural
 from optima_tpu.evaluate.predictions import stretch_of
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.patterns import Pattern, WholeParts
 from optima_tpu.method.statistics import Groups
 from optima_tpu.pipeline.calibrate import groups_of_blocks
+from optima_tpu.pipeline.cut_blocks import TRIED
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE
 from optima_tpu.pipeline.distill.windows import TrainingParts
@@ -189,6 +191,11 @@ def storage(
         # Measured before there are hidden states of the walk, and then kept beside them.
         entering = len(parts[0]) * state * (decoder.config.blocks + 1) // hosts
         host[GRADIENT] = squares + max(0, entering - share)
+    chosen = calibrates * config.cut.blocks
+    # The held-out windows before every block, and behind all blocks: while blocks are chosen, the walk has no hidden states yet.
+    entering = (chosen > 0) * text.held_out * state * (decoder.config.blocks + chosen + 2) // hosts
+    if entering > share:
+        host["choosing blocks"] = entering - share
     if config.distill:
         batch, _, at_once = TrainingParts.of(config.distill, config.distill.windows, state)
         waiting = 2 * (at_once * batch + text.held_out) * state
@@ -198,7 +205,7 @@ def storage(
     if squares:
         disk[GRADIENT] = squares
     if config.export:
-        served = model.narrow(patterns)
+        served = model.narrow(config.recipe)
         masked = sum(
             math.prod(shape)
             for path, shape in shapes.items()
@@ -246,8 +253,10 @@ class RunTime(NamedTuple):
     """What the time of a run depends on.
 
     Attributes:
+      model: the one whose blocks it prunes.
       stored: what it keeps, and where.
       forward: the forward passes.
+      dense: the model that it begins with, which may have more blocks.
     """
 
     model: DeclaredModel
@@ -255,6 +264,7 @@ class RunTime(NamedTuple):
     machine: Machine
     stored: Storage
     forward: ForwardPasses
+    dense: DeclaredModel
 
     def stages(self, running: Mapping[str, float], compiling: float | None) -> dict[str, float]:
         """Seconds of a run, by stage.
@@ -264,8 +274,8 @@ class RunTime(NamedTuple):
             their communication; and of the "text" that the model writes.
           compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
         """
-        model, tokens = self.model, evaluation_tokens(self.config)
-        moved, readings = self._transfers()
+        tokens = evaluation_tokens(self.config)
+        moved, read = self._transfers()
         walk = {
             "calibration": running["calibration"],
             "pruning": running["pruning"],
@@ -277,13 +287,14 @@ class RunTime(NamedTuple):
         stages = {
             "compiling (as here)": compiling,
             "text that the model writes": running["text"],
-            "perplexity, dense and pruned": 2 * (self._forward(tokens) + self._head(tokens)),
+            "perplexity, dense and pruned": self._forward((1 + self._deeper) * tokens) + self._head(2 * tokens),
+            "blocks that are left out": self._choosing(),
             GRADIENT: running[GRADIENT],
             **walk,
             "training": running["training"],
             "dense model and checks of the training": beside,
             "communication of these programs": running["communication"],
-            "reading weights": readings * (model.all_blocks_bytes() + model.end_bytes()) / (ASSUMED.reading * self.machine.hosts),
+            "reading weights": read / (ASSUMED.reading * self.machine.hosts),
             "writing": self._written(walk, training) / ASSUMED.writing,
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
@@ -291,6 +302,29 @@ class RunTime(NamedTuple):
     @property
     def _blocks(self) -> int:
         return self.model.decoder.config.blocks
+
+    @property
+    def _deeper(self) -> float:
+        """How many times as many blocks the dense model has."""
+        return self.dense.decoder.config.blocks / self._blocks
+
+    @property
+    def _choices(self) -> int:
+        """How many blocks the run chooses to leave out; a recovery chooses none."""
+        return self.config.cut.blocks if self._calibrated else 0
+
+    @property
+    def _tried_blocks(self) -> float:
+        """How many blocks the held-out windows pass through, those of all tries together, for all choices."""
+        blocks = self.dense.decoder.config.blocks
+        return sum(blocks + left + TRIED * left / 2 for left in range(blocks, blocks - self._choices, -1))
+
+    def _choosing(self) -> float:
+        """Seconds of choosing the blocks that are left out, and of the dense hidden states through them."""
+        text, streams = self.config.calibration, self.config.recipe.target.streams
+        held_out = text.held_out * text.window_length
+        passed = self._tried_blocks * held_out + (streams - 1) * self._choices * self._calibrated
+        return self._forward(passed / self._blocks) + self._head(self._choices * 2 * TRIED * held_out)
 
     @property
     def _state(self) -> int:
@@ -312,15 +346,17 @@ class RunTime(NamedTuple):
     def _head(self, tokens: float) -> float:
         return self.forward.head.seconds(self.machine) * tokens / self.config.calibration.window_length
 
-    def _transfers(self) -> tuple[float, int]:
-        """The bytes of hidden states that enter and leave the devices, and how often all weights are read."""
+    def _transfers(self) -> tuple[float, float]:
+        """The bytes of hidden states that enter and leave the devices, and the bytes of weights that are read."""
         config, forward, state, method = self.config, self.forward, self._state, self.config.distill
         text = config.calibration
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
         states = 0 if self.stored.resident else forward.passes + 1 + 1 / config.recipe.target.streams + forward.moved
-        moved = states * self.stored.hidden + 4 * evaluation_tokens(config) * state
-        readings = 4 if self._calibrated else 3  # for both perplexities, the walk and the checkpoint
+        moved = states * self.stored.hidden + 2 * (1 + self._deeper) * evaluation_tokens(config) * state
+        # The dense model for its perplexity, and for each choice twice and half; the pruned one for its own, the walk, the checkpoint.
+        dense, readings = 1 + 2.5 * self._choices, 3 if self._calibrated else 2
+        moved += 2 * self._tried_blocks / self._blocks * text.held_out * text.window_length * state
         if (
             config.recipe.target.weigh_by_loss and self._calibrated
         ):  # forward and back; to a block what enters it, and what led back to it
@@ -329,13 +365,14 @@ class RunTime(NamedTuple):
         if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
             held_out, window = text.held_out, state * text.window_length
             parts, windows = _dense_passes(method, window)
-            moved += 2 * window * (windows + held_out)
-            readings += parts
+            moved += 2 * window * self._deeper * (windows + held_out)
+            dense += parts
             if method.by_spans:  # so are the trained model's, as it was saved; each span reads both models' in every pass
                 share = len(method.spans(self._blocks)) / self._blocks
                 moved += 2 * window * ((1 + share * method.passes) * windows + held_out)
                 readings += 1
-        return self._blocks * moved, readings
+        own, whole = (each.all_blocks_bytes() + each.end_bytes() for each in (self.model, self.dense))
+        return self._blocks * moved, readings * own + dense * whole
 
     def _written(self, walk: Mapping[str, float], training: float) -> float:
         """Bytes that are written: what is left at the end, hidden states that a resume would need, and states of the training.
@@ -366,12 +403,12 @@ class RunTime(NamedTuple):
         evaluated = evaluation_tokens(self.config)
         checked = (len(method.check_steps()) + 1) * text.held_out * text.window_length
         windows = _dense_passes(method, self._state * text.window_length)[1] + text.held_out
-        dense = windows * text.window_length if method.reads_dense else 0
+        dense = self._deeper * windows * text.window_length if method.reads_dense else 0
         scored = checked
         if method.by_spans:
             # The trained model's states are computed like the dense one's. The head sees the first and the last model.
             scored = 2 * text.held_out * text.window_length
-            dense = 2 * dense + text.held_out * text.window_length
+            dense += (windows + text.held_out) * text.window_length
         head = (1 + method.reads_dense) * self._head(scored) + self._head(evaluated)
         return self._forward(dense + checked + evaluated) + head
 
@@ -410,6 +447,10 @@ def assumptions(config: RunConfig, machine: Machine, unknown: Collection[str] = 
     if written_windows(config):
         words.append(
             "for each token of the windows that the model writes at once a device reads its weights; attention is not counted"
+        )
+    if config.cut.blocks:
+        words.append(
+            f"each choice of --cut.blocks tries {plural(TRIED, 'block')}, and each try passes half of those that are left"
         )
     if config.allocation.measures:
         words.append("measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity")

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -13,13 +13,14 @@ from transformers import PretrainedConfig
 
 from optima_tpu.config.model_spec import is_hub_id, refuse_missing
 from optima_tpu.errors import UserError
-from optima_tpu.method.patterns import Pattern, WholeInputs
+from optima_tpu.method.patterns import WholeInputs
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
 from optima_tpu.models.checkpoints.cuts import cuts_of
-from optima_tpu.models.checkpoints.fewer_blocks import with_settings
+from optima_tpu.models.checkpoints.fewer_blocks import last_blocks, renumbered, settings_without, with_settings
 from optima_tpu.models.checkpoints.folder import assets_in
 from optima_tpu.models.checkpoints.quantized import without_quantization
-from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
+from optima_tpu.models.checkpoints.source import DTYPES, Index, TensorSource, parse_dtype, read_config
 from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import Cut
@@ -88,25 +89,43 @@ class DeclaredModel(NamedTuple):
         decoder = self.decoder
         return decoder.tensors.dtype(decoder.prefix(decoder.config.kind) + next(iter(decoder.block_shapes)))
 
-    def narrow(self, patterns: Mapping[str, Pattern]) -> "DeclaredModel":
-        """The model that a run exports: without the parts of which all blocks lose one number.
-
-        Args:
-          patterns: the pattern of every pruned matrix, by its whole path.
-        """
+    def narrow(self, recipe: Recipe) -> "DeclaredModel":
+        """The model that a run exports: without the parts of which all blocks lose one number."""
         decoder, settings = self.decoder, dict[str, int]()
         for kind in cuts_of(self.config).values():
             if isinstance(kind, Cut):
-                readers = (patterns.get(decoder.prefix(index) + kind.read_by) for index in range(decoder.config.blocks))
+                readers = (
+                    recipe.pattern_of(decoder.prefix(index) + kind.read_by, kind.read_by)
+                    for index in range(decoder.config.blocks)
+                    if kind.read_by in decoder.at(index).linears
+                )
                 left = {
                     pattern.kept(kind.total) if isinstance(pattern, WholeInputs) and pattern.width == kind.width else kind.total
                     for pattern in readers
                 }
                 settings |= kind.config(*left) if len(left) == 1 and kind.total not in left else {}
-        if not settings:
+        return self._smaller(settings, decoder.tensors) if settings else self
+
+    def without_last(self, count: int) -> "DeclaredModel":
+        """The model without so many of its last blocks: the size of the model whose blocks a run prunes."""
+        left_out = last_blocks(self.config, count)
+        if not left_out:
             return self
-        config, _ = read_config(with_settings(self.config.to_json_string().encode(), settings), self.origin)
-        return self._replace(config=config, decoder=Decoder.open(config, decoder.tensors, decoder.mesh, decoder.batch))
+        decoder = self.decoder
+        tensors = renumbered(decoder.tensors, decoder.root + decoder.family.layers, left_out)
+        return self._smaller(settings_without(self.config, left_out), tensors)
+
+    def _smaller(self, settings: Mapping[str, Any], tensors: TensorSource) -> "DeclaredModel":
+        """The model that has other settings in its config.json."""
+        config, _ = read_config(with_settings(self.config.to_json_string(use_diff=False).encode(), settings), self.origin)
+        return self._replace(config=config, decoder=Decoder.open(config, tensors, self.decoder.mesh, self.decoder.batch))
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        decoder = self.decoder
+        blocks = sum(len(indices) * sum(map(math.prod, alike.block_shapes.values())) for alike, indices in decoder.stretches)
+        return blocks + sum(map(math.prod, decoder.end_shapes.values()))
 
     def block_bytes(self) -> int:
         """Size of the weights of a block of the decoder's kind."""
@@ -133,6 +152,20 @@ class DeclaredModel(NamedTuple):
 NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
 
 
+def declared(
+    config: PretrainedConfig, dtype: np.dtype = DTYPES["float32"], batch: int = 1, general: bool = False, origin: str = ""
+) -> DeclaredModel:
+    """The model that a configuration describes, with all weights in one dtype."""
+    opened = functools.partial(Decoder.open, config, mesh=NOWHERE, batch=batch, general=general)
+    decoder = opened(DeclaredTensors({}, dtype))
+    blocks = {
+        decoder.prefix(index) + name: shape
+        for index in range(decoder.config.blocks)
+        for name, shape in decoder.at(index).block_shapes.items()
+    }
+    return DeclaredModel(origin, opened(DeclaredTensors(decoder.end_shapes | blocks, dtype)), config)
+
+
 def open_declared(spec: str, dtype: str | None, batch: int, general: bool = False) -> DeclaredModel:
     """Opens a model by its config.json: from a folder, with or without weights, or from a hub id. Downloads nothing else.
 
@@ -147,11 +180,11 @@ def open_declared(spec: str, dtype: str | None, batch: int, general: bool = Fals
     """
     parse_dtype(dtype)
     refuse_missing(spec)
-    opened = functools.partial(Decoder.open, mesh=NOWHERE, batch=batch, general=general)
     path = Path(spec).expanduser()
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
-        return DeclaredModel(spec, opened(pretrained.config, pretrained.tensors), pretrained.config, pretrained)
+        decoder = Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch, general)
+        return DeclaredModel(spec, decoder, pretrained.config, pretrained)
     if not path.exists() and is_hub_id(spec):
         path = hub.download(spec, ("config.json",))
     if not (path / "config.json").is_file():
@@ -159,16 +192,9 @@ def open_declared(spec: str, dtype: str | None, batch: int, general: bool = Fals
     assets = assets_in(path)
     assets["config.json"], _ = without_quantization(assets["config.json"], spec)
     config, _ = read_config(assets["config.json"], spec, dtype)
-    empty = DeclaredTensors({}, DTYPES["float32"])
-    decoder = opened(config, empty)
-    blocks = {
-        decoder.prefix(index) + name: shape
-        for index in range(decoder.config.blocks)
-        for name, shape in decoder.at(index).block_shapes.items()
-    }
-    tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
-    with_tokenizer = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
-    return DeclaredModel(spec, opened(config, tensors), config, with_tokenizer)
+    model = declared(config, DTYPES[dtype or _named_dtype(config)], batch, general, spec)
+    has_tokenizer = assets.keys() & set(VOCABULARIES)
+    return model._replace(pretrained=Pretrained(config, model.decoder.tensors, assets, "", spec) if has_tokenizer else None)
 
 
 def _named_dtype(config: PretrainedConfig) -> str:

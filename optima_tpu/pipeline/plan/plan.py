@@ -170,14 +170,15 @@ def make_plan(
       UserError: pattern or layer rules do not fit the model.
     """
     config, compile_call = with_windows(config, model), compile_call or compiler(machine, tell)
+    dense, model = model, model.without_last(config.cut.blocks)
     decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
     refused, writing = walk.refused, 0.0
     if written_windows(config) and not recovering:
         try:
-            at_once = windows_at_once(decoder, written_windows(config), text.window_length, budget, ADVICE)
-            writing = estimate.writing_seconds(model, config, machine, at_once)
+            at_once = windows_at_once(dense.decoder, written_windows(config), text.window_length, budget, ADVICE)
+            writing = estimate.writing_seconds(dense, config, machine, at_once)
         except UserError as error:
             refused = str(error)  # a run writes its text first
     training: tuple[Program, ...] = ()
@@ -194,11 +195,11 @@ def make_plan(
     stored = stored._replace(resident=walk.states > 0)
     running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
     running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
-    timed = estimate.RunTime(model, config, machine, stored, forward)
+    timed = estimate.RunTime(model, config, machine, stored, forward, dense)
     seconds = timed.stages(running, compiling if machine.compiles else None)
-    narrow = model.narrow(patterns)
+    narrow = model.narrow(config.recipe)
     return Plan(
-        model,
+        dense,
         machine,
         programs,
         windows_of_step(decoder, config.distill.batch if recovering and config.distill else text.fitted),
@@ -206,7 +207,7 @@ def make_plan(
         seconds,
         estimate.assumptions(config, machine, unknown),
         refused,
-        None if narrow is model else (model.serving(text.window_length), narrow.serving(text.window_length)),
+        None if narrow is dense else (dense.serving(text.window_length), narrow.serving(text.window_length)),
     )
 
 

@@ -49,7 +49,7 @@ def greeting(config: RunConfig, model: DeclaredModel, machine: Machine, recoveri
         recipe = [f"{training}; nothing is pruned"] if recovering else [*recipe, training]
     idle = config.distill and Trainer(model.decoder, config.distill).idle
     return [
-        f"model    {model.origin}: {plural(model.decoder.config.blocks, 'block')}, only its configuration is read",
+        f"model    {model.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, only its configuration is read",
         *recipe,
         f"text     {text.source}, {text.windows} x {text.window_length} tokens{written}, and {plural(text.held_out, 'window')} held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "

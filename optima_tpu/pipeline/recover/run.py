@@ -81,8 +81,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     run_config = together(lambda: on_model(run_config, start.dense.pretrained.config))
     method = run_config.distill
     assert method is not None
-    decoder = start.dense.decoder
-    refuse_large(Trainer(decoder, method, device_budget(config.device_memory)))
+    refuse_large(Trainer(start.decoder, method, device_budget(config.device_memory)))
     held_out, training, _ = np.split(drawn.ids, [config.held_out, config.held_out + windows])
     texts = Texts(drawn._replace(ids=np.concatenate([training, held_out])), scored, training)
     manifest = _manifest(run_config, start, texts)
@@ -210,7 +209,7 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
     method, text, mesh = opened.config.distill, opened.config.calibration, opened.model.decoder.mesh
     assert method is not None
     lines = [
-        f"model        {config.model}: {plural(opened.model.decoder.config.blocks, 'block')}, {plural(len(start.names), 'pruned matrix')}",
+        f"model        {config.model}: {opened.config.cut.of_blocks(opened.model.decoder.config.blocks)}, {plural(len(start.names), 'pruned matrix')}",
         f"dense model  {start.dense.pretrained.origin}",
         f"training     {training_words(method, text.window_length)}",
         "             this is training, not one-shot pruning",
