@@ -16,6 +16,7 @@ from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.experts import SCORES, ExpertScore
 from optima_tpu.method.layer_rules import layers_text
+from optima_tpu.method.patterns import WholeParts, parse_pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
 from optima_tpu.runtime.buckets import as_path
@@ -27,6 +28,8 @@ MOST_TOKENS = 1 << 28
 
 LENGTH = 2048
 """Tokens in a window where the model's context is as long, as in the perplexities of SparseGPT, Wanda and OPTIMA."""
+
+_PARTS = ("neuron", "head")
 
 _LONG_SLUG = 40
 """Characters of pattern and rules in the name of a run directory, from which on a digest stands for the rules."""
@@ -115,6 +118,15 @@ class Evaluation(Bounded):
         few_tokens("evaluation", self.windows, self.length)
 
 
+def _part(by: str) -> WholeParts:
+    """The parts that ``cut.by`` names, as a pattern that cuts none of them."""
+    part = parse_pattern(f"0/{by}") if by.partition("@")[0] in _PARTS else None
+    if not isinstance(part, WholeParts):
+        near = did_you_mean(by, _PARTS)
+        raise UserError(f"expected cut.by to be {' or '.join(_PARTS)}, or with a multiple such as neuron@64, got {by!r}{near}")
+    return part
+
+
 @dataclasses.dataclass(frozen=True)
 class CutStructures(Bounded):
     """The structures that the model loses before the walk over its blocks. The exported model is smaller by them.
@@ -128,6 +140,10 @@ class CutStructures(Bounded):
         norm of their outputs), or the import path of a class of your own, such as my_lab.scores:MyScore.
       refit: passes over the calibration text that solve the experts that stay toward the output of the whole mixture. More passes come
         nearer to the solution; 0 leaves the weights of the experts.
+      to: share of the model's weights that may stay, the embedding counted. As many neurons stay in every block as fit in, beside what
+        else is cut. The run says how many, and goes on as with their --pattern or rule of --layers; null cuts what these say.
+      by: the parts that leave for cut.to: neuron or head, or with a multiple such as neuron@64, to which the number of those that stay is
+        rounded down.
     """
 
     setting: ClassVar[str] = "cut"
@@ -136,20 +152,29 @@ class CutStructures(Bounded):
     experts: Annotated[float, Bound(0)] = 0.0
     score: str = "reap"
     refit: Annotated[int, Bound(0)] = 4
+    to: Annotated[float | None, Bound(above=0, below=1, hint="0.75 keeps three quarters of the weights")] = None
+    by: str = "neuron"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _part(self.by)
         if self.experts >= 1 and self.experts != int(self.experts):
             raise UserError(f"expected cut.experts to be a share below 1 or a whole number, got {self.experts:g}")
-        if self.blocks and self.experts:
-            raise UserError(
-                f"expected cut.blocks or cut.experts, got {self.blocks} and {self.experts:g}: cut one in a run, and the other in a run of "
-                "its exported model"
-            )
+        for name, value in (("blocks", self.blocks), ("to", self.to)):
+            if value and self.experts:
+                raise UserError(
+                    f"expected cut.{name} or cut.experts, got {value:g} and {self.experts:g}: cut one in a run, and the other in a run of "
+                    "its exported model"
+                )
         if self.score not in SCORES and not is_import_path(self.score):
             own = "the import path of your own, such as my_lab.scores:MyScore"
             near = did_you_mean(self.score, SCORES)
             raise UserError(f"expected cut.score to be one of {', '.join(SCORES)}, or {own}, got {self.score!r}{near}")
+
+    @property
+    def part(self) -> WholeParts:
+        """The parts of ``by``, as a pattern that cuts none."""
+        return _part(self.by)
 
     @property
     def expert_score(self) -> ExpertScore:
@@ -296,6 +321,7 @@ class RunConfig(Devices):
         methods += [chosen["quantize"]] if recipe.quantize else []
         methods += [chosen["allocation"]] if self.allocation.measures else []
         methods += [f"cut{count:g}{called}" for called, count in self.cut.counts.items()]
+        methods += [f"cut-to-{self.cut.to:g}-{_slug(self.cut.by)}"] if self.cut.to else []
         group = recipe.selector.group
         what = ",".join(filter(None, (recipe.pattern.text(group), layers_text(recipe.layers, group))))
         slug = _slug(what)

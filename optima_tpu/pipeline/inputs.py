@@ -27,6 +27,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
 from optima_tpu.models.model import Model, check_ids, window_bos, window_length
 from optima_tpu.pipeline.arguments import texts_of
+from optima_tpu.pipeline.budget import on_budget
 from optima_tpu.pipeline.self_calibration import generated_by, self_calibration
 from optima_tpu.report.progress import say
 from optima_tpu.runtime.mesh import make_mesh
@@ -156,7 +157,7 @@ def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None
     refuse_uncuttable(config.cut, model)
     if config.cut.experts:
         expert_cut(config.cut.experts, model)
-    return config
+    return on_budget(config, model, console)
 
 
 def _windows(config: RunConfig, model: Model) -> tuple[PreTrainedTokenizerBase, Draw, dict[str, Any]]:

@@ -72,26 +72,26 @@ def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
     """
     if not isinstance(pattern, WholeParts):
         return
-    cut = cuts_of(model)[pattern.word]
-    assert isinstance(cut, Cut), "the pattern was placed"
-    kept = pattern.kept(cut.total)
-    why = _unreadable(model, pattern.word, cut, kept)
+    kept = pattern.kept(pattern.total)
+    why = why_unreadable(pattern, model, kept)
     if why:
-        others = range(pattern.multiple, cut.total, pattern.multiple)
+        others = range(pattern.multiple, pattern.total, pattern.multiple)
         near = sorted(others, key=lambda other: abs(other - kept))
-        other = next((other for other in near if not _unreadable(model, pattern.word, cut, other)), None)
-        take = "another pattern, such as 2:4" if other is None else pattern.leaving(other, cut.total).text()
+        other = next((other for other in near if not why_unreadable(pattern, model, other)), None)
+        take = "another pattern, such as 2:4" if other is None else pattern.leaving(other, pattern.total).text()
         raise UserError(
             f"expected a share of {_named(model)} with which transformers reads its new config.json, got {pattern.text()}, which leaves "
-            f"{kept} of {cut.total} {cut.called}: {why}; take {take}"
+            f"{kept} of {pattern.total} {pattern.called}: {why}; take {take}"
         )
 
 
-def _unreadable(model: PretrainedConfig, word: str, cut: Cut, kept: int) -> str:
-    """Why config.json does not describe a model with so many parts; empty if it does."""
+def why_unreadable(pattern: WholeParts, model: PretrainedConfig, kept: int) -> str:
+    """Why config.json does not describe a model with so many of the parts of a placed pattern; empty if it does."""
+    cut = cuts_of(model)[pattern.word]
+    assert isinstance(cut, Cut), "the pattern was placed"
     config = with_settings(model.to_json_string().encode(), cut.config(kept))
     try:
-        again = cuts_of(read_config(config, "the cut model")[0])[word]
+        again = cuts_of(read_config(config, "the cut model")[0])[pattern.word]
     except UserError as error:
         return str(error)
     # The inputs of the reading layer: the parts of the cut model may be others, such as queries that have one key left.

@@ -1,0 +1,93 @@
+"""A share of the weights that may stay becomes a number of neurons or heads: the largest that it allows."""
+
+import pytest
+from transformers import LlamaConfig
+
+from optima_tpu.config.run_config import CutStructures, RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.method.layer_rules import layers_text, parse_layers
+from optima_tpu.method.patterns import parse_pattern
+from optima_tpu.pipeline.inputs import on_model
+
+WIDTH, NEURONS, HEADS, BLOCKS, VOCABULARY = 576, 1536, 3, 4, 6553
+LIKE_SMOLLM2 = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=WIDTH,
+    intermediate_size=NEURONS,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=3 * HEADS,
+    num_key_value_heads=HEADS,
+    vocab_size=VOCABULARY,
+    tie_word_embeddings=True,
+)
+"""SmolLM2-135M with 4 blocks of 30, and as much less of its vocabulary."""
+
+
+def weights(neurons=NEURONS, heads=HEADS, blocks=BLOCKS):
+    """Of embedding and last norm, and of every block's norms, q, k, v, o, with heads of width 64, and three matrices of the MLP."""
+    return (VOCABULARY + 1) * WIDTH + blocks * WIDTH * (2 + heads * 64 * (3 + 1 + 1 + 3) + 3 * neurons)
+
+
+def asked(to, pattern="dense", layers="", **cut):
+    config = RunConfig("here", cut=CutStructures(to=to, **cut))
+    return config.changed(pattern=parse_pattern(pattern), layers=parse_layers(layers))
+
+
+@pytest.mark.parametrize(
+    "to, settings, rule, stays, one_more",
+    [
+        (0.75, {}, "*=0.5/neuron", weights(768), weights(896)),
+        (0.75, {"by": "neuron@64"}, "*=0.46/neuron@64", weights(832), weights(896)),
+        (0.6, {"blocks": 1, "pattern": "2:4"}, "*=0.5/neuron", weights(768, blocks=3), weights(896, blocks=3)),
+        (0.6, {"layers": "*=0.33/head"}, "*=0.59/neuron", weights(640, heads=2), weights(768, heads=2)),
+        (0.95, {"by": "head"}, "*=0.34/head", weights(heads=2), weights()),
+    ],
+)
+def test_as_many_stay_as_the_share_allows(to, settings, rule, stays, one_more):
+    """Beside what else is cut; and a run that is read again means the same."""
+    found = on_model(asked(to, **settings), LIKE_SMOLLM2)
+    assert layers_text(found.recipe.layers[-1:]) == rule
+    assert stays <= to * weights() < one_more
+    assert found.cut.to is None and on_model(found, LIKE_SMOLLM2) == found
+    assert found.run_directory == asked(to, **settings).run_directory
+
+
+@pytest.mark.parametrize(
+    "to, settings, said",
+    [
+        (
+            0.2,
+            {},
+            "expected cut.to of at least 0.458, which 128 of 1,536 neurons leave, got 0.2; take it, or leave out more blocks",
+        ),
+        (
+            0.9,
+            {"blocks": 1},
+            "expected cut.to below 0.803, the share that stays with what else is cut, got 0.9; leave out cut.to",
+        ),
+        (
+            0.9,
+            {"pattern": "0.25/neuron"},
+            "expected no other share of neurons where cut.to is 0.9, got 0.25/neuron; leave out one",
+        ),
+        (0.9, {"by": "neuron@1536"}, "expected cut.by with a multiple below 1,536, .*; take --cut.by neuron@192"),
+        (
+            0.9,
+            {"by": "heads"},
+            "expected cut.by to be neuron or head, or with a multiple such as neuron@64, got 'heads'; did you mean",
+        ),
+        (1.0, {}, "expected cut.to above 0 and below 1, got 1.0; 0.75 keeps three quarters of the weights"),
+        (
+            0.9,
+            {"experts": 2},
+            "expected cut.to or cut.experts, got 0.9 and 2: cut one in a run, and the other in a run of its exported",
+        ),
+    ],
+)
+def test_a_share_that_cannot_be_is_one_line(to, settings, said):
+    with pytest.raises(UserError, match=f"^{said}"):
+        on_model(asked(to, **settings), LIKE_SMOLLM2)
+
+
+def test_the_least_share_that_is_named_works():
+    assert on_model(asked(0.458), LIKE_SMOLLM2).recipe.layers[-1].pattern.kept(NEURONS) == 128
