@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -83,6 +84,17 @@ class Decoder:
     @functools.cached_property
     def _others(self) -> dict[int, "Decoder"]:
         return {}
+
+    @property
+    def idle_weights(self) -> int:
+        """How many weights a token does not pass through: those of experts that it is not sent to."""
+        return round(
+            sum(
+                len(indices) * (1 - alike.config.reach(name)) * math.prod(shape)
+                for alike, indices in self.stretches
+                for name, shape in alike.block_shapes.items()
+            )
+        )
 
     @functools.cached_property
     def stretches(self) -> tuple[tuple["Decoder", range], ...]:

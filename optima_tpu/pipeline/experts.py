@@ -136,11 +136,11 @@ class ExpertRemoval:
         if not self.steps:
             return CutBlock(stay)
         left = _MixedBlock.of(fewer, index, names, _with_only(parameters, names, stay), hidden.length)
-        sums = (_sums(whole.mesh, whole.mixture(each), left.mixture(each)) for each in hidden.batches(batch))
+        sums = (refit_sums(whole.mesh, whole.mixture(each), left.mixture(each)) for each in hidden.batches(batch))
         pull, gram, before, energy = _mean(sums, len(hidden) * hidden.length)
 
         def product(direction: Array) -> Array:
-            parts = (_product(left.mesh, left.mixture(each).sent, direction) for each in hidden.batches(batch))
+            parts = (refit_product(left.mesh, left.mixture(each).sent, direction) for each in hidden.batches(batch))
             return _mean(parts, len(hidden) * hidden.length)
 
         found = refit(pull, gram, before, product, self.steps)
@@ -154,7 +154,12 @@ class ExpertRemoval:
         return CutBlock(stay, down, float(first), float(last))
 
 
-class _Mixed(NamedTuple):
+def mixture_program(decoder: Decoder, names: ExpertNames) -> PassProgram:
+    """The pass through a block that returns what the experts' down reads, and the shares."""
+    return PassProgram(decoder.graph, decoder.mesh, (_part(names.down, 0), names.shares))
+
+
+class Mixed(NamedTuple):
     """What a mixture computes in a batch: its input, and down of all experts in float32."""
 
     sent: Sent
@@ -182,22 +187,21 @@ class _MixedBlock(NamedTuple):
         decoder = decoder.at(index)
         down, bias = (_stacked(parameters, f"{names.down}.{ending}") for ending in ("weight", "bias"))
         assert down is not None, "the block has a mixture"
-        program = PassProgram(decoder.graph, decoder.mesh, (_part(names.down, 0), names.shares))
         state, positions = decoder.state(parameters), decoder.positions(index, length)
-        return cls(decoder.mesh, program, state, positions, down.astype(jnp.float32), bias)
+        return cls(decoder.mesh, mixture_program(decoder, names), state, positions, down.astype(jnp.float32), bias)
 
-    def mixture(self, batch: Batch) -> _Mixed:
+    def mixture(self, batch: Batch) -> Mixed:
         """The mixture at work on a batch of hidden states that enter the block."""
         found = pass_batch(self.program, self.state, batch.hidden, self.positions, {})[1]
         read, shares = (found[name] for name in self.program.names)
-        return _Mixed(Sent(read, shares, batch.valid), self.down, self.bias)
+        return Mixed(Sent(read, shares, batch.valid), self.down, self.bias)
 
     def statistics(self, hidden: HiddenStates, size: int) -> ExpertStatistics:
         """Sums over the outputs of the experts."""
         zeros = jnp.zeros(len(self.down))
         sums = ExpertStatistics(zeros.astype(jnp.int32), zeros, zeros, zeros)
         for batch in hidden.batches(size):
-            sums = jax.block_until_ready(_added(self.mesh, sums, self.mixture(batch)))
+            sums = jax.block_until_ready(add_statistics(self.mesh, sums, self.mixture(batch)))
         return sums
 
 
@@ -211,12 +215,12 @@ def _with_only(parameters: Mapping[str, Array], names: ExpertNames, stay: Sequen
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _added(mesh: Mesh, sums: ExpertStatistics, mixed: _Mixed) -> ExpertStatistics:
+def add_statistics(mesh: Mesh, sums: ExpertStatistics, mixed: Mixed) -> ExpertStatistics:
     return add_outputs(mesh, sums, *mixed)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(mesh: Mesh, whole: _Mixed, left: _Mixed) -> tuple[Array, Array, Array, Array]:
+def refit_sums(mesh: Mesh, whole: Mixed, left: Mixed) -> tuple[Array, Array, Array, Array]:
     """Of a batch what :func:`~optima_tpu.method.experts.refit` takes, not divided by the tokens, and ``|y|^2``."""
     with jax.default_matmul_precision("highest"):
         target = mixed_output(mesh, *whole)
@@ -226,7 +230,7 @@ def _sums(mesh: Mesh, whole: _Mixed, left: _Mixed) -> tuple[Array, Array, Array,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _product(mesh: Mesh, sent: Sent, direction: Array) -> Array:
+def refit_product(mesh: Mesh, sent: Sent, direction: Array) -> Array:
     with jax.default_matmul_precision("highest"):
         return mixed_moments(mesh, sent, mixed_output(mesh, sent, direction))
 

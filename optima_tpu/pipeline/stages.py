@@ -520,6 +520,7 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
     files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | (
         {"transformers": directory / FOLDER} if config.export else {}
     )
+    weights = weight_count(pretrained.tensors)
     entries = structs.asdict(_facts(opened, results)) | {
         "manifest": opened.manifest,
         "configuration": opened.configuration,
@@ -529,7 +530,8 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
             fingerprint=pretrained.fingerprint,
             architecture=next(iter(pretrained.config.architectures or ()), None),
             blocks=decoder.config.blocks,
-            weights=weight_count(pretrained.tensors),
+            weights=weights,
+            active=weights - decoder.idle_weights,
         ),
         "left_out": read_left_out(directory),
         "allocation": results.allocation,
@@ -541,7 +543,7 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
     }
 
     # Every process asks what was left out; inside of write, process 0 is alone.
-    left_out = weight_count(pretrained.tensors) - weight_count(pruned_model(opened).decoder.tensors)
+    left_out = weights - weight_count(pruned_model(opened).decoder.tensors)
 
     def write() -> Report:
         exported = Exported.open(directory, pruned.checkpoint)

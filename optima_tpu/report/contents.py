@@ -204,6 +204,7 @@ class ModelFacts(Record, frozen=True):
       fingerprint: of its contents.
       architecture: its class, by config.json.
       weights: how many it has, in all its tensors.
+      active: how many of them a token passes through: of experts, only those that it is sent to. None in reports of earlier versions.
     """
 
     origin: str
@@ -211,6 +212,7 @@ class ModelFacts(Record, frozen=True):
     architecture: str | None
     blocks: Count
     weights: Count
+    active: Count | None = None
 
 
 class TextFacts(Record, frozen=True):

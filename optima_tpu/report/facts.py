@@ -109,6 +109,9 @@ def _cuts(report: Report) -> Fact | None:
         if alike
         else "where blocks differ, the exported model has zeros for the others"
     )
+    if report.left_out.experts and report.model.active:
+        left = report.model.weights - report.removed
+        note += f"; {left:,} of {report.model.weights:,} weights are left, and a token still passes through about {report.model.active:,}"
     return Fact("kept", "Kept", [parts_left(report.cuts)], f"({note})")
 
 

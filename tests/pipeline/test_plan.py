@@ -19,6 +19,7 @@ from optima_tpu.config.run_config import Calibration, CutStructures, Evaluation,
 from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Blocks
+from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
@@ -357,6 +358,33 @@ def test_a_token_counts_at_its_own_experts_alone(tmp_path):
     before, between = (window_flops(model(4), length, groups[at][:1]) for at in (2, 3))
     assert before == two - 2 * length * products and 1 <= (between - before) / (4 * length * products * 2 / 3) < 1.1
     assert [reach for _, reach in inputs_of(model(4), groups[:4])] == [1, 1, 0.25, 0.25]
+
+
+def test_a_plan_that_removes_experts_is_of_the_smaller_model(tmp_path):
+    sizes = dict(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=64, intermediate_size=96
+    )
+    own = dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, architectures=["MixtralForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(sizes | own | dict(dtype="bfloat16")))
+    base = run_config(str(tmp_path), layers=parse_layers("self_attn.*=dense,*.w1=dense,*.w3=dense", "row"))
+    dense, cut = (
+        make_plan(
+            config, open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE), compile_call=lambda *call: None
+        )
+        for config in (base, base.changed(cut=CutStructures(experts=0.5, refit=3)))
+    )
+    assert cut.serving and not dense.serving
+    whole, left = cut.serving
+    router = 3 * 4 * 64 * 2  # bytes of the rows that leave, of three blocks
+    assert whole.weights - left.weights == 3 * 4 * 3 * 64 * 96 * 2 + router
+    assert whole.active - left.active == router and whole.cache == left.cache
+    steps, (scores, missed, step, *others) = 2, cut.programs  # 16 windows, 2 on each of 4 slices at a time
+    assert [each.calls for each in (scores, missed, step)] == [3 * steps, 3 * steps, 3 * steps * 3]
+    tokens = 2 * 32 * 2  # of a device, at 2 experts each; the products of a step are float32, and split over 2 devices
+    assert step.work.wide == pytest.approx(2 * 2 * tokens * 64 * 96 / 2, rel=0.1)
+    assert [each.calls for each in (others[-1], dense.programs[-1])] == [3 * 4, 3 * 8]  # of the solver, for w2 of every expert
+    assert cut.seconds["removing experts"] > 0 and "removing experts" not in dense.seconds
+    assert any("a token passes through" in line for line in summary(cut))
 
 
 def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp_path):

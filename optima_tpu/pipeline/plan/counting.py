@@ -81,7 +81,7 @@ class Counted(NamedTuple):
 def counted(call: Call, machine: Machine) -> Counted:
     """The work of a program on one device, without what no result depends on."""
     reader, jaxpr = _Reader(dict(machine.mesh.shape), machine.platform), call.function.trace(*call.arguments).jaxpr.jaxpr
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(call.arguments) if hasattr(leaf, "shape")]
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(call.arguments) if hasattr(leaf, "dtype")]
     needed, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     split = [reader.axes(sharding.spec) if sharding else _WHOLE for sharding, use in zip(shardings, used, strict=True) if use]
     return Counted(reader.body(needed, split).work, frozenset(reader.unknown))

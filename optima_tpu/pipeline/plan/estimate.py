@@ -20,6 +20,7 @@ from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.loss_gradient import GRADIENT, parts_of, unrouted
 from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import DeclaredModel
+from optima_tpu.pipeline.plan.program import REMOVING
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.runtime.mesh import MODEL
@@ -290,6 +291,7 @@ class RunTime(NamedTuple):
             "perplexity, dense and pruned": self._forward((1 + self._deeper) * tokens) + self._head(2 * tokens),
             "blocks that are left out": self._choosing(),
             GRADIENT: running[GRADIENT],
+            REMOVING: running[REMOVING],
             **walk,
             "training": running["training"],
             "dense model and checks of the training": beside,

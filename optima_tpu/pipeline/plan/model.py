@@ -18,6 +18,7 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
 from optima_tpu.models.checkpoints.cuts import cuts_of
 from optima_tpu.models.checkpoints.fewer_blocks import last_blocks, renumbered, settings_without, with_settings
+from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, assets_with, fewer_experts
 from optima_tpu.models.checkpoints.folder import assets_in
 from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import DTYPES, Index, TensorSource, parse_dtype, read_config
@@ -25,6 +26,7 @@ from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import Cut
 from optima_tpu.models.whole_model import cache_bytes
+from optima_tpu.pipeline.experts import mixed_blocks
 from optima_tpu.runtime.mesh import DATA, MODEL
 
 
@@ -53,10 +55,15 @@ class DeclaredTensors:
 
 
 class Serving(NamedTuple):
-    """Bytes that a program which runs a model holds: of its weights, and of what it keeps of earlier tokens."""
+    """Bytes that a program which runs a model holds: of its weights, and of what it keeps of earlier tokens.
+
+    Attributes:
+      active: of the weights that a token passes through.
+    """
 
     weights: int
     cache: int
+    active: int
 
 
 class DeclaredModel(NamedTuple):
@@ -127,6 +134,15 @@ class DeclaredModel(NamedTuple):
         blocks = sum(len(indices) * sum(map(math.prod, alike.block_shapes.values())) for alike, indices in decoder.stretches)
         return blocks + sum(map(math.prod, decoder.end_shapes.values()))
 
+    def without_experts(self, cut: ExpertCut) -> "DeclaredModel":
+        """The model whose mixtures keep the first experts: as large as with those that a run keeps."""
+        decoder = self.decoder
+        prefixes = [decoder.prefix(index) for index, there in enumerate(mixed_blocks(decoder, cut)) if there]
+        tensors = fewer_experts(decoder.tensors, cut.names, dict.fromkeys(prefixes, range(cut.kept)))
+        assets = assets_with({"config.json": self.config.to_json_string(use_diff=False).encode()}, cut.kept)
+        config, _ = read_config(assets["config.json"], self.origin)
+        return self._replace(config=config, decoder=Decoder.open(config, tensors, decoder.mesh, decoder.batch))
+
     def block_bytes(self) -> int:
         """Size of the weights of a block of the decoder's kind."""
         decoder, prefix = self.decoder, self.decoder.prefix(self.decoder.config.kind)
@@ -142,7 +158,8 @@ class DeclaredModel(NamedTuple):
 
     def serving(self, length: int) -> "Serving":
         """What a program that runs the model holds for one window of so many tokens."""
-        return Serving(self.all_blocks_bytes() + self.end_bytes(), cache_bytes(self.decoder, length))
+        weights = self.all_blocks_bytes() + self.end_bytes()
+        return Serving(weights, cache_bytes(self.decoder, length), weights - self.decoder.idle_weights * self.dtype.itemsize)
 
     def itemsize(self, name: str) -> int:
         """Bytes of one value of a tensor."""

@@ -12,6 +12,7 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
 from optima_tpu.method.statistics import Groups
+from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.whole_model import windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
@@ -34,7 +35,8 @@ from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.gradient import gradient_programs
 from optima_tpu.pipeline.plan.model import DeclaredModel, Serving
-from optima_tpu.pipeline.plan.program import STAGES, Program
+from optima_tpu.pipeline.plan.program import REMOVING, STAGES, Program
+from optima_tpu.pipeline.plan.removal import Beside, removal_programs
 from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import refusal, training_programs
@@ -170,7 +172,8 @@ def make_plan(
       UserError: pattern or layer rules do not fit the model.
     """
     config, compile_call = with_windows(config, model), compile_call or compiler(machine, tell)
-    dense, model = model, model.without_last(config.cut.blocks)
+    dense, cut = model, expert_cut(config.cut.experts, model.config) if config.cut.experts else None
+    model = dense.without_experts(cut) if cut else dense.without_last(config.cut.blocks)
     decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
@@ -187,13 +190,17 @@ def make_plan(
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
         training = training_programs(model, trainer, text.window_length, machine, compile_call)
     measuring = () if recovering else gradient_programs(model, config, machine, compile_call)
-    programs = (*measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
+    removing = removal_programs(dense, cut, config, machine, compile_call) if cut else ()
+    programs = (*removing, *measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
     unknown = frozenset[str]().union(*(program.unknown for program in programs))
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     forward = _forward_passes(model, machine, config, walk.kinds)
     stored = estimate.storage(model, config, machine.hosts, patterns, forward.kept, not recovering, machine.platform == "cpu")
-    stored = stored._replace(resident=walk.states > 0)
+    beside = Beside.of(dense, cut, config, machine) if cut else Beside()
+    solved = {"solved experts": beside.solved} if beside.solved else {}
+    stored = stored._replace(resident=walk.states > 0, disk=stored.disk | solved)
     running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
+    running[REMOVING] += beside.seconds
     running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
     timed = estimate.RunTime(model, config, machine, stored, forward, dense)
     seconds = timed.stages(running, compiling if machine.compiles else None)

@@ -9,7 +9,8 @@ from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.hlo import sent
 from optima_tpu.pipeline.plan.topology import Machine
 
-STAGES = GRADIENT, "calibration", "pruning", "training"
+REMOVING = "removing experts"
+STAGES = GRADIENT, REMOVING, "calibration", "pruning", "training"
 
 
 class Program(NamedTuple):

@@ -126,12 +126,16 @@ def summary(plan: Plan) -> list[str]:
     )
     if plan.serving:
         dense, cut = plan.serving
-        lines.append(
-            f"cut model    {_gib(cut.weights)} GiB of weights instead of {_gib(dense.weights)}, which each written token reads;"
+        read = (
+            "which each written token reads"
+            if cut.active == cut.weights
+            else f"a token passes through {_gib(cut.active)} of them"
         )
-        lines.append(
-            f"             {_gib(cut.cache)} GiB instead of {_gib(dense.cache)} of keys and values for a window as long as those of the text"
-        )
+        lines.append(f"cut model    {_gib(cut.weights)} GiB of weights instead of {_gib(dense.weights)}, {read};")
+        cache = f"{_gib(cut.cache)} GiB instead of {_gib(dense.cache)}"
+        if cut.cache == dense.cache:
+            cache = f"{_gib(cut.cache)} GiB, as before,"
+        lines.append(f"             {cache} of keys and values for a window as long as those of the text")
     return lines
 
 
