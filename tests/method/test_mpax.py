@@ -81,7 +81,7 @@ def test_a_row_at_the_iteration_limit_is_not_converged(layer):
 
 
 @pytest.mark.parametrize("limit", [70, 600, 3000])
-@pytest.mark.parametrize("count", [1, 150])  # a round of one part, and rounds of several
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 150])  # a round of one part, and rounds of several
 def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
     rng = np.random.default_rng(count)
     hessian = layer[0].hessian
@@ -125,8 +125,10 @@ def test_data_that_is_not_finite_stops_at_the_first_test(layer):
     np.testing.assert_array_equal(solution.weight[others], clean.weight[others])
 
 
-def test_left_to_the_compiler_the_loop_has_a_collective(layer):
+def test_left_to_the_compiler_the_loop_has_a_collective_and_its_trace_leaves_the_root_logger_alone(layer):
     """The devices agree on the end of every loop: what test_prune.py does not find in its programs is there to be found."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
     mesh = make_mesh("4x2")  # tests/conftest.py simulates 8 devices
     problem, pruned = layer
 
@@ -136,6 +138,7 @@ def test_left_to_the_compiler_the_loop_has_a_collective(layer):
     hessian = jax.device_put(problem.hessian, NamedSharding(mesh, P()))
     eight = LayerProblem(split(problem.weight), hessian), Pruned(*map(split, pruned))
     assert COLLECTIVE.search(text_inside_loops(jax.jit(MPAX()).lower(*eight).compile().as_text()))
+    assert (root.handlers, root.level) == before
 
 
 def test_one_shape_is_compiled_once(layer):
@@ -150,13 +153,3 @@ def test_one_shape_is_compiled_once(layer):
     assert not compiled
     jax.jit(lambda x: x + 1)(problem.weight)
     assert compiled  # the listener does hear
-
-
-def test_the_root_logger_is_left_alone(layer):
-    problem, pruned = layer
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    # MPAX touches the logger while it is traced: a shape of its own, so that it is.
-    three = LayerProblem(problem.weight[:3], problem.hessian), Pruned(*(a[:3] for a in pruned))
-    jax.jit(MPAX()).lower(*three)
-    assert (root.handlers, root.level) == before

@@ -156,7 +156,7 @@ def test_exchanges_are_the_best_pairs_that_pay():
         win, cost = rng.integers(0, 9, (2, 6, size)).astype(np.float32)
         keep = np.asarray(select(Magnitude(), layer(rng, 6, size), pattern).keep)
         limit = np.array([0, 1, 2, 3, 4, 4], np.int32)
-        found, count = pattern.exchange(*map(jnp.asarray, (win, cost, keep, limit)))
+        found, count = jax.jit(pattern.exchange)(*map(jnp.asarray, (win, cost, keep, limit)))
         for row, most in enumerate(limit):
             pairs = best_pairs(win[row], cost[row], keep[row], most, pattern)
             expected = keep[row].copy()

@@ -294,7 +294,13 @@ def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("output, buffer", [("> /dev/full", ""), ("> /dev/full", "PYTHONUNBUFFERED=1"), ("| true", "")])
+@pytest.mark.parametrize(
+    "output, buffer",
+    [
+        ("> /dev/full", ""),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("> /dev/full", "PYTHONUNBUFFERED=1"), ("| true", "")]),
+    ],
+)
 def test_an_export_is_written_though_its_lines_cannot_be_printed(output, buffer, run, tmp_path):
     """In a shell, since what Python itself flushes at its end counts, too."""
     command = (

@@ -33,6 +33,8 @@ from tests.support.tiny_models import MemoryTensors, tiny_folder, tiny_llama
 RECIPE = Recipe(Unstructured(0.6), Wanda(), CG(tolerance=1e-6))
 TOKENS = np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32)
 WINDOWS = 6
+ONE = parse_layers("self_attn.*=dense,mlp.gate_proj=dense,mlp.up_proj=dense")
+"""Rules that leave one layer of a block to be pruned: each group of layers and sparsity compiles programs of its own."""
 WIDE = {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}  # a grain of 1/48
 
 
@@ -118,9 +120,9 @@ def test_outliers_are_counted_as_published():
 def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
     model = decoder(num_hidden_layers=2)
     # Two steps of 1/48; what the run itself does to the layers does not count.
-    mine = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None)
+    mine = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None, layers=ONE)
     found = measured(model, mine, Measured(limit=0.05))
-    hidden, groups, index = model.embed(TOKENS[:WINDOWS]), linear_groups(model), 1
+    hidden, groups, index = model.embed(TOKENS[:WINDOWS]), (("mlp.down_proj",),), 1
     model.apply(0, next(model.blocks([0])), hidden)
     statistics = accumulate(model, index, Capture(groups), (Stream(next(model.blocks([index])), hidden),))
     for sparsity, loss in zip((0.6 - 2 / 48, 0.6 + 2 / 48), found.scores[index]):
@@ -134,7 +136,7 @@ def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
 
 @pytest.mark.parametrize("allocation", [OWL(), Measured()], ids=["owl", "measured"])
 def test_the_mesh_does_not_change_the_allocation(allocation):
-    recipe = dataclasses.replace(RECIPE, solver=None)
+    recipe = dataclasses.replace(RECIPE, solver=None, layers=ONE)
     reference, other = (measured(decoder(shape), recipe, allocation) for shape in ((1, 1), (2, 4)))
     assert reference.sparsity == other.sparsity and len(set(reference.sparsity)) > 1
     assert np.allclose(reference.scores, other.scores, rtol=1e-2)
@@ -152,11 +154,12 @@ def test_layers_with_a_rule_are_left_out():
 def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
     model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
     command = ["--model", str(model), "--output", str(output), "--pattern", "0.6/row", "--allocation", "measured"]
-    command += ["--solver", "null", "--layers", "self_attn.*=dense", "--mesh", "4x2", *SMALL]
+    dense = "self_attn.*=dense,mlp.gate_proj=dense,mlp.up_proj=dense"
+    command += ["--solver", "null", "--layers", dense, "--mesh", "4x2", *SMALL]
     assert main(command) == 0
     report = json.loads((output / "report.json").read_text())
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
-    assert {layer["name"] for layer in layers} == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}  # --layers goes over it
+    assert {layer["name"] for layer in layers} == {"mlp.down_proj"}  # --layers goes over it
     shapes = [tuple(layer["shape"]) for layer in layers]
     assert report["pruned"] == sum(Unstructured(0.6).pruned_count(shape) for shape in shapes)
     for sparsity, block in zip(report["allocation"]["sparsity"], report["blocks"]):

@@ -263,7 +263,7 @@ def test_what_does_not_help_is_refused_and_nothing_is_written(pruned, windows, m
 
 
 @in_float32
-@pytest.mark.parametrize("train, moved", [("norms", "layernorm"), ("weights", "proj")])
+@pytest.mark.parametrize("train, moved", [("norms", "layernorm"), pytest.param("weights", "proj", marks=pytest.mark.slow)])
 def test_only_what_is_asked_for_moves(pruned, windows, train, moved):
     _, journal = run(pruned, windows, method=dataclasses.replace(METHOD, train=train, learning_rate=1e-3))
     before = journal.tensors()

@@ -119,7 +119,7 @@ def test_a_power_is_a_share(target):
             target(weigh_by_loss=power)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), *(pytest.param(each, marks=pytest.mark.slow) for each in [(1, 1), (4, 2)])])
 def test_the_mesh_and_the_parts_do_not_change_the_squares(monkeypatch, shape):
     """Beyond rounding; the parts alone change no bit, since they are whole batches."""
     decoder = Decoder.open(*tiny_llama(), mesh(*shape), batch=1)
@@ -170,40 +170,30 @@ def test_a_recovery_takes_the_blocks_without_a_gradient(weighed, tmp_path, capsy
     assert report.settings.target.weigh_by_loss == 0.5 and "gradient of the loss" not in report.seconds
 
 
-@pytest.mark.parametrize("moment", ["between parts", "after a block", "damaged"])
-def test_a_stopped_run_goes_on_to_the_same_bits(weighed, tmp_path, monkeypatch, capsys, moment):
+def test_a_run_that_is_stopped_again_and_again_goes_on_to_the_same_bits(weighed, tmp_path, monkeypatch):
+    """Behind its first part, behind the other one, and, with the first part damaged, behind the first block."""
     arguments, run = weighed
-    arguments = [*arguments, "--output", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        patch.setattr(loss_gradient, "ROOM", 1)
-        if moment == "after a block":
-            stop_after_the_first_block(patch)
-        else:
-            patch.setattr(loss_gradient, "keep", _stopped_after(loss_gradient.keep, 1))
-        assert main(arguments) == INTERRUPTED
+    arguments, measured, keep = [*arguments, "--output", str(tmp_path / "run")], [], loss_gradient.keep
+    monkeypatch.setattr(loss_gradient, "ROOM", 1)
+    monkeypatch.setattr(
+        loss_gradient, "mean_squares", lambda text, part, advance: measured.append(part) or mean_squares(text, part, advance)
+    )
+
+    def stopped(*given):
+        keep(*given)
+        raise KeyboardInterrupt
+
+    for there in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(loss_gradient, "keep", stopped)
+            assert main(arguments) == INTERRUPTED
         parts = sorted((tmp_path / "run" / loss_gradient.FOLDER).iterdir())
-        assert len(parts) == (1 if moment != "after a block" else 2)
-        if moment == "damaged":
-            parts[0].write_bytes(parts[0].read_bytes()[:-1] + b"?")
-        patch.undo()
-        patch.setattr(loss_gradient, "ROOM", 1)
-        measured = []
-        patch.setattr(
-            loss_gradient, "mean_squares", lambda text, part, advance: measured.append(part) or mean_squares(text, part, advance)
-        )
-        assert main(arguments) == 0
-    assert len(measured) == {"between parts": 1, "after a block": 0, "damaged": 2}[moment]
+        assert len(parts) == len(measured) == there
+    parts[0].write_bytes(parts[0].read_bytes()[:-1] + b"?")
+    with monkeypatch.context() as patch:
+        stop_after_the_first_block(patch)
+        assert main(arguments) == INTERRUPTED
+    assert len(measured) == 3
+    assert main(arguments) == 0
+    assert len(measured) == 3
     assert_same_weights(tmp_path / "run", run)
-
-
-def _stopped_after(save, count):
-    """Ctrl-C behind a save of a part."""
-    saved = []
-
-    def stopped(*arguments):
-        save(*arguments)
-        saved.append(arguments)
-        if len(saved) == count:
-            raise KeyboardInterrupt
-
-    return stopped

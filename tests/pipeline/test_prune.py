@@ -58,7 +58,13 @@ def walk(recipe, shape, blocks=3):
     return found, hidden
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def recipes(slow: str):
+    """Every recipe; what ``slow`` shows another test holds too, for less."""
+    each = [pytest.param(recipe, id=name, marks=[pytest.mark.slow] * (name == slow)) for name, recipe in RECIPES.items()]
+    return pytest.mark.parametrize("recipe", each)
+
+
+@recipes(slow="magnitude per layer")  # as tests/method/test_selectors.py holds of its masks
 def test_the_mesh_does_not_change_the_result(recipe):
     reference, hidden = walk(recipe, (1, 1), blocks=2)
     other, other_hidden = walk(recipe, (2, 4), blocks=2)
@@ -84,7 +90,11 @@ def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
 
 
 @pytest.mark.parametrize(
-    "preset, layout", [("fast", RowLayout(split=True, rows=2)), ("best", ON_EVERY_DEVICE)], ids=["fast, split", "best"]
+    "preset, layout",
+    [
+        pytest.param("fast", RowLayout(split=True, rows=2), id="fast, split", marks=pytest.mark.slow),
+        pytest.param("best", ON_EVERY_DEVICE, id="best"),
+    ],
 )
 def test_groups_that_lie_apart_are_pruned_like_the_same_inputs_side_by_side(preset, layout):
     """Of two matrices with one input, 2:4@8 and 2:4 of the sorted inputs: the same masks, weights and errors, on held-out tokens too."""
@@ -131,24 +141,16 @@ def test_groups_that_lie_apart_are_pruned_like_the_same_inputs_side_by_side(pres
 
 
 @pytest.mark.parametrize("solver", [CG(), MPAX()], ids=["cg", "mpax"])
-def test_the_solve_has_no_collective_inside_its_loop(solver):
+def test_the_solve_has_no_collective_inside_its_loop_and_does_not_copy_the_hessian_per_row(solver):
     """Compiled for eight devices: every while loop's body is free of communication."""
-    inside = text_inside_loops(compiled(Recipe(Unstructured(0.5), Wanda(), solver), (4, 2)).as_text())
+    rows, size = 128, 64  # of the rows of one device
+    shapes = (jax.ShapeDtypeStruct((8 * rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
+    recipe = Recipe(Unstructured(0.5), Wanda(), solver)
+    executable = prune_group.lower(*group_arguments(*shapes, recipe, mesh(4, 2))).compile()
+    inside = text_inside_loops(executable.as_text())
     assert inside and not COLLECTIVE.search(inside)
-
-
-@pytest.mark.parametrize("solver", [CG(), MPAX()], ids=["cg", "mpax"])
-def test_the_hessian_is_not_copied_per_row(solver):
-    rows, size = 128, 64
-    executable = compiled(Recipe(Unstructured(0.5), Wanda(), solver), (1, 1), rows, size)
     assert f"f32[{rows},{size},{size}]" not in executable.as_text()
     assert executable.memory_analysis().temp_size_in_bytes < 60 * rows * size * 4 + 20 * size * size * 4
-
-
-def compiled(recipe, shape, rows=64, size=32):
-    grid = mesh(*shape)
-    shapes = (jax.ShapeDtypeStruct((rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
-    return prune_group.lower(*group_arguments(*shapes, recipe, grid)).compile()
 
 
 def test_the_second_block_compiles_nothing(caplog):
@@ -214,7 +216,7 @@ def test_nothing_moves_where_nothing_goes_on_any_mesh():
     assert all((one == other).all() for one, other in zip(new, weights, strict=True))
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@recipes(slow="2:4 mpax")  # no solver measures the errors
 def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
     """Of both layers that read one input, from the inputs themselves; the second has a bias, which is in no error."""
     rng = np.random.default_rng(0)

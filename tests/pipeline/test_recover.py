@@ -290,7 +290,7 @@ def test_tokens_are_counted_in_any_spelling():
 def test_parts_that_were_cut_stay_so_and_the_recovered_model_is_as_narrow(tmp_path, capsys):
     method = ["--selector", "magnitude", "--solver", "null", "--pattern", "0.5/neuron@8", "--layers", "*=0.33/head"]
     cut = [*method, *SMALL, "--output", str(tmp_path / "run")]
-    assert prune([str(tiny_folder(tmp_path / "model", intermediate_size=64)), *cut]) == 0
+    assert prune([str(tiny_folder(tmp_path / "model", intermediate_size=64, num_hidden_layers=2)), *cut]) == 0
     assert main([str(tmp_path / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]) == 0
     left = {called: cut["left"] for called, cut in report(tmp_path / "out")["cuts"].items()}
     assert left == {"neurons": [32], "key-value heads": [2]}

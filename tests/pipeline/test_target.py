@@ -82,7 +82,13 @@ def walk(recipe, shape=(1, 1), blocks=2, windows=5, groups=GROUPS):
 
 
 @pytest.mark.parametrize(
-    "architecture, weigh", [("Llama", False), ("Llama", True), ("OPT", True), ("Cohere", True), ("Granite", True)]
+    "architecture, weigh",
+    [
+        ("Llama", False),
+        ("OPT", True),
+        ("Granite", True),
+        *(pytest.param(architecture, True, marks=pytest.mark.slow) for architecture in ("Llama", "Cohere")),
+    ],
 )
 def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     """In float64 from the very inputs; 7 windows divide no mesh, and OPT's biases make something of the zeros behind them.
@@ -288,7 +294,7 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
     assert others.score == pytest.approx(others.dense[2])
 
 
-@pytest.mark.parametrize("pattern", ["0.5/row", "0.5/layer", "2:4"])
+@pytest.mark.parametrize("pattern", ["0.5/layer", *(pytest.param(each, marks=pytest.mark.slow) for each in ("0.5/row", "2:4"))])
 def test_best_is_the_same_on_every_mesh(pattern):
     """ADMM, exchanges, the dense target and the stream's drift together, with rows that divide no mesh; and with the drift of outputs."""
     rng = np.random.default_rng(5)
@@ -407,7 +413,9 @@ def test_a_dense_target_is_a_walk_of_two_streams():
     assert (hidden.values == again.values).all() and (dense.values == still.values).all()
 
 
-@pytest.mark.parametrize("preset, resident", [("fast", False), ("best", False), ("best", True)])
+@pytest.mark.parametrize(
+    "preset, resident", [pytest.param("fast", False, marks=pytest.mark.slow), ("best", False), ("best", True)]
+)
 def test_a_run_that_goes_on_repeats_the_bits_of_both_streams(preset, resident):
     """So does one whose hidden states stay on the devices, where those of the first were on the host. On a mesh the compiler rounds a block otherwise in another program: what is left out of it changes how devices share it."""
     recipe = parse(["--preset", preset, "--layers", "*.1.*.o_proj=dense"]).recipe
