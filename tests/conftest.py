@@ -97,6 +97,21 @@ def unmeasured_speed(request):
         yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Commands that name no mesh take one device: programs that are not split compile in half of the time."""
+    from optima_tpu.evaluate import run as evaluating
+    from optima_tpu.pipeline import inputs
+    from optima_tpu.pipeline.recover import run as recovering
+    from optima_tpu.runtime.mesh import make_mesh
+    from tests.support.meshes import mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluating, inputs, recovering):
+            patch.setattr(module, "make_mesh", lambda text: make_mesh(text) if text else mesh(1, 1))
+        yield
+
+
 class FinishedRun(NamedTuple):
     """A run of the command line that nothing interrupted."""
 

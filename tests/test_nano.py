@@ -16,6 +16,8 @@ from tests.support.processes import python
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FILE = Path(__file__).parents[1] / "examples" / "nano.py"
 
 

@@ -306,8 +306,9 @@ def test_activations_that_overflow_in_float32_are_not_advised_float32(refused, t
     assert "the model overflows even in float32, so its weights are damaged" in message and "--dtype" not in message
 
 
-@pytest.mark.parametrize("name", ["dense.json", "allocation.json", "report.json"])
-def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys, name):
+def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys):
+    """The same command goes on from each of them."""
+
     def full(path, data, write=Path.write_bytes):
         if path.name.startswith(name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -316,9 +317,10 @@ def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys, name):
     command = ["--model", str(model), "--mesh", "4x2", *SMALL, "--selector", "magnitude", "--solver", "null"]
     command += ["--allocation", "owl", "--output", str(tmp_path / "run")]
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert main(command) == 2
-    said = only_error(capsys.readouterr().err)
-    assert said.startswith(f"error: could not write {tmp_path / 'run' / name}: No space left on device; ")
+    for name in ("dense.json", "allocation.json", "report.json"):
+        assert main(command) == 2
+        said = only_error(capsys.readouterr().err)
+        assert said.startswith(f"error: could not write {tmp_path / 'run' / name}: No space left on device; ")
     monkeypatch.undo()
     assert main(command) == 0
 

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.support import ROOT
 from tests.support.tiny_models import tiny_folder
 
+pytestmark = pytest.mark.usefixtures("one_device")
 DRAWS = True  # its pages have their drawings, see conftest.py
 
 

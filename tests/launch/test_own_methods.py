@@ -14,6 +14,8 @@ from optima_tpu.launch import main
 from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import tiny_folder
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 OWN = '''
 import dataclasses
 import jax.numpy as jnp
@@ -80,7 +82,7 @@ class Thawed(Selector):
 def there(tmp_path_factory) -> Iterator[Path]:
     """A folder with the user's module and a model."""
     root = tmp_path_factory.mktemp("lab")
-    tiny_folder(root / "model")
+    tiny_folder(root / "model", num_hidden_layers=1)
     (root / "my_lab").mkdir()
     (root / "my_lab" / "methods.py").write_text(OWN)
     path = sys.path.copy()
@@ -98,7 +100,7 @@ def lab(there, monkeypatch) -> Path:
 
 
 def launch(*arguments: str) -> int:
-    return main(["--model", "model", "--mesh", "4x2", *SMALL, *arguments])
+    return main(["--model", "model", *SMALL, *arguments])
 
 
 def test_a_selector_of_ones_own_prunes_and_is_named(lab, capsys):

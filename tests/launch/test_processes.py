@@ -1,5 +1,6 @@
 """Several processes give what one gives; they come together, fail together, and lose nothing."""
 
+import json
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from optima_tpu.runtime.command import LOST, guarded
 from optima_tpu.runtime.signals import RESUME
 from tests.support.meshes import mesh
 from tests.support.processes import at_once, free_port, several, without_gloo
-from tests.support.runs import assert_close_weights, assert_same_weights, folder_tensors
+from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors
 
 
 def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished, tmp_path):
@@ -34,12 +35,12 @@ def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished
 
 # A program that has joined the processes before it prunes, and that calls from a thread, as Ray does.
 JOINED = """
-import sys, threading, jax
+import json, sys, threading, jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from optima_tpu.launch import main
 found = []
-thread = threading.Thread(target=lambda: found.append(main(sys.argv[3:])))
+thread = threading.Thread(target=lambda: found.extend(main(command) for command in json.loads(sys.argv[3])))
 thread.start()
 thread.join()
 print("went on after", *found, "joined", jax.distributed.is_initialized())
@@ -47,24 +48,22 @@ jax.distributed.shutdown()
 """
 
 
-def joined(command: list[str]) -> list[tuple[int, str, str]]:
-    """The statuses and outputs of two processes of four devices whose program calls the command."""
-    address = f"localhost:{free_port()}"
-    return at_once(["-c", JOINED, address, number, *command] for number in range(2))
-
-
-def test_a_program_that_has_joined_the_processes_prunes_in_them_and_goes_on(finished, tmp_path):
-    for status, printed, error in joined([*finished.arguments, "--output", str(tmp_path / "run")]):
-        assert status == 0 and "went on after 0 joined True" in printed, error
-    assert_close_weights(tmp_path / "run", finished.directory)
-
-
-def test_a_program_that_has_joined_the_processes_goes_on_after_a_run_that_is_refused(finished, tmp_path):
+def test_a_program_that_has_joined_the_processes_goes_on_after_a_run_that_is_refused_and_prunes_in_them(finished, tmp_path):
+    """Masks of magnitudes: that the processes find the weights of one is said above, and a solver takes long to compile."""
     (tmp_path / "notes").touch()
-    found = joined([*finished.arguments, "--output", str(tmp_path)])
+    command = ["--model", str(finished.model), "--mesh", "4x2", *SMALL, "--selector", "magnitude", "--solver", "null"]
+    commands = json.dumps([[*command, "--output", str(folder)] for folder in (tmp_path, tmp_path / "run")])
+    address = f"localhost:{free_port()}"
+    found = at_once(["-c", JOINED, address, number, commands] for number in range(2))
     for status, printed, error in found:
-        assert status == 0 and "went on after 2 joined True" in printed, error
+        assert status == 0 and "went on after 2 0 joined True" in printed, error
     assert [f"{tmp_path} holds files that are not a run" in error for *_, error in found] == [True, False]
+    dense, pruned = folder_tensors(finished.model), folder_tensors(tmp_path / "run/hf")
+    masks = read_masks(tmp_path / "run/hf")
+    assert masks.keys() == read_masks(finished.directory / "hf").keys()
+    for name, keep in masks.items():
+        assert (pruned[name] == np.where(keep, dense[name], 0)).all(), name
+        assert np.abs(dense[name][keep]).min() >= np.abs(dense[name][~keep]).max() and keep.mean() == 0.5, name
 
 
 @pytest.mark.slow

@@ -10,11 +10,8 @@ import optima_tpu
 from optima_tpu.cli import main
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NamedPattern, parse_pattern
-from optima_tpu.pipeline import inputs
-from optima_tpu.pipeline.recover import run as recovering
 from optima_tpu.pipeline.sweep.grid import read_grid
 from tests.launch.test_own_methods import OWN
-from tests.support.meshes import mesh
 from tests.support.runs import SMALL, stop_after_the_first_block
 from tests.support.sweeps import write_sweep
 from tests.support.tiny_models import tiny_folder
@@ -29,14 +26,12 @@ RECOVER = ["--tokens", "0.256k", "--source", "random", "--windows", "4", "--leng
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
+def pruned(tmp_path_factory, one_device):
     """A working directory with a finished and a stopped run that used ``evilmod``, which now leaves a file where it is imported."""
     root = tmp_path_factory.mktemp("work")
     path = sys.path.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for module in (recovering, inputs):
-            patch.setattr(module, "make_mesh", lambda spec: mesh(1, 1))
         tiny_folder(root / "model", num_hidden_layers=2)
         (root / f"{MODULE}.py").write_text(OWN)
         assert main([*PRUNE, "--output", "run"]) == 0

@@ -18,6 +18,8 @@ from tests.support.records import put
 from tests.support.runs import stop_after_the_first_block
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 WORDS = [
     *("--calibration.windows", "4", "--calibration.length", "32", "--calibration.held_out", "2"),
     *("--evaluation.windows", "4", "--preset", "fast"),
@@ -31,9 +33,9 @@ def words(tmp_path_factory):
     random = np.random.default_rng(0)
     for name in ("a.txt", "b.txt"):
         (root / name).write_text(" ".join(random.choice(["stone", "river", "<b>bread</b>", "walks", "é"], 2000)))
-    model = tiny_folder(root / "model")
+    model = tiny_folder(root / "model", num_hidden_layers=2)
     texts = ["--calibration.source", f"file:{root / 'a.txt'}", "--evaluation.source", f"file:{root / 'b.txt'}"]
-    command = ["--model", str(model), "--mesh", "4x2", *texts, *WORDS]
+    command = ["--model", str(model), *texts, *WORDS]
     assert main([*command, "--output", str(root / "run")]) == 0
     return command, root / "run"
 
@@ -74,7 +76,7 @@ def test_a_run_says_which_tokens_got_worse(words):
 
 @pytest.mark.parametrize("lost", ["", "damaged"])
 def test_a_run_that_goes_on_has_the_dense_losses_of_its_first_part(words, tmp_path, monkeypatch, lost):
-    command = [*words[0], "--output", str(tmp_path / "run")]
+    command = [*words[0], "--export", "false", "--output", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         stop_after_the_first_block(patch)
         assert main(command) == 130
