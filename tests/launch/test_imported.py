@@ -13,9 +13,11 @@ from optima_tpu.runtime.checksums import ALL
 from tests.support.runs import SMALL, folder_tensors
 
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
 def prune(model, output, *arguments):
-    """On the mesh of the finished run, whose programs are compiled already."""
-    return main(["--model", str(model), "--output", str(output), "--mesh", "4x2", "--preset", "fast", *SMALL, *arguments])
+    return main(["--model", str(model), "--output", str(output), "--preset", "fast", *SMALL, *arguments])
 
 
 @pytest.fixture(scope="module")

@@ -137,11 +137,12 @@ def test_one_device_in_a_process_of_its_own_without_torch_agrees_with_eight(fini
     ],
     ids=["null in float16", "exact", "mpax in bfloat16"],
 )
-def test_every_solver_runs_end_to_end(tmp_path, dtype, pattern, options, untied):
-    model = tiny_folder(tmp_path / "model", dtype=dtype, tie_word_embeddings=not untied)
+def test_every_solver_runs_end_to_end(one_device, tmp_path, dtype, pattern, options, untied):
+    """On one device; test_prune.py compares meshes."""
+    model = tiny_folder(tmp_path / "model", dtype=dtype, tie_word_embeddings=not untied, num_hidden_layers=1)
     run = tmp_path / "run"
-    assert main(["--model", str(model), "--output", str(run), "--pattern", pattern, "--mesh", "4x2", *options, *SMALL]) == 0
-    assert_pruned(model, run / "hf", pattern, BLOCKS * (2 if "--layers" in options else LAYERS))
+    assert main(["--model", str(model), "--output", str(run), "--pattern", pattern, *options, *SMALL]) == 0
+    assert_pruned(model, run / "hf", pattern, 2 if "--layers" in options else LAYERS)
     tensors = folder_tensors(run / "hf")
     assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[dtype]} and ("lm_head.weight" in tensors) == untied
     report = json.loads((run / "report.json").read_text())
@@ -152,9 +153,9 @@ def test_every_solver_runs_end_to_end(tmp_path, dtype, pattern, options, untied)
             assert layer["error_after"] == layer["error_before"]
 
 
-def test_what_runs_where_no_method_is_named_is_the_best_preset(tmp_path, capsys):
+def test_what_runs_where_no_method_is_named_is_the_best_preset(one_device, tmp_path, capsys):
     model, run = tiny_folder(tmp_path / "model", num_hidden_layers=2), tmp_path / "run"
-    assert main(["--model", str(model), "--output", str(run), "--mesh", "4x2", *OF_ONE_SHAPE, *SMALL]) == 0
+    assert main(["--model", str(model), "--output", str(run), *OF_ONE_SHAPE, *SMALL]) == 0
     assert_pruned(model, run / "hf", "0.5/layer", 2 * 2)  # ADMM compares the weights of a whole matrix
     report, printed = json.loads((run / "report.json").read_text()), capsys.readouterr().out
     assert report["weighed_layers"] == ["self_attn.o_proj", "mlp.down_proj"]

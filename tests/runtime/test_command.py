@@ -37,12 +37,15 @@ def devices():
     threading.Timer(0.5, lambda: print("working", flush=True)).start()
     jax.block_until_ready(program(1.0))
 
-def saving():
+def saving(seconds=1.5):
     with uninterrupted():
         print("working", flush=True)
-        time.sleep(3)
+        time.sleep(seconds)
         print("saved", flush=True)
     signals.check()
+
+def saving_for_long():
+    saving(60)
 
 def compiling():
     def program(x):
@@ -135,16 +138,23 @@ def working(work):
         process.kill()
 
 
+STEP = " in the middle of a step"
+
+
+# Every kind of work and both signals, and the rest of the grid slow.
 @pytest.mark.parametrize(
-    "work, out, said",
+    "work, out, said, sent, name, status",
     [
-        ("devices", "", " in the middle of a step"),
-        ("compiling", "", " in the middle of a step"),
-        ("saving", "saved\n", ""),
-        ("collecting", "", ""),
+        ("devices", "", STEP, *SENT[0]),
+        ("compiling", "", STEP, *SENT[0]),
+        ("saving", "saved\n", "", *SENT[1]),
+        ("collecting", "", "", *SENT[0]),
+        pytest.param("devices", "", STEP, *SENT[1], marks=pytest.mark.slow),
+        pytest.param("compiling", "", STEP, *SENT[1], marks=pytest.mark.slow),
+        pytest.param("saving", "saved\n", "", *SENT[0], marks=pytest.mark.slow),
+        pytest.param("collecting", "", "", *SENT[1], marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("sent, name, status", SENT)
 def test_a_signal_is_heard_wherever_the_work_is_and_waits_for_a_save(work, out, said, sent, name, status):
     with working(work) as process:
         process.send_signal(sent)
@@ -176,7 +186,7 @@ def test_what_a_signal_interrupts_is_removed_at_its_end(tmp_path):
 
 @pytest.mark.parametrize("sent, name, status", SENT)
 def test_a_second_signal_ends_the_work_at_once(sent, name, status):
-    with working("saving") as process:
+    with working("saving_for_long") as process:
         process.send_signal(sent)
         time.sleep(1)  # a signal that comes again within half a second counts as the same
         process.send_signal(sent)
@@ -313,7 +323,7 @@ take_devices(RunConfig(model="a", cpu_devices=2))
 
 def late():
     index = jax.lax.axis_index("data")
-    return jax.lax.psum(jax.pure_callback(lambda i: (time.sleep(4 * int(i)), i)[1], index, index), "data")
+    return jax.lax.psum(jax.pure_callback(lambda i: (time.sleep(2.5 * int(i)), i)[1], index, index), "data")
 
 everywhere = jax.shard_map(late, mesh=jax.make_mesh((2,), ("data",)), in_specs=(), out_specs=jax.sharding.PartitionSpec())
 print(jax.jit(everywhere)())
