@@ -30,7 +30,7 @@ class LayerRule:
     def matches(self, path: str, name: str) -> bool:
         """Whether the rule matches the layer ``path``, whose path inside its block is ``name``, and its pattern is for such layers."""
         named = fnmatchcase(path, self.path) or fnmatchcase(name, self.path)
-        return named and (self.pattern is None or self.pattern.takes(name))
+        return named and (self.pattern is None or self.pattern.of(name) is not None)
 
 
 def parse_layers(text: str, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> tuple[LayerRule, ...]:
@@ -75,8 +75,8 @@ def pattern_of(rules: Sequence[LayerRule], default: Pattern, path: str, name: st
     """
     for rule in reversed(rules):
         if rule.matches(path, name):
-            return rule.pattern
-    return default if default.takes(name) else None
+            return rule.pattern and rule.pattern.of(name)
+    return default.of(name)
 
 
 def check_layers(

@@ -9,7 +9,8 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,9 @@ class Pattern(abc.ABC):
     def span(self) -> int | None:
         return None
 
-    def takes(self, name: str) -> bool:
-        """Whether the pattern is for the layer of that path inside a block; other layers stay as they would be without it."""
-        return True
+    def of(self, name: str) -> "Pattern | None":
+        """The pattern of the layer of that path inside a block; None if it is for others, and this one stays as it would be without it."""
+        return self
 
     def order(self, columns: int) -> np.ndarray | None:
         """The inputs [columns] int, sorted so that those of a group are consecutive; None if they are already."""
@@ -174,8 +175,8 @@ class Dense(Pattern):
 
     sparsity: float = 0.0
 
-    def takes(self, name: str) -> bool:
-        return False
+    def of(self, name: str) -> None:
+        return None
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         return 0
@@ -396,12 +397,12 @@ class NM(Pattern):
 class WholeInputs(Pattern):
     """Prunes whole inputs: one set of inputs is pruned in all rows, so that the matrix without them computes the same.
 
-    Inputs leave in parts, which are single inputs here. A part's score is the sum of the scores of its weights.
+    Inputs leave in parts of equal width, one behind the other. A part's score is the sum of the scores of its weights.
 
     Attributes:
       sparsity: share of parts pruned, in [0, 1).
       multiple: the number of kept parts is rounded up to a multiple of this.
-      width: the number of inputs in a part, one part behind the other.
+      total: how many parts a layer has, which divides its inputs; 0 where each input is one.
     """
 
     group = "layer"
@@ -411,7 +412,7 @@ class WholeInputs(Pattern):
 
     sparsity: float = 0.25
     multiple: int = MULTIPLE
-    width: int = 1
+    total: int = 0
 
     def __post_init__(self) -> None:
         _refuse_share(self.sparsity, f"{self.word}s")
@@ -442,7 +443,7 @@ class WholeInputs(Pattern):
         """How many of so many parts are pruned, before the others are rounded up to a multiple."""
         return _share_of(parts, self.sparsity)
 
-    def leaving(self, kept: int, parts: int) -> "WholeInputs":
+    def leaving(self, kept: int, parts: int) -> Self:
         """The same pattern with the shortest share that leaves so many parts, a multiple of ``multiple``."""
         share = (parts - kept) / parts
         shares = (math.ceil(share * 10**digits) / 10**digits for digits in range(2, 12))
@@ -460,46 +461,41 @@ class WholeInputs(Pattern):
         fits = [pattern for pattern in near if 0 < padded(kept, pattern.multiple) < parts]
         return " or ".join(pattern.text() for pattern in larger + fits[:1]) or "another pattern, such as 2:4"
 
-    def _parts(self, columns: int) -> int:
-        """The number of parts in so many inputs."""
-        if not self.width:
-            raise UserError(
-                f"expected a model, which says how wide a {self.word} is, where the pattern is {self.text()}, got a layer alone; take "
-                f"{self.sparsity!r}/{WholeInputs.word}"
-            )
-        return columns // self.width
+    def parts_in(self, columns: int) -> int:
+        """The number of parts of a layer with so many inputs."""
+        return self.total or columns
 
     def _lost(self, columns: int) -> int:
         """The number of parts that so many inputs lose."""
-        parts = self._parts(columns)
+        parts = self.parts_in(columns)
         return parts - self.kept(parts)
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
-        return rows * self._lost(columns) * self.width
+        return rows * self._lost(columns) * (columns // self.parts_in(columns))
 
     def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
-        lost, each = self._lost(scores.shape[1]), totals(scores)
-        if self.width > 1:
-            each = totals(each.reshape(-1, self.width).T)
-        keep = ~lowest(each, lost, "row")
-        return jnp.broadcast_to(jnp.repeat(keep, self.width, axis=1), scores.shape)
+        columns, each = scores.shape[1], totals(scores)
+        width = columns // self.parts_in(columns)
+        if width > 1:
+            each = totals(each.reshape(-1, width).T)
+        keep = ~lowest(each, self._lost(columns), "row")
+        return jnp.broadcast_to(jnp.repeat(keep, width, axis=1), scores.shape)
 
     def holds(self, zero: np.ndarray) -> bool:
         return bool(self._whole(zero) >= self._lost(zero.shape[1]))
 
     def _whole(self, zero: np.ndarray) -> int:
         """The number of parts that are True in all rows of [d_out, d_in] bool."""
-        return int(zero.all(axis=0).reshape(-1, self.width).all(axis=1).sum())
+        return int(zero.all(axis=0).reshape(self.parts_in(zero.shape[1]), -1).all(axis=1).sum())
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
         columns = keep.shape[1]
         expected, whole = self._lost(columns), self._whole(~keep)
         if whole < expected or (whole > expected and not or_fewer):
-            return f"expected {expected:,} of {self._parts(columns):,} {self.word}s pruned in all rows, got {whole:,}"
-        ragged = np.flatnonzero(
-            np.any(keep, axis=0).reshape(-1, self.width).any(axis=1).repeat(self.width) != np.all(keep, axis=0)
-        )
+            return f"expected {expected:,} of {self.parts_in(columns):,} {self.word}s pruned in all rows, got {whole:,}"
+        parts = np.any(keep, axis=0).reshape(self.parts_in(columns), -1)
+        ragged = np.flatnonzero((parts.any(axis=1, keepdims=True) | parts).ravel() != np.all(keep, axis=0))
         if or_fewer or not len(ragged):
             return None
         return f"expected every {self.word} pruned in all rows or in none, got input {ragged[0]} pruned in some"
@@ -508,28 +504,40 @@ class WholeInputs(Pattern):
         return f"{float(self.sparsity)!r}/{self.word}" + (f"@{self.multiple}" if self.multiple != type(self).multiple else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class WholeParts(WholeInputs):
-    """Prunes whole parts of every block. The model's family says which layer reads them (``Family.cuts``).
+class Place(NamedTuple):
+    """Where a model has parts of one kind.
 
     Attributes:
-      layer: the layer that reads the parts, by its path in a block; it is no pattern for other layers. None until the model is known.
-      total: how many a block has; 0 until the model is known.
+      layers: the layers that read them, by their paths in a block, with ``*`` for every number.
+      total: how many each of these layers reads.
       called: what they are called, "key-value heads".
     """
 
-    layer: str | None = None
-    total: int = 0
-    called: str = ""
+    layers: tuple[str, ...]
+    total: int
+    called: str
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeParts(WholeInputs):
+    """Prunes whole parts of every block. The model's family says which layers read them (``Family.cuts``).
+
+    Attributes:
+      places: the kinds of parts, each of which loses the share; it is no pattern for other layers. Empty until the model is known.
+    """
+
+    places: tuple[Place, ...] = ()
 
     def __str__(self) -> str:
         """ "1 of 3 key-value heads cut", which the share of an odd number says only roughly; the share until the model is known."""
-        lost = max(self.total - self._rounded(self.total), 0)
-        return f"{lost:,} of {self.total:,} {self.called} cut" if self.total else super().__str__()
+        lost = (f"{max(total - self._rounded(total), 0):,} of {total:,} {called}" for _, total, called in self.places)
+        return f"{', '.join(lost)} cut" if self.places else super().__str__()
 
-    def takes(self, name: str) -> bool:
-        assert self.layer is not None, "the model says which layer reads the parts, before any layer is asked for"
-        return name == self.layer
+    def of(self, name: str) -> Pattern | None:
+        assert self.places, "the model says which layers read the parts, before any layer is asked for"
+        here = (place for place in self.places if any(fnmatchcase(name, layer) for layer in place.layers))
+        place = next(here, None)
+        return place and dataclasses.replace(self, places=(place,), total=place.total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -549,7 +557,14 @@ class Heads(WholeParts):
     word: ClassVar[str] = "head"
 
     multiple: int = 1
-    width: int = 0
+
+    def parts_in(self, columns: int) -> int:
+        if not self.total:
+            raise UserError(
+                f"expected a model, which says how wide a {self.word} is, where the pattern is {self.text()}, got a layer alone; take "
+                f"{self.sparsity!r}/{WholeInputs.word}"
+            )
+        return self.total
 
     def _pruned(self, parts: int) -> int:
         return math.ceil(round(parts * self.sparsity, 6) - 0.5)

@@ -31,5 +31,5 @@ FAMILY = dataclasses.replace(
     read_config=read_config,
     block=block,
     linears=tuple(name for name in llama.LINEARS if name != "mlp.gate_proj"),
-    cuts={**llama.FAMILY.cuts, "neuron": functools.partial(llama.neurons, made_by=("up_proj",))},
+    cuts={**llama.FAMILY.cuts, "neuron": (functools.partial(llama.neurons, made_by=("up_proj",)),)},
 )

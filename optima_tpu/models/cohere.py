@@ -83,15 +83,11 @@ def block(config: llama.LlamaConfig) -> ParallelBlock:
 def heads(config: llama.LlamaConfig) -> Cut:
     """As Llama's, with the weights that their norms have for every head."""
     cut = llama.heads(config)
-    norms = {
-        f"self_attn.{letter}_norm": (rows // config.head_dim,)
-        for letter in "qk"
-        for rows in cut.made_by.get(f"self_attn.{letter}_proj", ())
-    }
+    norms = {f"{letter}_norm": (rows // config.head_dim,) for letter in "qk" for rows in cut.made_by.get(f"{letter}_proj", ())}
     return cut._replace(made_by={**cut.made_by, **norms})
 
 
-COHERE = dataclasses.replace(llama.FAMILY, read_config=read_cohere, block=block, cuts={**llama.FAMILY.cuts, "head": heads})
+COHERE = dataclasses.replace(llama.FAMILY, read_config=read_cohere, block=block, cuts={**llama.FAMILY.cuts, "head": (heads,)})
 COHERE2 = dataclasses.replace(
     COHERE, read_config=read_cohere2, cuts={**llama.FAMILY.cuts, "head": "have the width of the model divided by their number"}
 )

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
-from optima_tpu.models.family import Family, Positions
+from optima_tpu.models.family import Cut, Family, Positions
 from optima_tpu.models.layers import Linear, RMSNorm, Scores, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate, rotate_neighbours, rotate_neighbours_wide
 from optima_tpu.models.routers import Groups
@@ -150,6 +150,13 @@ class DeepseekAttention(nnx.Module):
         return self.o_proj(attention(q, k, v, positions, Scores(config.scale), self.mesh).reshape(*x.shape[:2], -1))
 
 
+def heads(config: DeepseekConfig) -> Cut:
+    """The heads; the latent vectors that they read stay."""
+    makers = dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj"), ())
+    settings = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    return Cut("heads", config.heads, config.value_dim, ("self_attn.o_proj",), makers, settings)
+
+
 ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 """``Family.exact``: rounded, they would send tokens to other experts."""
 
@@ -163,7 +170,7 @@ def _family(read_config: Callable[[Any], DeepseekConfig], **fields: Any) -> Fami
         linears=(*wide, "self_attn.o_proj", *made.linears[4:]),
         sharding={**made.sharding, **{name + ".weight": P(MODEL, None) for name in wide}},
         exact=ROUTER,
-        cuts={**made.cuts, "head": "read latent vectors"},
+        cuts={**made.cuts, "head": (heads,)},
         **fields,
     )
 

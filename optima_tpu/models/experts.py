@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
-from optima_tpu.models.family import ExpertNames, Family, Residual
+from optima_tpu.models.family import Cut, ExpertNames, Family, Residual
 from optima_tpu.models.grouped import Stretches, grouped_dot
 from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear
 from optima_tpu.models.routers import GroupRouter, Groups, Router
@@ -104,6 +104,9 @@ class MixtureNames:
       narrow: the name of down.
       shared: the name of the shared expert in the mixture.
       bias: whether the layers of an expert have biases.
+      width: the setting of ``transformers`` that is the width of an expert.
+      shared_width: the setting that is the width of the shared expert; empty where it is a multiple of an expert's.
+      mlp_width: the setting that is the width of an MLP in the place of a mixture.
     """
 
     mlp: str = "mlp"
@@ -112,6 +115,9 @@ class MixtureNames:
     narrow: str = "down_proj"
     shared: str = "shared_experts"
     bias: bool = False
+    width: str = "moe_intermediate_size"
+    shared_width: str = ""
+    mlp_width: str = "intermediate_size"
 
     def sizes(self, config: MixtureConfig) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the layers of an expert."""
@@ -362,6 +368,31 @@ def _mix(
     return summed.reshape(x.shape).astype(x.dtype), rows, hidden
 
 
+def expert_neurons(config: MixtureConfig, layout: MixtureNames) -> Cut | None:
+    """The neurons of each expert, and as large a share of the shared expert's where one setting says both widths."""
+    if not config.experts:
+        return None
+    shared = 0 if layout.shared_width else config.shared_width // config.d_ff
+    read_by = (layout.layers[-1], *layout.shared_layers[-1:] * bool(shared))
+    return Cut("neurons of each expert", config.d_ff, 1 + shared, read_by, dict.fromkeys(layout.wide, ()), {layout.width: 1})
+
+
+def shared_neurons(config: MixtureConfig, layout: MixtureNames) -> Cut | None:
+    """The neurons of a shared expert whose width is a setting of its own."""
+    if not (config.shared_width and layout.shared_width):
+        return None
+    makers, settings = dict.fromkeys(("gate_proj", "up_proj"), ()), {layout.shared_width: 1}
+    return Cut("neurons of the shared expert", config.shared_width, 1, layout.shared_layers[-1:], makers, settings)
+
+
+def mlp_neurons(config: MixtureConfig, layout: MixtureNames) -> Cut | None:
+    """The neurons of the MLPs that are in the place of mixtures."""
+    if not config.mixed or all(config.mixed):
+        return None
+    makers = dict.fromkeys(("gate_proj", "up_proj"), ())
+    return Cut("neurons", config.mlp_width, 1, (f"{layout.mlp}.down_proj",), makers, {layout.mlp_width: 1})
+
+
 def family(
     read_config: Callable[[Any], MixtureConfig],
     layout: MixtureNames = MixtureNames(),
@@ -393,7 +424,10 @@ def family(
         linears=(*map(named, llama.LINEARS), *layout.shared_layers, *layout.layers),
         residuals={named(name): around for name, around in llama.FAMILY.residuals.items()}
         | {down: Residual("before_shared", "after_mlp")},
-        cuts={**llama.FAMILY.cuts, "neuron": "stand in experts"},
+        cuts={
+            **llama.FAMILY.cuts,
+            "neuron": tuple(functools.partial(each, layout=layout) for each in (expert_neurons, shared_neurons, mlp_neurons)),
+        },
         experts=layout.experts,
         shared=tuple(wide),
         sharding={named(name): spec for name, spec in llama.SHARDING.items()}

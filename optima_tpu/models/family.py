@@ -145,15 +145,16 @@ class Stack(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """The parts of one kind that every block has, and that an export can delete: neurons, or heads.
+    """The parts of one kind that an export can delete, neurons or heads: all layers that read them have one number of them.
 
     Attributes:
       called: what they are called, "key-value heads".
-      total: how many a block has.
-      width: how many inputs of ``read_by`` are those of one part.
-      read_by: the layer that reads them, one part behind the other.
-      made_by: the layers and other parameters of a block that make them -> the rows of a part in each of the matrices that are
-        one behind the other in this one; rows behind these belong to no part.
+      total: how many a layer reads.
+      width: how many inputs of the layers of ``read_by`` together are those of one part.
+      read_by: the layers that read them, one part behind the other, named as in ``Family.linears``.
+      made_by: the layers and other parameters that make them, by their names beside the layer that reads them -> the rows of a
+        part in each of the matrices that are one behind the other in this one; rows behind these belong to no part. Empty where all
+        rows are those of parts.
       settings: the numbers in a configuration of ``transformers`` that count them -> how much a part adds.
       fixed: what the configuration must say too if some are cut.
     """
@@ -161,7 +162,7 @@ class Cut(NamedTuple):
     called: str
     total: int
     width: int
-    read_by: str
+    read_by: tuple[str, ...]
     made_by: Mapping[str, tuple[int, ...]]
     settings: Mapping[str, int]
     fixed: Mapping[str, int] = {}
@@ -216,8 +217,8 @@ class Family:
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
-      cuts: by the word of the pattern that cuts them: makes the :class:`Cut` of a kind of parts from the configuration; or says why
-        they cannot be cut, behind "whose ...s".
+      cuts: by the word of the pattern that cuts them: for each kind of parts what makes its :class:`Cut` from the configuration, or
+        None where the model has no such parts; or why they cannot be cut, behind "whose ...s".
       experts: the names of the experts' parameters where experts can be removed; or says why they cannot be, behind the name of the
         model.
       shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
@@ -244,7 +245,7 @@ class Family:
     head_bias: str = "lm_head.bias"
     attended: tuple[str, ...] = ("self_attn.o_proj",)
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
-    cuts: Mapping[str, Callable[[Any], Cut] | str] = dataclasses.field(default_factory=dict)
+    cuts: Mapping[str, tuple[Callable[[Any], Cut | None], ...] | str] = dataclasses.field(default_factory=dict)
     experts: ExpertNames | str = "which has no experts"
     shared: tuple[str, ...] = ()
     stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)

@@ -176,7 +176,7 @@ def block(config: Gemma4Config) -> Gemma4Block:
     return MixedBlock(config) if config.experts else Gemma4Block(config)
 
 
-def neurons(config: Gemma4Config) -> Cut:
+def mlp_neurons(config: Gemma4Config) -> Cut:
     """As Llama's; ``d_ff`` is the width of an expert."""
     return llama.neurons(config)._replace(total=config.mlp_width)
 
@@ -187,7 +187,10 @@ FAMILY = dataclasses.replace(
     read_config=read_config,
     block=block,
     by_block=frozenset({"head_dim", "num_key_value_heads"}),
-    cuts={"neuron": neurons, "head": "differ in width from block to block"},
+    cuts={
+        "neuron": (mlp_neurons, functools.partial(experts.expert_neurons, layout=LAYOUT)),
+        "head": "differ in width from block to block",
+    },
     linears=(*llama.LINEARS, *LAYOUT.layers),
     sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
     experts="whose router has a scale for each expert",

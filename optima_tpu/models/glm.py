@@ -50,7 +50,7 @@ GLM = dataclasses.replace(
     read_config=read_config,
     block=block,
     linears=(*llama.LINEARS[:4], *phi3.FAMILY.linears[2:]),
-    cuts={**llama.FAMILY.cuts, "neuron": phi3.neurons},
+    cuts={**llama.FAMILY.cuts, "neuron": (phi3.neurons,)},
     sharding={**llama.SHARDING, **phi3.FAMILY.sharding},
 )
 GLM4 = dataclasses.replace(GLM, block=GLMBlock, residuals={})  # a norm follows each sublayer

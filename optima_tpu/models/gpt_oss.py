@@ -65,6 +65,10 @@ STACKS = {
     for ending, what in (("", "weight"), ("_bias", "bias"))
 }
 FAMILY = dataclasses.replace(
-    experts.family(read_config, experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True), mixture=mixture),
+    experts.family(
+        read_config,
+        experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, width="intermediate_size"),
+        mixture=mixture,
+    ),
     stacks=STACKS,
 )

@@ -246,8 +246,7 @@ class LlamaFinal(nnx.Module):
 
 def neurons(config: LlamaConfig, made_by: tuple[str, ...] = ("gate_proj", "up_proj"), read_by: str = "down_proj") -> Cut:
     """The neurons of the MLP."""
-    makers = {f"mlp.{name}": (1,) for name in made_by}
-    return Cut("neurons", config.d_ff, 1, f"mlp.{read_by}", makers, {"intermediate_size": 1})
+    return Cut("neurons", config.d_ff, 1, (f"mlp.{read_by}",), dict.fromkeys(made_by, ()), {"intermediate_size": 1})
 
 
 def heads(config: LlamaConfig) -> Cut:
@@ -263,8 +262,8 @@ def heads(config: LlamaConfig) -> Cut:
         "query heads" if alone else "key-value heads" if queries > 1 else "heads",
         total,
         queries * size,
-        "self_attn.o_proj",
-        {f"self_attn.{name}": (rows,) for name, rows in makers.items()},
+        ("self_attn.o_proj",),
+        {name: (rows,) for name, rows in makers.items()},
         settings,
         {"head_dim": size},
     )
@@ -280,5 +279,5 @@ FAMILY = Family(
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
         "mlp.down_proj": Residual("after_attention", "after_mlp"),
     },
-    cuts={"neuron": neurons, "head": heads},
+    cuts={"neuron": (neurons,), "head": (heads,)},
 )

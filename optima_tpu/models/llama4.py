@@ -120,7 +120,9 @@ _EXPERT = "feed_forward.experts.*.{}_proj.weight"
 FAMILY = dataclasses.replace(
     experts.family(
         read_config,
-        experts.MixtureNames("feed_forward", router="router", shared="shared_expert"),
+        experts.MixtureNames(
+            "feed_forward", router="router", shared="shared_expert", width="intermediate_size", mlp_width="intermediate_size_mlp"
+        ),
         attention=Llama4Attention,
         mixture=mixture,
     ),

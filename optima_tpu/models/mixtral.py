@@ -19,6 +19,6 @@ def read_config(config: Any) -> experts.MixtureConfig:
     )
 
 
-LAYOUT = experts.MixtureNames("block_sparse_moe", wide=("w1", "w3"), narrow="w2")
+LAYOUT = experts.MixtureNames("block_sparse_moe", wide=("w1", "w3"), narrow="w2", width="intermediate_size")
 """transformers holds the experts of a block in two arrays, and stores them under these names."""
 FAMILY = experts.family(read_config, LAYOUT)

@@ -26,5 +26,7 @@ def read_config(config: Any) -> experts.MixtureConfig:
     )
 
 
-_FAMILY = experts.family(read_config, attention=functools.partial(olmo2.attention, norm=olmo2.NormOverHeads))
+_FAMILY = experts.family(
+    read_config, experts.MixtureNames(width="intermediate_size"), functools.partial(olmo2.attention, norm=olmo2.NormOverHeads)
+)
 FAMILY = dataclasses.replace(_FAMILY, cuts={**_FAMILY.cuts, **olmo2.HEADS})

@@ -166,7 +166,7 @@ FAMILY = Family(
     attended=("self_attn.out_proj",),
     residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"), "fc2": Residual("before_mlp", "after_mlp")},
     cuts={
-        "neuron": lambda config: Cut("neurons", config.d_ff, 1, "fc2", {"fc1": (1,)}, {"ffn_dim": 1}),
+        "neuron": (lambda config: Cut("neurons", config.d_ff, 1, ("fc2",), {"fc1": ()}, {"ffn_dim": 1}),),
         "head": "have the width of the model divided by their number",
     },
 )

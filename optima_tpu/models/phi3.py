@@ -65,14 +65,14 @@ def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
 
 def neurons(config: llama.LlamaConfig) -> Cut:
     """As Llama's, with gate and up in one matrix."""
-    return llama.neurons(config)._replace(made_by={"mlp.gate_up_proj": (1, 1)})
+    return llama.neurons(config)._replace(made_by={"gate_up_proj": (1, 1)})
 
 
 def heads(config: llama.LlamaConfig) -> Cut:
     """As Llama's, with q, k and v in one matrix."""
     cut = llama.heads(config)
-    rows = (cut.made_by.get(f"self_attn.{letter}_proj", ()) for letter in "qkv")
-    return cut._replace(made_by={"self_attn.qkv_proj": tuple(itertools.chain(*rows))})
+    rows = (cut.made_by.get(f"{letter}_proj", ()) for letter in "qkv")
+    return cut._replace(made_by={"qkv_proj": tuple(itertools.chain(*rows))})
 
 
 FAMILY = dataclasses.replace(
@@ -80,7 +80,7 @@ FAMILY = dataclasses.replace(
     read_config=read_config,
     block=block,
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    cuts={"neuron": neurons, "head": heads},
+    cuts={"neuron": (neurons,), "head": (heads,)},
     # Slices of the model axis do not end at the borders of q, k and v; XLA moves the rows.
     sharding={
         "self_attn.qkv_proj.weight": P(MODEL, None),

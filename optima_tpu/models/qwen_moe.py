@@ -71,7 +71,7 @@ class QwenMixture(experts.Mixture):
         return self.shared_expert_gate(x) * super().shared_output(x)
 
 
-LAYOUT = experts.MixtureNames(shared="shared_expert")
+LAYOUT = experts.MixtureNames(shared="shared_expert", shared_width="shared_expert_intermediate_size")
 QWEN2 = dataclasses.replace(
     experts.family(read_qwen2, LAYOUT, mixture=QwenMixture),
     residuals=llama.FAMILY.residuals,  # the shared expert adds its share only

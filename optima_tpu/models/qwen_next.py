@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama, qwen_moe
 from optima_tpu.models.delta_net import DeltaNet, Sizes
-from optima_tpu.models.family import DecoderConfig, Family, Stack
+from optima_tpu.models.family import Cut, DecoderConfig, Family, Stack
 from optima_tpu.models.layers import ShiftedRMSNorm
 from optima_tpu.models.rope import Rope
 from optima_tpu.runtime.mesh import MODEL
@@ -85,6 +85,17 @@ def attention(config: QwenNextConfig) -> nnx.Module:
     return DeltaNet(config.d_model, config.delta, config.eps) if linear else llama.rotary_attention(config)
 
 
+def linear_heads(config: QwenNextConfig) -> Cut:
+    """The key heads of linear attention, each with the values that read it."""
+    sizes = config.delta
+    keys, group = sizes.key_dim, sizes.heads // sizes.key_heads
+    values = group * sizes.value_dim
+    joined = dict.fromkeys(("in_proj_qkvz", "in_proj_ba", "in_proj_z", "in_proj_b", "in_proj_a", "dt_bias", "A_log"), ())
+    makers = {**joined, "in_proj_qkv": (keys, keys, values), "conv1d": (keys, keys, values)}
+    settings = {"linear_num_key_heads": 1, "linear_num_value_heads": group}
+    return Cut("key heads of linear attention", sizes.key_heads, values, ("linear_attn.out_proj",), makers, settings)
+
+
 def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Family:
     made = experts.family(read_config, qwen_moe.LAYOUT, attention, qwen_moe.QwenMixture)
     wide = tuple(f"linear_attn.in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a"))
@@ -96,7 +107,7 @@ def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Fami
         attended=(narrow, *made.attended),
         residuals={narrow: llama.FAMILY.residuals["self_attn.o_proj"], **llama.FAMILY.residuals},
         ignored={r"mtp\..*": "predicts tokens behind the next one, for decoding; it stays as it is"},
-        cuts={**made.cuts, "head": "differ from block to block, since some attend linearly"},
+        cuts={**made.cuts, "head": (llama.heads, linear_heads)},
         **fields,
     )
 
@@ -119,8 +130,7 @@ STACKS = {"mlp.experts.gate_up_proj": Stack((_GATE, _UP), turned=False), "mlp.ex
 """Of the mixtures as they are published; transformers writes each expert by itself."""
 
 NEXT = _family(read_next)
-_DENSE = _family(read_dense)
-DENSE = dataclasses.replace(_DENSE, cuts={**_DENSE.cuts, "neuron": llama.neurons})
+DENSE = _family(read_dense)
 MIXTURE = _family(read_mixture, stacks=STACKS)
 DENSE_MULTIMODAL = _beside_images(DENSE)
 MIXTURE_MULTIMODAL = _beside_images(MIXTURE)

@@ -59,5 +59,5 @@ FAMILY = dataclasses.replace(
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
         "mlp.c_proj": Residual("after_attention", "after_mlp"),
     },
-    cuts={**llama.FAMILY.cuts, "neuron": functools.partial(llama.neurons, made_by=("c_fc",), read_by="c_proj")},
+    cuts={**llama.FAMILY.cuts, "neuron": (functools.partial(llama.neurons, made_by=("c_fc",), read_by="c_proj"),)},
 )

@@ -37,11 +37,12 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
         )
     whole = declared(model)
     left = whole.without_last(config.cut.blocks)
-    counts = range(part.multiple, part.total, part.multiple)
+    first = part.places[0]
+    counts = range(part.multiple, first.total, part.multiple)
     if not counts:
         raise UserError(
-            f"expected cut.by with a multiple below {part.total:,}, the {part.called} of a block, got {part.multiple}; take --cut.by "
-            f"{part.word}@{max(1, part.total // 8)}"
+            f"expected cut.by with a multiple below {first.total:,}, the {first.called} of a block, got {part.multiple}; take --cut.by "
+            f"{part.word}@{max(1, first.total // 8)}"
         )
 
     def leaving(pattern: WholeInputs) -> RunConfig:
@@ -50,9 +51,9 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
         return config.changed(layers=rules, output=str(config.run_directory), cut=without)
 
     def share(kept: int) -> float:
-        return left.narrow(leaving(part.leaving(kept, part.total)).recipe).weights / whole.weights
+        return left.narrow(leaving(part.leaving(kept, first.total)).recipe).weights / whole.weights
 
-    readable = [kept for kept in counts if not why_unreadable(part, model, kept)]
+    readable = [kept for kept in counts if not why_unreadable(part.leaving(kept, first.total), model)]
     fits = readable[: bisect.bisect_right(readable, asked, key=share)]
     others = left.narrow(config.recipe).weights / whole.weights
     if asked >= others:
@@ -62,14 +63,14 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
     if not fits:
         least = math.ceil(1000 * share(readable[0])) / 1000
         raise UserError(
-            f"expected cut.to of at least {least:g}, which {readable[0]:,} of {part.total:,} {part.called} leave, got {asked:g}; take it, "
+            f"expected cut.to of at least {least:g}, which {readable[0]:,} of {first.total:,} {first.called} leave, got {asked:g}; take it, "
             "or leave out more blocks by --cut.blocks"
         )
-    pattern = part.leaving(fits[-1], part.total)
+    pattern = part.leaving(fits[-1], first.total)
     if console:
         say(
             console,
-            f"cut          {pattern.text()} keeps {fits[-1]:,} of {part.total:,} {part.called} in every block: "
+            f"cut          {pattern.text()} keeps {fits[-1]:,} of {first.total:,} {first.called} in every block: "
             f"{share(fits[-1]):.3g} of the weights",
         )
     return leaving(pattern)

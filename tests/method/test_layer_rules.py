@@ -7,7 +7,7 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.layer_rules import LayerRule, check_layers, layers_text, parse_layers, pattern_of
-from optima_tpu.method.patterns import NM, Neurons, Unstructured
+from optima_tpu.method.patterns import NM, Neurons, Place, Unstructured
 from optima_tpu.models.checkpoints.export import read_masks
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder
@@ -163,7 +163,8 @@ def test_rules_that_do_not_fit_the_model_are_one_line_before_anything_is_written
 
 def test_a_pattern_of_neurons_leaves_the_other_layers_as_they_would_be_without_it():
     blocks = [(f"model.layers.{index}.{name}", name, (8, 16)) for index in range(2) for name in ("mlp.up_proj", "mlp.down_proj")]
-    cut, coarse = Neurons(0.5, 8, layer="mlp.down_proj"), Neurons(0.5, layer="mlp.down_proj")
+    places = (Place(("mlp.down_proj",), 16, "neurons"),)
+    cut, coarse = Neurons(0.5, 8, 16, places), Neurons(0.5, total=16, places=places)
     assert check_layers((), cut, blocks) == {f"model.layers.{index}.mlp.down_proj": cut for index in range(2)}
     found = check_layers([LayerRule("*", cut)], HALF, blocks)
     assert [found[path] for path, _, _ in blocks] == [HALF, cut] * 2

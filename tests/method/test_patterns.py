@@ -15,7 +15,7 @@ PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
     st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16), NM(2, 4, 8), NM(3, 4, 4), NM(4, 16, 2)]),
     st.sampled_from([WholeInputs(0.25, 4), WholeInputs(0.4, 1), WholeInputs(0.5, 3), WholeInputs(0.0), Neurons(0.5, 16)]),
-    st.sampled_from([Dense(), Heads(0.5, width=8), Heads(0.3, width=4), Heads(0.25, 2, 4), Heads(0.7, width=16)]),
+    st.sampled_from([Dense(), Heads(0.5, total=4), Heads(0.3, total=8), Heads(0.25, 2, 8), Heads(0.7, total=2)]),
 )
 
 
@@ -34,8 +34,9 @@ def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(patt
     else:
         parts = [np.s_[:, :]]
     if isinstance(pattern, WholeInputs):
-        assert (keep == np.repeat(keep[:1, :: pattern.width], pattern.width, axis=1)).all()
-        scores, keep = scores.sum(axis=0).reshape(1, -1, pattern.width).sum(axis=2), keep[:1, :: pattern.width]
+        width = 32 // pattern.parts_in(32)
+        assert (keep == np.repeat(keep[:1, ::width], width, axis=1)).all()
+        scores, keep = scores.sum(axis=0).reshape(1, -1, width).sum(axis=2), keep[:1, ::width]
     flat = isinstance(pattern, Unstructured) and pattern.group == "layer"
     lines = [(row, kept) for part in parts for row, kept in zip(scores[part], keep[part])]
     for group_scores, group_keep in [(scores.ravel(), keep.ravel())] if flat else lines:
@@ -158,7 +159,7 @@ def test_kept_inputs_come_in_multiples():
 def test_heads_are_cut_by_the_nearest_number_a_half_down():
     counts = {(0.33, 3): 2, (0.5, 3): 2, (0.51, 3): 1, (0.25, 8): 6, (0.33, 8): 5, (0.0, 3): 3}
     assert {(share, heads): Heads(share).kept(heads) for share, heads in counts} == counts
-    assert Heads(0.5, 4).kept(32) == Heads(0.5, 4).kept(30) == 16 and Heads(0.33, width=192).pruned_count((576, 576)) == 576 * 192
+    assert Heads(0.5, 4).kept(32) == Heads(0.5, 4).kept(30) == 16 and Heads(0.33, total=3).pruned_count((576, 576)) == 576 * 192
     with pytest.raises(UserError, match=r"how wide a head is, where the pattern is 0.33/head, got a layer .* take 0.33/input$"):
         Heads(0.33).pruned_count((576, 576))
 

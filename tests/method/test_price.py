@@ -53,7 +53,7 @@ def test_a_price_is_what_the_optimum_loses_with_a_part(width, target):
 def test_parts_leave_one_after_the_other_and_the_rest_is_priced_again():
     """With a step for every part: what is cheapest leaves, until as many are left as the pattern says."""
     problem, width = layer(np.random.default_rng(31), COUNT, SIZE), 2
-    pattern = dataclasses.replace(WholeInputs(0.5, multiple=1), width=width)
+    pattern = WholeInputs(0.5, multiple=1, total=SIZE // width)
     keep = np.asarray(select(Price(DAMPING, steps=SIZE // width // 2), problem, pattern).keep)
     left = list(range(SIZE // width))
 

@@ -190,7 +190,7 @@ def test_groups_that_lie_apart_are_chosen_like_the_same_inputs_side_by_side(sele
         np.testing.assert_allclose(found.weight[:, order], expected.weight, atol=1e-4)
 
 
-@with_patterns([Unstructured(0.6, "layer"), WholeInputs(0.3, multiple=8), Heads(0.4, width=8)])
+@with_patterns([Unstructured(0.6, "layer"), WholeInputs(0.3, multiple=8), Heads(0.4, total=4)])
 def test_the_mask_is_that_of_one_device_on_a_mesh(selector, pattern):
     """With one row on each of eight devices, all of them competing, also where ties have to be broken."""
     mesh = make_mesh("4x2")

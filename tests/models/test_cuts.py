@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.layer_rules import parse_layers
-from optima_tpu.method.patterns import Heads, Neurons, WholeInputs, parse_pattern
+from optima_tpu.method.patterns import Heads, Neurons, Place, WholeInputs, parse_pattern
 from optima_tpu.models import FAMILIES
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.cuts import cuts_of
@@ -39,12 +40,12 @@ from tests.support.tiny_models import tiny_folder, tiny_llama
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-PATTERNS = {"neuron": "0.25/neuron@8", "head": "0.5/head"}
+PATTERNS = {"neuron": "0.25/neuron@4", "head": "0.5/head"}
 
 
-def cuts(reference: Reference, settings) -> dict[str, Cut]:
+def cuts(reference: Reference, settings) -> dict[str, tuple[Cut, ...]]:
     """The kinds of parts that can be cut, by the word of their pattern."""
-    return {word: cut for word, cut in cuts_of(reference.configuration(settings)).items() if isinstance(cut, Cut)}
+    return {word: kinds for word, kinds in cuts_of(reference.configuration(settings)).items() if not isinstance(kinds, str)}
 
 
 TIMES = True  # its runs compare the speed, see conftest.py
@@ -76,6 +77,16 @@ def test_every_family_says_of_each_pattern_what_it_cuts_or_why_not():
             assert family.cuts.keys() == PATTERNS.keys(), model
 
 
+def of_inputs(model, name: str, columns: int):
+    """The matrix [d_out, d_in] of a model of transformers, which holds the experts of a block in one tensor, either way round."""
+    weights = dict(model.named_parameters())
+    if (expert := re.fullmatch(r"(.*\.layers\.\d+\.).*experts\.(\d+)\..*", name)) is None:
+        return weights[name]
+    found = (weight for each, weight in weights.items() if each.startswith(expert[1]) and each.endswith("experts.down_proj"))
+    matrix = next(found)[int(expert[2])]
+    return matrix if matrix.shape[1] == columns else matrix.T
+
+
 @pytest.mark.parametrize(("reference", "settings"), list(cases()))
 def test_the_exported_model_computes_what_zeros_do(reference: Reference, settings, tmp_path):
     """With all kinds of parts cut in one run."""
@@ -83,6 +94,7 @@ def test_the_exported_model_computes_what_zeros_do(reference: Reference, setting
     kinds = cuts(reference, settings)
     first, *others = (PATTERNS[word] for word in kinds)
     run = pruned_run(tmp_path / "run", config, source, first, ",".join(f"*={pattern}" for pattern in others))
+
     export(run, tmp_path / "out")
     small, info = type(model).from_pretrained(
         tmp_path / "out", attn_implementation="eager", dtype="float32", output_loading_info=True
@@ -90,38 +102,31 @@ def test_the_exported_model_computes_what_zeros_do(reference: Reference, setting
     assert not any(info.values()), info
     tokens, masks = torch.arange(40)[None] * 7 % 60, CheckpointTensors(run)
     keeps = {name: mask[0] for name, mask in masks.masks(masks.pruned()).items()}
-    weights = {name: weight for name, weight in model.named_parameters() if "vision" not in name}
-    for word, kind in kinds.items():
-        ending = f".{kind.read_by}.weight"
-        mine = [keep for name, keep in keeps.items() if name.endswith(ending)]
-        matrices = [weight for name, weight in weights.items() if name.endswith(ending)]
-        assert len(mine) == len(matrices) == config.get_text_config().num_hidden_layers
+    for word, every in kinds.items():
         pattern = parse_pattern(PATTERNS[word])
         assert isinstance(pattern, WholeInputs)
-        left = pattern.kept(kind.total)
-        assert (
-            0 < left < kind.total
-            and all(keep.sum() == left * kind.width for keep in mine)
-            and any((keep != mine[0]).any() for keep in mine)
-        )
-        said = {name: getattr(small.config.get_text_config(), name) for name in kind.config(left)}
-        assert said == kind.config(left)
-        with torch.no_grad():
-            for keep, matrix in zip(mine, matrices, strict=True):
-                matrix[:, torch.from_numpy(~keep)] = 0
+        for kind in every:
+            endings = [f"*.{layer}.weight" for layer in kind.read_by]
+            readers = {name for name in masks.names() if any(fnmatchcase(name, ending) for ending in endings)}
+            read = {name for name in readers if "vision" not in name and "visual" not in name}
+            stay = {keeps[name].reshape(kind.total, -1).any(axis=1).tobytes() for name in read}
+            left = pattern.kept(kind.total)
+            assert 0 < left < kind.total and {sum(each) for each in stay} == {left} and (len(stay) > 1 or len(read) == 1)
+            said = {name: getattr(small.config.get_text_config(), name) for name in kind.config(left)}
+            assert said == kind.config(left)
     with torch.no_grad():
+        dense = model(tokens).logits
+        for name, keep in keeps.items():
+            of_inputs(model, name, len(keep))[:, ~keep] = 0
         expected, found = (each(tokens).logits for each in (model, small.eval()))
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() < 0.1 * (dense - expected).abs().max()
 
 
 @pytest.mark.parametrize(
     ("model", "pattern", "why"),
     [
-        ("Qwen3MoeForCausalLM", "0.25/neuron@8", "whose neurons stand in experts"),
         ("Olmo2ForCausalLM", "0.5/head", "whose heads are normalised all together"),
         ("OlmoeForCausalLM", "0.5/head", "whose heads are normalised all together"),
-        ("DeepseekV3ForCausalLM", "0.5/head", "whose heads read latent vectors"),
-        ("Qwen3NextForCausalLM", "0.5/head", "whose heads differ from block to block, since some attend linearly"),
         ("Gemma4ForCausalLM", "0.5/head", "whose heads differ in width from block to block"),
         *(
             (model, "0.5/head", "whose heads have the width of the model divided by their number")
@@ -139,13 +144,13 @@ def test_what_a_family_cannot_lose_is_refused_by_name(model, pattern, why):
 def test_a_width_of_heads_that_config_json_cannot_say_is_seen_when_it_is_read_again(model, monkeypatch):
     """So that a family which says wrongly that its heads can be cut is refused too."""
     config = reference_of(model).configuration({})
-    cut = Cut("heads", 6, 8, "self_attn.o_proj", {}, {"num_attention_heads": 1}, {"head_dim": 8})
+    cut = Cut("heads", 6, 8, ("self_attn.o_proj",), {}, {"num_attention_heads": 1}, {"head_dim": 8})
     family = FAMILIES[model][config.model_type]
 
     def heads(config):
         return cut._replace(total=config.heads, width=config.d_model // config.heads)
 
-    monkeypatch.setitem(FAMILIES[model], config.model_type, dataclasses.replace(family, cuts={"head": heads}))
+    monkeypatch.setitem(FAMILIES[model], config.model_type, dataclasses.replace(family, cuts={"head": (heads,)}))
     with pytest.raises(
         UserError, match=f"{model} .*, which leaves 3 of 6 heads: these are read as of another width than 8; take another pattern"
     ):
@@ -160,8 +165,8 @@ def test_a_number_of_heads_that_transformers_refuses_is_refused_with_one_that_it
     run = on_model(
         RunConfig(model="here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8")), config
     )
-    heads, neurons = Heads(0.5, 1, 8, "self_attn.o_proj", 8, "heads"), Neurons(0.3, 8, 1, "mlp.down_proj", 11008, "neurons")
-    assert run.recipe.patterns == [heads, neurons]
+    heads, neurons = Place(("self_attn.o_proj",), 8, "heads"), Place(("mlp.down_proj",), 11008, "neurons")
+    assert run.recipe.patterns == [Heads(0.5, places=(heads,)), Neurons(0.3, 8, places=(neurons,))]
     assert [str(pattern) for pattern in run.recipe.patterns] == ["4 of 8 heads cut", "3,296 of 11,008 neurons cut"]
     assert [pattern.text() for pattern in run.recipe.patterns] == ["0.5/head", "0.3/neuron@8"]
     on_model(RunConfig(model="here").changed(pattern=parse_pattern("0.8/head")), config)  # leaves two

@@ -78,17 +78,18 @@ class Price(Selector):
     def _left(self, priced: "_Priced", pattern: WholeInputs, energy: Array) -> Array:
         """The inputs that are left, [d_in] bool."""
         share = jnp.where(energy > 0, 1 / jnp.where(energy > 0, energy, 1.0), 0.0)[:, None]
-        parts = priced.weight.shape[1] // pattern.width
+        parts = pattern.parts_in(len(priced.matrix))
+        width = len(priced.matrix) // parts
         leaving = np.diff(np.linspace(0, parts - pattern.kept(parts), self.steps + 1).round().astype(np.int32))
 
         def without_cheapest(left: Array, count: Array) -> tuple[Array, None]:
-            prices = totals(share * priced.prices(jnp.repeat(left, pattern.width), pattern.width))
+            prices = totals(share * priced.prices(jnp.repeat(left, width), width))
             return left & ~lowest(jnp.where(left, prices, jnp.inf), count, "row")[0], None
 
         left, _ = jax.lax.scan(without_cheapest, jnp.ones(parts, bool), jnp.asarray(leaving))
         if self.exchanges and leaving.any():
-            left = self._exchanged(left, lambda left: priced.exchanged(left, pattern.width, share))
-        return jnp.repeat(left, pattern.width)
+            left = self._exchanged(left, lambda left: priced.exchanged(left, width, share))
+        return jnp.repeat(left, width)
 
     def _exchanged(self, left: Array, compared: Callable[[Array], tuple[Array, Array]]) -> Array:
         """The parts that are left after all rounds of exchanges, [parts] bool.

@@ -1,6 +1,7 @@
 """The parts of blocks that patterns cut, and what is left of a run's tensors and of its config.json without them."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.patterns import Pattern, WholeInputs, WholeParts
+from optima_tpu.method.layer_rules import kind_name
+from optima_tpu.method.patterns import Pattern, Place, WholeInputs, WholeParts
 from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.fewer_blocks import with_settings
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
@@ -40,28 +42,31 @@ class Cuts(NamedTuple):
         return {called: count for called, count in self.counts.items() if count.deleted}
 
 
-def cuts_of(model: PretrainedConfig) -> dict[str, Cut | str]:
-    """The parts of a model that can be cut, by the word of their pattern, or why they cannot be."""
+def cuts_of(model: PretrainedConfig) -> dict[str, tuple[Cut, ...] | str]:
+    """The kinds of parts of a model that can be cut, by the word of their pattern, or why they cannot be."""
     family = family_of(model)
     config = family.read_config(model)
-    return {word: made if isinstance(made, str) else made(config) for word, made in family.cuts.items()}
+    return {
+        word: makers if isinstance(makers, str) else tuple(filter(None, (made(config) for made in makers)))
+        for word, makers in family.cuts.items()
+    }
 
 
 def placed(pattern: Pattern, model: PretrainedConfig) -> Pattern:
-    """The pattern with the layer, the width, the number and the name of the parts that it cuts from a model.
+    """The pattern with the layers, the number and the names of the parts that it cuts from a model.
 
     Raises:
       UserError: parts of this kind cannot be cut from this model.
     """
     if not isinstance(pattern, WholeParts):
         return pattern
-    cut = cuts_of(model).get(pattern.word, "have no name in this family")
-    if isinstance(cut, str):
+    cuts = cuts_of(model).get(pattern.word, "have no name in this family")
+    if isinstance(cuts, str):
         raise UserError(
             f"expected a model whose {pattern.word}s can be cut where the pattern is {pattern.text()}, got {_named(model)}, whose "
-            f"{pattern.word}s {cut}; take another pattern, such as 2:4"
+            f"{pattern.word}s {cuts}; take another pattern, such as 2:4"
         )
-    return dataclasses.replace(pattern, width=cut.width, layer=cut.read_by, total=cut.total, called=cut.called)
+    return dataclasses.replace(pattern, places=tuple(Place(cut.read_by, cut.total, cut.called) for cut in cuts))
 
 
 def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
@@ -72,31 +77,36 @@ def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
     """
     if not isinstance(pattern, WholeParts):
         return
-    kept = pattern.kept(pattern.total)
-    why = why_unreadable(pattern, model, kept)
-    if why:
-        others = range(pattern.multiple, pattern.total, pattern.multiple)
-        near = sorted(others, key=lambda other: abs(other - kept))
-        other = next((other for other in near if not why_unreadable(pattern, model, other)), None)
-        take = "another pattern, such as 2:4" if other is None else pattern.leaving(other, pattern.total).text()
+    kept = [pattern.kept(place.total) for place in pattern.places]
+    if why := why_unreadable(pattern, model):
+        first = pattern.places[0].total
+        others = sorted(range(pattern.multiple, first, pattern.multiple), key=lambda other: abs(other - kept[0]))
+        near = (pattern.leaving(other, first) for other in others)
+        take = next((other.text() for other in near if not why_unreadable(other, model)), "another pattern, such as 2:4")
+        leaves = ", ".join(f"{left} of {place.total} {place.called}" for left, place in zip(kept, pattern.places))
         raise UserError(
             f"expected a share of {_named(model)} with which transformers reads its new config.json, got {pattern.text()}, which leaves "
-            f"{kept} of {pattern.total} {pattern.called}: {why}; take {take}"
+            f"{leaves}: {why}; take {take}"
         )
 
 
-def why_unreadable(pattern: WholeParts, model: PretrainedConfig, kept: int) -> str:
-    """Why config.json does not describe a model with so many of the parts of a placed pattern; empty if it does."""
-    cut = cuts_of(model)[pattern.word]
-    assert isinstance(cut, Cut), "the pattern was placed"
-    config = with_settings(model.to_json_string().encode(), cut.config(kept))
+def why_unreadable(pattern: WholeParts, model: PretrainedConfig) -> str:
+    """Why config.json does not describe the model without what a placed pattern cuts; empty if it does."""
+    cuts = cuts_of(model)[pattern.word]
+    assert not isinstance(cuts, str), "the pattern was placed"
     try:
-        again = cuts_of(read_config(config, "the cut model")[0])[pattern.word]
+        kept = [pattern.kept(cut.total) for cut in cuts]
+        settings = {name: number for cut, left in zip(cuts, kept) for name, number in cut.config(left).items()}
+        config, _ = read_config(with_settings(model.to_json_string().encode(), settings), "the cut model")
+        again = cuts_of(config)[pattern.word]
     except UserError as error:
         return str(error)
-    # The inputs of the reading layer: the parts of the cut model may be others, such as queries that have one key left.
-    same = isinstance(again, Cut) and (again.total * again.width, again.fixed) == (kept * cut.width, cut.fixed)
-    return "" if same else f"these are read as of another width than {cut.width}"
+    assert not isinstance(again, str), "the family is the same"
+    for cut, left, read in zip(cuts, kept, again, strict=True):
+        # The inputs of the reading layers: the parts of the cut model may be others, such as queries that have one key left.
+        if (read.total * read.width, read.fixed) != (left * cut.width, cut.fixed):
+            return f"these are read as of another width than {cut.width}"
+    return ""
 
 
 def _named(model: PretrainedConfig) -> str:
@@ -116,14 +126,13 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
         found = found._replace(counts={BLOCKS: blocks})
     if experts := source.run.left_out.experts:
         found = found._replace(counts={**found.counts, "experts": CutCount((experts.kept,), experts.total)})
-    for kind in cuts_of(model).values() if inputs else ():
-        if isinstance(kind, str):
-            continue
-        ending = f".{kind.read_by}.weight"
-        names = [name for name, pattern in inputs.items() if name.endswith(ending) and pattern.width == kind.width]
-        for name in names:
-            del inputs[name]
-        found = _without(found, source, kind, names) if names else found
+    for kinds in cuts_of(model).values() if inputs else ():
+        for kind in () if isinstance(kinds, str) else kinds:
+            readers = _readers(kind, source, model)
+            names = [name for name in readers if name in inputs and inputs[name].parts_in(source.shape(name)[1]) == kind.total]
+            for name in names:
+                del inputs[name]
+            found = _without(found, source, kind, names, len(readers)) if names else found
     if inputs:
         first = next(iter(inputs))
         why = f"inputs that are pruned in all rows stay as zeros where they are no parts that can be cut, as in {first}"
@@ -131,22 +140,37 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
     return found
 
 
-def _without(found: Cuts, source: CheckpointTensors, kind: Cut, names: list[str]) -> Cuts:
-    """What was cut before, and one kind of parts, which these matrices read."""
+def _readers(kind: Cut, source: CheckpointTensors, model: PretrainedConfig) -> list[str]:
+    """The weights of a run's blocks that read parts of a kind."""
+    family = family_of(model)
+    before, behind = map(re.escape, family.layers.split("{}"))
+    path = re.compile(rf"(?:{'|'.join(map(re.escape, family.roots))}){before}(\d+){behind}(.*)\.weight")
+    matches = filter(None, map(path.fullmatch, source.names()))
+    # Behind the last block a checkpoint may have others, which predict tokens behind the next one.
+    return [each[0] for each in matches if int(each[1]) < len(source.run.blocks) and kind_name(each[2]) in kind.read_by]
+
+
+def _without(found: Cuts, source: CheckpointTensors, kind: Cut, names: list[str], readers: int) -> Cuts:
+    """What was cut before, and one kind of parts.
+
+    Args:
+      names: the weights that lost some of the parts.
+      readers: how many weights read such parts.
+    """
     parts, whole, kept, present = dict[str, TensorPart](), set[str](), set[int](), set(source.names())
     for name in names:
-        mask, prefix = source.masks([name])[name], name.removesuffix(f"{kind.read_by}.weight")
+        mask, beside = source.masks([name])[name], name.removesuffix(".weight").rpartition(".")[0] + "."
         left = np.flatnonzero(mask.reshape(len(mask), kind.total, -1).any(axis=(0, 2)))
         kept.add(len(left))
-        columns = _indices(left, kind.total, (kind.width,), mask.shape[1])
+        columns = _indices(left, kind.total, (mask.shape[1] // kind.total,), mask.shape[1])
         parts[name] = TensorPart(columns, 1, mask.shape[1])
         if mask[:, columns].all():
             whole.add(name)
-        made = {prefix + maker + ending: rows for maker, rows in kind.made_by.items() for ending in ("", ".weight", ".bias")}
+        made = {beside + maker + ending: rows for maker, rows in kind.made_by.items() for ending in ("", ".weight", ".bias")}
         for maker in present & made.keys():
             size = source.shape(maker)[0]
-            parts[maker] = TensorPart(_indices(left, kind.total, made[maker], size), 0, size)
-    if len(names) < len(source.run.blocks):
+            parts[maker] = TensorPart(_indices(left, kind.total, made[maker] or (size // kind.total,), size), 0, size)
+    if len(names) < readers:
         kept.add(kind.total)
     count = CutCount(tuple(sorted(kept)), kind.total)
     found = found._replace(counts={**found.counts, kind.called: count})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 
 from optima_tpu.config.model_spec import is_hub_id, refuse_missing
 from optima_tpu.errors import UserError
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
@@ -99,18 +101,16 @@ class DeclaredModel(NamedTuple):
     def narrow(self, recipe: Recipe) -> "DeclaredModel":
         """The model that a run exports: without the parts of which all blocks lose one number."""
         decoder, settings = self.decoder, dict[str, int]()
-        for kind in cuts_of(self.config).values():
-            if isinstance(kind, Cut):
-                readers = (
-                    recipe.pattern_of(decoder.prefix(index) + kind.read_by, kind.read_by)
-                    for index in range(decoder.config.blocks)
-                    if kind.read_by in decoder.at(index).linears
-                )
-                left = {
-                    pattern.kept(kind.total) if isinstance(pattern, WholeInputs) and pattern.width == kind.width else kind.total
-                    for pattern in readers
-                }
-                settings |= kind.config(*left) if len(left) == 1 and kind.total not in left else {}
+        layers = [(index, name) for index in range(decoder.config.blocks) for name in decoder.at(index).linears]
+
+        def left_in(kind: Cut, index: int, name: str) -> int:
+            pattern, columns = recipe.pattern_of(decoder.prefix(index) + name, name), decoder.at(index).input_width(name)
+            cut = isinstance(pattern, WholeInputs) and pattern.parts_in(columns) == kind.total
+            return pattern.kept(kind.total) if cut else kind.total
+
+        for kind in itertools.chain.from_iterable(kinds for kinds in cuts_of(self.config).values() if not isinstance(kinds, str)):
+            left = {left_in(kind, index, name) for index, name in layers if kind_name(name) in kind.read_by}
+            settings |= kind.config(*left) if len(left) == 1 and kind.total not in left else {}
         return self._smaller(settings, decoder.tensors) if settings else self
 
     def without_last(self, count: int) -> "DeclaredModel":
