@@ -25,6 +25,8 @@ from optima_tpu.pipeline import cut_blocks, stages
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.cut_blocks import choose_block
 from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.recover.config import RecoverConfig
+from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.repair import verified
 from optima_tpu.pipeline.walk import Streams, Walk, WholeDense, _pass_left_out, prune_block
 from optima_tpu.recover import main as recover
@@ -187,6 +189,16 @@ def test_training_goes_on_from_a_model_of_fewer_blocks(whole_run, tmp_path):
     assert len(masks) == 14 and all(not trained[name][~keep].any() for name, keep in masks.items())
 
 
+def test_training_begins_from_the_exported_folder_too(whole_run):
+    """Its record names the blocks that it is without, and its masks are those of the run."""
+    _, run = whole_run
+    both = [
+        open_start(RecoverConfig(str(each), tokens="256"), mesh(4, 2), lambda spec: None).record for each in (run, run / "hf")
+    ]
+    assert both[0].left_out == both[1].left_out and both[0].dense == both[1].dense
+    assert len(both[1].layers) == 14 and both[0].layers.keys() == both[1].layers.keys()
+
+
 # Toward the predictions the test above trains the same model.
 @pytest.mark.parametrize("method", [pytest.param("kl", marks=pytest.mark.slow), "blocks"])
 def test_a_run_trains_the_blocks_that_are_left(method, whole_run, tmp_path):
@@ -215,6 +227,9 @@ def test_a_model_may_be_cut_alone(tmp_path):
     assert not (tmp_path / "run" / "hf" / "pruning_masks.npz").exists()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["weights"] == report["pruned"] == 0 and report["removed"] > 0
+    for trained in (tmp_path / "run", tmp_path / "run" / "hf"):
+        start = open_start(RecoverConfig(str(trained), tokens="256"), mesh(4, 2), lambda spec: None)
+        assert not start.names and start.record.left_out.blocks == tuple(left_out)
 
 
 @pytest.mark.parametrize(

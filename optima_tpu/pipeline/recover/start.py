@@ -22,7 +22,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import MaskSource, open_masks
 from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline.recover.config import RecoverConfig
-from optima_tpu.report.contents import LeftOut, Sidecar
+from optima_tpu.report.contents import BLOCKS, LeftOut, Sidecar
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.run_record import RUN, RunRecord
 from optima_tpu.report.settings import ManifestEntries, RunSettings
@@ -198,10 +198,9 @@ def _record(spec: str, decoder: Decoder) -> _Record:
     exported = known_record(path / SIDECAR, Sidecar) if path.is_dir() else None
     if exported is None:
         return _Record()
-    if exported.cuts:
+    if inner := ", ".join(called for called in exported.cuts if called != BLOCKS):
         raise UserError(
-            f"expected a model of the dense model's size, got {spec}, an export that is without what was cut; give the directory of "
-            "its run"
+            f"expected blocks of the dense model's size, got {spec}, an export whose blocks have fewer {inner}; give the directory of its run"
         )
     beside = known_record(path.resolve().parent / RUN, RunRecord)
     settings = beside.settings if beside and beside.manifest == exported.manifest else None
@@ -209,7 +208,7 @@ def _record(spec: str, decoder: Decoder) -> _Record:
         layer.name: layer.named(layer.name.removeprefix(decoder.prefix(layer.block)).removesuffix(".weight"))
         for layer in exported.layers
     }
-    return _Record(exported.manifest, settings, settings.model if settings else exported.model, layers)
+    return _Record(exported.manifest, settings, settings.model if settings else exported.model, layers, exported.left_out)
 
 
 def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[frozenset[str], Pattern | None]:
@@ -219,8 +218,9 @@ def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[froze
         for index in range(decoder.config.blocks)
         for name in decoder.at(index).linears
     }
-    known = {name: (rows, columns) for name, (rows, columns) in matrices.items() if name in masks.keys}
-    if record.manifest and not masks.from_zeros:
+    anything = record.layers or not record.manifest
+    known = {name: (rows, columns) for name, (rows, columns) in matrices.items() if anything and name in masks.keys}
+    if record.manifest and not (known and masks.from_zeros):
         return frozenset(known), None
     found, patterns = set(), [parse_pattern(text) for text in _PATTERNS]
     zeros = size = 0
