@@ -12,7 +12,6 @@ from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.runtime.checksums import ALL
 from tests.support.runs import SMALL, folder_tensors
 
-
 pytestmark = pytest.mark.usefixtures("one_device")
 
 

@@ -105,8 +105,9 @@ class DeclaredModel(NamedTuple):
 
         def left_in(kind: Cut, index: int, name: str) -> int:
             pattern, columns = recipe.pattern_of(decoder.prefix(index) + name, name), decoder.at(index).input_width(name)
-            cut = isinstance(pattern, WholeInputs) and pattern.parts_in(columns) == kind.total
-            return pattern.kept(kind.total) if cut else kind.total
+            if isinstance(pattern, WholeInputs) and pattern.parts_in(columns) == kind.total:
+                return pattern.kept(kind.total)
+            return kind.total
 
         for kind in itertools.chain.from_iterable(kinds for kinds in cuts_of(self.config).values() if not isinstance(kinds, str)):
             left = {left_in(kind, index, name) for index, name in layers if kind_name(name) in kind.read_by}
