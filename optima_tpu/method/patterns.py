@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -443,7 +443,7 @@ class WholeInputs(Pattern):
         """How many of so many parts are pruned, before the others are rounded up to a multiple."""
         return _share_of(parts, self.sparsity)
 
-    def leaving(self, kept: int, parts: int) -> Self:
+    def leaving(self, kept: int, parts: int) -> "WholeInputs":
         """The same pattern with the shortest share that leaves so many parts, a multiple of ``multiple``."""
         share = (parts - kept) / parts
         shares = (math.ceil(share * 10**digits) / 10**digits for digits in range(2, 12))

@@ -90,10 +90,10 @@ def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
         )
 
 
-def why_unreadable(pattern: WholeParts, model: PretrainedConfig) -> str:
-    """Why config.json does not describe the model without what a placed pattern cuts; empty if it does."""
+def why_unreadable(pattern: WholeInputs, model: PretrainedConfig) -> str:
+    """Why config.json does not describe the model without the parts that a pattern cuts; empty if it does."""
     cuts = cuts_of(model)[pattern.word]
-    assert not isinstance(cuts, str), "the pattern was placed"
+    assert not isinstance(cuts, str), "the pattern is placed in the model"
     try:
         kept = [pattern.kept(cut.total) for cut in cuts]
         settings = {name: number for cut, left in zip(cuts, kept) for name, number in cut.config(left).items()}
