@@ -71,7 +71,7 @@ def common_part(first: Iterable[Part], second: Iterable[Part]) -> Part | None:
     return next((part for part in first if any(map(part.overlaps, others))), None)
 
 
-class Known:
+class AnySource:
     """What a source can say of itself without reading all of its text. A frozen dataclass; its ``str`` is what the user types."""
 
     def parts(self, split: Split) -> Iterable[Part]:
@@ -87,7 +87,7 @@ class Known:
         return None
 
 
-class TextSource(Known, abc.ABC):
+class TextSource(AnySource, abc.ABC):
     """Documents of text."""
 
     @abc.abstractmethod
@@ -98,7 +98,7 @@ class TextSource(Known, abc.ABC):
         """
 
 
-class TokenSource(Known, abc.ABC):
+class TokenSource(AnySource, abc.ABC):
     """Windows that are token ids already."""
 
     @abc.abstractmethod
