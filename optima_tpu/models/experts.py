@@ -225,7 +225,7 @@ class Experts(nnx.Module):
     """
 
     def __init__(self, config: MixtureConfig, layout: MixtureNames, router: Callable[[MixtureConfig], nnx.Module] = router):
-        self.layout, self.mesh, self.way = layout, None, _Way(config.neurons, config.share_first)
+        self.layout, self.mesh, self.way = layout, None, Way(config.neurons, config.share_first)
         setattr(self, layout.router, router(config))
         self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
 
@@ -237,12 +237,10 @@ class Experts(nnx.Module):
         layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
         weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
         biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
-        spread = _Spread.of(self.mesh, len(x), weights[-1].shape[2])
-        output, rows, hidden = spread.run(self.way, x, _Sent(chosen, shares), weights, biases)
-        for every, read in zip(layers, (*(rows for _ in layout.wide), hidden)):
-            routed = Routed(read, chosen, len(self.experts), spread.slices)
+        output, wide, narrow = mixed(self.mesh, self.way, x, Sending(chosen, shares), weights, biases)
+        for every, read in zip(layers, (*(wide for _ in layout.wide), narrow)):
             for layer in every:
-                layer.sow(nnx.Intermediate, "x", routed)
+                layer.sow(nnx.Intermediate, "x", read)
         return output
 
 
@@ -280,7 +278,7 @@ class MixtureBlock(llama.PreNormBlock):
         return routed + mixture.shared_output(normed)
 
 
-class _Sent(NamedTuple):
+class Sending(NamedTuple):
     """Where tokens are sent: the experts of each, and their shares, [batch, length, experts_per_token]."""
 
     chosen: Array
@@ -288,11 +286,29 @@ class _Sent(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
+class Way:
     """How a mixture computes, as in :class:`MixtureConfig`. Equal ones share their compiled programs."""
 
     neurons: Callable[..., Array]
-    share_first: bool
+    share_first: bool = False
+
+
+def mixed(
+    mesh: Mesh | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array]
+) -> tuple[Array, Routed, Routed]:
+    """What the experts of a mixture compute of tokens x [batch, length, d_model].
+
+    Args:
+      mesh: the mesh that computes it; None for one device.
+      weights, biases: of all layers of an expert, each with a first axis for the experts, the one that ends it last; no biases for none.
+
+    Returns:
+      (output as ``x``, what the wide layers read, what the last one reads)
+    """
+    spread = _Spread.of(mesh, len(x), weights[-1].shape[2])
+    output, rows, hidden = spread.run(way, x, sent, weights, biases)
+    wide, narrow = (Routed(read, sent.chosen, len(weights[-1]), spread.slices) for read in (rows, hidden))
+    return output, wide, narrow
 
 
 class _Spread(NamedTuple):
@@ -318,7 +334,7 @@ class _Spread(NamedTuple):
     def slices(self) -> int:
         return 1 if self.mesh is None or self.data is None else self.mesh.shape[self.data]
 
-    def run(self, way: _Way, x: Array, sent: _Sent, weights: list[Array], biases: list[Array]) -> tuple[Array, Array, Array]:
+    def run(self, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array]) -> tuple[Array, Array, Array]:
         """Calls :func:`_mix` on every device, with its part of the tokens and of the width."""
         if self.mesh is None:
             return _mix(None, way, x, sent, weights, biases)
@@ -333,7 +349,7 @@ class _Spread(NamedTuple):
 
 
 def _mix(
-    axis: str | None, way: _Way, x: Array, sent: _Sent, weights: list[Array], biases: list[Array]
+    axis: str | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array]
 ) -> tuple[Array, Array, Array]:
     """The mixture of the tokens of one slice, with a part of every expert's width.
 

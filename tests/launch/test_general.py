@@ -18,7 +18,7 @@ from optima_tpu.report.file import REPORT
 from optima_tpu.runtime.records import read_record
 from tests.launch.test_families import HALF, assert_bit_for_bit, assert_loads, configured, linears_of, pruned, slow_where
 from tests.support.meshes import mesh
-from tests.support.references import GENERAL, REFERENCES, SIZES, tiny
+from tests.support.references import GENERAL, MIXED, REFERENCES, SIZES, tiny
 from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer
 
@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
 transformers = pytest.importorskip("transformers")
 
-REFERENCE = {reference.model: reference for reference in GENERAL}
+REFERENCE = {reference.model: reference for reference in [*GENERAL, MIXED]}
 # Turned matrices and learned positions; a head with a bias; a fused matrix and arguments that depend on the number of windows.
 LAYOUTS = {"GPT2LMHeadModel", "PhiForCausalLM", "BloomForCausalLM"}
 MODELS = slow_where(list(REFERENCE), REFERENCE.keys() - LAYOUTS)
@@ -120,7 +120,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(saved, halved, tmp_path):
 
 
 # A Gemma 3 has all that a Llama has, windows in some blocks, norms of queries and keys, and a scaled embedding.
-@pytest.mark.parametrize("name", slow_where(["LlamaForCausalLM", "Gemma3ForCausalLM"], {"LlamaForCausalLM"}))
+BOTH = "LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM"
+
+
+@pytest.mark.parametrize("name", slow_where(BOTH, {"LlamaForCausalLM", "Qwen3MoeForCausalLM"}))
 def test_both_ways_give_the_same_masks_and_the_same_perplexity(tmp_path, name):
     reference = next(each for each in REFERENCES if each.model == name)
     _, model, _ = tiny(reference, next(iter(reference.variants.values())) | SIZES, torch.bfloat16)

@@ -14,8 +14,9 @@ from optima_tpu.models.general import block
 from optima_tpu.models.layers import project
 from tests.models.test_models import compared
 from tests.support.meshes import mesh
+from tests.support.oracles import input_of
 from tests.support.pruning import compiled_forward
-from tests.support.references import GENERAL, Reference, tiny
+from tests.support.references import GENERAL, MIXED, Reference, tiny
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
@@ -105,6 +106,36 @@ def test_the_output_of_attention_is_known_by_the_layer_that_reads_it(reference):
     assert decoder.attended.rpartition(".")[2] in ("c_proj", "dense", "out_proj", "o_proj") and "mlp" not in decoder.attended
 
 
+def test_experts_read_the_tokens_that_torch_sends_them():
+    """On a mesh whose slices have tokens of their own, which are sorted by themselves."""
+    config, model, tensors = tiny(MIXED, first(MIXED))
+    decoder = Decoder.open(config, tensors, mesh(2, 2), batch=2)
+    check_checkpoint(decoder)
+    assert (decoder.config.reach("mlp.experts.3.up_proj"), decoder.config.reach("mlp.shared_experts.up_proj")) == (1 / 4, 1)
+    tokens, sent = np.random.default_rng(0).integers(1, 64, (4, 24)).astype(np.int32), []
+    for module in model.modules():
+        if hasattr(module, "is_concatenated"):
+            module.register_forward_pre_hook(lambda module, args: sent.append((module, *args)))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True).hidden_states
+    hidden = decoder.embed(tokens)
+    for index, parameters in enumerate(decoder.blocks(range(2))):
+        (batch,) = hidden.batches(2)
+        positions, alike = decoder.positions(index, 24), decoder.at(index)
+        inputs = compiled_forward(alike.graph, alike.state(parameters), batch.hidden, positions)[1]
+        assert set(inputs) == set(alike.linears)
+        decoder.apply(index, parameters, hidden)
+    (batch,), (module, x, chosen, _) = hidden.batches(2), sent[0]
+    assert np.abs(np.asarray(batch.hidden) - expected[2].numpy()[batch.rows]).max() < 1e-5 * float(expected[2].abs().max())
+    for number in range(8):
+        here = (chosen == number).any(dim=1, keepdim=True)
+        gated = module._apply_gate(x @ module.gate_up_proj[number].T)
+        for name, theirs in (("gate", x), ("up", x), ("down", gated)):
+            ours = input_of(inputs, f"mlp.experts.{number}.{name}_proj")
+            theirs = (theirs * here).detach().numpy().reshape(*tokens.shape, -1)[batch.rows]
+            assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
 def test_without_torchax_the_refusal_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchax" else find(name))
@@ -149,3 +180,12 @@ def test_a_block_that_differs_from_torch_is_refused_by_the_name_of_its_layer(mon
 def test_what_is_not_pruned_is_said():
     note = family_of(named("PhiForCausalLM").configuration({})).note
     assert "PhiForCausalLM" in note and "self_attn.q_proj" in note and "It cannot write text" in note
+
+
+def test_a_layer_whose_input_cannot_be_seen_stays_dense():
+    """A state space model multiplies with the weight of such a layer itself."""
+    config = transformers.FalconMambaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, state_size=8)
+    config.architectures = ["FalconMambaForCausalLM"]
+    family = family_of(config)
+    assert family.linears == ("mixer.in_proj", "mixer.x_proj", "mixer.out_proj")
+    assert "mixer.dt_proj.weight of the blocks stay as they are" in family.note

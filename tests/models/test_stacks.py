@@ -58,4 +58,6 @@ def test_experts_are_read_one_by_one_and_put_together_again():
 
 def test_only_models_that_stack_have_stacks():
     assert stacks_of(["GptOssForCausalLM"]) == gpt_oss.STACKS
-    assert not stacks_of(["LlamaForCausalLM"]) and not stacks_of(["Unknown"]) and not stacks_of(None)
+    assert not stacks_of(["LlamaForCausalLM"]) and not stacks_of(None)
+    gate = "mlp.experts.*.gate_proj.weight"
+    assert stacks_of(["Unknown"])["mlp.experts.gate_up_proj"] == Stack((gate, gate.replace("gate", "up")), turned=False)

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints.stacks import stacks_of, unstacked
 from tests.support.ecosystem import SIZES as BASE
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+revert_weight_conversion = pytest.importorskip("transformers.core_model_loading").revert_weight_conversion
 
 LLAMA3 = dict(
     rope_type="llama3",
@@ -545,6 +547,14 @@ GENERAL = [
 ]
 """Models without a family of their own."""
 
+MIXED = Reference(
+    "Ernie4_5_MoeForCausalLM",
+    "Ernie4_5_MoeConfig",
+    BLOCKS | dict(moe_intermediate_size=24, moe_num_experts=8, moe_k=2, moe_num_shared_experts=1, num_key_value_heads=3),
+    {"plain": {}},
+)
+"""A mixture of experts without a family of its own: the first block has an MLP."""
+
 
 def apart(*own: str) -> list:
     """The references as parameters of a test: those of relatives are slow, but for the ``own`` whose layers differ where it looks."""
@@ -569,13 +579,13 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "layer_scalar")):
                 buffer.add_(0.1 * torch.randn_like(buffer))
+    declared = family_named(config.architectures) is not None
+    state = model.state_dict() if declared else revert_weight_conversion(model, model.state_dict())
     tensors = {
         name: value.float().numpy().astype(jax.numpy.dtype(str(dtype).removeprefix("torch.")))
-        for name, value in model.state_dict().items()
+        for name, value in state.items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
-    if reference.model == "GPTNeoXForCausalLM":  # transformers has the head under another name than the files
-        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
     stacks = stacks_of(config.architectures)
     if stacks:
         return config, model, unstacked(MemoryTensors(tensors), stacks)

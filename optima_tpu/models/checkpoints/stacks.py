@@ -10,16 +10,15 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from optima_tpu.models import family_named
+from optima_tpu.models import family_named, general
 from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
 from optima_tpu.models.family import Stack
-from optima_tpu.models.general import TURNED
 
 
 def stacks_of(architectures: Iterable[str] | None) -> Mapping[str, Stack]:
-    """``Family.stacks`` of the model with these ``architectures`` in config.json; empty for an unknown one."""
-    family = family_named(architectures)
-    return family.stacks if family else next((TURNED[name] for name in architectures or () if name in TURNED), {})
+    """``Family.stacks`` of the model with these ``architectures`` in config.json."""
+    family, name = family_named(architectures), next(iter(architectures or ()), None)
+    return family.stacks if family else general.stacks(name) if name else {}
 
 
 def stacks_among(names: Iterable[str], stacks: Mapping[str, Stack]) -> dict[str, Stack]:

@@ -17,10 +17,35 @@ if TYPE_CHECKING:
 
 _GPT2 = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-TURNED: Mapping[str, Mapping[str, Stack]] = {
-    name: {weight: Stack((weight,)) for weight in _GPT2} for name in ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")
+
+def _experts(
+    path: str, wide: str = "experts.gate_up_proj", narrow: str = "experts.down_proj", turned: bool = False
+) -> dict[str, Stack]:
+    gate, up, down = (f"{path}.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
+    return {f"{path}.{wide}": Stack((gate, up), turned), f"{path}.{narrow}": Stack((down,), turned)}
+
+
+_TURNED: Mapping[str, Mapping[str, Stack]] = {
+    **{name: {weight: Stack((weight,)) for weight in _GPT2} for name in ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")},
+    "AriaTextForCausalLM": _experts("mlp", "experts.fc1.weight", "experts.fc2.weight", turned=True),
 }
-"""The matrices that a checkpoint of an architecture holds as [d_in, d_out]: those of its ``Conv1D``."""
+_USUAL: Mapping[str, Stack] = {
+    **_experts("mlp"),
+    **_experts("feed_forward"),
+    **_experts("mixer"),
+    **_experts("moe"),
+    **_experts("block_sparse_moe"),
+    **_experts("block_sparse_moe", "input_linear.weight", "output_linear.weight"),
+}
+
+
+def stacks(name: str) -> Mapping[str, Stack]:
+    """What a checkpoint of an architecture without a family may hold otherwise than matrix by matrix, see ``Family.stacks``.
+
+    These are the matrices of a ``Conv1D``, which are [d_in, d_out], and those of all experts of a block.
+    """
+    return _TURNED.get(name, _USUAL)
+
 
 NEEDED = "torch", "torchax"
 

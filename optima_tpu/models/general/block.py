@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,13 @@ import torch
 import torchax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from torchax import interop
 
+from optima_tpu.errors import some
+from optima_tpu.models.experts import Routed, Sending, Way, mixed
 from optima_tpu.models.family import Positions, ReadTensor, Shape
-from optima_tpu.models.general.shell import Shell, layers_of, replaced
+from optima_tpu.models.general.shell import Shell, experts_of, replaced
 from optima_tpu.models.layers import project
 
 _TRACING = threading.RLock()
@@ -64,55 +68,152 @@ class TorchParameters(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """The computation of a block of a shell."""
+    """The computation of a block of a shell.
+
+    Attributes:
+      mesh: the mesh that the block runs on; None for one device.
+    """
 
     shell: Shell
     index: int
+    mesh: Mesh | None = None
 
     @property
     def module(self) -> torch.nn.Module:
         return self.shell.blocks[self.index]
 
-    def window(
+    def windows(
         self,
         parameters: Mapping[str, Array],
         arguments: tuple[Sequence[Array], Mapping[str, Array]],
         shared: dict[str, str],
         x: Array,
         known: Mapping[str, Array],
-    ) -> tuple[Array, dict[str, Array]]:
-        """The block of one window [length, d_model]: its output, and the inputs [length, d_in] of its layers.
+    ) -> tuple[Array, dict[str, Any]]:
+        """The block of windows [batch, length, d_model]: its output, and the inputs of its layers.
+
+        An input is [batch, length, d_in], or :class:`~optima_tpu.models.experts.Routed`.
 
         Args:
-          arguments: the other tensors that the model gives to the block, and the block's buffers.
+          parameters: by their names in a checkpoint.
+          arguments: the other tensors that the model gives to the block for one window, and the block's buffers.
           shared: gets for every layer, in their order, the first one that reads the same array. That one's name has the input.
           known: inputs of layers, which are read instead of those that are computed.
         """
-        call, follows = self.shell.catch(x.shape[0])[self.index], self.shell.follows[self.index]
-        inputs: dict[str, Array] = {}
 
-        def run(name: str, layer: Any, given: torch.Tensor) -> torch.Tensor:
-            array = interop.jax_view(given)
-            if name in shared:
-                raise self.shell.refusal(f"the layer {name} of its block {self.index} runs twice")
-            if name in known:
-                array = known[name].reshape(array.shape)
-            shared[name] = next((first for first in inputs if inputs[first] is array), name)
-            inputs.setdefault(shared[name], array)
-            product = project(array, interop.jax_view(layer.weight))
-            bias = getattr(layer, "bias", None)
-            return interop.torch_view(product if bias is None else product + interop.jax_view(bias).astype(product.dtype))
+        def window(x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Array], dict[str, Routed]]:
+            run = _Pass(self, parameters, shared, known)
+            output = run.output(arguments, x)
+            return output, {name: array.reshape(x.shape[0], -1) for name, array in run.inputs.items()}, run.routed
 
-        tensors, buffers = arguments
+        output, inputs, routed = jax.vmap(window, axis_name=_WINDOWS, out_axes=(0, 0, None))(x, known)
+        return output, inputs | routed
+
+
+class _Pass:
+    """One pass of a window [length, d_model] through a block; its arguments as in ``Traced.windows``.
+
+    Attributes:
+      inputs: what its layers read.
+      routed: what its experts read, of all windows.
+    """
+
+    def __init__(self, traced: Traced, parameters: Mapping[str, Array], shared: dict[str, str], known: Mapping[str, Array]):
+        self.traced, self.parameters, self.shared, self.known = traced, parameters, shared, known
+        self.inputs, self.routed = dict[str, Array](), dict[str, Routed]()
+
+    def output(self, arguments: tuple[Sequence[Array], Mapping[str, Array]], x: Array) -> Array:
+        """The output of the block."""
+        (tensors, buffers), shell, index = arguments, self.traced.shell, self.traced.index
+        call, follows, mixtures = shell.catch(x.shape[0])[index], shell.follows[index], experts_of(self.traced.module)
         cast = (_cast(array, x.dtype) if follow else array for array, follow in zip(tensors, follows, strict=True))
+        held = {
+            name: kept.joined(self.parameters)
+            for name, kept in shell.kept(index).items()
+            if not any(name.startswith(f"{path}.") for path in mixtures)
+        }
         with on_jax(), contextlib.ExitStack() as stack:
-            for name, layer in layers_of(self.module).items():
-                stack.enter_context(replaced(layer, functools.partial(run, name, layer)))
+            for path, names in shell.linears(index).items():
+                layer = self.traced.module.get_submodule(path)
+                stack.enter_context(replaced(layer, functools.partial(self._linear, path, names, layer)))
+            for path, mixture in mixtures.items():
+                stack.enter_context(replaced(mixture, functools.partial(self._experts, path, mixture, x.shape[0])))
             args, kwargs = call.arguments(interop.torch_view(x[None]), tuple(map(interop.torch_view, cast)))
-            held = interop.torch_view({**parameters, **buffers})
-            output = torch.func.functional_call(self.module, held, args, kwargs)
+            output = torch.func.functional_call(self.traced.module, interop.torch_view({**held, **buffers}), args, kwargs)
             output = interop.jax_view(output if isinstance(output, torch.Tensor) else output[0])
-        return output[0], {name: array.reshape(x.shape[0], -1) for name, array in inputs.items()}
+        return output[0]
+
+    def _linear(self, path: str, names: tuple[str, ...], layer: Any, input: torch.Tensor) -> torch.Tensor:
+        array = interop.jax_view(input)
+        if names[0] in self.shared:
+            self.traced.shell.dense[self.traced.index].add(path)
+        if names[0] in self.known:
+            array = self.known[names[0]].reshape(array.shape)
+        first = next((first for first in self.inputs if self.inputs[first] is array), names[0])
+        self.shared.update(dict.fromkeys(names, first))
+        self.inputs.setdefault(first, array)
+        matrices = [self.parameters[f"{name}.weight"] for name in names]
+        product = project(array, matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices))
+        bias = getattr(layer, "bias", None)
+        return interop.torch_view(product if bias is None else product + interop.jax_view(bias).astype(product.dtype))
+
+    def _experts(
+        self, path: str, module: Any, length: int, hidden_states: torch.Tensor, top_k_index: Any, top_k_weights: Any
+    ) -> torch.Tensor:
+        """What a module of experts computes, of all windows at once: so their tokens are sorted together."""
+        shell, size = self.traced.shell, hidden_states.shape[-1]
+        x, chosen, shares = map(interop.jax_view, (hidden_states, top_k_index, top_k_weights))
+        x, experts = x.reshape(-1, size), int(module.num_experts)
+        if len(x) != length or module.has_post_expert_norm:
+            raise shell.refusal(f"its {path} compute other rows than tokens, or normalise them")
+        shares = jnp.where(chosen < experts, shares, 0)  # a token may be sent to nobody
+        x, chosen, shares = (jax.lax.all_gather(array, _WINDOWS) for array in (x, chosen.astype(jnp.int32), shares))
+        layers = expert_layers(shell, self.traced.index, path)
+        weights = [self._stacked(f"{name}.weight", experts) for name in layers]
+        biases = [self._stacked(f"{name}.bias", experts) for name in layers if module.has_bias]
+        way, sent = Way(_Neurons(module)), Sending(chosen, shares)
+        whole, wide, narrow = mixed(self.traced.mesh, way, x, sent, weights, biases)
+        for name in layers:
+            first, read = (layers[-1], narrow) if name == layers[-1] else (layers[0], wide)
+            first = first.replace("*", "0")
+            self.routed[first] = read
+            self.shared.update((name.replace("*", str(number)), first) for number in range(experts))
+        mine = jax.lax.dynamic_index_in_dim(whole, jax.lax.axis_index(_WINDOWS), keepdims=False)
+        return interop.torch_view(mine.reshape(tuple(hidden_states.shape)))
+
+    def _stacked(self, name: str, experts: int) -> Array:
+        """A parameter of all experts."""
+        return jnp.stack([self.parameters[name.replace("*", str(number))] for number in range(experts)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Neurons:
+    """What a module of experts computes between its layers."""
+
+    module: Any
+
+    def __call__(self, *outputs: Array) -> Array:
+        joined = interop.torch_view(jnp.concatenate(outputs, axis=-1))
+        return interop.jax_view(self.module._apply_gate(joined) if self.module.has_gate else self.module.act_fn(joined))
+
+
+def expert_layers(shell: Shell, index: int, path: str) -> tuple[str, ...]:
+    """The layers of the experts of a block, the one that ends an expert last; ``*`` stands for their numbers.
+
+    Args:
+      path: of the module that holds them.
+    """
+    kept, module = shell.kept(index), shell.blocks[index].get_submodule(path)
+    found = [kept[f"{path}.{name}"] for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
+    wide, narrow = ([part.removesuffix(".weight") for part in each.stack.parts] for each in found)
+    expected = 1 + (module.has_gate and module.is_concatenated), 1
+    if (len(wide), len(narrow)) != expected or not all(re.search(r"(^|\.)experts\.\*\.\w+$", name) for name in (*wide, *narrow)):
+        raise shell.refusal(f"a checkpoint holds its {path} otherwise than expert by expert: {some([*wide, *narrow])}")
+    return (*wide, *narrow)
+
+
+_WINDOWS = "windows"
+"""The axis of the windows that a block computes together."""
 
 
 def _cast(array: Array, dtype: Any) -> Array:
@@ -128,17 +229,18 @@ class Block(TorchParameters):
     """
 
     def __init__(self, config: Any):
-        self.traced = Traced(config.shell, config.kind)
-        super().__init__(config.shell.shapes(self.traced.module))
+        self.shell, self.kind, self.mesh = config.shell, config.kind, None
+        super().__init__(config.shell.shapes(config.kind))
 
     def __call__(self, x: Array, positions: Positions) -> Array:
-        layers = {name: functools.reduce(getattr, name.split("."), self) for name in layers_of(self.traced.module)}
+        inside = (names for names in self.shell.linears(self.kind).values())
+        layers = {name: functools.reduce(getattr, name.split("."), self) for names in inside for name in names}
         known = {name: layer.known[...] for name, layer in layers.items() if hasattr(layer, "known")}
         shared: dict[str, str] = {}
-        window = functools.partial(self.traced.window, self.arrays(), positions.arguments, shared)
-        output, inputs = jax.vmap(window)(x, known)
+        traced = Traced(self.shell, self.kind, self.mesh)
+        output, inputs = traced.windows(self.arrays(), positions.arguments, shared, x, known)
         for name, first in shared.items():
-            layers[name].sow(nnx.Intermediate, "x", inputs[first])
+            functools.reduce(getattr, name.split("."), self).sow(nnx.Intermediate, "x", inputs[first])
         return output
 
 
@@ -147,26 +249,22 @@ class Final(TorchParameters):
 
     def __init__(self, config: Any):
         self.shell = config.shell
-        inside = {name: self.shell.model.get_submodule(name) for name in self.shell.behind}
-        named = {
-            f"{name}.{inner}": shape for name, module in inside.items() for inner, shape in self.shell.shapes(module).items()
-        }
-        super().__init__({name.removeprefix(self.shell.root): shape for name, shape in named.items()})
+        super().__init__({self.shell.outer(name): self.shell.model.get_parameter(name).shape for name in self.shell.final})
 
     def __call__(self, x: Array) -> Array:
         arrays, output = self.arrays(), interop.torch_view(x)
         with on_jax():
-            for name in self.shell.behind:
-                prefix = f"{name.removeprefix(self.shell.root)}."
-                own = {each.removeprefix(prefix): array for each, array in arrays.items() if each.startswith(prefix)}
-                output = torch.func.functional_call(self.shell.model.get_submodule(name), interop.torch_view(own), (output,))
+            for module in self.shell.behind:
+                inside = [name for name in self.shell.final if name.startswith(f"{module}.")]
+                own = {name.removeprefix(f"{module}."): arrays[self.shell.outer(name)] for name in inside}
+                output = torch.func.functional_call(self.shell.model.get_submodule(module), interop.torch_view(own), (output,))
         return interop.jax_view(output)
 
 
 def embed(config: Any, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
     """The hidden states before the first block, see ``Family.embed``: by torch on the host, by torchax in a traced program."""
     shell: Shell = config.shell
-    held = {name: read(name.removeprefix(shell.root)) for name in (shell.embedding, *shell.before)}
+    held = {name: read(shell.outer(name)) for name in (shell.embedding, *shell.before)}
     if isinstance(tokens, np.ndarray):
         parameters = {name: to_torch(np.asarray(array)) for name, array in held.items()}
         with torch.no_grad():

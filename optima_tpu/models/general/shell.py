@@ -3,6 +3,7 @@
 All parameters of the blocks stay on the meta device. The other parameters are zeros that take no memory.
 """
 
+import collections
 import contextlib
 import copy
 import functools
@@ -12,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch.utils import _pytree
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.models.family import Shape, Stack
+from optima_tpu.models.general.kept import Joined, Names
 
 LAYERS = (torch.nn.Linear, Conv1D)
 """The classes of the layers that are pruned. The weight of a Conv1D is [d_in, d_out]."""
@@ -67,15 +68,24 @@ class Shell:
       embedding, head: names of the embedding's and the head's weight.
       before: the parameters that the hidden states of the first block come from.
       behind: the modules between the last block and the head, one after the other.
+      final: their parameters.
       logits: what becomes of the products with the head.
       width: of the hidden states.
       tied: whether the head is the embedding.
+      names: the names of a checkpoint's tensors.
+      layers: what their names in block i begin with is ``layers.format(i)``.
+      dense: for each block, the layers that run more than once, which are not pruned.
     """
 
     def __init__(self, config: Any):
         self.name = (config.architectures or [type(config).__name__])[0]
         self.model = _without_weights(self.name, config)
+        self.names, self._kept = Names(self.model), dict[int, dict[str, Joined]]()
+        self.dense: dict[int, set[str]] = collections.defaultdict(set)
         self.path, self.blocks = _blocks(self.name, self.model)
+        self._multiply = {
+            kind for kind, layer in {type(each): each for each in self.blocks.modules()}.items() if _multiplies(layer)
+        }
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if not isinstance(table, torch.nn.Embedding) or not isinstance(head, torch.nn.Linear):
             raise self.refusal("it has no table of embeddings, or no layer that makes logits")
@@ -88,26 +98,85 @@ class Shell:
         self.behind = tuple(names[id(module)] for module in self._behind())
         self.logits = self._logits()
         outer = {name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.path}.")}
-        inside = {f"{name}.{inner}" for name in self.behind for inner, _ in self.model.get_submodule(name).named_parameters()}
+        inside = [f"{name}.{inner}" for name in self.behind for inner, _ in self.model.get_submodule(name).named_parameters()]
         bias = {self.head.replace("weight", "bias")}
-        self.before = tuple(sorted(outer - inside - bias - {self.head, self.embedding}))
+        self.final = tuple(inside)
+        self.before = tuple(sorted(outer - set(inside) - bias - {self.head, self.embedding}))
+        self.layers = self._layers()
 
     def refusal(self, why: str) -> UserError:
         """The error for a model that the general way cannot run."""
         return UserError(f"the general way cannot run a {self.name}: {why}; give a model of another architecture")
 
     def stored_as(self, name: str) -> str:
-        """The name of a parameter in a checkpoint, from which ``transformers`` makes the module's own when it loads it.
+        """The name of a parameter behind or before the blocks in a checkpoint.
 
         Raises:
-          UserError: transformers makes the parameter of other tensors.
+          UserError: transformers makes the parameter of several tensors.
         """
-        for change in reversed(get_model_conversion_mapping(self.model, add_legacy=False)):
-            back, matched = change.reverse_transform().rename_source_key(name)
-            if matched is not None and not isinstance(change, WeightRenaming):
-                raise self.refusal(f"its {name} is made of other tensors when transformers loads it")
-            name = back
-        return name
+        (found, *others) = self._stack(name).parts
+        if others or "*" in found:
+            raise self.refusal(f"its {name} is made of several tensors of a checkpoint")
+        return found
+
+    def _stack(self, name: str) -> Stack:
+        try:
+            return self.names.of(name)
+        except ValueError as error:
+            raise self.refusal(f"a checkpoint holds its {name} as a part of a tensor, or in another order") from error
+
+    def _layers(self) -> str:
+        """What the names in a block begin with in a checkpoint, with ``{}`` for its number."""
+        first = self._stack(f"{self.path}.0.{next(iter(stored(self.blocks[0])))}").parts[0]
+        before, found, _ = first.partition(".0.")
+        if not found:
+            raise self.refusal(f"the names of its blocks have no number in a checkpoint: {first}")
+        return before + ".{}."
+
+    def kept(self, index: int) -> dict[str, Joined]:
+        """For each parameter of a block, by its name in the block, what a checkpoint holds; names behind the block's prefix.
+
+        Raises:
+          UserError: the checkpoint holds something else than this program knows.
+        """
+        if index not in self._kept:
+            self._kept[index] = self._find_kept(index)
+        return self._kept[index]
+
+    def _find_kept(self, index: int) -> dict[str, Joined]:
+        prefix, found = self.layers.format(index), dict[str, Joined]()
+        for name, tensor in stored(self.blocks[index]).items():
+            stack = self._stack(f"{self.path}.{index}.{name}")
+            if strange := next((part for part in stack.parts if not part.startswith(prefix)), None):
+                raise self.refusal(f"its {self.path}.{index}.{name} is called {strange} in a checkpoint")
+            found[name] = Joined(
+                Stack(tuple(part.removeprefix(prefix) for part in stack.parts), stack.turned), tuple(tensor.shape)
+            )
+        return found
+
+    def linears(self, index: int) -> dict[str, tuple[str, ...]]:
+        """The layers of a block that are pruned, by their path in the module: their names in a checkpoint.
+
+        A module may be several matrices of a checkpoint, one behind the other along the outputs.
+        """
+        kept = self.kept(index)
+        found: dict[str, tuple[str, ...]] = {}
+        for path, layer in self.blocks[index].named_modules():
+            if type(layer) not in self._multiply:
+                continue
+            weight = kept[f"{path}.weight"]
+            names = tuple(part.removesuffix(".weight") for part in weight.stack.parts)
+            matrices = [f"{name}.weight" for name in names] == weight.members()
+            if matrices and path not in self.dense[index] and not self._routes(index, path):
+                found[path] = names
+        return found
+
+    def _routes(self, index: int, path: str) -> bool:
+        """Whether a layer is a router of experts, or a gate of one output: as small as they matter."""
+        outputs = sum(first for first, _ in self.kept(index)[f"{path}.weight"].shapes().values())
+        mixtures = {name.rpartition(".")[0]: module.num_experts for name, module in experts_of(self.blocks[index]).items()}
+        inside = (experts for name, experts in mixtures.items() if "router" in path or (name and path.startswith(f"{name}.")))
+        return outputs == 1 or outputs in inside
 
     @property
     def head_bias(self) -> bool:
@@ -116,9 +185,13 @@ class Shell:
 
     @property
     def root(self) -> str:
-        """The prefix of all names but the head's."""
+        """The prefix of all names in a checkpoint but the head's."""
         prefix = f"{self.model.base_model_prefix}."
-        return prefix if self.path.startswith(prefix) else ""
+        return prefix if self.layers.startswith(prefix) else ""
+
+    def outer(self, name: str) -> str:
+        """The name of a parameter behind or before the blocks in a checkpoint, after the root."""
+        return self.stored_as(name).removeprefix(self.root)
 
     def catch(self, length: int) -> tuple[BlockCall, ...]:
         """What the model gives to each of its blocks for a window of this length, in float32. No block runs."""
@@ -136,11 +209,9 @@ class Shell:
         calls = zip(self.catch(2), self._catch(2, narrow), strict=True)
         return tuple(tuple(a.dtype != b.dtype for a, b in zip(wide.tensors, other.tensors, strict=True)) for wide, other in calls)
 
-    def shapes(self, module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """The shapes of what a checkpoint holds of a module; the weight of each layer that is pruned is [d_out, d_in]."""
-        turned = {f"{name}.weight" for name in turned_layers(module)}
-        kept = {name: tuple(tensor.shape) for name, tensor in stored(module).items()}
-        return {name: shape[::-1] if name in turned else shape for name, shape in kept.items()}
+    def shapes(self, index: int) -> dict[str, Shape]:
+        """The shapes of what a checkpoint holds of a block; the weight of each layer that is pruned is [d_out, d_in]."""
+        return {name: shape for kept in self.kept(index).values() for name, shape in kept.shapes().items()}
 
     def _catch(self, length: int, parameters: Mapping[str, torch.Tensor] = {}) -> tuple[BlockCall, ...]:
         """As :meth:`catch`.
@@ -210,7 +281,10 @@ class Shell:
         args, kwargs = _pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
         forward = block.__dict__.pop("forward")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for module in experts_of(block).values():
+                    # Which expert has tokens depends on their values, but the shape of the output does not.
+                    stack.enter_context(replaced(module, lambda hidden, *args, **kwargs: torch.empty_like(hidden)))
                 output = torch.func.functional_call(block, buffers, args, kwargs)
         except Exception as error:  # the code of any model
             raise self.refusal(f"its block {index} does not run without values ({one_line(error)})") from error
@@ -303,14 +377,22 @@ def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[N
         del module.__dict__["forward"]
 
 
-def layers_of(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers of a block that are pruned, by their path in it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, LAYERS)}
+def _multiplies(layer: Any) -> bool:
+    """Whether a module computes what ``torch.nn.Linear`` does, from which its class may be derived, or ``Conv1D``."""
+    if not isinstance(layer, LAYERS) or type(layer) in LAYERS:
+        return isinstance(layer, LAYERS)
+    held = {name: torch.rand(parameter.shape) for name, parameter in layer.named_parameters()}
+    x = torch.rand((1, layer.weight.shape[1]))
+    try:
+        given = torch.func.functional_call(layer, held, (x,))
+    except Exception:  # the code of any model
+        return False
+    return torch.allclose(given, torch.nn.functional.linear(x, held["weight"], held.get("bias")), rtol=1e-4)
 
 
-def turned_layers(block: torch.nn.Module) -> list[str]:
-    """Those whose weight torch holds as [d_in, d_out]."""
-    return [name for name, layer in layers_of(block).items() if isinstance(layer, Conv1D)]
+def experts_of(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules of a block that hold all experts of a mixture, by their path in it: those of transformers' experts interface."""
+    return {name: module for name, module in block.named_modules() if hasattr(module, "is_concatenated")}
 
 
 def stored(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -336,7 +418,9 @@ def _without_weights(name: str, config: Any) -> Any:
         )
     try:
         with torch.device("meta"):
-            model = made._from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32).eval()
+            model = made._from_config(
+                copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+            ).eval()
         for full, buffer in [*model.named_buffers()]:
             owner, _, leaf = full.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = torch.zeros_like(buffer, device="cpu")
