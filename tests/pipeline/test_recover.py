@@ -29,7 +29,7 @@ from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
 
-TEXT = ["--source", "random", "--windows", "4", "--length", "32", "--distill.batch", "4"]
+TEXT = ["--source", "random", "--windows", "8", "--length", "32", "--distill.batch", "4"]
 TEXT += ["--distill.learning_rate", "1e-3", "--distill.checks", "2"]
 TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
 

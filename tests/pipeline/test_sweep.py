@@ -484,10 +484,7 @@ def test_a_sweep_in_several_processes_is_refused(sweep, stand_in, capsys, option
 
 def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, capsys):
     """Interrupted inside its third cell; its cells are what the command line of a single run gives."""
-    texts = {
-        "calibration": {"source": "random", "windows": 8, "length": 32},
-        "evaluation": {"source": "random", "windows": 8, "length": 32},
-    }
+    texts = {"calibration": {"source": "random", "windows": 8, "length": 32}, "evaluation": {"source": "random", "windows": 8}}
     run = {"model": str(finished.model), "mesh": "4x2", **texts}
     updates = {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "tolerance": 1e-6}}}
     path = write_sweep(tmp_path / "real.yaml", run=run, updates=updates, patterns={"50%": {"pattern": 0.5}})

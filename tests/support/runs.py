@@ -25,12 +25,10 @@ SMALL = [
     "random",
     "--evaluation.windows",
     "8",
-    "--evaluation.length",
-    "32",
 ]
 """The settings of a run over a :func:`tiny_folder` that takes a second or two.
 
-Windows of both texts have one shape, so that both take the same programs.
+Both texts have as many windows of one length, so that both take the same programs.
 """
 
 
