@@ -1,10 +1,12 @@
 """A small model in memory, and a run over it, for the tests of checkpoints and exports."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import PretrainedConfig
 
 from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
 from optima_tpu.method.layer_rules import parse_layers, pattern_of, with_patterns
-from optima_tpu.method.patterns import parse_pattern
+from optima_tpu.method.patterns import Pattern, parse_pattern
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints import orbax
 from optima_tpu.models.checkpoints.cuts import placed
@@ -113,7 +115,7 @@ def run_without(
             return random.permuted(np.tile(np.arange(shape[1]) % 2 == 0, (shape[0], 1)), axis=1)
         rules = with_patterns(parse_layers(layers), lambda each: placed(each, config))
         chosen = pattern_of(rules, placed(parse_pattern(pattern), config), name.removesuffix(".weight"), linear)
-        return chosen and np.asarray(chosen.keep_mask(jnp.asarray(random.random(shape), jnp.float32)))
+        return chosen and np.asarray(_kept(chosen, jnp.asarray(random.random(shape), jnp.float32)))
 
     for block in range(decoder.config.blocks):
         names = {f"{decoder.prefix(block)}{linear}.weight": linear for linear in decoder.at(block).linears}
@@ -123,6 +125,11 @@ def run_without(
         journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 1), np.float32)))
     write_checkpoint(journal, source, mesh(1, 1), left_out=left)
     return directory
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _kept(pattern: Pattern, scores: jax.Array) -> jax.Array:
+    return pattern.keep_mask(scores)
 
 
 def begun(directory: Path, manifest=MANIFEST, assets=ASSETS) -> Journal:
