@@ -286,7 +286,7 @@ RUN = [name for page, name in zip(PAGES, NAMES) if any(block.runs for block in b
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_marked_blocks_run(name, own_files, monkeypatch, tmp_path):
+def test_marked_blocks_run(name, one_device, own_files, monkeypatch, tmp_path):
     """One after the other in one namespace. ``MODEL``, and the name of the embedded model, stand for a tiny model."""
     run_marked((ROOT / name).read_text(), name, own_files, monkeypatch, tmp_path)
 
