@@ -322,13 +322,21 @@ def flags(config: RunConfig) -> list[str]:
 def on_preset(config: RunConfig) -> str:
     """The preset nearest to a run, and the methods and options that differ from it: ``best --solver mpax``."""
     acting = (*CHOICES, "recapture", "borrow")
-    values = to_dict(config)
+    values, plain = to_dict(config), to_dict(default_run(config.model))
     changes = {}
-    for name in PRESETS:
-        base = to_dict(configure({"model": config.model, "preset": name}))
+    for name, preset in PRESETS.items():
+        base = plain | {setting: _with_defaults(setting, value) for setting, value in preset.settings.items()}
         changes[name] = _changed(*({setting: each[setting] for setting in acting} for each in (values, base)))
     nearest = min(changes, key=lambda name: len(changes[name]))
     return " ".join([nearest, *words_of(changes[nearest])])
+
+
+def _with_defaults(setting: str, value: Any) -> Any:
+    """A setting of a preset, with all options of its method where it is one."""
+    if setting not in CHOICES:
+        return value
+    method = method_settings(value)
+    return default_options(setting, method["name"]) | method
 
 
 def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
