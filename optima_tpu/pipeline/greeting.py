@@ -11,7 +11,7 @@ from optima_tpu.config.run_config import Calibration, RunConfig, weights_setting
 from optima_tpu.data import SelfGenerated, parse_source, unigram_perplexity
 from optima_tpu.errors import plural
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.method.patterns import DENSE
+from optima_tpu.method.patterns import DENSE, Dense
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model, without_last
 from optima_tpu.pipeline.distill.blocks import Trainer
@@ -79,6 +79,8 @@ def short_text(text: Calibration, widest: int) -> str:
 def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     """The recipe in a line: mask, update and pattern, then each setting beyond the paper that acts on this model's family."""
     recipe, settings, adding = config.recipe, weights_settings(config), bool(decoder.family.residuals)
+    if recipe.patterns == [Dense()]:  # no method acts on any layer
+        return ", ".join([DENSE, f"{config.cut.words} cut", *([config.distill.done] if config.distill else [])])
     methods = [settings[key] for key in ("selector", "solver") if settings[key]]
     words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(recipe.pattern)]
     words += [f"{rule.path}={rule.pattern or DENSE}" for rule in recipe.layers]

@@ -60,7 +60,7 @@ def _perplexity(report: Report) -> Fact:
 
 def _error(report: Report) -> Fact | None:
     layers = report.layers
-    if not measured(layers):
+    if not layers or not measured(layers):
         return None
     before, after, held_before, held_after = mean_errors(layers)
     unseen = (
@@ -93,6 +93,9 @@ def _both(before: float | None, after: float | None, report: Report) -> list[str
 
 
 def _sparsity(report: Report) -> Fact:
+    if not report.layers:
+        note = f"of all {report.model.weights:,} weights of the model, which left with what was cut; no layer was pruned"
+        return Fact("sparsity", "Sparsity", [percent(report.model_sparsity)], note)
     note = (
         f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}, {percent(report.model_sparsity)} of all "
         f"{report.model.weights:,} weights of the model"

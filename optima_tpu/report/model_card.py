@@ -203,7 +203,9 @@ def _perplexity(card: Card) -> str:
 
 
 def _layer_errors(card: Card) -> str:
-    """Mean errors over the pruned layers, before and after the update, on calibration and on held-out text."""
+    """Mean errors over the pruned layers, before and after the update, on calibration and on held-out text; empty without any."""
+    if not card.sidecar.layers:
+        return ""
     errors, caveat = mean_errors(card.sidecar.layers), held_out_caveat(card.recipe)
     rows = [
         (text, *("not measured" if mean is None else percent(mean) for mean in means))

@@ -75,6 +75,8 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
 def _layer_lines(console: Console, report: Report) -> list[str]:
     """Prints the table of layers. Returns lines that say what its numbers are."""
     blocks, layers, settings, solver = report.blocks, report.layers, report.settings, report.solver
+    if not layers:
+        return ["No layer was pruned."]
     lines = ["Nobody measured the errors of the layers."]
     if measured(layers):
         table = layer_table(blocks, solver)

@@ -209,7 +209,7 @@ def test_a_run_trains_the_blocks_that_are_left(method, whole_run, tmp_path):
     assert len(report["blocks"]) == 2 and report["distillation"]["checks"]
 
 
-def test_a_model_may_be_cut_alone(tmp_path):
+def test_a_model_may_be_cut_alone(tmp_path, capsys):
     """With --pattern dense no weight changes and nothing has a mask."""
     model = tiny_folder(tmp_path / "model", num_hidden_layers=4)
     words = ["--model", str(model), "--output", str(tmp_path / "run"), "--mesh", "4x2", "--cut.blocks", "2", "--pattern", "dense"]
@@ -226,7 +226,9 @@ def test_a_model_may_be_cut_alone(tmp_path):
         assert tensor.tobytes() == dense[old].tobytes(), name
     assert not (tmp_path / "run" / "hf" / "pruning_masks.npz").exists()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["weights"] == report["pruned"] == 0 and report["removed"] > 0
+    assert report["weights"] == report["pruned"] == 0 and report["removed"] > 0 and report["recipe"] == "dense, 2 blocks cut"
+    printed, card = capsys.readouterr().out, (tmp_path / "run" / "hf" / "README.md").read_text()
+    assert "\nNo layer was pruned.\n" in printed and "error   " not in printed and "Layer errors" not in card
     for trained in (tmp_path / "run", tmp_path / "run" / "hf"):
         start = open_start(RecoverConfig(str(trained), tokens="256"), mesh(4, 2), lambda spec: None)
         assert not start.names and start.record.left_out.blocks == tuple(left_out)
