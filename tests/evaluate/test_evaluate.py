@@ -34,6 +34,8 @@ from tests.support.records import put_json
 from tests.support.runs import only_error, snapshot
 from tests.support.tiny_models import tiny_folder
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CHOICE = """
 task: tiny_choice
 dataset_path: json
@@ -135,7 +137,7 @@ def evaluated(finished, tasks, text, tmp_path_factory):
     line."""
     out, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        words = [str(finished.directory), "--against", str(finished.model), "--mesh", "4x2", "--perplexity", f"file:{text}"]
+        words = [str(finished.directory), "--against", str(finished.model), "--perplexity", f"file:{text}"]
         words += ["--length", "64", "--tasks", "tiny_group,tiny_rolling", "--include_path", str(tasks), "--output", str(out)]
         assert main(words) == 0
     record, harness = (json.loads((out / name).read_text()) for name in ("evaluation.json", "lm_eval.json"))
@@ -266,7 +268,7 @@ def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finishe
     for path in tasks.iterdir():
         (tmp_path / "tasks" / path.name).write_text(path.read_text())
     (tmp_path / "text.txt").write_text(text.read_text())
-    words = [str(finished.directory), "--against", str(finished.model), "--mesh", "4x2", "--perplexity"]
+    words = [str(finished.directory), "--against", str(finished.model), "--perplexity"]
     words += [f"file:{tmp_path / 'text.txt'}", "--length", "64", "--tasks", "tiny_group,tiny_rolling"]
     words += ["--include_path", str(tmp_path / "tasks"), "--output", str(tmp_path / "out")]
     asked = evaluation.run_tasks

@@ -25,6 +25,8 @@ from tests.support.processes import process_environment, python
 from tests.support.runs import SMALL, only_error, snapshot
 from tests.support.tiny_models import tiny_folder
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -234,7 +236,7 @@ def test_weights_of_another_model(refused, tmp_path):
 )
 def test_a_weight_that_is_not_finite(refused, tmp_path, name, value):
     folder = tiny_folder(tmp_path / "model", change=lambda arrays: arrays[name].reshape(-1).__setitem__(5, value))
-    message = refused("--model", folder, "--mesh", "4x2", *SMALL)
+    message = refused("--model", folder, *SMALL)
     assert f"{name} holds 1 value of NaN or infinity in" in message
 
 
@@ -250,7 +252,7 @@ def test_weights_of_zeros(refused, tmp_path, names, message):
         for name, array in arrays.items():
             array[...] *= not name.startswith(names) or "norm" in name
 
-    assert message in refused("--model", tiny_folder(tmp_path / "model", change=change), "--mesh", "4x2", *SMALL)
+    assert message in refused("--model", tiny_folder(tmp_path / "model", change=change), *SMALL)
 
 
 def test_libraries_say_nothing_before_the_one_line(tmp_path):
@@ -294,7 +296,7 @@ def test_activations_that_overflow(refused, tmp_path, norm, layer):
         arrays[f"model.layers.1.{norm}.weight"][:] = 6e4
 
     folder = tiny_folder(tmp_path / "model", dtype="float16", change=change)
-    message = refused("--model", folder, "--mesh", "4x2", *SMALL)
+    message = refused("--model", folder, *SMALL)
     assert f"the input of model.layers.1.{layer} holds NaN or infinite values" in message and "try --dtype float32" in message
 
 
@@ -302,7 +304,7 @@ def test_activations_that_overflow_in_float32_are_not_advised_float32(refused, t
     def change(arrays):
         arrays["model.layers.1.post_attention_layernorm.weight"][:] = 3e38
 
-    message = refused("--model", tiny_folder(tmp_path / "model", change=change), "--mesh", "4x2", *SMALL)
+    message = refused("--model", tiny_folder(tmp_path / "model", change=change), *SMALL)
     assert "the model overflows even in float32, so its weights are damaged" in message and "--dtype" not in message
 
 
@@ -314,7 +316,7 @@ def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, data)
 
-    command = ["--model", str(model), "--mesh", "4x2", *SMALL, "--selector", "magnitude", "--solver", "null"]
+    command = ["--model", str(model), *SMALL, "--selector", "magnitude", "--solver", "null"]
     command += ["--allocation", "owl", "--output", str(tmp_path / "run")]
     monkeypatch.setattr(Path, "write_bytes", full)
     for name in ("dense.json", "allocation.json", "report.json"):

@@ -56,7 +56,7 @@ def test_the_page_says_it_under_unusual(tmp_path):
     assert "The evaluation text is hardly more than one token again and again" in page and "no meaning" in page
 
 
-def test_a_run_says_it_before_its_first_step_and_at_its_end(tmp_path, capsys):
+def test_a_run_says_it_before_its_first_step_and_at_its_end(one_device, tmp_path, capsys):
     """Every norm is 0, so every token has the same probability; and the text is one letter."""
     norms = lambda arrays: [array.fill(0) for name, array in arrays.items() if "norm" in name]  # noqa: E731
     model = tiny_folder(tmp_path / "model", change=norms, num_hidden_layers=1)
