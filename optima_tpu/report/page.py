@@ -3,6 +3,7 @@
 Its layout is defined in report.html.j2 and report.css in this folder.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,12 @@ def render(title: str, runs: Sequence[FinishedRun]) -> str:
             "result": "",
         }
         page |= {"sections": [comparison(runs), *sections]}
+    return _template().render(page=page)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The page's template; jinja takes longer to compile it than to fill it in."""
     # Escape everything: names of models and paths come from the user.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -90,4 +97,4 @@ def render(title: str, runs: Sequence[FinishedRun]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"commands": commands, "unbroken": unbroken}
-    return environment.get_template("report.html.j2").render(page=page)
+    return environment.get_template("report.html.j2")
