@@ -103,6 +103,11 @@ class Decoder:
         runs = [list(indices) for _, indices in alike]
         return tuple((self.at(indices[0]), range(indices[0], indices[-1] + 1)) for indices in runs)
 
+    @property
+    def sizes(self) -> tuple[Family, list[tuple[Sequence[int], Mapping[str, tuple[int, ...]]]]]:
+        """Equal for decoders whose programs are equal: the family, and the shapes of each stretch of blocks."""
+        return self.family, [(indices, alike.block_shapes) for alike, indices in self.stretches]
+
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """The static half of a block."""

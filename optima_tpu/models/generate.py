@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,7 @@ class GenerationPlan:
       prompts: in the caller's order.
       sampling: how every token is chosen.
       batches: the batches with the longest cache first.
+      decoder: of the shape that the programs are for.
       read: reads a chunk of every window into the cache.
       write: writes a stretch of every window.
     """
@@ -101,8 +102,19 @@ class GenerationPlan:
     prompts: Sequence[Prompt]
     sampling: Sampling
     batches: tuple[PromptBatch, ...]
+    decoder: Decoder
     read: Callable[..., Caches]
     write: Callable[..., tuple[State, Array, Array]]
+
+    @classmethod
+    def of(cls, decoder: Decoder, prompts: Sequence[Prompt], sampling: Sampling, batches: tuple[PromptBatch, ...]) -> Self:
+        read = jax.jit(functools.partial(_read, decoder), donate_argnums=1)
+        write = jax.jit(functools.partial(_write, decoder, sampling.temperature > 0), donate_argnums=2)
+        return cls(prompts, sampling, batches, decoder, read, write)
+
+    def serving(self, decoder: Decoder) -> Self:
+        """The plan with programs for this decoder: its own, unless it lost heads, neurons or blocks."""
+        return self if decoder.sizes == self.decoder.sizes else self.of(decoder, self.prompts, self.sampling, self.batches)
 
     @property
     def steps(self) -> int:
@@ -147,13 +159,7 @@ def plan_generation(
             read = min(length // _CHUNK * _CHUNK, *(len(prompts[number].tokens) - 1 for number in part))
             last = max(len(prompts[number].tokens) + prompts[number].new for number in part) - 1
             batches.append(PromptBatch(tuple(part), rows, length, read, last - read))
-    return GenerationPlan(
-        prompts,
-        sampling._replace(seed=np.uint32(sampling.seed % 2**32)),
-        tuple(batches),
-        jax.jit(functools.partial(_read, decoder), donate_argnums=1),
-        jax.jit(functools.partial(_write, decoder, sampling.temperature > 0), donate_argnums=2),
-    )
+    return GenerationPlan.of(decoder, prompts, sampling._replace(seed=np.uint32(sampling.seed % 2**32)), tuple(batches))
 
 
 def generate(
@@ -165,7 +171,7 @@ def generate(
     """The tokens that the model writes after each prompt.
 
     Args:
-      decoder: of the shape of the plan's decoder.
+      decoder: of the plan's model, or of one that it was cut to.
       enough: (number of the prompt, the tokens written after it) -> whether no more are wanted. A batch ends when this holds for
         all of its prompts. Every process must give the same answer.
       advance: called :attr:`GenerationPlan.steps` times.
@@ -176,7 +182,7 @@ def generate(
     Raises:
       UserError: the model's logits are not finite.
     """
-    written: list[list[int]] = [[] for _ in plan.prompts]
+    plan, written = plan.serving(decoder), [list[int]() for _ in plan.prompts]
     room = plan.batches[0].room
     model = load(decoder, room)
     for batch in plan.batches:

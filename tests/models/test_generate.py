@@ -60,6 +60,17 @@ def test_neither_the_others_nor_the_mesh_change_an_answer(written):
     assert generate(decoder, plan) == written[0]
 
 
+def test_a_plan_of_the_whole_model_serves_the_one_that_lost_blocks_heads_and_neurons():
+    """Fewer blocks alone, and a third of the heads and a half of the neurons alone: the rest of each model keeps its shape."""
+    whole = planned(opened((1, 1)), PROMPTS[:1])
+    for sizes in (
+        {"num_hidden_layers": 2},
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 30},
+    ):
+        smaller = Decoder.open(*tiny_llama(**sizes), mesh(1, 1))
+        assert generate(smaller, whole) == generate(smaller, planned(smaller, PROMPTS[:1]))
+
+
 def test_a_second_model_of_the_same_shape_compiles_nothing(caplog):
     plan = planned(opened((1, 1)), PROMPTS[:2])
     compiled = []

@@ -257,8 +257,7 @@ def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, left_out: 
     if expected is not None and expected != dense.model.pretrained.fingerprint:
         raise UserError(f"expected the model that {who} was pruned from, got another one in {whose}: give its place as --against")
     mine, theirs = pruned.model.decoder, without_blocks(dense.model, left_out.blocks).decoder
-    sizes = [(each.family, [(blocks, alike.block_shapes) for alike, blocks in each.stretches]) for each in (mine, theirs)]
-    if sizes[0] != sizes[1]:
+    if mine.sizes != theirs.sizes:
         raise UserError(f"expected --against with the model that {who} was pruned from, got one of another size in {whose}")
     for kind in mine.config.kinds:
         for name in mine.at(kind).block_shapes:
