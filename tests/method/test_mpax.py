@@ -16,7 +16,7 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import MPAX, Exact, mpax
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
 from optima_tpu.runtime.mesh import ROWS, make_mesh
-from tests.support.problems import wide
+from tests.support.problems import select, wide
 
 ROW_COUNT, SIZE = 12, 32
 
@@ -29,7 +29,7 @@ def layer() -> tuple[LayerProblem, Pruned]:
     inputs = rng.standard_normal((400, SIZE)) @ mixing * np.exp(1.5 * rng.standard_normal(SIZE)) * 0.1
     hessian = jnp.asarray(inputs.T @ inputs / 400, jnp.float32)
     problem = LayerProblem(jnp.asarray(rng.standard_normal((ROW_COUNT, SIZE)), jnp.float32), hessian)
-    return problem, Wanda()(problem, Unstructured(0.5))
+    return problem, select(Wanda(), problem, Unstructured(0.5))
 
 
 exact = jax.jit(Exact())

@@ -34,6 +34,7 @@ from tests.support.pruning import group_arguments, prune_calibrated, prune_matri
 from tests.support.tiny_models import tiny_llama
 
 ROUNDS = 4
+schur = jax.jit(schur_diagonal, static_argnums=(1, 2))
 
 
 def refined(solver, swaps: Swaps, pattern, problem, pruned, damping: float | None = None) -> Solution:
@@ -109,13 +110,13 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
 @pytest.mark.parametrize("kept", [0.5, 0.95, 1.0])
 def test_no_schur_complement_is_negative_where_a_row_keeps_more_than_the_hessian_has_directions(kept):
     x = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
-    found = np.asarray(schur_diagonal(jnp.asarray(x.T @ x), 0.0, kept))
+    found = np.asarray(schur(jnp.asarray(x.T @ x), 0.0, kept))
     assert np.isfinite(found).all() and (found >= 0).all()
 
 
 def test_nothing_is_exchanged_where_float32_finds_no_inverse():
     broken = jnp.asarray(np.eye(32, dtype=np.float32) + 5 * (1 - np.eye(32, dtype=np.float32)))
-    assert (schur_diagonal(broken, 0.01, 0.5) == 0).all()
+    assert (schur(broken, 0.01, 0.5) == 0).all()
 
 
 @pytest.mark.parametrize("size, off", [(60, 0.005), (256, 0.03)], ids=["all unit vectors", "random vectors"])
@@ -135,7 +136,7 @@ def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
     diagonal = np.diagonal(hessian).astype(np.float64)
     live = diagonal > 0
     for kept in (0.3, 0.5, 0.75):
-        found = np.asarray(schur_diagonal(jnp.asarray(hessian), damping, kept))
+        found = np.asarray(schur(jnp.asarray(hessian), damping, kept))
         np.testing.assert_allclose(found, schur_by_eigenvalues(hessian, damping, kept), rtol=1e-3)
     scale = np.sqrt(np.where(live, diagonal, 1.0))
     matrix = np.where(np.eye(60) > 0, 1.0, hessian / scale / scale[:, None]) + damping * np.eye(60)

@@ -211,7 +211,7 @@ def test_sweeps_refuse_whole_inputs_and_name_another_selector(name):
 def test_wanda_removes_the_inputs_with_the_lowest_sums_of_its_score():
     problem = problem_of(19)
     sums = np.sum(np.abs(problem.weight, dtype=np.float64) * np.sqrt(np.diag(problem.hessian)), axis=0)
-    keep = np.asarray(Wanda()(problem, WholeInputs(0.5, multiple=8)).keep)
+    keep = np.asarray(select(Wanda(), problem, WholeInputs(0.5, multiple=8)).keep)
     assert keep[0].sum() == 16 and sums[keep[0]].min() > sums[~keep[0]].max()
 
 
@@ -221,7 +221,7 @@ def test_wanda_keeps_the_largest_products_of_weight_and_input_norm(pattern):
     inputs = rng.standard_normal((200, 16)) * np.exp(rng.standard_normal(16))
     weight = rng.standard_normal((8, 16))
     problem = LayerProblem(jnp.asarray(weight, jnp.float32), jnp.asarray(inputs.T @ inputs / 200, jnp.float32))
-    pruned = Wanda()(problem, pattern)
+    pruned = select(Wanda(), problem, pattern)
     scores = np.abs(weight) * np.linalg.norm(inputs, axis=0)
     keep = np.asarray(pruned.keep)
     groups = {"row": scores.shape, "layer": (1, -1)}[pattern.group] if isinstance(pattern, Unstructured) else (-1, pattern.m)
@@ -232,7 +232,7 @@ def test_wanda_keeps_the_largest_products_of_weight_and_input_norm(pattern):
 
 def test_magnitude_looks_at_weights_alone():
     problem = layer(np.random.default_rng(1), 6, 16, spread=3.0)
-    keep = np.asarray(Magnitude()(problem, Unstructured(0.5, "layer")).keep)
+    keep = np.asarray(select(Magnitude(), problem, Unstructured(0.5, "layer")).keep)
     size = np.abs(np.asarray(problem.weight))
     assert size[keep].min() > size[~keep].max() and keep.sum() == 48
 
@@ -242,10 +242,10 @@ def test_shift_zero_ranks_the_weights_of_dead_inputs_by_size():
     hessian = jnp.diag(jnp.array([0.0, 0.0, 1.0, 4.0]))
     problem = LayerProblem(jnp.array([[5.0, 1.0, 0.1, 0.1]]), hessian)
     # Scores: 0, 0, 0.1, 0.2 against 5, 1, 0.1 sqrt(2), 0.1 sqrt(5).
-    assert Wanda()(problem, Unstructured(0.5)).keep.tolist() == [[False, False, True, True]]
-    assert Wanda(shift_zero=True)(problem, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
+    assert select(Wanda(), problem, Unstructured(0.5)).keep.tolist() == [[False, False, True, True]]
+    assert select(Wanda(shift_zero=True), problem, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
     dead = dataclasses.replace(problem, hessian=jnp.zeros((4, 4)))
-    assert Wanda(shift_zero=True)(dead, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
+    assert select(Wanda(shift_zero=True), dead, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
 
 
 @contract

@@ -241,8 +241,11 @@ def test_the_rough_products_of_accelerators_do_for_a_direction_and_a_mask(monkey
     problem = layer(np.random.default_rng(3), ROWS, SIZE, spread=1.0)
 
     def pruned_and_solved():
-        pruned = ADMM(damping=0.1)(problem, Unstructured(0.5, "row"))
-        return pruned, CG()(dataclasses.replace(problem, damping=damping), pruned)
+        def both(problem):  # in one program, of these products
+            pruned = ADMM(damping=0.1)(problem, Unstructured(0.5, "row"))
+            return pruned, CG()(dataclasses.replace(problem, damping=damping), pruned)
+
+        return jax.jit(both)(problem)
 
     mask, full = pruned_and_solved()
     expected = row_objective(problem, oracle(problem, mask, damping), damping).sum()

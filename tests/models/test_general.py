@@ -27,7 +27,14 @@ CASES = [
     for reference in GENERAL
     for name, settings in reference.variants.items()
 ]
-MODELS = pytest.mark.parametrize("reference", GENERAL, ids=lambda reference: reference.model)
+
+
+def some(first: int):
+    """A third of the models, from ``first`` on; the others are slow. Every one of them has its logits compared on one device."""
+    marks = [[pytest.mark.slow] * (index % 3 != first) for index in range(len(GENERAL))]
+    return pytest.mark.parametrize(
+        "reference", [pytest.param(each, id=each.model, marks=mark) for each, mark in zip(GENERAL, marks)]
+    )
 
 
 def first(reference: Reference) -> dict:
@@ -43,18 +50,24 @@ def test_logits_agree_with_transformers(reference, settings):
     assert (compared(reference, settings) < 1e-5).all()
 
 
-@MODELS
+@some(0)
 def test_logits_do_not_depend_on_the_mesh(reference):
     assert (compared(reference, first(reference), shape=(4, 2)) < 1e-5).all()
 
 
-@MODELS
+@some(1)
 def test_bfloat16_logits_agree_within_its_rounding(reference):
     """Measured: 0.007 to 0.022."""
     assert (compared(reference, first(reference), dtype=torch.bfloat16) < 16 * 2**-9).all()
 
 
-@pytest.mark.parametrize(("reference", "settings"), CASES)
+@pytest.mark.parametrize(
+    ("reference", "settings"),
+    [
+        pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] * (case.values[1] is not first(case.values[0])))
+        for case in CASES
+    ],
+)
 def test_inputs_of_layers_are_those_of_torch(reference, settings):
     config, model, tensors = tiny(reference, settings)
     decoder = Decoder.open(config, tensors, mesh(1, 1), batch=2)
@@ -98,7 +111,7 @@ def test_blocks_that_compute_the_same_are_one_kind():
     assert family_of(scaled).read_config(None).kinds == (0, 1, 2)
 
 
-@MODELS
+@pytest.mark.parametrize("reference", GENERAL, ids=lambda reference: reference.model)
 def test_the_output_of_attention_is_known_by_the_layer_that_reads_it(reference):
     """The first layer whose input at a token depends on an earlier token."""
     config, _, tensors = tiny(reference, first(reference))
