@@ -34,13 +34,19 @@ contract = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS
 SWEEPS = {"sparsegpt", "thanos"}
 
 
-def with_patterns(patterns):
-    """Every selector with every pattern that it takes."""
+def with_patterns(patterns, turns: bool = False):
+    """Every selector with every pattern that it takes; with ``turns`` each selector has one by turns, and the others are slow."""
     pairs = {f"{pattern}-{name}": (selector, pattern) for pattern in patterns for name, selector in SELECTORS.items()}
     taken = {
         name: pair for name, pair in pairs.items() if not (isinstance(pair[1], WholeInputs) and name.rpartition("-")[2] in SWEEPS)
     }
-    return pytest.mark.parametrize("selector, pattern", taken.values(), ids=taken)
+    of_each = {name: 0 if name in SWEEPS else place % len(patterns) for place, name in enumerate(SELECTORS)}
+
+    def slow(name: str, pattern: Pattern) -> bool:
+        return turns and pattern != patterns[of_each[name.rpartition("-")[2]]]
+
+    cases = [pytest.param(*pair, id=name, marks=[pytest.mark.slow] * slow(name, pair[1])) for name, pair in taken.items()]
+    return pytest.mark.parametrize("selector, pattern", cases)
 
 
 def problem_of(seed: int, weight: np.ndarray | None = None, hessian: np.ndarray | None = None) -> LayerProblem:
@@ -190,7 +196,7 @@ def test_groups_that_lie_apart_are_chosen_like_the_same_inputs_side_by_side(sele
         np.testing.assert_allclose(found.weight[:, order], expected.weight, atol=1e-4)
 
 
-@with_patterns([Unstructured(0.6, "layer"), WholeInputs(0.3, multiple=8), Heads(0.4, total=4)])
+@with_patterns([Unstructured(0.6, "layer"), WholeInputs(0.3, multiple=8), Heads(0.4, total=4)], turns=True)
 def test_the_mask_is_that_of_one_device_on_a_mesh(selector, pattern):
     """With one row on each of eight devices, all of them competing, also where ties have to be broken."""
     mesh = make_mesh("4x2")

@@ -128,7 +128,7 @@ def test_transformers_loads_a_run_as_the_same_model(run, tmp_path):
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in stored.values())
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(8, "bfloat16"), (8, "float32"), (4, "float16")])
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "bfloat16"), pytest.param(8, "float32", marks=pytest.mark.slow), (4, "float16")])
 def test_every_width_and_dtype_comes_back(tmp_path, capsys, bits, dtype):
     model = tiny_folder(tmp_path / "model", dtype=dtype, **SIZES)
     source, rng, half = MemoryTensors(folder_tensors(model)), np.random.default_rng(bits), 2 ** (bits - 1)
