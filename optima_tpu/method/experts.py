@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
@@ -25,12 +26,14 @@ class ExpertStatistics(NamedTuple):
       norms: ``sum_t |f_e(t)|``.
       squares: ``sum_t |f_e(t)|^2``; equals ``tr(W_d A_e W_d')`` with ``A_e = sum_t h h'`` if down has no bias.
       shared_norms: ``sum_t g_e(t) |f_e(t)|``.
+      prices: see :class:`Price`; None where the score does not read them.
     """
 
     tokens: Int32[Array, " experts"]
     norms: Float32[Array, " experts"]
     squares: Float32[Array, " experts"]
     shared_norms: Float32[Array, " experts"]
+    prices: Float32[Array, " experts"] | None = None
 
     def mean(self, sums: Float32[Array, " experts"]) -> Float32[Array, " experts"]:
         """The mean over the tokens of each expert; 0 for an expert without tokens."""
@@ -44,6 +47,8 @@ class ExpertScore(Method, abc.ABC):
     """
 
     setting: ClassVar[str] = "cut.score"
+    priced: ClassVar[bool] = False
+    """Whether it reads ``prices``, which take six more passes over the text."""
 
     @abc.abstractmethod
     def __call__(self, statistics: ExpertStatistics) -> Float32[Array, " experts"]:
@@ -82,7 +87,66 @@ class MSAN(ExpertScore):
         return statistics.mean(statistics.squares)
 
 
-SCORES: Mapping[str, type[ExpertScore]] = MappingProxyType({"reap": REAP, "frequency": Frequency, "man": MAN, "msan": MSAN})
+@dataclasses.dataclass(frozen=True)
+class Price(ExpertScore):
+    """The error of the mixture's output without the expert, where the weights of the others move and no other takes its tokens:
+
+        min_V 1/n sum_t |g_e(t) W_e h_e(t) - sum_{f != e} g_f(t) (V_f - W_f) h_f(t)|^2
+
+    with the damping of :class:`Refit`. The prices of all experts are one system of conjugate gradients, which stops after
+    ``PRICE_STEPS`` steps. It has as many rows as a refit: for each expert, few random sums of its outputs.
+    """
+
+    priced = True
+
+    def __call__(self, statistics: ExpertStatistics) -> Float32[Array, " experts"]:
+        assert statistics.prices is not None, "a score that is priced gets prices"
+        return statistics.prices
+
+
+PRICE_STEPS = 4
+"""The steps of conjugate gradients in :func:`prices`."""
+_LEAST_ROWS = 16
+"""The least number of sums of outputs of an expert, which estimate its price to about a tenth."""
+
+
+def price_rows(experts: int, width: int) -> int:
+    """How many sums of the ``width`` outputs of an expert estimate its price: all experts have about ``width`` together."""
+    return min(width, max(_LEAST_ROWS, -(-width // experts)))
+
+
+def prices(
+    down: Float32[Array, "experts d_out d_in"],
+    gram: Float32[Array, "experts d_in d_in"],
+    product: Callable[[Float32[Array, "experts rows d_in"]], Float32[Array, "experts rows d_in"]],
+    rows: int,
+    steps: int = PRICE_STEPS,
+) -> Float32[Array, " experts"]:
+    """The prices of all experts, see :class:`Price`; exact with ``rows`` of d_out and enough steps.
+
+    Args:
+      gram, product: as for :func:`refit`.
+      rows: see :func:`price_rows`.
+    """
+    own, others = _targets(down, rows)
+    image = product(own)
+    found = refit(others * image, gram, jnp.sum(own * image, axis=(0, 2)), lambda change: others * product(change), steps)
+    return jnp.sum(found.after.reshape(len(down), rows), axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _targets(down: Array, rows: int) -> tuple[Array, Array]:
+    """The summed outputs of every expert as weights [experts, experts * rows, d_in], and 1 where a row is of another expert's."""
+    experts, width, _ = down.shape
+    signs = jax.random.rademacher(jax.random.key(0), (rows, width), jnp.float32) / rows**0.5
+    sums = jnp.einsum("ro,eoi->eri", jnp.eye(width) if rows == width else signs, down, precision="highest")
+    same = jnp.repeat(jnp.eye(experts), rows, axis=1)[:, :, None]
+    return same * jnp.tile(sums, (1, experts, 1)), 1 - same
+
+
+SCORES: Mapping[str, type[ExpertScore]] = MappingProxyType(
+    {"reap": REAP, "price": Price, "frequency": Frequency, "man": MAN, "msan": MSAN}
+)
 """The scores by their names in YAML files and on the command line."""
 
 
@@ -110,13 +174,13 @@ class Refit(NamedTuple):
 
     Attributes:
       change: ``V - W``, [experts, d_out, d_in] float32.
-      before: ``1/n sum_t |y_t - yhat_t|^2`` with the dense weights.
+      before: ``1/n sum_t (y_t - yhat_t)^2`` with the dense weights.
       after: the same with the new weights.
     """
 
     change: Float32[Array, "experts d_out d_in"]
-    before: Float32[Array, ""]
-    after: Float32[Array, ""]
+    before: Float32[Array, " d_out"]
+    after: Float32[Array, " d_out"]
 
 
 DAMPING = 0.1
@@ -126,7 +190,7 @@ DAMPING = 0.1
 def refit(
     pull: Float32[Array, "experts d_out d_in"],
     gram: Float32[Array, "experts d_in d_in"],
-    before: Float32[Array, ""],
+    before: Float32[Array, " d_out"],
     product: Callable[[Float32[Array, "experts d_out d_in"]], Float32[Array, "experts d_out d_in"]],
     steps: int,
 ) -> Refit:
@@ -202,5 +266,5 @@ def _step(factor: Array, gram: Array, state: _Gradients, product: Array) -> _Gra
 
 @jax.jit
 def _error(gram: Array, before: Array, state: _Gradients, pull: Array) -> Array:
-    objective = before - jnp.sum(state.change * (pull + state.residual))
-    return objective - DAMPING * jnp.sum(_diagonal(gram) * state.change**2)
+    objective = before - jnp.sum(state.change * (pull + state.residual), axis=(0, 2))
+    return objective - DAMPING * jnp.sum(_diagonal(gram) * state.change**2, axis=(0, 2))

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from optima_tpu.method.experts import ExpertScore, ExpertStatistics, kept_experts, refit
+from optima_tpu.method.experts import PRICE_STEPS, ExpertScore, ExpertStatistics, kept_experts, price_rows, prices, refit
 from optima_tpu.models.activations import Batch, HiddenStates
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, save_tree
@@ -131,26 +131,25 @@ class ExpertRemoval:
     def _cut(self, index: int, fewer: Decoder, parameters: Mapping[str, Array], hidden: HiddenStates) -> CutBlock:
         names, batch = self.cut.names, self.model.decoder.batch
         whole = _MixedBlock.of(self.model.decoder, index, names, parameters, hidden.length)
-        scores = fetch(self.score(whole.statistics(hidden, batch)))
+        statistics = whole.statistics(hidden, batch)
+        if self.score.priced:
+            rows = price_rows(*whole.down.shape[:2])
+            statistics = statistics._replace(prices=whole.prices(hidden, batch, rows, PRICE_STEPS))
+        scores = fetch(self.score(statistics))
         stay = tuple(kept_experts(scores, self.cut.kept, self.cut.groups).tolist())
         if not self.steps:
             return CutBlock(stay)
         left = _MixedBlock.of(fewer, index, names, _with_only(parameters, names, stay), hidden.length)
         sums = (refit_sums(whole.mesh, whole.mixture(each), left.mixture(each)) for each in hidden.batches(batch))
         pull, gram, before, energy = _mean(sums, len(hidden) * hidden.length)
-
-        def product(direction: Array) -> Array:
-            parts = (refit_product(left.mesh, left.mixture(each).sent, direction) for each in hidden.batches(batch))
-            return _mean(parts, len(hidden) * hidden.length)
-
-        found = refit(pull, gram, before, product, self.steps)
+        found = refit(pull, gram, before, functools.partial(left.product, hidden, batch), self.steps)
         new = left.down + found.change
         down = {}
         for number in range(len(stay)):
             name = _part(names.down, number) + ".weight"
             old = parameters[name]
             down[name] = jax.device_put(new[number].astype(old.dtype), old.sharding)
-        first, last = fetch((found.before / energy, found.after / energy))
+        first, last = fetch(tuple(jnp.sum(errors) / energy for errors in (found.before, found.after)))
         return CutBlock(stay, down, float(first), float(last))
 
 
@@ -204,6 +203,17 @@ class _MixedBlock(NamedTuple):
             sums = jax.block_until_ready(add_statistics(self.mesh, sums, self.mixture(batch)))
         return sums
 
+    def product(self, hidden: HiddenStates, size: int, weights: Array) -> Array:
+        """``1/n sum_t g_e(t) o_t h_e(t)'`` of every expert, for the output ``o`` of the mixture with other weights of down."""
+        parts = (refit_product(self.mesh, self.mixture(batch).sent, weights) for batch in hidden.batches(size))
+        return _mean(parts, len(hidden) * hidden.length)
+
+    def prices(self, hidden: HiddenStates, size: int, rows: int, steps: int) -> Array:
+        """What :func:`~optima_tpu.method.experts.prices` finds. The biases of down do not count."""
+        grams = (refit_gram(self.mesh, self.mixture(batch).sent) for batch in hidden.batches(size))
+        gram = _mean(grams, len(hidden) * hidden.length)
+        return prices(self.down, gram, functools.partial(self.product, hidden, size), rows, steps)
+
 
 def _with_only(parameters: Mapping[str, Array], names: ExpertNames, stay: Sequence[int]) -> dict[str, Array]:
     """The parameters of a block without the other experts."""
@@ -226,7 +236,13 @@ def refit_sums(mesh: Mesh, whole: Mixed, left: Mixed) -> tuple[Array, Array, Arr
         target = mixed_output(mesh, *whole)
         error = target - mixed_output(mesh, *left)
         sums = mixed_moments(mesh, left.sent, error), mixed_gram(mesh, left.sent)
-        return *sums, jnp.sum(error**2), jnp.sum(target**2)
+        return *sums, jnp.sum(error**2, axis=0), jnp.sum(target**2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def refit_gram(mesh: Mesh, sent: Sent) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return mixed_gram(mesh, sent)
 
 
 @functools.partial(jax.jit, static_argnums=0)

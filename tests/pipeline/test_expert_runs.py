@@ -142,7 +142,7 @@ def size(path: Path) -> int:
     [
         (["--cut.experts", "1.5"], "expected cut.experts to be a share below 1 or a whole number, got 1.5"),
         (["--cut.experts", "5"], "the 6 experts of Qwen3MoeForCausalLM, got 5: a token is sent to 2; take --cut.experts 4"),
-        (["--cut.experts", "0.5", "--cut.score", "reep"], "expected cut.score to be one of reap, frequency, man, msan"),
+        (["--cut.experts", "0.5", "--cut.score", "reep"], "expected cut.score to be one of reap, price, frequency, man, msan"),
         (["--cut.experts", "0.5", "--cut.blocks", "1"], "expected cut.blocks or cut.experts, got 1 and 0.5"),
     ],
 )

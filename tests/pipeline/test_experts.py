@@ -173,6 +173,28 @@ def test_the_refit_is_the_ridge_regression_of_all_experts_jointly(name, shape):
     assert errors[1] < 0.9 * errors[0] and parameters
 
 
+def test_the_price_of_an_expert_is_what_the_output_loses_without_it_when_the_others_move():
+    """Against one ridge regression for each expert, in float64."""
+    model, cut = opened("Qwen3MoeForCausalLM", (4, 2))
+    decoder, tokens = model.decoder, np.random.default_rng(1).integers(0, 60, (5, 16)).astype(np.int32)
+    parameters, hidden = next(decoder.blocks([0])), decoder.embed(tokens)
+    block = _MixedBlock.of(decoder, 0, cut.names, parameters, hidden.length)
+    experts, rows, width = block.down.shape
+    found = np.asarray(block.prices(hidden, decoder.batch, rows, steps=60))
+    _, features, down = mixed_by_hand(decoder, cut.names, next(decoder.blocks([0])), np.asarray(hidden.values))
+    expected = []
+    for expert in range(experts):
+        own = np.arange(experts * width) // width == expert
+        output, others = features[:, own] @ down[expert].T, features[:, ~own]
+        gram = others.T @ others / len(others)
+        ridge = np.diag(0.1 * np.diag(gram) + (np.diag(gram) == 0))
+        moved = others @ np.linalg.solve(gram + ridge, others.T @ output / len(others))
+        expected.append(np.sum((output - moved) ** 2) / len(others))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    few = np.asarray(block.prices(hidden, decoder.batch, 8, steps=60))
+    assert np.all(np.abs(np.log(few / found)) < np.log(2))  # an estimate from 8 random sums of the outputs
+
+
 def mixed_by_hand(decoder: Decoder, names: ExpertNames, parameters, values: np.ndarray):
     """The output of the mixture of block 0 [tokens, d_out], the inputs of all its experts times their shares, and down, in float64."""
     alone = dataclasses.replace(decoder, mesh=mesh(1, 1))

@@ -371,15 +371,15 @@ def test_a_plan_that_removes_experts_is_of_the_smaller_model(tmp_path):
         make_plan(
             config, open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE), compile_call=lambda *call: None
         )
-        for config in (base, base.changed(cut=CutStructures(experts=0.5, refit=3)))
+        for config in (base, base.changed(cut=CutStructures(experts=0.5, score="price", refit=3)))
     )
     assert cut.serving and not dense.serving
     whole, left = cut.serving
     router = 3 * 4 * 64 * 2  # bytes of the rows that leave, of three blocks
     assert whole.weights - left.weights == 3 * 4 * 3 * 64 * 96 * 2 + router
     assert whole.active - left.active == router and whole.cache == left.cache
-    steps, (scores, missed, step, *others) = 2, cut.programs  # 16 windows, 2 on each of 4 slices at a time
-    assert [each.calls for each in (scores, missed, step)] == [3 * steps, 3 * steps, 3 * steps * 3]
+    steps, (scores, prices, missed, step, *others) = 2, cut.programs  # 16 windows, 2 on each of 4 slices at a time
+    assert [each.calls for each in (scores, prices, missed, step)] == [3 * steps * times for times in (1, 6, 1, 3)]
     tokens = 2 * 32 * 2  # of a device, at 2 experts each; the products of a step are float32, and split over 2 devices
     assert step.work.wide == pytest.approx(2 * 2 * tokens * 64 * 96 / 2, rel=0.1)
     assert [each.calls for each in (others[-1], dense.programs[-1])] == [3 * 4, 3 * 8]  # of the solver, for w2 of every expert

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.method.experts import ExpertStatistics
+from optima_tpu.method.experts import PRICE_STEPS, ExpertStatistics, price_rows
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.pipeline.calibrate import linear_groups, pass_batch
@@ -74,7 +74,8 @@ class Beside(NamedTuple):
         text, refit, decoder = config.calibration, config.cut.refit, dense.decoder
         mixed = mixed_blocks(decoder, cut)
         # Into every pass over the text, and out of the block that has lost experts.
-        passes = 2 * len(mixed) + sum(mixed) * (1 + (1 + refit) * bool(refit))
+        priced = config.cut.expert_score.priced * (PRICE_STEPS + 2)
+        passes = 2 * len(mixed) + sum(mixed) * (1 + priced + (1 + refit) * bool(refit))
         moved = passes * text.fitted * text.window_length * decoder.config.d_model * dense.dtype.itemsize
         seconds = dense.all_blocks_bytes() / estimate.ASSUMED.reading + moved / estimate.ASSUMED.transfer
         down = decoder.at(mixed.index(True)).block_shapes[cut.names.down.replace("*", "0") + ".weight"]
@@ -98,16 +99,21 @@ def removal_programs(
         model, blocks = dense.at(kind), sum(dense.decoder.config.kind_of(index) == kind for index in range(len(mixed)))
         whole, fewer = (_Mixture.of(each.at(kind).decoder, cut, length, windows) for each in (dense, left))
         sums = ExpertStatistics(*(struct_on(mesh, (cut.total,), dtype, P()) for dtype in (jnp.int32, *[jnp.float32] * 3)))
+        experts, width, inner = whole.mixed.down.shape
+        sketch = struct_on(mesh, (experts, experts * price_rows(experts, width), inner), jnp.float32, P(None, MODEL))
+        prices = Call(refit_product, (mesh, whole.mixed.sent, sketch))
         first = Call(refit_sums, (mesh, whole.mixed, fewer.mixed))
         product = Call(refit_product, (mesh, fewer.mixed.sent, fewer.mixed.down))
         parts = [
             ("scores of experts", 1, Call(add_statistics, (mesh, sums, whole.mixed)), (whole.passing, fewer.whole)),
+            ("prices of experts", config.cut.expert_score.priced * (PRICE_STEPS + 2), prices, (whole.passing,)),
             ("what experts miss", min(1, config.cut.refit), first, (whole.passing, fewer.passing)),
             ("step of their refit", config.cut.refit, product, (fewer.passing,)),
         ]
         down, groups = fewer.mixed.down, linear_groups(model.decoder)
         grams = 2 * 4 * cut.kept * down.shape[2] ** 2
-        held = resident(model.decoder, (), False) + _STATES * bytes_on_device(down) + grams
+        states = _STATES * bytes_on_device(sketch if config.cut.expert_score.priced else down)
+        held = resident(model.decoder, (), False) + states + grams
         rough = held + estimate.forward_memory(model, estimate.inputs_of(model, groups), length, batch)
         for name, times, call, before in parts:
             if times:
