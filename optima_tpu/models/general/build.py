@@ -17,7 +17,7 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models.experts import Routed
 from optima_tpu.models.family import DecoderConfig, Family, Positions
 from optima_tpu.models.general.block import Block, Final, Traced, embed, expert_layers, to_numpy
-from optima_tpu.models.general.shell import Shell, computed, experts_of, stored
+from optima_tpu.models.general.shell import BY_VALUES, Shell, computed, experts_of, stored
 from optima_tpu.runtime.mesh import MODEL
 
 _LENGTH = 8
@@ -212,7 +212,9 @@ def _layers(shell: Shell, index: int) -> Layers:
     except UserError:
         raise
     except Exception as error:  # the code of any model
-        raise shell.refusal(f"its block {index} cannot be traced ({type(error).__name__}: {one_line(error)[:200]})") from error
+        why = f"cannot be traced ({type(error).__name__}: {one_line(error)[:200]})"
+        by_values = isinstance(error, jax.errors.JAXTypeError | jax.errors.JAXIndexError)
+        raise shell.refusal(f"its block {index} {BY_VALUES if by_values else why}") from error
     if not order:
         raise shell.refusal(f"no layer of its block {index} shows what it multiplies")
     block = shell.blocks[index]
@@ -321,4 +323,6 @@ def _ignored(shell: Shell) -> dict[str, str]:
     """What a checkpoint may hold, see ``Family.ignored``."""
     rules = [f"(.*){rule}(.*)" for rule in shell.model._keys_to_ignore_on_load_unexpected or ()]
     rules += [rf"(.*\.)?{re.escape(name)}" for name in computed(shell.model)]
-    return dict.fromkeys(rules, "transformers does not read it either: it follows from the configuration")
+    found = dict.fromkeys(rules, "transformers does not read it either: it follows from the configuration")
+    tied = {re.escape(shell.stored_as(shell.head)): "a stored copy of a tied head: the model reads its embedding instead"}
+    return found | (tied if shell.tied else {})

@@ -183,11 +183,12 @@ class Shell:
         """Whether the head has a bias."""
         return self._head.bias is not None
 
-    @property
+    @functools.cached_property
     def root(self) -> str:
         """The prefix of all names in a checkpoint but the head's."""
         prefix = f"{self.model.base_model_prefix}."
-        return prefix if self.layers.startswith(prefix) else ""
+        names = [self.layers, *(self.stored_as(name) for name in (self.embedding, *self.before, *self.final))]
+        return prefix if all(name.startswith(prefix) for name in names) else ""
 
     def outer(self, name: str) -> str:
         """The name of a parameter behind or before the blocks in a checkpoint, after the root."""
@@ -224,6 +225,8 @@ class Shell:
 
         def instead(index: int, args: Any, kwargs: Any) -> Any:
             entering = args[0] if args else kwargs["hidden_states"]
+            if entering.ndim != 3:
+                raise self.refusal(f"its block {index} reads hidden states of the shape {tuple(entering.shape)} for one window")
             if hidden and entering is not hidden[0]:
                 raise self.refusal(f"it changes the hidden states between the blocks {index - 1} and {index}")
             hidden[:] = [entering]
@@ -287,7 +290,9 @@ class Shell:
                     stack.enter_context(replaced(module, lambda hidden, *args, **kwargs: torch.empty_like(hidden)))
                 output = torch.func.functional_call(block, buffers, args, kwargs)
         except Exception as error:  # the code of any model
-            raise self.refusal(f"its block {index} does not run without values ({one_line(error)})") from error
+            by_values = "meta tensor" in str(error) or isinstance(error, NotImplementedError)
+            why = f"does not run without values ({one_line(error)[:200]})"
+            raise self.refusal(f"its block {index} {BY_VALUES if by_values else why}") from error
         finally:
             block.forward = forward
         return None if isinstance(output, torch.Tensor) else tuple(output[1:])
@@ -324,9 +329,9 @@ class Shell:
                 raise self.refusal("it changes the hidden states between its last norm and its head")
             return x
 
-        # The modules that the blocks stand in run around what is looked for.
-        parts = self.path.split(".")
-        outer = {id(self.model.get_submodule(".".join(parts[:depth]))) for depth in range(len(parts))}
+        # The modules that the blocks, or the head, stand in run around what is looked for.
+        around = [path.split(".") for path in (self.path, self.head.removesuffix(".weight"))]
+        outer = {id(self.model.get_submodule(".".join(parts[:depth]))) for parts in around for depth in range(len(parts))}
         inside = {id(module) for module in self.model.get_submodule(self.path).modules()}
         others = [module for module in self.model.modules() if id(module) not in inside | outer]
         with contextlib.ExitStack() as stack:
@@ -358,6 +363,9 @@ class Shell:
             raise self.refusal("it computes something else behind its head than a factor and a soft cap")
         return Logits(1.0 if abs(scale - 1) < 1e-4 else scale, cap)
 
+
+BY_VALUES = "looks at values to choose what it computes, which no compiled program can"
+"""What is wrong with a block, behind its number."""
 
 _LENGTHS = 4
 """Lengths of windows whose arguments are kept: a run has two, and a trace one of its own."""
