@@ -60,7 +60,8 @@ def opened(model, shape):
     return decoder, decoder.embed(tokens)
 
 
-def test_certificates_hold_against_float64_on_real_hessians(model):
+@pytest.mark.parametrize("every", [9, pytest.param(3, marks=pytest.mark.slow)])
+def test_certificates_hold_against_float64_on_real_hessians(model, every):
     """Block 0 has the worst conditioned layer of the model (o_proj), block 11 its massive activations (down_proj)."""
     decoder, hidden = opened(model, (1, 1))
     groups, certified, rows, errors = linear_groups(decoder), 0, 0, []
@@ -69,7 +70,8 @@ def test_certificates_hold_against_float64_on_real_hessians(model):
         if index in (0, 11):
             statistics = accumulate(decoder, index, Capture(groups), (Stream(parameters, hidden),))
             for names, (hessian, *_) in zip(groups, statistics):
-                problem = LayerProblem(parameters[names[0] + ".weight"][::9], hessian)  # the rows are solved apart: some will do
+                # The rows are solved apart: some will do.
+                problem = LayerProblem(parameters[names[0] + ".weight"][::every], hessian)
                 pruned = Wanda()(problem, Unstructured(0.5))
                 solution = solve(CG(), problem, pruned)
                 certified += int(solution.converged.sum())

@@ -174,14 +174,14 @@ def test_another_run_is_refused_with_the_settings_that_differ_and_its_command(fi
     assert snapshot(finished.directory) == before
 
 
-def test_another_mesh_goes_on_with_a_stopped_run(one_device, finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("shape", ["1x1", pytest.param("8x1", marks=pytest.mark.slow)])
+def test_another_mesh_goes_on_with_a_stopped_run(finished, tmp_path, monkeypatch, capsys, shape):
     command = [*finished.arguments, "--output", str(tmp_path / "run")]
     stop_after_the_first_block(monkeypatch)
     assert main(command) == 130
     assert "goes on" in capsys.readouterr().err
     monkeypatch.undo()
-    place = command.index("--mesh")
-    del command[place : place + 2]
+    command[command.index("4x2")] = shape
     assert main(command) == 0
     assert_close_weights(tmp_path / "run", finished.directory)
 
