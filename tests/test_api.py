@@ -19,7 +19,7 @@ SMALL = {
     "mesh": "4x2",
     "preset": "fast",
     "calibration": {"source": "random", "windows": 8, "length": 32},
-    "evaluation": {"source": "random", "windows": 4},
+    "evaluation": {"source": "random", "windows": 8},
 }
 
 

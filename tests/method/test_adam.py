@@ -96,8 +96,10 @@ def test_is_the_published_recipe_on_a_layer_with_a_bias(rates, steps):
     np.testing.assert_array_equal(solution.steps, step)
 
 
-def test_the_steps_are_those_of_torch():
+def test_the_steps_are_those_of_torch(monkeypatch):
     torch = pytest.importorskip("torch")
+    # torchax, which tests of models import, names an accelerator without streams, and torch 2.15 asks each for its stream.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: None)
     layer = make_layer(1)
     keep = torch.tensor(np.asarray(layer.pruned.keep))
     inputs, wanted = torch.tensor(layer.inputs), torch.tensor(layer.inputs @ layer.weight.T)

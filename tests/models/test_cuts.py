@@ -118,7 +118,10 @@ def test_the_exported_model_computes_what_zeros_do(reference: Reference, setting
         dense = model(tokens).logits
         for name, keep in keeps.items():
             of_inputs(model, name, len(keep))[:, ~keep] = 0
-        expected, found = (each(tokens).logits for each in (model, small.eval()))
+        # In float64, which grouped products of experts don't take: a sum over fewer heads is rounded differently.
+        for each in (model, small.eval()):
+            each.double().set_experts_implementation("eager")
+        expected, found = (each(tokens).logits for each in (model, small))
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() < 0.1 * (dense - expected).abs().max()
 
 

@@ -172,7 +172,9 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
 def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(architecture, told, tmp_path):
     reference = next(reference for reference in REFERENCES if reference.model.startswith(architecture))
     config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
-    model = SimpleNamespace(decoder=Decoder.open(config, tensors, mesh(1, 1)), pretrained=SimpleNamespace(origin="a model"))
+    model = SimpleNamespace(
+        decoder=Decoder.open(config, tensors, mesh(1, 1)), pretrained=SimpleNamespace(origin="a model", config=config)
+    )
     text = SimpleNamespace(how="a text", cache="", ids=np.arange(64).reshape(2, 32))
     texts, console = SimpleNamespace(calibration=text, evaluation=text), Console(file=io.StringIO(), width=200)
     greet(console, parse(["--preset", "best", "--pattern", "2:4"]), model, texts, tmp_path, "")

@@ -395,7 +395,8 @@ def _multiplies(layer: Any) -> bool:
         given = torch.func.functional_call(layer, held, (x,))
     except Exception:  # the code of any model
         return False
-    return torch.allclose(given, torch.nn.functional.linear(x, held["weight"], held.get("bias")), rtol=1e-4)
+    expected = torch.nn.functional.linear(x, held["weight"], held.get("bias"))
+    return isinstance(given, torch.Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-4)
 
 
 def experts_of(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
