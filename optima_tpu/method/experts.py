@@ -26,7 +26,7 @@ class ExpertStatistics(NamedTuple):
       norms: ``sum_t |f_e(t)|``.
       squares: ``sum_t |f_e(t)|^2``; equals ``tr(W_d A_e W_d')`` with ``A_e = sum_t h h'`` if down has no bias.
       shared_norms: ``sum_t g_e(t) |f_e(t)|``.
-      prices: see :class:`Price`; None where the score does not read them.
+      prices: see :class:`ExpertPrice`; None where the score does not read them.
     """
 
     tokens: Int32[Array, " experts"]
@@ -88,7 +88,7 @@ class MSAN(ExpertScore):
 
 
 @dataclasses.dataclass(frozen=True)
-class Price(ExpertScore):
+class ExpertPrice(ExpertScore):
     """The error of the mixture's output without the expert, where the weights of the others move and no other takes its tokens:
 
         min_V 1/n sum_t |g_e(t) W_e h_e(t) - sum_{f != e} g_f(t) (V_f - W_f) h_f(t)|^2
@@ -122,7 +122,7 @@ def prices(
     rows: int,
     steps: int = PRICE_STEPS,
 ) -> Float32[Array, " experts"]:
-    """The prices of all experts, see :class:`Price`; exact with ``rows`` of d_out and enough steps.
+    """The prices of all experts, see :class:`ExpertPrice`; exact with ``rows`` of d_out and enough steps.
 
     Args:
       gram, product: as for :func:`refit`.
@@ -145,7 +145,7 @@ def _targets(down: Array, rows: int) -> tuple[Array, Array]:
 
 
 SCORES: Mapping[str, type[ExpertScore]] = MappingProxyType(
-    {"reap": REAP, "price": Price, "frequency": Frequency, "man": MAN, "msan": MSAN}
+    {"reap": REAP, "price": ExpertPrice, "frequency": Frequency, "man": MAN, "msan": MSAN}
 )
 """The scores by their names in YAML files and on the command line."""
 

@@ -148,10 +148,10 @@ def test_a_model_that_is_not_there(refused, tmp_path):
 def test_an_architecture_that_is_not_supported(refused, tmp_path):
     folder = tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["PhimoeForCausalLM"], "model_type": "phimoe"}
+    config |= {"architectures": ["JetMoeForCausalLM"], "model_type": "jetmoe"}
     (folder / "config.json").write_text(json.dumps(config))
     message = refused("--model", folder, *SMALL)
-    assert "the general way cannot run a PhimoeForCausalLM: " in message and "give a model of another architecture" in message
+    assert "the general way cannot run a JetMoeForCausalLM: " in message and "give a model of another architecture" in message
 
 
 def test_a_calibration_text_that_is_too_short(model, refused, tmp_path):
