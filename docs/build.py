@@ -760,7 +760,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
                 ("levers", "dense-target", "allocation"),
                 ("levers-wanda", "loss-weights", "loss-weights-best", "output-errors", "permutations"),
             ),
-            "Cut out": Group(("cut-neurons", "cut-speed", "cut-damping", "cut-choosers")),
+            "Cut out": Group(("cut-neurons", "cut-speed", "cut-damping", "cut-choosers", "cut-blocks")),
             "Pruned and quantised": Group(("quantization",), ("qwix",)),
             "Tasks, and distance from the dense model": Group(("tasks", "distance")),
         },
