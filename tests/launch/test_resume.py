@@ -11,9 +11,11 @@ import pytest
 
 from optima_tpu.config.parse import parse
 from optima_tpu.launch import main
+from optima_tpu.pipeline import inputs
 from optima_tpu.pipeline.journal import Journal, finished_blocks
 from optima_tpu.runtime.files import remove
 from optima_tpu.runtime.program import program
+from tests.support.meshes import mesh
 from tests.support.processes import python
 from tests.support.runs import assert_close_weights, assert_same_weights, only_error, snapshot, stop_after_the_first_block
 
@@ -182,6 +184,7 @@ def test_another_mesh_goes_on_with_a_stopped_run(finished, tmp_path, monkeypatch
     assert "goes on" in capsys.readouterr().err
     monkeypatch.undo()
     command[command.index("4x2")] = shape
+    monkeypatch.setattr(inputs, "make_mesh", lambda text: mesh(*map(int, text.split("x"))))  # of the first ones of eight devices
     assert main(command) == 0
     assert_close_weights(tmp_path / "run", finished.directory)
 
