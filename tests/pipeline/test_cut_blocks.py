@@ -24,7 +24,6 @@ from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline import cut_blocks, stages
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.cut_blocks import choose_block
-from optima_tpu.pipeline.journal import Journal
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.repair import verified
@@ -33,7 +32,7 @@ from optima_tpu.recover import main as recover
 from optima_tpu.report.contents import LeftOut
 from optima_tpu.runtime.processes import fetch
 from tests.support.meshes import mesh
-from tests.support.runs import SMALL, assert_same_weights, folder_tensors, only_error
+from tests.support.runs import SMALL, assert_same_weights, folder_tensors, only_error, stop_after_the_first_block
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
 TOKENS = np.random.default_rng(1).integers(0, 64, (6, 24)).astype(np.int32)
@@ -137,20 +136,16 @@ def test_a_run_says_everywhere_what_it_left_out(whole_run):
 def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
     """Behind the first choice, and behind the first block that was pruned."""
     words, expected = whole_run
-    choose, save = cut_blocks.choose_block, Journal.save
+    choose = cut_blocks.choose_block
 
     def once(model, tokens, before):
         if before.blocks:
             raise KeyboardInterrupt
         return choose(model, tokens, before)
 
-    def first(journal, index, *rest):
-        save(journal, index, *rest)
-        raise KeyboardInterrupt
-
-    for chosen, place, stopped in ((1, (stages, "choose_block"), once), (2, (Journal, "save"), first)):
+    for chosen, stop in ((1, lambda patch: patch.setattr(stages, "choose_block", once)), (2, stop_after_the_first_block)):
         with monkeypatch.context() as patch:
-            patch.setattr(*place, stopped)
+            stop(patch)
             assert main([*words, "--output", str(tmp_path / "run")]) != 0
         assert len(json.loads((tmp_path / "run" / "left_out.json").read_text())["blocks"]) == chosen
     assert main([*words, "--output", str(tmp_path / "run")]) == 0

@@ -18,7 +18,7 @@ from optima_tpu.pipeline.repair import verified
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.references import REFERENCES, SIZES, tiny
-from tests.support.runs import SMALL, folder_tensors, only_error
+from tests.support.runs import SMALL, folder_tensors, only_error, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -90,20 +90,16 @@ def whole_run(tmp_path_factory):
 def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
     """Behind the first block that lost experts, and behind the first one that was pruned."""
     words, expected = whole_run
-    run, keep, save = tmp_path / "run", stages.keep_block, Journal.save
+    run, keep = tmp_path / "run", stages.keep_block
 
     def once(directory, index, *rest):
         if index == 1:
             raise KeyboardInterrupt
         return keep(directory, index, *rest)
 
-    def first(journal, index, *rest):
-        save(journal, index, *rest)
-        raise KeyboardInterrupt
-
-    for done, place, stopped in ((1, (stages, "keep_block"), once), (2, (Journal, "save"), first)):
+    for done, stop in ((1, lambda patch: patch.setattr(stages, "keep_block", once)), (2, stop_after_the_first_block)):
         with monkeypatch.context() as patch:
-            patch.setattr(*place, stopped)
+            stop(patch)
             assert main([*words, "--output", str(run)]) != 0
         assert len(json.loads((run / "left_out.json").read_text())["experts"]["blocks"]) == done
     assert main([*words, "--output", str(run)]) == 0
