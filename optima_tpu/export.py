@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command, printing, signals
-from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.program import Parser, program
 
@@ -89,7 +88,7 @@ def run(chosen: argparse.Namespace) -> None:
         print(told)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    options = forms.Options(byte_count("a shard size", chosen.max_shard_size), chosen.scan_layers)
+    options = forms.Options(chosen.max_shard_size, chosen.scan_layers)
     with _alone_in_run(as_path(chosen.run_dir).resolve(), as_path(chosen.out).resolve()):
         outcome = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=printing.printed)
     signals.ended(0)

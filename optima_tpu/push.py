@@ -92,10 +92,7 @@ def push(files: Mapping[str, Path], repository: str, api: "HfApi", ask: Callable
     Weights that are in the repository and not among the files are deleted: a loader might take them for this model's.
 
     Args:
-      files: from :func:`collect`.
-      repository: its id, ORG/NAME.
       ask: answers a question.
-      public: whether a new repository is public.
 
     Raises:
       UserError: nobody agreed, or the hub refused.
@@ -152,7 +149,6 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
 
     Args:
       run: a run directory, or an exported folder.
-      include_report: the report, too.
       include_private: also what looks private.
 
     Raises:

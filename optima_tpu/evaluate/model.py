@@ -50,11 +50,7 @@ class MadeBy(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """An opened model.
-
-    Attributes:
-      model: the checkpoint and its decoder on the mesh.
-    """
+    """An opened model."""
 
     model: Model
     tokenizer: PreTrainedTokenizerBase

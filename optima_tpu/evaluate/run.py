@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 from jax.sharding import Mesh
 from lm_eval.tasks.manager import TaskDict
 from msgspec import structs
@@ -41,7 +40,7 @@ from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import only_program, refuse_unreachable, writing
-from optima_tpu.runtime.mesh import make_mesh
+from optima_tpu.runtime.mesh import devices_words, make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first
 from optima_tpu.runtime.records import encoded, known_record
 from optima_tpu.runtime.version import code_version
@@ -346,7 +345,6 @@ def _greeting(
     config: EvaluateConfig, models: Mapping[str, Evaluated], texts: Mapping[str, Tokens], mesh: Mesh, folder: Path
 ) -> list[str]:
     """Lines that describe the evaluation, printed before the first long computation."""
-    several = "" if jax.process_count() == 1 else f" in {plural(jax.process_count(), 'process')}"
     lines = [
         f"{name:<12} {opened.model.pretrained.origin}: {plural(opened.model.decoder.config.blocks, 'block')}"
         for name, opened in models.items()
@@ -358,6 +356,6 @@ def _greeting(
     lines += [f"tasks        {', '.join(config.task_names)}{known}"] if config.task_names else []
     return [
         *lines,
-        f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}{several}",
+        f"devices      {devices_words(mesh)}",
         f"output       {folder}" + (f", replaces its {RECORD}" if (folder / RECORD).exists() else ""),
     ]

@@ -23,7 +23,9 @@ from optima_tpu.method.problem import Errors, LayerProblem, Pruned, Solution, ga
 from optima_tpu.method.statistics import TokenSets
 from optima_tpu.runtime.bounds import Bound
 
-BeforeAndAfter = tuple[Float32[Array, " rows"], Float32[Array, " rows"]]
+Numbers = Float32[Array, " rows"]
+Flags = Bool[Array, " rows"]
+BeforeAndAfter = tuple[Numbers, Numbers]
 """One number for each row: with the selector's weights, and with the solver's."""
 
 
@@ -33,13 +35,7 @@ class Acceptance(Method, abc.ABC):
     setting: ClassVar[str] = "accept"
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        before: Float32[Array, " rows"],
-        after: Float32[Array, " rows"],
-        converged: Bool[Array, " rows"],
-        held_out: BeforeAndAfter | None = None,
-    ) -> Bool[Array, " rows"]:
+    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
         """Returns the rows that take the solver's weights, [d_out] bool.
 
         Args:
@@ -56,13 +52,7 @@ class Acceptance(Method, abc.ABC):
 class PerRow(Acceptance):
     """Updates a row if its own objective, the solver's damping included, did not rise. So no row gets worse."""
 
-    def __call__(
-        self,
-        before: Float32[Array, " rows"],
-        after: Float32[Array, " rows"],
-        converged: Bool[Array, " rows"],
-        held_out: BeforeAndAfter | None = None,
-    ) -> Bool[Array, " rows"]:
+    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
         return after <= before
 
 
@@ -81,13 +71,7 @@ class PerLayer(Acceptance):
 
     min_converged: Annotated[float, Bound(0, 1)] = 0.95
 
-    def __call__(
-        self,
-        before: Float32[Array, " rows"],
-        after: Float32[Array, " rows"],
-        converged: Bool[Array, " rows"],
-        held_out: BeforeAndAfter | None = None,
-    ) -> Bool[Array, " rows"]:
+    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
         # A NaN makes the comparison False: a layer with one broken row is refused.
         fell = jnp.sum(after) < jnp.sum(before)
         enough = jnp.mean(converged, dtype=jnp.float32) >= self.min_converged
@@ -105,13 +89,7 @@ class HeldOut(Acceptance):
 
     by_held_out: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        before: Float32[Array, " rows"],
-        after: Float32[Array, " rows"],
-        converged: Bool[Array, " rows"],
-        held_out: BeforeAndAfter | None = None,
-    ) -> Bool[Array, " rows"]:
+    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
         if held_out is None:
             raise UserError("expected held-out tokens where accept is held_out, got none: raise --calibration.held_out")
         rows = after <= before

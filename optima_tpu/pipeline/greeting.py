@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from optima_tpu.config.parse import on_preset
@@ -19,6 +18,7 @@ from optima_tpu.pipeline.inputs import Texts, linear_shapes, pruned_layers
 from optima_tpu.report.meaningless import poor_text
 from optima_tpu.report.numbers import trained_on
 from optima_tpu.report.progress import say
+from optima_tpu.runtime.mesh import devices_words
 
 _FEW, _ENOUGH = 8, 16
 """Calibration tokens for each input of a layer: below the first they are few; the second is what more windows should reach."""
@@ -33,14 +33,13 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     decoder = without_last(model, config.cut.blocks).decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
     weights = sum(math.prod(shapes[path]) for path in pruned_layers(config, decoder))
-    shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {plural(jax.process_count(), 'process')}"
     lines = [
         f"model        {model.pretrained.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, {weights:,} weights to prune",
         f"preset       {on_preset(config)}",
         f"recipe       {recipe_line(config, decoder)}",
         f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
         f"evaluation   {', '.join(filter(None, (texts.evaluation.how, texts.evaluation.cache)))}",
-        f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
+        f"devices      {devices_words(decoder.mesh)}",
         f"run          {directory}",
     ]
     if few := short_text(config.calibration, max(d_in for _, d_in in shapes.values())):

@@ -155,11 +155,7 @@ def _places(windows: range, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DrawnLabels:
-    """A loss for ``distill.blocks.head_gradient``: the cross-entropy of labels that the model draws itself.
-
-    Attributes:
-      seed: of the labels.
-    """
+    """A loss for ``distill.blocks.head_gradient``: the cross-entropy of labels that the model draws itself."""
 
     seed: int
 

@@ -45,9 +45,6 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
     After an EOS that the model draws, the next document begins in the same window: with a BOS if the tokenizer puts one before
     every text, otherwise with the next token that the model draws. Every window has its full length.
 
-    Args:
-      console: prints the progress.
-
     Raises:
       UserError: the tokenizer has neither token; the model does not fit the devices as a whole; or its logits are not finite.
     """

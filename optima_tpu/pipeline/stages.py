@@ -80,7 +80,6 @@ class PrunedModel(NamedTuple):
     """The model in RUN/checkpoint.
 
     Attributes:
-      decoder: reads it.
       checkpoint: its tensors, and the report of every block.
     """
 

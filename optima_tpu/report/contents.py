@@ -200,9 +200,6 @@ class ModelFacts(Record, frozen=True):
     """The model that was pruned.
 
     Attributes:
-      origin: where it came from.
-      fingerprint: of its contents.
-      architecture: its class, by config.json.
       weights: how many it has, in all its tensors.
       active: how many of them a token passes through: of experts, only those that it is sent to. None in reports of earlier versions.
     """

@@ -48,9 +48,6 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
     """Prints the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
     A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from.
-
-    Args:
-      directory: current path of the run.
     """
     blocks, layers, settings = report.blocks, report.layers, report.settings
     # People open the page, report.html, which the command names when it is drawn.

@@ -25,6 +25,12 @@ ROWS = P((DATA, MODEL))
 """The spec of an array whose first axis is the rows of a layer."""
 
 
+def devices_words(mesh: Mesh) -> str:
+    """Devices, mesh and processes, for the line "devices" that a command prints about itself."""
+    several = f" in {plural(jax.process_count(), 'process')}" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]}{several}"
+
+
 def parse_mesh(text: str) -> tuple[int, int]:
     """Reads "4x2" or "data=4,model=2" into (data, model).
 

@@ -83,15 +83,18 @@ def export(
         raise UserError(f"--unscanned belongs to --format {MaxText.name}: the format {form} has no stacked blocks; leave it out")
     if in_bucket(out) and not FORMS[form].buckets:
         raise UserError(f"expected a folder on a disk for a {form} export, got {out}: export to a disk, then copy the folder")
+    # A packed folder is written as the plain one, which it is unpacked to byte for byte.
+    plain, shard = Plain.name if form == PackedForm.name else form, byte_count("a shard size", options.max_shard_size)
+    written_as = ExportForm(plain, shard, options.scan_layers)
     refuse_damaged_checkpoint(run_directory.absolute())
     run, directory = Exported.open(run_directory), run_directory.resolve()
     if out.is_relative_to(directory) and out != directory / FOLDER:
         raise UserError(
             f"expected a folder outside of the run directory {directory} to export to, got {out}; choose another folder"
         )
-    writer, dense = FORMS[form](run, options), total_bytes(run.source)
+    writer, dense = FORMS[form](run, written_as), total_bytes(run.source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _is_whole(out, run.source.run.manifest, form == PackedForm.name, _written_as(form, options)):
+        if _is_whole(out, run.source.run.manifest, form == PackedForm.name, written_as):
             say(f"{out} holds this export already, whole by its checksums: nothing is left to do")
             return ExportOutcome(dense, False)
         remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run.manifest, own=out.parent == directory))
@@ -109,7 +112,7 @@ def export(
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
             shards, zeros = writer.write(partial)
-            sidecar = _sidecar(run, zeros, _written_as(form, options))
+            sidecar = _sidecar(run, zeros, written_as)
             card = model_card(Card(sidecar, run.assets, report or _facts(run_directory), writer.library))
             (partial / CARD).write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
@@ -149,13 +152,6 @@ def _is_whole(out: Path, manifest: Mapping[str, Any], packed: bool = False, form
         and form in (None, sidecar.form)
         and (out / INDEX).exists() == packed
         and not damage(out)
-    )
-
-
-def _written_as(form: str, options: Options) -> ExportForm:
-    """How an export is written. A packed folder has the plain one's, which it is unpacked to byte for byte."""
-    return ExportForm(
-        Plain.name if form == PackedForm.name else form, byte_count("a shard size", options.max_shard_size), options.scan_layers
     )
 
 

@@ -32,8 +32,8 @@ from optima_tpu.models.checkpoints.orbax import block_of, save_items
 from optima_tpu.models.checkpoints.packed import MASKS, Packer, write_masks
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of
+from optima_tpu.report.contents import ExportForm
 from optima_tpu.runtime import signals
-from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.files import written_here
 from optima_tpu.runtime.processes import alone
 
@@ -73,7 +73,7 @@ class Form:
     library: ClassVar[str] = "transformers"
     next: ClassVar[str] = ""
 
-    def __init__(self, run: Exported, options: Options):
+    def __init__(self, run: Exported, written_as: ExportForm):
         self.run, self.stacked = run, stacks_among(run.source.stacked, stacks_of(run.architectures()))
         if self.stacked and not self.stacks:
             raise UserError(
@@ -111,15 +111,15 @@ class Plain(Form):
     name = "plain"
     stacks = True
 
-    def __init__(self, run: Exported, options: Options):
-        super().__init__(run, options)
+    def __init__(self, run: Exported, written_as: ExportForm):
+        super().__init__(run, written_as)
         self._stacked = Stacked(run.source, self.stacked)
         stacked = self._stacked
         # A tensor that is larger than a file may be gets one of its own.
         self._split = split_state_dict_into_shards_factory(
             {name: math.prod(stacked.shape(name)) * stacked.dtype(name).itemsize for name in stacked.names()},
             get_storage_size=int,
-            max_shard_size=byte_count("a shard size", options.max_shard_size),
+            max_shard_size=written_as.max_shard_size,
             filename_pattern="model{suffix}.safetensors",
         )
 
@@ -208,8 +208,8 @@ class Compressed(Plain):
     activations: ClassVar[bool] = False
     """Whether the inputs of quantised layers are rounded to 8 bits when the model runs."""
 
-    def __init__(self, run: Exported, options: Options):
-        super().__init__(run, options)
+    def __init__(self, run: Exported, written_as: ExportForm):
+        super().__init__(run, written_as)
         self.quantizer = run.quantizer(self.name)
 
     def compressed(self, name: str, weight: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
@@ -231,8 +231,8 @@ class CompressedW8A8(Compressed):
     name = "compressed-tensors-w8a8"
     activations = True
 
-    def __init__(self, run: Exported, options: Options):
-        super().__init__(run, options)
+    def __init__(self, run: Exported, written_as: ExportForm):
+        super().__init__(run, written_as)
         if (self.quantizer.bits, self.quantizer.group) != (8, None):
             raise UserError(
                 f"expected a run with --quantize int8 --quantize.group null to export as {self.name}, whose programs take a scale "
@@ -246,8 +246,8 @@ class GGUF(Form):
     name = "gguf"
     compact = True
 
-    def __init__(self, run: Exported, options: Options):
-        super().__init__(run, options)
+    def __init__(self, run: Exported, written_as: ExportForm):
+        super().__init__(run, written_as)
         quantized = run.source.quantized()
         bits = dict.fromkeys(quantized, run.quantizer(self.name).bits) if quantized else {}
         self._file = GGUFModel.of(Pretrained(run.config(), run.source, run.assets, "", str(run.directory)), bits)
@@ -287,9 +287,9 @@ class MaxText(Form):
         "docs/guides/jax-programs.md has one that keeps the zeros"
     )
 
-    def __init__(self, run: Exported, options: Options):
-        super().__init__(run, options)
-        self._layout = layout_of(run.config(), run.source, options.scan_layers)
+    def __init__(self, run: Exported, written_as: ExportForm):
+        super().__init__(run, written_as)
+        self._layout = layout_of(run.config(), run.source, written_as.scan_layers)
 
     def write_weights(self, folder: Path) -> Zeros:
         zeros, tree = Zeros(), dict[str, Any]()

@@ -33,7 +33,7 @@ from optima_tpu.report.contents import Report
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Terminal, say
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.mesh import make_mesh
+from optima_tpu.runtime.mesh import devices_words, make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, fetch, from_first, is_first, together
 from optima_tpu.runtime.version import code_version
 
@@ -206,7 +206,7 @@ def _manifest(config: RunConfig, start: Start, texts: Texts) -> dict[str, Any]:
 
 
 def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens) -> list[str]:
-    method, text, mesh = opened.config.distill, opened.config.calibration, opened.model.decoder.mesh
+    method, text = opened.config.distill, opened.config.calibration
     assert method is not None
     lines = [
         f"model        {config.model}: {opened.config.cut.of_blocks(opened.model.decoder.config.blocks)}, {plural(len(start.names), 'pruned matrix')}",
@@ -222,5 +222,5 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
         )
     scored = opened.texts.evaluation
     lines.append(f"evaluation   {', '.join(filter(None, (scored.how, scored.cache)))}")
-    lines.append(f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}")
+    lines.append(f"devices      {devices_words(opened.model.decoder.mesh)}")
     return [*lines, f"run          {opened.directory}"]

@@ -84,12 +84,7 @@ class Start(NamedTuple):
         return self.pruned.model.decoder
 
     def base(self, dense: str, spec: str) -> RunConfig:
-        """The run that would have made the pruned model.
-
-        Args:
-          dense: the dense model, as it is recorded.
-          spec: the pruned model.
-        """
+        """The run that would have made the pruned model."""
         if self.pattern is not None:
             return RunConfig(dense, recipe=Recipe(self.pattern, Imported(spec, weights=True), None))
         assert self.record.manifest is not None, "a model without a record has a pattern"
@@ -102,11 +97,7 @@ class Start(NamedTuple):
         return self.masks.read(whole, (rows, columns)) if rows else None
 
     def report(self, index: int, masks: Mapping[str, np.ndarray]) -> BlockReport:
-        """The report of a block, in which errors that nobody measured are not finite.
-
-        Args:
-          masks: by name inside the block.
-        """
+        """The report of a block, in which errors that nobody measured are not finite."""
         layers = []
         for name, keep in masks.items():
             rows, pruned = len(keep), int(keep.size - np.count_nonzero(keep))

@@ -38,11 +38,7 @@ def failed(cell: Cell, reason: str) -> CellResult:
 
 
 def finished(cell: Cell, report: Report, output: Path) -> CellResult:
-    """The result of a finished cell.
-
-    Args:
-      output: directory of the tables.
-    """
+    """The result of a finished cell."""
     layers = report.layers
     errors = mean_errors(layers)
     return structs.replace(
@@ -177,9 +173,6 @@ def write_tables(grid: CellGrid, results: Sequence[CellResult], header: Mapping[
 
 def refuse_loss(grid: CellGrid, force: bool = False) -> None:
     """Refuses to replace the tables of another grid, and files of the same names that are no tables of a sweep.
-
-    Args:
-      force: replace files that are no tables of a sweep.
 
     Raises:
       UserError: the directory has a table with finished cells that this grid does not have, or other files with the names of the
