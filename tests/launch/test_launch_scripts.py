@@ -129,7 +129,8 @@ def test_skypilot_starts_a_stopped_run_again():
 
 
 def test_skypilot_takes_the_file():
-    task = pytest.importorskip("sky").Task.from_yaml(str(LAUNCH / "sky.yaml"), env_overrides=[("OUTPUT", "gs://bucket/run")])
+    sky, file = pytest.importorskip("sky"), yaml12.load((LAUNCH / "sky.yaml").read_text())
+    task = sky.Task.from_yaml_config(file, env_overrides=[("OUTPUT", "gs://bucket/run")])
     (resources,) = task.resources
     assert resources.job_recovery["recover_on_exit_codes"] == [LOST, RESUME] and resources.use_spot
 
