@@ -100,6 +100,7 @@ class MixtureNames:
     Attributes:
       mlp: the mixture's name in a block; empty if its parts stand in the block itself.
       router: the router's name in the mixture.
+      rows: its parameters that have a row for each expert; a router has some of them.
       wide: the names of gate and up in an expert, or the name of the one layer that is both.
       narrow: the name of down.
       shared: the name of the shared expert in the mixture.
@@ -111,6 +112,7 @@ class MixtureNames:
 
     mlp: str = "mlp"
     router: str = "gate"
+    rows: tuple[str, ...] = ("weight", "bias", "e_score_correction_bias")
     wide: tuple[str, ...] = ("gate_proj", "up_proj")
     narrow: str = "down_proj"
     shared: str = "shared_experts"
@@ -132,7 +134,7 @@ class MixtureNames:
     @property
     def experts(self) -> ExpertNames:
         """The names of what the experts have, by their path in the block."""
-        router = (self.inside(self.router, name) for name in ("weight", "bias", "e_score_correction_bias"))
+        router = (self.inside(self.router, name) for name in self.rows)
         return ExpertNames(self.inside("experts."), tuple(router), self.inside("shares"), self.layers[-1])
 
     def inside(self, *names: str) -> str:
@@ -218,7 +220,7 @@ class Experts(nnx.Module):
     """A router and its experts.
 
     Every layer of an expert sows the :class:`Routed` input that all experts read. The mixture sows the ``shares`` of each token's
-    experts.
+    experts, which multiply their outputs: 1 where the shares multiply the inputs.
 
     Attributes:
       mesh: the mesh that the block runs on; None for one device.
@@ -233,7 +235,7 @@ class Experts(nnx.Module):
         """The outputs of the experts of each token, weighted by their shares. The router reads ``x``, or what else is given."""
         layout = self.layout
         chosen, shares = getattr(self, layout.router)(x if routed_by is None else routed_by)
-        self.sow(nnx.Intermediate, "shares", shares)
+        self.sow(nnx.Intermediate, "shares", jnp.ones_like(shares) if self.way.share_first else shares)
         layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
         weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
         biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]

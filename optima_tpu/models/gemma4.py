@@ -140,7 +140,7 @@ class Gemma4Router(nnx.Module):
         return chosen, shares * self.per_expert_scale[...].astype(jnp.float32)[chosen]
 
 
-LAYOUT = experts.MixtureNames(mlp="", router="router")
+LAYOUT = experts.MixtureNames(mlp="", router="router", rows=("proj.weight", "per_expert_scale"))
 
 
 class Gemma4Block(gemma.GemmaBlock):
@@ -193,7 +193,7 @@ FAMILY = dataclasses.replace(
     },
     linears=(*llama.LINEARS, *LAYOUT.layers),
     sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
-    experts="whose router has a scale for each expert",
+    experts=LAYOUT.experts,
     shared=tuple(_WIDE),
     stacks={
         "experts.gate_up_proj": Stack(tuple(name + ".weight" for name in _WIDE), turned=False),

@@ -130,7 +130,6 @@ FAMILY = dataclasses.replace(
         "feed_forward.experts.gate_up_proj": Stack((_EXPERT.format("gate"), _EXPERT.format("up"))),
         "feed_forward.experts.down_proj": Stack((_EXPERT.format("down"),)),
     },
-    experts="whose router multiplies the inputs of experts",
 )
 MULTIMODAL = dataclasses.replace(
     FAMILY,

@@ -10,7 +10,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.experts import MSAN, REAP
-from optima_tpu.models import routers
+from optima_tpu.models import layers, llama4, routers
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, expert_cut
@@ -24,7 +24,7 @@ from optima_tpu.report.contents import BlockExperts, ExpertsLeft, LeftOut
 from tests.support.fake_run import run_without
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of, run_head
-from tests.support.references import BESIDE_IMAGES, REFERENCES, tiny
+from tests.support.references import BESIDE_IMAGES, GEMMA4_IMAGES, GEMMA4_MIXTURE, LLAMA_IMAGES, REFERENCES, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -77,8 +77,12 @@ def sown_inputs(decoder: Decoder, index: int, values: np.ndarray):
 
 def opened(model: str, shape: tuple[int, int]) -> tuple[Model, ExpertCut]:
     """A tiny model that loses half of its experts, or fewer where a token is sent to more."""
-    grouped = "n_group" in MODELS[model].base
-    config, _, tensors = tiny(MODELS[model], dict(n_routed_experts=12) if grouped else {})
+    reference, settings = MODELS[model], {}
+    if "n_group" in reference.base:
+        settings = dict(n_routed_experts=12)
+    elif model == GEMMA4_IMAGES.model:
+        settings = dict(text_config=reference.base["text_config"] | GEMMA4_MIXTURE)
+    config, _, tensors = tiny(reference, settings)
     assets = {"config.json": config.to_json_string(use_diff=False).encode()}
     pretrained = Pretrained(config, tensors, assets, "", model)
     return Model(pretrained, Decoder.open(config, tensors, mesh(*shape), batch=1)), expert_cut(0.5, config)
@@ -86,7 +90,7 @@ def opened(model: str, shape: tuple[int, int]) -> tuple[Model, ExpertCut]:
 
 CUT = {
     "MixtralForCausalLM": (1, 1),
-    "OlmoeForCausalLM": (4, 2),
+    "OlmoeForCausalLM": None,
     "Qwen2MoeForCausalLM": (2, 2),
     "Qwen3MoeForCausalLM": (4, 2),
     "Qwen3NextForCausalLM": (1, 1),
@@ -95,14 +99,24 @@ CUT = {
     "DeepseekV2ForCausalLM": (1, 1),
     "DeepseekV3ForCausalLM": (2, 2),
     "Glm4MoeForCausalLM": (4, 2),
-    "Glm4MoeLiteForCausalLM": (1, 1),
+    "Glm4MoeLiteForCausalLM": None,
+    "Llama4ForCausalLM": (2, 4),
+    LLAMA_IMAGES.model: None,
+    "Gemma4ForCausalLM": (4, 2),
+    GEMMA4_IMAGES.model: None,
 }
+"""The mesh of each model in the ordinary suite; the slow one takes every model on every mesh of the grid."""
+GRID = [
+    pytest.param((model, shape), marks=[pytest.mark.slow] * (shape != of_suite), id=f"{model}-{shape[0]}x{shape[1]}")
+    for model, of_suite in CUT.items()
+    for shape in ((1, 1), (2, 2), (4, 2), (2, 4))
+]
 
 
 TOKENS = np.random.default_rng(1).integers(0, 60, (3, 16)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=CUT.items(), ids=lambda case: case[0])
+@pytest.fixture(scope="module", params=GRID)
 def halved(request):
     """(whole model, what it loses, the experts that each block keeps, the model of these, its logits)."""
     model, cut = opened(*request.param)
@@ -120,8 +134,9 @@ def test_transformers_computes_the_same_of_the_exported_model(halved, tmp_path):
         tmp_path / "out", attn_implementation="eager", dtype="float32", output_loading_info=True
     )
     assert not any(info.values()), info
+    text = loaded.language_model if model.pretrained.origin == LLAMA_IMAGES.model else loaded  # its forward asks for images
     with torch.no_grad():
-        expected = loaded.eval()(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
+        expected = text.eval()(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
@@ -133,7 +148,13 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
     decoder, hidden = model.decoder, model.decoder.embed(TOKENS)
     for index, parameters in enumerate(decoder.blocks(range(len(kept)))):
         jax.clear_caches()  # the router of each block has other experts
-        monkeypatch.setattr(routers, "project", lambda *args, index=index: project(*args) + never[index])
+
+        def told(x, weight, *rest, index=index):
+            found = project(x, weight, *rest)
+            return found + never[index] if len(weight) == cut.total else found
+
+        for module in (routers, llama4, layers):
+            monkeypatch.setattr(module, "project", told)
         corrected = {
             name: value + jnp.where(never[index] < 0, -1e9, 0) if name.endswith("e_score_correction_bias") else value
             for name, value in parameters.items()
@@ -235,7 +256,7 @@ def test_a_removal_goes_on_behind_the_blocks_that_are_done(steps, tmp_path):
             0.5,
             "got LlamaForCausalLM, which has no experts; leave out cut.experts, and prune weights by --pattern 2:4",
         ),
-        ("Llama4ForCausalLM", 0.5, "got Llama4ForCausalLM, whose router multiplies the inputs of experts"),
+        (GEMMA4_IMAGES.model, 0.5, "got Gemma4ForConditionalGeneration, which has no experts"),
         ("Qwen3MoeForCausalLM", 4, "the 5 experts of Qwen3MoeForCausalLM, got 4: a token is sent to 2; take --cut.experts 3"),
         (
             "Glm4MoeForCausalLM",

@@ -54,12 +54,13 @@ def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
       UserError: experts of this model cannot be removed, or too few would stay.
     """
     family, named = family_of(model), ", ".join(model.architectures or [model.model_type])
-    if isinstance(family.experts, str):
+    config = family.read_config(model)
+    names = "which has no experts" if isinstance(config, MixtureConfig) and not config.experts else family.experts
+    if isinstance(names, str):
         raise UserError(
-            f"expected a model whose experts can be removed where cut.experts is {experts:g}, got {named}, {family.experts}; leave out "
+            f"expected a model whose experts can be removed where cut.experts is {experts:g}, got {named}, {names}; leave out "
             "cut.experts, and prune weights by --pattern 2:4"
         )
-    config = family.read_config(model)
     assert isinstance(config, MixtureConfig), "a family with names of experts has mixtures"
     total, groups = config.experts, config.groups or Groups()
     sizes = [size for size in range(1, total // groups.total) if _enough(size, groups, config.experts_per_token)]
@@ -74,7 +75,7 @@ def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
         raise UserError(
             f"expected cut.experts to leave enough of the {total} experts of {named}, got {experts:g}: {reasons}; {take}"
         )
-    return ExpertCut(family.experts, int(kept), total, groups.total)
+    return ExpertCut(names, int(kept), total, groups.total)
 
 
 def _enough(size: int, groups: Groups, few: int) -> bool:
