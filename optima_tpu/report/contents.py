@@ -284,8 +284,8 @@ class TokenChanges(Record, frozen=True):
             raise ValueError(f"expected an even number of edges and one share more, got {len(self.edges)} and {len(self.shares)}")
 
 
-BLOCKS = "blocks"
-"""What whole blocks are called among the parts that were cut."""
+BLOCKS, EXPERTS = "blocks", "experts"
+"""What whole blocks, and whole experts, are called among the parts that were cut."""
 
 
 class CutCount(Record, frozen=True):

@@ -9,12 +9,16 @@ import pytest
 
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.launch import main
+from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.cut_blocks import read_left_out
 from optima_tpu.pipeline.experts import done_blocks
 from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.recover.config import RecoverConfig
+from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.repair import verified
+from optima_tpu.recover import main as recover
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.references import REFERENCES, SIZES, tiny
@@ -127,6 +131,28 @@ def test_blocks_whose_solved_weights_are_damaged_do_not_count(whole_run, tmp_pat
     largest = max((path for path in (tmp_path / "experts" / "block_0001").rglob("*") if path.is_file()), key=size)
     largest.write_bytes(largest.read_bytes()[:-1] + b"?")
     assert done_blocks(tmp_path, left) == left.blocks[:1]
+
+
+def test_training_goes_on_from_a_model_of_fewer_experts(whole_run, tmp_path):
+    """Toward the dense mixture of all experts, with the zeros held."""
+    _, run = whole_run
+    out = tmp_path / "out"
+    words = ["--tokens", "256", "--source", "random", "--evaluation", "random", "--windows", "4", "--length", "32"]
+    assert recover([str(run), *words, "--held_out", "2", "--distill.learning_rate", "1e-3", "--output", str(out)]) == 0
+    reports = [json.loads((each / "report.json").read_text()) for each in (run, out)]
+    stay = [[block["stay"] for block in each["left_out"]["experts"]["blocks"]] for each in reports]
+    assert stay[0] == stay[1] and reports[0]["cuts"] == reports[1]["cuts"]
+    masks, before, after = read_masks(out / "hf"), folder_tensors(run / "hf"), folder_tensors(out / "hf")
+    assert {name: each.shape for name, each in before.items()} == {name: each.shape for name, each in after.items()}
+    assert masks and all(not after[name][~keep].any() and (after[name] != before[name]).any() for name, keep in masks.items())
+
+
+def test_training_begins_from_the_exported_folder_too(whole_run):
+    _, run = whole_run
+    both = [
+        open_start(RecoverConfig(str(each), tokens="256"), mesh(1, 1), lambda spec: None).record for each in (run, run / "hf")
+    ]
+    assert both[0].left_out == both[1].left_out and both[0].layers.keys() == both[1].layers.keys()
 
 
 def size(path: Path) -> int:

@@ -16,7 +16,7 @@ from optima_tpu.models.checkpoints.fewer_blocks import with_settings
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.family import Cut
-from optima_tpu.report.contents import BLOCKS, CutCount
+from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount
 
 
 class Cuts(NamedTuple):
@@ -125,7 +125,7 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
         blocks = CutCount((len(source.run.blocks),), len(source.run.blocks) + gone)
         found = found._replace(counts={BLOCKS: blocks})
     if experts := source.run.left_out.experts:
-        found = found._replace(counts={**found.counts, "experts": CutCount((experts.kept,), experts.total)})
+        found = found._replace(counts={**found.counts, EXPERTS: CutCount((experts.kept,), experts.total)})
     for kinds in cuts_of(model).values() if inputs else ():
         for kind in () if isinstance(kinds, str) else kinds:
             readers = _readers(kind, source, model)

@@ -17,12 +17,13 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.check import same_values
 from optima_tpu.models.checkpoints.export import SIDECAR
+from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import MaskSource, open_masks
-from optima_tpu.models.model import Model, without_blocks
+from optima_tpu.models.model import Model, without_blocks, without_experts
 from optima_tpu.pipeline.recover.config import RecoverConfig
-from optima_tpu.report.contents import BLOCKS, LeftOut, Sidecar
+from optima_tpu.report.contents import BLOCKS, EXPERTS, LeftOut, Sidecar
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.run_record import RUN, RunRecord
 from optima_tpu.report.settings import ManifestEntries, RunSettings
@@ -44,7 +45,7 @@ class _Record(NamedTuple):
       settings: of that run; None where only the exported folder is left.
       dense: the model that was pruned, as it was typed.
       layers: name of each pruned weight -> the report of its layer.
-      left_out: the blocks of the dense model that it is without.
+      left_out: the blocks and the experts of the dense model that it is without.
     """
 
     manifest: Mapping[str, Any] | None = None
@@ -189,7 +190,7 @@ def _record(spec: str, decoder: Decoder) -> _Record:
     exported = known_record(path / SIDECAR, Sidecar) if path.is_dir() else None
     if exported is None:
         return _Record()
-    if inner := ", ".join(called for called in exported.cuts if called != BLOCKS):
+    if inner := ", ".join(called for called in exported.cuts if called not in (BLOCKS, EXPERTS)):
         raise UserError(
             f"expected blocks of the dense model's size, got {spec}, an export whose blocks have fewer {inner}; give the directory of its run"
         )
@@ -236,18 +237,26 @@ def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[froze
     return frozenset(found), regular or parse_pattern(f"{min(max(share, 0.001), 0.999):.3f}/layer")
 
 
+def _without(dense: Model, left_out: LeftOut) -> Model:
+    model = without_blocks(dense, left_out.blocks)
+    if left_out.experts is None:
+        return model
+    cut = expert_cut(left_out.experts.total - left_out.experts.kept, model.pretrained.config)
+    return without_experts(model, cut, [block.stay for block in left_out.experts.blocks])
+
+
 def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, left_out: LeftOut) -> None:
     """Raises UserError if the dense model is not the one that was pruned.
 
     Args:
       expected: its fingerprint, if the record of the pruned model has it.
-      left_out: the blocks that the pruned model is without.
+      left_out: the blocks and the experts that the pruned model is without.
     """
     check_pair(pruned, dense)
     who, whose = pruned.model.pretrained.origin, dense.model.pretrained.origin
     if expected is not None and expected != dense.model.pretrained.fingerprint:
         raise UserError(f"expected the model that {who} was pruned from, got another one in {whose}: give its place as --against")
-    mine, theirs = pruned.model.decoder, without_blocks(dense.model, left_out.blocks).decoder
+    mine, theirs = pruned.model.decoder, _without(dense.model, left_out).decoder
     if mine.sizes != theirs.sizes:
         raise UserError(f"expected --against with the model that {who} was pruned from, got one of another size in {whose}")
     for kind in mine.config.kinds:
