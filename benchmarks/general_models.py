@@ -4,7 +4,8 @@
     python -m benchmarks.general_models --only MambaForCausalLM,JambaForCausalLM
 
 Each class without a family here gets a tiny random configuration, is run the general way, and is compared with torch: in a process of its
-own, which may take a limited time. ``--record`` writes the table; with ``--only`` it replaces the rows of these classes.
+own, which may take a limited time. ``--record`` writes a row of the table after each class. Classes that have a row are not run again:
+``--only`` names those that are, and replaces their rows.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "index_topk"), 8),
     **dict.fromkeys(("index_head_dim", "index_n_heads", "linear_key_head_dim", "linear_value_head_dim"), 16),
     "first_k_dense_replace": 1,
+    "num_kv_shared_layers": 0,
+    "unpadded_vocab_size": 64,
 }
 """Sizes by the names that configurations have for them."""
 
@@ -54,11 +57,23 @@ SIZES: dict[str, Any] = {
 LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 """Sizes of attention with latent keys and values."""
 
+ROPE = dict(rope_type="default", rope_theta=10000.0)
+
 OWN: dict[str, dict[str, Any]] = {
     "FalconH1ForCausalLM": dict(mamba_d_ssm=96),
     "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 1]]),
-    "Gemma4AssistantForCausalLM": dict(hidden_size_per_layer_input=0),
-    "Gemma4UnifiedAssistantForCausalLM": dict(hidden_size_per_layer_input=0),
+    "CohereCompassForCausalLM": dict(rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
+    "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
+    "Mamba2ForCausalLM": dict(head_dim=24),
+    "XmodForCausalLM": dict(default_language="en_XX"),
+    "ZambaForCausalLM": dict(layer_types=["mamba", "hybrid"]),
+    "Zamba2ForCausalLM": dict(layer_types=["mamba", "hybrid"]),
+    "ZayaForCausalLM": dict(num_experts_per_tok=1),
+    "ReformerModelWithLMHead": dict(axial_pos_embds_dim=(16, 32), axial_pos_shape=(4, 8)),
+    "DbrxForCausalLM": dict(
+        attn_config=dict(rope_theta=10000.0, kv_n_heads=2, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2),
+    ),
     "Dots1ForCausalLM": dict(n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, num_experts_per_tok=2),
 }
 """What the configuration of a class needs besides."""
@@ -90,17 +105,26 @@ def classes() -> list[str]:
     return sorted(found)
 
 
+def sizes_of(config: Any) -> dict[str, Any]:
+    """The sizes that a configuration has a name for, and those of the configurations in it."""
+    known = config.to_dict()
+    sizes = {
+        key: value
+        for key, value in SIZES.items()
+        if key in known and not (known[key] is None and key not in ("n_inner", "head_dim"))
+    }
+    if "kv_lora_rank" in known:
+        sizes |= {key: value for key, value in LATENT.items() if key in known}
+    inner = {key: getattr(config, key, None) for key in config.sub_configs}
+    return sizes | {key: type(each)(**sizes_of(each)).to_dict() for key, each in inner.items() if each is not None}
+
+
 def tiny_config(name: str) -> Any:
     """A tiny configuration of a class."""
     import transformers
 
     made = getattr(transformers, name).config_class
-    known = made().to_dict()
-    own = OWN.get(name, {})
-    sizes = {key: value for key, value in SIZES.items() if key in known and not (known[key] is None and key != "n_inner")}
-    if "kv_lora_rank" in known:
-        sizes |= {key: value for key, value in LATENT.items() if key in known}
-    config = made(**sizes | own)
+    config = made(**sizes_of(made()) | OWN.get(name, {}))
     config.architectures = [name]
     return config
 
@@ -160,41 +184,39 @@ def outcome_within(name: str, seconds: float) -> Outcome:
             return Outcome("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def outcomes(names: Sequence[str] | None = None, seconds: float = 600, workers: int = 1) -> dict[str, Outcome]:
-    """Of each class, or of the named ones; prints them as they come."""
-    import optima_tpu.models.general.build  # noqa: F401  imported once, for all processes
+def outcomes(names: Sequence[str], seconds: float = 600, workers: int = 1) -> Iterator[tuple[str, Outcome]]:
+    """Each class with its outcome, as they come."""
+    import transformers.models.llama.modeling_llama  # noqa: F401  what classes have in common, once for all processes
 
-    chosen = [name for name in classes() if names is None or name in names]
-
-    def one(name: str) -> Outcome:
-        found = outcome_within(name, seconds)
-        print(name, *found, sep="\t", flush=True)
-        return found
+    import optima_tpu.models.general.against_torch  # noqa: F401
 
     with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(chosen, pool.map(one, chosen), strict=True))
+        yield from zip(names, pool.map(lambda name: outcome_within(name, seconds), names), strict=True)
 
 
-def rows(found: dict[str, Outcome]) -> list[list[str]]:
-    """The rows of the record."""
-    said = {name: each.why.replace("|", "/").replace("<", "&lt;") for name, each in found.items()}
-    return [
-        [f"`{name}`", each.way, f"`{said[name]}`" if each.way == "general" else said[name] or "-"] for name, each in found.items()
-    ]
+def row(name: str, found: Outcome) -> list[str]:
+    """The row of a class in the record."""
+    said = found.why.replace("|", "/").replace("<", "&lt;")
+    return [f"`{name}`", found.way, f"`{said}`" if found.way == "general" else said or "-"]
 
 
-def write_record(path: Path, found: dict[str, Outcome]) -> None:
-    """Writes the record; rows of classes that are not among ``found`` stay."""
+def recorded(path: Path | None) -> dict[str, list[str]]:
+    """The rows of a record by their classes; none where there is no record yet."""
+    record = json.loads(path.read_text()) if path and path.is_file() else {"rows": []}
+    return {row[0].strip("`"): row for row in record["rows"]}
+
+
+def write_record(path: Path, name: str, found: Outcome) -> None:
+    """Writes the row of a class into the record; the others stay."""
     import torch
     import transformers
 
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    table = {row[0]: row for row in [*record.get("rows", []), *rows(found)]}
+    table = recorded(path) | {name: row(name, found)}
     counts = collections.Counter(way for _, way, _ in table.values())
-    record |= {
+    record = {
         "title": "Decoders of transformers",
         "shows": f"How this program runs each of the {len(table)} causal language models of transformers {transformers.__version__}: "
-        + ", ".join(f"{counts[way]} {way}" for way in ("declared", "general", "refused"))
+        + ", ".join(f"{counts[way]} {way}" for way in ("declared", "general", "refused", "failed") if counts[way])
         + ".",
         "reading": "A general one gives the logits of torch, within 1e-4 of the largest, with a tiny random configuration in float32; beside "
         "it stand the layers that are pruned. Beside a refused one stands why.",
@@ -225,9 +247,11 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
-    found = outcomes(chosen.only and chosen.only.split(","), chosen.seconds, chosen.workers)
-    if chosen.record:
-        write_record(chosen.record, found)
+    named = chosen.only.split(",") if chosen.only else sorted(set(classes()) - recorded(chosen.record).keys())
+    for name, found in outcomes(named, chosen.seconds, chosen.workers):
+        print(name, *found, sep="\t", flush=True)
+        if chosen.record:
+            write_record(chosen.record, name, found)
 
 
 if __name__ == "__main__":

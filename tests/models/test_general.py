@@ -29,6 +29,9 @@ CASES = [
 ]
 
 
+BERT = dict(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80)
+
+
 def some(first: int):
     """A third of the models, from ``first`` on; the others are slow. Every one of them has its logits compared on one device."""
     marks = [[pytest.mark.slow] * (index % 3 != first) for index in range(len(GENERAL))]
@@ -48,6 +51,12 @@ def named(model: str) -> Reference:
 @pytest.mark.parametrize(("reference", "settings"), CASES)
 def test_logits_agree_with_transformers(reference, settings):
     assert (compared(reference, settings) < 1e-5).all()
+
+
+def test_logits_agree_where_layers_stand_between_the_last_block_and_the_head():
+    """A layer, a gelu and a norm, and a bias of the head that has two names."""
+    reference = Reference("BertLMHeadModel", "BertConfig", BERT | dict(is_decoder=True), {})
+    assert (compared(reference, {}) < 1e-5).all()
 
 
 @some(0)
@@ -167,9 +176,7 @@ def test_a_model_that_transformers_has_not_is_refused():
 
 
 def test_a_model_that_sees_later_tokens_is_refused():
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80
-    )
+    config = transformers.BertConfig(**BERT)
     config.architectures = ["BertLMHeadModel"]
     with pytest.raises(
         UserError, match="^the general way cannot run a BertLMHeadModel: .*; give a model of another architecture$"

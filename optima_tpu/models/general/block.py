@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,11 +21,8 @@ from torchax import interop
 from optima_tpu.errors import some
 from optima_tpu.models.experts import Routed, Sending, Way, mixed
 from optima_tpu.models.family import Positions, ReadTensor, Shape
-from optima_tpu.models.general.shell import Shell, experts_of, replaced
+from optima_tpu.models.general.shell import TRACING, Shell, experts_of, replaced
 from optima_tpu.models.layers import project
-
-_TRACING = threading.RLock()
-"""Held while a module of torch is traced, since its layers are replaced meanwhile: programs are compiled in several threads."""
 
 
 @functools.cache
@@ -39,7 +35,7 @@ def _environment() -> Any:
 @contextlib.contextmanager
 def on_jax() -> Iterator[None]:
     """What torch computes here runs on JAX; tensors that are made without a device too. Dtypes meet as they do in torch."""
-    with _TRACING, torch.no_grad(), _environment(), torch.device("jax"), jax.numpy_dtype_promotion("standard"):
+    with TRACING, torch.no_grad(), _environment(), torch.device("jax"), jax.numpy_dtype_promotion("standard"):
         yield
 
 
@@ -141,7 +137,7 @@ class _Pass:
             args, kwargs = call.arguments(interop.torch_view(x[None]), tuple(map(interop.torch_view, cast)))
             output = torch.func.functional_call(self.traced.module, interop.torch_view({**held, **buffers}), args, kwargs)
             output = interop.jax_view(output if isinstance(output, torch.Tensor) else output[0])
-        return output[0]
+        return output.reshape(x.shape)
 
     def _linear(self, path: str, names: tuple[str, ...], layer: Any, input: torch.Tensor) -> torch.Tensor:
         array = interop.jax_view(input)
@@ -252,13 +248,10 @@ class Final(TorchParameters):
         super().__init__({self.shell.outer(name): self.shell.model.get_parameter(name).shape for name in self.shell.final})
 
     def __call__(self, x: Array) -> Array:
-        arrays, output = self.arrays(), interop.torch_view(x)
-        with on_jax():
-            for module in self.shell.behind:
-                inside = [name for name in self.shell.final if name.startswith(f"{module}.")]
-                own = {name.removeprefix(f"{module}."): arrays[self.shell.outer(name)] for name in inside}
-                output = torch.func.functional_call(self.shell.model.get_submodule(module), interop.torch_view(own), (output,))
-        return interop.jax_view(output)
+        parameters = {name: self.arrays()[self.shell.outer(name)] for name in self.shell.final}
+        tokens = interop.torch_view(x.reshape(-1, x.shape[-1]))
+        output = interop.jax_view(self.shell.leaving(tokens, interop.torch_view(parameters), on_jax))
+        return output.reshape(*x.shape[:-1], -1)
 
 
 def embed(config: Any, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
@@ -271,11 +264,11 @@ def embed(config: Any, read: ReadTensor, tokens: Array | np.ndarray, places: Arr
             # Window by window: the model makes a mask for each.
             windows = [shell.entering(torch.from_numpy(each[None].astype(np.int64)), parameters) for each in tokens]
         empty = np.zeros((0, tokens.shape[1], config.d_model), held[shell.embedding].dtype)
-        return np.concatenate([empty, *map(to_numpy, windows)])
+        return np.concatenate([empty, *(to_numpy(each.flatten(2)) for each in windows)])
 
     def window(ids: Array) -> Array:
         with on_jax():
-            return interop.jax_view(shell.entering(interop.torch_view(ids[None]), interop.torch_view(held)))[0]
+            return interop.jax_view(shell.entering(interop.torch_view(ids[None]), interop.torch_view(held))[0].flatten(1))
 
     return jax.vmap(window)(tokens)
 

@@ -103,6 +103,8 @@ def general_family(config: Any) -> Family:
     alike = _alike(shell, layers)
     kinds = sorted(set(alike))
     table, head = shell.model.get_parameter(shell.embedding), shell.model.get_parameter(shell.head)
+    if table.shape != head.shape:
+        raise shell.refusal(f"its embedding is {list(table.shape)} and its head is {list(head.shape)}")
     read = GeneralConfig(
         d_model=shell.width,
         d_embedding=head.shape[1],
@@ -135,7 +137,7 @@ def general_family(config: Any) -> Family:
         embedding_extras=lambda config: shapes,
         embed=embed,
         head=shell.stored_as(shell.head),
-        head_bias=shell.stored_as(shell.head.replace("weight", "bias")),
+        head_bias=shell.stored_as(shell.bias),
         attended=attended,
         experts="whose experts are run by its code in torch" if read.reaches else "which has no experts",
         shared=tuple(name for name in read.reaches if name not in narrow),
@@ -289,7 +291,7 @@ def _by_torch(
             stack.callback(hook.remove)
         args, kwargs = call.arguments(x, tuple(each.detach() for each in call.tensors))
         output = torch.func.functional_call(module, dict(weights), args, kwargs)
-    return output if isinstance(output, torch.Tensor) else output[0], inputs
+    return (output if isinstance(output, torch.Tensor) else output[0]).reshape(x.shape), inputs
 
 
 def _random_window(length: int, width: int) -> torch.Tensor:
@@ -324,5 +326,7 @@ def _ignored(shell: Shell) -> dict[str, str]:
     rules = [f"(.*){rule}(.*)" for rule in shell.model._keys_to_ignore_on_load_unexpected or ()]
     rules += [rf"(.*\.)?{re.escape(name)}" for name in computed(shell.model)]
     found = dict.fromkeys(rules, "transformers does not read it either: it follows from the configuration")
-    tied = {re.escape(shell.stored_as(shell.head)): "a stored copy of a tied head: the model reads its embedding instead"}
-    return found | (tied if shell.tied else {})
+    copies = [name for name in shell.model.all_tied_weights_keys if not name.startswith(f"{shell.path}.")]
+    return found | {
+        re.escape(shell.stored_as(name)): "a stored copy of a tied tensor, which the model reads instead" for name in copies
+    }

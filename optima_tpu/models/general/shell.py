@@ -7,7 +7,9 @@ import collections
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ import transformers
 from torch.utils import _pytree
 from transformers.pytorch_utils import Conv1D
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, some
 from optima_tpu.models.family import Shape, Stack
 from optima_tpu.models.general.kept import Joined, Names
 
@@ -32,7 +34,7 @@ class BlockCall(NamedTuple):
       hidden: the position of the hidden states.
       leaves: all arguments, flat, with None in the place of a tensor.
       spec: how the leaves become arguments again.
-      width: of the hidden states.
+      inner: the shape of the hidden states of one token.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -40,11 +42,11 @@ class BlockCall(NamedTuple):
     hidden: int
     leaves: tuple[Any, ...]
     spec: Any
-    width: int
+    inner: tuple[int, ...]
 
     def arguments(self, hidden: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, Any]:
-        """(args, kwargs) of the block."""
-        leaves = list(self.leaves)
+        """(args, kwargs) of the block, for hidden states [windows, length, width]."""
+        leaves, hidden = list(self.leaves), hidden.reshape(*hidden.shape[:2], *self.inner)
         for place, tensor in zip((self.hidden, *self.places), (hidden, *tensors), strict=True):
             leaves[place] = tensor
         return _pytree.tree_unflatten(leaves, self.spec)
@@ -65,12 +67,12 @@ class Shell:
       model: the module; attention is eager, since other implementations may drop the mask where they mask by themselves.
       path: the name of the list of its blocks.
       blocks: the blocks.
-      embedding, head: names of the embedding's and the head's weight.
+      embedding, head, bias: names of the embedding's and the head's weight, and of the head's bias.
       before: the parameters that the hidden states of the first block come from.
-      behind: the modules between the last block and the head, one after the other.
-      final: their parameters.
+      final: the parameters between the last block and the head.
       logits: what becomes of the products with the head.
-      width: of the hidden states.
+      inner: the shape of the hidden states of one token: more than one number where a model has several streams.
+      width: the numbers of the hidden states of one token.
       tied: whether the head is the embedding.
       names: the names of a checkpoint's tensors.
       layers: what their names in block i begin with is ``layers.format(i)``.
@@ -93,15 +95,18 @@ class Shell:
         self.embedding, self.head, self._head = f"{names[id(table)]}.weight", f"{names[id(head)]}.weight", head
         self._returned: list[Any] = []
         self._caught: dict[int, tuple[BlockCall, ...]] = {}
-        self.width = self.catch(2)[0].width  # also finds what each block returns
+        if not (calls := self.catch(2)):  # also finds what each block returns
+            raise self.refusal(f"the longest list of its modules, {self.path}, does not run for text")
+        self.inner = calls[0].inner
+        self.width = math.prod(self.inner)
         self.tied = self.head in self.model.all_tied_weights_keys
-        self.behind = tuple(names[id(module)] for module in self._behind())
-        self.logits = self._logits()
+        bias = self.head.replace("weight", "bias")
+        self.bias = self.model.all_tied_weights_keys.get(bias, bias)
         outer = {name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.path}.")}
-        inside = [f"{name}.{inner}" for name in self.behind for inner, _ in self.model.get_submodule(name).named_parameters()]
-        bias = {self.head.replace("weight", "bias")}
-        self.final = tuple(inside)
-        self.before = tuple(sorted(outer - set(inside) - bias - {self.head, self.embedding}))
+        outer -= {self.head, self.bias, *self.model.all_tied_weights_keys}
+        self.final = self._final(sorted(outer))
+        self.before = tuple(sorted(outer - {*self.final, self.embedding}))
+        self.logits = self._logits()
         self.layers = self._layers()
 
     def refusal(self, why: str) -> UserError:
@@ -225,7 +230,7 @@ class Shell:
 
         def instead(index: int, args: Any, kwargs: Any) -> Any:
             entering = args[0] if args else kwargs["hidden_states"]
-            if entering.ndim != 3:
+            if entering.ndim < 3 or entering.shape[:2] != (1, length):
                 raise self.refusal(f"its block {index} reads hidden states of the shape {tuple(entering.shape)} for one window")
             if hidden and entering is not hidden[0]:
                 raise self.refusal(f"it changes the hidden states between the blocks {index - 1} and {index}")
@@ -258,12 +263,17 @@ class Shell:
 
         None if that raised ``_Stop``.
         """
-        with contextlib.ExitStack() as stack:
+        with TRACING, contextlib.ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.enter_context(replaced(block, lambda *args, index=index, **kwargs: instead(index, args, kwargs)))
-            with contextlib.suppress(_Stop):
+            try:
                 return torch.func.functional_call(self.model, dict(parameters), (), {"input_ids": tokens, "use_cache": False})
-        return None
+            except _Stop:
+                return None
+            except UserError:
+                raise
+            except Exception as error:  # the code of any model
+                raise self.refusal(f"what surrounds its blocks does not run ({one_line(error)[:200]})") from error
 
     def _call(self, index: int, args: Any, kwargs: Any, hidden: torch.Tensor) -> BlockCall:
         leaves, spec = _pytree.tree_flatten((args, kwargs))
@@ -275,7 +285,7 @@ class Shell:
             if leaves[at].requires_grad:
                 raise self.refusal(f"its block {index} reads weights or embeddings of the model beside the hidden states")
         rest = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        return BlockCall(tuple(leaves[at] for at in places), places, place, rest, spec, hidden.shape[-1])
+        return BlockCall(tuple(leaves[at] for at in places), places, place, rest, spec, tuple(hidden.shape[2:]))
 
     def _returns(self, index: int, args: Any, kwargs: Any) -> Any:
         """What a block returns behind the hidden states, on the meta device; None where it returns these alone."""
@@ -301,68 +311,86 @@ class Shell:
         """What a block would return, with these hidden states."""
         return hidden if self._returned[index] is None else (hidden, *self._returned[index])
 
-    def _behind(self) -> tuple[torch.nn.Module, ...]:
-        """The modules between the last block and the head."""
-        current: list[torch.Tensor] = []
-        found: list[torch.nn.Module] = []
-        running: list[torch.nn.Module] = []
+    def leaving(
+        self,
+        hidden: torch.Tensor,
+        parameters: Mapping[str, torch.Tensor] = {},
+        computing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> torch.Tensor:
+        """What the head reads of hidden states [tokens, width] behind the last block.
 
-        def enter(module: torch.nn.Module, args: Any) -> None:
-            running.append(module)
-
-        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-            running.pop()
-            if not current or module is self._head or not args or any(id(each) not in outer for each in running):
-                return
-            if args[0] is not current[0]:
-                raise self.refusal(f"its {type(module).__name__} behind the last block does not read what comes before it")
-            found.extend([module] if output is not args[0] else [])
-            current[:] = [output]
-
-        def instead(index: int, args: Any, kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            current[:] = [hidden] if index == len(self.blocks) - 1 else []
-            return self._output(index, hidden)
+        Args:
+          parameters: those that stand behind the last block.
+          computing: what to enter before they are used; what comes before the last block runs outside of it.
+        """
+        caught: list[torch.Tensor] = []
 
         def head(x: torch.Tensor) -> torch.Tensor:
-            if (x.data_ptr(), x.shape, x.stride()) != (current[0].data_ptr(), current[0].shape, current[0].stride()):
-                raise self.refusal("it changes the hidden states between its last norm and its head")
-            return x
+            caught.append(x.reshape(-1, x.shape[-1]))
+            raise _Stop
 
-        # The modules that the blocks, or the head, stand in run around what is looked for.
-        around = [path.split(".") for path in (self.path, self.head.removesuffix(".weight"))]
-        outer = {id(self.model.get_submodule(".".join(parts[:depth]))) for parts in around for depth in range(len(parts))}
-        inside = {id(module) for module in self.model.get_submodule(self.path).modules()}
-        others = [module for module in self.model.modules() if id(module) not in inside | outer]
+        with replaced(self._head, head):
+            self._behind(hidden, parameters, computing)
+        if not caught or len(caught[0]) != len(hidden):
+            raise self.refusal("its head does not read the hidden states of each token")
+        return caught[0]
+
+    def _behind(
+        self,
+        hidden: torch.Tensor,
+        parameters: Mapping[str, torch.Tensor] = {},
+        computing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Any:
+        """The model's output for hidden states [tokens, width] behind the last block; each token is a window of its own."""
         with contextlib.ExitStack() as stack:
-            for module in others:
-                stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
-            stack.enter_context(replaced(self._head, head))
-            self.run(torch.arange(2)[None], instead)
-        return tuple(found)
+
+            def instead(index: int, args: Any, kwargs: Any) -> Any:
+                if index < len(self.blocks) - 1:
+                    return self._output(index, args[0] if args else kwargs["hidden_states"])
+                stack.enter_context(computing())
+                return self._output(index, hidden.reshape(-1, 1, *self.inner))
+
+            return self.run(torch.zeros((len(hidden), 1), dtype=torch.long), instead, parameters)
+
+    def _final(self, outer: Sequence[str]) -> tuple[str, ...]:
+        """Those of these parameters that stand between the last block and the head."""
+        parameters = [self.model.get_parameter(name) for name in outer]
+        hidden = self.leaving(torch.randn((2, self.width), requires_grad=True)), self.entering(torch.arange(2)[None], {})
+        if not all(each.requires_grad for each in hidden):
+            raise self.refusal("its first block does not read its embedding, or its head does not read its last block")
+        behind, before = (
+            {
+                name
+                for name, grad in zip(outer, torch.autograd.grad(each.sum(), parameters, allow_unused=True))
+                if grad is not None
+            }
+            for each in hidden
+        )
+        if both := sorted(behind & before):
+            raise self.refusal(f"it reads {some(both)} before its blocks and behind them")
+        return tuple(sorted(behind))
 
     def _logits(self) -> Logits:
         """Found by giving values to what comes behind the head: none of it has weights."""
         values = torch.tensor([1e-3, -1e-3, 0.5, -2.0, 30.0, 1e3, 1e30, -1e30])
 
         def head(x: torch.Tensor) -> torch.Tensor:
-            return values.repeat(*x.shape[:2], 1)
+            return values.repeat(*x.shape[:2], self._head.out_features)[..., : self._head.out_features]
 
         with replaced(self._head, head):
-            made = self.run(
-                torch.arange(2)[None],
-                lambda index, args, kwargs: self._output(index, args[0] if args else kwargs["hidden_states"]),
-            )
-        found = made.logits[0, -1].detach().float()
+            made = self._behind(torch.zeros((1, self.width)))
+        found = made.logits[0, -1, : len(values)].detach().float()
         scale = float(found[0] / values[0])
         capped = bool(found[6].abs() < 1e6)
         cap = float(found[6].abs()) if capped else None
         expected = cap * torch.tanh(scale * values / cap) if cap else scale * values
-        if made.logits.shape[-1] != len(values) or not torch.allclose(found, expected, rtol=1e-4):
+        if made.logits.shape[-1] != self._head.out_features or not torch.allclose(found, expected, rtol=1e-4):
             raise self.refusal("it computes something else behind its head than a factor and a soft cap")
         return Logits(1.0 if abs(scale - 1) < 1e-4 else scale, cap)
 
+
+TRACING = threading.RLock()
+"""Held while layers or blocks of a model are replaced: programs are compiled in several threads."""
 
 BY_VALUES = "looks at values to choose what it computes, which no compiled program can"
 """What is wrong with a block, behind its number."""
