@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import math
+from collections.abc import Iterable
 
 from rich.console import Console
 from transformers import PretrainedConfig
@@ -51,26 +52,31 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
         return config.changed(layers=rules, output=str(config.run_directory), cut=without)
 
     def share(kept: int) -> float:
-        return left.narrow(leaving(part.leaving(kept, first.total)).recipe).weights / whole.weights
+        return kept and left.narrow(leaving(part.leaving(kept, first.total)).recipe).weights / whole.weights
 
-    readable = [kept for kept in counts if not why_unreadable(part.leaving(kept, first.total), model)]
-    fits = readable[: bisect.bisect_right(readable, asked, key=share)]
+    def readable(counts: Iterable[int]) -> int:
+        """The first number that transformers reads; 0 if there is none."""
+        return next((kept for kept in counts if not why_unreadable(part.leaving(kept, first.total), model)), 0)
+
+    fits = bisect.bisect_right(range(len(counts)), asked, key=lambda place: share(readable(counts[place::-1])))
     others = left.narrow(config.recipe).weights / whole.weights
     if asked >= others:
         raise UserError(
             f"expected cut.to below {others:.3g}, the share that stays with what else is cut, got {asked:g}; leave out cut.to"
         )
-    if not fits:
-        least = math.ceil(1000 * share(readable[0])) / 1000
+    kept = readable(counts[fits - 1 :: -1]) if fits else 0
+    if not kept:
+        least = readable(counts)
+        lowest = math.ceil(1000 * share(least)) / 1000
         raise UserError(
-            f"expected cut.to of at least {least:g}, which {readable[0]:,} of {first.total:,} {first.called} leave, got {asked:g}; take it, "
+            f"expected cut.to of at least {lowest:g}, which {least:,} of {first.total:,} {first.called} leave, got {asked:g}; take it, "
             "or leave out more blocks by --cut.blocks"
         )
-    pattern = part.leaving(fits[-1], first.total)
+    pattern = part.leaving(kept, first.total)
     if console:
         say(
             console,
-            f"cut          {pattern.text()} keeps {fits[-1]:,} of {first.total:,} {first.called} in every block: "
-            f"{share(fits[-1]):.3g} of the weights",
+            f"cut          {pattern.text()} keeps {kept:,} of {first.total:,} {first.called} in every block: "
+            f"{share(kept):.3g} of the weights",
         )
     return leaving(pattern)

@@ -7,11 +7,12 @@ windows is smallest, given those that are left out already. Only the blocks that
 
 of the hidden states before and behind a block, the score by which ShortGPT (Men et al., 2024, arXiv:2403.03853) leaves out blocks.
 A try passes the windows through the blocks behind the one that it leaves out, and no others. All tries of a choice pass through the
-blocks together, so every block is read once for them, and once for the scores.
+blocks together, so every block is read once for them. For the scores of the next choice the windows pass once more through the
+blocks behind the one that was left out.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,8 @@ def pruned_model(opened: Opened) -> Model:
     return without_those(opened.directory, model, expert_cut(opened.config.cut.experts, model.pretrained.config), chosen)
 
 
-def choose_block(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIED) -> LeftOut:
-    """The blocks that are left out, and the one whose loss changes the predictions least beside them.
+def choices(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIED) -> Iterator[LeftOut]:
+    """Yields the blocks that are left out, each time with the one more whose loss changes the predictions least beside the others.
 
     The hosts hold the hidden states of the windows before each block.
 
@@ -72,28 +73,53 @@ def choose_block(model: Model, tokens: np.ndarray, before: LeftOut, tried: int =
       model: the dense one.
       tokens: [windows, length] int32, held out.
       before: the blocks that are left out already.
-      tried: how many blocks are tried.
+      tried: how many blocks are tried for each choice.
 
     Raises:
       UserError: no predictions are finite, or without any other block config.json does not describe those that are left.
     """
-    decoder, config = model.decoder, model.pretrained.config
-    everything, left = range(decoder.config.blocks), kept_blocks(decoder.config.blocks, before.blocks)
-    dense = decoder.embed(tokens)
-    _through(decoder, everything, dense)
-    hidden, entering, turns = decoder.embed(tokens), list[Activations](), list[float]()
-    for index, parameters in zip(left, decoder.blocks(left)):
-        entering.append(hidden.copy())
-        decoder.apply(index, parameters, hidden)
-        turns.append(_turn(entering[-1], hidden))
-    least = (left[place] for place in np.argsort(turns, kind="stable"))
-    readable = (index for index in least if not why_unreadable(config, (*before.blocks, index)))
-    tries = {index: entering[left.index(index)] for index in sorted(itertools.islice(readable, tried))}
+    decoder, count = model.decoder, model.decoder.config.blocks
+    entering, turns, gone = dict[int, Activations](), dict[int, float](), before.blocks
+
+    def through(blocks: Sequence[int], hidden: Activations) -> Activations:
+        """Passes the windows through blocks. Keeps what enters each, and how far it turns them."""
+        for index, parameters in zip(blocks, decoder.blocks(blocks)):
+            entering[index] = hidden.copy()
+            decoder.apply(index, parameters, hidden)
+            turns[index] = _turn(entering[index], hidden)
+        return hidden
+
+    dense = through(range(count), decoder.embed(tokens))
+    while True:
+        if gone:  # the blocks before them read what they did
+            hidden = entering[min(gone)]
+            for index in range(min(gone), count):
+                entering.pop(index, None), turns.pop(index, None)
+            through([index for index in kept_blocks(count, before.blocks) if index > min(gone)], hidden)
+        least = sorted(entering, key=lambda index: (turns[index], index))
+        readable = (index for index in least if not why_unreadable(model.pretrained.config, (*before.blocks, index)))
+        tries = {index: entering[index].copy() for index in sorted(itertools.islice(readable, tried))}
+        best, divergence = _best(decoder, tokens, dense, tries, list(entering))
+        gone, before = (best,), LeftOut((*before.blocks, best), (*before.divergences, divergence))
+        del tries
+        yield before
+
+
+def _best(
+    decoder: Decoder, tokens: np.ndarray, dense: Activations, tries: Mapping[int, Activations], left: Sequence[int]
+) -> tuple[int, float]:
+    """The block without which the predictions diverge least, and by how much.
+
+    Args:
+      dense: behind the last block of the dense model.
+      tries: what enters each block that is tried. It is passed on through the blocks behind that one.
+      left: the blocks that are not left out, ascending.
+    """
     if not tries:
+        gone = decoder.config.blocks - len(left)
         raise UserError(
-            f"expected cut.blocks of at most {len(before.blocks)}, since config.json describes no model without another block, got more"
+            f"expected cut.blocks of at most {gone}, since config.json describes no model without another block, got more"
         )
-    del entering
     behind = [index for index in left if index > min(tries)]
     for index, parameters in zip(behind, decoder.blocks(behind)):
         for without, stream in tries.items():
@@ -111,12 +137,7 @@ def choose_block(model: Model, tokens: np.ndarray, before: LeftOut, tried: int =
             f"the predictions are not finite without any of the blocks {', '.join(map(str, tries))}: {decoder.overflowed}"
         )
     best = min(finite, key=lambda without: (divergences[without], without))
-    return LeftOut((*before.blocks, best), (*before.divergences, divergences[best]))
-
-
-def _through(decoder: Decoder, blocks: Sequence[int], hidden: Activations) -> None:
-    for index, parameters in zip(blocks, decoder.blocks(blocks)):
-        decoder.apply(index, parameters, hidden)
+    return best, divergences[best]
 
 
 def _turn(before: Activations, behind: Activations) -> float:

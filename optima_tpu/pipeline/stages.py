@@ -5,6 +5,7 @@ Inside of PRUNING, which is the walk, the journal keeps block by block; inside o
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
-from optima_tpu.pipeline.cut_blocks import choose_block, kept_by, pruned_model, read_left_out, write_left_out
+from optima_tpu.pipeline.cut_blocks import choices, kept_by, pruned_model, read_left_out, write_left_out
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
@@ -176,10 +177,10 @@ def _read_cut(work: StageWork, journal: Journal) -> LeftOut | None:
 
 def _cut(work: StageWork, journal: Journal) -> LeftOut:
     opened, progress = work.opened, work.progress
-    chosen = read_left_out(opened.directory)
+    before = chosen = read_left_out(opened.directory)
     held_out = opened.texts.calibration.ids[opened.config.calibration.fitted :]
-    while len(chosen.blocks) < opened.config.cut.blocks:
-        chosen = choose_block(opened.model, held_out, chosen)
+    missing = opened.config.cut.blocks - len(before.blocks)
+    for chosen in itertools.islice(choices(opened.model, held_out, before), missing):
         write_left_out(opened.directory, chosen)
         progress.advance()
         progress.note(

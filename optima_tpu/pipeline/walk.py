@@ -1,6 +1,7 @@
 """The walk over the blocks: calibrate, choose masks, solve, accept, save, pass the hidden states through the pruned block."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -67,6 +68,12 @@ class Walk:
     squares: Squares | None = None
     whole: "WholeDense | None" = None
 
+    @functools.cached_property
+    def last(self) -> int:
+        """The last block with a layer that is pruned: no block behind it reads the text. -1 if no layer is pruned."""
+        blocks = reversed(range(self.decoder.config.blocks))
+        return next((each for each in blocks if self.recipe.pruned_groups(self.groups[each], self.decoder.prefix(each))), -1)
+
 
 class WholeDense(NamedTuple):
     """The dense model with the blocks that the walk's decoder is without. Its stream passes them too.
@@ -131,20 +138,24 @@ def prune_model(
     streams, following = None, 0
     for index, parameters in zip(missing, decoder.blocks(missing)):
         started = time.monotonic()
-        if streams is None or following != index:
+        if index > walk.last:
+            streams = None
+        elif streams is None or following != index:
             walk.begin(ENTERING, f"getting the hidden states that enter block {index}")
             streams = _streams_before(walk, tokens, index, journal, progress)
-        _pass_left_out(walk, index, streams.dense)
+        if streams:
+            _pass_left_out(walk, index, streams.dense)
         journal.repeated += time.monotonic() - started
         progress.block(index, count)
         started = time.monotonic()
-        pruned = prune_block(walk, index, parameters, streams)
+        pruned = prune_block(walk, index, parameters, streams) if streams else PrunedBlock(dict(parameters), {}, (), {})
         journal.repeated += pruned.seconds
         report, prefix = BlockReport(index, time.monotonic() - started, pruned.layers), decoder.prefix(index)
         weights, masks, scales = (
             {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
         )
-        leaving = [states for states in streams if states] if index < missing[-1] else []  # only a later block needs them
+        # Only a later block needs them.
+        leaving = [states for states in streams if states] if streams and index < min(walk.last, missing[-1]) else []
         walk.begin(WRITING, "saving")
         journal.save(index, weights, masks, report, leaving, scales)
         saved()
@@ -156,9 +167,11 @@ def prune_model(
 
 
 def block_steps(walk: Walk, index: int) -> list[Step]:
-    """The parts of a block's pruning that are measured one by one. A block that stays dense has only the last two."""
+    """The parts of a block's pruning that are measured one by one. A block that stays dense has only the last two, behind the last
+    pruned one the last alone."""
     parts = [step for part, _ in _passes(walk, index) for step in (_calibrating(walk, index, part), *map(_solving, part.groups))]
-    return [*parts, _passing(walk, index), Step(WRITING, block_bytes(walk.decoder, index))]
+    passing = [_passing(walk, index)] if index <= walk.last else []
+    return [*parts, *passing, Step(WRITING, block_bytes(walk.decoder, index))]
 
 
 WRITING = "writing files"

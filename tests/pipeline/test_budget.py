@@ -89,5 +89,12 @@ def test_a_share_that_cannot_be_is_one_line(to, settings, said):
         on_model(asked(to, **settings), LIKE_SMOLLM2)
 
 
+@pytest.mark.parametrize("to, left", [(0.93, 4), (0.87, 2), (0.8, 1)])
+def test_a_number_of_heads_that_transformers_does_not_read_is_no_choice(to, left):
+    """Of 8 heads, 7, 6, 5 and 3 do not divide the width of the model."""
+    model = LlamaConfig(**LIKE_SMOLLM2.to_dict() | dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=8))
+    assert on_model(asked(to, by="head"), model).recipe.layers[-1].pattern.kept(8) == left
+
+
 def test_the_least_share_that_is_named_works():
     assert on_model(asked(0.458), LIKE_SMOLLM2).recipe.layers[-1].pattern.kept(NEURONS) == 128

@@ -1,6 +1,7 @@
 """Blocks are left out by what that does to the predictions, and the walk goes on toward the dense model of all blocks."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -21,9 +22,9 @@ from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.models.model import Model, without_blocks
-from optima_tpu.pipeline import cut_blocks, stages
+from optima_tpu.pipeline import stages, walk
 from optima_tpu.pipeline.calibrate import groups_of_blocks
-from optima_tpu.pipeline.cut_blocks import choose_block
+from optima_tpu.pipeline.cut_blocks import choices
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.repair import verified
@@ -62,18 +63,18 @@ def log_probabilities(decoder: Decoder) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.slow), (4, 2)])
 def test_the_choice_is_that_of_brute_force_one_block_after_the_other(shape):
-    model, chosen = dense_model(shape), LeftOut()
-    for _ in range(3):
-        tried = [(*chosen.blocks, index) for index in range(5) if index not in chosen.blocks]
+    model, before = dense_model(shape), LeftOut()
+    for chosen in itertools.islice(choices(model, TOKENS, before), 3):
+        tried = [(*before.blocks, index) for index in range(5) if index not in before.blocks]
         by_force = {left_out: divergence(model, left_out) for left_out in tried}
-        chosen = choose_block(model, TOKENS, chosen)
+        before = chosen
         best = min(by_force, key=by_force.__getitem__)
         assert chosen.blocks == best and abs(chosen.divergences[-1] - by_force[best]) < 1e-5 * by_force[best]
 
 
 def test_only_the_blocks_that_turn_the_stream_least_are_tried():
     model = dense_model()
-    (first,) = choose_block(model, TOKENS, LeftOut(), tried=1).blocks
+    (first,) = next(choices(model, TOKENS, LeftOut(), tried=1)).blocks
     hidden, turns = model.decoder.embed(TOKENS), []
     for index, parameters in zip(range(5), model.decoder.blocks(range(5))):
         before = hidden.values.copy()
@@ -136,14 +137,12 @@ def test_a_run_says_everywhere_what_it_left_out(whole_run):
 def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
     """Behind the first choice, and behind the first block that was pruned."""
     words, expected = whole_run
-    choose = cut_blocks.choose_block
 
-    def once(model, tokens, before):
-        if before.blocks:
-            raise KeyboardInterrupt
-        return choose(model, tokens, before)
+    def once(*arguments):
+        yield next(choices(*arguments))
+        raise KeyboardInterrupt
 
-    for chosen, stop in ((1, lambda patch: patch.setattr(stages, "choose_block", once)), (2, stop_after_the_first_block)):
+    for chosen, stop in ((1, lambda patch: patch.setattr(stages, "choices", once)), (2, stop_after_the_first_block)):
         with monkeypatch.context() as patch:
             stop(patch)
             assert main([*words, "--output", str(tmp_path / "run")]) != 0
@@ -204,8 +203,9 @@ def test_a_run_trains_the_blocks_that_are_left(method, whole_run, tmp_path):
     assert len(report["blocks"]) == 2 and report["distillation"]["checks"]
 
 
-def test_a_model_may_be_cut_alone(tmp_path, capsys):
-    """With --pattern dense no weight changes and nothing has a mask."""
+def test_a_model_may_be_cut_alone(tmp_path, capsys, monkeypatch):
+    """With --pattern dense no weight changes, nothing has a mask, and no text passes through the blocks for nothing."""
+    monkeypatch.setattr(walk, "_streams_before", None)
     model = tiny_folder(tmp_path / "model", num_hidden_layers=4)
     words = ["--model", str(model), "--output", str(tmp_path / "run"), "--mesh", "4x2", "--cut.blocks", "2", "--pattern", "dense"]
     assert main([*words, *SMALL]) == 0

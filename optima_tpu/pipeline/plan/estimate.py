@@ -158,7 +158,7 @@ def storage(
       hosts: number of hosts that share the hidden states.
       patterns: the pattern of every pruned matrix, by its whole path.
       kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
-      calibrates: whether the calibration text passes through the blocks; it does not where they are pruned already.
+      calibrates: whether the calibration text passes through the blocks; it does not where they are pruned already, or stay dense.
       on_cpu: whether the devices use the memory of the host. Then it holds the head three times, in a file, as read and on a device, and
         the logits.
     """
@@ -192,9 +192,9 @@ def storage(
         # Measured before there are hidden states of the walk, and then kept beside them.
         entering = len(parts[0]) * state * (decoder.config.blocks + 1) // hosts
         host[GRADIENT] = squares + max(0, entering - share)
-    chosen = calibrates * config.cut.blocks
-    # The held-out windows before every block, and behind all blocks: while blocks are chosen, the walk has no hidden states yet.
-    entering = (chosen > 0) * text.held_out * state * (decoder.config.blocks + chosen + 2) // hosts
+    chosen = config.cut.blocks
+    # The held-out windows before every block, behind all blocks, and of the tries. The walk has no hidden states yet.
+    entering = (chosen > 0) * text.held_out * state * (decoder.config.blocks + chosen + 1 + TRIED) // hosts
     if entering > share:
         host["choosing blocks"] = entering - share
     if config.distill:
@@ -312,14 +312,15 @@ class RunTime(NamedTuple):
 
     @property
     def _choices(self) -> int:
-        """How many blocks the run chooses to leave out; a recovery chooses none."""
-        return self.config.cut.blocks if self._calibrated else 0
+        """How many blocks the run chooses to leave out."""
+        return self.config.cut.blocks
 
     @property
     def _tried_blocks(self) -> float:
         """How many blocks the held-out windows pass through, those of all tries together, for all choices."""
         blocks = self.dense.decoder.config.blocks
-        return sum(blocks + left + TRIED * left / 2 for left in range(blocks, blocks - self._choices, -1))
+        tries = sum((TRIED + 1) * left / 2 for left in range(blocks, blocks - self._choices, -1))
+        return tries + blocks / 2 if self._choices else 0
 
     def _choosing(self) -> float:
         """Seconds of choosing the blocks that are left out, and of the dense hidden states through them."""
@@ -356,8 +357,9 @@ class RunTime(NamedTuple):
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
         states = 0 if self.stored.resident else forward.passes + 1 + 1 / config.recipe.target.streams + forward.moved
         moved = states * self.stored.hidden + 2 * (1 + self._deeper) * evaluation_tokens(config) * state
-        # The dense model for its perplexity, and for each choice twice and half; the pruned one for its own, the walk, the checkpoint.
-        dense, readings = 1 + 2.5 * self._choices, 3 if self._calibrated else 2
+        # The dense model for its perplexity, for all choices, and half of it for each twice, but for the first once; the pruned one
+        # for its own, the walk, the checkpoint.
+        dense, readings = 1 + self._choices + (self._choices > 0) / 2, 3 if self._calibrated else 2
         moved += 2 * self._tried_blocks / self._blocks * text.held_out * text.window_length * state
         if (
             config.recipe.target.weigh_by_loss and self._calibrated

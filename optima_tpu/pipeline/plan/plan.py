@@ -175,6 +175,8 @@ def make_plan(
     dense, cut = model, expert_cut(config.cut.experts, model.config) if config.cut.experts else None
     model = dense.without_experts(cut) if cut else dense.without_last(config.cut.blocks)
     decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
+    if recovering:  # the blocks are chosen already
+        config = dataclasses.replace(config, cut=dataclasses.replace(config.cut, blocks=0))
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
     refused, writing = walk.refused, 0.0
@@ -195,7 +197,9 @@ def make_plan(
     unknown = frozenset[str]().union(*(program.unknown for program in programs))
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     forward = _forward_passes(model, machine, config, walk.kinds)
-    stored = estimate.storage(model, config, machine.hosts, patterns, forward.kept, not recovering, machine.platform == "cpu")
+    stored = estimate.storage(
+        model, config, machine.hosts, patterns, forward.kept, bool(patterns) and not recovering, machine.platform == "cpu"
+    )
     beside = Beside.of(dense, cut, config, machine) if cut else Beside()
     solved = {"solved experts": beside.solved} if beside.solved else {}
     stored = stored._replace(resident=walk.states > 0, disk=stored.disk | solved)
