@@ -155,7 +155,8 @@ class Cut(NamedTuple):
       made_by: the layers and other parameters that make them, by their names beside the layer that reads them -> the rows of a
         part in each of the matrices that are one behind the other in this one; rows behind these belong to no part. Empty where all
         rows are those of parts.
-      settings: the numbers in a configuration of ``transformers`` that count them -> how much a part adds.
+      settings: the numbers in a configuration of ``transformers`` that count them, as ``with_settings`` takes them -> how much a part
+        adds.
       fixed: what the configuration must say too if some are cut.
     """
 

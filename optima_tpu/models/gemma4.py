@@ -6,6 +6,7 @@ weight. In a mixture every block adds the outputs of an MLP and of experts, whos
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -181,16 +182,27 @@ def mlp_neurons(config: Gemma4Config) -> Cut:
     return llama.neurons(config)._replace(total=config.mlp_width)
 
 
+def heads(config: Gemma4Config) -> Cut:
+    """The heads in groups that all blocks have: one key-value head of some blocks, several of the others, with as many queries."""
+    last = config.all_heads[-1]
+    first = next((each for each in config.all_heads if each.kv != last.kv), last)
+    # config.json counts the key-value heads of two kinds of blocks.
+    total = math.gcd(first.kv, last.kv) if {each.kv for each in config.all_heads} == {first.kv, last.kv} else 1
+    each = last.kv // total
+    settings = {"num_attention_heads": config.heads // total, "num_key_value_heads": first.kv // total}
+    for_all = {"num_global_key_value_heads": each, "per_layer_config.*.num_key_value_heads": each}
+    made_by = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ())
+    called = "key-value heads" if first.kv == last.kv else "groups of heads"
+    return Cut(called, total, config.heads // total * last.width, ("self_attn.o_proj",), made_by, settings | for_all)
+
+
 *_WIDE, _NARROW = LAYOUT.layers
 FAMILY = dataclasses.replace(
     gemma.GEMMA2,
     read_config=read_config,
     block=block,
     by_block=frozenset({"head_dim", "num_key_value_heads"}),
-    cuts={
-        "neuron": (mlp_neurons, functools.partial(experts.expert_neurons, layout=LAYOUT)),
-        "head": "differ in width from block to block",
-    },
+    cuts={"neuron": (mlp_neurons, functools.partial(experts.expert_neurons, layout=LAYOUT)), "head": (heads,)},
     linears=(*llama.LINEARS, *LAYOUT.layers),
     sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
     experts=LAYOUT.experts,

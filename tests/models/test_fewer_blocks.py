@@ -143,7 +143,7 @@ def logits(decoder, blocks):
             "Gemma4ForCausalLM",
             {},
             (0,),
-            {"layer_types": ["full_attention"], "per_layer_config": {"0": {"head_dim": 16, "num_key_value_heads": 2}}},
+            {"layer_types": ["full_attention"], "per_layer_config": {"0": {"head_dim": 16, "num_key_value_heads": 5}}},
         ),
         ("SmolLM3ForCausalLM", {}, (0,), {"no_rope_layers": [0]}),
         ("Llama4ForCausalLM", {}, (0,), {"moe_layers": [0], "no_rope_layers": [0]}),

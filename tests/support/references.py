@@ -73,9 +73,11 @@ LLAMA4 = BASE | dict(
     rope_parameters=LLAMA3,
 )
 GEMMA4 = BASE | dict(
+    num_attention_heads=10,
+    num_key_value_heads=10,
     head_dim=12,
     global_head_dim=16,
-    num_global_key_value_heads=2,
+    num_global_key_value_heads=5,
     attention_k_eq_v=True,
     hidden_size_per_layer_input=0,
     layer_types=["sliding_attention", "full_attention"],

@@ -71,11 +71,18 @@ def with_settings(config: bytes, settings: Mapping[str, Any], held: bool = False
     """config.json with other settings, which stand in text_config where there is one.
 
     Args:
+      settings: ``per_layer_config.*.NAME`` is the value of every block for which the configuration has a NAME of its own.
       held: take those of the settings alone that are in it.
     """
     record: dict[str, Any] = json.loads(config)
     text = found if isinstance(found := record.get("text_config"), dict) else record
-    text.update({name: value for name, value in settings.items() if name in text or not held})
+    for name, value in settings.items():
+        outer, of_blocks, inner = name.partition(".*.")
+        if of_blocks:
+            for block in (text.get(outer) or {}).values():
+                block.update({inner: value} if inner in block else {})
+        elif name in text or not held:
+            text[name] = value
     return json.dumps(record, indent=2).encode() + b"\n"
 
 
