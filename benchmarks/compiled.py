@@ -22,11 +22,12 @@ from optima_tpu.config.parse import parse
 from optima_tpu.evaluate.perplexity import _batch_nll
 from optima_tpu.models.decoder import run_block
 from optima_tpu.pipeline.calibrate import pass_batch
-from optima_tpu.pipeline.plan.compile import Call, Compiled
+from optima_tpu.pipeline.plan.compile import Compiled
 from optima_tpu.pipeline.plan.hlo import collectives
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import topology_machine
+from optima_tpu.pipeline.programs import Call
 from optima_tpu.runtime.mesh import DATA, struct_on
 
 _PASSES = {"highest": 6, "high": 3, "default": 1}

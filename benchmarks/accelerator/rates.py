@@ -16,9 +16,9 @@ from optima_tpu.method.linalg.features import matmul, rough_matmul
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.models.decoder import run_block
 from optima_tpu.pipeline.grams import add_gram, panels
-from optima_tpu.pipeline.plan.compile import block_call
 from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.topology import local_machine
+from optima_tpu.pipeline.programs import block_call
 from optima_tpu.runtime.mesh import make_mesh
 
 _PRECISIONS = {

@@ -25,10 +25,12 @@ from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets, TokenStatistics
 from optima_tpu.models.activations import HiddenStates
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.ahead import Ahead, compiled_ahead
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
 from optima_tpu.pipeline.loss_gradient import Squares
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
+from optima_tpu.pipeline.programs import Call, pruning_call
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
@@ -54,6 +56,7 @@ class Walk:
       begin: called before every part of a block with its kind and with words on it; see :func:`block_steps`.
       squares: from :mod:`loss_gradient`, of all windows, for a target that weighs tokens by the loss.
       whole: the dense model with all blocks; None where the decoder has them.
+      ahead: programs that are being compiled; see :func:`solver_calls`.
     """
 
     decoder: Decoder
@@ -67,6 +70,7 @@ class Walk:
     begin: Callable[[str, str], None] = lambda kind, words: None
     squares: Squares | None = None
     whole: "WholeDense | None" = None
+    ahead: Ahead = Ahead()
 
     @functools.cached_property
     def last(self) -> int:
@@ -131,10 +135,18 @@ def prune_model(
       tokens: [windows + held out, length] int32, the calibration set and the held-out windows after it.
       saved: called after every saved block.
     """
-    decoder, count = walk.decoder, walk.decoder.config.blocks
     for index, reason in journal.damaged.items():
         progress.note(f"block {index} was damaged since it was saved ({reason}): it is pruned again")
-    missing = [index for index in range(count) if index not in journal.finished]
+    missing = [index for index in range(walk.decoder.config.blocks) if index not in journal.finished]
+    with compiled_ahead(solver_calls(walk, missing, len(tokens))) as ahead:
+        _prune_blocks(dataclasses.replace(walk, ahead=ahead), missing, tokens, journal, progress, saved)
+    journal.forget_states()
+
+
+def _prune_blocks(
+    walk: Walk, missing: Sequence[int], tokens: np.ndarray, journal: Journal, progress: Progress, saved: Callable[[], None]
+) -> None:
+    decoder, count = walk.decoder, walk.decoder.config.blocks
     streams, following = None, 0
     for index, parameters in zip(missing, decoder.blocks(missing)):
         started = time.monotonic()
@@ -163,7 +175,33 @@ def prune_model(
         give_back_freed_memory()
         following = index + 1
         progress.advance()
-    journal.forget_states()
+
+
+def solver_calls(walk: Walk, missing: Sequence[int], windows: int) -> dict[str, list[Call]]:
+    """The programs that choose masks and solve, by the kind of their step: of the first block of each kind that is to be pruned.
+
+    Args:
+      windows: the number of all windows.
+    """
+    calls: dict[str, list[Call]] = {}
+    if walk.given is not None:  # masks from outside may come with weights, which is another program
+        return calls
+    for index in {walk.decoder.config.kind_of(index): index for index in reversed(missing)}.values():
+        decoder, prefix = walk.decoder.at(index), walk.decoder.prefix(index)
+        for part, _ in _passes(walk, index):
+            for names, layout in zip(part.groups, part.layouts):
+                calls.setdefault(_solving(names).kind, []).extend(
+                    pruning_call(
+                        decoder,
+                        together,
+                        tuple(walk.recipe.pattern_of(prefix + name, name) for name in together),
+                        walk.recipe,
+                        walk.windows < windows,
+                        layout,
+                    )
+                    for together in walk.recipe.solved_together(names, prefix)
+                )
+    return calls
 
 
 def block_steps(walk: Walk, index: int) -> list[Step]:
@@ -282,6 +320,7 @@ def prune_groups(
     parameters, masks, reports, scales, prefix = dict(parameters), {}, [], {}, walk.decoder.prefix(index)
     for names, layout, sets in zip(part.groups, part.layouts, tokens):
         walk.begin(_solving(names).kind, f"pruning {', '.join(names)}")
+        walk.ahead.wait(_solving(names).kind)
         for together in walk.recipe.solved_together(names, prefix):
             weights = tuple(parameters[name + ".weight"] for name in together)
             mine = [names.index(name) for name in together]

@@ -19,9 +19,9 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.checkpoints.compressed_tensors import integers, pack
 from optima_tpu.pipeline.memory_plan import GroupLoad
-from optima_tpu.pipeline.plan.compile import Call
 from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
+from optima_tpu.pipeline.programs import Call
 from tests.support.meshes import mesh
 from tests.support.problems import layer, oracle, row_objective
 from tests.support.pruning import group_arguments

@@ -20,9 +20,9 @@ from optima_tpu.method.statistics import TokenStatistics
 from optima_tpu.models import splash
 from optima_tpu.models.experts import Routed
 from optima_tpu.pipeline.grams import add_routed
-from optima_tpu.pipeline.plan.compile import Call
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
+from optima_tpu.pipeline.programs import Call
 from optima_tpu.runtime.loops import usual_turns
 from optima_tpu.runtime.mesh import ROWS, struct_on
 from tests.support.pruning import group_arguments

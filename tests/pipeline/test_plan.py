@@ -32,7 +32,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes
 from optima_tpu.pipeline.plan import topology
-from optima_tpu.pipeline.plan.compile import Call, Compiled, Entering, compiled, compiler
+from optima_tpu.pipeline.plan.compile import Compiled, compiled, compiler
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.estimate import inputs_of, storage
 from optima_tpu.pipeline.plan.hlo import collectives, moved, sent
@@ -43,6 +43,7 @@ from optima_tpu.pipeline.plan.table import summary
 from optima_tpu.pipeline.plan.texts import CHARACTERS
 from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
+from optima_tpu.pipeline.programs import Call, Entering
 from optima_tpu.pipeline.recover.config import as_run
 from optima_tpu.plan import main
 from tests.support import ROOT

@@ -26,8 +26,8 @@ from jax.extend import source_info_util
 from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from optima_tpu.pipeline.plan.compile import Call
 from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.programs import Call
 from optima_tpu.runtime.loops import stated_turns
 
 

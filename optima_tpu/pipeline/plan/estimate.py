@@ -462,7 +462,9 @@ def assumptions(config: RunConfig, machine: Machine, unknown: Collection[str] = 
         f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
         f"weights; all hosts together write {ASSUMED.writing / 1e9:g} GB/s to the run directory; nothing overlaps"
     )
-    if not machine.compiles:
+    if machine.compiles:
+        words.append("the programs that choose masks and solve are compiled side by side, each in the seconds that it took here")
+    else:
         words.append("starting and compiling, which take minutes at the first run of a model of this shape, are not counted")
     if machine.compiles and machine.chip.link and machine.mesh.size > 1:
         words.append(

@@ -14,11 +14,12 @@ from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import head_gradient
 from optima_tpu.pipeline.loss_gradient import GRADIENT, DrawnLabels, backward, parts_of, unrouted
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, block_call, windows_of_step
+from optima_tpu.pipeline.plan.compile import Compile
 from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.programs import Call, Entering, block_call, windows_of_step
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 

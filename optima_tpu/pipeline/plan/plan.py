@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,22 +16,13 @@ from optima_tpu.method.statistics import Groups
 from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.whole_model import windows_at_once
+from optima_tpu.pipeline.ahead import side_by_side
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import (
-    Call,
-    Compile,
-    block_call,
-    calibration_calls,
-    compiler,
-    head_call,
-    pruning_call,
-    resident,
-    windows_of_step,
-)
+from optima_tpu.pipeline.plan.compile import Compile, compiler, joined, resident
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.gradient import gradient_programs
@@ -40,6 +32,7 @@ from optima_tpu.pipeline.plan.removal import Beside, removal_programs
 from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import refusal, training_programs
+from optima_tpu.pipeline.programs import Call, block_call, calibration_calls, head_call, pruning_call, windows_of_step
 from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import DATA, MODEL
@@ -195,7 +188,9 @@ def make_plan(
     removing = removal_programs(dense, cut, config, machine, compile_call) if cut else ()
     programs = (*removing, *measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
     unknown = frozenset[str]().union(*(program.unknown for program in programs))
-    compiling = sum(program.compiled.seconds for program in programs if program.compiled)
+    took = [(program.stage == "pruning", program.compiled.seconds) for program in programs if program.compiled]
+    ahead = side_by_side([seconds for pruning, seconds in took if pruning], os.cpu_count() if machine.here else None)
+    compiling = ahead + sum(seconds for pruning, seconds in took if not pruning)
     forward = _forward_passes(model, machine, config, walk.kinds)
     stored = estimate.storage(
         model, config, machine.hosts, patterns, forward.kept, bool(patterns) and not recovering, machine.platform == "cpu"
@@ -356,7 +351,7 @@ def _calibration(
         passes = [compile_call(f"{name}, pass: {tokens}", calls.passes[0])]
         if len(calls.distinct) > 1:
             passes.append(compile_call(f"{name}, pass of the dense stream: {tokens}", calls.passes[1]))
-        found = calls.joined([each for each in passes if each], sums)
+        found = joined(calls, [each for each in passes if each], sums)
     if found and found.memory:
         memory = beside + found.memory
     passes_work, sums_work = [counted(call, machine).work for call in calls.distinct], counted(calls.sums, machine).work

@@ -17,11 +17,12 @@ from optima_tpu.pipeline.calibrate import linear_groups, pass_batch
 from optima_tpu.pipeline.experts import Mixed, add_statistics, mixed_blocks, mixture_program, refit_product, refit_sums
 from optima_tpu.pipeline.grams import Sent
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, block_call, resident, windows_of_step
+from optima_tpu.pipeline.plan.compile import Compile, resident
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import REMOVING, Program
 from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.programs import Call, Entering, block_call, windows_of_step
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 _STATES = 7

@@ -17,11 +17,12 @@ from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, windows_of_step
+from optima_tpu.pipeline.plan.compile import Compile
 from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.programs import Call, Entering, windows_of_step
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 

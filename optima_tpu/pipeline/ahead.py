@@ -1,0 +1,68 @@
+"""Compiles the solvers' programs in threads, while the walk reads the calibration text."""
+
+import concurrent.futures
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+
+from optima_tpu.pipeline.programs import Call
+
+_MOST = 8
+"""Programs that are compiled at once: a TPU's compiler takes a core and some GiB of the host for each."""
+
+
+class Ahead(NamedTuple):
+    """Programs that are being compiled, by the kind of the step that calls them.
+
+    JAX finds a program that was compiled from structs where it is called with arrays of their shapes, dtypes and shardings.
+    """
+
+    compiling: Mapping[str, Sequence[concurrent.futures.Future[None]]] = {}
+
+    def wait(self, kind: str) -> None:
+        """Returns when the programs of these steps are compiled. One that could not be is compiled again by its call, which raises."""
+        concurrent.futures.wait(self.compiling.get(kind, ()))
+
+
+@contextlib.contextmanager
+def compiled_ahead(programs: Mapping[str, Sequence[Call]]) -> Iterator[Ahead]:
+    """Compiles programs side by side, each once, in the order in which they will be called.
+
+    The processes of a run on GPUs divide the tuning of a program among them and wait for each other, so all must compile one program
+    after the other: there each is compiled where it is called.
+
+    Args:
+      programs: by the kind of the step that calls them.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "gpu":
+        yield Ahead()
+        return
+    threads = concurrent.futures.ThreadPoolExecutor(min(_MOST, os.cpu_count() or 1))
+    started: list[tuple[Call, concurrent.futures.Future[None]]] = []
+
+    def start(call: Call) -> concurrent.futures.Future[None]:
+        if (found := next((future for other, future in started if other == call), None)) is not None:
+            return found
+        started.append((call, threads.submit(_compile, call)))
+        return started[-1][1]
+
+    try:
+        yield Ahead({kind: [start(call) for call in calls] for kind, calls in programs.items()})
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def side_by_side(seconds: Sequence[float], cores: int | None) -> float:
+    """Seconds that :func:`compiled_ahead` takes at least for programs that take ``seconds`` one by one.
+
+    Args:
+      cores: of the host; None for the host of a TPU, which has more than are used.
+    """
+    return max(max(seconds, default=0.0), sum(seconds) / min(_MOST, cores or _MOST))
+
+
+def _compile(call: Call) -> None:
+    call.lower().compile()
