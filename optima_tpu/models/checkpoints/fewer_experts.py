@@ -73,7 +73,7 @@ def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
         )
         take = "leave out cut.experts" if nearest is None else f"take --cut.experts {total - nearest}"
         raise UserError(
-            f"expected cut.experts to leave enough of the {total} experts of {named}, got {experts:g}: {reasons}; {take}"
+            f"expected cut.experts to remove some and leave enough of the {total} experts of {named}, got {experts:g}: {reasons}; {take}"
         )
     return ExpertCut(names, int(kept), total, groups.total)
 
