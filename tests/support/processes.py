@@ -14,8 +14,8 @@ from tests.support import ROOT
 CHILDREN = ROOT / "tests/support/children"
 """What the processes that tests start import first."""
 
-# A process of a run that counts the bytes that it reads of the blocks, and may be killed while it works on one.
-WATCHED = """
+# A process counts the bytes that it reads of the blocks, and may be killed while it works on one. Then comes the run.
+COUNTING = """
 import os, signal, sys
 import numpy as np
 from optima_tpu import launch
@@ -39,6 +39,8 @@ def killed(of, index, *rest):
 Decoder._read_parts = counted
 if killed_at:
     walks.prune_block = killed
+"""
+WATCHED = f"""{COUNTING}
 status = launch.main(arguments)
 print("bytes read:", count)
 sys.exit(status)
