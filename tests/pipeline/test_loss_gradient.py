@@ -139,13 +139,13 @@ def test_the_mesh_and_the_parts_do_not_change_the_squares(monkeypatch, shape):
 
 
 @pytest.fixture(scope="module")
-def weighed(tmp_path_factory):
+def weighed(one_device, tmp_path_factory):
     """(arguments, directory) of a run that weighs its tokens by the loss."""
     root = tmp_path_factory.mktemp("weighed")
     # The target of the preset best, with a selector and without exchanges that compile in a moment.
     target = ["--target", "dense", "--target.alpha", "0.5", "--target.gamma", "0.5", "--target.weigh_tokens", "true"]
     arguments = ["--model", str(tiny_folder(root / "model")), *SMALL, "--preset", "fast", "--recapture", "true", *target]
-    arguments += ["--batch", "1", "--target.weigh_by_loss", "0.5"]
+    arguments += ["--batch", "8", "--target.weigh_by_loss", "0.5"]  # so that two parts have all windows
     assert main([*arguments, "--output", str(root / "run")]) == 0
     return arguments, root / "run"
 
