@@ -1,5 +1,7 @@
 """Runs that are killed, or that find no room on the disk, in processes of their own."""
 
+import pytest
+
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.pipeline.journal import open_journal
 from tests.support.fake_run import ASSETS, MANIFEST, activations_after, assert_same, finished_run, small_model, states_of
@@ -108,29 +110,31 @@ def resume(directory):
     for name, array in tensors.load(tensors.names()).items():
         fake_run.assert_same(array, expected[name])
 
-root = Path(sys.argv[1])
+root, kills, moments = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 began = time.monotonic()
 assert status(in_child(lambda: run(root / "whole", log=root / "count"))) == 0
 duration, events = time.monotonic() - began, int((root / "count").read_text())
 assert events > 50
 finished = set()
-for kill_at in (1 + round(0.95 * events * i / 7) for i in range(8)):  # Orbax's threads make the count vary a little
+for kill_at in (1 + round(0.95 * events * i / (kills - 1)) for i in range(kills)):  # Orbax's threads make the count vary a little
     directory = root / f"event{kill_at}"
     ended = status(in_child(lambda: run(directory, kill_at)))
     assert ended == -signal.SIGKILL, f"the run to be killed at event {kill_at} of {events} ended with {ended}"
     finished.add(len(list((directory / "journal").glob("block_????"))))
     assert status(in_child(lambda: resume(directory))) == 0, f"after a kill at event {kill_at} of {events}"
 assert finished == {0, 1, 2}, finished
-for i in range(3):
+for i in range(moments):
     directory = root / f"time{i}"
     child = in_child(lambda: run(directory))
-    time.sleep(duration * (i + random.Random(i).random()) / 3)
+    time.sleep(duration * (i + random.Random(i).random()) / moments)
     os.kill(child, signal.SIGKILL)
     status(child)
-    assert status(in_child(lambda: resume(directory))) == 0, f"after a kill at {i}/3 of {duration} s"
+    assert status(in_child(lambda: resume(directory))) == 0, f"after a kill at {i}/{moments} of {duration} s"
 """
 
 
-def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
-    result = python("-W", "ignore", "-c", KILLED_RUNS, tmp_path)
+@pytest.mark.parametrize(("kills", "moments"), [(5, 1), pytest.param(8, 3, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(tmp_path, kills, moments):
+    """At this many accesses to its files, spread over the run, and at this many moments."""
+    result = python("-W", "ignore", "-c", KILLED_RUNS, tmp_path, kills, moments)
     assert result.returncode == 0, result.stderr
