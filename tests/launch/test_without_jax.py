@@ -74,7 +74,7 @@ REFUSED = [
     ["recover", "configs", "--tokens", "1k", "--process_id", "1"],
     ["plan", "--topologie", "v5e:4x2"],
     ["sweep", "nowhere.yaml"],
-    ["sweep", "configs/tables/smollm2.yaml", "--only", "nothing"],
+    ["sweep", "configs/tables/adam.yaml", "--only", "nothing"],
     ["report", "a", "--ouput", "b"],
     ["report", "a", "--output", "nowhere/page.html"],
     ["export", "a"],
@@ -147,7 +147,7 @@ def test_a_file_is_compared_with_its_checksum_without_jax(narrow, finished, tmp_
 
 
 def test_the_first_line_is_printed_before_the_libraries_load(narrow):
-    sweep = ["sweep", "configs/tables/smollm2.yaml", "--model", "configs"]
+    sweep = ["sweep", "configs/tables/adam.yaml", "--model", "configs"]
     recover = ["recover", "configs", "--tokens", "1k", "--source", "pydoc"]
     commands = [["prune", "configs"], ["evaluate", "configs"], recover, ["plan", "--model", "configs"], sweep]
     for words, (ended, printed, errors) in zip(commands, without_libraries(commands), strict=True):
