@@ -41,14 +41,16 @@ def all_cases():
             yield reference, name, settings, left_out, why_unreadable(config, left_out)
 
 
-# Without its first block, from which all others get new numbers; one family without its last, and one whose first cannot go.
+# Without its first block, from which all others get new numbers; one family without its last, and one whose first cannot go. What of
+# a relative belongs to one block is in the test of settings below, and test_cuts.py exports every relative to transformers.
 CASES = [
     pytest.param(
         reference,
         settings,
         left_out,
         id=f"{reference.model}-{name}-{left_out[0]}",
-        marks=[pytest.mark.slow] * (left_out != (0,) and reference.model not in ("LlamaForCausalLM", "Qwen2MoeForCausalLM")),
+        marks=[pytest.mark.slow]
+        * (reference.model not in ("LlamaForCausalLM", "Qwen2MoeForCausalLM") and (left_out != (0,) or reference.relative)),
     )
     for reference, name, settings, left_out, why in all_cases()
     if not why
