@@ -151,11 +151,11 @@ def test_layers_with_a_rule_are_left_out():
         measured(model, dataclasses.replace(RECIPE, layers=parse_layers("*=0.3/row")), OWL())
 
 
-def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
+def test_a_run_loses_as_many_weights_as_without(one_device, tmp_path, monkeypatch):
     model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
     command = ["--model", str(model), "--output", str(output), "--pattern", "0.6/row", "--allocation", "measured"]
     dense = "self_attn.*=dense,mlp.gate_proj=dense,mlp.up_proj=dense"
-    command += ["--solver", "null", "--layers", dense, "--mesh", "4x2", *SMALL]
+    command += ["--solver", "null", "--layers", dense, *SMALL]
     assert main(command) == 0
     report = json.loads((output / "report.json").read_text())
     layers = [layer for block in report["blocks"] for layer in block["layers"]]

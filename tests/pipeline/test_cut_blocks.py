@@ -106,12 +106,12 @@ def test_the_dense_stream_passes_what_the_pruned_stream_skips():
         assert np.abs(streams.pruned.values - expected.values).max() > 0.01
 
 
-WORDS = ["--preset", "fast", "--mesh", "4x2", "--cut.blocks", "2", "--target", "dense"]
+WORDS = ["--preset", "fast", "--cut.blocks", "2", "--target", "dense"]
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """(words of the command without its output, directory) of a run that nothing stopped."""
+def whole_run(one_device, tmp_path_factory):
+    """(words of the command without its output, directory) of a run that nothing stopped. The choice on a mesh is above."""
     root = tmp_path_factory.mktemp("cut")
     words = ["--model", str(tiny_folder(root / "model", num_hidden_layers=4)), *WORDS, "--pattern", "2:4", *SMALL]
     assert main([*words, "--output", str(root / "run")]) == 0

@@ -79,7 +79,7 @@ def test_transformers_loads_the_model_and_computes_what_the_run_measured(model, 
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def whole_run(one_device, tmp_path_factory):
     """(words of the command without its output, directory) of a run that nothing stopped: behind the removal come masks for a dense target,
     and the training of the routers.
     """
