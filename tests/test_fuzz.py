@@ -104,7 +104,7 @@ def assert_configurations(folder: Path, examples: int) -> None:
 
 
 def test_a_configuration_with_another_value_is_refused_in_one_line_or_read(tmp_path):
-    assert_configurations(tmp_path / "model", 150)
+    assert_configurations(tmp_path / "model", 75)
 
 
 @pytest.mark.slow
@@ -174,8 +174,8 @@ EVALUATIONS = st.lists(st.sampled_from(EVALUATE) | WORDS | st.integers().map(str
 
 
 def test_a_command_line_is_refused_in_one_line_or_means_what_it_says():
-    tried(assert_parsed, command_lines(), 150)
-    tried(assert_evaluation_parsed, EVALUATIONS, 100)
+    tried(assert_parsed, command_lines(), 60)
+    tried(assert_evaluation_parsed, EVALUATIONS, 60)
 
 
 @pytest.mark.slow

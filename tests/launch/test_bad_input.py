@@ -308,7 +308,7 @@ def test_activations_that_overflow_in_float32_are_not_advised_float32(refused, t
     assert "the model overflows even in float32, so its weights are damaged" in message and "--dtype" not in message
 
 
-def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys):
+def test_no_room_for_a_small_file(one_device, model, tmp_path, monkeypatch, capsys):
     """The same command goes on from each of them."""
 
     def full(path, data, write=Path.write_bytes):
