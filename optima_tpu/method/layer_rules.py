@@ -94,9 +94,11 @@ def check_layers(
     layers = list(shapes)
     for rule in rules:
         if not any(rule.matches(path, name) for path, name, _ in layers):
-            names = dict.fromkeys(name for _, name, _ in layers)
+            kinds = dict.fromkeys(kind_name(name) for _, name, _ in layers)
+            names = [name for name in kinds if rule.pattern is None or rule.pattern.of(name)]
+            such = f" that {rule.pattern.text()} is for" if rule.pattern and len(names) < len(kinds) else ""
             raise UserError(
-                f"no layer matches {rule.path!r} of --layers; the layers of a block are {', '.join(names)}, "
+                f"no layer{such} matches {rule.path!r} of --layers; the layers of a block{such} are {', '.join(names)}, "
                 f"and the whole path of the first layer is {layers[0][0]}"
             )
     patterns: dict[str, Pattern] = {}

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
-from optima_tpu.models.family import Cut, Family, Positions
+from optima_tpu.models.family import FURTHER, Cut, Family, Positions
 from optima_tpu.models.layers import Linear, RMSNorm, Scores, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate, rotate_neighbours, rotate_neighbours_wide
 from optima_tpu.models.routers import Groups
@@ -116,8 +116,7 @@ def read_mixture(config: Any, mixed: tuple[bool, ...], groups: Groups | None = N
 
 def further_tokens(*blocks: int) -> Mapping[str, str]:
     """``Family.ignored`` for blocks behind the last one, by their numbers in the published models."""
-    reason = "predicts tokens behind the next one, for decoding; it stays as it is"
-    return {rf"model\.layers\.({'|'.join(map(str, blocks))})\..*": reason}
+    return {rf"model\.layers\.({'|'.join(map(str, blocks))})\..*": FURTHER}
 
 
 class DeepseekAttention(nnx.Module):

@@ -103,6 +103,9 @@ class DecoderConfig:
 
 ReadTensor = Callable[[str], Array | np.ndarray]
 
+FURTHER = "predicts tokens behind the next one, for decoding; it stays as it is, or leaves a model whose parts are cut"
+"""Why :attr:`Family.ignored` has tensors of the same layers as a block's."""
+
 
 class Residual(NamedTuple):
     """The residual stream [batch, length, d_model] around a layer that adds to it, as names of ``nnx.Intermediate``.

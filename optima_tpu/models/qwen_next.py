@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama, qwen_moe
 from optima_tpu.models.delta_net import DeltaNet, Sizes
-from optima_tpu.models.family import Cut, DecoderConfig, Family, Stack
+from optima_tpu.models.family import FURTHER, Cut, DecoderConfig, Family, Stack
 from optima_tpu.models.layers import ShiftedRMSNorm
 from optima_tpu.models.rope import Rope
 from optima_tpu.runtime.mesh import MODEL
@@ -106,7 +106,7 @@ def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Fami
         sharding={**made.sharding, narrow + ".weight": P(None, MODEL), **{name + ".weight": P(MODEL, None) for name in wide}},
         attended=(narrow, *made.attended),
         residuals={narrow: llama.FAMILY.residuals["self_attn.o_proj"], **llama.FAMILY.residuals},
-        ignored={r"mtp\..*": "predicts tokens behind the next one, for decoding; it stays as it is"},
+        ignored={r"mtp\..*": FURTHER},
         cuts={**made.cuts, "head": (llama.heads, linear_heads)},
         **fields,
     )

@@ -30,7 +30,7 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
     asked = config.cut.to
     if asked is None:
         return config
-    part = placed(config.cut.part, model)
+    part = placed(config.cut.part, model, "cut.by")
     assert isinstance(part, WholeParts), "cut.by names parts"
     if other := next((each for each in config.recipe.patterns if isinstance(each, type(part))), None):
         raise UserError(

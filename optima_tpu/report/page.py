@@ -49,17 +49,14 @@ def write_page(places: Sequence[str | Path], path: Path) -> list[FinishedRun]:
 
 def render(title: str, runs: Sequence[FinishedRun]) -> str:
     """The page as HTML. ``title`` lists what the runs have in common."""
+    of_layers = [layer_errors, maps, solver] if any(run.report.layers for run in runs) else []
     sections = [
         outcome(runs),
         *distillation(runs),
         *distance(runs),
         *tokens(runs),
         *continuations(runs),
-        *(
-            [layer_errors(runs), maps(runs), solver(runs), strange(runs)]
-            if all(measured(run.report.layers) for run in runs)
-            else []
-        ),
+        *(make(runs) for make in (*of_layers, strange) if all(measured(run.report.layers) for run in runs)),
         cost(runs),
         *(run_files(run) for run in runs if len(runs) == 1),
         origin(runs),

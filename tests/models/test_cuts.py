@@ -23,6 +23,7 @@ from optima_tpu.models import FAMILIES
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.cuts import cuts_of
 from optima_tpu.models.checkpoints.export import export, read_masks
+from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import Cut
@@ -286,6 +287,22 @@ def test_what_cannot_be_cut_stays_as_zeros_and_the_export_says_why(pattern, laye
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["intermediate_size"], config["num_attention_heads"]) == (64, 9)
     assert len(read_masks(tmp_path / "out")) == (2 if layers == "model.layers.1.*=dense" else 3)
+
+
+def test_blocks_for_further_tokens_leave_with_the_parts_that_they_did_not_lose(tmp_path):
+    """They have as many neurons as before, which config.json no longer says."""
+    config, _, source = tiny(reference_of("Glm4MoeForCausalLM"), {})
+    further = {f"model.layers.46.mlp.experts.0.{name}.weight": np.ones((24, 36), np.float32) for name in ("up_proj", "gate_proj")}
+    source.arrays.update(further)
+    said, run = [], pruned_run(tmp_path / "run", config, source, "0.25/neuron@4")
+    export(run, tmp_path / "out", say=said.append)
+    assert folder_tensors(tmp_path / "out").keys() == set(source.names()) - further.keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert "2 tensors for predicting tokens behind the next one did not lose these parts, and leave" in said
+    dense, left = (sum(weight.size for weight in each.values()) for each in (source.arrays, folder_tensors(tmp_path / "out")))
+    opened = Exported.open(run)
+    columns = sum(layer.pruned for block in opened.source.run.blocks for layer in block.layers)  # counted as zeros
+    assert opened.removed() + columns == dense - left
 
 
 def test_weights_of_neurons_that_are_not_zero_are_not_deleted(run, tmp_path, monkeypatch):

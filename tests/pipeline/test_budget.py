@@ -8,6 +8,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import layers_text, parse_layers
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.pipeline.inputs import on_model
+from tests.support.references import REFERENCES
 
 WIDTH, NEURONS, HEADS, BLOCKS, VOCABULARY = 576, 1536, 3, 4, 6553
 LIKE_SMOLLM2 = LlamaConfig(
@@ -94,6 +95,13 @@ def test_a_number_of_heads_that_transformers_does_not_read_is_no_choice(to, left
     """Of 8 heads, 7, 6, 5 and 3 do not divide the width of the model."""
     model = LlamaConfig(**LIKE_SMOLLM2.to_dict() | dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=8))
     assert on_model(asked(to, by="head"), model).recipe.layers[-1].pattern.kept(8) == left
+
+
+def test_parts_that_a_family_cannot_lose_are_refused_with_others():
+    model = next(each for each in REFERENCES if each.model == "Olmo2ForCausalLM").configuration({})
+    said = "expected a model whose heads can be cut where cut.by is head, got Olmo2.*, whose heads are .*; take --cut.by neuron$"
+    with pytest.raises(UserError, match=said):
+        on_model(asked(0.9, by="head"), model)
 
 
 def test_the_least_share_that_is_named_works():

@@ -222,6 +222,8 @@ def test_a_model_may_be_cut_alone(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run" / "hf" / "pruning_masks.npz").exists()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["weights"] == report["pruned"] == 0 and report["removed"] > 0 and report["recipe"] == "dense, 2 blocks cut"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Anything unusual" in page and "Layer errors" not in page and "Solver</h2>" not in page
     printed, card = capsys.readouterr().out, (tmp_path / "run" / "hf" / "README.md").read_text()
     assert "\nNo layer was pruned.\n" in printed and "error   " not in printed and "Layer errors" not in card
     for trained in (tmp_path / "run", tmp_path / "run" / "hf"):

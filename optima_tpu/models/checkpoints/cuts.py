@@ -1,6 +1,7 @@
 """The parts of blocks that patterns cut, and what is left of a run's tensors and of its config.json without them."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,8 +16,11 @@ from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.fewer_blocks import with_settings
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
 from optima_tpu.models.checkpoints.source import read_config
-from optima_tpu.models.family import Cut
+from optima_tpu.models.family import FURTHER, Cut
 from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount
+
+_FURTHER_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""Settings of ``transformers`` that count the blocks which predict tokens behind the next one."""
 
 
 class Cuts(NamedTuple):
@@ -27,6 +31,7 @@ class Cuts(NamedTuple):
       parts: what is left of each tensor that loses rows or columns, by its name.
       whole: the matrices of which the whole rest is kept, so that they need no mask.
       settings: the new numbers in config.json.
+      further: the tensors of as many parts as before that predict tokens behind the next one, and their sizes: they leave too.
       zeros_stay: why inputs that are pruned in all rows were not cut.
     """
 
@@ -34,6 +39,7 @@ class Cuts(NamedTuple):
     parts: Mapping[str, TensorPart] = {}
     whole: frozenset[str] = frozenset()
     settings: Mapping[str, int] = {}
+    further: Mapping[str, int] = {}
     zeros_stay: tuple[str, ...] = ()
 
     @property
@@ -52,19 +58,27 @@ def cuts_of(model: PretrainedConfig) -> dict[str, tuple[Cut, ...] | str]:
     }
 
 
-def placed(pattern: Pattern, model: PretrainedConfig) -> Pattern:
+def placed(pattern: Pattern, model: PretrainedConfig, setting: str = "") -> Pattern:
     """The pattern with the layers, the number and the names of the parts that it cuts from a model.
+
+    Args:
+      setting: the setting that names the parts alone.
 
     Raises:
       UserError: parts of this kind cannot be cut from this model.
     """
     if not isinstance(pattern, WholeParts):
         return pattern
-    cuts = cuts_of(model).get(pattern.word, "have no name in this family")
+    every = cuts_of(model)
+    cuts = every.get(pattern.word, "have no name in this family")
     if isinstance(cuts, str):
+        where, take = f"the pattern is {pattern.text()}", "another pattern, such as 2:4"
+        if setting:
+            where = f"{setting} is {pattern.word}"
+            take = " or ".join(f"--{setting} {word}" for word, kinds in every.items() if not isinstance(kinds, str))
         raise UserError(
-            f"expected a model whose {pattern.word}s can be cut where the pattern is {pattern.text()}, got {_named(model)}, whose "
-            f"{pattern.word}s {cuts}; take another pattern, such as 2:4"
+            f"expected a model whose {pattern.word}s can be cut where {where}, got {_named(model)}, whose "
+            f"{pattern.word}s {cuts}; take {take}"
         )
     return dataclasses.replace(pattern, places=tuple(Place(cut.read_by, cut.total, cut.called) for cut in cuts))
 
@@ -133,6 +147,14 @@ def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: Pretr
             for name in names:
                 del inputs[name]
             found = _without(found, source, kind, names, len(readers)) if names else found
+    if found.parts or source.run.left_out.experts:
+        rules = [rule for rule, why in family_of(model).ignored.items() if why == FURTHER]
+        further = [name for name in source.names() if any(re.fullmatch(rule, name) for rule in rules)]
+        counts = [name for name in _FURTHER_BLOCKS if further and hasattr(model.get_text_config(), name)]
+        found = found._replace(
+            further={name: math.prod(source.shape(name)) for name in further},
+            settings={**found.settings, **dict.fromkeys(counts, 0)},
+        )
     if inputs:
         first = next(iter(inputs))
         why = f"inputs that are pruned in all rows stay as zeros where they are no parts that can be cut, as in {first}"

@@ -105,6 +105,10 @@ def export(
         )
         if run.cuts.deleted:
             say(f"{parts_left(run.cuts.deleted)} are left, and the others are not written")
+        if run.cuts.further:
+            say(
+                f"{plural(len(run.cuts.further), 'tensor')} for predicting tokens behind the next one did not lose these parts, and leave"
+            )
         for why in run.cuts.zeros_stay:
             say(why)
         with making(out) as partial:

@@ -64,8 +64,10 @@ class Exported:
         cuts = cut(run.source, patterns, run.config())
         return cls(
             directory,
-            run.source.without(cuts.parts, cuts.whole),
-            {**run.assets, "config.json": with_settings(run.assets["config.json"], cuts.settings)} if cuts.parts else run.assets,
+            run.source.without(cuts.parts, cuts.whole, cuts.further),
+            {**run.assets, "config.json": with_settings(run.assets["config.json"], cuts.settings)}
+            if cuts.settings
+            else run.assets,
             # What a matrix loses elsewhere is in the other patterns' groups, unless rows compete.
             {name: each for name, each in patterns.items() if name not in cuts.parts or each.group == "row"},
             cuts,
@@ -100,7 +102,7 @@ class Exported:
 
     def removed(self) -> int:
         """How many weights were cut, without those that masks prune there; a mask of rows is taken to prune all of them alike."""
-        pruned, removed = set(self.source.pruned()), 0
+        pruned, removed = set(self.source.pruned()), sum(self.cuts.further.values())
         for name, (left, axis, total) in self.cuts.parts.items():
             size = math.prod(self.source.shape(name)) * total // len(left)
             kept = size - self.report_on(name).pruned if name in pruned else size

@@ -314,17 +314,19 @@ class OrbaxTensors:
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
         self._left: Mapping[str, TensorPart] = {}
 
-    def without(self, left: Mapping[str, TensorPart], whole: Collection[str]) -> Self:
+    def without(self, left: Mapping[str, TensorPart], whole: Collection[str], gone: Collection[str] = ()) -> Self:
         """The same tensors, of which only parts are left.
 
         Args:
           left: the parts, by the name of the tensor. Of columns the others must be zero.
           whole: those that no longer count as pruned.
+          gone: those of which nothing is left.
         """
         found = copy.copy(self)
         found._left, found._held = left, (("", ""), {})
+        weights = {name: leaf for name, leaf in self._found["weights"].items() if name not in gone}
         masks = {name: leaf for name, leaf in self._found["masks"].items() if name not in whole}
-        found._found = self._found | {"masks": masks}
+        found._found = self._found | {"weights": weights, "masks": masks}
         return found
 
     def names(self) -> tuple[str, ...]:
