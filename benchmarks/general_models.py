@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+LAYERS = "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"
+
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim", "embedding_size"), 48),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(LAYERS, 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "attention_head_dim"), 12),
@@ -105,8 +107,8 @@ def classes() -> list[str]:
     return sorted(found)
 
 
-def sizes_of(config: Any) -> dict[str, Any]:
-    """The sizes that a configuration has a name for, and those of the configurations in it."""
+def sizes_of(config: Any, layers: int = 2) -> dict[str, Any]:
+    """The sizes that a configuration has a name for, and those of the configurations in it: images and sound have one layer."""
     known = config.to_dict()
     sizes = {
         key: value
@@ -115,24 +117,42 @@ def sizes_of(config: Any) -> dict[str, Any]:
     }
     if "kv_lora_rank" in known:
         sizes |= {key: value for key, value in LATENT.items() if key in known}
+    sizes |= {key: layers for key in sizes if key in LAYERS}
     inner = {key: getattr(config, key, None) for key in config.sub_configs}
-    return sizes | {key: type(each)(**sizes_of(each)).to_dict() for key, each in inner.items() if each is not None}
+    return sizes | {
+        key: type(each)(**sizes_of(each, 1 if key.startswith(("vision", "audio")) else layers)).to_dict()
+        for key, each in inner.items()
+        if each is not None
+    }
 
 
-def tiny_config(name: str) -> Any:
-    """A tiny configuration of a class."""
+def tiny_config(name: str, **settings: Any) -> Any:
+    """A tiny configuration of a class, with these settings besides."""
     import transformers
 
     made = getattr(transformers, name).config_class
-    config = made(**sizes_of(made()) | OWN.get(name, {}))
+    config = made(**sizes_of(made()) | OWN.get(name, {}) | settings)
     config.architectures = [name]
     return config
+
+
+def tiny_model(config: Any) -> Any:
+    """A random model of a configuration in torch, with biases and norms that matter, in float32."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    made = getattr(transformers, config.architectures[0])
+    model = made._from_config(config, attn_implementation="eager", experts_implementation="eager").eval().float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def outcome(name: str) -> Outcome:
     """Makes a tiny model of a class, and compares it with torch."""
     import torch
-    import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
     from optima_tpu.errors import UserError, one_line
@@ -147,15 +167,11 @@ def outcome(name: str) -> Outcome:
 
     if name in FAMILIES:
         return Outcome("declared")
-    torch.manual_seed(0)
     tokens = np.random.default_rng(0).integers(2, 64, (1, LENGTH))
     try:
         config = tiny_config(name)
-        made = getattr(transformers, name)._from_config(config, attn_implementation="eager", experts_implementation="eager")
-        model = made.eval().float()
+        model = tiny_model(config)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
             expected = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.numpy()
     except Exception as error:  # the code of any model
         return Outcome("refused", f"no tiny configuration of it runs in torch ({one_line(error)[:120]})")

@@ -248,7 +248,9 @@ class Final(TorchParameters):
         super().__init__({self.shell.outer(name): self.shell.model.get_parameter(name).shape for name in self.shell.final})
 
     def __call__(self, x: Array) -> Array:
-        parameters = {name: self.arrays()[self.shell.outer(name)] for name in self.shell.final}
+        # The idle ones may be computed with: an unused summary of the text. The compiler drops that.
+        parameters = {name: jnp.zeros(self.shell.model.get_parameter(name).shape) for name in self.shell.idle}
+        parameters |= {name: self.arrays()[self.shell.outer(name)] for name in self.shell.final}
         tokens = interop.torch_view(x.reshape(-1, x.shape[-1]))
         output = interop.jax_view(self.shell.leaving(tokens, interop.torch_view(parameters), on_jax))
         return output.reshape(*x.shape[:-1], -1)

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,8 +69,9 @@ class Shell:
       path: the name of the list of its blocks.
       blocks: the blocks.
       embedding, head, bias: names of the embedding's and the head's weight, and of the head's bias.
-      before: the parameters that the hidden states of the first block come from.
+      before: the parameters that the hidden states of the first block come from, and the idle ones.
       final: the parameters between the last block and the head.
+      idle: those that neither the hidden states of the first block nor the logits come from.
       logits: what becomes of the products with the head.
       inner: the shape of the hidden states of one token: more than one number where a model has several streams.
       width: the numbers of the hidden states of one token.
@@ -104,7 +106,7 @@ class Shell:
         self.bias = self.model.all_tied_weights_keys.get(bias, bias)
         outer = {name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.path}.")}
         outer -= {self.head, self.bias, *self.model.all_tied_weights_keys}
-        self.final = self._final(sorted(outer))
+        self.final, self.idle = self._behind_and_nowhere(sorted(outer))
         self.before = tuple(sorted(outer - {*self.final, self.embedding}))
         self.logits = self._logits()
         self.layers = self._layers()
@@ -263,9 +265,16 @@ class Shell:
 
         None if that raised ``_Stop``.
         """
+        following = itertools.count()
+
+        def once(index: int, args: Any, kwargs: Any) -> Any:
+            if index != next(following):
+                raise self.refusal("it runs its blocks in another order than they stand in, or more than once")
+            return instead(index, args, kwargs)
+
         with TRACING, contextlib.ExitStack() as stack:
             for index, block in enumerate(self.blocks):
-                stack.enter_context(replaced(block, lambda *args, index=index, **kwargs: instead(index, args, kwargs)))
+                stack.enter_context(replaced(block, lambda *args, index=index, **kwargs: once(index, args, kwargs)))
             try:
                 return torch.func.functional_call(self.model, dict(parameters), (), {"input_ids": tokens, "use_cache": False})
             except _Stop:
@@ -352,8 +361,8 @@ class Shell:
 
             return self.run(torch.zeros((len(hidden), 1), dtype=torch.long), instead, parameters)
 
-    def _final(self, outer: Sequence[str]) -> tuple[str, ...]:
-        """Those of these parameters that stand between the last block and the head."""
+    def _behind_and_nowhere(self, outer: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Those of these parameters that stand between the last block and the head, and those that nothing comes from."""
         parameters = [self.model.get_parameter(name) for name in outer]
         hidden = self.leaving(torch.randn((2, self.width), requires_grad=True)), self.entering(torch.arange(2)[None], {})
         if not all(each.requires_grad for each in hidden):
@@ -368,7 +377,7 @@ class Shell:
         )
         if both := sorted(behind & before):
             raise self.refusal(f"it reads {some(both)} before its blocks and behind them")
-        return tuple(sorted(behind))
+        return tuple(sorted(behind)), tuple(sorted({*outer} - behind - before))
 
     def _logits(self) -> Logits:
         """Found by giving values to what comes behind the head: none of it has weights."""
