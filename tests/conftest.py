@@ -64,7 +64,7 @@ def pytest_collection_finish():
 
 
 # Of the 65,530 that Linux gives a process. Every compiled program takes some, and XLA fails where none are left.
-_MANY_MAPS = 30_000
+_MANY_MAPS = 42_000
 
 
 @pytest.fixture(autouse=True, scope="module")
