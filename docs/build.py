@@ -730,6 +730,7 @@ The dense model is the floor; the best pruned model of a column is bold.
 | [Time, memory, size and stops](speed.md) | all on CPU cores |
 | [What one machine says](accelerators.md) | one command on one machine: rounding, stops, shares of the peak, blocks beside their plans |
 | [In other programs](ecosystem.md) | logits and zeros in MaxText, Tunix, Qwix, vLLM, llama.cpp and OpenVINO |
+| [Which models run](decoders.md) | every causal language model of `transformers` |
 
 Not measured: other models, and anything on a TPU or a GPU. Plans for TPU slices are estimates: `configs/plans/README.md`.
 """
@@ -812,6 +813,12 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         "Whether a pruned model arrives elsewhere, and stays pruned there. All on a CPU. How to take it there: "
         f"[other JAX programs](../guides/jax-programs.md), [serving](../guides/serving.md). {_ARROWS}",
         {"What arrives": Group(("arrival", "serving")), "What training leaves": Group(("keep-zeros",))},
+    ),
+    "decoders": (
+        "# Which models run\n\n"
+        "A declared one has [a family here](../start/your-model.md); a general one is run [by its code in "
+        "torch](../start/your-model.md#general).",
+        {"By class": Group(("decoders",))},
     ),
 }
 

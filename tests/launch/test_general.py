@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import general_models
+from benchmarks.general_models import tiny_config, tiny_model
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.targets import DenseTarget
 from optima_tpu.models.checkpoints import open_model
@@ -25,6 +28,7 @@ from tests.support.tiny_models import byte_tokenizer
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
 transformers = pytest.importorskip("transformers")
+against_torch = pytest.importorskip("optima_tpu.models.general.against_torch")
 
 REFERENCE = {reference.model: reference for reference in [*GENERAL, MIXED]}
 # Turned matrices and learned positions; a head with a bias; a fused matrix and arguments that depend on the number of windows.
@@ -87,16 +91,68 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, name):
     assert_loads(folder, name, (1, 1))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_perplexity_is_that_of_transformers(saved, halved, name):
-    directory = halved(name)
-    config = configured(saved(name), directory, **BEST)
+def assert_perplexity_of_torch(directory: Path, name: str, config: RunConfig) -> None:
+    """What a run measured of its pruned model is what transformers computes of the exported one."""
     ids = read_texts(config, opened(config, (1, 1))).evaluation.ids
-    model = getattr(transformers, name).from_pretrained(directory / "hf", dtype="float32")
+    model = getattr(transformers, name).from_pretrained(directory / "hf", dtype="float32", attn_implementation="eager")
     with torch.no_grad():
         tokens = torch.tensor(ids, dtype=torch.long)
         losses = torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:])
     assert read_record(directory / REPORT, Report).perplexity.pruned == pytest.approx(float(losses.exp()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_perplexity_is_that_of_transformers(saved, halved, name):
+    assert_perplexity_of_torch(halved(name), name, configured(saved(name), halved(name), **BEST))
+
+
+KINDS = {
+    "classic": ("GPT2LMHeadModel", "BloomForCausalLM", "PhiForCausalLM", "RobertaForCausalLM"),
+    "gated": ("HeliumForCausalLM", "MiniCPM3ForCausalLM", "HunYuanDenseV1ForCausalLM"),
+    "mixture": ("GraniteMoeForCausalLM", "MiniMaxM2ForCausalLM", "PhimoeForCausalLM", "AriaTextForCausalLM"),
+    "state space": ("MambaForCausalLM", "Mamba2ForCausalLM", "xLSTMForCausalLM"),
+    "hybrid": ("JambaForCausalLM", "FalconH1ForCausalLM", "NemotronHForCausalLM", "Lfm2ForCausalLM"),
+    "sparse attention": ("DeepseekV32ForCausalLM", "AXK2ForCausalLM"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"{kind}-{name}") for kind, names in KINDS.items() for name in names])
+def test_every_kind_of_model_goes_from_file_to_file(tmp_path, name):
+    """Its logits and inputs are torch's; pruned, it is the same on any mesh and after a stop, and transformers loads it."""
+    source = tmp_path / "model"
+    tiny_model(tiny_config(name, vocab_size=258)).save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    assert against_torch.compared(str(source), 40).agrees
+    runs = {shape: pruned(source, tmp_path / f"{shape}", shape, **BEST) for shape in ((1, 1), (4, 2), (2, 4))}
+    assert_perplexity_of_torch(runs[1, 1], name, configured(source, runs[1, 1], **BEST))
+    perplexities = [read_record(each / REPORT, Report).perplexity for each in runs.values()]
+    assert np.allclose([each.dense for each in perplexities], perplexities[0].dense, rtol=1e-5)
+    assert np.allclose([each.pruned for each in perplexities], perplexities[0].pruned, rtol=0.01)
+    fast = pruned(source, tmp_path / "fast", (1, 1), **HALF)
+    assert_perplexity_of_torch(fast, name, configured(source, fast, **HALF))
+    stopped = configured(source, tmp_path / "stopped", **BEST)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after_the_first_block(patched)
+        run(stopped, model=opened(stopped, (1, 1)))
+    run(stopped, model=opened(stopped, (1, 1)))
+    whole, again = (folder_tensors(each / "hf") for each in (runs[1, 1], tmp_path / "stopped"))
+    assert all(np.array_equal(again[tensor].view(np.uint8), array.view(np.uint8)) for tensor, array in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GraniteMoeForCausalLM", "NemotronHForCausalLM", "JetMoeForCausalLM", "BertLMHeadModel"])
+def test_the_table_of_decoders_is_true(name):
+    """Experts in one tensor, blocks of several kinds, a loop that depends on values, layers behind the last block."""
+    record = general_models.recorded(Path(__file__).parents[2] / "docs/results/records/decoders.json")
+    assert general_models.row(name, general_models.outcome(name)) == record[name]
+
+
+@pytest.mark.slow
+def test_the_table_has_every_class_and_no_error():
+    record = general_models.recorded(Path(__file__).parents[2] / "docs/results/records/decoders.json")
+    assert record.keys() == set(general_models.classes())
+    assert {way for _, way, _ in record.values()} == {"declared", "general", "refused"}
 
 
 # Its arguments depend on the number of windows. models/test_general.py compares each model's forward pass on several meshes.
