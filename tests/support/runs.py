@@ -35,7 +35,7 @@ Both texts have as many windows of one length, so that both take the same progra
 def opened(config: RunConfig, shape: tuple[int, int]) -> Model:
     """As ``open_model_on_mesh``, on a mesh of fewer devices than there are."""
     pretrained = open_model(config.model, config.dtype)
-    decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh(*shape), config.batch)
+    decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh(*shape), config.batch, config.family == "general")
     check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
     return Model(pretrained, decoder)
 

@@ -142,6 +142,8 @@ def general_family(config: Any) -> Family:
         experts="whose experts are run by its code in torch" if read.reaches else "which has no experts",
         shared=tuple(name for name in read.reaches if name not in narrow),
         ignored=_ignored(shell),
+        # As lm-eval decides it too (lm_eval/models/huggingface.py): no configuration says it.
+        needs_bos="gemma" in config.model_type,
         note=_note(shell, kinds, linears),
     )
 
