@@ -1,21 +1,23 @@
-"""What removing experts from a trained mixture costs: by score, with the refit, and with the routers trained behind it.
+"""What removing half of the experts of trained mixtures costs: by score, with the refit, and with the routers trained behind it.
 
-    python -m benchmarks.mixture c4.jsonl mixture
-    python -m benchmarks.fewer_experts mixture runs --other wiki.test.raw.txt
-    python -m benchmarks.fewer_experts mixture runs --other wiki.test.raw.txt --calibrate-on-other
+    python -m benchmarks.mixture c4.jsonl mixture0
+    python -m benchmarks.mixture c4.jsonl mixture1 --seed 1
+    python -m benchmarks.fewer_experts mixture0 mixture1 --runs runs --other wiki.test.raw.txt
 
-Prints the loss above that of the dense mixture on its held-out documents, and on the second half of a text of another kind, for every
-draw of the calibration text. Calibrated on the other text, experts are chosen and solved on its first half. Runs that are in the
+Each mixture is one draw, whose number is the seed of its calibration text. Prints, and writes as a record, the loss above that of the
+dense mixture: on the first windows of its held-out documents, by which settings are chosen, on the windows behind these, and on the
+second half of a text of another kind. Where experts are chosen by the other text, its first half calibrates. Runs that are in the
 folder are not done again.
 """
 
 import argparse
-import itertools
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,63 +28,92 @@ from optima_tpu.launch import main as prune
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.runtime.mesh import make_mesh
 
-ROUTERS = (
+WINDOWS = 256
+"""Windows of LENGTH tokens to calibrate on, and of each text to measure on."""
+TRAINING = (
     "--distill kl --distill.train routers --distill.windows 256 --distill.passes 2 --distill.batch 8 --distill.learning_rate 1e-3"
 )
-VARIANTS = {"neither": "--cut.refit 0", "refit": "", "routers": f"--cut.refit 0 {ROUTERS}", "refit and routers": ROUTERS}
-"""What is done with the experts that stay, by name."""
+EXPERTS = "--pattern dense --cut.experts 0.5 --cut.score {}"
+AS_THEY_ARE, SOLVED, ROUTERS = f"{EXPERTS} --cut.refit 0", EXPERTS, f"{EXPERTS} {TRAINING}"
+
+
+class Case(NamedTuple):
+    """A row: what is taken, what is done with the others, the settings, and whether the text of another kind calibrates."""
+
+    taken: str
+    left: str
+    settings: str
+    other: bool = False
+
+    @classmethod
+    def scored(cls, score: str, left: str, settings: str, other: bool = False) -> "Case":
+        return cls(f"experts, by `{score}`", left, settings.format(score), other)
+
+    @property
+    def row(self) -> list[str]:
+        return [self.taken, self.left, "the other text" if self.other else "its own text"]
+
+    def words(self, folder: Path, first_half: Path, draw: int) -> str:
+        """The command, without its output."""
+        text = first_half if self.other else folder / "calibration.jsonl"
+        return (
+            f"--model {folder}/model --preset fast {self.settings} --calibration.source file:{text} --calibration.windows {WINDOWS} "
+            f"--calibration.length {LENGTH} --calibration.seed {draw} --evaluation.source file:{folder}/held_out.jsonl "
+            "--evaluation.windows 16 --batch 64 --export false"
+        )
+
+
+CASES = (
+    *(
+        Case.scored(score, *left)
+        for score in ("frequency", "reap", "msan", "price")
+        for left in (("as they are", AS_THEY_ARE), ("solved", SOLVED))
+    ),
+    Case.scored("price", "solved, then routers trained", ROUTERS),
+    *(Case.scored(score, "solved", SOLVED, other=True) for score in ("reap", "price")),
+    Case("neurons of experts", "solved", "--pattern 0.5/neuron@32 --layers self_attn.*=dense"),
+    Case("weights of experts, two of four", "solved", "--pattern 2:4 --layers self_attn.*=dense"),
+    Case(
+        "bits of experts, 4 of them left",
+        "solved",
+        "--pattern 0/row --layers self_attn.*=dense --quantize int4 --quantize.group 16",
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fewer_experts",
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="what benchmarks.mixture wrote")
-    parser.add_argument("runs", type=Path, help="where the runs are written")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fewer_experts", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="what benchmarks.mixture wrote; each is one draw")
+    parser.add_argument("--runs", type=Path, required=True, help="where the runs are written")
     parser.add_argument("--other", type=Path, required=True, help="a text of another kind, in one file")
-    parser.add_argument("--calibrate-on-other", action="store_true", help="choose and solve experts on the text of another kind")
-    parser.add_argument("--scores", default="frequency,reap,msan", help="values of --cut.score")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="what is done with the experts that stay")
-    parser.add_argument("--seeds", default="0,1", help="draws of the calibration text")
-    parser.add_argument("--experts", default="0.5", help="value of --cut.experts")
-    parser.add_argument("--settings", default="", help="further settings of every run")
-    parser.add_argument("--windows", type=int, default=256, help=f"windows of {LENGTH} tokens, to calibrate on and to measure on")
+    parser.add_argument("--record", type=Path, help="a record whose rows are written anew")
     arguments = parser.parse_args(argv)
-    folder, runs = arguments.folder, arguments.runs
-    runs.mkdir(parents=True, exist_ok=True)
-    halves = write_halves(arguments.other, runs)
-    source = halves[0] if arguments.calibrate_on_other else folder / "calibration.jsonl"
-    measured = [folder / "held_out.jsonl", halves[1]]
-    dense = losses(folder / "model", measured, arguments.windows)
-    print(f"losses of the dense mixture: {dense[0]:.4f} on its own text, {dense[1]:.4f} on the other\n")
-    print("| score | experts that stay | own text | other text | error before | error after |\n|---|---|---|---|---|---|")
-    text = f"--calibration.source file:{source} --calibration.windows {arguments.windows} --calibration.length {LENGTH}"
-    text += f" --evaluation.source file:{measured[0]} --evaluation.windows 16"
-    base = (
-        f"--model {folder}/model --preset fast --pattern dense --batch 64 --export false --cut.experts {arguments.experts} {text}"
-    )
-    for score, variant in itertools.product(arguments.scores.split(","), arguments.variants.split(",")):
-        rows = []
-        for seed in arguments.seeds.split(","):
-            run = runs / "-".join(["other" if arguments.calibrate_on_other else "own", score, variant.replace(" ", "-"), seed])
-            words = (
-                f"{base} {VARIANTS[variant]} --cut.score {score} --calibration.seed {seed} {arguments.settings} --output {run}"
-            )
+    first, second = write_halves(arguments.other, arguments.runs)
+    dense = [losses(folder / "model", folder, second) for folder in arguments.folders]
+    rows = [["nothing: the loss itself", "-", "-", *cells(dense)]]
+    for case in CASES:
+        found = []
+        for draw, (folder, before) in enumerate(zip(arguments.folders, dense)):
+            run = arguments.runs / "-".join(re.findall(r"[a-z0-9]+", f"{' '.join(case.row)} {draw}"))
+            words = f"{case.words(folder, first, draw)} --output {run}"
             if not (run / "report.json").exists() and prune(shlex.split(words)):
                 raise SystemExit(f"no result: {words}")
-            found = losses(run, measured, arguments.windows)
-            blocks = json.loads((run / "left_out.json").read_text())["experts"]["blocks"]
-            errors = [np.mean([block[name] or math.nan for block in blocks]) for name in ("error_before", "error_after")]
-            rows.append(
-                [*(f"{after - before:+.4f}" for after, before in zip(found, dense)), *(f"{error:.1%}" for error in errors)]
-            )
-        print(f"| {score} | {variant} | {' | '.join(', '.join(cells) for cells in zip(*rows))} |", flush=True)
+            found.append(losses(run, folder, second) - before)
+        rows.append([*case.row, *cells(found)])
+        print(" | ".join(rows[-1]), flush=True)
+        if arguments.record:
+            record = json.loads(arguments.record.read_text("utf-8"))
+            arguments.record.write_text(json.dumps(record | {"rows": rows}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def cells(found: Sequence[np.ndarray]) -> list[str]:
+    """For each text the numbers of all draws."""
+    return [", ".join(f"{each:.4f}" for each in draws) for draws in zip(*found)]
 
 
 def write_halves(text: Path, folder: Path) -> tuple[Path, Path]:
     """The two halves of a text, as files of documents."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = text.read_text("utf-8").split("\n\n")
     paths = folder / "first_half.jsonl", folder / "second_half.jsonl"
     for path, part in zip(paths, (lines[: len(lines) // 2], lines[len(lines) // 2 :])):
@@ -90,14 +121,16 @@ def write_halves(text: Path, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def losses(model: Path, texts: Sequence[Path], windows: int) -> list[float]:
-    """The loss of a model on the first windows of each text."""
+def losses(model: Path, folder: Path, other: Path) -> np.ndarray:
+    """The losses of a model [texts]: to choose by, of the same kind, of another kind."""
     opened = open_evaluated(str(model), make_mesh("1x1"), None, 64).model
-    tokenizer, found = load_tokenizer(opened.pretrained), []
-    for path in texts:
-        documents = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
-        found.append(math.log(perplexity(opened.decoder, joined(tokenizer, documents)[:windows].astype(np.int32))))
-    return found
+    tokenizer = load_tokenizer(opened.pretrained)
+    own, others = (
+        joined(tokenizer, [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]).astype(np.int32)
+        for path in (folder / "held_out.jsonl", other)
+    )
+    texts = own[:WINDOWS], own[WINDOWS : 2 * WINDOWS], others[:WINDOWS]
+    return np.array([math.log(perplexity(opened.decoder, windows)) for windows in texts])
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=32, help="experts of a block")
     parser.add_argument("--chosen", type=int, default=4, help="experts of a token")
     parser.add_argument("--inner", type=int, default=128, help="width of an expert")
+    parser.add_argument("--seed", type=int, default=0, help="draws the first weights and the order of the windows")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     documents = [json.loads(line)["text"] for line in arguments.text.read_text("utf-8").splitlines()]
     training = [text for number, text in enumerate(documents) if number % 10 < 8]
     tokenizer = learn_tokenizer(training, arguments.vocab)
@@ -96,7 +97,7 @@ def joined(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]
 
 def train(model: torch.nn.Module, windows: np.ndarray, arguments: argparse.Namespace) -> None:
     """AdamW with a warm-up and a linear decline to zero, over the windows in a new order in every pass."""
-    rng, steps, started = np.random.default_rng(0), arguments.steps, time.process_time()
+    rng, steps, started = np.random.default_rng(arguments.seed), arguments.steps, time.process_time()
     passes = math.ceil(steps * arguments.windows / len(windows))
     order = np.concatenate([rng.permutation(len(windows)) for _ in range(passes)])
     matrices = [each for each in model.parameters() if each.ndim > 1]

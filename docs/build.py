@@ -724,6 +724,7 @@ The dense model is the floor; the best pruned model of a column is bold.
 | page | what is in it |
 |---|---|
 | [SmolLM2-135M: quality](smollm2.md) | other methods, levers, cuts, integers, tasks |
+| [Mixtures of experts](mixtures.md) | half of the experts removed, and the plan of a large mixture |
 | [Calibration text and training](text.md) | which text, how much of it, and what training afterwards wins back |
 | [The tables of the OPTIMA paper](paper.md) | on SmolLM2-135M, and agreement with other programs |
 | [Gemma 3 270M](gemma3.md) | a second model, half of its weights |
@@ -765,6 +766,10 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
             "Pruned and quantised": Group(("quantization",), ("qwix",)),
             "Tasks, and distance from the dense model": Group(("tasks", "distance")),
         },
+    ),
+    "mixtures": (
+        f"# Mixtures of experts\n\nExperts removed from [a mixture](../guides/mixtures.md), and what that takes. {_ARROWS}",
+        {"Experts removed": Group(("fewer-experts", "expert-plans"))},
     ),
     "text": (
         "# Calibration text and training\n\n"
