@@ -136,9 +136,9 @@ class CutStructures(Bounded):
         the block without which the next-token distribution stays nearest to the dense model's. More make the model smaller and
         worse; take --target dense, so that the layers behind a gap are fitted toward the whole model.
       experts: number of experts that every mixture loses, or their share if it is below 1. The experts with the lowest scores go.
-      score: how experts are scored: reap (their share of the output times its norm), price (the error of the output without them when
-        the others may move; it takes six more passes over the text), frequency, man or msan (the mean norm or squared norm of their
-        outputs), or the import path of a class of your own, such as my_lab.scores:MyScore.
+      score: how experts are scored: price (the error of the output without them when the others may move; it takes six more passes over
+        the text, about as long as the refit), reap (their share of the output times its norm), frequency, man or msan (the mean norm or
+        squared norm of their outputs), or the import path of a class of your own, such as my_lab.scores:MyScore.
       refit: passes over the calibration text that solve the experts that stay toward the output of the whole mixture. More passes come
         nearer to the solution; 0 leaves the weights of the experts.
       to: share of the model's weights that may stay, the embedding counted. As many neurons stay in every block as fit in, beside what
@@ -151,7 +151,7 @@ class CutStructures(Bounded):
 
     blocks: Annotated[int, Bound(0)] = 0
     experts: Annotated[float, Bound(0)] = 0.0
-    score: str = "reap"
+    score: str = "price"
     refit: Annotated[int, Bound(0)] = 4
     to: Annotated[float | None, Bound(above=0, below=1, hint="0.75 keeps three quarters of the weights")] = None
     by: str = "neuron"

@@ -145,7 +145,7 @@ def _targets(down: Array, rows: int) -> tuple[Array, Array]:
 
 
 SCORES: Mapping[str, type[ExpertScore]] = MappingProxyType(
-    {"reap": REAP, "price": ExpertPrice, "frequency": Frequency, "man": MAN, "msan": MSAN}
+    {"price": ExpertPrice, "reap": REAP, "frequency": Frequency, "man": MAN, "msan": MSAN}
 )
 """The scores by their names in YAML files and on the command line."""
 
