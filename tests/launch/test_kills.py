@@ -4,10 +4,12 @@ python -m pytest -m slow tests/launch/test_kills.py
 """
 
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from tests.support.tiny_models import tiny_folder
 
 pytestmark = pytest.mark.slow
 VICTIMS = ((0,), (1,), (0, 1))
+ROUTERS = shlex.split("--distill kl --distill.train routers --distill.windows 8 --distill.learning_rate 1e-2")
 STATUS = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 
@@ -47,14 +50,11 @@ def finish(arguments: list[str], count: int) -> None:
     assert [process.returncode for process in started] == [0] * count, said
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def whole(request, tmp_path_factory):
+def unstopped(root: Path, count: int, arguments: list[str]) -> tuple[int, list[str], Path, float]:
     """(count, arguments, directory, seconds) of a run in ``count`` processes that nothing stopped.
 
     It runs twice: the second time everything is compiled.
     """
-    root, count = tmp_path_factory.mktemp("whole"), request.param
-    arguments = ["--model", str(tiny_folder(root / "model", num_hidden_layers=6)), *SMALL]
     for name in ("first", "run"):
         began = time.monotonic()
         finish([*arguments, "--output", str(root / name)], count)
@@ -63,8 +63,34 @@ def whole(request, tmp_path_factory):
     return count, arguments, root / "run", seconds
 
 
+@pytest.fixture(scope="module", params=[1, 2])
+def whole(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    return unstopped(root, request.param, ["--model", str(tiny_folder(root / "model", num_hidden_layers=6)), *SMALL])
+
+
+@pytest.fixture(scope="module")
+def fewer_experts(tmp_path_factory):
+    """A run that removes experts, solves and prunes the others, and trains the routers."""
+    from tests.pipeline.test_expert_runs import folder  # needs torch
+
+    root = tmp_path_factory.mktemp("experts")
+    model = folder("Qwen3MoeForCausalLM", root / "model", num_hidden_layers=4)
+    return unstopped(root, 1, ["--model", str(model), "--cut.experts", "0.5", "--cut.score", "reap", *SMALL, *ROUTERS])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, seed):
+    killed_at_random(whole, tmp_path, seed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_killed_removal_of_experts_goes_on_to_the_same_bits(fewer_experts, tmp_path, seed):
+    killed_at_random(fewer_experts, tmp_path, seed)
+
+
+def killed_at_random(whole: tuple[int, list[str], Path, float], tmp_path: Path, seed: int) -> None:
+    """Kills a run at a random moment, and compares what it ends with when it is started again."""
     count, arguments, expected, seconds = whole
     arguments = [*arguments, "--output", str(tmp_path / "run")]
     chance = random.Random(seed)
