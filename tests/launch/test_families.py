@@ -11,10 +11,12 @@ from rich.console import Console
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.export import sizes
-from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.patterns import NM, Neurons, Unstructured
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.inputs import read_texts
@@ -24,7 +26,7 @@ from tests.support.fake_run import assert_same, begun, block_report, on_host, wr
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, tiny
-from tests.support.runs import folder_tensors, opened
+from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -154,6 +156,33 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, family):
             assert np.array_equal(array, dense.tensors.read(name)), name
 
     assert_loads(halved(family), family, (1, 1))
+
+
+CUT = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Gemma4", "OPT", "Phi3", "Granite", "Mixtral", "Qwen3Next"]
+
+
+# test_cuts.py compares every family's export with its zeros, without a run.
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize("family", [f"{name}ForCausalLM" for name in CUT])
+def test_a_run_that_cuts_goes_on_to_the_same_bits_and_exports_what_its_zeros_compute(saved, family, shape, tmp_path, monkeypatch):
+    cuts = dict(pattern=Neurons(0.25, 4), layers=parse_layers("" if family.startswith("OPT") else "*=0.5/head"), dtype="float32")
+    whole = pruned(saved(family), tmp_path / "whole", shape, **cuts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after_the_first_block(patch)
+        pruned(saved(family), tmp_path / "stopped", shape, **cuts)
+    again = pruned(saved(family), tmp_path / "stopped", shape, **cuts)
+    expected, found = (folder_tensors(each / "hf") for each in (whole, again))
+    assert expected.keys() == found.keys() and all(found[name].tobytes() == expected[name].tobytes() for name in found)
+    zeros, small = CheckpointTensors(whole), open_model(str(whole / "hf"), "float32")
+    dense = open_model(str(saved(family)), "float32").config
+    tokens = np.random.default_rng(0).integers(1, 256, (3, 40)).astype(np.int32)
+    both = ((dense, zeros), (small.config, small.tensors))
+    logits = [logits_of(Decoder.open(config, tensors, mesh(*shape), batch=1), tokens) for config, tensors in both]
+    # A sum over fewer terms is rounded otherwise.
+    assert np.abs(logits[0] - logits[1]).max() <= 5e-6 * np.abs(logits[0]).max()
+    assert sum(each.size for each in found.values()) < sum(each.size for each in folder_tensors(saved(family)).values())
+    assert_loads(whole / "hf", family, shape)
 
 
 def test_a_model_that_stores_its_experts_in_one_tensor_is_packed_but_not_as_integers(halved, tmp_path):
