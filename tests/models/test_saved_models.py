@@ -86,7 +86,7 @@ def reverse(array: np.ndarray) -> np.ndarray:
             lambda record: record.update(
                 dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size")),
                 global_head_dim=record.pop("per_layer_config")["1"]["head_dim"],
-                num_global_key_value_heads=2,
+                num_global_key_value_heads=5,
             ),
             id="a Gemma 4 whose config.json is as it is published",
         ),
