@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.method.acceptance import refuse_broken
 from optima_tpu.method.linalg.scaling import live_diagonal
 from optima_tpu.method.outcomes import PrunedMatrix
+from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Given, ReadGiven
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
@@ -191,17 +192,20 @@ def solver_calls(walk: Walk, missing: Sequence[int], windows: int) -> dict[str, 
         for part, _ in _passes(walk, index):
             for names, layout in zip(part.groups, part.layouts):
                 calls.setdefault(_solving(names).kind, []).extend(
-                    pruning_call(
-                        decoder,
-                        together,
-                        tuple(walk.recipe.pattern_of(prefix + name, name) for name in together),
-                        walk.recipe,
-                        walk.windows < windows,
-                        layout,
-                    )
-                    for together in walk.recipe.solved_together(names, prefix)
+                    pruning_call(decoder, together, patterns, walk.recipe, walk.windows < windows, layout)
+                    for together, patterns in _solved_together(walk.recipe, names, prefix)
                 )
     return calls
+
+
+def _solved_together(
+    recipe: Recipe, names: tuple[str, ...], prefix: str
+) -> list[tuple[tuple[str, ...], tuple[Pattern | None, ...]]]:
+    """The layers of a group that one program prunes, and their patterns."""
+    return [
+        (together, tuple(recipe.pattern_of(prefix + name, name) for name in together))
+        for together in recipe.solved_together(names, prefix)
+    ]
 
 
 def block_steps(walk: Walk, index: int) -> list[Step]:
@@ -321,7 +325,7 @@ def prune_groups(
     for names, layout, sets in zip(part.groups, part.layouts, tokens):
         walk.begin(_solving(names).kind, f"pruning {', '.join(names)}")
         walk.ahead.wait(_solving(names).kind)
-        for together in walk.recipe.solved_together(names, prefix):
+        for together, patterns in _solved_together(walk.recipe, names, prefix):
             weights = tuple(parameters[name + ".weight"] for name in together)
             mine = [names.index(name) for name in together]
             found = prune_group(
@@ -329,7 +333,7 @@ def prune_groups(
                 TokenSets(*(each and each.of(mine) for each in _informative(sets))),
                 _given(walk, prefix, together, weights),
                 walk.recipe,
-                tuple(walk.recipe.pattern_of(prefix + name, name) for name in together),
+                patterns,
                 RowSharding(walk.decoder.mesh, layout),
             )
             reports += _report(walk, index, together, found, sets.calibration)
