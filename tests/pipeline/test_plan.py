@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,7 @@ from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, loca
 from optima_tpu.pipeline.programs import Call, Entering
 from optima_tpu.pipeline.recover.config import as_run
 from optima_tpu.plan import main
+from optima_tpu.report.numbers import number
 from tests.support import ROOT
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
@@ -152,6 +155,21 @@ def test_a_plan_for_the_devices_here_refuses_the_meshes_that_a_run_refuses():
     for compiling in (True, False):
         with pytest.raises(UserError, match=f"mesh 3x{count} needs {3 * count} devices, there are {count}"):
             local_machine(f"3x{count}", np.dtype("float32"), compiling)
+
+
+def test_times_on_a_busy_machine_are_those_without_the_other_programs(monkeypatch):
+    # The clock of the process stands still while it waits for a core.
+    rates = {True: (1.0,) * 4, False: (4.0,) * 4}
+    monkeypatch.setattr(topology, "_measure", lambda dtype, clock: rates[clock is time.perf_counter])
+    cores = os.cpu_count()
+
+    def found(load: float) -> Machine:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+        return local_machine(None, np.dtype("float32"), compiling=False)
+
+    quiet, busy = found(0.5 * cores), found(3.0 * cores)
+    assert busy.chip.wide == 4 * quiet.chip.wide
+    assert len(quiet.notes) == 1 and "take" not in quiet.notes[0] and "about 4 times as long" in busy.notes[0]
 
 
 def test_a_model_is_known_by_its_config_alone(tmp_path):
@@ -520,6 +538,10 @@ def test_a_plan_that_fits_closely_says_so(tmp_path):
         told = summary(dataclasses.replace(plan, machine=machine_of(SLICE, memory=memory)))
         assert any("leave a quarter free" in line for line in told) == warned
         assert told[0].startswith("fits closely" if warned else "fits  ")
+    # The programs of a CPU's devices and what a host holds are in one memory.
+    taken = sum(plan.storage.host.values()) + SLICE.size * max(program.memory for program in plan.programs)
+    here = dataclasses.replace(plan, machine=machine_of(SLICE, memory=2**40)._replace(here=True))
+    assert f"in all about {number(taken / 2**30)} of {number(8 * 2**10)} GiB" in "\n".join(summary(here))
     small = dataclasses.replace(plan, machine=machine_of(SLICE, memory=1))
     assert "--mesh 2x4, which splits more over the same devices, or more devices" in "\n".join(summary(small))
 

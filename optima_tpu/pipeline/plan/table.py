@@ -120,6 +120,9 @@ def summary(plan: Plan) -> list[str]:
     lines.append(f"row batch    {rows}{plural(plan.batch, 'window')} a device in a step of the forward pass")
     hosts = "on each host: " if machine.hosts > 1 else ""
     lines.append(f"host memory  {hosts}{_sum(stored.host)}")
+    if machine.platform == "cpu" and worst:
+        taken, there = sum(stored.host.values()) + worst.memory * machine.mesh.size, chip.memory * machine.mesh.size
+        lines.append(f"             a CPU's programs are in the same memory: in all about {_gib(taken)} of {_gib(there)} GiB")
     lines.append(f"disk         at most {_sum(stored.disk)}")
     lines.append(
         f"             {_gib(stored.left)} GiB at the end; in all it writes {plan.written:.2f} times the model's own bytes"

@@ -294,15 +294,22 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     # Simulated devices share the memory and the cores of the host.
     sharing = count if first.platform == "cpu" else 1
     memory = stats.get("bytes_limit") or host_memory() // sharing
-    narrow, wide, rough, bandwidth = (rate / sharing for rate in _measure(dtype))
+    cores, clock, notes = os.cpu_count() or 1, time.perf_counter, list[str]()
+    if first.platform == "cpu" and (load := os.getloadavg()[0]) > cores:
+        # The seconds that the cores computed for this process, and not those in which it waited for them.
+        clock = lambda: time.process_time() / cores  # noqa: E731
+        notes.append(
+            f"other programs keep the {plural(cores, 'core')} of this machine busy (load {load:.1f}): the times are those of a machine "
+            f"without them, but for compiling. Beside them a run takes about {1 + load / cores:.0f} times as long"
+        )
+    narrow, wide, rough, bandwidth = (rate / sharing for rate in _measure(dtype, clock))
     chip = Chip(first.device_kind, memory, narrow, wide, rough, 0.3 * wide, bandwidth, None, "measured here")
-    notes: tuple[str, ...] = ()
     if not compiling:
-        notes = ("nothing was compiled (--no-compile): memory comes from a simple model",)
-    return Machine(where, chip, made if compiling else made.abstract_mesh, jax.process_count(), 0.8, notes, here=True)
+        notes.append("nothing was compiled (--no-compile): memory comes from a simple model")
+    return Machine(where, chip, made if compiling else made.abstract_mesh, jax.process_count(), 0.8, tuple(notes), here=True)
 
 
-def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float, float]:
+def _measure(dtype: jnp.dtype, clock: Callable[[], float], size: int = 1024) -> tuple[float, float, float, float]:
     """FLOP/s of products in ``dtype``, in full and in rough float32, and bytes/s of a sum of two arrays, on the first device."""
 
     def seconds(function: Callable[..., Array], *arrays: Array) -> float:
@@ -310,9 +317,9 @@ def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float, f
         jax.block_until_ready(compiled(*arrays))
         best = math.inf
         for _ in range(5):
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(compiled(*arrays))
-            best = min(best, time.perf_counter() - start)
+            best = min(best, clock() - start)
         return best
 
     def product(a: Array, b: Array) -> Array:
