@@ -10,7 +10,6 @@ own, which may take a limited time. ``--record`` writes a row of the table after
 
 import argparse
 import collections
-import json
 import multiprocessing
 import os
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from benchmarks.records import recorded, write_rows
 
 LAYERS = "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"
 
@@ -216,20 +217,15 @@ def row(name: str, found: Outcome) -> list[str]:
     return [f"`{name}`", found.way, f"`{said}`" if found.way == "general" else said or "-"]
 
 
-def recorded(path: Path | None) -> dict[str, list[str]]:
-    """The rows of a record by their classes; none where there is no record yet."""
-    record = json.loads(path.read_text()) if path and path.is_file() else {"rows": []}
-    return {row[0].strip("`"): row for row in record["rows"]}
-
-
 def write_record(path: Path, name: str, found: Outcome) -> None:
     """Writes the row of a class into the record; the others stay."""
     import torch
     import transformers
 
-    table = recorded(path) | {name: row(name, found)}
+    new = row(name, found)
+    table = recorded(path) | {new[0]: new}
     counts = collections.Counter(way for _, way, _ in table.values())
-    record = {
+    facts = {
         "title": "Decoders of transformers",
         "shows": f"How this program runs each of the {len(table)} causal language models of transformers {transformers.__version__}: "
         + ", ".join(f"{counts[way]} {way}" for way in ("declared", "general", "refused", "failed") if counts[way])
@@ -237,7 +233,6 @@ def write_record(path: Path, name: str, found: Outcome) -> None:
         "reading": "A general one gives the logits of torch, within 1e-4 of the largest, with a tiny random configuration in float32; beside "
         "it stand the layers that are pruned. Beside a refused one stands why.",
         "commands": ["python -m benchmarks.general_models --record docs/results/records/decoders.json"],
-        "commit": None,
         "hardware": "CPU cores",
         "model": f"tiny random models, torch {torch.__version__.partition('+')[0]}",
         "calibration": None,
@@ -245,10 +240,9 @@ def write_record(path: Path, name: str, found: Outcome) -> None:
         "draws": None,
         "source": ["benchmarks/general_models.py"],
         "columns": [{"name": "class"}, {"name": "way"}, {"name": "layers, or why not"}],
-        "rows": [table[name] for name in sorted(table)],
         "notes": [],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_rows(path, facts, [new])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -263,7 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
-    named = chosen.only.split(",") if chosen.only else sorted(set(classes()) - recorded(chosen.record).keys())
+    known = {each.strip("`") for each in recorded(chosen.record)}
+    named = chosen.only.split(",") if chosen.only else sorted(set(classes()) - known)
     for name, found in outcomes(named, chosen.seconds, chosen.workers):
         print(name, *found, sep="\t", flush=True)
         if chosen.record:

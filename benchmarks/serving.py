@@ -18,7 +18,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ except ModuleNotFoundError:
     ) from None
 import transformers
 
+from benchmarks.records import commit
 from optima_tpu.config.run_config import CutStructures, RunConfig
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Dense
@@ -111,9 +111,7 @@ def write_record(path: Path, timed: Sequence[Timed], command: str, text: str, ha
     spreads = ("; ".join(_spread(each.ratios(dense, place)) for place in places) for each in others)
     record = json.loads(path.read_text()) | {
         "commands": [command],
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit(),
         "hardware": hardware,
         "evaluation": text,
         "rows": [

@@ -1,12 +1,13 @@
 """What the benchmarks print of a model: the same as a whole run. What they do to a block: the same function in another order."""
 
+import json
 import re
 import statistics
 
 import numpy as np
 import pytest
 
-from benchmarks import layer_errors, permutations
+from benchmarks import layer_errors, permutations, records
 from optima_tpu.method.patterns import NM
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.report.runs import read_report
@@ -82,3 +83,22 @@ def test_a_reordered_block_computes_the_same_function():
     decoder.apply(0, whole, before)
     decoder.apply(0, moved, after)
     assert after.values == pytest.approx(before.values, rel=1e-5, abs=1e-5)
+
+
+def test_new_rows_of_a_record_leave_its_notes_and_the_commits_of_the_others(tmp_path, monkeypatch):
+    path, facts = tmp_path / "record.json", dict(title="new", hardware=None, notes=[])
+    monkeypatch.setattr(records, "commit", lambda: "aaa")
+    records.write_rows(path, facts, [["a", 1], ["b", 2], ["c", 3]])
+    assert json.loads(path.read_text()) == dict(facts, commit="aaa", rows=[["a", 1], ["b", 2], ["c", 3]])
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(title="old", hardware="a core", notes=["a note"])))
+    monkeypatch.setattr(records, "commit", lambda: "bbb")
+    records.write_rows(path, facts, [["b", 4], ["d", 5]])
+    monkeypatch.setattr(records, "commit", lambda: "ccc")
+    records.write_rows(path, facts, [["d", 6]])
+    assert json.loads(path.read_text()) == dict(
+        title="new",
+        hardware="a core",
+        notes=["a note"],
+        commit={"b": "bbb", "d": "ccc", "the others": "aaa"},
+        rows=[["a", 1], ["b", 4], ["c", 3], ["d", 6]],
+    )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accelerator.parts import FULL, PARTS, SMALL, Part
+from benchmarks.records import commit
 
 STOPPED = 75
 """Exit status after SIGTERM, as of a run."""
@@ -104,14 +105,6 @@ def _kill(process: subprocess.Popen[str]) -> None:
     """Ends a process and those that it started, which all have its group."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def commit() -> str | None:
-    """The commit of this checkout; None if it is none."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
 
 
 def shown_command() -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import general_models
 from benchmarks.general_models import tiny_config, tiny_model
+from benchmarks.records import recorded
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.targets import DenseTarget
@@ -119,24 +120,26 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{kind}-{name}") for kind, names in KINDS.items() for name in names])
 def test_every_kind_of_model_goes_from_file_to_file(tmp_path, name):
-    """Its logits and inputs are torch's; pruned, it is the same on any mesh and after a stop, and transformers loads it."""
+    """Its logits are torch's; pruned on one device and on meshes, it is what transformers loads; a stop leaves the same bits."""
     source = tmp_path / "model"
     tiny_model(tiny_config(name, vocab_size=258)).save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
     assert against_torch.compared(str(source), 40).agrees
-    runs = {shape: pruned(source, tmp_path / f"{shape}", shape, **BEST) for shape in ((1, 1), (4, 2), (2, 4))}
-    assert_perplexity_of_torch(runs[1, 1], name, configured(source, runs[1, 1], **BEST))
-    perplexities = [read_record(each / REPORT, Report).perplexity for each in runs.values()]
-    assert np.allclose([each.dense for each in perplexities], perplexities[0].dense, rtol=1e-5)
-    assert np.allclose([each.pruned for each in perplexities], perplexities[0].pruned, rtol=0.01)
-    fast = pruned(source, tmp_path / "fast", (1, 1), **HALF)
-    assert_perplexity_of_torch(fast, name, configured(source, fast, **HALF))
+    perplexities = []
+    # Nearly all of the time goes to compiling: one run with and one without the dense stream on each side, not both on every mesh.
+    for shape, settings in (((1, 1), BEST), ((2, 4), BEST), ((4, 2), HALF)):
+        directory = pruned(source, tmp_path / f"{shape}", shape, **settings)
+        assert_perplexity_of_torch(directory, name, configured(source, directory, **settings))
+        perplexities.append(read_record(directory / REPORT, Report).perplexity)
+    one, other, _ = perplexities
+    assert np.allclose([each.dense for each in perplexities], one.dense, rtol=1e-5)
+    assert other.pruned == pytest.approx(one.pruned, rel=0.01)
     stopped = configured(source, tmp_path / "stopped", **BEST)
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_after_the_first_block(patched)
         run(stopped, model=opened(stopped, (1, 1)))
     run(stopped, model=opened(stopped, (1, 1)))
-    whole, again = (folder_tensors(each / "hf") for each in (runs[1, 1], tmp_path / "stopped"))
+    whole, again = (folder_tensors(tmp_path / each / "hf") for each in ("(1, 1)", "stopped"))
     assert all(np.array_equal(again[tensor].view(np.uint8), array.view(np.uint8)) for tensor, array in whole.items())
 
 
@@ -144,14 +147,14 @@ def test_every_kind_of_model_goes_from_file_to_file(tmp_path, name):
 @pytest.mark.parametrize("name", ["GraniteMoeForCausalLM", "NemotronHForCausalLM", "JetMoeForCausalLM", "BertLMHeadModel"])
 def test_the_table_of_decoders_is_true(name):
     """Experts in one tensor, blocks of several kinds, a loop that depends on values, layers behind the last block."""
-    record = general_models.recorded(Path(__file__).parents[2] / "docs/results/records/decoders.json")
-    assert general_models.row(name, general_models.outcome(name)) == record[name]
+    record = recorded(Path(__file__).parents[2] / "docs/results/records/decoders.json")
+    assert general_models.row(name, general_models.outcome(name)) == record[f"`{name}`"]
 
 
 @pytest.mark.slow
 def test_the_table_has_every_class_and_no_error():
-    record = general_models.recorded(Path(__file__).parents[2] / "docs/results/records/decoders.json")
-    assert record.keys() == set(general_models.classes())
+    record = recorded(Path(__file__).parents[2] / "docs/results/records/decoders.json")
+    assert record.keys() == {f"`{name}`" for name in general_models.classes()}
     assert {way for _, way, _ in record.values()} == {"declared", "general", "refused"}
 
 
@@ -176,10 +179,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(saved, halved, tmp_path):
 
 
 # A Gemma 3 has all that a Llama has, windows in some blocks, norms of queries and keys, and a scaled embedding.
-BOTH = "LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM"
+BOTH = "LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"
 
 
-@pytest.mark.parametrize("name", slow_where(BOTH, {"LlamaForCausalLM", "Qwen3MoeForCausalLM"}))
+@pytest.mark.parametrize("name", slow_where(BOTH, set(BOTH) - {"Gemma3ForCausalLM"}))
 def test_both_ways_give_the_same_masks_and_the_same_perplexity(tmp_path, name):
     reference = next(each for each in REFERENCES if each.model == name)
     _, model, _ = tiny(reference, next(iter(reference.variants.values())) | SIZES, torch.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.general_models import tiny_config
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.check import check_checkpoint
@@ -16,11 +17,13 @@ from tests.models.test_models import compared
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of
 from tests.support.pruning import compiled_forward
-from tests.support.references import GENERAL, MIXED, Reference, tiny
+from tests.support.references import GENERAL, MIXED, REFERENCES, Reference, tiny
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
 transformers = pytest.importorskip("transformers")
+logits = pytest.importorskip("optima_tpu.models.general.against_torch").logits
+Shell = pytest.importorskip("optima_tpu.models.general.shell").Shell
 
 CASES = [
     pytest.param(reference, settings, id=f"{reference.model}-{name}")
@@ -209,3 +212,28 @@ def test_a_layer_whose_input_cannot_be_seen_stays_dense():
     family = family_of(config)
     assert family.linears == ("mixer.in_proj", "mixer.x_proj", "mixer.out_proj")
     assert "mixer.dt_proj.weight of the blocks stay as they are" in family.note
+
+
+def test_a_model_that_changes_its_buffers_has_them_as_they_were():
+    """A CTRL turns its table of positions into the dtype of its embedding, and the shell also looks at a model in bfloat16."""
+    shell = Shell(tiny_config("CTRLLMHeadModel"))
+    before = {name: buffer.clone() for name, buffer in shell.model.named_buffers()}
+    assert shell.follows
+    assert all(torch.equal(before[name], buffer) for name, buffer in shell.model.named_buffers())
+
+
+def test_values_that_the_configuration_gives_to_a_stored_buffer_are_kept_in_the_check():
+    """A MiniMax stores its table of decays, whose zeros hide later tokens."""
+    family = family_of(tiny_config("MiniMaxForCausalLM"))
+    assert "self_attn.output_gate" in family.linears
+
+
+def test_experts_whose_gates_lie_between_their_other_outputs_are_pruned_as_the_family_prunes_them():
+    reference = next(each for each in REFERENCES if each.model == "GptOssForCausalLM")
+    config, model, tensors = tiny(reference, first(reference))
+    tokens = np.random.default_rng(0).integers(1, 64, (1, 24))
+    declared, general = (Decoder.open(config, tensors, mesh(1, 1), general=general) for general in (False, True))
+    assert [sorted(declared.at(index).linears) for index in range(2)] == [sorted(general.at(index).linears) for index in range(2)]
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.numpy()
+    assert np.abs(logits(general, tokens.astype(np.int32)) - expected).max() < 1e-5 * np.abs(expected).max()

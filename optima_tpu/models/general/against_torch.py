@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from optima_tpu.errors import UserError, plural, some
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models import FAMILIES
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import hub, open_model
@@ -82,7 +83,7 @@ def logits(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
 def _pruned(decoder: Decoder) -> str:
     """The layers that a run prunes, and the memory of the largest block."""
     kinds = [decoder.at(kind) for kind in decoder.config.kinds]
-    names = dict.fromkeys(name for alike in kinds for name in alike.family.linears)
+    names = dict.fromkeys(kind_name(name) for alike in kinds for name in alike.linears)
     blocks = [decoder.at(index) for index in range(decoder.config.blocks)]
     weights = sum(math.prod(alike.block_shapes[f"{name}.weight"]) for alike in blocks for name in alike.linears)
     largest = max(sum(map(math.prod, alike.block_shapes.values())) for alike in kinds)

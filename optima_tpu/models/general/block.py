@@ -97,13 +97,43 @@ class Traced:
           known: inputs of layers, which are read instead of those that are computed.
         """
 
+        program = _program(self, frozenset(self.shell.dense[self.index]))
+        output, inputs = program(parameters, arguments, x, known)
+        shared.update(program.shared[frozenset(known)])
+        return output, inputs
+
+
+class _Program:
+    """The computation of a block, whose trace is a part of every program that has the block: torch's code is slow to trace.
+
+    Attributes:
+      shared: by the names of the known inputs, the ``shared`` of ``Traced.windows``.
+    """
+
+    def __init__(self, traced: Traced):
+        self.traced, self.shared = traced, dict[frozenset[str], dict[str, str]]()
+        self._windows = jax.jit(self._trace, inline=True)
+
+    def __call__(self, *given: Any) -> tuple[Array, dict[str, Any]]:
+        windows: tuple[Array, dict[str, Any]] = self._windows(*given)
+        return windows
+
+    def _trace(self, parameters: Any, arguments: Any, x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Any]]:
+        shared = self.shared[frozenset(known)] = {}
+
         def window(x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Array], dict[str, Routed]]:
-            run = _Pass(self, parameters, shared, known)
+            run = _Pass(self.traced, parameters, shared, known)
             output = run.output(arguments, x)
             return output, {name: array.reshape(x.shape[0], -1) for name, array in run.inputs.items()}, run.routed
 
         output, inputs, routed = jax.vmap(window, axis_name=_WINDOWS, out_axes=(0, 0, None))(x, known)
         return output, inputs | routed
+
+
+@functools.lru_cache(32)
+def _program(traced: Traced, dense: frozenset[str]) -> _Program:
+    """The program of a block in which these layers are found to run more than once."""
+    return _Program(traced)
 
 
 class _Pass:

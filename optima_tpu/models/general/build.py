@@ -301,7 +301,10 @@ def _random_window(length: int, width: int) -> torch.Tensor:
 
 
 def _random_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Random parameters that take little memory: each is a window that slides over a row of random numbers."""
+    """Random parameters that take little memory: each is a window that slides over a row of random numbers.
+
+    Buffers stay as they are where the configuration gave them values: a block may rely on their order.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def made(shape: Sequence[int]) -> torch.Tensor:
@@ -309,7 +312,8 @@ def _random_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         row = 1 + 0.1 * row if len(shape) < 2 else row / max(shape) ** 0.5
         return row.as_strided(tuple(shape), (1,) * len(shape))
 
-    return {name: made(tensor.shape) for name, tensor in stored(module).items()}
+    given = {name: tensor for name, tensor in module.named_buffers() if tensor.any()}
+    return {name: given[name] if name in given else made(tensor.shape) for name, tensor in stored(module).items()}
 
 
 def _note(shell: Shell, kinds: Sequence[int], linears: Sequence[str]) -> str:

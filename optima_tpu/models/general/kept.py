@@ -9,8 +9,8 @@ from jax import Array
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, PrefixChange, SplitModulelist, WeightRenaming, WeightTransform
 
+from optima_tpu.models.checkpoints.stacks import stacks_of
 from optima_tpu.models.family import Shape, Stack
-from optima_tpu.models.general import stacks
 
 
 class Joined(NamedTuple):
@@ -69,7 +69,7 @@ class Names:
         back = [change.reverse_transform() for change in reversed(changes)]
         self._renamings = [change for change in back if isinstance(change, WeightRenaming)]
         self._converters: list[Any] = [change for change in back if not isinstance(change, WeightRenaming)]
-        self._stacks = stacks(type(model).__name__)
+        self._stacks = stacks_of([type(model).__name__])
 
     def of(self, name: str) -> Stack:
         """What a parameter is made of.

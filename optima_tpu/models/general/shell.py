@@ -275,8 +275,10 @@ class Shell:
         with TRACING, contextlib.ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 stack.enter_context(replaced(block, lambda *args, index=index, **kwargs: once(index, args, kwargs)))
+            # With its buffers, which then are afterwards what they were: a model may turn them into the dtype of its weights.
+            given = {**dict(self.model.named_buffers()), **parameters}
             try:
-                return torch.func.functional_call(self.model, dict(parameters), (), {"input_ids": tokens, "use_cache": False})
+                return torch.func.functional_call(self.model, given, (), {"input_ids": tokens, "use_cache": False})
             except _Stop:
                 return None
             except UserError:
