@@ -116,12 +116,12 @@ def write_record(path: Path, timed: Sequence[Timed], command: str, text: str, ha
         "evaluation": text,
         "rows": [
             [
-                f"`{each.cut}`",
+                "dense" if each is dense else f"`{each.cut}`",
                 len(each.turns),
                 each.megabytes,
                 *(round(statistics.median(each.ratios(dense, place)), 2) for place in places),
             ]
-            for each in others
+            for each in timed
         ],
         "notes": [
             "The speed depends on the shapes alone: the cut models have these shapes, and random weights.",

@@ -39,6 +39,8 @@ README = DOCS.parent / "README.md"
 RECORDS = DOCS / "results/records"
 MARKS = ("<!-- results -->", "<!-- /results -->")
 """What stands around the table of results in README.md."""
+CUT_MARKS = ("<!-- cuts -->", "<!-- /cuts -->")
+"""What stands around its table of zeros and cuts."""
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -71,11 +73,12 @@ def pages() -> dict[Path, str]:
     found = {DOCS / name: comment + text.strip() + "\n" for name, text in texts.items()}
     if README.is_file():
         readme = README.read_text(encoding="utf-8")
-        begin, end = MARKS
-        before, mark, rest = readme.partition(begin)
-        _, end_mark, after = rest.partition(end)
-        if mark and end_mark:
-            found[README] = f"{before}{begin}\n\n{headline_table()}\n\n{tasks_line()}\n\n{end}{after}"
+        for (begin, end), text in (MARKS, f"{headline_table()}\n\n{tasks_line()}"), (CUT_MARKS, filled(_CUTS)):
+            before, mark, rest = readme.partition(begin)
+            _, end_mark, after = rest.partition(end)
+            if mark and end_mark:
+                readme = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+        found[README] = readme
     return found
 
 
@@ -602,6 +605,40 @@ def tasks_line() -> str:
     }
     words = "; ".join(f"{short} {cells[short]}" for short in _TASK_ROWS.values())
     return f"Accuracy at 0.5 on {' and '.join(record.columns[index].name for index in columns)}, zero-shot, higher is better: {words}."
+
+
+_CUTS = """
+| `--pattern` | perplexity, `best` | `fast` | weight file | speed |
+|---|---:|---:|---|---|
+| `0.5` | {headline | preset `best` | 0.5, C4} | {headline | preset `fast` | 0.5, C4} | bfloat16: {packed-sizes | 0.5 | plain} MB, \
+[packed {packed-sizes | 0.5 | packed}](docs/results/speed.md#packed-sizes) | as dense |
+| `2:4` | {headline | preset `best` | 2:4, C4} | {headline | preset `fast` | 2:4, C4} | bfloat16: {packed-sizes | 2:4 | plain} MB, \
+[packed {packed-sizes | 2:4 | packed}](docs/results/speed.md#packed-sizes) | as dense, until a kernel uses it |
+| `0.25/neuron` | – | {cut-neurons | the same, `down_proj` solved (`--pattern 0.25/neuron`) | C4} | \
+{SPEED `0.25/neuron`} |
+| `0/row`, with `--cut.blocks 4 --target dense` | – | \
+{cut-blocks | 26 blocks, re-fitted toward the dense model (`--pattern 0/row --target dense`) | C4} | {SPEED `4/block`} |
+| the same with `--cut.blocks 6` | – | {cut-blocks | 24 blocks, re-fitted likewise | C4} | {SPEED `6/block`} |
+| `0.25/neuron` and `0.33/head` | – | \
+{cut-neurons | neurons of Wanda's smallest sums, and heads (`--layers "*=0.33/head"`), solved | C4} | {SPEED `0.25/neuron,0.33/head`} |
+"""
+_SPEED = (
+    "float32: {cut-speed | CUT | weights} MB instead of {cut-speed | dense | weights} | [{cut-speed | CUT | reading} times dense in "
+    "reading, {cut-speed | CUT | writing} in writing](docs/results/smollm2.md#cut-speed)"
+)
+
+
+def filled(template: str) -> str:
+    """A table whose places ``{record | first cell of a row | column}`` have the numbers of the records."""
+
+    def cell(found: re.Match[str]) -> str:
+        record = load_record(found[1])
+        index = [column.name for column in record.columns].index(found[3])
+        (row,) = (row for row in record.rows if row[0] == found[2])
+        return _cell(row[index], record.columns[index])
+
+    whole = re.sub(r"\{SPEED (.+?)\}", lambda found: _SPEED.replace("CUT", found[1]), template)
+    return re.sub(r"\{([\w-]+) \| (.+?) \| (.+?)\}", cell, whole).strip()
 
 
 def _record_table(record: Record, reference: str | None = None) -> str:

@@ -189,9 +189,14 @@ def test_check_names_what_would_change(monkeypatch, capsys):
 
 def test_the_readme_has_the_table_of_results():
     text = (ROOT / "README.md").read_text()
+    for begin, end in build.MARKS, build.CUT_MARKS:
+        assert text.count(begin) == text.count(end) == 1
     begin, end = build.MARKS
-    assert text.count(begin) == text.count(end) == 1
     assert text.partition(begin)[2].partition(end)[0].strip() == f"{build.headline_table()}\n\n{build.tasks_line()}"
+
+
+def test_a_place_of_a_table_has_the_number_of_its_record():
+    assert build.filled("{cut-speed | `4/block` | reading}, {headline | preset `best` | 0.5, C4}") == "1.15, 45.01"
 
 
 def test_the_first_screen_of_the_readme_says_what_has_run_on_what():
