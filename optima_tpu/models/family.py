@@ -142,6 +142,22 @@ class Stack(NamedTuple):
         """The same with a prefix before each name."""
         return Stack(tuple(prefix + part for part in self.parts), self.turned)
 
+    def of(self, expert: int) -> tuple[str, ...]:
+        """The names of the parameters of an expert."""
+        return tuple(part.replace("*", str(expert)) for part in self.parts)
+
+    def joined(self, members: Any) -> Any:
+        """The tensor, as an array of numpy or JAX, of its parameters [experts x parts, ...], expert after expert."""
+        whole = members.reshape(len(members) // len(self.parts), -1, *members.shape[2:])
+        whole = whole.swapaxes(1, -1) if self.turned else whole
+        return whole if self.axes else whole[0]
+
+    def split(self, whole: Any) -> Any:
+        """The parameters that :meth:`joined` takes, of the tensor."""
+        whole = whole if self.axes else whole[None]
+        whole = whole.swapaxes(1, -1) if self.turned else whole
+        return whole.reshape(len(whole) * len(self.parts), -1, *whole.shape[2:])
+
     def turn(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
         """What belongs to the axes of one expert, from their order in the tensor to [d_out, d_in] or back."""
         return axes[::-1] if self.turned else axes

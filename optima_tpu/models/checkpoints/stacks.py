@@ -43,9 +43,10 @@ def unstacked(stacked: TensorSource, stacks: Mapping[str, Stack]) -> ComputedTen
         whole, dtype = stacked.shape(name), stacked.dtype(name)
         experts, (first, *rest) = whole[: stack.axes], stack.turn(whole[stack.axes :])
         shape = (first // len(stack.parts), *rest)
-        for expert, (number, part) in itertools.product(range(*experts or (1,)), enumerate(stack.parts)):
-            read = functools.partial(_read, stacked, name, stack, expert, number * shape[0])
-            computed[part.replace("*", str(expert))] = ComputedTensor(shape, dtype, read)
+        for expert in range(*experts or (1,)):
+            for number, part in enumerate(stack.of(expert)):
+                read = functools.partial(_read, stacked, name, stack, expert, number * shape[0])
+                computed[part] = ComputedTensor(shape, dtype, read)
     return ComputedTensors(stacked, computed, found.keys() - computed.keys(), found)
 
 
@@ -71,8 +72,8 @@ class Stacked:
         self._members: dict[str, tuple[str, ...]] = {}
         for name, stack in stacks.items():
             numbers = itertools.count() if stack.axes else range(1)
-            experts = (tuple(part.replace("*", str(number)) for part in stack.parts) for number in numbers)
-            self._members[name] = tuple(itertools.chain.from_iterable(itertools.takewhile(present.issuperset, experts)))
+            experts = itertools.takewhile(present.issuperset, map(stack.of, numbers))
+            self._members[name] = tuple(itertools.chain.from_iterable(experts))
         self._members |= {name: (name,) for name in present.difference(*self._members.values())}
 
     def names(self) -> tuple[str, ...]:
@@ -97,16 +98,11 @@ class Stacked:
         members = [arrays[member] for member in self._members[name]]
         if name not in self._stacks:
             return members[0]
-        stack, whole = self._stacks[name], np.stack(members)
-        whole = whole.reshape(len(members) // len(stack.parts), -1, *whole.shape[2:])
-        whole = np.swapaxes(whole, 1, -1) if stack.turned else whole
-        return whole if stack.axes else whole[0]
+        whole: np.ndarray = self._stacks[name].joined(np.stack(members))
+        return whole
 
     def split(self, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         """The members of a tensor."""
         if name not in self._stacks:
             return {name: array}
-        stack, members = self._stacks[name], self._members[name]
-        whole = array if stack.axes else array[None]
-        whole = np.swapaxes(whole, 1, -1) if stack.turned else whole
-        return dict(zip(members, whole.reshape(len(members), -1, *whole.shape[2:]), strict=True))
+        return dict(zip(self._members[name], self._stacks[name].split(array), strict=True))

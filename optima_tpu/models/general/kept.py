@@ -1,6 +1,5 @@
 """How a checkpoint holds the parameters of a module of torch: transformers renames and joins tensors when it loads them."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,8 +30,7 @@ class Joined(NamedTuple):
 
     def members(self) -> list[str]:
         """The names of the tensors, expert after expert."""
-        numbers = range(self.experts or 1)
-        return [part.replace("*", str(number)) for number, part in itertools.product(numbers, self.stack.parts)]
+        return [name for number in range(self.experts or 1) for name in self.stack.of(number)]
 
     def shapes(self) -> dict[str, Shape]:
         """The shape of each; a matrix is [d_out, d_in]."""
@@ -42,19 +40,12 @@ class Joined(NamedTuple):
 
     def split(self, whole: Any) -> dict[str, Any]:
         """The tensors of a numpy array."""
-        whole = whole if self.stack.axes else whole[None]
-        whole = whole.swapaxes(1, -1) if self.stack.turned else whole
-        members = self.members()
-        return dict(zip(members, whole.reshape(len(members), *self.shapes()[members[0]]), strict=True))
+        return {self.stack.parts[0]: whole} if not self.shape else dict(zip(self.members(), self.stack.split(whole), strict=True))
 
     def joined(self, arrays: Mapping[str, Array]) -> Array:
         """The parameter."""
-        members = [arrays[name] for name in self.members()]
-        if len(members) == 1 and not self.stack.axes:
-            return members[0].T if self.stack.turned else members[0]
-        whole = jnp.stack(members).reshape(self.experts or 1, -1, *members[0].shape[1:])
-        whole = jnp.swapaxes(whole, 1, -1) if self.stack.turned else whole
-        return whole if self.stack.axes else whole[0]
+        whole: Array = self.stack.joined(jnp.stack([arrays[name] for name in self.members()])).reshape(self.shape)
+        return whole
 
 
 class Names:
