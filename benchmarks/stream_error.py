@@ -67,10 +67,10 @@ def variants_parser(benchmark: str, text: str | None) -> argparse.ArgumentParser
 
 def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
     """Raises UserError for a recipe that needs more than one walk over the blocks, or for too many blocks."""
-    if isinstance(config.recipe.selector, Imported) or config.allocation.measures or config.recipe.target.weigh_by_loss:
+    if isinstance(config.recipe.selector, Imported) or config.allocation.measures:
         raise UserError(
-            "expected a selector other than imported, the same sparsity for every block and tokens that no loss weighs, got another "
-            "recipe: leave out --selector imported, --allocation and --target.weigh_by_loss"
+            "expected a selector other than imported and the same sparsity for every block, got another recipe: leave out "
+            "--selector imported and --allocation"
         )
     if not 1 <= blocks <= model.decoder.config.blocks:
         raise UserError(f"expected 1 to {model.decoder.config.blocks} blocks, as the model has, got {blocks}")

@@ -796,8 +796,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
                 ("presets-half", "presets-patterns", "seeds", "strided"),
             ),
             "What each lever earns": Group(
-                ("levers", "dense-target", "allocation"),
-                ("levers-wanda", "loss-weights", "loss-weights-best", "output-errors", "permutations"),
+                ("levers", "dense-target", "allocation"), ("levers-wanda", "output-errors", "permutations")
             ),
             "Cut out": Group(("cut-neurons", "cut-speed", "cut-damping", "cut-choosers", "cut-blocks")),
             "Pruned and quantised": Group(("quantization",), ("qwix",)),

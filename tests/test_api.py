@@ -230,10 +230,6 @@ def test_a_setting_that_needs_a_model_is_mended_where_it_was_chosen():
         ({"inputs": np.zeros((4, 32)), "mask": np.ones((3, 3))}, "expected a mask of the weight's shape"),
         ({"inputs": np.zeros((0, 32))}, r"expected inputs \[tokens, 32\]"),
         (MODEL_SETTING | {"preset": "best"}, "got target, which needs a whole model, as do .*recapture"),
-        (
-            MODEL_SETTING | {"target": {"name": "self", "weigh_by_loss": 0.5}},
-            "got target.weigh_by_loss, which needs a whole model",
-        ),
         (MODEL_SETTING | {"borrow": 2.0, "recapture": True}, "got recapture, which needs a whole model, as does borrow;"),
         (MODEL_SETTING | {"distill": "kl"}, "got distill, which"),
         (MODEL_SETTING | {"tuning": "grid"}, "got tuning, which"),

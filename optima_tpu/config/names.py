@@ -38,6 +38,18 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 """A setting's name in the codes of papers and in other libraries -> its name here, and a value."""
 
+GONE: Mapping[str, tuple[Any, ...]] = MappingProxyType({"target.weigh_by_loss": (0.0,)})
+"""A setting that a released version had -> its values that did nothing, with which files and records of that version still open."""
+
+
+def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file or a record without those of :data:`GONE` that did nothing."""
+
+    def left(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value not in GONE.get(prefix + name, ())}
+
+    return {name: left(f"{name}.", value) if isinstance(value, dict) else value for name, value in left("", settings).items()}
+
 
 def by_own_names(part: str, settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The settings of a part, such as ``calibration``, each by its own name where an alias was given.

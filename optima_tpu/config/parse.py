@@ -43,7 +43,7 @@ import jsonargparse
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES, NAMED, OPEN, canonical_name, default_options, method_class, method_name
 from optima_tpu.config.flat import flat, typed
-from optima_tpu.config.names import ALIASES, ELSEWHERE, by_own_names
+from optima_tpu.config.names import ALIASES, ELSEWHERE, GONE, by_own_names, without_gone
 from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts, settings_parser
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import SETTINGS, RunConfig, default_run, to_dict
@@ -123,7 +123,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
     """
     argv = _words(argv)
     early = _early(argv)
-    document = _long(copy.deepcopy(dict(document)), "the settings")
+    document = _long(without_gone(copy.deepcopy(dict(document))), "the settings")
     given = document.pop("preset", None)
     preset = given if early.preset is None else early.preset
     document = with_preset(preset, document)
@@ -474,6 +474,8 @@ def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
     for name in names:
         if name in known:
             continue
+        if name in GONE or name.partition(".")[0] in GONE:
+            raise UserError(f"there is no setting {dashes}{name} any more, since it earned next to nothing: leave it out")
         candidates = {entry.removesuffix(".name") for entry in known}
         elsewhere, value = ELSEWHERE.get(name.replace("-", "_"), ("", ""))
         if elsewhere in candidates:

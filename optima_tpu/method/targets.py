@@ -18,12 +18,6 @@ the one feature that a row adds to, and ``q`` the row of ``Q = (R_d - R)'X / n_t
 A norm follows such a layer and divides every token by the token's size, so the relative error of a token matters. A few tokens
 with massive activations are hundreds of times as large as the others and dominate all the means above. If each token is weighed
 by ``1 / mean(R_d^2)``, with ``R_d`` the stream after the layer, the means are means of relative errors.
-
-The loss of the dense model says more: to second order its expected rise is a sum over tokens and outputs of the squared error times
-the Fisher information there, whose diagonal is the mean of ``(dL / dz)^2`` over labels that the model draws itself. Each token can
-be weighed by ``r^(1 - p) s^p``, with ``s`` the mean of these squares over the outputs of the layers that read one input, ``r`` the
-weight by the residual stream, 1 where a layer has none, and ``p`` in [0, 1]. GuidedQuant (arXiv:2505.07004) quantises with ``s``,
-of the text's own labels.
 """
 
 import abc
@@ -43,8 +37,6 @@ class Target(Method, abc.ABC):
     Attributes:
       dense_stream: whether the tokens also run through the dense blocks. If False, ``alpha``, ``gamma`` and ``weigh_tokens`` are
         0, 0 and False; see :class:`DenseTarget` for their meaning.
-      weigh_by_loss: how much a token's weight follows the square of the loss's gradient there: 0 not at all, 1 in proportion. Needs
-        a pass of the dense model back through all its blocks, before any is pruned. Routed experts weigh all tokens alike.
     """
 
     setting: ClassVar[str] = "target"
@@ -52,7 +44,6 @@ class Target(Method, abc.ABC):
     alpha: float = 0.0
     gamma: float = 0.0
     weigh_tokens: bool = False
-    weigh_by_loss: float = 0.0
 
     @property
     def streams(self) -> int:
@@ -74,8 +65,6 @@ class SelfTarget(Target):
     """The layer's own outputs, on the inputs that it gets from the pruned blocks, as in the paper."""
 
     dense_stream: ClassVar[bool] = False
-
-    weigh_by_loss: Annotated[float, Bound(0, 1)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +89,6 @@ class DenseTarget(Target):
     alpha: Annotated[float, Bound(0, 1)] = 0.25
     gamma: Annotated[float, Bound(0, 1)] = 0.0
     weigh_tokens: bool = False
-    weigh_by_loss: Annotated[float, Bound(0, 1)] = 0.0
 
 
 class LinearTerm(NamedTuple):

@@ -120,9 +120,7 @@ class Capture:
     borrow: float = 0.0
 
 
-def accumulate(
-    decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream], squares: Mapping[str, np.ndarray] | None = None
-) -> tuple[TokenStatistics, ...]:
+def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream]) -> tuple[TokenStatistics, ...]:
     """The statistics of each group's input, and its drift where the target needs it.
 
     HiddenStates are multiplied in the model's dtype and accumulated in float32: each device sums over its own tokens, then one
@@ -137,7 +135,6 @@ def accumulate(
       index: the block's number, for messages.
       streams: the pruned stream and, for a target with a dense stream, the dense one, both of the same windows. ``advance``
         replaces the hidden states of the dense one by those that leave the block.
-      squares: for a target that weighs tokens by the loss, from :func:`loss_gradient.mean_squares`, of all windows.
 
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
@@ -147,15 +144,12 @@ def accumulate(
     sums = jax.tree.map(_zeros, sums_of(decoder, adding, capture.energy))
     weights = {name: streams[-1].parameters[name + ".weight"] for name in adding.multiplied(decoder, capture.energy)}
     programs = pass_programs(decoder, capture, [stream.kept for stream in streams])
-    factors = {name: loss_factors((squares or {})[name], capture.target.weigh_by_loss) for name in adding.by_loss}
     with contextlib.ExitStack() as stack:
         passes = [_StreamPass.open(stack, decoder, index, *each) for each in zip(programs, streams)]
         for batches in zip(*(each.batches() for each in passes)):
             # Waits, or nothing would keep the inputs of many batches from being on the devices; no name keeps those of the last one.
             inputs = [each.through(batch) for each, batch in zip(passes, batches)]
-            batch = batches[0].batch
-            placed = {name: batch.place(every) for name, every in factors.items()}
-            sums = add_batch(adding, sums, jax.block_until_ready(inputs), weights, placed, batch.valid)
+            sums = add_batch(adding, sums, jax.block_until_ready(inputs), weights, batches[0].batch.valid)
             del inputs
     count = np.float32(len(hidden) * hidden.length)
     totals = tuple(count if total is None else total for total in sums.weights)
@@ -329,27 +323,19 @@ class SumsProgram:
       groups: the groups whose inputs are accumulated, those that are :func:`alike` together.
       residuals: from :func:`residual_names`, for each of these.
       borrows: for each of these, whether the products of all tokens are accumulated too.
-      power: of the loss's squared gradient in the weights of tokens.
     """
 
     mesh: Mesh
     groups: tuple[Groups, ...]
     residuals: tuple[ResidualNames | None, ...]
     borrows: tuple[bool, ...]
-    power: float = 0.0
 
     @classmethod
     def of(cls, decoder: Decoder, capture: Capture) -> "SumsProgram":
         groups = alike(capture.groups)
         residuals = residual_names(decoder, tuple(names for names, *_ in groups), capture.target)
         borrows = tuple(capture.borrow > 0 and kind_name(names[0]) in decoder.family.shared for names, *_ in groups)
-        return cls(decoder.mesh, groups, residuals, borrows, capture.target.weigh_by_loss)
-
-    @property
-    def by_loss(self) -> tuple[str, ...]:
-        """The first layer of each group whose tokens are weighed by the loss."""
-        first = [groups[0][0] for groups in self.groups]
-        return tuple(name for name in first if self.power and expert_of(name) is None)
+        return cls(decoder.mesh, groups, residuals, borrows)
 
     def multiplied(self, decoder: Decoder, energy: bool) -> tuple[str, ...]:
         """The layers whose dense weights :func:`add_batch` multiplies the drift with."""
@@ -393,12 +379,7 @@ def pass_batch(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def add_batch(
-    program: SumsProgram,
-    sums: Sums,
-    inputs: Sequence[Mapping[str, Any]],
-    weights: Mapping[str, Array],
-    factors: Mapping[str, Array],
-    valid: Array,
+    program: SumsProgram, sums: Sums, inputs: Sequence[Mapping[str, Any]], weights: Mapping[str, Array], valid: Array
 ) -> Sums:
     """The new sums of :func:`accumulate`, with the tokens of one batch.
 
@@ -406,7 +387,6 @@ def add_batch(
       sums: donated.
       inputs: of each stream, from :func:`pass_batch`.
       weights: by name, the dense weights of the layers ``program.multiplied``.
-      factors: by the layers ``program.by_loss``, from :func:`loss_factors`, [batch, length].
       valid: [batch] bool, the windows that count (``Batch.valid``).
     """
     statistics, totals, means = [], [], []
@@ -421,7 +401,7 @@ def add_batch(
             means.append(None if mean is None else mean + gram_of_tokens(program.mesh, read[0], valid))
             continue
         means.append(None)
-        seen = _seen(names[0], places, inputs, _scale(program, names[0], places, inputs, factors, valid), valid)
+        seen = _seen(names[0], places, inputs, _scale(places, inputs, valid), valid)
         totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
         hessian = add_gram(before.hessian, seen.x, program.mesh)
         count = before.tokens + jnp.sum(seen.routed, dtype=jnp.int32)
@@ -471,20 +451,11 @@ def _seen(
     )
 
 
-def _scale(
-    program: SumsProgram,
-    name: str,
-    places: ResidualNames | None,
-    inputs: Sequence[Mapping[str, Array]],
-    factors: Mapping[str, Array],
-    valid: Array,
-) -> Array | None:
+def _scale(places: ResidualNames | None, inputs: Sequence[Mapping[str, Array]], valid: Array) -> Array | None:
     """The factor of each token's input, the root of its weight, [batch, length] float32; None if all tokens weigh alike."""
-    found = [factors[name]] if name in factors else []
-    if places is not None and places.after is not None:
-        by_stream = inverse_norm(inputs[-1][places.after])
-        found.append(by_stream ** (1 - program.power) if program.power else by_stream)
-    return jnp.where(valid[:, None], functools.reduce(jnp.multiply, found), 0) if found else None
+    if places is None or places.after is None:
+        return None
+    return jnp.where(valid[:, None], inverse_norm(inputs[-1][places.after]), 0)
 
 
 def _add_drift(mesh: Mesh, drift: Drift, names: tuple[str, ...], seen: _Seen, weights: Mapping[str, Array]) -> Drift:
@@ -503,15 +474,6 @@ def _add_drift(mesh: Mesh, drift: Drift, names: tuple[str, ...], seen: _Seen, we
         # Rounded to the model's dtype, as the drift of the residual stream is.
         tuple(before + gram(seen.x, mesh, moved.astype(seen.x.dtype)) for moved, before in zip(outputs, drift.outputs)),
     )
-
-
-def loss_factors(squares: np.ndarray, power: float) -> np.ndarray:
-    """The factors of the tokens' inputs by the loss, ``(s / mean(s))^(power / 2)`` float32, of mean squares ``s`` of its gradient.
-
-    All alike where the gradient is zero everywhere, as behind a block whose output is not used.
-    """
-    mean = np.mean(squares, dtype=np.float64)
-    return ((squares / mean) ** (power / 2) if mean > 0 else np.ones_like(squares)).astype(np.float32)
 
 
 def inverse_norm(stream: Array) -> Array:
@@ -534,10 +496,7 @@ def sums_of(decoder: Decoder, program: SumsProgram, energy: bool = False) -> Sum
 
     statistics = tuple(map(of, program.groups, program.residuals))
     weight = struct_on(program.mesh, (), jnp.float32, P())
-    weights = tuple(
-        weight if (places and places.after) or groups[0][0] in program.by_loss else None
-        for groups, places in zip(program.groups, program.residuals)
-    )
+    weights = tuple(weight if places and places.after else None for places in program.residuals)
     squares = (statistics_of(decoder, groups[0], None).hessian for groups in program.groups)
     return Sums(statistics, weights, tuple(square if borrows else None for square, borrows in zip(squares, program.borrows)))
 

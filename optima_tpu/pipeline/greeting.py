@@ -88,8 +88,6 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
         words.append(f"dense target {recipe.target.alpha:g}")
         words += [f"residual drift {recipe.target.gamma:g}"] if recipe.target.gamma and adding else []
         words += ["weighted tokens"] if recipe.target.weigh_tokens and adding else []
-    if recipe.target.weigh_by_loss:
-        words.append(f"loss-weighted tokens {recipe.target.weigh_by_loss:g}")
     if recipe.recapture:
         words.append("recapture")
     if recipe.borrow and decoder.family.shared:

@@ -135,9 +135,8 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
             )
         )
     weights = {name: parameter(decoder, name + ".weight") for name in adding.multiplied(decoder, energy=False)}
-    factors = {name: struct_on(mesh, (size, length), jnp.float32, P(DATA)) for name in adding.by_loss}
     valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
-    sums = Call(add_batch, (adding, sums_of(decoder, adding), tuple(inputs), weights, factors, valid))
+    sums = Call(add_batch, (adding, sums_of(decoder, adding), tuple(inputs), weights, valid))
     return CalibrationCalls(tuple(passes), sums)
 
 

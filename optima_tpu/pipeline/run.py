@@ -82,8 +82,7 @@ def pruning(config: RunConfig, keep: Keep) -> Report:
     if config.cut.experts:
         keep(stages.REMOVING, journal)
     allocation = keep(stages.ALLOCATION, journal) if config.allocation.measures else None
-    squares = keep(stages.GRADIENT, journal) if config.recipe.target.weigh_by_loss else None
-    blocks = keep(stages.PRUNING, journal, sinks, allocation, squares)
+    blocks = keep(stages.PRUNING, journal, sinks, allocation)
     return measuring(config, keep, PrunedRun(dense, blocks, sinks, allocation))
 
 

@@ -35,8 +35,6 @@ from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
-from optima_tpu.pipeline.loss_gradient import GRADIENT as GRADIENT_NAME
-from optima_tpu.pipeline.loss_gradient import Squares, Text, forget_all, measure, missing, read
 from optima_tpu.pipeline.memory_plan import block_bytes
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import (
@@ -246,35 +244,6 @@ def _allocate(work: StageWork, journal: Journal) -> Allocated:
 ALLOCATION = Stage("allocating", _allocate, _read_allocation, _allocation_steps)
 
 
-def _gradient_text(opened: Opened) -> Text:
-    walk, config = _walk(opened), opened.config
-    prefixes = map(walk.decoder.prefix, range(walk.decoder.config.blocks))
-    groups = [walk.recipe.pruned_groups(each, prefix) for each, prefix in zip(walk.groups, prefixes)]
-    return Text(walk.decoder, groups, opened.texts.calibration.ids, config.calibration.seed)
-
-
-def _gradient_steps(opened: Opened) -> list[Step]:
-    text = _gradient_text(opened)
-    return [step for part in missing(text, opened.directory) for step in text.steps(part)] if unfinished(opened) else []
-
-
-def _read_gradient(work: StageWork, journal: Journal) -> Squares | None:
-    opened = work.opened
-    text = _gradient_text(opened)
-    if len(journal.finished) == text.decoder.config.blocks:
-        return []  # no block is left whose tokens it would weigh
-    return None if missing(text, opened.directory) else read(text, opened.directory)
-
-
-def _measure_gradient(work: StageWork, journal: Journal) -> Squares:
-    text = _gradient_text(work.opened)
-    measure(text, work.opened.directory, work.progress.advance)
-    return read(text, work.opened.directory)
-
-
-GRADIENT = Stage(GRADIENT_NAME, _measure_gradient, _read_gradient, _gradient_steps)
-
-
 def _walk(opened: Opened) -> Walk:
     """The walk over the blocks that are not left out."""
     if opened.walk is None:
@@ -326,12 +295,11 @@ def read_pruned(work: StageWork, journal: Journal, *inputs: Any) -> Journal | No
     return journal if from_first(lambda: checkpointed_blocks(work.opened.directory)) is not None else None
 
 
-def _prune(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocated | None, squares: Squares | None) -> Journal:
+def _prune(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocated | None) -> Journal:
     opened, progress = work.opened, work.progress
     walk = _with_sparsities(_walk(opened), allocation)
-    walk = dataclasses.replace(walk, tell=progress.layer, begin=progress.begin, squares=squares)
+    walk = dataclasses.replace(walk, tell=progress.layer, begin=progress.begin)
     prune_model(walk, opened.texts.calibration.ids, journal, progress, sinks.follow)
-    forget_all(opened.directory)
     return journal
 
 

@@ -29,7 +29,6 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.ahead import Ahead, compiled_ahead
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
-from optima_tpu.pipeline.loss_gradient import Squares
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
 from optima_tpu.pipeline.programs import Call, pruning_call
 from optima_tpu.report.pace import Step
@@ -55,7 +54,6 @@ class Walk:
       resident: whether the hidden states stay on the devices; otherwise they are on the hosts, and every pass moves them.
       tell: called with every layer's report as soon as the layer is done.
       begin: called before every part of a block with its kind and with words on it; see :func:`block_steps`.
-      squares: from :mod:`loss_gradient`, of all windows, for a target that weighs tokens by the loss.
       whole: the dense model with all blocks; None where the decoder has them.
       ahead: programs that are being compiled; see :func:`solver_calls`.
     """
@@ -69,7 +67,6 @@ class Walk:
     resident: bool = False
     tell: Callable[[LayerReport], None] = lambda report: None
     begin: Callable[[str, str], None] = lambda kind, words: None
-    squares: Squares | None = None
     whole: "WholeDense | None" = None
     ahead: Ahead = Ahead()
 
@@ -248,8 +245,6 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     """
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
-    if walk.recipe.target.weigh_by_loss and walk.squares is None:
-        raise ValueError("a target that weighs tokens by the loss needs its gradient")
     block = PrunedBlock(dict(parameters), {}, (), {})
     passes, target, seconds = _passes(walk, index), walk.recipe.target, 0.0
     known: list[Mapping[str, HiddenStates]] = [{}] * target.streams
@@ -349,9 +344,8 @@ def prune_groups(
 
 def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, ...]) -> tuple[TokenSets[TokenStatistics], ...]:
     """The statistics of each group's input on both sets of tokens."""
-    squares = None if walk.squares is None else walk.squares[index]
     found = (
-        accumulate(walk.decoder, index, each, [stream.part(first, last) for stream in streams], squares)
+        accumulate(walk.decoder, index, each, [stream.part(first, last) for stream in streams])
         for each, first, last in _sets(walk, capture, len(streams[0].hidden))
     )
     return tuple(itertools.starmap(TokenSets, zip(*found)))

@@ -113,11 +113,6 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
             "If the target weighs tokens, so do the errors of the layers that add to the residual stream: the weight of a token "
             "is the inverse mean square of the residual stream after the layer."
         )
-    if any(run.report.settings.target.weigh_by_loss for run in runs):
-        text.append(
-            "If the target weighs tokens by the loss, so do the errors of all layers but routed experts: a token counts by a "
-            "power of the square of the loss's gradient at the layer's output."
-        )
     return text + [
         f"{run.subject} has no held-out text: its errors are measured on the text that the weights "
         "were fitted to, and are larger on other text."

@@ -41,7 +41,6 @@ FILES: Mapping[str, str] = {
     "distillation": "the state of a training that has not ended; the training removes it at its end",
     "journal": "every finished block with checksums, one Orbax checkpoint each; checkpoint/ refers to it",
     "activations": "the hidden states after the last finished block, to resume a stopped run. The walk removes it at its end",
-    "loss_gradient": "the squares of the loss’s gradient, by which tokens are weighed. The run removes it when all blocks are pruned",
     "sha256-all.json": "the checksums of the files here that are in no folder, and of assets; optima verify compares them",
     "tensorboard": "the records of every block for TensorBoard",
     "wandb": "the records of every block for Weights & Biases",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from optima_tpu.config.choices import BY_HELD_OUT
-from optima_tpu.runtime.records import Count, Share, Undeclared
+from optima_tpu.runtime.records import Count, Undeclared
 
 
 class MethodSettings(Undeclared, frozen=True):
@@ -16,12 +16,6 @@ class SolverSettings(MethodSettings, frozen=True):
     """A solver, and where a row stops."""
 
     tolerance: Any = None
-
-
-class TargetSettings(MethodSettings, frozen=True):
-    """A target, and the power of the loss's squared gradient by which it weighs tokens."""
-
-    weigh_by_loss: Share = 0.0
 
 
 class QuantizerSettings(MethodSettings, frozen=True):
@@ -45,7 +39,7 @@ class RecipeSettings(Undeclared, frozen=True, kw_only=True):
     selector: MethodSettings
     solver: SolverSettings | None
     accept: MethodSettings
-    target: TargetSettings
+    target: MethodSettings
     tuning: MethodSettings
     quantize: QuantizerSettings | None
     allocation: MethodSettings

@@ -95,10 +95,6 @@ def _layer_lines(console: Console, report: Report) -> list[str]:
     if report.weighed_layers:
         names = " and ".join(short_names(report.weighed_layers).values())
         lines.append(f"{names}: tokens weighed by the inverse mean square of the residual stream.")
-    if power := settings.target.weigh_by_loss:
-        lines.append(
-            f"All layers but routed experts: tokens weighed by the loss, its squared gradient to the power of {power:g}."
-        )
     if settings.solver:
         tolerance = settings.solver.tolerance
         stops = f". A row stops at {percent(tolerance)}, solver.tolerance" if isinstance(tolerance, float) else ""

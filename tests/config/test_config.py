@@ -12,7 +12,7 @@ import pytest
 
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES
-from optima_tpu.config.names import ALIASES, ELSEWHERE
+from optima_tpu.config.names import ALIASES, ELSEWHERE, GONE
 from optima_tpu.config.parse import chosen_run, configure, dump, flags, on_preset, parse
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import EMBEDDED, Calibration, CutStructures, Evaluation, RunConfig, to_dict, weights_settings
@@ -566,6 +566,20 @@ def test_a_name_of_another_program_is_answered_with_the_name_here(name, file):
 @pytest.mark.parametrize("name", [name for name, _ in ELSEWHERE.values()])
 def test_the_names_here_that_answer_others_exist(name):
     assert name.partition(".")[0] in to_dict(EMBEDDED)
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_a_setting_that_is_gone_is_read_where_it_did_nothing_and_refused_elsewhere(name, file):
+    part, _, option = name.partition(".")
+
+    def lines(value):
+        return yaml12.dump({part: {option: value} if option else value})
+
+    for nothing in GONE[name]:
+        assert parse(["org/model", "--config", file(lines(nothing))]) == parse(["org/model"])
+    said = f"there is no setting {name} any more"
+    assert said in refusal("--config", file(lines(0.5)))
+    assert said.replace(name, f"--{name}") in refusal(f"--{name}", "0.5")
 
 
 @pytest.mark.parametrize("alias, name", ALIASES.items())

@@ -85,17 +85,6 @@ def test_training_in_two_processes_gives_the_weights_of_one_and_keeps_every_zero
 
 
 @pytest.mark.slow
-def test_tokens_are_weighed_in_two_processes_as_in_one(finished, tmp_path):
-    command = [*finished.arguments, "--target.weigh_by_loss", "0.5"]
-    assert main([*command, "--output", str(tmp_path / "one")]) == 0
-    for status, _, error in several([*command, "--output", str(tmp_path / "two")]):
-        assert status == 0, error
-    assert_close_weights(tmp_path / "two", tmp_path / "one")
-    with pytest.raises(AssertionError):
-        assert_close_weights(tmp_path / "two", finished.directory)
-
-
-@pytest.mark.slow
 def test_a_run_is_recovered_in_two_processes_as_in_one(finished, tmp_path):
     """Orbax counts the reads of each process, and a save waits for a process that counts others."""
     command = [str(finished.directory), "--tokens", "512", "--source", "random", "--length", "32", "--held_out", "4"]

@@ -143,7 +143,7 @@ def test_a_recovery_records_the_methods_that_it_does_not_import(work):
         {"selector": f"{MODULE}:MyMask"},
         {"selector": {"name": f"{MODULE}:MyMask", "group": 3, "__call__": [1]}},
         {"solver": {"name": f"{MODULE}:Lazy", "damping": "much"}},
-        {"target": {"name": f"{MODULE}:Far", "weigh_by_loss": "x"}},
+        {"target": {"name": f"{MODULE}:Far", "alpha": "x"}},
         {"accept": {"name": f"{MODULE}:MyMask"}},
         {"layers": 5},
         {"pattern": {"name": f"{MODULE}:Comb"}},

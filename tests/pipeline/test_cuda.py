@@ -79,7 +79,7 @@ def exporter(monkeypatch):
     [
         (["--preset", "distilled"], {"add_batch", "prune_group", "run_block", "backward", "update", "head_gradient"}),
         (["--preset", "fast", "--calibration.source", "self", "--allocation", "owl"], {"add_batch", "prune_group", "_write"}),
-        (["--preset", "best", "--target.weigh_by_loss", "0.5"], {"add_batch", "prune_group", "backward", "head_gradient"}),
+        (["--preset", "best"], {"add_batch", "prune_group"}),
         (["--preset", "paper"], {"add_batch", "prune_group", "run_block"}),
         (["--selector", "thanos", "--solver", "exact"], {"prune_group"}),
         (["--selector", "sparsegpt", "--solver", "adam"], {"prune_group"}),

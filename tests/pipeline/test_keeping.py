@@ -85,13 +85,12 @@ def test_tracing_does_nothing():
     [
         ([], set()),
         (["--allocation", "owl"], {stages.ALLOCATION}),
-        (["--target.weigh_by_loss", "0.5"], {stages.GRADIENT}),
         (["--distill", "kl"], {stages.TRAINING, stages.UNTRAINED}),
         (["--calibration.written", "4"], {stages.WRITTEN_TEXT}),
         (["--cut.blocks", "2"], {stages.CUTTING}),
     ],
 )
 def test_a_run_has_the_stages_that_its_settings_ask_for(settings, expected):
-    optional = {stages.ALLOCATION, stages.CUTTING, stages.GRADIENT, stages.TRAINING, stages.UNTRAINED, stages.WRITTEN_TEXT}
+    optional = {stages.ALLOCATION, stages.CUTTING, stages.TRAINING, stages.UNTRAINED, stages.WRITTEN_TEXT}
     config = parse(["org/model", "--pattern", "0.5/row", *settings])
     assert set(traced(lambda keep: run.pruning(config, keep))) & optional == expected

@@ -242,31 +242,6 @@ def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, pr
     assert all(0.85 < ratio < 1.15 for ratio in ratios), ratios
 
 
-def test_the_plan_of_a_run_that_weighs_by_the_loss_has_the_passes_back(tmp_path):
-    """FLOPs are those that the compiler counts, what is kept is as large as what a run keeps, and nothing of it is left."""
-    folder = config_folder(tmp_path, **SIZES, num_hidden_layers=2, vocab_size=512)
-    text = {"source": "random", "windows": 8, "length": 129, "held_out": 4}
-
-    def plan(shape, power):
-        config = configure(
-            {"model": folder, "preset": "best", "calibration": text, "batch": 1, "target": {"weigh_by_loss": power}}
-        )
-        model, machine = open_declared(folder, None, 1).on(mesh(*shape)), machine_of(mesh(*shape), "here")
-        return make_plan(config, model, machine, compile_call=compiling(machine, "block back", "head: gradient"))
-
-    alone, split, without = plan((1, 1), 0.5), plan((4, 2), 0.5), plan((1, 1), 0.0)
-    assert len(alone.programs) == len(without.programs) + 2 and "gradient of the loss" not in without.seconds
-    for found, steps in ((alone, 12), (split, 3)):
-        back, head = found.programs[:2]
-        assert (back.calls, head.calls) == (2 * steps, steps)
-    back, head = alone.programs[:2]
-    # The plan counts the pass forward, a program of its own, with the pass back.
-    assert 0.85 < 2 / 3 * back.work.flops / back.compiled.flops < 1.15 and 0.85 < head.work.flops / head.compiled.flops < 1.25
-    kept = 4 * 2 * 4 * 12 * 129  # of 4 groups in each of 2 blocks
-    assert alone.storage.disk["gradient of the loss"] == kept and alone.storage.left == without.storage.left
-    assert alone.storage.host["gradient of the loss"] > kept
-
-
 def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     """Compiled as training calls them; FLOPs and bytes are those that the compiler counts, and nothing is pruned."""
     folder = config_folder(tmp_path, **SIZES, num_hidden_layers=2, vocab_size=512, max_position_embeddings=256)

@@ -37,7 +37,7 @@ def stages(monkeypatch) -> list[tuple[str, int, set[str], int]]:
 def test_every_stage_of_a_run_and_an_evaluation_takes_the_steps_that_it_named(one_device, stages, tmp_path, capsys):
     model, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
     arguments = ["--model", str(model), "--output", str(run), *SMALL, "--selector", "wanda", "--solver", "null"]
-    arguments += ["--layers", "model.layers.1.mlp.*=dense", "--target.weigh_by_loss", "0.5"]
+    arguments += ["--layers", "model.layers.1.mlp.*=dense"]
     assert main([*arguments, "--allocation", "owl", "--pattern", "0.6/row"]) == 0
     names = [name for name, *_ in stages]
     assert {"dense perplexity", "allocating", "pruning", "writing the checkpoint", "pruned perplexity", "reporting"} <= {*names}

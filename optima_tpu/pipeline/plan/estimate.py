@@ -11,13 +11,11 @@ from optima_tpu.evaluate.predictions import stretch_of
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.patterns import Pattern, WholeParts
 from optima_tpu.method.statistics import Groups
-from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.cut_blocks import TRIED
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE
 from optima_tpu.pipeline.distill.windows import TrainingParts
 from optima_tpu.pipeline.inputs import linear_shapes
-from optima_tpu.pipeline.loss_gradient import GRADIENT, parts_of, unrouted
 from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import REMOVING
@@ -140,7 +138,7 @@ class Storage(NamedTuple):
     @property
     def left(self) -> int:
         """Bytes on the disk at the end."""
-        return sum(size for use, size in self.disk.items() if use not in ("hidden states", GRADIENT, _STATES))
+        return sum(size for use, size in self.disk.items() if use not in ("hidden states", _STATES))
 
 
 def storage(
@@ -187,11 +185,6 @@ def storage(
     }
     if kept:
         host["inputs of layers"] = round(share * kept)
-    if squares := calibrates * _squares_bytes(model, config):
-        parts = parts_of(decoder, text.fitted + text.held_out, text.window_length)
-        # Measured before there are hidden states of the walk, and then kept beside them.
-        entering = len(parts[0]) * state * (decoder.config.blocks + 1) // hosts
-        host[GRADIENT] = squares + max(0, entering - share)
     chosen = config.cut.blocks
     # The held-out windows before every block, behind all blocks, and of the tries. The walk has no hidden states yet.
     entering = (chosen > 0) * text.held_out * state * (decoder.config.blocks + chosen + 1 + TRIED) // hosts
@@ -203,8 +196,6 @@ def storage(
         host["text of the training"] = -(-waiting // hosts)
         host["weights of the best check"] = -(-_moving(model, config.distill) * itemsize // hosts)
     disk = {"journal": saved, "hidden states": 2 * hidden, "checkpoint": ends}
-    if squares:
-        disk[GRADIENT] = squares
     if config.export:
         served = model.narrow(config.recipe)
         masked = sum(
@@ -218,15 +209,6 @@ def storage(
         # While a state is written, the one before and the finished spans are there; at the end one state and all trained blocks.
         disk |= {"trained blocks": saved, _STATES: max(2 * one - saved // spans, one)}
     return Storage(hidden, host, disk)
-
-
-def _squares_bytes(model: DeclaredModel, config: RunConfig) -> int:
-    """Bytes of the mean squares of the loss's gradient; 0 where no token is weighed by the loss."""
-    if not config.recipe.target.weigh_by_loss:
-        return 0
-    decoder, text, recipe = model.decoder, config.calibration, config.recipe
-    groups = [unrouted(recipe.pruned_groups(each, decoder.prefix(index))) for index, each in enumerate(groups_of_blocks(decoder))]
-    return 4 * (text.fitted + text.held_out) * text.window_length * sum(map(len, groups))
 
 
 def _moving(model: DeclaredModel, method: Distillation) -> int:
@@ -290,7 +272,6 @@ class RunTime(NamedTuple):
             "text that the model writes": running["text"],
             "perplexity, dense and pruned": self._forward((1 + self._deeper) * tokens) + self._head(2 * tokens),
             "blocks that are left out": self._choosing(),
-            GRADIENT: running[GRADIENT],
             REMOVING: running[REMOVING],
             **walk,
             "training": running["training"],
@@ -361,11 +342,6 @@ class RunTime(NamedTuple):
         # for its own, the walk, the checkpoint.
         dense, readings = 1 + self._choices + (self._choices > 0) / 2, 3 if self._calibrated else 2
         moved += 2 * self._tried_blocks / self._blocks * text.held_out * text.window_length * state
-        if (
-            config.recipe.target.weigh_by_loss and self._calibrated
-        ):  # forward and back; to a block what enters it, and what led back to it
-            moved += 5 * self.stored.hidden / config.recipe.target.streams
-            readings += 2 * len(parts_of(self.model.decoder, text.fitted + text.held_out, text.window_length))
         if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
             held_out, window = text.held_out, state * text.window_length
             parts, windows = _dense_passes(method, window)

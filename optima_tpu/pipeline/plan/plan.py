@@ -25,7 +25,6 @@ from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, compiler, joined, resident
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.estimate import Storage
-from optima_tpu.pipeline.plan.gradient import gradient_programs
 from optima_tpu.pipeline.plan.model import DeclaredModel, Serving
 from optima_tpu.pipeline.plan.program import REMOVING, STAGES, Program
 from optima_tpu.pipeline.plan.removal import Beside, removal_programs
@@ -43,7 +42,7 @@ class Plan:
     """What a run needs.
 
     Attributes:
-      programs: of the loss's gradient, the calibration step, the solver for each distinct shape, and those of a training step.
+      programs: the calibration step, the solver for each distinct shape, and those of a training step.
       batch: number of windows of one step on each slice of the data axis.
       storage: host memory and disk.
       seconds: by stage of the run.
@@ -184,9 +183,8 @@ def make_plan(
         trainer = Trainer(decoder, config.distill, budget)
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
         training = training_programs(model, trainer, text.window_length, machine, compile_call)
-    measuring = () if recovering else gradient_programs(model, config, machine, compile_call)
     removing = removal_programs(dense, cut, config, machine, compile_call) if cut else ()
-    programs = (*removing, *measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
+    programs = (*removing, *_walk_programs(config, model, machine, walk, compile_call), *training)
     unknown = frozenset[str]().union(*(program.unknown for program in programs))
     took = [(program.stage == "pruning", program.compiled.seconds) for program in programs if program.compiled]
     ahead = side_by_side([seconds for pruning, seconds in took if pruning], os.cpu_count() if machine.here else None)

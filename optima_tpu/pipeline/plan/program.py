@@ -3,14 +3,13 @@
 from typing import NamedTuple
 
 from optima_tpu.method.row_sharding import RowLayout
-from optima_tpu.pipeline.loss_gradient import GRADIENT
 from optima_tpu.pipeline.plan.compile import Compiled
 from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.hlo import sent
 from optima_tpu.pipeline.plan.topology import Machine
 
 REMOVING = "removing experts"
-STAGES = GRADIENT, REMOVING, "calibration", "pruning", "training"
+STAGES = REMOVING, "calibration", "pruning", "training"
 
 
 class Program(NamedTuple):
