@@ -5,7 +5,7 @@ The rooms of the package. Each imports only rooms above it in this list:
 - ``errors``: the exception whose message the user reads.
 - ``runtime``: where a program runs: mesh, processes, device memory, files, signals.
 - ``method``: the mathematics. ``layer`` prunes one array, ``problem`` states the objective of a row. ``patterns``, ``selectors``, ``solvers``,
-  ``mask_swaps``, ``acceptance`` and ``tuning`` work on the rows of one Hessian. ``recipe`` holds a choice of each.
+  ``mask_swaps`` and ``acceptance`` work on the rows of one Hessian. ``recipe`` holds a choice of each.
 - ``config``: from a command line or a YAML file to the ``RunConfig`` of a run.
 - ``report``: what a run prints and writes about itself.
 - ``models``: families, the decoder, activations, checkpoints, imported masks.

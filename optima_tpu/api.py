@@ -405,7 +405,7 @@ _OF_A_WALK = tuple(name for name in (*CHOICES, "layers", "recapture", "borrow") 
 def _refuse_of_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
     """Raises UserError that names every setting which one layer cannot use, whether the caller or a preset chose it."""
     chosen, plain = to_dict(config), to_dict(RunConfig(_LAYER))
-    names = ["accept"] if config.recipe.accept.by_held_out else []
+    names: list[str] = []
     for name in [name for name in chosen if name not in _OF_A_LAYER]:
         named = name in settings and name not in _OF_A_WALK  # such as calibration: no value of it means anything here
         names += [name] if named else _changed(name, chosen[name], plain[name])

@@ -147,15 +147,7 @@ MODEL_SETTING = {"inputs": np.zeros((4, 32))}
 
 def test_settings_that_leave_a_layer_alone_are_taken():
     weight, x = layer()
-    plain = {
-        "target": "self",
-        "recapture": False,
-        "borrow": 0,
-        "distill": None,
-        "tuning": "fixed",
-        "allocation": "uniform",
-        "layers": "",
-    }
+    plain = {"target": "self", "recapture": False, "borrow": 0, "distill": None, "allocation": "uniform", "layers": ""}
     expected = optima_tpu.prune_layer(weight, inputs=x)
     assert (optima_tpu.prune_layer(weight, inputs=x, **plain).weight == expected.weight).all()
     assert (optima_tpu.prune_layer(weight, inputs=x, mask=expected.mask, pattern="0.5/row").mask == expected.mask).all()
@@ -232,8 +224,6 @@ def test_a_setting_that_needs_a_model_is_mended_where_it_was_chosen():
         (MODEL_SETTING | {"preset": "best"}, "got target, which needs a whole model, as do .*recapture"),
         (MODEL_SETTING | {"borrow": 2.0, "recapture": True}, "got recapture, which needs a whole model, as does borrow;"),
         (MODEL_SETTING | {"distill": "kl"}, "got distill, which"),
-        (MODEL_SETTING | {"tuning": "grid"}, "got tuning, which"),
-        (MODEL_SETTING | {"accept": "held_out"}, "got accept, which"),
         (MODEL_SETTING | {"allocation": "owl"}, "got allocation, which"),
         (MODEL_SETTING | {"layers": "q_proj=dense"}, "got layers, which"),
         (MODEL_SETTING | {"calibration": {"windows": 128}}, "got calibration, which"),

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from optima_tpu.errors import UserError, did_you_mean
-from optima_tpu.method.acceptance import HeldOut, PerLayer, PerRow
+from optima_tpu.method.acceptance import PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
 from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import KL, Blocks, CrossEntropy
@@ -23,16 +23,14 @@ from optima_tpu.method.quantization import Int4, Int8
 from optima_tpu.method.selectors import SELECTORS, Selector
 from optima_tpu.method.solvers import SOLVERS, Solver
 from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
-from optima_tpu.method.tuning import Fixed, Grid
 from optima_tpu.runtime.own_classes import import_class, import_path, imported_class, is_import_path, only_named
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
     {
         "selector": SELECTORS,
         "solver": SOLVERS,
-        "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
+        "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer}),
         "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
-        "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
         "refine": MappingProxyType({"null": None, "swaps": Swaps}),
         "quantize": MappingProxyType({"null": None, "int8": Int8, "int4": Int4}),
         "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
@@ -43,9 +41,6 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
 
 OPEN: Mapping[str, type] = MappingProxyType({"selector": Selector, "solver": Solver, "target": Target})
 """The settings that take classes from outside the package, and the base class of these classes."""
-
-BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "held_out", "allocation": "measured"})
-"""The methods that choose by the held-out tokens: setting -> the method's name."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,6 @@ _TITLES = {
     "quantize": "quantize (whether the weights that stay become integers)",
     "allocation": "allocation (how the pattern's sparsity is distributed among the blocks)",
     "distill": "distill (how the pruned model is trained)",
-    "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "cut": "cut (the structures that the model loses before the walk)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",

@@ -19,14 +19,12 @@ from optima_tpu.errors import UserError, plural
 from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.outcomes import RowOutcomes
-from optima_tpu.method.problem import Errors, LayerProblem, Pruned, Solution, gained
+from optima_tpu.method.problem import Errors, LayerProblem, Pruned, Solution
 from optima_tpu.method.statistics import TokenSets
 from optima_tpu.runtime.bounds import Bound
 
 Numbers = Float32[Array, " rows"]
 Flags = Bool[Array, " rows"]
-BeforeAndAfter = tuple[Numbers, Numbers]
-"""One number for each row: with the selector's weights, and with the solver's."""
 
 
 class Acceptance(Method, abc.ABC):
@@ -35,16 +33,13 @@ class Acceptance(Method, abc.ABC):
     setting: ClassVar[str] = "accept"
 
     @abc.abstractmethod
-    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
+    def __call__(self, before: Numbers, after: Numbers, converged: Flags) -> Flags:
         """Returns the rows that take the solver's weights, [d_out] bool.
 
         Args:
           before: [d_out] float32, the objective of the selector's weights, damping included.
           after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
           converged: [d_out] bool, whether the solver's own test passed.
-          held_out: errors on held-out tokens with both sets of weights, [d_out] float32 each. With a dense-model target, the
-            errors are against the dense model's outputs, and they include the residual-drift correction if the target has one
-            (see :func:`accept_rows`). None without held-out tokens.
         """
 
 
@@ -52,7 +47,7 @@ class Acceptance(Method, abc.ABC):
 class PerRow(Acceptance):
     """Updates a row if its own objective, the solver's damping included, did not rise. So no row gets worse."""
 
-    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
+    def __call__(self, before: Numbers, after: Numbers, converged: Flags) -> Flags:
         return after <= before
 
 
@@ -71,31 +66,11 @@ class PerLayer(Acceptance):
 
     min_converged: Annotated[float, Bound(0, 1)] = 0.95
 
-    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
+    def __call__(self, before: Numbers, after: Numbers, converged: Flags) -> Flags:
         # A NaN makes the comparison False: a layer with one broken row is refused.
         fell = jnp.sum(after) < jnp.sum(before)
         enough = jnp.mean(converged, dtype=jnp.float32) >= self.min_converged
         return jnp.broadcast_to(fell & enough, before.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut(Acceptance):
-    """Updates the rows whose own objective did not rise, if the matrix's error on held-out tokens does not rise.
-
-    If the held-out error of a matrix would rise, none of its rows is updated. For a layer with residual-drift correction, the
-    error is measured against its target output with that correction. The errors in the report are without the correction, so they
-    may rise. An expert that no held-out token reached has held-out errors of 0 and passes.
-    """
-
-    by_held_out: ClassVar[bool] = True
-
-    def __call__(self, before: Numbers, after: Numbers, converged: Flags, held_out: BeforeAndAfter | None = None) -> Flags:
-        if held_out is None:
-            raise UserError("expected held-out tokens where accept is held_out, got none: raise --calibration.held_out")
-        rows = after <= before
-        # A NaN makes the comparison False. Rows that keep the selector's weights do not count.
-        kept, moved = held_out
-        return rows & (jnp.sum(jnp.where(rows, moved - kept, 0.0)) <= 0)
 
 
 class RowErrors(NamedTuple):
@@ -131,12 +106,10 @@ class _HeldOutErrors(NamedTuple):
     Attributes:
       own: against the layer's own outputs: energy, error of the old and of the new weights.
       dense: the same against the dense model's outputs, and the error of the dense weights; None without a dense-model target.
-      decisive: the old and the new number that the acceptance compares.
     """
 
     own: tuple[Array, Array, Array]
     dense: tuple[Array, Array, Array, Array] | None
-    decisive: BeforeAndAfter
 
 
 def accept_rows(
@@ -144,10 +117,8 @@ def accept_rows(
 ) -> tuple[Pruned, RowOutcomes]:
     """Takes the solver's weights, and its mask if it has one, in the rows that are accepted.
 
-    Weights are compared after the cast to the stored dtype, by the values of ``tokens.calibration``, damping included. On held-out
-    tokens a dense-model target compares ``tokens.held_out.value``, the error against the dense model's outputs. With residual-drift
-    correction it compares these minus ``2 q (v - w)'``, with ``q`` the problem's ``correction``: the error against the corrected
-    target up to a constant. The reported errors are without damping and without the correction.
+    Weights are compared after the cast to the stored dtype, by the values of ``tokens.calibration``, damping included. The reported
+    errors are without damping and without residual-drift correction; held-out tokens are only reported.
 
     Args:
       tokens: the problem that was solved, and its rows on held-out tokens, without damping.
@@ -164,7 +135,7 @@ def accept_rows(
     accepted = jnp.ones(errors.energy.shape, bool)
     if accept is not None:
         aims = problem.value(old, errors.old), problem.value(new, errors.new)
-        accepted = accept(*aims, found.converged, None if held_out is None else held_out.decisive)
+        accepted = accept(*aims, found.converged)
 
     def taken(values: tuple[Array, ...]) -> Array:
         return jnp.stack((*values[:2], jnp.where(accepted, values[2], values[1]), *values[3:]))
@@ -179,7 +150,6 @@ def accept_rows(
         ~accepted,
         held_out=None if held_out is None else taken(held_out.own),
         dense=None if held_out is None or held_out.dense is None else taken(held_out.dense),
-        score=None if held_out is None else jnp.where(accepted, held_out.decisive[1], held_out.decisive[0]),
     )
     if found.keep is not None:
         keep = jnp.where(accepted[:, None], keep, pruned.keep)
@@ -198,17 +168,12 @@ def _held_out_errors(
     energy, old_errors, new_errors = measure(problem.hessian, problem.weight, old, new)
     own = (energy, old_errors.output, new_errors.output)
     if problem.pull is None:
-        return _HeldOutErrors(own, None, own[1:])
+        return _HeldOutErrors(own, None)
     if problem.offset is None:
         raise ValueError("a dense target needs the drift of the held-out tokens")
     # With v = 0 the error is the energy of the dense outputs.
     whole = problem.value(jnp.zeros_like(old), Errors(energy, jnp.zeros_like(energy)))
-    before, after = problem.value(old, old_errors), problem.value(new, new_errors)
-    dense = (whole, before, after, problem.offset)
-    if problem.correction is not None:
-        before = before - gained(problem.correction, old - problem.weight)
-        after = after - gained(problem.correction, new - problem.weight)
-    return _HeldOutErrors(own, dense, (before, after))
+    return _HeldOutErrors(own, (whole, problem.value(old, old_errors), problem.value(new, new_errors), problem.offset))
 
 
 def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowOutcomes]) -> None:

@@ -23,7 +23,7 @@ class Method(Bounded):
 
     @property
     def in_words(self) -> str:
-        """The choice of this method in a message, such as "tuning is grid"."""
+        """The choice of this method in a message, such as "allocation is measured"."""
         return f"{self.setting} is {re.sub('(?<=[a-z])(?=[A-Z])', '_', type(self).__name__).lower()}"
 
     def needs(self, recipe: "Recipe") -> None:  # most methods go with all others

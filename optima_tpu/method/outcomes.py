@@ -21,8 +21,6 @@ class RowOutcomes(NamedTuple):
       dense: [4, d_out] float32, the same three against the dense model's outputs on held-out tokens, and the error of dense
         weights.
       exchanged: int32, number of kept weights that the selector had pruned; None if masks are not refined.
-      score: float32, the held-out error by which tuning chooses between final weights, up to a constant.
-      chosen: [2] int32, one for the whole matrix: the indices of the damping and of the alpha that tuning chose.
       quantized: [2, d_out] float32, as ``after`` once the weights are rounded to the nearest integers, and as they are stored; None
         if they are not quantised. ``after``, ``held_out`` and ``dense`` are of the weights before.
       quantized_held_out: [2, d_out] float32, the same on held-out tokens.
@@ -39,8 +37,6 @@ class RowOutcomes(NamedTuple):
     held_out: Float32[Array, "3 d_out"] | None = None
     dense: Float32[Array, "4 d_out"] | None = None
     exchanged: Int32[Array, " d_out"] | None = None
-    score: Float32[Array, " d_out"] | None = None
-    chosen: Int32[Array, "2"] | None = None
     quantized: Float32[Array, "2 d_out"] | None = None
     quantized_held_out: Float32[Array, "2 d_out"] | None = None
     quantized_dense: Float32[Array, "2 d_out"] | None = None

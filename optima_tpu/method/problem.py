@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from optima_tpu.method.linalg.features import WHOLE, Features
 
@@ -62,7 +62,7 @@ class LayerProblem:
 
     The objective of a row, counted so that the dense weights have the value ``offset``, is
 
-        f(v) = (v - w) H (v - w)' + D sum_j H_jj (v_j - w_j)^2 - 2 e (v - w)' + offset
+        f(v) = (v - w) H (v - w)' + d sum_j H_jj (v_j - w_j)^2 - 2 e (v - w)' + offset
 
     With ``e = 0`` and no damping it is the mean squared change of the row's output over the tokens.
 
@@ -73,37 +73,20 @@ class LayerProblem:
         the layer's own outputs, as the paper does.
       damping: ``d``, a ridge around the *dense* weights, as a share of the Hessian's diagonal. Static, since solvers branch on
         it. Without any, a nearly singular layer fits the calibration set with huge weights and ruins the model.
-      ridge: ``r``, [] float32 at least 0, the part of the damping that varies within one compiled program: the damping in total is
-        ``D = d + r (1 + d)``. None for ``D = d``. Solvers get it inside the Hessian, see :meth:`with_ridge_in_hessian`.
       offset: [d_out] float32, a constant of each row; None for 0. With the mean of ``(D w')^2`` (:mod:`targets`) the value is the
         error against the dense model's outputs.
-      correction: [d_out, d_in] float32, ``q``, a part of a target that decides and is not reported: the objective of a decision is
-        ``f(v) - 2 q (v - w)'``. None for none; the pull of a problem that is solved holds it already.
     """
 
     weight: Float32[Array, "rows d"]
     hessian: Float32[Array, "d_in d"]
     pull: Float32[Array, "rows d"] | None = None
     damping: float = dataclasses.field(default=0.0, metadata={"static": True})
-    ridge: Float[Array, ""] | None = None
     offset: Float32[Array, " rows"] | None = None
-    correction: Float32[Array, "rows d"] | None = None
 
     def sorted(self, order: np.ndarray) -> "LayerProblem":
         """The problem with its inputs in another order, [d_in] int."""
         pull = None if self.pull is None else self.pull[:, order]
         return dataclasses.replace(self, weight=self.weight[:, order], hessian=self.hessian[order][:, order], pull=pull)
-
-    def with_ridge_in_hessian(self) -> "LayerProblem":
-        """The same objective with ``H + r diag H`` in the place of the Hessian, and no ridge.
-
-        It is computed elementwise, so that a matrix sharded by columns stays sharded.
-        """
-        if self.ridge is None:
-            return self
-        rows, columns = (jax.lax.broadcasted_iota(jnp.int32, self.hessian.shape, axis) for axis in (0, 1))
-        hessian = jnp.where(rows == columns, self.hessian * (1 + self.ridge), self.hessian)
-        return dataclasses.replace(self, hessian=hessian, ridge=None)
 
     def energy(self, features: Features = WHOLE) -> Float32[Array, " rows"]:
         """Each row's ``w H w'``, [d_out] float32: the mean square of its output, the scale of a relative layer error."""
@@ -126,22 +109,20 @@ class LayerProblem:
         """
         if errors is None:
             return self.endpoint(weight).value + (0.0 if self.offset is None else self.offset)
-        total = self.damping if self.ridge is None else self.damping + self.ridge * (1 + self.damping)
-        value = errors.output + total * errors.displacement
+        value = errors.output + self.damping * errors.displacement
         if self.pull is not None:
-            value = value - gained(self.pull, weight - self.weight)
+            value = value - 2 * jnp.sum(self.pull * (weight - self.weight), axis=1)
         return value if self.offset is None else value + self.offset
 
     def endpoint(self, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> "Endpoint":
         """Value, without the offset, and residual of the weights ``v``, [d_out, d_in] float32, by one product with the Hessian."""
-        problem = self.with_ridge_in_hessian()
-        change = weight - problem.weight
-        image = features.product(change, problem.hessian)
-        if problem.damping:
-            image = image + problem.damping * features.diagonal(problem.hessian) * change
-        if problem.pull is None:
+        change = weight - self.weight
+        image = features.product(change, self.hessian)
+        if self.damping:
+            image = image + self.damping * features.diagonal(self.hessian) * change
+        if self.pull is None:
             return Endpoint(features.sums(change * image)[0], -image)
-        return Endpoint(features.sums(change * (image - 2 * problem.pull))[0], problem.pull - image)
+        return Endpoint(features.sums(change * (image - 2 * self.pull))[0], self.pull - image)
 
 
 class Pruned(NamedTuple):
@@ -192,16 +173,6 @@ class Solution(NamedTuple):
 def pull_of(problem: LayerProblem) -> Float32[Array, "rows d"]:
     """The pull ``e``, [d_out, d_in] float32: zeros if the problem has none."""
     return jnp.zeros_like(problem.weight) if problem.pull is None else problem.pull
-
-
-def gained(pull: Float32[Array, "rows d_in"], change: Float32[Array, "rows d_in"]) -> Float32[Array, " rows"]:
-    """Each row's ``2 e (v - w)'``, [d_out]: the amount that a pull ``e`` takes off the objective.
-
-    Args:
-      pull: [d_out, d_in], ``e``.
-      change: [d_out, d_in], ``v - w``.
-    """
-    return 2 * jnp.sum(pull * change, axis=1)
 
 
 def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Float32[Array, "rows d_in"]) -> Float32[Array, " rows"]:

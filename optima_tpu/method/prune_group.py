@@ -37,10 +37,10 @@ def prune_group(
     """Prunes the matrices that read one input, on the mesh, and quantises them if the recipe says so.
 
     Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, sharded over every device, and so does the
-    quantizer. A recipe that tunes passes one matrix, which is solved and quantised once for every candidate.
+    quantizer.
 
     Args:
-      weights: each [d_out, d_in], dense, in the checkpoint's dtype; only one if the recipe tunes.
+      weights: each [d_out, d_in], dense, in the checkpoint's dtype.
       tokens: the statistics of both sets of tokens. With a dense-model target they include the drift, for the held-out tokens
         with energies.
       given: the imported mask of each matrix, and maybe its weights, in the place of the selector.
@@ -55,30 +55,21 @@ def prune_group(
     errors = Errors._make([sharding.layout.vector] * 2)
     measure = sharding.map(row_errors, RowErrors._make([sharding.layout.vector, errors, errors]))
 
-    def attempt(ridge: Array | None, alpha: Array | float) -> tuple[PrunedMatrix, ...]:
-        problem = group.problem(recipe, ridge, alpha)
-        solvable = problem.with_ridge_in_hessian()
-        solved = solve(solvable, _stacked(pruned))
-        matrices, objectives = [], []
-        for index, (own, rows) in enumerate(zip(pruned, group.slices)):
-            tokens = group.objective(index, problem)
-            own_rows = jax.tree.map(lambda array, rows=rows: array[rows], solved)
-            accept = recipe.accept if recipe.solver else None
-            final, outcomes = accept_rows(tokens, own, own_rows, accept, weights[index].dtype, measure)
-            matrices.append(PrunedMatrix(*group.spread(index, final), outcomes))
-            objectives.append(tokens)
-        if recipe.quantize is None:
-            return tuple(matrices)
+    problem = group.problem(recipe)
+    solved = solve(problem, _stacked(pruned))
+    accept = recipe.accept if recipe.solver else None
+    matrices, objectives = [], [group.objective(index, problem) for index in range(len(weights))]
+    for index, (own, rows) in enumerate(zip(pruned, group.slices)):
+        own_rows = jax.tree.map(lambda array, rows=rows: array[rows], solved)
+        final, outcomes = accept_rows(objectives[index], own, own_rows, accept, weights[index].dtype, measure)
+        matrices.append(PrunedMatrix(*group.spread(index, final), outcomes))
+    if recipe.quantize:
         integers = sharding.on_rows(
             functools.partial(recipe.quantize.prepare, dtype=_one_dtype(weights)), Quantized._make([sharding.layout.matrix] * 3)
-        )(solvable, _stacked(tuple(Pruned(*matrix[:2]) for matrix in matrices)))
-        quantized = []
+        )(problem, _stacked(tuple(Pruned(*matrix[:2]) for matrix in matrices)))
         for index, (matrix, rows) in enumerate(zip(matrices, group.slices)):
             own_integers = group.spread(index, jax.tree.map(lambda array, rows=rows: array[rows], integers))
-            quantized.append(_quantized(matrix, own_integers, objectives[index], weights[index].dtype, measure))
-        return tuple(quantized)
-
-    matrices = recipe.tuning.choose(recipe.damping, recipe.target, attempt)
+            matrices[index] = _quantized(matrix, own_integers, objectives[index], weights[index].dtype, measure)
     return tuple(
         matrix._replace(
             weight=matrix.weight.astype(dense.dtype), scale=None if matrix.scale is None else matrix.scale.astype(dense.dtype)
@@ -108,7 +99,6 @@ def _quantized(
         quantized=jnp.stack((errors.before, errors.after)),
         quantized_held_out=None if errors.held_out is None else errors.held_out[1:],
         quantized_dense=None if errors.dense is None else errors.dense[1:3],
-        score=errors.score,
     )
     return PrunedMatrix(*rounded, rows, integers.scale)
 
@@ -167,15 +157,15 @@ class _Group(NamedTuple):
         ends = itertools.accumulate(map(len, self.matrices), initial=0)
         return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
-    def problem(self, recipe: Recipe, ridge: Array | None, alpha: Array | float) -> LayerProblem:
+    def problem(self, recipe: Recipe) -> LayerProblem:
         """The problem of all rows, on the calibration tokens."""
         hessian, term = self.tokens.calibration
-        pull = None if term is None else recipe.target.pull(term, alpha)
-        return LayerProblem(self.stack, hessian, pull, recipe.damping, ridge)
+        pull = None if term is None else recipe.target.pull(term)
+        return LayerProblem(self.stack, hessian, pull, recipe.damping)
 
     def choose(self, recipe: Recipe, patterns: tuple[Pattern, ...], given: tuple[Given[Array], ...] | None) -> tuple[Pruned, ...]:
         """The masks of all matrices, and their weights as the selector leaves them."""
-        whole = self.problem(recipe, None, recipe.target.alpha)
+        whole = self.problem(recipe)
         problems = [self.own(index, whole) for index in range(len(self.matrices))]
         with jax.sharding.use_abstract_mesh(self.sharding.mesh.abstract_mesh):  # for inverses, see linalg/inverses.py
             if given is not None:
@@ -199,8 +189,7 @@ class _Group(NamedTuple):
         hessian, term = self.tokens.held_out
         if term is None:
             return TokenSets(own, LayerProblem(own.weight, hessian))
-        rows = term.of(self.slices[index])
-        return TokenSets(own, LayerProblem(own.weight, hessian, rows.outputs, offset=self.drifts[index], correction=rows.stream))
+        return TokenSets(own, LayerProblem(own.weight, hessian, term.outputs[self.slices[index]], offset=self.drifts[index]))
 
     def spread(self, index: int, arrays: Tree) -> Tree:
         """Shards arrays [d_out, d_in] of one matrix by rows over all devices."""

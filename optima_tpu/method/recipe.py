@@ -14,7 +14,6 @@ from optima_tpu.method.selectors import Selector, Wanda
 from optima_tpu.method.solvers import CG, Solver, Unchanged
 from optima_tpu.method.statistics import Groups
 from optima_tpu.method.targets import SelfTarget, Target
-from optima_tpu.method.tuning import Fixed, Tuning
 from optima_tpu.runtime.bounds import Bound, Bounded
 
 
@@ -40,7 +39,6 @@ class Recipe(Bounded):
         in the paper, takes all of them from the block before pruning.
       borrow: in a mixture of experts, layers that read the input of the mixture also count the mean over all tokens, as this many
         tokens for each input of the layer. It helps experts that few tokens reach; 0 gives every expert its own tokens alone.
-      tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
       refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
       quantize: whether the kept weights become integers once they are solved; None leaves them.
 
@@ -56,7 +54,6 @@ class Recipe(Bounded):
     target: Target = SelfTarget()
     recapture: bool = False
     borrow: Annotated[float, Bound(0)] = 0.0
-    tuning: Tuning = Fixed()
     refine: Swaps | None = None
     quantize: Quantizer | None = None
 
@@ -68,7 +65,7 @@ class Recipe(Bounded):
     @property
     def methods(self) -> dict[str, Method | None]:
         """The methods by the settings that choose them; None does nothing."""
-        return {name: getattr(self, name) for name in ("selector", "solver", "accept", "target", "tuning", "refine", "quantize")}
+        return {name: getattr(self, name) for name in ("selector", "solver", "accept", "target", "refine", "quantize")}
 
     @property
     def patterns(self) -> list[Pattern]:
@@ -108,10 +105,8 @@ class Recipe(Bounded):
     def solved_together(self, names: tuple[str, ...], prefix: str) -> Groups:
         """The layers of a group, divided into the calls of ``prune_group``.
 
-        One call takes all layers. With tuning each layer has its own call; with mask exchange each pattern has its own call.
+        One call takes all layers; with mask exchange each pattern has its own call.
         """
-        if self.tuning.by_held_out:
-            return tuple((name,) for name in names)
         if self.refine is None:
             return (names,)
         found: dict[Pattern | None, tuple[str, ...]] = {}

@@ -25,7 +25,7 @@ import dataclasses
 from typing import Annotated, ClassVar, NamedTuple
 
 from jax import Array
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from optima_tpu.method.choice import Method
 from optima_tpu.runtime.bounds import Bound
@@ -50,14 +50,14 @@ class Target(Method, abc.ABC):
         """The number of streams of hidden states, and of matrices [d_in, d_in] for every set of tokens."""
         return 1 + self.dense_stream
 
-    def pull(self, term: "LinearTerm", alpha: Float[Array, ""] | float) -> Float32[Array, "rows d_in"]:
+    def pull(self, term: "LinearTerm") -> Float32[Array, "rows d_in"]:
         """``e``, [rows, d_in] float32: what the target asks for beyond the layer's own outputs.
 
         Args:
           term: the linear term of the rows.
-          alpha: the target's own, or a candidate of the tuning.
         """
-        return alpha * term.outputs if term.stream is None else alpha * term.outputs + term.stream
+        outputs = self.alpha * term.outputs
+        return outputs if term.stream is None else outputs + term.stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,3 @@ class LinearTerm(NamedTuple):
 
     outputs: Float32[Array, "rows d_in"]
     stream: Float32[Array, "rows d_in"] | None
-
-    def of(self, rows: slice) -> "LinearTerm":
-        """The term of some of the rows."""
-        return LinearTerm(self.outputs[rows], None if self.stream is None else self.stream[rows])

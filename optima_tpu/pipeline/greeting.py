@@ -98,8 +98,6 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
         words.append(str(recipe.quantize))
     if config.allocation.measures:
         words.append(f"{weights_settings(config)['allocation']['name']} allocation")
-    if (candidates := recipe.tuning.candidates(recipe.damping, recipe.target)) > 1:
-        words.append(f"{candidates} candidates for each matrix")
     if config.distill:
         words.append(config.distill.done)
     return ", ".join(words)

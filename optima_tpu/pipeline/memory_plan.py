@@ -45,7 +45,7 @@ _BLOCK_COPIES = 2.5
 # Fitted: 7.5 vectors a row (dense, masked, linear, solved, stored before and after).
 _HELD = 8
 
-# With a dense target: its linear term for both sets of tokens, and the best weights so far if it is tuned.
+# With a dense target: its linear term for both sets of tokens.
 _HELD_FOR_TARGET = 3
 
 # With the residual-drift correction: the drift as accumulated and as laid out for the solve, for both sets of tokens.

@@ -392,9 +392,6 @@ def _report(
     for name, matrix, left, happened in zip(names, found, kept, rows):
         (d_out, d_in), alive_inputs = matrix.keep.shape, int(live_diagonal(diagonal).sum())
         others = {"block": index, "name": name, "dead_inputs": d_in - alive_inputs, "tokens": int(tokens)}
-        if happened.chosen is not None:
-            tuned = walk.recipe.tuning.chosen(happened.chosen, walk.recipe.damping, walk.recipe.target)
-            others |= dict(zip(("damping", "alpha"), tuned, strict=True))
         reports.append(layer_report(happened, (d_out, d_in), int(left), others))
         walk.tell(reports[-1])
     return reports

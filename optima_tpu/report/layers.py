@@ -233,11 +233,7 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
         kept = "" if unseen or not any(run.report.solver for run in fine) else ", and no matrix got worse on held-out text"
         text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}.")
     for run in runs:
-        lines = (
-            meaningless_lines(run.report)
-            + unusual_lines(run.report.blocks, run.report.settings)
-            + traded_lines(run.report.blocks)
-        )
+        lines = meaningless_lines(run.report) + unusual_lines(run.report.blocks) + traded_lines(run.report.blocks)
         text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in lines]
         rows = [
             [name, "the update raised its error on held-out text", f"from {percent(before)} to {percent(after)}"]

@@ -50,8 +50,7 @@ class LayerReport(Record, frozen=True):
       dense_before: error of the selector's weights against the dense model.
       dense_after: error of the final weights against the dense model.
       dense_drift: error of the dense weights against the dense model, caused by the pruned layers before this one.
-      damping: the solver's damping, if tuning chose it on held-out tokens; None if the recipe fixes it.
-      alpha: the target's alpha, if tuning chose it on held-out tokens; None if the recipe fixes it.
+      damping, alpha: what version 0.2.0 chose on held-out tokens, where it did.
       exchanged: number of kept weights that the selector had pruned; as many weights that it had kept were pruned instead. None
         if masks are not refined.
       error_nearest: same as ``error_after``, once these weights are rounded to the nearest integers; None if the weights are not

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from optima_tpu.config.choices import BY_HELD_OUT
 from optima_tpu.runtime.records import Count, Undeclared
 
 
@@ -38,9 +37,7 @@ class RecipeSettings(Undeclared, frozen=True, kw_only=True):
     layers: str
     selector: MethodSettings
     solver: SolverSettings | None
-    accept: MethodSettings
     target: MethodSettings
-    tuning: MethodSettings
     quantize: QuantizerSettings | None
     allocation: MethodSettings
     distill: TrainingSettings | None
@@ -49,14 +46,6 @@ class RecipeSettings(Undeclared, frozen=True, kw_only=True):
     def method(self) -> str:
         """ "wanda + cg"."""
         return f"{self.selector.name} + {self.solver.name if self.solver else 'none'}"
-
-    @property
-    def chosen_by_held_out(self) -> list[str]:
-        """The settings for which the held-out tokens made a choice."""
-        chosen = [setting for setting, name in BY_HELD_OUT.items() if getattr(self, setting).name == name]
-        return [
-            setting for setting in chosen if self.solver or setting != "accept"
-        ]  # without a solver there is nothing to accept
 
 
 class CalibrationSettings(Undeclared, frozen=True):

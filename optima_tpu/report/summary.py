@@ -16,8 +16,6 @@ FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_ou
 RISE = 0.01
 """A smaller relative rise of an error on held-out text counts as noise."""
 
-_CHOSEN = {"tuning": "the tuning", "accept": "the acceptance", "allocation": "the sparsities"}
-
 
 def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
     """The layers of all blocks, in the order of the walk."""
@@ -178,10 +176,9 @@ def mean_errors(layers: Sequence[LayerReport]) -> MeanErrors:
 
 
 def held_out_caveat(settings: RecipeSettings) -> str:
-    """Lists the choices that were made on the held-out text, as a caveat for its error: "also chose the tuning, ..."."""
-    chosen = [_CHOSEN[setting] for setting in settings.chosen_by_held_out]
-    listed = " and ".join(filter(None, [", ".join(chosen[:-1]), *chosen[-1:]]))
-    return f"also chose {listed}, so its error is slightly too low" if chosen else ""
+    """What the held-out text chose, as a caveat for its error; empty if nothing."""
+    chosen = settings.allocation.name == "measured"
+    return "also chose the sparsities, so its error is slightly too low" if chosen else ""
 
 
 def means(layers: Iterable[LayerReport], names: Sequence[str]) -> tuple[float | None, ...]:

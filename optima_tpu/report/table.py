@@ -15,7 +15,6 @@ from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import became, percent
 from optima_tpu.report.published import result
 from optima_tpu.report.records import BlockReport, LayerKind
-from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.report.summary import (
     all_layers,
     by_kind,
@@ -60,7 +59,7 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
         ]
     else:
         lines, notes = _layer_lines(console, report), traded_lines(blocks)
-        strange += unusual_lines(blocks, settings)
+        strange += unusual_lines(blocks)
     lines += ["", *(plain(fact.line) for fact in facts(report))]
     lines += labelled("unusual", strange or ["nothing"]) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
@@ -138,14 +137,15 @@ def plain(text: str) -> str:
     return text.replace("`", "").replace("’", "'").replace("→", "->")
 
 
-def unusual_lines(blocks: Sequence[BlockReport], settings: RecipeSettings) -> list[str]:
+def unusual_lines(blocks: Sequence[BlockReport]) -> list[str]:
     """One sentence for each kind of unusual finding, with the most affected layers; empty if nothing is unusual."""
     lines = []
     if worse := worsened(blocks):
         dense = any(layer.dense_after is not None for layer in all_layers(blocks))
         named = [f"{name} (from {percent(before)} to {percent(after)})" for name, (before, after) in worse.items()]
         of = "the distance to the dense model's output" if dense else "the error"
-        lines.append(f"the update raised {of} on held-out text: {_listed(named)}; {_remedy(settings)}")
+        remedy = "try more --calibration.windows or --calibration.written, or a larger --solver.damping"
+        lines.append(f"the update raised {of} on held-out text: {_listed(named)}; {remedy}")
     for kind, layers in unusual(blocks).items():
         if layers:
             words, noun = TROUBLE[kind]
@@ -179,11 +179,3 @@ def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
 def _listed(names: Sequence[str]) -> str:
     more = [f"{len(names) - _NAMED} more in the report"] if len(names) > _NAMED else []
     return ", ".join([*names[:_NAMED], *more])
-
-
-def _remedy(settings: RecipeSettings) -> str:
-    """Advice for an update that improves the calibration text but not held-out text."""
-    accept = (
-        [] if settings.accept.name == "held_out" else ["--accept held_out, which keeps the selector's weights in such matrices"]
-    )
-    return f"try {', '.join([*accept, 'more --calibration.windows or --calibration.written'])}, or a larger --solver.damping"

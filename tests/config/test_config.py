@@ -27,7 +27,6 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.method.targets import SelfTarget
-from optima_tpu.method.tuning import Grid
 from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -165,7 +164,6 @@ def test_an_option_of_another_method_than_the_best_presets_is_refused():
         (["--accept=per_row"], {}),
         (["--refine", "null"], dict(refine=None)),
         (["--solver", "mpax"], dict(solver=MPAX())),
-        (["--tuning", "grid"], dict(tuning=Grid())),
         (["--allocation", "owl"], dict(allocation=OWL())),
         (["--target", "self"], dict(target=SelfTarget())),
     ],
@@ -203,7 +201,7 @@ def as_line(argv):
         ([], "best"),
         (["--preset", "paper", "--model", "a"], "paper"),
         (["--solver", "mpax", "--pattern", "2:4"], "best --solver mpax"),
-        (["--solver.damping", "0.1", "--accept", "held_out"], "best --solver.damping 0.1 --accept held_out"),
+        (["--solver.damping", "0.1", "--accept", "per_layer"], "best --solver.damping 0.1 --accept per_layer"),
         (["--recapture", "false"], "best --recapture false"),
         (["--selector", "sparsegpt", "--solver", "null"], "fast --selector sparsegpt --solver null"),
     ],

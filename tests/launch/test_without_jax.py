@@ -52,7 +52,7 @@ REFUSED = [
     ["prune", "--pattern", "2:x"],
     ["prune", "--pattern", "4:2"],
     ["prune", "--layers", "mlp.*"],
-    ["prune", "--tuning", "grid", "--solver", "null"],
+    ["prune", "--refine", "swaps", "--solver", "null"],
     ["prune", "--allocation", "owl", "--pattern", "2:4"],
     ["prune", "--preset", "fsat"],
     ["prune", "--config", "nowhere.yaml"],

@@ -16,10 +16,10 @@ from rich.console import Console
 from optima_tpu.config.parse import configure, parse
 from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import HeldOut, PerRow, accept_rows
+from optima_tpu.method.acceptance import PerLayer
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution
+from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowLayout
@@ -27,7 +27,6 @@ from optima_tpu.method.selectors import ADMM, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.method.statistics import Drift, TokenSets
 from optima_tpu.method.targets import DenseTarget, SelfTarget
-from optima_tpu.method.tuning import Fixed, Grid, best_of
 from optima_tpu.models import family_of
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
@@ -41,15 +40,13 @@ from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block, prune_model, repeat_block
 from optima_tpu.report.progress import Progress
-from optima_tpu.report.summary import unusual
 from tests.support import ports
-from tests.support.fake_reports import blocks_of, layer
 from tests.support.memory import block_of
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of
 from tests.support.plans import config_folder, run_config
 from tests.support.problems import linear_of, oracle
-from tests.support.pruning import compiled_forward, group_arguments, measure, prune_calibrated, prune_matrices, walk_block
+from tests.support.pruning import compiled_forward, group_arguments, prune_calibrated, prune_matrices, walk_block
 from tests.support.references import MIXTURES, REFERENCES, apart, small, tiny
 from tests.support.tiny_models import tiny_llama
 
@@ -279,7 +276,7 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
     new, keep, rows, problem = group_of(weight, sets, recipe, shape, layout)
     best = oracle(problem, Pruned(new, keep), recipe.damping)
     assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
-    plain, same, others, _ = group_of(weight, sets, dataclasses.replace(recipe, target=DenseTarget(1.0)), shape, layout)
+    plain, same, *_ = group_of(weight, sets, dataclasses.replace(recipe, target=DenseTarget(1.0)), shape, layout)
     assert (same == keep).all()
 
     def missed(found, x, other, lost):
@@ -287,13 +284,8 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
         return ((x @ np.asarray(found, np.float64).T - other @ weight.astype(np.float64).T - 0.5 * lost) ** 2).mean(axis=0)
 
     assert missed(new, *sets[0]).sum() < 0.9 * missed(plain, *sets[0]).sum()
-    # What held-out tokens choose by is this distance there, but for what is the same for all weights of a row.
-    x, other, lost = sets[1]
-    constant = ((0.5 * lost) ** 2 + (other - x) @ weight.T * lost).mean(axis=0)
-    np.testing.assert_allclose(rows.score + constant, missed(new, *sets[1]), rtol=1e-3)
     # The report tells the distance from the dense output alone.
     np.testing.assert_allclose(rows.dense[2], dense_error(sets[1][:2], weight.astype(np.float64), new), rtol=1e-3)
-    assert others.score == pytest.approx(others.dense[2])
 
 
 @pytest.mark.parametrize("pattern", ["0.5/layer", *(pytest.param(each, marks=pytest.mark.slow) for each in ("0.5/row", "2:4"))])
@@ -341,22 +333,17 @@ def test_alpha_0_is_the_papers_target_to_the_last_bit():
     assert found[1][2][0].dense_drift > found[0][2][0].dense_drift == 0  # both streams begin alike
 
 
-def test_the_mesh_changes_neither_the_choice_nor_the_weights():
-    chosen = dict(tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)), accept=HeldOut(), target=DenseTarget(0.5, 0.25, weigh_tokens=True))
-    recipe = dataclasses.replace(BEYOND, recapture=False, **chosen)
+def test_the_mesh_changes_no_weights():
+    recipe = dataclasses.replace(BEYOND, recapture=False, target=DenseTarget(0.5, 0.25, weigh_tokens=True))
     reference, hidden, dense = walk(recipe)
-    chosen = {(report.damping, report.alpha) for _, _, reports in reference for report in reports}
-    assert len(chosen) > 1, chosen
     other, other_hidden, other_dense = walk(recipe, (4, 2))
     for (weights, masks, reports), (other_weights, other_masks, others) in zip(reference, other):
         for name, keep in masks.items():
             assert (keep == other_masks[name]).all()
             assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
         for report, same in zip(reports, others, strict=True):
-            assert (report.damping, report.alpha) == (same.damping, same.alpha)
             for error in ("error_after", "held_out_after", "dense_before", "dense_after", "dense_drift"):
                 assert getattr(same, error) == pytest.approx(getattr(report, error), rel=1e-3, abs=1e-7), error
-            assert report.dense_after <= report.dense_before * (1 + 1e-6)
     for stream, same in ((hidden, other_hidden), (dense, other_dense)):
         assert np.abs(stream.values - same.values).max() < 1e-3 * np.abs(stream.values).max()
     assert np.abs(hidden.values - dense.values).max() > 0.1
@@ -445,87 +432,6 @@ def test_the_dense_stream_goes_through_a_block_that_stays_dense():
     assert not masks and not reports and (dense.values == still.values).all() and (hidden.values == still.values).all()
 
 
-def test_a_tuned_matrix_is_the_best_of_its_candidates_on_held_out_tokens():
-    """Each candidate again in float64: its minimiser, and its distance from the dense outputs. Few tokens: damping pays."""
-    weight, (calibration, held_out) = two_sets(np.random.default_rng(0))
-    sets = [tuple(x[:30] for x in calibration), held_out]
-    tuning = Grid((0.01, 0.3, 3.0), (0.0, 0.9))
-    new, keep, rows, problem = group_of(weight, sets, dataclasses.replace(BEYOND, tuning=tuning))
-
-    def candidate(damping, alpha):
-        best = oracle(dataclasses.replace(problem, pull=2 * alpha * problem.pull), Pruned(new, keep), damping)
-        return best, dense_error(sets[1], weight.astype(np.float64), best).sum()
-
-    first = {damping: candidate(damping, 0.5)[1] for damping in tuning.damping}
-    damping = min(first, key=first.get)
-    then = {alpha: candidate(damping, alpha)[1] for alpha in (0.5, 0.0, 0.9)}
-    alpha = min(then, key=then.get)
-    assert tuning.chosen(rows.chosen, BEYOND.damping, BEYOND.target) == (damping, alpha)
-    assert damping != 0.01 and alpha != 0.5, "the first candidates say little"
-    assert np.abs(new - candidate(damping, alpha)[0]).max() < 1e-3 * np.abs(new).max()
-    assert np.asarray(rows.dense[2]).sum() == pytest.approx(then[alpha], rel=1e-3)
-
-
-def test_a_candidate_with_more_damping_than_the_selector_is_not_refused_for_it():
-    weight, sets = two_sets(np.random.default_rng(3))
-    recipe = dataclasses.replace(BEYOND, selector=ADMM(damping=0.0), tuning=Grid((3.0,), (0.5,)), accept=PerRow())
-    new, keep, rows, problem = group_of(weight, sets, recipe)
-    assert not rows.refused.any()
-    assert np.abs(new - oracle(problem, Pruned(new, keep), 3.0)).max() < 1e-3 * np.abs(new).max()
-
-
-def test_dampings_of_a_grid():
-    with pytest.raises(UserError, match="lower --solver.damping"):
-        Grid((0.001, 0.1)).dampings(0.01)
-    assert Grid((), ()).dampings(0.3) == (0.3,)
-    assert Grid().dampings(0.3) == (0.3, 0.9, 3.0) and Grid().dampings(0.0) == (0.01, 0.03, 0.1)
-    # With a damping above the smallest of a plain grid.
-    assert parse(["--preset", "best", "--tuning", "grid"]).recipe.tuning == Grid()
-    assert Grid().alphas(DenseTarget(0.5)) == (0.5, 0.0, 0.25) and Grid().alphas(SelfTarget()) == (0.0,)
-    assert (Fixed().candidates(0.01, SelfTarget()), Grid().candidates(0.01, DenseTarget(0.5))) == (1, 5)
-
-
-def test_a_first_candidate_without_a_score_is_left():
-    scores = jnp.asarray([jnp.nan, 2.0, 1.0])
-    best = best_of([0.0, 1.0, 2.0], [0.0], lambda ridge, alpha: ridge, lambda ridge: scores[ridge.astype(int)])
-    assert (best.score, best.ridge, best.chosen.tolist()) == (1, 2, [2, 0])
-    only = best_of([0.0], [0.0], lambda ridge, alpha: ridge, lambda ridge: scores[ridge.astype(int)])
-    assert jnp.isnan(only.score) and only.chosen.tolist() == [0, 0]
-
-
-def test_an_update_that_the_held_out_tokens_refuse_is_named():
-    """Few tokens, no damping and held-out tokens of another kind: the calibration error falls, the other rises."""
-    rng = np.random.default_rng(4)
-    weight, sets = two_sets(rng)
-    hessian, drift = statistics_of(weight, *(x[:26] for x in sets[0]))
-    other = rng.standard_normal((90, 24))
-    unseen, none = statistics_of(weight, other, other)
-    keep = np.abs(weight) > np.median(np.abs(weight))
-    pruned = Pruned(jnp.where(keep, weight, 0), jnp.asarray(keep))
-    fitted = oracle(LayerProblem(jnp.asarray(weight), hessian, weight @ drift.cross), pruned)
-    solution = Solution(jnp.asarray(fitted, jnp.float32), jnp.zeros(12), jnp.ones(12, jnp.int32), jnp.ones(12, bool))
-
-    dense = jnp.asarray(weight)
-    tokens = TokenSets(
-        LayerProblem(dense, hessian, weight @ drift.cross),
-        LayerProblem(dense, unseen, weight @ none.cross, offset=none.energy[0]),
-    )
-    for accept, refused in ((PerRow(), False), (HeldOut(), True)):
-        final, rows = accept_rows(tokens, pruned, solution, accept, jnp.dtype(jnp.float32), measure)
-        assert rows.refused.all() if refused else not rows.refused.any()
-        assert (final.weight == (pruned if refused else solution).weight).all()
-        np.testing.assert_allclose(rows.score, dense_error((other, other), weight, final.weight), rtol=1e-3)
-    report = layer(3, "a", shape=(12, 24), rows=12, rows_converged=12, rows_refused=int(rows.refused.sum()))
-    assert unusual(blocks_of([report]))["layers_refused"] == {"block 3 a": 12}
-    before, after = jnp.ones(3), jnp.array([0.5, 2.0, 0.5])
-    yes = jnp.ones(3, bool)
-    assert HeldOut()(before, after, yes, (before, jnp.array([1.1, 0.0, 0.8]))).tolist() == [True, False, True]
-    assert not HeldOut()(before, after, yes, (before, jnp.array([1.1, 0.0, 1.0]))).any()
-    assert HeldOut()(before, before, yes, (before, before)).all()
-    with pytest.raises(UserError, match="held_out"):
-        HeldOut()(before, after, yes)
-
-
 def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """After two blocks: with the hidden states of both models behind the first one, and without them."""
     decoder, recipe = decoder_on((1, 1)), BEYOND
@@ -598,11 +504,10 @@ def test_the_plan_counts_both_streams(tmp_path):
         config = run_config(folder, layers=(), **settings)
         return make_plan(config, open_declared(config.model, None, config.batch).on(there.mesh), there)
 
-    paper, beyond = plan(), plan(target=DenseTarget(gamma=0.5, weigh_tokens=True), recapture=True, tuning=Grid())
+    paper, beyond = plan(), plan(target=DenseTarget(gamma=0.5, weigh_tokens=True), recapture=True)
     assert beyond.storage.hidden == 2 * paper.storage.hidden
-    # One calibration, or one an input; four groups, or five kinds of a matrix: q, k and v, o, gate and up, down.
-    assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 5]
-    assert beyond.seconds["pruning"] > 3 * paper.seconds["pruning"]
+    # One calibration, or one an input; four groups.
+    assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 4]
     # What o and down add for the residual stream's drift, of every token of a step: [d_model, d_in] products.
     whole, drifting = plan(target=DenseTarget()), plan(target=DenseTarget(gamma=0.5))
     more = drifting.programs[0].work.flops - whole.programs[0].work.flops
@@ -612,23 +517,18 @@ def test_the_plan_counts_both_streams(tmp_path):
 
 
 def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
-    command = ["--preset", "fast", "--target", "dense", "--target.alpha", "0.5", "--recapture", "true", "--tuning", "grid"]
-    command += ["--tuning.damping", "[0.01,0.1]", "--tuning.alpha", "[]", "--accept", "held_out"]
+    command = ["--preset", "fast", "--target", "dense", "--target.alpha", "0.5", "--recapture", "true", "--accept", "per_layer"]
     config = parse(command)
-    chosen = dict(target=DenseTarget(0.5), recapture=True, tuning=Grid((0.01, 0.1), ()), accept=HeldOut())
+    chosen = dict(target=DenseTarget(0.5), recapture=True, accept=PerLayer())
     assert {name: getattr(config.recipe, name) for name in chosen} == chosen
-    file = {"target": {"name": "dense", "alpha": 0.5}, "recapture": True, "accept": "held_out"}
-    assert configure(file | {"tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []}}) == config
+    file = {"target": {"name": "dense", "alpha": 0.5}, "recapture": True, "accept": "per_layer"}
+    assert configure(file) == config
     plain = parse(["--preset", "fast"])
-    assert (plain.recipe.target, plain.recipe.recapture, plain.recipe.tuning) == (SelfTarget(), False, Fixed())
-    for change in ({"target": DenseTarget()}, {"recapture": True}, {"tuning": Grid()}):
+    assert (plain.recipe.target, plain.recipe.recapture) == (SelfTarget(), False)
+    for change in ({"target": DenseTarget()}, {"recapture": True}):
         assert weights_settings(plain.changed(**change)) != weights_settings(plain)
     for argv, words in (
-        (["--tuning", "grid", "--calibration.held_out", "0"], "held_out of at least 1 where tuning is grid"),
-        (["--accept", "held_out", "--calibration.held_out", "0"], "where accept is held_out"),
-        (["--tuning", "grid", "--solver", "null"], "--tuning fixed"),
-        (["--preset", "fast", "--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
-        (["--tuning", "grid", "--tuning.alpha", "[2]"], "from 0 to 1, got 2"),
+        (["--distill", "kl", "--calibration.held_out", "0"], "held_out of at least 1 where distill is kl"),
         (["--target", "dense", "--target.alpha", "-1"], "alpha from 0 to 1, got -1"),
         (["--target", "dense", "--target.gamma", "1.5"], "gamma from 0 to 1, got 1.5"),
     ):

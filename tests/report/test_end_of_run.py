@@ -13,7 +13,6 @@ from rich.console import Console
 
 from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.evaluate.config import parse as parse_evaluate
-from optima_tpu.method.acceptance import HeldOut
 from optima_tpu.method.quantization import Int4
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
 from optima_tpu.report import summary, table
@@ -26,7 +25,7 @@ from optima_tpu.report.run_files import FILES
 from optima_tpu.report.runs import read_report, read_runs
 from optima_tpu.runtime.records import encoded
 from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  (a fixture)
-from tests.support.fake_reports import ENTRIES, TEXT, layer, layers, report_of, write_run
+from tests.support.fake_reports import ENTRIES, TEXT, layer, layers, write_run
 from tests.support.records import put
 
 
@@ -53,12 +52,9 @@ def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first()
         "block 0 self_attn.q_proj": (0.136, 0.151),
         "block 0 b": (0.1, 0.1011),
     }
-    (line,) = table.unusual_lines(blocks, report_of(()).settings)
-    for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--accept held_out"):
+    (line,) = table.unusual_lines(blocks)
+    for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--calibration.windows"):
         assert words in line
-    held_out = to_dict(EMBEDDED.changed(accept=HeldOut()))
-    (line,) = table.unusual_lines(blocks, report_of((), configuration=held_out).settings)
-    assert "--accept" not in line and "--calibration.windows" in line
     assert table.traded_lines(blocks) == []
 
 
@@ -67,7 +63,7 @@ def test_with_a_dense_target_worse_means_further_from_the_dense_model():
     away = structs.replace(aiming, name="mlp.down_proj", dense_after=0.4)
     assert summary.worsened(block(aiming)) == {} and summary.traded(block(aiming)) == [aiming]
     assert summary.worsened(block(away)) == {"block 0 mlp.down_proj": (0.3, 0.4)} and summary.traded(block(away)) == []
-    (line,) = table.unusual_lines(block(aiming, away), report_of(()).settings)
+    (line,) = table.unusual_lines(block(aiming, away))
     assert "the distance to the dense model's output on held-out text: block 0 mlp.down_proj (from 30.0% to 40.0%)" in line
     (line,) = table.traded_lines(block(aiming, away))
     assert line.startswith("in 1 matrix ") and "1 q_proj (13.6% to 15.1%, worse; against dense 30.0% to 20.0%, better)" in line
@@ -96,12 +92,10 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
     assert len(page.tables["Full list, by layer"]) == 1 + 7 and "Unusual7 layers" in page.words
     fine = drawn(write_run(tmp_path / "fine"), to=tmp_path / "y.html")
     assert "no matrix got worse on held-out text" in fine.sections["unusual"] and "Unusualnothing" in fine.words
-    held = drawn(worse_run(tmp_path / "held", accept=HeldOut()), to=tmp_path / "z.html")
-    assert "--accept held_out" not in held.sections["unusual"]
 
 
 def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp_path):
-    """It cannot mend the layers: --accept held_out is no setting of it."""
+    """It cannot mend the layers."""
     checks = (Check(0, 0.5), Check(4, 0.4))
     report = structs.replace(
         read_report(str(worse_run(tmp_path / "run"))),

@@ -7,10 +7,8 @@ from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.config.run_config import EMBEDDED, weights_settings
-from optima_tpu.method.acceptance import HeldOut
 from optima_tpu.method.allocation import Measured
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.tuning import Grid
 from optima_tpu.report.contents import ExportedLayer, ExportForm, Sidecar
 from optima_tpu.report.model_card import Card, model_card
 from optima_tpu.report.page import render
@@ -21,17 +19,7 @@ from tests.support.fake_reports import MANIFEST, write_run
 SAID = "also chose {}, so its error is slightly too low."
 
 
-@pytest.mark.parametrize(
-    ("changes", "chosen"),
-    [
-        ({}, None),
-        ({"accept": HeldOut(), "solver": None}, None),
-        ({"tuning": Grid()}, "the tuning"),
-        ({"accept": HeldOut()}, "the acceptance"),
-        ({"allocation": Measured()}, "the sparsities"),
-        ({"tuning": Grid(), "accept": HeldOut(), "allocation": Measured()}, "the tuning, the acceptance and the sparsities"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "chosen"), [({}, None), ({"allocation": Measured()}, "the sparsities")])
 def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, tmp_path):
     config = EMBEDDED.changed(pattern=Unstructured(0.5), **changes)
     title, (run,) = read_runs([write_run(tmp_path / "run", config)])
@@ -47,6 +35,8 @@ def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, t
 
 
 def test_of_several_runs_those_are_named(tmp_path):
-    title, runs = read_runs([write_run(tmp_path / "a", EMBEDDED.changed(tuning=Grid())), write_run(tmp_path / "b")])
+    title, runs = read_runs(
+        [write_run(tmp_path / "a", EMBEDDED.changed(pattern=Unstructured(0.5), allocation=Measured())), write_run(tmp_path / "b")]
+    )
     page = render(title, runs)
-    assert f"The held-out text of {runs[0].label} {SAID.format('the tuning')}" in page and page.count("also chose") == 1
+    assert f"The held-out text of {runs[0].label} {SAID.format('the sparsities')}" in page and page.count("also chose") == 1
