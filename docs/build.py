@@ -815,9 +815,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
                 ("calibration-text", "windows", "written-windows"),
                 ("calibration-size", "few-tokens", "few-tokens-wide", "written-choice"),
             ),
-            "Training after pruning": Group(
-                ("distillation", "recovery-tokens"), ("recovery", "recovery-starts", "block-training")
-            ),
+            "Training after pruning": Group(("distillation", "recovery-tokens"), ("recovery", "recovery-starts")),
         },
     ),
     "paper": (

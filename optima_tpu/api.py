@@ -313,7 +313,7 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
             asked = {"name": "kl", **asked}
         settings["distill"] = chosen_run({"model": str(model), "distill": asked}).distill
         if settings["distill"] is None:
-            raise UserError("expected distill to be one of kl, cross_entropy, blocks, got null: a recovery trains")
+            raise UserError("expected distill to be one of kl, cross_entropy, got null: a recovery trains")
     config = RecoverConfig(str(model), str(tokens), **settings)
     from optima_tpu.data import check_sources
 

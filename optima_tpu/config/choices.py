@@ -17,7 +17,7 @@ from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.acceptance import PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
 from optima_tpu.method.choice import Method
-from optima_tpu.method.distillation import KL, Blocks, CrossEntropy
+from optima_tpu.method.distillation import KL, CrossEntropy
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.quantization import Int4, Int8
 from optima_tpu.method.selectors import SELECTORS, Selector
@@ -34,7 +34,7 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
         "refine": MappingProxyType({"null": None, "swaps": Swaps}),
         "quantize": MappingProxyType({"null": None, "int8": Int8, "int4": Int4}),
         "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
-        "distill": MappingProxyType({"null": None, "kl": KL, "cross_entropy": CrossEntropy, "blocks": Blocks}),
+        "distill": MappingProxyType({"null": None, "kl": KL, "cross_entropy": CrossEntropy}),
     }
 )
 """For each setting that chooses a method: the methods by their names in YAML files and on the command line."""

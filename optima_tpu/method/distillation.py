@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float32, Int32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.choice import Method
@@ -24,7 +24,7 @@ Kind = Literal["weights", "norms", "routers"]
 """A kind of parameters that a training moves."""
 _LEAST = 0.1
 """The learning rate at the end, as a share of the peak."""
-_MOST_CHECKS = 1000
+_FEWEST_CHECKS, _MOST_CHECKS = 4, 1000
 """Of a training that does not say how many."""
 
 
@@ -37,18 +37,6 @@ def divergence(dense: Float32[Array, "*tokens vocab"], pruned: Float32[Array, "*
 def cross_entropy(pruned: Float32[Array, "*tokens vocab"], targets: Int32[Array, "*tokens"]) -> Float32[Array, "*tokens"]:
     """``-log q(target)`` in nats of each token, from the logits of ``q``."""
     return -jnp.take_along_axis(jax.nn.log_softmax(pruned, axis=-1), targets[..., None], axis=-1)[..., 0]
-
-
-def hidden_error(dense: Float[Array, "*tokens d_model"], pruned: Float[Array, "*tokens d_model"]) -> Float32[Array, "*tokens"]:
-    """``|pruned - dense|^2 / |dense|^2`` of the hidden state of each token, in float32; 0 where the dense model's is zero.
-
-    Relative for each token, since the next norm divides by the token's own size: a sum over tokens would be the error of the few
-    that are a thousand times larger than the others (Sun et al., 2024, massive activations).
-    """
-    wanted = dense.astype(jnp.float32)
-    energy = jnp.sum(wanted**2, axis=-1)
-    error = jnp.sum((pruned.astype(jnp.float32) - wanted) ** 2, axis=-1)
-    return jnp.where(energy > 0, error / jnp.where(energy > 0, energy, 1.0), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +65,6 @@ class Distillation(Method, abc.ABC):
     """What was done with the model, in its recipe."""
     reads_dense: ClassVar[bool]
     """Whether the loss reads what the dense model predicts."""
-    by_spans: ClassVar[bool] = False
-    """Whether spans of blocks are trained one after the other toward the dense model's hidden states, and not all by ``loss``."""
-    fewest_checks: ClassVar[int] = 4
-    """The checks of a short training."""
 
     setting: ClassVar[str] = "distill"
     by_held_out: ClassVar[bool] = True
@@ -108,17 +92,8 @@ class Distillation(Method, abc.ABC):
             )
 
     @property
-    def smaller(self) -> str:
-        """What to type to train less of the model at once; empty if nothing does."""
-        return "--distill blocks"
-
-    def spans(self, blocks: int) -> tuple[range, ...]:
-        """Which of a model's blocks are trained together, one span after the other."""
-        return (range(blocks),)
-
-    @property
     def steps(self) -> int:
-        """The number of Adam steps of a span; the last windows of a pass are left out if they do not fill a batch."""
+        """The number of Adam steps; the last windows of a pass are left out if they do not fill a batch."""
         return self.passes * max(1, self.windows // self.batch)
 
     def filled(self, windows: int) -> int:
@@ -131,7 +106,7 @@ class Distillation(Method, abc.ABC):
 
     def check_steps(self) -> tuple[int, ...]:
         """The steps after which the held-out loss is measured, the last one among them."""
-        count = min(self.checks or max(self.fewest_checks, min(self.steps // 128, _MOST_CHECKS)), self.steps)
+        count = min(self.checks or max(_FEWEST_CHECKS, min(self.steps // 128, _MOST_CHECKS)), self.steps)
         return tuple(round(self.steps * (index + 1) / count) for index in range(count))
 
     def rate(self, step: int) -> float:
@@ -185,40 +160,6 @@ class CrossEntropy(Distillation):
     @staticmethod
     def loss(dense: Array, pruned: Array, targets: Array) -> Array:
         return cross_entropy(pruned, targets)
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks(KL):
-    """Trains the pruned blocks one after the other toward the dense model's hidden states, in the memory of one block.
-
-    For a model that is too large to be trained as a whole: only the blocks of one span are on the devices, with their gradients and
-    moments. In order, each span reads what leaves the trained spans before it. Adam minimises the mean over tokens of
-    ``|y - d|^2 / |d|^2``, with ``y`` what leaves the span and ``d`` what leaves the same block of the dense model, which reads what
-    leaves its own blocks. Pruned weights stay zero. Held-out windows decide which step of a span is kept; a span whose error there
-    never falls keeps its weights. If the divergence from the dense model, as ``kl`` measures it, did not fall in the end, the model
-    stays as it was pruned.
-
-    Related: block reconstruction (Shin et al., 2024, "Rethinking Pruning Large Language Models", with its global propagation; Guo et
-    al., 2024, EBFT) and transformer matching (3BASiL, 2025, mazumder-lab/3BASiL ``pipeline.py``), whose target is the dense block on
-    the *pruned* model's hidden states, and whose loss is a sum over tokens that are not weighed.
-
-    Attributes:
-      checks: how often the held-out error of a span is measured; the state of the best check is kept. null takes one check for every 128
-        steps, at least 2.
-      span: number of consecutive blocks that are trained together. A larger span sees more of what its blocks do to each other, and
-        needs so many times the memory.
-    """
-
-    done, by_spans, fewest_checks = "trained block by block", True, 2
-
-    span: Annotated[int, Bound(1)] = 1
-
-    @property
-    def smaller(self) -> str:
-        return "a smaller --distill.span" if self.span > 1 else ""
-
-    def spans(self, blocks: int) -> tuple[range, ...]:
-        return tuple(range(first, min(first + self.span, blocks)) for first in range(0, blocks, self.span))
 
 
 def optimizer() -> "optax.GradientTransformation":

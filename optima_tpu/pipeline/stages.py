@@ -27,7 +27,6 @@ from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.cut_blocks import choices, kept_by, pruned_model, read_left_out, write_left_out
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
-from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.experts import ExpertRemoval, done_blocks, keep_block
@@ -327,7 +326,7 @@ def _train(work: StageWork, journal: Journal) -> Outcome:
         pruned_model(opened).decoder,
         kept_by(opened),
     )
-    outcome = (distill_by_spans if method.by_spans else distill)(inputs, work.progress)
+    outcome = distill(inputs, work.progress)
     keep_outcome(opened.directory, outcome)
     return outcome
 

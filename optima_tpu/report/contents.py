@@ -41,7 +41,7 @@ class Check(Record, frozen=True):
     Attributes:
       held_out: mean loss of a held-out token, in nats.
       training: mean loss of a token of the steps since the check before; None before the first step.
-      perplexity: on the held-out windows; None where the loss is of hidden states.
+      perplexity: on the held-out windows.
     """
 
     step: Count
@@ -50,16 +50,24 @@ class Check(Record, frozen=True):
     perplexity: float | None = None
 
 
-class _Trained(Record, frozen=True):
-    """What became of weights that were trained.
+class Outcome(Record, frozen=True):
+    """The contents of distillation.json: what became of a distillation.
 
     Attributes:
       checks: in order, the first one before the first step.
       kept: the step whose state is the result; 0 where the weights stay as they were pruned.
+      tokens: how many tokens the steps read.
+      perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
+      seconds: that steps and checks took, also those before the run was stopped.
+      spans: empty; version 0.2.0 could also train block by block, and had an entry for each.
     """
 
     checks: Annotated[tuple[Check, ...], msgspec.Meta(min_length=1)]
     kept: Count
+    tokens: Count
+    perplexity_before: Positive | None = None
+    seconds: float = 0.0
+    spans: Annotated[tuple[Any, ...], msgspec.Meta(max_length=0)] = ()
 
     def __post_init__(self) -> None:
         if all(check.step != self.kept for check in self.checks):
@@ -74,38 +82,6 @@ class _Trained(Record, frozen=True):
     def after(self) -> float:
         """The held-out loss of the result."""
         return next(check.held_out for check in self.checks if check.step == self.kept)
-
-
-class Span(_Trained, frozen=True):
-    """What became of blocks that were trained together, toward the dense model's hidden states.
-
-    Attributes:
-      first, last: the blocks, both included.
-    """
-
-    first: Block
-    last: Block
-
-    @property
-    def blocks(self) -> str:
-        """The blocks in words: "3", "3 to 5"."""
-        return str(self.first) if self.first == self.last else f"{self.first} to {self.last}"
-
-
-class Outcome(_Trained, frozen=True):
-    """The contents of distillation.json: what became of a distillation.
-
-    Attributes:
-      tokens: how many tokens the steps read.
-      perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
-      seconds: that steps and checks took, also those before the run was stopped.
-      spans: where blocks were trained span by span. The checks are then two, before and after all of them.
-    """
-
-    tokens: Count
-    perplexity_before: Positive | None = None
-    seconds: float = 0.0
-    spans: tuple[Span, ...] = ()
 
     @property
     def amount(self) -> str:

@@ -33,22 +33,17 @@ def _loss(report: Report) -> str:
 def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
     trained = [(run.label, run.report, found) for run in runs if (found := run.report.distillation)]
-    tables = [
-        table for label, report, found in trained for table in (_checks(label, report, found), *_spans(label or "Blocks", found))
-    ]
-    texts = dict.fromkeys(_text(report, found) for _, report, found in trained)
+    tables = [_checks(label, report, found) for label, report, found in trained]
+    texts = dict.fromkeys(_text(report) for _, report, _ in trained)
     return [Section("distillation", "Training after pruning", list(texts), tables=tables)] if tables else []
 
 
-def _text(report: Report, outcome: Outcome) -> str:
+def _text(report: Report) -> str:
     what = f"the whole model was trained with fixed masks, to lower the {_loss(report)}"
-    kept = "The step with the least loss on held-out windows was kept."
-    if outcome.spans:
-        what = "its blocks were trained in order with fixed masks, each toward the hidden states of the dense model"
-        kept = "Of each, the step with the least error on held-out windows was kept."
     shown = ", ".join(f"{what} {number(each, 4)}" for what, each in report.perplexities.items())
     return (
-        f"After it was pruned, {what}. This is training, not one-shot pruning. {kept} Perplexity: {shown}. Layer errors on this page "
+        f"After it was pruned, {what}. This is training, not one-shot pruning. The step with the least loss on held-out windows was "
+        f"kept. Perplexity: {shown}. Layer errors on this page "
         "were measured before."
     )
 
@@ -70,18 +65,3 @@ def _checks(label: str, report: Report, outcome: Outcome) -> Table:
         ],
         note=distilled_line(report) if label else "",
     )
-
-
-def _spans(title: str, outcome: Outcome) -> list[Table]:
-    """The error of the hidden states behind every span of blocks; none where all blocks were trained at once."""
-    rows = [
-        [span.blocks, percent(span.before), percent(span.after), f"step {span.kept}" if span.kept else "weights from before"]
-        for span in outcome.spans
-    ]
-    refused = sum(not span.kept for span in outcome.spans)
-    note = (
-        "The squared error of the hidden states relative to the dense model's, mean over tokens of held-out text, behind blocks as "
-        "they were pruned and as they were trained. Both read what leaves the trained blocks before them. "
-        f"No step helped in {refused} of {len(rows)}."
-    )
-    return [Table(title, ["blocks", "error before", "error after", "kept"], rows, note=note)] if rows else []

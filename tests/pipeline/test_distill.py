@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,27 +18,22 @@ from rich.console import Console
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.method.distillation import KL, Blocks, hidden_error
+from optima_tpu.method.distillation import KL
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, load_group, read_metadata
 from optima_tpu.models.decoder import Decoder, forward, head_logits
 from optima_tpu.pipeline.distill import states
-from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient, next_token
+from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
-from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, Training, distill, refuse_large, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream, Windows
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.report.contents import Check, Outcome, Perplexities, Span
-from optima_tpu.report.distillation import distillation
+from optima_tpu.report.contents import Outcome
 from optima_tpu.report.numbers import trained_on
 from optima_tpu.report.progress import Progress
-from optima_tpu.report.runs import FinishedRun
-from optima_tpu.report.view import NONE
 from optima_tpu.runtime.mesh import bytes_on_device
-from optima_tpu.runtime.records import encoded, json_values, parse_record
+from optima_tpu.runtime.records import json_values
 from optima_tpu.runtime.signals import Stopped
-from tests.support.fake_reports import ENTRIES, report_of
 from tests.support.meshes import mesh
 from tests.support.references import REFERENCES
 from tests.support.runs import SMALL, opened
@@ -47,7 +41,6 @@ from tests.support.tiny_models import MemoryTensors, tiny_folder
 
 METHOD = KL(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, checks=2)
 ROOM = 2.0**40
-SPANS = Blocks(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, span=2)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -172,7 +165,7 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
         for name, gradient in own.items():
             assert np.abs(share * gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
     # A step updates each block behind its own backward pass, and the blocks before it read none of it.
-    model = TrainedBlocks(trainer, range(3), others, next_token(METHOD, head), positions)
+    model = TrainedBlocks(trainer, others, head, positions)
     model.step(TrainingStream(tokens, dense.embed(tokens), final), float(rate))
     for moved, block, gradient in zip(model.blocks, blocks, found):
         for name, expected in trainer.update(block, gradient, share, rate).masters.items():
@@ -228,28 +221,21 @@ def test_what_was_stopped_ends_with_the_same_bits_and_is_not_gone_on_from_where_
 
 
 @in_float32
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, windows, whole, monkeypatch, tmp_path):
-    """The check in the middle is the best; the state behind it has its weights too. Spans are stopped in the second one."""
-    losses, seen, ends = {0: 3.0, 4: 1.0, 8: 2.0}, {}, iter([2.0, 1.0])
+def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, windows, monkeypatch):
+    """The check in the middle is the best; the state behind it has its weights too."""
+    losses, seen = {0: 3.0, 4: 1.0, 8: 2.0}, {}
 
     def measure(model, stream):
-        if not model.blocks:  # behind all spans, as pruned and then as trained
-            return next(ends), 1.0
         step = int(model.blocks[0].moments.count)
-        for index, block in zip(model.span, model.blocks):
+        for index, block in enumerate(model.blocks):
             seen[index, step] = {name: np.array(array) for name, array in block.masters.items()}
         return losses[step], 1.0
 
-    def train(**settings):
-        return run(pruned, windows, **settings) if whole else by_spans(pruned, windows, tmp_path, (1, 1), **settings)
-
     monkeypatch.setattr(TrainedBlocks, "measure", measure)
     with pytest.raises(Stopped):
-        train(advance=stopped_in_step_6() if whole else stopped_in_step_6(2 + 1 + 8 + 2 + 1 + 1))
-    outcome, journal = train()
-    for each in outcome.spans or [outcome]:
-        assert each.kept == 4 and [check.held_out for check in each.checks] == [3, 1, 2]
+        run(pruned, windows, advance=stopped_in_step_6())
+    outcome, journal = run(pruned, windows)
+    assert outcome.kept == 4 and [check.held_out for check in outcome.checks] == [3, 1, 2]
     found = result(journal)
     for index in range(3):
         for name, expected in seen[index, 4].items():
@@ -317,121 +303,6 @@ def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
     assert 4 / held < sizes[0] / sizes[1] < 1.1 * 4 / held
 
 
-def by_spans(pruned, windows, directory: Path, shape=(4, 2), method=SPANS, advance=lambda: None) -> tuple[Outcome, Journal]:
-    """A training by spans over the journal of a run, which is copied into ``directory`` at first."""
-    arguments, source = pruned
-    for name in ("run.json", "journal"):
-        if not (directory / name).exists():
-            (shutil.copytree if name == "journal" else shutil.copy)(source / name, directory / name)
-    journal = Journal(directory)
-    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows, ROOM)
-    found = distill_by_spans(inputs, Counted(advance))
-    keep_outcome(directory, found)
-    return found, journal
-
-
-@pytest.fixture(scope="module")
-def spans(pruned, windows, tmp_path_factory) -> tuple[Outcome, Journal]:
-    """Blocks 0 and 1 together, and then block 2, on the 4x2 mesh."""
-    return by_spans(pruned, windows, tmp_path_factory.mktemp("spans"))
-
-
-@in_float32
-def test_spans_of_blocks_come_nearer_to_the_dense_hidden_states_with_masks_held(pruned, spans, windows):
-    outcome, journal = spans
-    assert outcome == read_outcome(journal.directory)
-    assert [(span.first, span.last) for span in outcome.spans] == [(0, 1), (2, 2)]
-    assert [[check.step for check in span.checks] for span in outcome.spans] == [[0, 4, 8]] * 2
-    trained, before = result(journal), journal.tensors()
-    for index in journal.finished:
-        for name, keep in journal.masks(index).items():
-            assert (trained[name][~keep] == 0).all() and (trained[name] != before.read(name)).any(), name
-    dense = opened(parse(pruned[0]), (4, 2)).decoder
-    entries = [trained_block(journal.directory, index) for index in range(3)]
-    after = dataclasses.replace(dense, tensors=OrbaxTensors(entries))
-    streams = [dense.embed(windows.held_out) for _ in range(2)]
-    errors = []
-    for index in range(3):
-        for decoder, stream in zip((after, dense), streams):
-            decoder.apply(index, next(decoder.blocks([index])), stream)
-        theirs, wanted = (stream.values.astype(np.float64) for stream in streams)
-        errors.append(np.mean(np.sum((theirs - wanted) ** 2, axis=-1) / np.sum(wanted**2, axis=-1)))
-    for span in outcome.spans:
-        found = {check.step: check.held_out for check in span.checks}
-        assert span.kept and found[span.kept] == min(found.values()) < found[0]
-        assert found[span.kept] == pytest.approx(errors[span.last], rel=1e-4)
-    assert outcome.kept == 8 and outcome.after < outcome.before and outcome.tokens == 2 * 16 * 32
-
-
-@in_float32
-def test_spans_that_were_stopped_end_with_the_same_bits_and_on_any_mesh_but_for_rounding(pruned, spans, windows, tmp_path):
-    """Stopped in the second span, behind its first step."""
-    calls = itertools.count(1)
-
-    def stop():
-        if next(calls) == (2 + 1 + 8 + 2 + 1) + (1 + 1 + 1):  # dense blocks, first check, steps, checks, the trained span
-            raise Stopped(signal.SIGTERM)
-
-    expected = result(spans[1])
-    for shape, tolerance in (((4, 2), 0), ((1, 1), 1e-5)):
-        directory = tmp_path / f"{shape}"
-        directory.mkdir()
-        if not tolerance:
-            with pytest.raises(Stopped):
-                by_spans(pruned, windows, directory, advance=stop)
-            assert [path.name for path in (directory / "distillation").iterdir()] == ["block_0002_step_0000001"]
-        outcome, journal = by_spans(pruned, windows, directory, shape)
-        assert not (directory / "distillation").exists()
-        assert tolerance or structs.replace(outcome, seconds=0.0) == structs.replace(spans[0], seconds=0.0)
-        for name, weight in result(journal).items():
-            assert np.abs(weight - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), name
-
-
-@in_float32
-def test_a_span_that_does_not_come_nearer_keeps_its_weights(pruned, windows, tmp_path):
-    one = windows._replace(training=np.full_like(windows.training, 7))
-    outcome, journal = by_spans(pruned, one, tmp_path, (1, 1), Blocks(windows=16, batch=4, learning_rate=0.3, checks=1, span=3))
-    (span,) = outcome.spans
-    assert (
-        span.kept == outcome.kept == 0 and outcome.after == outcome.before and span.checks[1].held_out > span.checks[0].held_out
-    )
-    assert not (journal.directory / "distilled").exists()  # the model stays as it was pruned
-
-
-def test_the_hidden_error_is_relative_for_each_token():
-    dense = jnp.array([[3.0, 4.0], [0.0, 0.0], [300.0, 400.0]])
-    pruned = dense + jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 100.0]])
-    assert hidden_error(dense, pruned) == pytest.approx([1 / 25, 0, 1 / 25])
-    sums, gradient = hidden_gradient(dense[None], pruned[None], jnp.array([True]))
-    assert sums == pytest.approx([2 / 25])
-    assert np.asarray(gradient[0]) == pytest.approx(np.array([[2 / 25, 0], [0, 0], [0, 200 / 250_000]]))
-    wide = jnp.full((1, 1, 2048), 5, jnp.float16)
-    assert (hidden_gradient(wide, 1.1 * wide, jnp.array([True]))[1] != 0).all()  # a mean over many tokens would round to zero
-
-
-def test_the_page_says_what_became_of_every_span():
-    spans = (Span((Check(0, 0.02), Check(4, 0.01, 0.01)), 4, 0, 1), Span((Check(0, 0.03), Check(4, 0.04, 0.02)), 0, 2, 2))
-    found = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, None, 18.0)), 4, 512, 21.0, spans=spans)
-    assert parse_record(encoded(found), Outcome, "distillation.json") == found
-    settings = ENTRIES["configuration"] | {"distill": {"name": "blocks", "train": "all"}}
-    report = report_of((), distillation=found, perplexity=Perplexities(12.0, 19.0), configuration=settings)
-    (section,) = distillation([FinishedRun("", "run", report, None)])
-    assert "its blocks were trained in order with fixed masks" in section.text[0]
-    checks, blocks = section.tables
-    assert checks.rows[1] == ["4", NONE, "0.4000", "18.00", "kept"]
-    assert blocks.rows == [["0 to 1", "2.00%", "1.00%", "step 4"], ["2", "3.00%", "3.00%", "weights from before"]]
-    assert "No step helped in 1 of 2" in blocks.note
-
-
-@in_float32
-def test_spans_take_the_memory_of_one_whatever_the_depth(pruned):
-    decoder = opened(parse(pruned[0]), (4, 2)).decoder
-    whole, two, one = (Trainer(decoder, method).bytes_on_device() for method in (METHOD, SPANS, Blocks()))
-    assert whole - two == two - one > one / 2  # each block more has masters, moments and masks; one gradient serves all
-    with pytest.raises(UserError, match="masks of 2 blocks at a time, .* a smaller --distill.span"):
-        refuse_large(Trainer(decoder, SPANS, two - 1))
-
-
 @in_float32
 def test_a_step_with_fewer_windows_than_slices_says_what_to_type(pruned):
     decoder = opened(parse(pruned[0]), (4, 2)).decoder
@@ -443,8 +314,7 @@ def test_a_step_with_fewer_windows_than_slices_says_what_to_type(pruned):
 
 
 @in_float32
-@pytest.mark.parametrize("method", [METHOD, SPANS])
-def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(pruned, windows, method, tmp_path, monkeypatch):
+def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(pruned, windows, tmp_path, monkeypatch):
     """Every pass through a model that takes time is one of them, so that nothing comes behind the last second that was told."""
 
     class Steps(Counted):
@@ -463,10 +333,10 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
     def train(stop):
         progress = Steps()
         progress.waiting, progress.stop = [], stop
-        steps = training_steps(method, 3)
+        steps = training_steps(METHOD, 3)
         progress.stage("training", len(steps), steps, TRAINING_STEP)
-        inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), method, windows, ROOM)
-        (distill_by_spans if method.by_spans else distill)(inputs, progress)
+        inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), METHOD, windows, ROOM)
+        distill(inputs, progress)
         return progress.waiting
 
     for name in ("run.json", "journal"):
@@ -474,20 +344,20 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
     ahead, save = [], Training._save_in_time
 
     def saving(training):  # takes long, so its step is counted before
-        ahead.append((training.progress._done - training.step) % method.steps)
+        ahead.append((training.progress._done - training.step) % METHOD.steps)
         save(training)
 
     monkeypatch.setattr(Training, "_save_in_time", saving)
     left = train(None)
-    assert len(ahead) >= method.steps and not any(ahead)
-    steps = [step.kind for step in training_steps(method, 3)]
+    assert len(ahead) >= METHOD.steps and not any(ahead)
+    steps = [step.kind for step in training_steps(METHOD, 3)]
     said = {"check": "measuring the held-out text", "dense model reads the text": "the dense model reads the text"}
     assert begun == [(kind, said[kind]) for kind in steps if kind in said]
     assert left == [*reversed(range(len(left)))]
     for folder in ("distilled", "distillation"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
     with pytest.raises(Stopped):
-        train(3 + 1 + 2 if not method.by_spans else 14 + 4)
+        train(3 + 1 + 2)
     assert train(None)[-1] == 0
 
 
@@ -507,7 +377,6 @@ def test_the_rates_rise_and_fall():
         (["--distill.learning_rate", "0"], "above 0 and at most 1, got 0"),
         (["--calibration.held_out", "0"], "which chooses by held-out windows, got 0"),
         (["--distill.train", "heads"], "all, weights, norms"),
-        (["--distill", "blocks", "--distill.span", "0"], "distill.span of at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_one_line(argv, said):

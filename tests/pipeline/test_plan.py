@@ -20,7 +20,7 @@ from optima_tpu.config.parse import configure
 from optima_tpu.config.run_config import Calibration, CutStructures, Evaluation, RunConfig
 from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import KL, Blocks
+from optima_tpu.method.distillation import KL
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
@@ -310,22 +310,6 @@ def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(monkeypa
             main([*words, "--recover", "1M", "--topology", "v5e:1x1", "--no-compile"])
         windows = KL().filled(10**6 // length)
         assert f"{windows} x {length} tokens, and 8 windows held out" in capsys.readouterr().out
-
-
-def test_a_training_by_spans_takes_the_same_memory_at_any_depth(tmp_path):
-    def plan(depth, method):
-        folder = config_folder(tmp_path, num_hidden_layers=depth)
-        text = Calibration("random", length=64, held_out=4)
-        config = as_run(RunConfig(folder, batch=1, calibration=text, distill=method), "10k")
-        return make_plan(config, open_declared(folder, None, 1).on(SLICE), machine_of(SLICE), recovering=True)
-
-    shallow, deep, whole = plan(2, Blocks(span=2)), plan(8, Blocks(span=2)), plan(8, KL())
-    assert [program.memory for program in shallow.programs] == [program.memory for program in deep.programs]
-    assert [4 * program.calls for program in shallow.programs] == [program.calls for program in deep.programs]
-    assert all(small.memory < large.memory for small, large in zip(deep.programs[1:], whole.programs[1:]))
-    assert shallow.storage.host == deep.storage.host
-    # The states are those of two blocks; what is trained is saved for all.
-    assert deep.storage.disk["states of the training"] < whole.storage.disk["states of the training"]
 
 
 def window_flops(model, length, wanted=None, known=()):

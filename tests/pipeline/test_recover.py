@@ -11,7 +11,7 @@ import safetensors.numpy
 import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main as prune
-from optima_tpu.method.distillation import KL, Blocks
+from optima_tpu.method.distillation import KL, CrossEntropy
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
@@ -230,7 +230,7 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
         (["{run}", "--tokens", "1k", "--source", "file:{root}/run/report.json"], "--source and --evaluation would both read "),
         (["{run}", "--tokens", "0"], "expected tokens from 1 to 268435456, got 0"),
         (["{run}", "--tokens", "1k", "--distill.batch", "0"], "distill.batch of at least 1, got 0"),
-        (["{run}", "--tokens", "1k", "--distill", "null"], "expected distill to be one of kl, cross_entropy, blocks, got null"),
+        (["{run}", "--tokens", "1k", "--distill", "null"], "expected distill to be one of kl, cross_entropy, got null"),
         (["{run}", "--tokens", "1k", "--distill.windows", "4"], "type --tokens"),
         (["{run}", "--tokens", "1k", "--step", "4"], "type --distill.batch"),
         (["{run}", "--tokens", "1k", "--solver.damping", "0.1"], "there is no setting --solver.damping"),
@@ -244,11 +244,7 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
         (["{run}", "--tokens", "1k", *TEXT, "--source", "npy:{root}/none.npy", "--evaluation", "random"], "does not exist"),
         (["{run}", "--tokens", "1k", "--length", "1000"], "at most 128, the model's context, got 1000"),
         (["{run}", "--tokens", "1k", "--against", "{root}/other"], "was pruned from, got another one in"),
-        (["{run}", "--tokens", "1k", "--distill.span", "2"], "is an option of distill blocks, but distill is kl here"),
-        (
-            ["{run}", "--tokens", "1k", *TEXT, "--device_memory", "1e-6"],
-            "take more devices, --distill blocks, or --distill.train norms",
-        ),
+        (["{run}", "--tokens", "1k", *TEXT, "--device_memory", "1e-6"], "take more devices or --distill.train norms"),
     ],
 )
 def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
@@ -282,7 +278,7 @@ def test_tokens_are_counted_in_any_spelling():
     counts = {"200k": 200_000, "50M": 50_000_000, "1.5m": 1_500_000, "1_000": 1000, "77": 77}
     assert {text: RecoverConfig("model", text).token_count for text in counts} == counts
     assert parse(["model", "--tokens", "50M"]).distill == KL()
-    assert parse(["model", "--tokens", "1k", "--distill", "blocks", "--distill.span", "2"]).distill == Blocks(span=2)
+    assert parse(["model", "--tokens", "1k", "--distill", "cross_entropy"]).distill == CrossEntropy()
     with pytest.raises(UserError, match="from 1 to 268435456, got 9000000000"):
         RecoverConfig("model", "9b")
 

@@ -17,15 +17,17 @@ from optima_tpu.method.quantization import Int4
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
 from optima_tpu.report import summary, table
 from optima_tpu.report.contents import Check, CutCount, FileSizes, Outcome, Perplexities, Report
+from optima_tpu.report.distillation import distillation
 from optima_tpu.report.facts import size
 from optima_tpu.report.file import size_on_disk
 from optima_tpu.report.page import render, write_page
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_files import FILES
-from optima_tpu.report.runs import read_report, read_runs
+from optima_tpu.report.runs import FinishedRun, read_report, read_runs
+from optima_tpu.report.view import NONE
 from optima_tpu.runtime.records import encoded
 from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  (a fixture)
-from tests.support.fake_reports import ENTRIES, TEXT, layer, layers, write_run
+from tests.support.fake_reports import ENTRIES, TEXT, layer, layers, report_of, write_run
 from tests.support.records import put
 
 
@@ -92,6 +94,16 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
     assert len(page.tables["Full list, by layer"]) == 1 + 7 and "Unusual7 layers" in page.words
     fine = drawn(write_run(tmp_path / "fine"), to=tmp_path / "y.html")
     assert "no matrix got worse on held-out text" in fine.sections["unusual"] and "Unusualnothing" in fine.words
+
+
+def test_the_page_says_what_became_of_a_training():
+    found = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, 0.45, 18.0)), 4, 512, 21.0)
+    settings = to_dict(EMBEDDED) | {"distill": {"name": "kl", "train": "all"}}
+    report = report_of((), distillation=found, perplexity=Perplexities(12.0, 19.0), configuration=settings)
+    (section,) = distillation([FinishedRun("", "run", report, None)])
+    assert "the whole model was trained with fixed masks, to lower the divergence from the dense model" in section.text[0]
+    (checks,) = section.tables
+    assert checks.rows == [["0", NONE, "0.5000", "20.00", ""], ["4", "0.4500", "0.4000", "18.00", "kept"]]
 
 
 def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp_path):

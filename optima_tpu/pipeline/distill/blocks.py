@@ -25,11 +25,10 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import plural
 from optima_tpu.evaluate.predictions import per_token, sum_over_windows
-from optima_tpu.method.distillation import Distillation, Kind, cross_entropy, hidden_error, optimizer
+from optima_tpu.method.distillation import Distillation, Kind, cross_entropy, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import ExpertNames, Positions
-from optima_tpu.report.numbers import number, percent
 from optima_tpu.runtime.mesh import DATA, divisible, on_cpu, spread, struct_on
 
 Tree = dict[str, Array]
@@ -112,11 +111,13 @@ class Trainer:
         )
 
     def bytes_on_device(self) -> int:
-        """What the blocks that are trained together take on each device, at most.
+        """What the blocks take on each device, at most.
 
         Master, two moments and a mask of each, in float32 but for the mask; the gradients that exist at a time; the rest as it is.
         """
-        return max(self._bytes_of_a_span(span) for span in self.method.spans(self.decoder.config.blocks))
+        trainers = [self.at(index) for index in range(self.decoder.config.blocks)]
+        gradients = [4 * trainer._moving for trainer in trainers]
+        return sum(trainer._bytes_of_a_block for trainer in trainers) + (sum if self.accumulates else max)(gradients)
 
     @property
     def room(self) -> float:
@@ -125,11 +126,6 @@ class Trainer:
         0 but for CPU devices: by the TPU's compiler, moving it takes longer than doing the forward pass again.
         """
         return max(0.0, self.budget - self.bytes_on_device()) if on_cpu(self.decoder.mesh) else 0.0
-
-    def _bytes_of_a_span(self, span: range) -> int:
-        trainers = [self.at(index) for index in span]
-        gradients = [4 * trainer._moving for trainer in trainers]
-        return sum(trainer._bytes_of_a_block for trainer in trainers) + (sum if self.accumulates else max)(gradients)
 
     @functools.cached_property
     def _moving(self) -> int:
@@ -225,10 +221,10 @@ class Trainer:
             self._kept_bytes[hidden.shape] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
         return self._kept_bytes[hidden.shape]
 
-    def kept(self, span: range, blocks: Sequence[TrainedBlock], hidden: Array, positions: Sequence[Positions]) -> list[int]:
-        """As :meth:`bytes_kept`, for each block of a span; 0 where memory has no room and a block keeps nothing."""
+    def kept(self, blocks: Sequence[TrainedBlock], hidden: Array, positions: Sequence[Positions]) -> list[int]:
+        """As :meth:`bytes_kept`, for each block of the model; 0 where memory has no room and a block keeps nothing."""
         room, found = self.room, list[int]()
-        for index, block, where in zip(span, blocks, positions):
+        for index, (block, where) in enumerate(zip(blocks, positions)):
             size = self.at(index).bytes_kept(block, hidden, where) if room > 0 else 0
             found.append(size if size <= room else 0)
             room -= found[-1]
@@ -297,58 +293,6 @@ def _start(masters: Tree) -> optax.OptState:
 
 Loss = Callable[[Array, Array, Array], Array]
 """``Distillation.loss``."""
-
-
-class Goal(NamedTuple):
-    """What a training minimises: a mean over terms of windows, read where they leave the trained blocks.
-
-    Attributes:
-      words: what the mean is called.
-      amount: a mean with its unit.
-      sums: from ``(dense, pruned, tokens, there)``, as for :func:`head_losses`, to the sum for each window, [windows] float32, and
-        others that are told beside it.
-      gradient: likewise to the sum for each window, and the gradient of the total with respect to ``pruned``.
-      without: how many positions at the end of a window have no term.
-    """
-
-    words: str
-    amount: Callable[[float], str]
-    sums: Callable[[Array, Array, Array, Array], tuple[Array, ...]]
-    gradient: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
-    without: int = 0
-
-
-def next_token(method: Distillation, head: Head) -> Goal:
-    """The method's loss of the next token, behind the last block. Each window's last position has no next token."""
-    sums, gradient = (functools.partial(each, method.loss, head) for each in (head_losses, head_gradient))
-    return Goal(method.words, lambda mean: f"{number(mean, 4)} nats", sums, gradient, without=1)
-
-
-@jax.jit
-def hidden_errors(dense: Array, pruned: Array, there: Array) -> Array:
-    """The sum of ``hidden_error`` over the tokens of every window, [windows] float32; 0 for windows that are not there."""
-    return jnp.where(there, jnp.sum(hidden_error(dense, pruned), axis=1), 0.0)
-
-
-@jax.jit
-def hidden_gradient(dense: Array, pruned: Array, there: Array) -> tuple[Array, Array]:
-    """The sums as in :func:`hidden_errors`, and the gradient of their sum with respect to ``pruned``."""
-
-    def total(pruned: Array) -> tuple[Array, Array]:
-        sums = hidden_errors(dense, pruned, there)
-        return jnp.sum(sums), sums
-
-    gradient, sums = jax.grad(total, has_aux=True)(pruned)
-    return sums, gradient
-
-
-HIDDEN_STATE = Goal(
-    "error of the hidden states",
-    percent,
-    lambda dense, pruned, tokens, there: (hidden_errors(dense, pruned, there),),
-    lambda dense, pruned, tokens, there: hidden_gradient(dense, pruned, there),
-)
-"""``hidden_error`` behind a span of blocks."""
 
 
 @functools.partial(jax.jit, static_argnums=0)

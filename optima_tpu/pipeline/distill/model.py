@@ -1,4 +1,4 @@
-"""The blocks that are trained together: measured, and moved by a step of Adam."""
+"""The blocks that are trained: measured, and moved by a step of Adam."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
+from optima_tpu.models.decoder import Head
 from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.distill.blocks import Goal, TrainedBlock, Trainer, Tree
+from optima_tpu.pipeline.distill.blocks import TrainedBlock, Trainer, Tree, head_gradient, head_losses
 from optima_tpu.pipeline.distill.windows import TrainingStream
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.runtime.processes import fetch
@@ -21,33 +22,33 @@ _HOST = "pinned_host"
 
 @dataclasses.dataclass
 class TrainedBlocks:
-    """The blocks of a model that are trained together.
+    """The blocks of a model that are trained.
 
     Attributes:
-      blocks: in order, from the first of ``span`` on.
-      goal: what leaves the last of them is measured by.
+      blocks: all of them, in order.
+      head: of both models, which pruning leaves as it is.
       positions: the position data of every block.
     """
 
     trainer: Trainer
-    span: range
     blocks: list[TrainedBlock]
-    goal: Goal
+    head: Head
     positions: Sequence[Positions]
 
     @classmethod
-    def open(cls, trainer: Trainer, journal: Journal, span: range, goal: Goal, length: int) -> "TrainedBlocks":
+    def open(cls, trainer: Trainer, journal: Journal, head: Head, length: int) -> "TrainedBlocks":
         """Blocks as they were pruned, for windows of ``length`` tokens."""
         blocks, decoder = [], trainer.decoder
-        for index, parameters in zip(span, decoder.blocks(span)):
+        every = range(decoder.config.blocks)
+        for index, parameters in zip(every, decoder.blocks(every)):
             keep = {name.removeprefix(decoder.prefix(index)): mask for name, mask in journal.masks(index).items()}
             blocks.append(trainer.at(index).open(parameters, keep))
-        return cls(trainer, span, blocks, goal, [decoder.positions(index, length) for index in span])
+        return cls(trainer, blocks, head, [decoder.positions(index, length) for index in every])
 
     @property
     def trainers(self) -> list[Trainer]:
         """Of every block."""
-        return [self.trainer.at(index) for index in self.span]
+        return [self.trainer.at(index) for index in range(len(self.blocks))]
 
     def rounded(self) -> list[Tree]:
         """A copy in the memory of the hosts of what moves, in the checkpoint's dtype, of every block."""
@@ -57,17 +58,17 @@ class TrainedBlocks:
             for trainer, block in pairs
         ]
 
-    def measure(self, stream: TrainingStream) -> tuple[float, float | None]:
-        """The mean loss of a token, and the perplexity where the goal reads the next token."""
-        totals, batch = np.zeros(2), self.trainer.decoder.batch
+    def measure(self, stream: TrainingStream) -> tuple[float, float]:
+        """The mean loss of a token, and the perplexity."""
+        totals, batch, loss = np.zeros(2), self.trainer.decoder.batch, self.trainer.method.loss
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
             hidden = pruned.hidden
             for trainer, block, positions in zip(self.trainers, self.blocks, self.positions):
                 hidden = trainer.forward(block.masters, block.fixed, hidden, positions)
-            sums = fetch(self.goal.sums(dense.hidden, hidden, pruned.place(stream.tokens), pruned.valid))
-            totals[: len(sums)] += [np.sum(each, dtype=np.float64) for each in sums]
-        loss, nll = totals / self._terms(stream)
-        return float(loss), float(np.exp(min(nll, 709.0))) if len(sums) > 1 else None
+            sums = fetch(head_losses(loss, self.head, dense.hidden, hidden, pruned.place(stream.tokens), pruned.valid))
+            totals += [np.sum(each, dtype=np.float64) for each in sums]
+        mean, nll = totals / _terms(stream)
+        return float(mean), float(np.exp(min(nll, 709.0)))
 
     def step(self, stream: TrainingStream, rate: float) -> float:
         """One step of Adam on some windows; the mean loss of a token before it.
@@ -75,17 +76,17 @@ class TrainedBlocks:
         Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh. The
         last batch updates each block right behind its backward pass: if it is the only one, one gradient exists at a time.
         """
-        batch, count, trainers = self.trainer.decoder.batch, self._terms(stream), self.trainers
-        gradients = dict[int, Tree]()
+        batch, count, trainers = self.trainer.decoder.batch, _terms(stream), self.trainers
+        gradients, loss = dict[int, Tree](), self.trainer.method.loss
         share, total = jnp.float32(1 / count), 0.0
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
             hidden, pulls = pruned.hidden, []
-            kept = self.trainer.kept(self.span, self.blocks, hidden, self.positions)
+            kept = self.trainer.kept(self.blocks, hidden, self.positions)
             for each, block, positions, size in zip(trainers, self.blocks, self.positions, kept):
                 hidden, pull = each.ahead(block, hidden, positions, size > 0)
                 pulls.append(pull)
             tokens, there = pruned.place(stream.tokens), pruned.valid
-            sums, cotangent = self.goal.gradient(dense.hidden, hidden, tokens, there)
+            sums, cotangent = head_gradient(loss, self.head, dense.hidden, hidden, tokens, there)
             last = pruned.rows.max() >= stream.entering.last - 1
             for index in reversed(range(len(self.blocks))):
                 each, gradient = trainers[index], gradients.pop(index, None) or trainers[index].zeros()
@@ -95,8 +96,10 @@ class TrainedBlocks:
             total += float(np.sum(fetch(sums), dtype=np.float64))
         return total / count
 
-    def _terms(self, stream: TrainingStream) -> int:
-        return len(stream.entering) * (stream.tokens.shape[1] - self.goal.without)
+
+def _terms(stream: TrainingStream) -> int:
+    """The number of predictions. The last position of a window has no next token."""
+    return len(stream.entering) * (stream.tokens.shape[1] - 1)
 
 
 def on_host(arrays: Tree) -> Tree:

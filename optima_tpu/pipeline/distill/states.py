@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,18 +36,16 @@ class State(Record, frozen=True):
     seconds: float
 
 
-def write_blocks(
-    model: TrainedBlocks, moved: Sequence[Tree], journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})
-) -> None:
+def write_blocks(model: TrainedBlocks, moved: Sequence[Tree], journal: Journal) -> None:
     """Writes blocks with their masks, of which the weights that move are ``moved``, in the checkpoint's dtypes."""
-    for index, trainer, block, own in zip(model.span, model.trainers, model.blocks, moved):
+    for index, (trainer, block, own) in enumerate(zip(model.trainers, model.blocks, moved)):
         prefix, path = trainer.decoder.prefix(index), trained_block(journal.directory, index)
         weights = {prefix + name: array for name, array in (own | block.fixed).items()}
         # A block holds the masks of what moves: of all matrices, or where norms alone move of none. Then the journal has them.
         masks = {prefix + name: keep for name, keep in block.keep.items()} or {
             name: trainer.place(name.removeprefix(prefix), keep) for name, keep in journal.masks(index).items()
         }
-        _save(path, {"weights": weights, "masks": masks}, metadata)
+        _save(path, {"weights": weights, "masks": masks}, {})
 
 
 def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -60,15 +57,11 @@ def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
 class States:
     """What a stopped distillation goes on from: masters and moments, the weights of the best check before, and the checks so far.
 
-    RUN/distillation/step_0000008              of every block
-    RUN/distillation/block_0002_step_0000008   of the blocks of the span that begins with this one
-
-    Args:
-      prefix: of the names, which differs for each span. Saving a state removes those of other spans.
+    RUN/distillation/step_0000008
     """
 
-    def __init__(self, folder: Path, prefix: str = ""):
-        self.folder, self._prefix = folder, prefix
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def save(self, model: TrainedBlocks, best: Sequence[Tree] | None, about: State) -> None:
         """Saves the state of a step. The one before is removed."""
@@ -92,13 +85,13 @@ class States:
 
     def path(self, step: int) -> Path:
         """Where the state of a step is."""
-        return self.folder / f"{self._prefix}step_{step:07d}"
+        return self.folder / f"step_{step:07d}"
 
     def last(self, model: TrainedBlocks) -> State | None:
         """Brings the model to the last state that was saved, and returns what belongs to it; None where none was saved."""
 
         def read() -> State | None:
-            saved = sorted(self.folder.glob(f"{self._prefix}step_???????")) if self.folder.is_dir() else []
+            saved = sorted(self.folder.glob("step_???????")) if self.folder.is_dir() else []
             whole = [path for path in saved if not damage(path)]
             return read_custom(whole[-1], State) if whole else None
 

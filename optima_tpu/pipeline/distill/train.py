@@ -9,7 +9,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.pipeline.distill.blocks import Trainer, Tree, next_token
+from optima_tpu.pipeline.distill.blocks import Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER
 from optima_tpu.pipeline.distill.states import State, States, write_blocks
@@ -31,19 +31,16 @@ _QUIET = 10.0
 
 
 def training_steps(method: Distillation, blocks: int, dense_blocks: int | None = None) -> list[Step]:
-    """What :func:`distill` and :func:`distill_by_spans` do before each call of ``advance``, in a training that was not stopped.
+    """What :func:`distill` does before each call of ``advance``, in a training that was not stopped.
 
     Args:
       dense_blocks: of the dense model; None if it has as many.
     """
-    dense, checks = Step(READING), method.check_steps()
+    checks = method.check_steps()
     one = [Step(CHECK)]
     for step in range(1, method.steps + 1):
         one += [Step(TRAINING_STEP), *[Step(CHECK)] * (step in checks)]
-    if not method.by_spans:
-        return [*[dense] * ((dense_blocks or blocks) * method.reads_dense), *one]
-    spans = [step for span in method.spans(blocks) for step in (*[dense] * len(span), *one, Step("trained span reads the text"))]
-    return [*spans, *[Step("pruned model reads the held-out text")] * blocks, *[Step("head of a check")] * 2]
+    return [*[Step(READING)] * ((dense_blocks or blocks) * method.reads_dense), *one]
 
 
 def distill(inputs: Inputs, progress: Progress) -> Outcome:
@@ -60,9 +57,8 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
     Raises:
       UserError: the disk is full; a loss is not finite.
     """
-    method, journal, head = inputs.method, inputs.journal, inputs.dense.head()
-    span, length = range(inputs.pruned.config.blocks), inputs.windows.training.shape[1]
-    model = TrainedBlocks.open(inputs.trainer, journal, span, next_token(method, head), length)
+    method, journal, length = inputs.method, inputs.journal, inputs.windows.training.shape[1]
+    model = TrainedBlocks.open(inputs.trainer, journal, inputs.dense.head(), length)
     training = Training(model, States(journal.directory / FOLDER), progress)
     training.resume()
     feed = Feed(inputs, progress)
@@ -83,7 +79,6 @@ class Training:
       model: after ``step`` steps.
       states: where it is saved.
       progress: counts checks and steps.
-      speaks: whether it prints a line after every check, and after steps.
       losses: of the steps since the last check.
       best: the weights of the best check, from ``TrainedBlocks.rounded``; None where the model as it was pruned is best.
       seconds: that all steps and checks took.
@@ -96,7 +91,6 @@ class Training:
     model: TrainedBlocks
     states: "States"
     progress: Progress
-    speaks: bool = True
     step: int = 0
     checks: list[Check] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -119,7 +113,7 @@ class Training:
             self.checks, self.losses = list(found.checks), list(found.losses)
             self.seconds, self.best = found.seconds, self.states.best(self.model, found)
             self.progress.skip([CHECK] * len(self.checks) + [TRAINING_STEP] * self.step)
-            self._note(f"resuming  {self.step} of {plural(self.model.trainer.method.steps, 'step')} done")
+            self.progress.note(f"resuming  {self.step} of {plural(self.model.trainer.method.steps, 'step')} done")
 
     def run(self, held_out: TrainingStream, windows: Callable[[int], TrainingStream]) -> Check:
         """Takes the steps and checks that are left, and returns the best check.
@@ -142,7 +136,7 @@ class Training:
         except Stopped:
             self.save()
             if self.step:
-                self._note(f"saved  {self.step} of {plural(self.model.trainer.method.steps, 'step')}")
+                self.progress.note(f"saved  {self.step} of {plural(self.model.trainer.method.steps, 'step')}")
             raise
         return min(self.checks, key=lambda check: check.held_out)
 
@@ -153,12 +147,12 @@ class Training:
         self.step += 1
         self.seconds += time.monotonic() - start
         if not self.due and time.monotonic() - self.told_at > _QUIET:
-            self._tell(f"{self.model.goal.amount(self.losses[-1])} on the windows of this step")
+            self._tell(f"{_nats(self.losses[-1])} on the windows of this step")
 
     def check(self, held_out: TrainingStream) -> None:
         """Measures the model on the held-out windows, and keeps it if it is the best so far."""
         self.progress.begin(CHECK, "measuring the held-out text")
-        start, goal = time.monotonic(), self.model.goal
+        start = time.monotonic()
         loss, perplexity = self.model.measure(held_out)
         found = Check(self.step, finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
         if self.step and found.held_out < min(check.held_out for check in self.checks):
@@ -166,22 +160,16 @@ class Training:
             self.best = self.model.rounded()
         self.checks, self.losses = [*self.checks, found], []
         self.seconds += time.monotonic() - start
-        told = f"held-out {goal.words} {goal.amount(found.held_out)}" + (
-            f", perplexity {number(perplexity, 4)}" if perplexity else ""
-        )
+        told = f"held-out {self.model.trainer.method.words} {_nats(found.held_out)}, perplexity {number(perplexity, 4)}"
         if found.training is None:
-            return self._note(f"{told} before the first step")
-        self._tell(f"{told}; {goal.amount(found.training)} on the text of the steps before it")
+            return self.progress.note(f"{told} before the first step")
+        self._tell(f"{told}; {_nats(found.training)} on the text of the steps before it")
         self.saved = -1  # a state of this step may lack the check
 
     def _tell(self, words: str) -> None:
         """Prints how far the training is, and the time left."""
         self.told_at, left = time.monotonic(), self.progress.left()
-        self._note(f"step {self.step} of {self.model.trainer.method.steps}: {words}{left and f', {left}'}")
-
-    def _note(self, line: str) -> None:
-        if self.speaks:
-            self.progress.note(line)
+        self.progress.note(f"step {self.step} of {self.model.trainer.method.steps}: {words}{left and f', {left}'}")
 
     def _save_in_time(self) -> None:
         """Saves the state if the steps since the last one took much longer than saving."""
@@ -200,6 +188,10 @@ class Training:
             self.saving = self.saved_at - start
 
 
+def _nats(loss: float) -> str:
+    return f"{number(loss, 4)} nats"
+
+
 def finite(value: float, step: int) -> float:
     """A loss after a step. Raises UserError where it is not finite."""
     if not np.isfinite(value):
@@ -210,7 +202,7 @@ def finite(value: float, step: int) -> float:
 
 
 def refuse_large(trainer: Trainer, *otherwise: str) -> None:
-    """Raises UserError where the devices cannot hold what is trained together, or the model has nothing that is trained.
+    """Raises UserError where the devices cannot hold what is trained, or the model has nothing that is trained.
 
     Args:
       otherwise: what else may be typed.
@@ -221,12 +213,10 @@ def refuse_large(trainer: Trainer, *otherwise: str) -> None:
             f"expected a model with {train} where distill.train is {train}, got one without: take --distill.train all"
         )
     if (needed := trainer.bytes_on_device()) > trainer.budget:
-        together = len(trainer.method.spans(blocks)[0])
-        ways = [*filter(None, [trainer.method.smaller]), *["--distill.train norms"] * (train in ("all", "weights")), *otherwise]
-        instead = ", ".join([*ways[:-1], f"or {ways[-1]}"])
-        which = "all blocks" if together == blocks else f"{plural(together, 'block')} at a time"
+        ways = ["take more devices", *["--distill.train norms"] * (train in ("all", "weights")), *otherwise]
+        instead = " or ".join(filter(None, [", ".join(ways[:-1]), ways[-1]]))
         gradients = " gradients," if trainer.accumulates else ""
         raise UserError(
-            f"training holds weights,{gradients} two moments and masks of {which}, {needed / 2**30:.1f} GiB on each "
-            f"device of {trainer.budget / 2**30:.1f} GiB: take more devices, {instead}"
+            f"training holds weights,{gradients} two moments and masks of all blocks, {needed / 2**30:.1f} GiB on each "
+            f"device of {trainer.budget / 2**30:.1f} GiB: {instead}"
         )

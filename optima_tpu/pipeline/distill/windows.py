@@ -102,8 +102,7 @@ class TrainingParts(NamedTuple):
     def of(cls, method: Distillation, windows: int, state: int) -> "TrainingParts":
         """Of ``windows`` whose hidden states take ``state`` bytes each, once before a block and once behind it."""
         batch, steps = min(method.batch, windows), max(1, windows // method.batch)
-        # Every span reads what left the one before, of all windows.
-        return cls(batch, steps, steps if method.by_spans else min(steps, max(1, AT_ONCE // (2 * batch * state))))
+        return cls(batch, steps, min(steps, max(1, AT_ONCE // (2 * batch * state))))
 
 
 class Feed:

@@ -205,20 +205,19 @@ def storage(
         )
         disk["export for transformers"] = served.all_blocks_bytes() + served.end_bytes() + masked // 8
     if config.distill:
-        one, spans = _saved_bytes(model, config.distill), len(config.distill.spans(decoder.config.blocks))
-        # While a state is written, the one before and the finished spans are there; at the end one state and all trained blocks.
-        disk |= {"trained blocks": saved, _STATES: max(2 * one - saved // spans, one)}
+        one = _saved_bytes(model, config.distill)
+        # While a state is written, the one before is there; at the end one state and all trained blocks.
+        disk |= {"trained blocks": saved, _STATES: max(2 * one - saved, one)}
     return Storage(hidden, host, disk)
 
 
 def _moving(model: DeclaredModel, method: Distillation) -> int:
-    """How many numbers a training moves at once, at most: those of the blocks that are trained together."""
-    sizes = [
-        sum(math.prod(alike.block_shapes[name]) for name in Trainer(alike, method).factors)
+    """How many numbers a training moves."""
+    return sum(
+        len(indices) * math.prod(alike.block_shapes[name])
         for alike, indices in model.decoder.stretches
-        for _ in indices
-    ]
-    return max(sum(sizes[index] for index in span) for span in method.spans(len(sizes)))
+        for name in Trainer(alike, method).factors
+    )
 
 
 def _saved_bytes(model: DeclaredModel, method: Distillation) -> int:
@@ -347,10 +346,6 @@ class RunTime(NamedTuple):
             parts, windows = _dense_passes(method, window)
             moved += 2 * window * self._deeper * (windows + held_out)
             dense += parts
-            if method.by_spans:  # so are the trained model's, as it was saved; each span reads both models' in every pass
-                share = len(method.spans(self._blocks)) / self._blocks
-                moved += 2 * window * ((1 + share * method.passes) * windows + held_out)
-                readings += 1
         own, whole = (each.all_blocks_bytes() + each.end_bytes() for each in (self.model, self.dense))
         return self._blocks * moved, readings * own + dense * whole
 
@@ -370,8 +365,8 @@ class RunTime(NamedTuple):
         saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
         written = stored.left + saves * stored.hidden
         if config.distill:  # a state every now and then; what is left at the end has the trained blocks
-            one, spans = _saved_bytes(self.model, config.distill), len(config.distill.spans(blocks))
-            written += one * spans * int(training / spans / ((SHARE + 1) * one / ASSUMED.writing))
+            one = _saved_bytes(self.model, config.distill)
+            written += one * int(training / ((SHARE + 1) * one / ASSUMED.writing))
         return written
 
     def _beside_training(self) -> float | None:
@@ -384,12 +379,7 @@ class RunTime(NamedTuple):
         checked = (len(method.check_steps()) + 1) * text.held_out * text.window_length
         windows = _dense_passes(method, self._state * text.window_length)[1] + text.held_out
         dense = self._deeper * windows * text.window_length if method.reads_dense else 0
-        scored = checked
-        if method.by_spans:
-            # The trained model's states are computed like the dense one's. The head sees the first and the last model.
-            scored = 2 * text.held_out * text.window_length
-            dense += (windows + text.held_out) * text.window_length
-        head = (1 + method.reads_dense) * self._head(scored) + self._head(evaluated)
+        head = (1 + method.reads_dense) * self._head(checked) + self._head(evaluated)
         return self._forward(dense + checked + evaluated) + head
 
 

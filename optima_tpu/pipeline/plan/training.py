@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.predictions import STRETCH
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.models.decoder import Decoder, Head
+from optima_tpu.models.decoder import Head
 from optima_tpu.pipeline.calibrate import linear_groups
-from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
+from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile
@@ -82,17 +82,14 @@ def training_programs(
     batch = windows_of_step(decoder, windows)
     size = batch * machine.mesh.shape[DATA]
     hidden = Entering.of(decoder, length, windows).hidden
-    spans = method.spans(decoder.config.blocks)
     step, head = _Step(batch, length, method.steps * -(-windows // size), method.steps, hidden), decoder.head_struct()
-    parts = [_of_hidden_states(decoder, step, len(spans)) if method.by_spans else _of_head(model, method, head, step)]
+    parts = [_of_head(model, method, head, step)]
     for kind in decoder.config.kinds:
         parts += _of_block(model.at(kind), trainer.at(kind), step)
     # Beside the blocks and the head: every block's input, what leaves the last one, and what left the dense model's last one; and
     # what blocks keep for their backward passes.
-    resident = trainer.bytes_on_device() + (max(map(len, spans)) + 2) * bytes_on_device(hidden)
-    resident += max(_kept(trainer, span, hidden) for span in spans)
-    if not method.by_spans:
-        resident += bytes_on_device(*jax.tree.leaves(head))
+    resident = trainer.bytes_on_device() + (decoder.config.blocks + 2) * bytes_on_device(hidden)
+    resident += _kept(trainer, hidden) + bytes_on_device(*jax.tree.leaves(head))
 
     def program(part: _Part) -> Program:
         found, memory = compile_call(f"{part.name}: {batch} x {length} tokens a device", part.call), part.memory
@@ -104,13 +101,13 @@ def training_programs(
     return tuple(map(program, parts))
 
 
-def _kept(trainer: Trainer, span: range, hidden: Array) -> int:
-    """Bytes on a device that the blocks of a span keep for their backward passes, at most."""
+def _kept(trainer: Trainer, hidden: Array) -> int:
+    """Bytes on a device that the blocks keep for their backward passes, at most."""
     config = trainer.decoder.config
     blocks = {kind: trainer.at(kind).struct() for kind in config.kinds}
     positions = {kind: config.positions(kind, hidden.shape[1]) for kind in config.kinds}
-    kinds = [config.kind_of(index) for index in span]
-    return sum(trainer.kept(span, [blocks[kind] for kind in kinds], hidden, [positions[kind] for kind in kinds]))
+    kinds = [config.kind_of(index) for index in range(config.blocks)]
+    return sum(trainer.kept([blocks[kind] for kind in kinds], hidden, [positions[kind] for kind in kinds]))
 
 
 def _of_block(model: DeclaredModel, trainer: Trainer, step: _Step) -> list[_Part]:
@@ -136,15 +133,6 @@ def _of_block(model: DeclaredModel, trainer: Trainer, step: _Step) -> list[_Part
             f"Adam of a block{where}", blocks * step.updates, share, Call(trainer.update, (block, block.masters, number, number))
         ),
     ]
-
-
-def _of_hidden_states(decoder: Decoder, step: _Step, spans: int) -> _Part:
-    """The error behind a span of blocks, and its gradient."""
-    there = struct_on(decoder.mesh, (len(step.hidden),), np.dtype(bool), P(DATA))
-    size = bytes_on_device(step.hidden)
-    return _Part(
-        "hidden states: error and gradient", spans * step.passes, size, Call(hidden_gradient, (step.hidden, step.hidden, there))
-    )
 
 
 def _of_head(model: DeclaredModel, method: Distillation, head: Head, step: _Step) -> _Part:

@@ -37,10 +37,9 @@ _MOVED = {
     "distill.windows": "--tokens, the number of tokens in all windows",
     "lr": "--distill.learning_rate",
     "epochs": "--distill.passes, how often training reads each window",
-    "loss": "--distill kl, cross_entropy or blocks",
+    "loss": "--distill kl or cross_entropy",
     "step": "--distill.batch, windows in a step of Adam",
     "window": "--length, tokens in each window, or --windows, how many are measured",
-    "span": "--distill blocks --distill.span",
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -57,7 +56,7 @@ class RecoverConfig(Devices):
       length: tokens in each window; null takes 2048, or the model's context if that is shorter.
       seed: which windows are drawn; the same seed gives the same windows.
       held_out: number of windows that nothing is trained on; they decide which step is kept.
-      distill: how the model is trained: kl, cross_entropy or blocks, with the options that they have in a run, without windows.
+      distill: how the model is trained: kl or cross_entropy, with the options that they have in a run, without windows.
       evaluation: the text on which perplexity is measured before and after, named as source; null takes the evaluation text that
         belongs to source.
       windows: number of windows of that text, counted from the first; null takes all.
