@@ -1,18 +1,13 @@
-"""What the benchmarks print of a model: the same as a whole run. What they do to a block: the same function in another order."""
+"""What the benchmarks print of a model: the same as a whole run."""
 
 import json
 import re
 import statistics
 
-import numpy as np
 import pytest
 
-from benchmarks import layer_errors, permutations, records
-from optima_tpu.method.patterns import NM
-from optima_tpu.models.decoder import Decoder
+from benchmarks import layer_errors, records
 from optima_tpu.report.runs import read_report
-from tests.support.meshes import mesh
-from tests.support.tiny_models import tiny_llama
 
 
 def test_layer_errors_are_those_of_a_whole_run(finished, capsys):
@@ -46,43 +41,6 @@ def test_layer_errors_are_those_of_a_whole_run(finished, capsys):
 def test_what_layer_errors_refuses(finished, arguments, expected):
     with pytest.raises(SystemExit, match=expected):
         layer_errors.main([*arguments, *finished.arguments])
-
-
-def kept_scores(scores, order, n, m):
-    return np.sort(scores[:, order].reshape(len(scores), -1, m), axis=-1)[..., m - n :].sum(dtype=np.float64)
-
-
-@pytest.mark.parametrize("n, m", [(2, 4), (3, 4), (1, 2)])
-def test_the_search_keeps_more_of_the_scores_the_longer_it_searches(n, m):
-    rng = np.random.default_rng(0)
-    scores = np.square(rng.standard_normal((24, 32)) * rng.lognormal(size=32)).astype(np.float32)
-    orders = [np.arange(32), *(permutations.search(scores, NM(n, m), rounds) for rounds in (0, 2, 20))]
-    assert all(sorted(order) == list(range(32)) for order in orders)
-    kept = [kept_scores(scores, order, n, m) for order in orders]
-    assert kept[1] <= kept[2] * (1 + 1e-6) and kept[2] < kept[3] and kept[0] < kept[3]
-
-
-def test_a_reordered_block_computes_the_same_function():
-    config, tensors = tiny_llama(hidden_size=72, num_hidden_layers=1, attention_bias=True, mlp_bias=True)
-    decoder, rng = Decoder.open(config, tensors, mesh(1, 1), batch=1), np.random.default_rng(1)
-    whole = next(decoder.blocks([0]))
-    moved = permutations.reordered(decoder, whole, [rng.lognormal(size=size) for size in (72, 60)], NM(2, 4))
-    assert {name for name in whole if not np.array_equal(whole[name], moved[name])} == {
-        f"{layer}.{part}"
-        for layer, parts in (
-            ("self_attn.v_proj", ("weight", "bias")),
-            ("self_attn.o_proj", ("weight",)),
-            ("mlp.gate_proj", ("weight", "bias")),
-            ("mlp.up_proj", ("weight", "bias")),
-            ("mlp.down_proj", ("weight",)),
-        )
-        for part in parts
-    }
-    tokens = rng.integers(64, size=(2, 24))
-    before, after = decoder.embed(tokens), decoder.embed(tokens)
-    decoder.apply(0, whole, before)
-    decoder.apply(0, moved, after)
-    assert after.values == pytest.approx(before.values, rel=1e-5, abs=1e-5)
 
 
 def test_new_rows_of_a_record_leave_its_notes_and_the_commits_of_the_others(tmp_path, monkeypatch):
