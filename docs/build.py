@@ -792,13 +792,13 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         f"# SmolLM2-135M: quality\n\n{_ARROWS} A number in brackets is the [share of SparseGPT's excess](index.md#reading).",
         {
             "Against other methods": Group(
-                ("patterns", "optima-method", "sparsegpt-variants", "alps"),
-                ("presets-half", "presets-patterns", "seeds", "strided"),
+                ("patterns", "optima-method", "alps"),
+                ("sparsegpt-variants", "presets-half", "presets-patterns", "seeds", "strided"),
             ),
             "What each lever earns": Group(
                 ("levers", "dense-target", "allocation"), ("levers-wanda", "output-errors", "permutations")
             ),
-            "Cut out": Group(("cut-neurons", "cut-speed", "cut-damping", "cut-choosers", "cut-blocks")),
+            "Cut out": Group(("cut-neurons", "cut-speed", "cut-damping", "cut-blocks"), ("cut-choosers",)),
             "Pruned and quantised": Group(("quantization",), ("qwix",)),
             "Tasks, and distance from the dense model": Group(("tasks", "distance")),
         },
@@ -839,7 +839,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         f"All on CPU cores; no TPU or GPU was at hand. {_ARROWS} A model with zeros runs as fast as the dense one; one with "
         "[cut neurons](smollm2.md#cut-neurons) is faster.",
         {
-            "Whole runs": Group(("first-command", "bytes"), ("preset-times", "start-up", "whole-run")),
+            "Whole runs": Group(("bytes",), ("first-command", "preset-times", "start-up", "whole-run")),
             "Parts of a run": Group(("solvers", "kernels", "generation"), ("mpax-rounds",)),
             "For accelerators that were not there": Group((), ("compiled-programs", "rough-products")),
             "Memory": Group(("depth",)),
