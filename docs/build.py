@@ -672,7 +672,7 @@ def _cell(value: Any, column: Column) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
-        return value
+        return _layers(value) if re.fullmatch(r"`[\w.*]+(, [\w.*]+)+`", value) else value
     percent = "%" if column.unit == "%" else ""
     if isinstance(value, dict):
         number = _number(value["value"])
@@ -682,6 +682,17 @@ def _cell(value: Any, column: Column) -> str:
             else f"{number}{_NO_BREAK}±{_NO_BREAK}{value['plus_minus']}{percent}"
         )
     return f"{_number(value)}{percent}"
+
+
+def _layers(text: str) -> str:
+    """A list of layers with what holds several of them said once: `mlp.{gate_proj,up_proj}`."""
+    found: dict[str, list[str]] = {}
+    for path in text.strip("`").split(", "):
+        holder, _, name = path.rpartition(".")
+        found.setdefault(f"{holder}." if holder else "", []).append(name)
+    return " ".join(
+        f"`{holder}{{{','.join(names)}}}`" if names[1:] else f"`{holder}{names[0]}`" for holder, names in found.items()
+    )
 
 
 def _number(value: int | Decimal) -> str:
