@@ -826,7 +826,9 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
                 ("calibration-text", "windows", "written-windows"),
                 ("calibration-size", "few-tokens", "few-tokens-wide", "written-choice"),
             ),
-            "Training after pruning": Group(("distillation", "recovery-tokens"), ("recovery", "recovery-starts")),
+            "Training after pruning": Group(
+                ("distillation", "recovery-tokens"), ("recovery", "recovery-starts", "training-units")
+            ),
         },
     ),
     "paper": (
