@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float32, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int32
 
 from optima_tpu.method.choice import Method
 
@@ -48,7 +49,7 @@ class ExpertScore(Method, abc.ABC):
 
     setting: ClassVar[str] = "cut.score"
     priced: ClassVar[bool] = False
-    """Whether it reads ``prices``, which take six more passes over the text."""
+    """Whether it reads ``prices``."""
 
     @abc.abstractmethod
     def __call__(self, statistics: ExpertStatistics) -> Float32[Array, " experts"]:
@@ -94,7 +95,7 @@ class ExpertPrice(ExpertScore):
         min_V 1/n sum_t |g_e(t) W_e h_e(t) - sum_{f != e} g_f(t) (V_f - W_f) h_f(t)|^2
 
     with the damping of :class:`Refit`. The prices of all experts are one system of conjugate gradients, which stops after
-    ``PRICE_STEPS`` steps. It has as many rows as a refit: for each expert, few random sums of its outputs.
+    ``PRICE_STEPS`` steps. Its rows are ``PRICE_ROWS`` random sums of the outputs of each expert.
     """
 
     priced = True
@@ -104,33 +105,45 @@ class ExpertPrice(ExpertScore):
         return statistics.prices
 
 
-PRICE_STEPS = 4
+class Passes(NamedTuple):
+    """Passes over the text with the outputs ``o_t = sum_e g_e(t) D_e h_e(t)`` of the mixture, where D takes the place of down.
+
+    Attributes:
+      image: ``D -> 1/n sum_t g_e(t) o_t h_e(t)'``, [experts, d_out, d_in] float32.
+      squares: ``D -> 1/n sum_t o_t^2``, [d_out] float32; half of the products of ``image``.
+      dtype: the dtype of h, in which both multiply D.
+    """
+
+    image: Callable[[Array], Array]
+    squares: Callable[[Array], Array]
+    dtype: DTypeLike
+
+
+PRICE_STEPS = 2
 """The steps of conjugate gradients in :func:`prices`."""
-_LEAST_ROWS = 16
-"""The least number of sums of outputs of an expert, which estimate its price to about a tenth."""
-
-
-def price_rows(experts: int, width: int) -> int:
-    """How many sums of the ``width`` outputs of an expert estimate its price: all experts have about ``width`` together."""
-    return min(width, max(_LEAST_ROWS, -(-width // experts)))
+PRICE_ROWS = 8
+"""The sums of outputs of each expert in :func:`prices`."""
 
 
 def prices(
-    down: Float32[Array, "experts d_out d_in"],
+    down: Float[Array, "experts d_out d_in"],
     gram: Float32[Array, "experts d_in d_in"],
-    product: Callable[[Float32[Array, "experts rows d_in"]], Float32[Array, "experts rows d_in"]],
-    rows: int,
+    passes: Passes,
+    rows: int = PRICE_ROWS,
     steps: int = PRICE_STEPS,
 ) -> Float32[Array, " experts"]:
     """The prices of all experts, see :class:`ExpertPrice`; exact with ``rows`` of d_out and enough steps.
 
     Args:
-      gram, product: as for :func:`refit`.
-      rows: see :func:`price_rows`.
+      gram, passes, steps: as for :func:`refit`.
+      rows: how many sums of each expert's outputs, at most d_out.
     """
-    own, others = _targets(down, rows)
-    image = product(own)
-    found = refit(others * image, gram, jnp.sum(own * image, axis=(0, 2)), lambda change: others * product(change), steps)
+    rows = min(rows, down.shape[1])
+    own, others = _targets(down.astype(jnp.float32), rows)
+    own = own.astype(passes.dtype)
+    image = passes.image(own)
+    moving = passes._replace(image=lambda change: others * passes.image(change))
+    found = refit(others * image, gram, jnp.sum(own.astype(jnp.float32) * image, axis=(0, 2)), moving, steps)
     return jnp.sum(found.after.reshape(len(down), rows), axis=1)
 
 
@@ -191,34 +204,44 @@ def refit(
     pull: Float32[Array, "experts d_out d_in"],
     gram: Float32[Array, "experts d_in d_in"],
     before: Float32[Array, " d_out"],
-    product: Callable[[Float32[Array, "experts d_out d_in"]], Float32[Array, "experts d_out d_in"]],
+    passes: Passes,
     steps: int,
 ) -> Refit:
     """Conjugate gradients over all experts, preconditioned by the exact solution of each expert alone.
 
-    Each step lowers the objective of each row: no row ends above its dense weights.
+    Each step lowers the objective of each row: no row ends above its dense weights. The last step needs no new residual, so it takes
+    ``passes.squares`` alone.
 
     Args:
       pull: ``1/n sum_t g_e(t) (y_t - yhat_t) h_e(t)'``.
       gram: ``A``.
       before: as in :class:`Refit`.
-      product: ``D -> 1/n sum_t g_e(t) (sum_f g_f(t) D_f h_f(t)) h_e(t)'``, a pass over the text.
-      steps: the number of products.
+      passes: over the text, with the experts that move.
+      steps: at least 1.
     """
     factor = _factor(gram)
-    state = _start(factor, pull)
-    for _ in range(steps):
-        state = _step(factor, gram, state, product(state.direction))
-    return Refit(state.change, before, _error(gram, before, state, pull))
+    state = _start(factor, pull, passes.dtype)
+    for _ in range(steps - 1):
+        state = _turned(factor, gram, state, passes.image(state.direction))
+    return _last(gram, before, state, passes.squares(state.direction))
 
 
 class _Gradients(NamedTuple):
-    """The state of conjugate gradients: ``change`` is the solution so far, and ``slope`` the product r'z of each row, [1, d_out, 1]."""
+    """The state of conjugate gradients.
+
+    Attributes:
+      change: the solution so far, float32.
+      residual: minus half of the objective's gradient.
+      direction: of the next step, in the dtype of the passes: a step is as long as is best for the rounded direction.
+      slope: the product r'z of each row, [1, d_out, 1].
+      gain: how far each row's objective has fallen, [1, d_out, 1].
+    """
 
     change: Array
     residual: Array
     direction: Array
     slope: Array
+    gain: Array
 
 
 def _diagonal(gram: Array) -> Array:
@@ -247,24 +270,34 @@ def _ratio(above: Array, below: Array) -> Array:
     return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
 
 
-@jax.jit
-def _start(factor: Array, pull: Array) -> _Gradients:
+@functools.partial(jax.jit, static_argnums=2)
+def _start(factor: Array, pull: Array, dtype: DTypeLike) -> _Gradients:
     direction = _solved(factor, pull)
-    return _Gradients(jnp.zeros_like(pull), pull, direction, _dot(pull, direction))
+    slope = _dot(pull, direction)
+    return _Gradients(jnp.zeros_like(pull), pull, direction.astype(dtype), slope, jnp.zeros_like(slope))
+
+
+def _moved(state: _Gradients, size: Array) -> _Gradients:
+    direction = state.direction.astype(jnp.float32)
+    return state._replace(change=state.change + size * direction, gain=state.gain + size * _dot(state.residual, direction))
 
 
 @jax.jit
-def _step(factor: Array, gram: Array, state: _Gradients, product: Array) -> _Gradients:
-    image = product + DAMPING * _diagonal(gram) * state.direction
-    size = _ratio(state.slope, _dot(state.direction, image))
+def _turned(factor: Array, gram: Array, state: _Gradients, image: Array) -> _Gradients:
+    """The state behind a step, of whose direction the image is given."""
+    before = state.direction.astype(jnp.float32)
+    image += DAMPING * _diagonal(gram) * before
+    size = _ratio(_dot(state.residual, before), _dot(before, image))
     residual = state.residual - size * image
     solved = _solved(factor, residual)
     slope = _dot(residual, solved)
-    direction = solved + _ratio(slope, state.slope) * state.direction
-    return _Gradients(state.change + size * state.direction, residual, direction, slope)
+    direction = (solved + _ratio(slope, state.slope) * before).astype(state.direction.dtype)
+    return _moved(state, size)._replace(residual=residual, direction=direction, slope=slope)
 
 
 @jax.jit
-def _error(gram: Array, before: Array, state: _Gradients, pull: Array) -> Array:
-    objective = before - jnp.sum(state.change * (pull + state.residual), axis=(0, 2))
-    return objective - DAMPING * jnp.sum(_diagonal(gram) * state.change**2, axis=(0, 2))
+def _last(gram: Array, before: Array, state: _Gradients, squares: Array) -> Refit:
+    ridge, direction = DAMPING * _diagonal(gram), state.direction.astype(jnp.float32)
+    curvature = squares[None, :, None] + _dot(ridge * direction, direction)
+    found = _moved(state, _ratio(_dot(state.residual, direction), curvature))
+    return Refit(found.change, before, before - (found.gain + _dot(ridge * found.change, found.change))[0, :, 0])

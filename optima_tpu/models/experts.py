@@ -220,7 +220,8 @@ class Experts(nnx.Module):
     """A router and its experts.
 
     Every layer of an expert sows the :class:`Routed` input that all experts read. The mixture sows the ``shares`` of each token's
-    experts, which multiply their outputs: 1 where the shares multiply the inputs.
+    experts, which multiply their outputs: 1 where the shares multiply the inputs. If the rows that the narrow layers read are set as
+    ``known`` of the first expert's narrow layer, nothing computes them.
 
     Attributes:
       mesh: the mesh that the block runs on; None for one device.
@@ -239,7 +240,9 @@ class Experts(nnx.Module):
         layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
         weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
         biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
-        output, wide, narrow = mixed(self.mesh, self.way, x, Sending(chosen, shares), weights, biases)
+        last = layers[-1][0]
+        known = last.known[...] if hasattr(last, "known") else None
+        output, wide, narrow = mixed(self.mesh, self.way, x, Sending(chosen, shares), weights, biases, known)
         for every, read in zip(layers, (*(wide for _ in layout.wide), narrow)):
             for layer in every:
                 layer.sow(nnx.Intermediate, "x", read)
@@ -296,19 +299,20 @@ class Way:
 
 
 def mixed(
-    mesh: Mesh | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array]
+    mesh: Mesh | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array], known: Array | None = None
 ) -> tuple[Array, Routed, Routed]:
     """What the experts of a mixture compute of tokens x [batch, length, d_model].
 
     Args:
       mesh: the mesh that computes it; None for one device.
       weights, biases: of all layers of an expert, each with a first axis for the experts, the one that ends it last; no biases for none.
+      known: the rows that the last layer reads, from an earlier pass of the same tokens; None computes them.
 
     Returns:
       (output as ``x``, what the wide layers read, what the last one reads)
     """
     spread = _Spread.of(mesh, len(x), weights[-1].shape[2])
-    output, rows, hidden = spread.run(way, x, sent, weights, biases)
+    output, rows, hidden = spread.run(way, x, sent, weights, biases, known)
     wide, narrow = (Routed(read, sent.chosen, len(weights[-1]), spread.slices) for read in (rows, hidden))
     return output, wide, narrow
 
@@ -336,22 +340,27 @@ class _Spread(NamedTuple):
     def slices(self) -> int:
         return 1 if self.mesh is None or self.data is None else self.mesh.shape[self.data]
 
-    def run(self, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array]) -> tuple[Array, Array, Array]:
+    def run(
+        self, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array], known: Array | None
+    ) -> tuple[Array, Array, Array]:
         """Calls :func:`_mix` on every device, with its part of the tokens and of the width."""
         if self.mesh is None:
-            return _mix(None, way, x, sent, weights, biases)
-        tokens, wide, narrow = P(self.data), P(None, self.model), P(None, None, self.model)
+            return _mix(None, way, x, sent, weights, biases, known)
+        tokens, wide, narrow, read = P(self.data), P(None, self.model), P(None, None, self.model), P(self.data, self.model)
         return jax.shard_map(
             functools.partial(_mix, self.model, way),
             mesh=self.mesh,
-            in_specs=(tokens, tokens, [*(wide for _ in weights[1:]), narrow], [*(wide for _ in biases[1:]), P()][: len(biases)]),
-            out_specs=(tokens, tokens, P(self.data, self.model)),
+            in_specs=(
+                *(tokens, tokens, [*(wide for _ in weights[1:]), narrow], [*(wide for _ in biases[1:]), P()][: len(biases)]),
+                read,
+            ),
+            out_specs=(tokens, tokens, read),
             check_vma=False,
-        )(x, sent, weights, biases)
+        )(x, sent, weights, biases, known)
 
 
 def _mix(
-    axis: str | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array]
+    axis: str | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array], known: Array | None
 ) -> tuple[Array, Array, Array]:
     """The mixture of the tokens of one slice, with a part of every expert's width.
 
@@ -360,6 +369,7 @@ def _mix(
       x: [batch, length, d_model].
       weights: of the wide layers [experts, width, d_model], then of the narrow one [experts, d_model, width].
       biases: of the same layers, [experts, d_out]; empty for none.
+      known: the input of the narrow one; None computes it.
 
     Returns:
       (output as ``x``, the input of the wide layers [rows, d_model], the input of the narrow one [rows, width])
@@ -370,10 +380,13 @@ def _mix(
     if way.share_first:
         rows *= jnp.zeros_like(rows[:, 0]).at[route.row].set(shares, unique_indices=True)[:, None]
         shares = jnp.ones_like(shares)
-    outputs = [grouped_dot(rows, weight, route.stretches, x.dtype) for weight in wide]
-    if biases:
-        outputs = [output + bias[route.expert].astype(x.dtype) for output, bias in zip(outputs, biases)]
-    hidden = way.neurons(*outputs)
+    if known is None:
+        outputs = [grouped_dot(rows, weight, route.stretches, x.dtype) for weight in wide]
+        if biases:
+            outputs = [output + bias[route.expert].astype(x.dtype) for output, bias in zip(outputs, biases)]
+        hidden = way.neurons(*outputs)
+    else:
+        hidden = known
     # The sums over the model axis and over a token's experts are taken in float32 and rounded once.
     added, shares = grouped_dot(hidden, narrow, route.stretches, jnp.float32), shares.astype(jnp.float32)
     summed = functools.reduce(jnp.add, (added[route.row[:, one]] * shares[:, one, None] for one in range(few)))

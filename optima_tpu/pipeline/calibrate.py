@@ -199,10 +199,15 @@ def repeat(decoder: Decoder, index: int, capture: Capture, stream: Stream, dense
     decoder = decoder.at(index)
     program = pass_programs(decoder, capture, [stream.kept] * capture.target.streams)[dense]
     if program.output or stream.kept:
-        with contextlib.ExitStack() as stack:
-            once = _StreamPass.open(stack, decoder, index, program, stream)
-            for batch in once.batches():
-                once.through(batch)
+        pass_stream(decoder, index, program, stream)
+
+
+def pass_stream(decoder: Decoder, index: int, program: "PassProgram", stream: Stream) -> None:
+    """Passes a stream through a block, for what the program returns and the stream keeps."""
+    with contextlib.ExitStack() as stack:
+        once = _StreamPass.open(stack, decoder.at(index), index, program, stream)
+        for batch in once.batches():
+            once.through(batch)
 
 
 class _Entering(NamedTuple):

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,20 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from optima_tpu.method.experts import PRICE_STEPS, ExpertScore, ExpertStatistics, kept_experts, price_rows, prices, refit
+from optima_tpu.method.experts import PRICE_ROWS, PRICE_STEPS, ExpertScore, ExpertStatistics, Passes, kept_experts, prices, refit
 from optima_tpu.models.activations import Batch, HiddenStates
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, save_tree
-from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.decoder import Decoder, run_block
 from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.model import Model, without_experts
-from optima_tpu.pipeline.calibrate import PassProgram, pass_batch
-from optima_tpu.pipeline.grams import Sent, add_outputs, mixed_gram, mixed_moments, mixed_output
+from optima_tpu.pipeline.calibrate import PassProgram, Stream, pass_batch, pass_stream
+from optima_tpu.pipeline.grams import Sent, mixed_gram, mixed_moments, mixed_output, mixed_statistics
 from optima_tpu.report.contents import BlockExperts, ExpertsLeft
 from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.kept import keeping
+from optima_tpu.runtime.mesh import on_cpu
 from optima_tpu.runtime.processes import fetch, from_first
 
 EXPERTS = "experts"
@@ -98,12 +99,14 @@ class ExpertRemoval:
       cut: how many experts stay.
       score: the experts with the highest scores stay.
       steps: of the refit; 0 leaves the dense weights.
+      keep: whether what the experts of a block read stays on the devices. Otherwise each pass over the text computes it again.
     """
 
     model: Model
     cut: ExpertCut
     score: ExpertScore
     steps: int = 0
+    keep: bool = True
 
     def blocks(self, tokens: np.ndarray, begun: Sequence[BlockExperts] = (), directory: Path = Path()) -> Iterator[CutBlock]:
         """Every block from ``len(begun)`` on, without the experts that have the lowest scores.
@@ -116,41 +119,108 @@ class ExpertRemoval:
         """
         decoder, first = self.model.decoder, len(begun)
         fewer, mixed = without_those(directory, self.model, self.cut, begun).decoder, mixed_blocks(decoder, self.cut)
-        hidden, others = decoder.embed(tokens), range(first, decoder.config.blocks)
+        embedded, resident = decoder.embed(tokens), self.keep and not on_cpu(decoder.mesh)  # a CPU has the memory of the host
+        hidden: HiddenStates = embedded.on_devices(decoder.batch) if resident else embedded
+        del embedded
+        others = range(first, decoder.config.blocks)
         for index, parameters in zip(range(first), fewer.blocks(range(first))):
-            fewer.apply(index, parameters, hidden)
+            if mixed[index]:
+                text = BlockText.before(fewer, index, parameters, hidden)
+                left = ExpertBlock.of(fewer, index, self.cut.names, parameters, hidden.length)
+                left.advance(text, functools.partial(left.sent, text))
+            else:
+                fewer.apply(index, parameters, hidden)
         for index, parameters in zip(others, decoder.blocks(others)):
             if mixed[index]:
-                block = self._cut(index, fewer, parameters, hidden)
-                parameters = _with_only(parameters, self.cut.names, block.stay) | dict(block.down)
-                yield block
+                # Attention is that of the whole block. Its program is that of the block with fewer experts, as where a run goes on.
+                first_experts = _with_only(parameters, self.cut.names, range(self.cut.kept))
+                yield self._cut(index, fewer, parameters, BlockText.before(fewer, index, first_experts, hidden))
             else:
                 yield CutBlock(())
-            fewer.apply(index, parameters, hidden)
+                fewer.apply(index, parameters, hidden)
 
-    def _cut(self, index: int, fewer: Decoder, parameters: Mapping[str, Array], hidden: HiddenStates) -> CutBlock:
-        names, batch = self.cut.names, self.model.decoder.batch
-        whole = _MixedBlock.of(self.model.decoder, index, names, parameters, hidden.length)
-        statistics = whole.statistics(hidden, batch)
-        if self.score.priced:
-            rows = price_rows(*whole.down.shape[:2])
-            statistics = statistics._replace(prices=whole.prices(hidden, batch, rows, PRICE_STEPS))
-        scores = fetch(self.score(statistics))
-        stay = tuple(kept_experts(scores, self.cut.kept, self.cut.groups).tolist())
-        if not self.steps:
-            return CutBlock(stay)
-        left = _MixedBlock.of(fewer, index, names, _with_only(parameters, names, stay), hidden.length)
-        sums = (refit_sums(whole.mesh, whole.mixture(each), left.mixture(each)) for each in hidden.batches(batch))
-        pull, gram, before, energy = _mean(sums, len(hidden) * hidden.length)
-        found = refit(pull, gram, before, functools.partial(left.product, hidden, batch), self.steps)
-        new = left.down + found.change
+    def _cut(self, index: int, fewer: Decoder, parameters: Mapping[str, Array], text: "BlockText") -> CutBlock:
+        """Moves the text behind the block."""
+        names, length = self.cut.names, text.hidden.length
+        scores, targets = self._scored(ExpertBlock.of(self.model.decoder, index, names, parameters, length), text)
+        stay = tuple(kept_experts(fetch(scores), self.cut.kept, self.cut.groups).tolist())
+        parameters = _with_only(parameters, names, stay)
+        left = ExpertBlock.of(fewer, index, names, parameters, length)
+        sents = kept(functools.partial(left.sent, text), self.keep and self.steps > 0)
+        block = self._solved(left, parameters, sents, targets, text.tokens) if self.steps else CutBlock(())
+        ExpertBlock.of(fewer, index, names, parameters | dict(block.down), length).advance(text, sents)
+        return block._replace(stay=stay)
+
+    def _solved(
+        self, left: "ExpertBlock", parameters: Mapping[str, Array], sents: "Batches[Sent]", targets: "Batches[Array]", tokens: int
+    ) -> CutBlock:
+        """What the refit makes of the experts that stay."""
+        sums = (refit_sums(left.mesh, *each, left.down, left.bias) for each in zip(targets(), sents()))
+        pull, gram, before, energy = _mean(sums, tokens)
+        found = refit(pull, gram, before, left.passes(sents, tokens), self.steps)
         down = {}
-        for number in range(len(stay)):
-            name = _part(names.down, number) + ".weight"
+        for number in range(len(left.down)):
+            name = _part(self.cut.names.down, number) + ".weight"
             old = parameters[name]
-            down[name] = jax.device_put(new[number].astype(old.dtype), old.sharding)
+            down[name] = jax.device_put((old.astype(jnp.float32) + found.change[number]).astype(old.dtype), old.sharding)
         first, last = fetch(tuple(jnp.sum(errors) / energy for errors in (found.before, found.after)))
-        return CutBlock(stay, down, float(first), float(last))
+        return CutBlock((), down, float(first), float(last))
+
+    def _scored(self, whole: "ExpertBlock", text: "BlockText") -> tuple[Array, "Batches[Array]"]:
+        """The scores of a block's experts, and the output of its mixture for the refit."""
+        sents = kept(functools.partial(whole.sent, text), self.keep and self.score.priced)
+        outputs = kept(functools.partial(whole.outputs, sents), self.keep and self.steps > 0)
+        statistics = functools.reduce(add_statistics, (jax.block_until_ready(found) for found, _ in outputs()))
+        if self.score.priced:
+            statistics = statistics._replace(prices=whole.prices(sents, text.tokens))
+        return self.score(statistics), lambda: (output for _, output in outputs())
+
+
+T = TypeVar("T")
+Batches = Callable[[], Iterator[T]]
+"""Gives something of each batch of the text, as often as it is called."""
+
+
+def kept(batches: Batches[T], keep: bool) -> Batches[T]:
+    """The same, computed once if ``keep``, otherwise at each call."""
+    if not keep:
+        return batches
+    found = list(batches())
+    return lambda: iter(found)
+
+
+class BlockText(NamedTuple):
+    """The calibration text in front of a block.
+
+    Attributes:
+      batch: windows that a step gives to one slice of the data axis.
+      known: the output of attention, by the name of the layer that reads it.
+    """
+
+    batch: int
+    hidden: HiddenStates
+    known: Mapping[str, HiddenStates]
+
+    @classmethod
+    def before(cls, decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: HiddenStates) -> "BlockText":
+        """The text with the output of the block's attention."""
+        alike = decoder.at(index)
+        found = {alike.attended: hidden.room(alike.input_width(alike.attended))}
+        pass_stream(decoder, index, attention_program(alike), Stream(parameters, hidden, kept=found))
+        return cls(decoder.batch, hidden, found)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.hidden) * self.hidden.length
+
+    def steps(self, decoder: Decoder) -> Iterator[tuple[Batch, dict[str, Array]]]:
+        """The batches, and what is known of each."""
+        return zip(self.hidden.batches(self.batch), decoder.known(self.known, self.batch))
+
+
+def attention_program(decoder: Decoder) -> PassProgram:
+    """The pass through a block that returns the output of its attention."""
+    return PassProgram(decoder.graph, decoder.mesh, (decoder.attended,))
 
 
 def mixture_program(decoder: Decoder, names: ExpertNames) -> PassProgram:
@@ -158,23 +228,15 @@ def mixture_program(decoder: Decoder, names: ExpertNames) -> PassProgram:
     return PassProgram(decoder.graph, decoder.mesh, (_part(names.down, 0), names.shares))
 
 
-class Mixed(NamedTuple):
-    """What a mixture computes in a batch: its input, and down of all experts in float32."""
-
-    sent: Sent
-    down: Array
-    bias: Array | None
-
-
-class _MixedBlock(NamedTuple):
+class ExpertBlock(NamedTuple):
     """A block with a mixture, on the mesh.
 
     Attributes:
-      down: of all experts, [experts, d_out, d_in] float32.
+      down: of all experts, [experts, d_out, d_in].
       bias: [experts, d_out]; None for none.
     """
 
-    mesh: Mesh
+    decoder: Decoder
     program: PassProgram
     state: Any
     positions: Any
@@ -182,37 +244,48 @@ class _MixedBlock(NamedTuple):
     bias: Array | None
 
     @classmethod
-    def of(cls, decoder: Decoder, index: int, names: ExpertNames, parameters: Mapping[str, Array], length: int) -> "_MixedBlock":
+    def of(cls, decoder: Decoder, index: int, names: ExpertNames, parameters: Mapping[str, Array], length: int) -> "ExpertBlock":
         decoder = decoder.at(index)
         down, bias = (_stacked(parameters, f"{names.down}.{ending}") for ending in ("weight", "bias"))
         assert down is not None, "the block has a mixture"
         state, positions = decoder.state(parameters), decoder.positions(index, length)
-        return cls(decoder.mesh, mixture_program(decoder, names), state, positions, down.astype(jnp.float32), bias)
+        return cls(decoder, mixture_program(decoder, names), state, positions, down, bias)
 
-    def mixture(self, batch: Batch) -> Mixed:
-        """The mixture at work on a batch of hidden states that enter the block."""
-        found = pass_batch(self.program, self.state, batch.hidden, self.positions, {})[1]
-        read, shares = (found[name] for name in self.program.names)
-        return Mixed(Sent(read, shares, batch.valid), self.down, self.bias)
+    @property
+    def mesh(self) -> Mesh:
+        return self.decoder.mesh
 
-    def statistics(self, hidden: HiddenStates, size: int) -> ExpertStatistics:
-        """Sums over the outputs of the experts."""
-        zeros = jnp.zeros(len(self.down))
-        sums = ExpertStatistics(zeros.astype(jnp.int32), zeros, zeros, zeros)
-        for batch in hidden.batches(size):
-            sums = jax.block_until_ready(add_statistics(self.mesh, sums, self.mixture(batch)))
-        return sums
+    def sent(self, text: BlockText) -> Iterator[Sent]:
+        """What the experts read of each batch."""
+        for batch, known in text.steps(self.decoder):
+            found = pass_batch(self.program, self.state, batch.hidden, self.positions, known)[1]
+            read, shares = (found[name] for name in self.program.names)
+            yield jax.block_until_ready(Sent(read, shares, batch.valid))
 
-    def product(self, hidden: HiddenStates, size: int, weights: Array) -> Array:
-        """``1/n sum_t g_e(t) o_t h_e(t)'`` of every expert, for the output ``o`` of the mixture with other weights of down."""
-        parts = (refit_product(self.mesh, self.mixture(batch).sent, weights) for batch in hidden.batches(size))
-        return _mean(parts, len(hidden) * hidden.length)
+    def advance(self, text: BlockText, sents: Batches[Sent]) -> None:
+        """Moves the text behind the block."""
+        down = self.program.names[0]
+        with text.hidden.put_behind() as put:
+            for (batch, known), sent in zip(text.steps(self.decoder), sents()):
+                read = known | {down: sent.read.rows}
+                put(batch.rows, run_block(self.program.graph, self.state, batch.hidden, self.positions, read))
 
-    def prices(self, hidden: HiddenStates, size: int, rows: int, steps: int) -> Array:
+    def outputs(self, sents: Batches[Sent]) -> Iterator[tuple[ExpertStatistics, Array]]:
+        """The sums over the outputs of the experts in each batch, and the output of the mixture."""
+        return (expert_outputs(self.mesh, sent, self.down, self.bias) for sent in sents())
+
+    def passes(self, sents: Batches[Sent], tokens: int) -> Passes:
+        """For a system of all experts."""
+
+        def over(program: Callable[[Mesh, Sent, Array], Array]) -> Callable[[Array], Array]:
+            return lambda weights: _mean((program(self.mesh, sent, weights) for sent in sents()), tokens)
+
+        return Passes(over(refit_product), over(refit_squares), self.down.dtype)
+
+    def prices(self, sents: Batches[Sent], tokens: int, rows: int = PRICE_ROWS, steps: int = PRICE_STEPS) -> Array:
         """What :func:`~optima_tpu.method.experts.prices` finds. The biases of down do not count."""
-        grams = (refit_gram(self.mesh, self.mixture(batch).sent) for batch in hidden.batches(size))
-        gram = _mean(grams, len(hidden) * hidden.length)
-        return prices(self.down, gram, functools.partial(self.product, hidden, size), rows, steps)
+        gram = _mean((refit_gram(self.mesh, sent) for sent in sents()), tokens)
+        return prices(self.down, gram, self.passes(sents, tokens), rows, steps)
 
 
 def _with_only(parameters: Mapping[str, Array], names: ExpertNames, stay: Sequence[int]) -> dict[str, Array]:
@@ -224,18 +297,23 @@ def _with_only(parameters: Mapping[str, Array], names: ExpertNames, stay: Sequen
     return others | {f"{names.each}{new[int(old)]}.{rest}": parameters[name] for name, old, rest in numbered if int(old) in new}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def add_statistics(mesh: Mesh, sums: ExpertStatistics, mixed: Mixed) -> ExpertStatistics:
-    return add_outputs(mesh, sums, *mixed)
+@jax.jit
+def add_statistics(before: ExpertStatistics, found: ExpertStatistics) -> ExpertStatistics:
+    return jax.tree.map(jnp.add, before, found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def refit_sums(mesh: Mesh, whole: Mixed, left: Mixed) -> tuple[Array, Array, Array, Array]:
+def expert_outputs(mesh: Mesh, sent: Sent, down: Array, bias: Array | None) -> tuple[ExpertStatistics, Array]:
+    with jax.default_matmul_precision("highest"):
+        return mixed_statistics(mesh, sent, down, bias)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def refit_sums(mesh: Mesh, target: Array, sent: Sent, down: Array, bias: Array | None) -> tuple[Array, Array, Array, Array]:
     """Of a batch what :func:`~optima_tpu.method.experts.refit` takes, not divided by the tokens, and ``|y|^2``."""
     with jax.default_matmul_precision("highest"):
-        target = mixed_output(mesh, *whole)
-        error = target - mixed_output(mesh, *left)
-        sums = mixed_moments(mesh, left.sent, error), mixed_gram(mesh, left.sent)
+        error = target - mixed_output(mesh, sent, down, bias)
+        sums = mixed_moments(mesh, sent, error), mixed_gram(mesh, sent)
         return *sums, jnp.sum(error**2, axis=0), jnp.sum(target**2)
 
 
@@ -249,6 +327,12 @@ def refit_gram(mesh: Mesh, sent: Sent) -> Array:
 def refit_product(mesh: Mesh, sent: Sent, direction: Array) -> Array:
     with jax.default_matmul_precision("highest"):
         return mixed_moments(mesh, sent, mixed_output(mesh, sent, direction))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def refit_squares(mesh: Mesh, sent: Sent, direction: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return jnp.sum(mixed_output(mesh, sent, direction) ** 2, axis=0)
 
 
 def _mean(parts: Iterator[Any], count: int) -> Any:

@@ -146,58 +146,62 @@ class Sent(NamedTuple):
     valid: Array
 
     def by_rows(self) -> tuple[Route, Array, Array]:
-        """Inside a shard_map: the route, the rows in float32, and the share of each row, which is 0 where the window does not count."""
+        """Inside a shard_map: the route, the rows, and the float32 share of each row, which is 0 where the window does not count."""
         route = Route.of(self.read.chosen.reshape(-1, self.read.chosen.shape[-1]), self.read.experts)
         shares = self.shares.reshape(-1, self.shares.shape[-1]).astype(jnp.float32)
         share = jnp.zeros(len(route.token)).at[route.row].set(shares)
         counts = self.valid[route.token // self.read.chosen.shape[1]]
-        return route, self.read.rows.astype(jnp.float32), jnp.where(counts, share, 0)
+        return route, self.read.rows, jnp.where(counts, share, 0)
 
 
-def add_outputs(mesh: Mesh, before: ExpertStatistics, sent: Sent, down: Array, bias: Array | None) -> ExpertStatistics:
-    """Adds the tokens of a batch to the sums over the outputs of all experts.
+def mixed_statistics(mesh: Mesh, sent: Sent, down: Array, bias: Array | None) -> tuple[ExpertStatistics, Array]:
+    """The sums of a batch over the outputs of all experts, and :func:`mixed_output`.
 
     Args:
-      down: [experts, d_out, d_in].
-      bias: [experts, d_out]; None for none.
+      down, bias: as for :func:`mixed_output`.
     """
     split = _outputs(mesh, down)
 
-    def local(sent: Sent, down: Array, bias: Array | None) -> ExpertStatistics:
+    def local(sent: Sent, down: Array, bias: Array | None) -> tuple[ExpertStatistics, Array]:
         route, _, share = sent.by_rows()
-        outputs = grouped_dot(sent.read.rows, down, route.stretches, jnp.float32)
-        if bias is not None:
-            outputs += bias[route.expert].astype(jnp.float32)
+        outputs = _expert_outputs(route, sent.read.rows, down, bias)
         squares = jnp.sum(jnp.square(outputs), axis=1)
         squares = squares if split is None else jax.lax.psum(squares, split)
         counts = sent.valid[route.token // sent.read.chosen.shape[1]].astype(jnp.float32)
         norms = jnp.sqrt(squares)
         of_rows = jnp.stack([jnp.ones_like(norms), norms, squares, share * norms]) * counts
         tokens, *sums = jax.lax.psum(jnp.zeros((4, sent.read.experts)).at[:, route.expert].add(of_rows), DATA)
-        return ExpertStatistics(tokens.astype(jnp.int32), *sums)
+        return ExpertStatistics(tokens.astype(jnp.int32), *sums), _shared(route, outputs, share)
 
     specs = (P(DATA), P(None, split), P(None, split))
-    found = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(sent, down, bias)
-    return jax.tree.map(jnp.add, before, found)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P(DATA, split)), check_vma=False)(sent, down, bias)
 
 
 def mixed_output(mesh: Mesh, sent: Sent, down: Array, bias: Array | None = None) -> Array:
     """``sum_e g_e W_e h_e`` of every token, [tokens, d_out] float32; 0 where the window does not count.
 
     Args:
-      down: [experts, d_out, d_in] float32.
+      down: [experts, d_out, d_in], multiplied in the dtype of what the experts read.
       bias: [experts, d_out]; None for none.
     """
     split = _outputs(mesh, down)
 
     def local(sent: Sent, down: Array, bias: Array | None) -> Array:
         route, rows, share = sent.by_rows()
-        outputs = grouped_dot(rows, down, route.stretches, jnp.float32)
-        outputs = outputs if bias is None else outputs + bias[route.expert].astype(jnp.float32)
-        return jnp.sum((outputs * share[:, None])[route.row], axis=1)
+        return _shared(route, _expert_outputs(route, rows, down, bias), share)
 
     specs = (P(DATA), P(None, split), P(None, split))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(DATA, split), check_vma=False)(sent, down, bias)
+
+
+def _expert_outputs(route: Route, rows: Array, down: Array, bias: Array | None) -> Array:
+    outputs = grouped_dot(rows, down, route.stretches, jnp.float32)
+    return outputs if bias is None else outputs + bias[route.expert].astype(jnp.float32)
+
+
+def _shared(route: Route, outputs: Array, share: Array) -> Array:
+    """The sum over the experts of each token."""
+    return jnp.sum((outputs * share[:, None])[route.row], axis=1)
 
 
 def mixed_moments(mesh: Mesh, sent: Sent, outputs: Array) -> Array:
@@ -210,7 +214,9 @@ def mixed_moments(mesh: Mesh, sent: Sent, outputs: Array) -> Array:
 
     def local(sent: Sent, outputs: Array) -> Array:
         route, rows, share = sent.by_rows()
-        return jax.lax.psum(grouped_outer(outputs[route.token] * share[:, None], rows, route.stretches), DATA)
+        # Rounded to the model's dtype, as the rows are: a float32 product takes an accelerator six times as long.
+        shared = (outputs[route.token] * share[:, None]).astype(rows.dtype)
+        return jax.lax.psum(grouped_outer(shared, rows, route.stretches), DATA)
 
     specs = (P(DATA), P(DATA, split))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, split), check_vma=False)(sent, outputs)
@@ -221,7 +227,7 @@ def mixed_gram(mesh: Mesh, sent: Sent) -> Array:
 
     def local(sent: Sent) -> Array:
         route, rows, share = sent.by_rows()
-        shared = rows * share[:, None]
+        shared = (rows.astype(jnp.float32) * share[:, None]).astype(rows.dtype)
         return jax.lax.psum(grouped_outer(_own_columns(shared, mesh), shared, route.stretches), DATA)
 
     columns = _columns(mesh, sent.read.rows.shape[1])

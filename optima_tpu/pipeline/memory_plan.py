@@ -22,6 +22,7 @@ from typing import NamedTuple
 from jax.sharding import AbstractMesh, Mesh
 
 from optima_tpu.errors import UserError, plural
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.resources import Footprint
@@ -342,6 +343,31 @@ def _states_on_devices(decoder: Decoder, recipe: Recipe, windows: tuple[int, int
     columns = sum(width // model if width % model == 0 else width for width in widths)
     size = recipe.target.streams * places * length * columns * dtype.itemsize
     return 0 if on_cpu(decoder.mesh) or size > _STATES_SHARE * budget else size
+
+
+def kept_of_mixture(decoder: Decoder, down: str, windows: tuple[int, int], budget: float) -> int:
+    """The bytes of a device for what the removal of experts keeps there between its passes; 0 where passes compute it again.
+
+    That is the hidden states, the output of attention, the inputs of the experts' down, and the output of the whole mixture. Passes
+    compute it again where it would take more than a quarter of the budget.
+
+    Args:
+      down: the name of the experts' down, with ``*`` for their number.
+      windows: their number and their length.
+    """
+    (count, length), model = windows, decoder.mesh.shape[MODEL]
+    item = decoder.tensors.dtype(decoder.root + decoder.family.embedding).itemsize
+
+    def of_token(alike: Decoder) -> float:
+        read = (alike.config.reach(name) * alike.input_width(name) for name in alike.linears if kind_name(name) == down)
+        d_model, attended = (
+            width // model if width % model == 0 else width for width in (alike.config.d_model, alike.input_width(alike.attended))
+        )
+        return item * (d_model + attended + sum(read)) + 4 * d_model
+
+    places = -(-count // decoder.mesh.shape[DATA]) + decoder.batch
+    size = round(places * length * max(of_token(decoder.at(kind)) for kind in decoder.config.kinds))
+    return 0 if size > _STATES_SHARE * budget else size
 
 
 def described(found: Sequence[Pass], ordinary: int = 1) -> str:

@@ -34,7 +34,7 @@ from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
-from optima_tpu.pipeline.memory_plan import block_bytes
+from optima_tpu.pipeline.memory_plan import block_bytes, kept_of_mixture
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import (
     TextPerplexity,
@@ -203,8 +203,9 @@ def _remove(work: StageWork, journal: Journal) -> LeftOut:
     choice, decoder = opened.config.cut, opened.model.decoder
     cut, chosen = expert_cut(choice.experts, opened.model.pretrained.config), read_left_out(directory)
     done = done_blocks(directory, chosen.experts)
-    removal = ExpertRemoval(opened.model, cut, choice.expert_score, choice.refit)
     tokens = opened.texts.calibration.ids[: opened.config.calibration.fitted]
+    kept = kept_of_mixture(decoder, cut.names.down, tokens.shape, device_budget(opened.config.device_memory))
+    removal = ExpertRemoval(opened.model, cut, choice.expert_score, choice.refit, kept > 0)
     for block in removal.blocks(tokens, done, directory):
         done += (keep_block(directory, len(done), decoder.prefix(len(done)), block),)
         chosen = structs.replace(chosen, experts=ExpertsLeft(cut.total, done))

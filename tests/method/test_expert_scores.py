@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optima_tpu.method.experts import MAN, MSAN, REAP, ExpertStatistics, Frequency, kept_experts
+from optima_tpu.method.experts import DAMPING, MAN, MSAN, REAP, ExpertStatistics, Frequency, Passes, kept_experts, refit
 
 TOKENS, WIDTH, INNER, EXPERTS, FEW = 40, 7, 5, 6, 2
 rng = np.random.default_rng(0)
@@ -59,3 +59,31 @@ def test_the_experts_with_the_highest_scores_stay_and_the_first_of_equal_ones():
 
 def test_every_group_keeps_as_many_experts():
     assert kept_experts(np.array([9.0, 8, 7, 3, 2, 1]), 4, groups=2).tolist() == [0, 1, 3, 4]
+
+
+def test_each_step_of_the_refit_lowers_the_objective_with_rounded_directions():
+    """Products with bfloat16 directions, and the errors that they add up to, in float64."""
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal((TOKENS, EXPERTS, INNER)) * (rng.random((TOKENS, EXPERTS, 1)) < 0.5)
+    target = rng.standard_normal((TOKENS, WIDTH))
+
+    def outputs(weights):
+        return np.einsum("tei,eoi->to", inputs, np.asarray(weights, np.float64))
+
+    def moments(output):
+        return jnp.array(np.einsum("to,tei->eoi", output, inputs) / TOKENS, jnp.float32)
+
+    passes = Passes(
+        lambda weights: moments(outputs(weights)), lambda weights: jnp.array(np.mean(outputs(weights) ** 2, axis=0)), jnp.bfloat16
+    )
+    gram = np.einsum("tei,tej->eij", inputs, inputs) / TOKENS
+    before = jnp.array(np.mean(target**2, axis=0), jnp.float32)
+    last = before
+    for steps in (1, 2, 3):
+        found = refit(moments(target), jnp.array(gram, jnp.float32), before, passes, steps)
+        change = np.asarray(found.change, np.float64)
+        error = np.mean((target - outputs(change)) ** 2, axis=0)
+        np.testing.assert_allclose(found.after, error, rtol=1e-4)
+        ridge = DAMPING * np.einsum("eii,eoi->o", gram, change**2)
+        assert np.all(error + ridge < last)
+        last = error + ridge

@@ -21,6 +21,7 @@ from optima_tpu.config.run_config import Calibration, CutStructures, Evaluation,
 from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL
+from optima_tpu.method.experts import PRICE_STEPS
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
@@ -32,7 +33,7 @@ from optima_tpu.pipeline import memory_plan
 from optima_tpu.pipeline.calibrate import Capture, PassProgram, linear_groups, pass_batch, pass_programs
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
-from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes
+from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes, kept_of_mixture
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, compiler
 from optima_tpu.pipeline.plan.counting import Work, counted
@@ -357,11 +358,17 @@ def test_a_plan_that_removes_experts_is_of_the_smaller_model(tmp_path):
     assert whole.weights - left.weights == 3 * 4 * 3 * 64 * 96 * 2 + router
     assert whole.active - left.active == router and whole.cache == left.cache
     steps, (scores, prices, missed, step, *others) = 2, cut.programs  # 16 windows, 2 on each of 4 slices at a time
-    assert [each.calls for each in (scores, prices, missed, step)] == [3 * steps * times for times in (1, 6, 1, 3)]
-    tokens = 2 * 32 * 2  # of a device, at 2 experts each; the products of a step are float32, and split over 2 devices
-    assert step.work.wide == pytest.approx(2 * 2 * tokens * 64 * 96 / 2, rel=0.1)
+    # The last step of a system stands in another program: it takes half of the products.
+    assert [each.calls for each in (scores, prices, missed, step)] == [3 * steps * times for times in (1, PRICE_STEPS, 1, 2)]
+    tokens = 2 * 32 * 2  # of a device, at 2 experts each; the products of a step are split over 2 devices
+    assert step.work.narrow == pytest.approx(2 * 2 * tokens * 64 * 96 / 2, rel=0.1) and not step.work.wide
     assert [each.calls for each in (others[-1], dense.programs[-1])] == [3 * 4, 3 * 8]  # of the solver, for w2 of every expert
     assert cut.seconds["removing experts"] > 0 and "removing experts" not in dense.seconds
+    decoder = open_declared(base.model, None, base.batch).on(SLICE).decoder
+    # For 6 windows on a slice: the stream and the output of attention, split over 2 devices, two experts' inputs, and a float32 output.
+    size = 6 * 32 * (2 * (32 + 32 + 2 * 96) + 4 * 32)
+    kept = [kept_of_mixture(decoder, decoder.family.experts.down, (16, 32), budget) for budget in (4 * size, 4 * size - 4)]
+    assert kept == [size, 0]
     assert any("a token passes through" in line for line in summary(cut))
 
 

@@ -183,7 +183,7 @@ def make_plan(
         trainer = Trainer(decoder, config.distill, budget)
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
         training = training_programs(model, trainer, text.window_length, machine, compile_call)
-    removing = removal_programs(dense, cut, config, machine, compile_call) if cut else ()
+    removing = removal_programs(dense, cut, config, machine, budget, compile_call) if cut else ()
     programs = (*removing, *_walk_programs(config, model, machine, walk, compile_call), *training)
     unknown = frozenset[str]().union(*(program.unknown for program in programs))
     took = [(program.stage == "pruning", program.compiled.seconds) for program in programs if program.compiled]
@@ -193,7 +193,7 @@ def make_plan(
     stored = estimate.storage(
         model, config, machine.hosts, patterns, forward.kept, bool(patterns) and not recovering, machine.platform == "cpu"
     )
-    beside = Beside.of(dense, cut, config, machine) if cut else Beside()
+    beside = Beside.of(dense, cut, config, machine, budget) if cut else Beside()
     solved = {"solved experts": beside.solved} if beside.solved else {}
     stored = stored._replace(resident=walk.states > 0, disk=stored.disk | solved)
     running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
