@@ -33,11 +33,11 @@ def write_rows(path: Path, facts: Mapping[str, Any], rows: Sequence[Sequence[Any
     Args:
       facts: the record's other fields.
     """
-    before = json.loads(path.read_text()) if path.is_file() else {"rows": [], "commit": None}
+    before = json.loads(path.read_text()) if path.is_file() else {}
     table = recorded(path) | {row[0]: list(row) for row in rows}
-    commits = _by_row(before["commit"], recorded(path)) | dict.fromkeys((row[0] for row in rows), commit())
-    written: dict[str, Any] = {**facts, "commit": _told(commits), "rows": list(table.values())}
-    written |= {name: before[name] for name in ("notes", "hardware") if name in before}
+    commits = _by_row(before.get("commit"), recorded(path)) | dict.fromkeys((row[0] for row in rows), commit())
+    kept = {name: before[name] for name in ("notes", "hardware") if name in before}
+    written = before | facts | kept | {"commit": _told(commits), "rows": list(table.values())}
     path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -10,8 +10,8 @@ from optima_tpu.method.patterns import DENSE, NM, NamedPattern, Pattern, parse_p
 
 
 def kind_name(name: str) -> str:
-    """A layer's name without its number, where a block has many: "mlp.experts.7.up_proj" as "mlp.experts.*.up_proj"."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    """A layer's name without the number of its expert: "mlp.experts.7.up_proj" as "mlp.experts.*.up_proj"."""
+    return re.sub(r"(^|\.)experts\.\d+(?=\.)", r"\1experts.*", name)
 
 
 @dataclasses.dataclass(frozen=True)

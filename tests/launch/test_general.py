@@ -108,7 +108,7 @@ def test_the_perplexity_is_that_of_transformers(saved, halved, name):
 
 
 KINDS = {
-    "classic": ("GPT2LMHeadModel", "BloomForCausalLM", "PhiForCausalLM", "RobertaForCausalLM"),
+    "classic": ("GPT2LMHeadModel", "BloomForCausalLM", "PhiForCausalLM", "RobertaForCausalLM", "CTRLLMHeadModel"),
     "gated": ("HeliumForCausalLM", "MiniCPM3ForCausalLM", "HunYuanDenseV1ForCausalLM"),
     "mixture": ("GraniteMoeForCausalLM", "MiniMaxM2ForCausalLM", "PhimoeForCausalLM", "AriaTextForCausalLM"),
     "state space": ("MambaForCausalLM", "Mamba2ForCausalLM", "xLSTMForCausalLM"),

@@ -6,7 +6,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.method.layer_rules import LayerRule, check_layers, layers_text, parse_layers, pattern_of
+from optima_tpu.method.layer_rules import LayerRule, check_layers, kind_name, layers_text, parse_layers, pattern_of
 from optima_tpu.method.patterns import NM, Neurons, Place, Unstructured
 from optima_tpu.models.checkpoints.export import read_masks
 from tests.support.runs import SMALL, folder_tensors
@@ -174,3 +174,13 @@ def test_a_pattern_of_neurons_leaves_the_other_layers_as_they_would_be_without_i
         UserError, match=r"model.layers.0.mlp.down_proj: 0.5/neuron prunes none of 16 neurons, .* take 0.5/neuron@8"
     ):
         check_layers((), coarse, blocks)
+
+
+def test_only_layers_of_experts_share_a_kind():
+    """The two layers of a CTRL's MLP are called ffn.0 and ffn.2, and read different inputs."""
+    assert kind_name("mlp.experts.7.up_proj") == kind_name("mlp.experts.12.up_proj") == "mlp.experts.*.up_proj"
+    assert [kind_name(name) for name in ("ffn.0", "ffn.2", "mlp.shared_experts.up_proj")] == [
+        "ffn.0",
+        "ffn.2",
+        "mlp.shared_experts.up_proj",
+    ]

@@ -259,15 +259,17 @@ class Block(TorchParameters):
         super().__init__(config.shell.shapes(config.kind))
 
     def __call__(self, x: Array, positions: Positions) -> Array:
-        inside = (names for names in self.shell.linears(self.kind).values())
-        layers = {name: functools.reduce(getattr, name.split("."), self) for names in inside for name in names}
-        known = {name: layer.known[...] for name, layer in layers.items() if hasattr(layer, "known")}
+        names = [name for names in self.shell.linears(self.kind).values() for name in names]
+        known = {name: layer.known[...] for name in names if hasattr(layer := self._layer(name), "known")}
         shared: dict[str, str] = {}
         traced = Traced(self.shell, self.kind, self.mesh)
         output, inputs = traced.windows(self.arrays(), positions.arguments, shared, x, known)
         for name, first in shared.items():
-            functools.reduce(getattr, name.split("."), self).sow(nnx.Intermediate, "x", inputs[first])
+            self._layer(name).sow(nnx.Intermediate, "x", inputs[first])
         return output
+
+    def _layer(self, name: str) -> Any:
+        return functools.reduce(getattr, name.split("."), self)
 
 
 class Final(TorchParameters):

@@ -113,7 +113,7 @@ class Shell:
 
     def refusal(self, why: str) -> UserError:
         """The error for a model that the general way cannot run."""
-        return UserError(f"the general way cannot run a {self.name}: {why}; give a model of another architecture")
+        return _refusal(self.name, why)
 
     def stored_as(self, name: str) -> str:
         """The name of a parameter behind or before the blocks in a checkpoint.
@@ -231,7 +231,7 @@ class Shell:
         hidden: list[torch.Tensor] = []
 
         def instead(index: int, args: Any, kwargs: Any) -> Any:
-            entering = args[0] if args else kwargs["hidden_states"]
+            entering = _entering(args, kwargs)
             if entering.ndim < 3 or entering.shape[:2] != (1, length):
                 raise self.refusal(f"its block {index} reads hidden states of the shape {tuple(entering.shape)} for one window")
             if hidden and entering is not hidden[0]:
@@ -252,7 +252,7 @@ class Shell:
         caught: list[torch.Tensor] = []
 
         def instead(index: int, args: Any, kwargs: Any) -> Any:
-            caught.append(args[0] if args else kwargs["hidden_states"])
+            caught.append(_entering(args, kwargs))
             raise _Stop
 
         self.run(tokens, instead, parameters)
@@ -357,7 +357,7 @@ class Shell:
 
             def instead(index: int, args: Any, kwargs: Any) -> Any:
                 if index < len(self.blocks) - 1:
-                    return self._output(index, args[0] if args else kwargs["hidden_states"])
+                    return self._output(index, _entering(args, kwargs))
                 stack.enter_context(computing())
                 return self._output(index, hidden.reshape(-1, 1, *self.inner))
 
@@ -424,6 +424,11 @@ def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[N
         del module.__dict__["forward"]
 
 
+def _entering(args: Any, kwargs: Any) -> Any:
+    """The hidden states among the arguments of a block."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def _multiplies(layer: Any) -> bool:
     """Whether a module computes what ``torch.nn.Linear`` does, from which its class may be derived, or ``Conv1D``."""
     if not isinstance(layer, LAYERS) or type(layer) in LAYERS:
@@ -455,6 +460,10 @@ def computed(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of a module that follow from the configuration, by name."""
     owned = ((path, name, inner) for path, inner in module.named_modules() for name in inner._non_persistent_buffers_set)
     return {f"{path}.{name}".lstrip("."): inner._buffers[name] for path, name, inner in owned if inner._buffers[name] is not None}
+
+
+def _refusal(name: str, why: str) -> UserError:
+    return UserError(f"the general way cannot run a {name}: {why}; give a model of another architecture")
 
 
 def _without_weights(name: str, config: Any) -> Any:
@@ -489,5 +498,5 @@ def _blocks(name: str, model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList
     lists = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
     outer = {path: module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
     if not outer:
-        raise UserError(f"the general way cannot run a {name}: it has no list of blocks; give a model of another architecture")
+        raise _refusal(name, "it has no list of blocks")
     return max(outer.items(), key=lambda item: (len(item[1]), sum(parameter.numel() for parameter in item[1].parameters())))
