@@ -119,7 +119,7 @@ class _Program:
         return windows
 
     def _trace(self, parameters: Any, arguments: Any, x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Any]]:
-        shared = self.shared[frozenset(known)] = {}
+        shared: dict[str, str] = {}
 
         def window(x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Array], dict[str, Routed]]:
             run = _Pass(self.traced, parameters, shared, known)
@@ -127,6 +127,7 @@ class _Program:
             return output, {name: array.reshape(x.shape[0], -1) for name, array in run.inputs.items()}, run.routed
 
         output, inputs, routed = jax.vmap(window, axis_name=_WINDOWS, out_axes=(0, 0, None))(x, known)
+        self.shared[frozenset(known)] = shared  # at last: another thread may trace the same at another length
         return output, inputs | routed
 
 
