@@ -34,7 +34,7 @@ from optima_tpu.plan import main as planning
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
 from tests.support.meshes import mesh
-from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, REFERENCES, Reference, tiny
+from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, REFERENCES, Reference, tiny
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
@@ -52,6 +52,12 @@ def cuts(reference: Reference, settings) -> dict[str, tuple[Cut, ...]]:
 TIMES = True  # its runs compare the speed, see conftest.py
 
 
+# They cut tensors of the same names by the same functions as a family that is not slow: as a Llama with or without biases, as an Olmo2,
+# a Glm4, a Cohere2, a Nemotron, a DeepSeek V3, a Gemma 4 that reads images.
+ALIKE = {f"{name}ForCausalLM" for name in ("Ministral", "Exaone4", "SeedOss", "Qwen3", "Gemma", "SmolLM3", "Ernie4_5")}
+ALIKE |= {f"{name}ForCausalLM" for name in ("Olmo3", "Glm", "StableLm", "Arcee", "DeepseekV2")} | {GEMMA4_UNIFIED.model}
+
+
 def cases():
     """Every family from which parts can be cut: its first variant, those with biases, and those with other heads; the last is not slow."""
     # transformers 5.24 computes no text without images with the other class of Llama 4.
@@ -62,7 +68,12 @@ def cases():
             if (not index or any(word in name for word in ("bias", "head"))) and cuts(reference, settings)
         ]
         for left, (name, settings) in zip(reversed(range(len(taken))), taken):
-            yield pytest.param(reference, settings, id=f"{reference.model}-{name}", marks=[pytest.mark.slow] * bool(left))
+            yield pytest.param(
+                reference,
+                settings,
+                id=f"{reference.model}-{name}",
+                marks=[pytest.mark.slow] * (left > 0 or reference.model in ALIKE),
+            )
     yield pytest.param(REFERENCES[0], dict(num_key_value_heads=1), id="LlamaForCausalLM-one key", marks=pytest.mark.slow)
     yield pytest.param(REFERENCES[0], dict(num_key_value_heads=2), id="LlamaForCausalLM-one key left")
     yield pytest.param(reference_of("Phi3ForCausalLM"), dict(num_key_value_heads=1), id="Phi3ForCausalLM-one key")
