@@ -58,13 +58,14 @@ def walk(recipe, shape, blocks=3):
     return found, hidden
 
 
-def recipes(slow: str):
+def recipes(*slow: str):
     """Every recipe; what ``slow`` shows another test holds too, for less."""
-    each = [pytest.param(recipe, id=name, marks=[pytest.mark.slow] * (name == slow)) for name, recipe in RECIPES.items()]
+    each = [pytest.param(recipe, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, recipe in RECIPES.items()]
     return pytest.mark.parametrize("recipe", each)
 
 
-@recipes(slow="magnitude per layer")  # as tests/method/test_selectors.py holds of its masks
+# Of the masks of the first tests/method/test_selectors.py holds it, of whole runs of the second test_launch.py and test_resume.py.
+@recipes("magnitude per layer", "wanda cg")
 def test_the_mesh_does_not_change_the_result(recipe):
     reference, hidden = walk(recipe, (1, 1), blocks=2)
     other, other_hidden = walk(recipe, (2, 4), blocks=2)
@@ -216,7 +217,7 @@ def test_nothing_moves_where_nothing_goes_on_any_mesh():
     assert all((one == other).all() for one, other in zip(new, weights, strict=True))
 
 
-@recipes(slow="2:4 mpax")  # no solver measures the errors
+@recipes("2:4 mpax")  # no solver measures the errors
 def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
     """Of both layers that read one input, from the inputs themselves; the second has a bias, which is in no error."""
     rng = np.random.default_rng(0)
