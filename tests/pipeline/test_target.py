@@ -509,7 +509,7 @@ def test_the_plan_counts_both_streams(tmp_path):
     # One calibration, or one an input; four groups.
     assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 4]
     # What o and down add for the residual stream's drift, of every token of a step: [d_model, d_in] products.
-    whole, drifting = plan(target=DenseTarget()), plan(target=DenseTarget(gamma=0.5))
+    whole, drifting = (plan(target=DenseTarget(gamma=gamma), solver=None) for gamma in (0.0, 0.5))
     more = drifting.programs[0].work.flops - whole.programs[0].work.flops
     model = whole.model.decoder
     read = sum(model.block_shapes[name + ".weight"][1] for name in model.family.residuals)
