@@ -63,6 +63,11 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_sessionfinish():
+    """Nor does it look through what the tests have made, which ends with the process: pytest would ask for that twice."""
+    gc.freeze()
+
+
 # Of the 65,530 that Linux gives a process. Every compiled program takes some, and XLA fails where none are left.
 _MANY_MAPS = 42_000
 
