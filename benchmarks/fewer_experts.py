@@ -30,7 +30,9 @@ from optima_tpu.runtime.mesh import make_mesh
 
 WINDOWS = 256
 """Windows of LENGTH tokens to calibrate on, and of each text to measure on."""
-TRAINING = "--distill kl --distill.train routers --distill.windows 256 --distill.passes 2 --distill.batch 8 --distill.learning_rate 0.016"
+TRAINING = (
+    "--distill kl --distill.train routers --distill.windows 256 --distill.passes 2 --distill.batch 8 --distill.learning_rate 1e-3"
+)
 EXPERTS = "--pattern dense --cut.experts 0.5 --cut.score {}"
 AS_THEY_ARE, SOLVED, ROUTERS = f"{EXPERTS} --cut.refit 0", EXPERTS, f"{EXPERTS} {TRAINING}"
 

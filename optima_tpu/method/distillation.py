@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Float32, Int32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.choice import Method
@@ -26,8 +26,6 @@ _LEAST = 0.1
 """The learning rate at the end, as a share of the peak."""
 _FEWEST_CHECKS, _MOST_CHECKS = 4, 1000
 """Of a training that does not say how many."""
-_SMALLEST = 1e-3
-"""The size of parameters that are smaller or zero, such as biases before a training."""
 
 
 def divergence(dense: Float32[Array, "*tokens vocab"], pruned: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
@@ -41,16 +39,6 @@ def cross_entropy(pruned: Float32[Array, "*tokens vocab"], targets: Int32[Array,
     return -jnp.take_along_axis(jax.nn.log_softmax(pruned, axis=-1), targets[..., None], axis=-1)[..., 0]
 
 
-def size(parameter: Float32[Array, "..."], kept: Bool[Array, "..."] | None = None) -> Float32[Array, ""]:
-    """What the learning rate of a parameter is a share of: the root mean square of its kept values, at least 1e-3.
-
-    Adam's steps have the same length whatever the scale of the loss, and so of the gradient. In these units they also mean the same
-    whatever the scale of the weights, which differs between models (Shazeer and Stern, 2018, Adafactor, section 8).
-    """
-    count = float(parameter.size) if kept is None else jnp.maximum(jnp.sum(kept, dtype=jnp.float32), 1.0)
-    return jnp.maximum(jnp.sqrt(jnp.sum(parameter**2) / count), _SMALLEST)
-
-
 @dataclasses.dataclass(frozen=True)
 class Distillation(Method, abc.ABC):
     """Training of the pruned model, with gradients through blocks and the masks held.
@@ -61,10 +49,9 @@ class Distillation(Method, abc.ABC):
       passes: how often training reads each window. From the second pass on, the model begins to overfit the windows.
       batch: windows in one step of Adam. More steps from the same text lower the held-out loss more. On a mesh whose data axis has more
         devices than this, some compute padding: take at least as many.
-      learning_rate: the peak learning rate of kept weights, as a share of their root mean square in each matrix. The learning rate rises
-        over the first steps and then falls along a cosine.
-      norm_factor: the learning rate of the norms' gains and of biases, likewise a share of theirs, as a multiple of learning_rate; 0
-        leaves them as they are.
+      learning_rate: the peak learning rate of kept weights. The learning rate rises over the first steps and then falls along a
+        cosine.
+      norm_factor: the learning rate of the norms' gains and of biases, as a multiple of learning_rate; 0 leaves them as they are.
       train: the parameters that are trained: "norms" only the norms' gains and biases, "weights" only the kept weights, "all" both.
         "routers" trains only the routers of a mixture, which do not know that experts were removed or pruned.
       warmup: number of steps in which the learning rate rises.
@@ -85,7 +72,7 @@ class Distillation(Method, abc.ABC):
     windows: Annotated[int, Bound(1)] = 128
     passes: Annotated[int, Bound(1)] = 1
     batch: Annotated[int, Bound(1)] = 2
-    learning_rate: Annotated[float, Bound(above=0, most=1, hint="3e-4 is usual")] = 3e-4
+    learning_rate: Annotated[float, Bound(above=0, most=1, hint="7e-5 is usual")] = 7e-5
     norm_factor: Annotated[float, Bound(0)] = 10.0
     train: Literal["all", Kind] = "all"
     warmup: Annotated[int, Bound(0)] = 3
@@ -123,7 +110,7 @@ class Distillation(Method, abc.ABC):
         return tuple(round(self.steps * (index + 1) / count) for index in range(count))
 
     def rate(self, step: int) -> float:
-        """The learning rate of kept weights in a step, counted from 0, as a share of their :func:`size`."""
+        """The learning rate of kept weights in a step, counted from 0."""
         import optax  # here, as in :func:`optimizer`: pruning without a training needs no optax
 
         warmup = min(self.warmup, self.steps - 1)

@@ -20,7 +20,7 @@ from tests.support.tiny_models import tiny_folder
 
 pytestmark = pytest.mark.slow
 VICTIMS = ((0,), (1,), (0, 1))
-ROUTERS = shlex.split("--distill kl --distill.train routers --distill.windows 8 --distill.learning_rate 1e-1")
+ROUTERS = shlex.split("--distill kl --distill.train routers --distill.windows 8 --distill.learning_rate 1e-2")
 STATUS = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 

@@ -71,7 +71,7 @@ def test_a_program_that_has_joined_the_processes_goes_on_after_a_run_that_is_ref
 
 @pytest.mark.slow
 def test_training_in_two_processes_gives_the_weights_of_one_and_keeps_every_zero(finished, tmp_path):
-    command = [*finished.arguments, "--distill", "kl", "--distill.windows", "16", "--distill.learning_rate", "6e-3"]
+    command = [*finished.arguments, "--distill", "kl", "--distill.windows", "16", "--distill.learning_rate", "1e-3"]
     assert main([*command, "--output", str(tmp_path / "one")]) == 0
     for status, _, error in several([*command, "--output", str(tmp_path / "two")]):
         assert status == 0, error

@@ -39,7 +39,7 @@ from tests.support.references import REFERENCES
 from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import MemoryTensors, tiny_folder
 
-METHOD = KL(windows=16, passes=2, batch=4, learning_rate=6e-3, norm_factor=3.0, checks=2)
+METHOD = KL(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, checks=2)
 ROOM = 2.0**40
 
 
@@ -172,26 +172,6 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
             assert (moved.masters[name] == expected).all(), name
 
 
-@in_float32
-def test_a_step_is_a_share_of_what_it_moves(pruned):
-    """The first step of Adam, against float64: as long for every kept weight of a matrix, in units of their root mean square."""
-    journal, rng = Journal(pruned[1]), np.random.default_rng(0)
-    trainer = Trainer(dataclasses.replace(opened(parse(pruned[0]), (4, 2)).decoder, tensors=journal.tensors()), METHOD)
-    (parameters,) = trainer.decoder.blocks([0])
-    # Weights in other units, and gains of nothing at all.
-    parameters |= {"mlp.up_proj.weight": parameters["mlp.up_proj.weight"] / 100, "input_layernorm.weight": jnp.zeros(36)}
-    block = trainer.open(parameters, {name.removeprefix("model.layers.0."): keep for name, keep in journal.masks(0).items()})
-    before, kept = (jax.tree.map(lambda array: np.array(array, np.float64), each) for each in (block.masters, block.keep))
-    gradient = {name: rng.standard_normal(array.shape) for name, array in before.items()}
-    placed = {name: trainer.place(name, array.astype(np.float32)) for name, array in gradient.items()}
-    for name, after in trainer.update(block, placed, jnp.float32(1), jnp.float32(1e-2)).masters.items():
-        keep = kept.get(name, np.ones(before[name].shape)) > 0
-        size = max(1e-3, np.sqrt(np.mean(before[name][keep] ** 2)))
-        rate = 1e-2 * size * (1 if name in kept else METHOD.norm_factor)
-        expected = before[name] - rate * keep * np.sign(gradient[name])
-        assert np.abs(np.asarray(after) - expected).max() < 1e-3 * rate + 1e-7 * np.abs(expected).max(), name
-
-
 def test_masks_are_held_and_the_held_out_divergence_falls(trained):
     outcome = trained.outcome
     assert [check.step for check in outcome.checks] == [0, 4, 8] and outcome.kept > 0
@@ -267,7 +247,7 @@ def test_what_does_not_help_is_refused_and_nothing_is_written(pruned, windows, m
     """Trained on one token over and over, held out on others. No state either: the training is much shorter than a save."""
     monkeypatch.setattr(states, "_save", lambda path, *rest: pytest.fail(f"wrote {path}"))
     one = windows._replace(training=np.full_like(windows.training, 7))
-    outcome, _ = run(pruned, one, method=dataclasses.replace(METHOD, learning_rate=0.3))
+    outcome, _ = run(pruned, one, method=dataclasses.replace(METHOD, learning_rate=0.05))
     assert outcome.kept == 0 and outcome.after == outcome.before == outcome.checks[0].held_out
     assert min(check.held_out for check in outcome.checks[1:]) > outcome.before
 
@@ -275,7 +255,7 @@ def test_what_does_not_help_is_refused_and_nothing_is_written(pruned, windows, m
 @in_float32
 @pytest.mark.parametrize("train, moved", [("norms", "layernorm"), pytest.param("weights", "proj", marks=pytest.mark.slow)])
 def test_only_what_is_asked_for_moves(pruned, windows, train, moved):
-    _, journal = run(pruned, windows, method=dataclasses.replace(METHOD, train=train))
+    _, journal = run(pruned, windows, method=dataclasses.replace(METHOD, train=train, learning_rate=1e-3))
     before = journal.tensors()
     for name, weight in result(journal).items():
         assert moved in name or (weight == before.read(name)).all(), name
@@ -310,7 +290,7 @@ def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
     trainer = Trainer(opened(parse(pruned[0]), (4, 2)).decoder, METHOD)
     needed = trainer.bytes_on_device()
     refuse_large(dataclasses.replace(trainer, budget=needed))
-    with pytest.raises(UserError, match="take more devices, --distill.train norms or --distill null"):
+    with pytest.raises(UserError, match="take more devices, --distill blocks, --distill.train norms, or --distill null"):
         refuse_large(dataclasses.replace(trainer, budget=needed - 1), "--distill null")
     # A batch of 1 on each of 4 slices holds the step's 4 windows. Where a step takes two batches, gradients of all blocks add up.
     shares = [Trainer(dataclasses.replace(trainer.decoder, batch=1), KL(batch=batch)) for batch in (4, 8)]
@@ -408,7 +388,7 @@ def test_a_whole_run(tmp_path, capsys):
     """The run says that it is trained, measures both models, and another number of windows is another run."""
     model, output = tiny_folder(tmp_path / "model"), tmp_path / "run"
     command = ["--model", str(model), "--output", str(output), "--mesh", "4x2", "--selector", "wanda", "--solver", "null", *SMALL]
-    command += ["--distill", "kl", "--distill.windows", "16", "--distill.learning_rate", "6e-3"]
+    command += ["--distill", "kl", "--distill.windows", "16", "--distill.learning_rate", "1e-3"]
     assert main(command) == 0
     printed = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())

@@ -30,7 +30,7 @@ from tests.support.runs import SMALL, assert_close_weights, assert_same_weights,
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
 
 TEXT = ["--source", "random", "--windows", "8", "--length", "32", "--distill.batch", "4"]
-TEXT += ["--distill.learning_rate", "6e-3", "--distill.checks", "2"]
+TEXT += ["--distill.learning_rate", "1e-3", "--distill.checks", "2"]
 TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
 
 
@@ -271,7 +271,7 @@ def test_a_text_that_only_the_record_names_says_what_replaces_it(pruned, monkeyp
 def test_the_command_of_a_recovery_says_how_it_trained(pruned):
     configuration = json.loads((pruned / "recovered/run.json").read_text())["configuration"]
     name, words = recorded_words(configuration)
-    assert name == "recover" and parse(words).distill == KL(batch=4, learning_rate=6e-3, checks=2)
+    assert name == "recover" and parse(words).distill == KL(batch=4, learning_rate=1e-3, checks=2)
 
 
 def test_tokens_are_counted_in_any_spelling():

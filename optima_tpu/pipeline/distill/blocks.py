@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import plural
 from optima_tpu.evaluate.predictions import per_token, sum_over_windows
-from optima_tpu.method.distillation import Distillation, Kind, cross_entropy, optimizer, size
+from optima_tpu.method.distillation import Distillation, Kind, cross_entropy, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import ExpertNames, Positions
@@ -43,14 +43,12 @@ class TrainedBlock(NamedTuple):
       masters: what moves, float32, by name inside the block.
       fixed: the other parameters, in the checkpoint's dtype.
       keep: of the pruned weights, bool, True where a weight stays.
-      sizes: of the masters before the training, which learning rates are shares of.
     """
 
     masters: Tree
     fixed: Tree
     keep: Tree
     moments: optax.OptState
-    sizes: Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Trainer:
 
     @functools.cached_property
     def factors(self) -> Mapping[str, float]:
-        """The learning rate of every parameter that moves, as a multiple of the method's, each a share of its ``size``."""
+        """The learning rate of every parameter that moves, as a multiple of the method's."""
         shapes, experts = self.decoder.block_shapes, self.decoder.family.experts
         kinds: dict[Kind, set[str]] = {
             "weights": {name + ".weight" for name in self.decoder.linears},
@@ -157,7 +155,7 @@ class Trainer:
         masters = {name: jax.device_put(parameters[name], self.shards(name)).astype(jnp.float32) for name in self.factors}
         fixed = {name: array for name, array in parameters.items() if name not in masters}
         masks = {name: self.place(name, np.asarray(keep[name])) for name in masters if name in keep}
-        return TrainedBlock(masters, fixed, masks, _start(masters), _sizes(masters, masks))
+        return TrainedBlock(masters, fixed, masks, _start(masters))
 
     def struct(self) -> TrainedBlock:
         """Shapes, dtypes and shardings of a block from :meth:`open` whose matrices all have masks; no weight is read."""
@@ -174,8 +172,7 @@ class Trainer:
         keep = {name: split(name, jnp.bool_) for name in masters if name.removesuffix(".weight") in self.decoder.linears}
         started: Any = jax.eval_shape(_start, masters)
         count = struct_on(self.decoder.mesh, (), started.count.dtype, P())
-        sizes = {name: struct_on(self.decoder.mesh, (), np.dtype(jnp.float32), P()) for name in masters}
-        return TrainedBlock(masters, fixed, keep, started._replace(count=count, mu=masters, nu=masters), sizes)
+        return TrainedBlock(masters, fixed, keep, started._replace(count=count, mu=masters, nu=masters))
 
     def place(self, name: str, array: np.ndarray) -> Array:
         """An array of the host with the shape of a master, split as the master is."""
@@ -284,8 +281,7 @@ class Trainer:
             gradient = {name: share * total for name, total in gradient.items()}
             masks = {name: block.keep.get(name, True) for name in gradient}
             moved, moments = keep_zeros(optimizer(), masks).update(gradient, block.moments)
-            rates = {name: rate * factor * block.sizes[name] for name, factor in self.factors.items()}
-            masters = {name: master - rates[name] * moved[name] for name, master in block.masters.items()}
+            masters = {name: master - rate * self.factors[name] * moved[name] for name, master in block.masters.items()}
             return block._replace(masters=masters, moments=moments)
 
         return jax.jit(update, donate_argnums=(0,))
@@ -293,11 +289,6 @@ class Trainer:
 
 def _start(masters: Tree) -> optax.OptState:
     return optimizer().init(masters)
-
-
-@jax.jit
-def _sizes(masters: Tree, keep: Tree) -> Tree:
-    return {name: size(master, keep.get(name)) for name, master in masters.items()}
 
 
 Loss = Callable[[Array, Array, Array], Array]
