@@ -148,7 +148,7 @@ class ExpertRemoval:
         left = ExpertBlock.of(fewer, index, names, parameters, length)
         sents = kept(functools.partial(left.sent, text), self.keep and self.steps > 0)
         block = self._solved(left, parameters, sents, targets, text.tokens) if self.steps else CutBlock(())
-        ExpertBlock.of(fewer, index, names, parameters | dict(block.down), length).advance(text, sents)
+        left._replace(state=left.decoder.state(parameters | dict(block.down))).advance(text, sents)
         return block._replace(stay=stay)
 
     def _solved(
@@ -185,7 +185,7 @@ def kept(batches: Batches[T], keep: bool) -> Batches[T]:
     """The same, computed once if ``keep``, otherwise at each call."""
     if not keep:
         return batches
-    found = list(batches())
+    found = [jax.block_until_ready(each) for each in batches()]  # see _mean
     return lambda: iter(found)
 
 
