@@ -160,7 +160,7 @@ class _Group(NamedTuple):
     def problem(self, recipe: Recipe) -> LayerProblem:
         """The problem of all rows, on the calibration tokens."""
         hessian, term = self.tokens.calibration
-        pull = None if term is None else recipe.target.pull(term)
+        pull = None if term is None else recipe.target.pull(term, recipe.target.alpha)
         return LayerProblem(self.stack, hessian, pull, recipe.damping)
 
     def choose(self, recipe: Recipe, patterns: tuple[Pattern, ...], given: tuple[Given[Array], ...] | None) -> tuple[Pruned, ...]:

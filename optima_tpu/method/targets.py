@@ -50,14 +50,14 @@ class Target(Method, abc.ABC):
         """The number of streams of hidden states, and of matrices [d_in, d_in] for every set of tokens."""
         return 1 + self.dense_stream
 
-    def pull(self, term: "LinearTerm") -> Float32[Array, "rows d_in"]:
+    def pull(self, term: "LinearTerm", alpha: float) -> Float32[Array, "rows d_in"]:
         """``e``, [rows, d_in] float32: what the target asks for beyond the layer's own outputs.
 
         Args:
           term: the linear term of the rows.
+          alpha: the target's own.
         """
-        outputs = self.alpha * term.outputs
-        return outputs if term.stream is None else outputs + term.stream
+        return alpha * term.outputs if term.stream is None else alpha * term.outputs + term.stream
 
 
 @dataclasses.dataclass(frozen=True)
