@@ -870,7 +870,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         "# Which models run\n\n"
         "A declared one has [a family here](../start/your-model.md); a general one is run [by its code in "
         "torch](../start/your-model.md#general).",
-        {"By class": Group(("decoders",))},
+        {"By class": Group(("decoders",)), "Both ways": Group(("both-ways",))},
     ),
 }
 
