@@ -33,6 +33,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "attention_head_dim"), 12),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_inner", "decoder_ffn_dim", "ffn_hidden_size", "dff"), 80),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 24),
+    "moe_shared_expert_intermediate_size": 24,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "sliding_window"), 128),
