@@ -290,7 +290,7 @@ def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
     trainer = Trainer(opened(parse(pruned[0]), (4, 2)).decoder, METHOD)
     needed = trainer.bytes_on_device()
     refuse_large(dataclasses.replace(trainer, budget=needed))
-    with pytest.raises(UserError, match="take more devices, --distill blocks, --distill.train norms, or --distill null"):
+    with pytest.raises(UserError, match="take more devices, --distill.train norms or --distill null"):
         refuse_large(dataclasses.replace(trainer, budget=needed - 1), "--distill null")
     # A batch of 1 on each of 4 slices holds the step's 4 windows. Where a step takes two batches, gradients of all blocks add up.
     shares = [Trainer(dataclasses.replace(trainer.decoder, batch=1), KL(batch=batch)) for batch in (4, 8)]
