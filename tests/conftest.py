@@ -36,6 +36,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 pytest.register_assert_rewrite("tests.support")  # a failing assertion tells its values there too
 
 from tests.support import checked  # noqa: E402
+from tests.support.cells import STAY  # noqa: E402
 from tests.support.pages import leave_plots_empty  # noqa: E402
 
 # Whatever the tests call of the method takes and gives the types and shapes that it declares. Before it is imported.
@@ -51,9 +52,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items):
     """The largest files come first, so that no worker is left with a long one while the other has nothing."""
     items.sort(key=lambda item: -item.path.stat().st_size)
+    for item in items:
+        if (stay := STAY.get(item.originalname)) and item.callspec.id not in stay:
+            item.add_marker(pytest.mark.slow)
+    # Cells that got other names would all be slow, and nobody would see it.
+    for name, stay in STAY.items():
+        cells = {item.callspec.id for item in items if item.originalname == name}
+        if len(cells) > len(stay) and not stay <= cells:
+            raise pytest.UsageError(f"tests/support/cells.py: no cell {', '.join(stay - cells)} of {name}")
 
 
 def pytest_collection_finish():

@@ -10,6 +10,7 @@ from benchmarks import layer_errors, records
 from optima_tpu.report.runs import read_report
 
 
+@pytest.mark.slow
 def test_layer_errors_are_those_of_a_whole_run(finished, capsys):
     report = read_report(finished.directory)
     layers = report.layers

@@ -58,6 +58,7 @@ jax.distributed.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_has_joined_the_processes_goes_on_after_a_run_that_is_refused_and_prunes_in_them(finished, tmp_path):
     """To the weights of one process, and each process reads its share."""
     (tmp_path / "notes").touch()

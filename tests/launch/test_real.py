@@ -38,6 +38,7 @@ def model():
     return pretrained, tokens
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_same_tokenizer(model):
     """But for digits: transformers does not know that this model's are split."""
     pytest.importorskip("torch")

@@ -33,6 +33,7 @@ def test_logits_are_those_of_the_decoder_and_every_tensor_keeps_its_name(name):
         np.testing.assert_array_equal(array, tensors.arrays[each])
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_in_plain_jax_and_stays_pruned(finished):
     model = optima_tpu.load(finished.directory).nnx(mesh="4x2")
     parameters = nnx.state(model, nnx.Param)
