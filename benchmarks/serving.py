@@ -10,9 +10,14 @@ it, as medians, and the median of the ratios in each turn, to the first model, w
 sizes and ratios into a record.
 
 On a machine that other programs use at the same time, --shared computes on one core, and counts the seconds that it computed alone.
+
+    python -m benchmarks.serving --llama-cpp dense/model.gguf cut/model.gguf [--length 512] [--new 32] [--repeats 5]
+
+measures the same of GGUF files in llama.cpp, by the package xllamacpp.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -73,14 +78,14 @@ def cut(name: str, parts: str) -> transformers.PreTrainedModel:
 
 
 @torch.inference_mode()
-def rates(model: transformers.PreTrainedModel, tokens: torch.Tensor, new: int, clock: Callable[[], float]) -> tuple[float, float]:
+def rates(model: transformers.PreTrainedModel, clock: Callable[[], float], tokens: list[int], new: int) -> tuple[float, float]:
     """Tokens a second of reading and of writing."""
     start = clock()
-    found = model(tokens, use_cache=True)
+    found = model(torch.tensor([tokens]), use_cache=True)
     read = clock()
     for _ in range(new):
         found = model(found.logits[:, -1:].argmax(-1), past_key_values=found.past_key_values, use_cache=True)
-    return tokens.numel() / (read - start), new / (clock() - read)
+    return len(tokens) / (read - start), new / (clock() - read)
 
 
 class Timed(NamedTuple):
@@ -88,16 +93,43 @@ class Timed(NamedTuple):
 
     Attributes:
       cut: what leaves it, as --cut takes it; its name where it is a model that exists.
+      bytes: of its weights; a tied head counts once, as in a file.
+      rates: the tokens a second of reading such tokens, and of writing so many behind them.
     """
 
     cut: str
-    model: transformers.PreTrainedModel
+    bytes: int
+    vocabulary: int
+    rates: Callable[[list[int], int], tuple[float, float]]
     turns: list[tuple[float, float]]
+
+    @classmethod
+    def in_torch(cls, cut: str, model: transformers.PreTrainedModel, clock: Callable[[], float]) -> "Timed":
+        size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        return cls(cut, size, model.config.get_text_config().vocab_size, functools.partial(rates, model, clock), [])
+
+    @classmethod
+    def in_llama_cpp(cls, path: str, threads: int) -> "Timed":
+        """A GGUF file, by llama.cpp's own clock."""
+        import xllamacpp
+        from gguf import GGUFReader
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel = path, 4096, 1
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        server, vocabulary = xllamacpp.Server(settings), len(GGUFReader(path).fields["tokenizer.ggml.tokens"].data)
+
+        def found(tokens: list[int], new: int) -> tuple[float, float]:
+            # ignore_eos, so that all write as many; cache_prompt, so that none reads what it knows from the turn before.
+            asked = {"prompt": tokens, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+            timings = server.handle_completions(asked)["timings"]
+            return timings["prompt_per_second"], timings["predicted_per_second"]
+
+        return cls(path, Path(path).stat().st_size, vocabulary, found, [])
 
     @property
     def megabytes(self) -> int:
-        """The size of its weights; a tied head counts once, as in a file."""
-        return round(sum(weight.numel() * weight.element_size() for weight in self.model.parameters()) / 1e6)
+        return round(self.bytes / 1e6)
 
     def ratios(self, dense: "Timed", place: int) -> list[float]:
         """In each turn the speed as a ratio to the dense model's: of reading, or of writing."""
@@ -151,20 +183,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shared", action="store_true", help="one core, and the seconds of this process on it")
     parser.add_argument("--record", type=Path, help="the record whose rows are replaced")
+    parser.add_argument(
+        "--llama-cpp", action="store_true", help="the models are GGUF files, which llama.cpp runs; without --cut and --record"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.llama_cpp and (arguments.cut or arguments.record or arguments.shared):
+        parser.error("--llama-cpp takes GGUF files, and neither --cut nor --record nor --shared")
     torch.set_num_threads(1 if arguments.shared else len(os.sched_getaffinity(0)))
     clock = time.process_time if arguments.shared else time.perf_counter
-    timed = [Timed(name, load(name), []) for name in arguments.models]
-    timed += [Timed(parts, cut(arguments.models[0], parts), []) for parts in arguments.cut]
-    vocabulary = min(each.model.config.get_text_config().vocab_size for each in timed)
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (1, arguments.length)))
+    if arguments.llama_cpp:
+        timed = [Timed.in_llama_cpp(name, torch.get_num_threads()) for name in arguments.models]
+    else:
+        timed = [Timed.in_torch(name, load(name), clock) for name in arguments.models]
+        timed += [Timed.in_torch(parts, cut(arguments.models[0], parts), clock) for parts in arguments.cut]
+    tokens = np.random.default_rng(0).integers(0, min(each.vocabulary for each in timed), arguments.length).tolist()
     for each in timed:
-        rates(each.model, tokens, 2, clock)  # the first pass allocates
+        each.rates(tokens, 2)  # the first pass allocates
     for _ in range(arguments.repeats):
         for each in timed:
-            each.turns.append(rates(each.model, tokens, arguments.new, clock))
+            each.turns.append(each.rates(tokens, arguments.new))
     cores = f"{torch.get_num_threads()} CPU core{'s' * (torch.get_num_threads() > 1)}"
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {cores}, float32")
+    in_torch = f"torch {torch.__version__}, transformers {transformers.__version__}, {cores}, float32"
+    print(f"llama.cpp, {cores}" if arguments.llama_cpp else in_torch)
     for each in timed:
         for place, what in enumerate(("reading", "writing")):
             rate, ratios = statistics.median(turn[place] for turn in each.turns), each.ratios(timed[0], place)
