@@ -158,7 +158,7 @@ def write_record(path: Path, timed: Sequence[Timed], command: str, text: str, ha
         "notes": [
             "The speed depends on the shapes alone: the cut models have these shapes, and random weights.",
             *(f"Single turns of `{each.cut}`, reading; writing: {spread}." for each, spread in zip(others, spreads)),
-            f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}. Not measured: llama.cpp and vLLM.",
+            f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}. Not measured: vLLM.",
         ],
     }
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
