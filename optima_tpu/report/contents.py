@@ -135,6 +135,11 @@ class ExpertsLeft(Record, frozen=True):
         """How many every mixture keeps."""
         return max(len(block.stay) for block in self.blocks)
 
+    @property
+    def solved(self) -> bool:
+        """Whether the weights of those that stay were solved."""
+        return any(block.error_after is not None for block in self.blocks)
+
 
 class LeftOut(Record, frozen=True):
     """The contents of left_out.json: the blocks and the experts that the model is without.

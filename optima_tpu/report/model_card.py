@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from optima_tpu.config.flat import flat, typed
 from optima_tpu.errors import legible, plural
 from optima_tpu.method.patterns import WholeParts, parse_pattern
-from optima_tpu.report.contents import BLOCKS, Outcome, RunFacts, Sidecar, parts_left
+from optima_tpu.report.contents import BLOCKS, EXPERTS, Outcome, RunFacts, Sidecar, parts_left
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
@@ -25,7 +25,7 @@ _IN_FILES = (
     "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp. Zeros save time only with "
     "a kernel that uses them.\n"
 )
-_CUT = "This is an ordinary smaller model: its files are smaller, and every program that loads the dense model loads it and computes less."
+_CUT = "This is an ordinary smaller model: its files are smaller, and every program that loads the dense model loads it"
 _IN_MAXTEXT = (
     "`0/items` holds the parameters in MaxText's layout, and maxtext.yml the settings that belong to it: "
     "`maxtext.yml load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER`, with absolute paths, are arguments of MaxText's trainer. "
@@ -128,9 +128,17 @@ def _left_out(card: Card) -> str:
 
 
 def _cuts(card: Card) -> str:
-    cuts = {called: count for called, count in card.sidecar.cuts.items() if called != BLOCKS}
+    cuts = {called: count for called, count in card.sidecar.cuts.items() if called not in (BLOCKS, EXPERTS)}
     moved = ", and the matrices that read them were changed to compensate" * (card.recipe.solver is not None)
     return f"{parts_left(cuts)} are left{',' if moved else ', and'} the others are deleted{moved}" if cuts else ""
+
+
+def _experts(card: Card) -> str:
+    left, cuts = card.sidecar.left_out.experts, card.sidecar.cuts
+    if not left or EXPERTS not in cuts:
+        return ""
+    solved = ", and the down projections of those that stay were solved toward the output of the whole mixture" * left.solved
+    return f"{parts_left({EXPERTS: cuts[EXPERTS]})} are left{',' if solved else ', and'} the others are deleted{solved}"
 
 
 def _zeros(card: Card) -> str:
@@ -143,7 +151,7 @@ def _zeros(card: Card) -> str:
     )
 
 
-_CHANGES: Sequence[Callable[[Card], str]] = (_left_out, _cuts, _zeros)
+_CHANGES: Sequence[Callable[[Card], str]] = (_left_out, _experts, _cuts, _zeros)
 """What pruning did to the tensors, each in words; empty where it did no such thing."""
 
 
@@ -177,7 +185,8 @@ def _storage(card: Card) -> str:
         return _IN_FILES
     speed = card.facts.speed if card.facts else None
     measured = f" Where it was made ({speed.how}): {_plain(speed.words)}." if speed and speed.cut else ""
-    return _CUT + measured + (" Its zeros are stored like other numbers." if card.has_zeros else "") + "\n"
+    cost = "; a token passes through as many experts as before." if [*card.sidecar.cuts] == [EXPERTS] else " and computes less."
+    return _CUT + cost + measured + (" Its zeros are stored like other numbers." if card.has_zeros else "") + "\n"
 
 
 def _recipe(card: Card) -> str:

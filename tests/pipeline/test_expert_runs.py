@@ -66,7 +66,12 @@ def test_transformers_loads_the_model_and_computes_what_the_run_measured(model, 
     assert report["cuts"] == {"experts": {"left": [total // 2], "total": total}} and report["left_out"] == kept
     weights, left = (sum(each.size for each in folder_tensors(path).values()) for path in (source, run / "hf"))
     assert report["removed"] == weights - left > 0
-    assert f"{total // 2} of {total} experts in every block" in (run / "hf" / "README.md").read_text()
+    card = " ".join((run / "hf" / "README.md").read_text().split())
+    assert (
+        f"{total // 2} of {total} experts in every block" in card and "a token passes through as many experts as before" in card
+    )
+    assert "those that stay were solved toward the output of the whole mixture" in card and "changed to compensate" not in card
+    assert "Experts solved" in (run / "report.html").read_text()
     errors = [(block["error_before"], block["error_after"]) for block in kept["experts"]["blocks"] if block["stay"]]
     assert errors and all(after < before for before, after in errors)
     assert not verified(run).damaged
