@@ -488,6 +488,11 @@ def parts_left(cuts: Mapping[str, CutCount]) -> str:
     return ", ".join([*model, *([f"{inner} in every block"] if inner else [])])
 
 
+def only_experts(cuts: Mapping[str, CutCount]) -> bool:
+    """Whether a model lost experts alone, so that a token passes through as many as before."""
+    return cuts.keys() == {EXPERTS}
+
+
 class ExportForm(Record, frozen=True):
     """How an export was written, see ``forms``."""
 

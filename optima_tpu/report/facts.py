@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from optima_tpu.errors import plural
-from optima_tpu.report.contents import EXPERTS, Report, parts_left
+from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.numbers import became, direction, number, percent
 from optima_tpu.report.summary import exchanged, mean_errors, means, measured, quantized_line
@@ -129,13 +129,11 @@ def _left_out(report: Report) -> Fact | None:
 
 def _refit(report: Report) -> Fact | None:
     left = report.left_out.experts
-    if not left or not left.solved:
+    first, last = means(left.blocks if left else (), ("error_before", "error_after"))
+    if first is None or last is None:
         return None
-    solved = [block for block in left.blocks if block.error_after is not None]
-    first = sum(block.error_before or 0.0 for block in solved) / len(solved)
-    last = sum(block.error_after or 0.0 for block in solved) / len(solved)
     note = "mean squared error of the mixtures' output on the calibration text, of its energy; each block and its experts: left_out.json"
-    return Fact("refit", "Experts solved", [f"{percent(first)} → {percent(last)}"], note)
+    return Fact("refit", "Experts solved", [became(first, last, percent)], note)
 
 
 def _speed(report: Report) -> Fact | None:
@@ -208,8 +206,8 @@ def _trained(report: Report) -> Fact | None:
 
 def running(report: Report) -> str:
     """What the pruned model costs to run, in a sentence."""
-    deleted = [called for called, cut in report.cuts.items() if cut.deleted]
-    if deleted == [EXPERTS]:
+    deleted = {called: cut for called, cut in report.cuts.items() if cut.deleted}
+    if only_experts(deleted):
         return "It takes less memory, because the experts that left are in no file; a token passes through as many as before."
     if deleted:
         return "It computes less than the dense model in every program, because what was cut is in no file."
@@ -217,21 +215,19 @@ def running(report: Report) -> str:
 
 
 FACTS: Sequence[Callable[[Report], Fact | None]] = (
-    *(
-        _perplexity,
-        _error,
-        _against_dense,
-        _sparsity,
-        _cuts,
-        _left_out,
-        _refit,
-        _speed,
-        _quantised,
-        _masks,
-        _size,
-        _memory,
-        _trained,
-    ),
+    _perplexity,
+    _error,
+    _against_dense,
+    _sparsity,
+    _cuts,
+    _left_out,
+    _refit,
+    _speed,
+    _quantised,
+    _masks,
+    _size,
+    _memory,
+    _trained,
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
 _OF_LAYERS = _error, _against_dense, _quantised, _masks

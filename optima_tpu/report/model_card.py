@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from optima_tpu.config.flat import flat, typed
 from optima_tpu.errors import legible, plural
 from optima_tpu.method.patterns import WholeParts, parse_pattern
-from optima_tpu.report.contents import BLOCKS, EXPERTS, Outcome, RunFacts, Sidecar, parts_left
+from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount, Outcome, RunFacts, Sidecar, only_experts, parts_left
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
@@ -127,18 +127,25 @@ def _left_out(card: Card) -> str:
     )
 
 
+def _deleted(cuts: Mapping[str, CutCount], changed: str) -> str:
+    """What is left of parts, and what ``changed`` for those that are deleted; empty where nothing is."""
+    if not cuts:
+        return ""
+    return f"{parts_left(cuts)} are left, " + (
+        f"the others are deleted, and {changed}" if changed else "and the others are deleted"
+    )
+
+
 def _cuts(card: Card) -> str:
     cuts = {called: count for called, count in card.sidecar.cuts.items() if called not in (BLOCKS, EXPERTS)}
-    moved = ", and the matrices that read them were changed to compensate" * (card.recipe.solver is not None)
-    return f"{parts_left(cuts)} are left{',' if moved else ', and'} the others are deleted{moved}" if cuts else ""
+    return _deleted(cuts, "the matrices that read them were changed to compensate" * (card.recipe.solver is not None))
 
 
 def _experts(card: Card) -> str:
-    left, cuts = card.sidecar.left_out.experts, card.sidecar.cuts
-    if not left or EXPERTS not in cuts:
-        return ""
-    solved = ", and the down projections of those that stay were solved toward the output of the whole mixture" * left.solved
-    return f"{parts_left({EXPERTS: cuts[EXPERTS]})} are left{',' if solved else ', and'} the others are deleted{solved}"
+    cuts, left = card.sidecar.cuts, card.sidecar.left_out.experts
+    solved = left is not None and left.solved
+    changed = "the down projections of those that stay were solved toward the output of the whole mixture" * solved
+    return _deleted({EXPERTS: cuts[EXPERTS]} if EXPERTS in cuts else {}, changed)
 
 
 def _zeros(card: Card) -> str:
@@ -185,7 +192,7 @@ def _storage(card: Card) -> str:
         return _IN_FILES
     speed = card.facts.speed if card.facts else None
     measured = f" Where it was made ({speed.how}): {_plain(speed.words)}." if speed and speed.cut else ""
-    cost = "; a token passes through as many experts as before." if [*card.sidecar.cuts] == [EXPERTS] else " and computes less."
+    cost = "; a token passes through as many experts as before." if only_experts(card.sidecar.cuts) else " and computes less."
     return _CUT + cost + measured + (" Its zeros are stored like other numbers." if card.has_zeros else "") + "\n"
 
 

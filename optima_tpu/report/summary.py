@@ -9,6 +9,7 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
 from optima_tpu.report.settings import RecipeSettings
+from optima_tpu.runtime.records import Record
 
 FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
 """Names of the errors on calibration and on held-out tokens, with the selector's and with the final weights."""
@@ -181,8 +182,8 @@ def held_out_caveat(settings: RecipeSettings) -> str:
     return "also chose the sparsities, so its error is slightly too low" if chosen else ""
 
 
-def means(layers: Iterable[LayerReport], names: Sequence[str]) -> tuple[float | None, ...]:
-    """The mean of each error in ``names`` over the layers that have them; see :func:`mean_or_none`.
+def means(layers: Iterable[Record], names: Sequence[str]) -> tuple[float | None, ...]:
+    """The mean of each error in ``names`` over the layers, or blocks, that have them; see :func:`mean_or_none`.
 
     Layers that have none of these errors are ignored: without held-out tokens, or experts that received none of them.
     """

@@ -296,8 +296,7 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     memory = stats.get("bytes_limit") or host_memory() // sharing
     cores, clock, notes = os.cpu_count() or 1, time.perf_counter, list[str]()
     if first.platform == "cpu" and (load := os.getloadavg()[0]) > cores:
-        # The seconds that the cores computed for this process, and not those in which it waited for them.
-        clock = lambda: time.process_time() / cores  # noqa: E731
+        clock = _computed
         notes.append(
             f"other programs keep the {plural(cores, 'core')} of this machine busy (load {load:.1f}): the times are those of a machine "
             f"without them, but for compiling. Beside them a run takes about {1 + load / cores:.0f} times as long"
@@ -307,6 +306,11 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     if not compiling:
         notes.append("nothing was compiled (--no-compile): memory comes from a simple model")
     return Machine(where, chip, made if compiling else made.abstract_mesh, jax.process_count(), 0.8, tuple(notes), here=True)
+
+
+def _computed() -> float:
+    """A clock of the seconds that all cores computed for this process, which stands still while it waits for them."""
+    return time.process_time() / (os.cpu_count() or 1)
 
 
 def _measure(dtype: jnp.dtype, clock: Callable[[], float], size: int = 1024) -> tuple[float, float, float, float]:
