@@ -1,73 +1,61 @@
 """A run that was stopped goes on to the same bits with the same command, and to nothing else with another one."""
 
+import itertools
 import json
 import os
 import shlex
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
 from optima_tpu.config.parse import parse
 from optima_tpu.launch import main
-from optima_tpu.pipeline import inputs
+from optima_tpu.pipeline import inputs, walk
 from optima_tpu.pipeline.journal import Journal, finished_blocks
+from optima_tpu.runtime import kept
 from optima_tpu.runtime.files import remove
 from optima_tpu.runtime.program import program
 from tests.support.meshes import mesh
-from tests.support.processes import python
 from tests.support.runs import assert_close_weights, assert_same_weights, only_error, snapshot, stop_after_the_first_block
-
-# Runs that kill themselves, each in a child of a process that has imported everything and done nothing yet. Every layer of a
-# block is one of four calls of prune_group; commit is called for the hidden states and then for the journal entry of every block.
-KILLED = """
-import os, signal, sys
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import optima_tpu.pipeline.journal, optima_tpu.launch, optima_tpu.pipeline.walk, optima_tpu.runtime.kept
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def patch(owner, name, call, before):
-    original, count = getattr(owner, name), 0
-    def patched(*arguments):
-        nonlocal count
-        count += 1
-        if before and count == call:
-            kill()
-        result = original(*arguments)
-        if count == call:
-            kill()
-        return result
-    setattr(owner, name, patched)
-
-directory, *arguments = sys.argv[1:]
-for moment in ("inside a block", "while saving", "between blocks"):
-    if child := os.fork():
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    match moment:
-        case "inside a block":   # the second of the second block's four solves was started
-            patch(optima_tpu.pipeline.walk, "prune_group", 6, before=False)
-        case "while saving":     # Orbax has written the second block's entry, which does not have its name yet
-            arguments += ["--recompute", "0"]  # else the second block's hidden states would not be saved
-            patch(optima_tpu.runtime.kept, "commit", 4, before=True)
-        case "between blocks":   # the second block's entry is durable
-            patch(optima_tpu.pipeline.journal.Journal, "save", 2, before=False)
-    sys.exit(optima_tpu.launch.main([*arguments, "--output", os.path.join(directory, moment)]))
-"""
 
 
 @pytest.fixture(scope="module")
 def killed(finished, tmp_path_factory) -> Path:
-    """A folder of runs that were killed, by the moment."""
+    """A folder of directories of runs, by the moment, as a process that is killed then leaves them.
+
+    Each is copied while a run goes on: of a process that ends at once exactly the files stay. tests/pipeline/test_interrupted.py kills
+    processes. Every layer of a block is one of four calls of ``prune_group``; ``commit`` is called for the hidden states and then for the
+    journal entry of every block.
+    """
     root = tmp_path_factory.mktemp("killed")
-    # What the first of these processes compiles, the others find, however small.
-    ended = python("-c", KILLED, root, *finished.arguments, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
-    statuses = [line for line in ended.stdout.splitlines() if line.removeprefix("-").isdecimal()]
-    assert statuses == [str(-signal.SIGKILL)] * 3, ended.stdout + ended.stderr
+
+    def copying(patch: pytest.MonkeyPatch, moment: str, owner, name: str, call: int, before: bool = False) -> None:
+        original, count = getattr(owner, name), itertools.count(1)
+
+        def copied(*arguments):
+            here = next(count) == call
+            if here and before:
+                shutil.copytree(root / "run", root / moment)
+            result = original(*arguments)
+            if here and not before:
+                shutil.copytree(root / "run", root / moment)
+            return result
+
+        patch.setattr(owner, name, copied)
+
+    def run(*more: str) -> None:
+        assert main([*finished.arguments, *more, "--output", str(root / "run")]) == 0
+        shutil.rmtree(root / "run")
+
+    with pytest.MonkeyPatch.context() as patch:
+        copying(patch, "inside a block", walk, "prune_group", 6)  # the second of the second block's four solves was started
+        copying(patch, "between blocks", Journal, "save", 2)  # the second block's entry is durable
+        run()
+    with pytest.MonkeyPatch.context() as patch:
+        # Orbax has written the second block's entry, which does not have its name yet.
+        copying(patch, "while saving", kept, "commit", 4, before=True)
+        run("--recompute", "0")  # else the second block's hidden states would not be saved
     return root
 
 
