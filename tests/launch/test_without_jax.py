@@ -34,8 +34,12 @@ class Refuses:
 LIBRARIES = "jax", "jaxlib", "numpy", "scipy", "mpax", "optax", "transformers", "pyarrow", "torch", "huggingface_hub", "matplotlib"
 sys.meta_path.insert(0, Refuses())
 from optima_tpu.cli import main
+from optima_tpu.runtime import light
+
+modules = light._Modules()
+light._Modules = lambda: modules
 """
-"""What a child runs before :func:`here`: it forbids the libraries."""
+"""What a child runs before :func:`here`: it forbids the libraries, and loads the light modules once for all of its commands."""
 
 EACH = """
 for words in json.loads(sys.stdin.read()):
