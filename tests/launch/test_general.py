@@ -77,8 +77,8 @@ def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_pa
     assert_bit_for_bit(source, folder)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_pruned_model_loads_in_transformers(saved, halved, name):
+@pytest.mark.parametrize("name", alone("GPT2LMHeadModel"))
+def test_a_pruned_model_of_torch_loads_in_transformers(saved, halved, name):
     folder = halved(name) / "hf"
     dense, found = open_model(str(saved(name)), "float32"), open_model(str(folder))
     linears, masks = linears_of(Decoder.open(dense.config, dense.tensors, mesh(1, 1))), read_masks(folder)
