@@ -136,11 +136,12 @@ class CutStructures(Bounded):
         the block without which the next-token distribution stays nearest to the dense model's. More make the model smaller and
         worse; take --target dense, so that the layers behind a gap are fitted toward the whole model.
       experts: number of experts that every mixture loses, or their share if it is below 1. The experts with the lowest scores go.
+        The pattern prunes what stays; with --pattern dense nothing else leaves.
       score: how experts are scored: price (the error of the output without them when the others may move), reap (their share of the
         output times its norm), frequency, man or msan (the mean norm or squared norm of their outputs), or the import path of a class of
         your own, such as my_lab.scores:MyScore.
       refit: steps that solve the experts that stay toward the output of the whole mixture. More steps come nearer to the solution and
-        take longer; 0 leaves the weights of the experts.
+        take longer; 0 leaves the weights of the experts, and does not measure the error of the output.
       to: share of the model's weights that may stay, the embedding counted. As many neurons stay in every block as fit in, beside what
         else is cut. The run says how many, and goes on as with their --pattern or rule of --layers; null cuts what these say.
       by: the parts that leave for cut.to: neuron or head, or with a multiple such as neuron@64, to which the number of those that stay is

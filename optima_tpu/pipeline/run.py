@@ -18,6 +18,7 @@ from optima_tpu.pipeline.journal import Journal, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import TextPerplexity
+from optima_tpu.pipeline.plan.model import config_apart, open_declared
 from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.stages import Results, continues, cuts
@@ -59,6 +60,9 @@ def run(
     check_signals()
     if model is None:
         say(console, f"opening      {config.model}: its files are compared with their checksums")
+        if config_apart(config.model):
+            # What config.json alone refuses is refused before weights are downloaded, and compared with their checksums.
+            together(lambda: on_model(config, open_declared(config.model, config.dtype, config.batch).config))
         model = open_model_on_mesh(config)
     check_signals()
     found = model.pretrained.config

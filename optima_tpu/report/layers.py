@@ -231,7 +231,8 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
         where = f" in {'; '.join(run.label for run in fine)}" if fine[0].label else ""
         unseen = not any(run.report.has_held_out for run in fine)
         kept = "" if unseen or not any(run.report.solver for run in fine) else ", and no matrix got worse on held-out text"
-        text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}.")
+        found = f"no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}"
+        text.append(f"Nothing{where}: {found if any(run.report.layers for run in fine) else 'no layer was pruned'}.")
     for run in runs:
         lines = meaningless_lines(run.report) + unusual_lines(run.report.blocks) + traded_lines(run.report.blocks)
         text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in lines]

@@ -36,14 +36,16 @@ def tiles(run: FinishedRun) -> list[Tile]:
     if run.evaluation and run.evaluation.average is not None:
         evaluated.append(Tile("Six tasks", percent(run.evaluation.average), f"mean accuracy, {run.evaluation.asked}"))
     again = ", including the parts before it was resumed" if run.earlier else ""
-    return [first, *evaluated, *others, Tile("Time", run.time, f"on {run.report.environment.words}{again}"), _unusual_tile(run)]
+    return [first, *evaluated, *others, Tile("Time", run.time, f"on {run.report.environment.words}{again}"), *_unusual_tiles(run)]
 
 
-def _unusual_tile(run: FinishedRun) -> Tile:
+def _unusual_tiles(run: FinishedRun) -> list[Tile]:
+    """None for a run that pruned no layer."""
     if meaningless_lines(run.report):
-        return Tile("Unusual", "no meaning", "text or dense model, named below")
+        return [Tile("Unusual", "no meaning", "text or dense model, named below")]
     count = unusual_count(run)
-    return Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")
+    found = Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")
+    return [found] * bool(run.report.layers)
 
 
 def comparison(runs: Sequence[FinishedRun]) -> Section:

@@ -61,7 +61,7 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
         lines, notes = _layer_lines(console, report), traded_lines(blocks)
         strange += unusual_lines(blocks)
     lines += ["", *(plain(fact.line) for fact in facts(report))]
-    lines += labelled("unusual", strange or ["nothing"]) + labelled("note", notes)
+    lines += labelled("unusual", strange or ["nothing"] * bool(layers)) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
     lines += ["", f"result      {plain(result(report))}"]

@@ -177,6 +177,7 @@ def size(path: Path) -> int:
 )
 def test_what_cannot_be_removed_is_one_line(words, said, tmp_path, capsys):
     model = folder("Qwen3MoeForCausalLM", tmp_path / "model")
+    (model / "model.safetensors").unlink()  # config.json alone decides
     capsys.readouterr()  # transformers prints while it saves
     assert main(["--model", str(model), "--output", str(tmp_path / "run"), *SMALL, *words]) == 2
     assert said in only_error(capsys.readouterr().err)

@@ -297,4 +297,4 @@ def test_parts_that_were_cut_stay_so_and_the_recovered_model_is_as_narrow(tmp_pa
     capsys.readouterr()
     assert main([str(tmp_path / "run/hf"), *TOKENS, *TEXT, "--output", str(tmp_path / "again")]) == 2
     error = only_error(capsys.readouterr().err)
-    assert "have fewer neurons" in error and "give the directory of its run" in error
+    assert "have fewer neurons" in error and f"give the directory of its run, {tmp_path / 'run'}" in error

@@ -397,7 +397,7 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
     page = drawn(write_run(tmp_path / "none", EMBEDDED.changed(solver=None)), to=tmp_path / "x.html")
     assert "the selector’s own" in page.sections["solver"] and "before → after" not in page.words
     page = drawn(write_run(tmp_path / "nothing", reports=[]), to=tmp_path / "x.html")
-    assert not page.sections.keys() & {"layers", "maps", "solver"} and "unusual" in page.sections
+    assert not page.sections.keys() & {"layers", "maps", "solver"} and "Nothing: no layer was pruned." in page.sections["unusual"]
     assert "no layer was pruned" in page.words
 
 

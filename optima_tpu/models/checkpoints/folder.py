@@ -207,7 +207,10 @@ def assets_in(folder: Path) -> dict[str, bytes]:
     for path in found:
         if (size := path.stat().st_size) > _LARGEST:
             raise UserError(f"{path} has {size:,} bytes, expected at most {_LARGEST:,}: it is damaged, or belongs to no model")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    try:
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} can't be read: {error.strerror or error}") from error
 
 
 def _open_shards(folder: Path) -> tuple[SafetensorsSource, list[Path]]:

@@ -184,6 +184,12 @@ def declared(
     return DeclaredModel(origin, opened(DeclaredTensors(decoder.end_shapes | blocks, dtype)), config)
 
 
+def config_apart(spec: str) -> bool:
+    """Whether a model's config.json can be read without its weights: in a folder, or on the hub."""
+    path = Path(spec).expanduser()
+    return (path / "config.json").is_file() or (not path.exists() and is_hub_id(spec))
+
+
 def open_declared(spec: str, dtype: str | None, batch: int, general: bool = False) -> DeclaredModel:
     """Opens a model by its config.json: from a folder, with or without weights, or from a hub id. Downloads nothing else.
 
@@ -203,10 +209,10 @@ def open_declared(spec: str, dtype: str | None, batch: int, general: bool = Fals
         pretrained = open_model(spec, dtype)
         decoder = Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch, general)
         return DeclaredModel(spec, decoder, pretrained.config, pretrained)
-    if not path.exists() and is_hub_id(spec):
-        path = hub.download(spec, ("config.json",))
-    if not (path / "config.json").is_file():
+    if not config_apart(spec):
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
+    if not path.exists():
+        path = hub.download(spec, ("config.json",))
     assets = assets_in(path)
     assets["config.json"], _ = without_quantization(assets["config.json"], spec)
     config, _ = read_config(assets["config.json"], spec, dtype)

@@ -191,8 +191,11 @@ def _record(spec: str, decoder: Decoder) -> _Record:
     if exported is None:
         return _Record()
     if inner := ", ".join(called for called in exported.cuts if called not in (BLOCKS, EXPERTS)):
+        folder = path.resolve().parent
+        named = f", {folder}" if (folder / RUN).is_file() else ""
         raise UserError(
-            f"expected blocks of the dense model's size, got {spec}, an export whose blocks have fewer {inner}; give the directory of its run"
+            f"expected blocks of the dense model's size, got {spec}, an export whose blocks have fewer {inner}; give the directory of its "
+            f"run{named}"
         )
     beside = known_record(path.resolve().parent / RUN, RunRecord)
     settings = beside.settings if beside and beside.manifest == exported.manifest else None
