@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.launch import main
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Heads, Neurons, Place, WholeInputs, parse_pattern
@@ -34,6 +35,7 @@ from optima_tpu.plan import main as planning
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
 from tests.support.meshes import mesh
+from tests.support.oracles import logits_of
 from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, REFERENCES, Reference, tiny
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder, tiny_llama
@@ -421,3 +423,46 @@ def test_no_speed_is_measured_of_a_model_that_keeps_its_zeros(tmp_path):
     words = ["--preset", "fast", "--mesh", "4x2", "--pattern", "0.25/neuron@8", "--layers", "model.layers.1.*=dense", *SMALL]
     assert main(["--model", str(model), *words, "--output", str(tmp_path / "zeros")]) == 0
     assert json.loads((tmp_path / "zeros" / "report.json").read_text())["speed"] is None
+
+
+def with_merges(folder: Path) -> Path:
+    """Gives a :func:`tiny_folder` a tokenizer that llama.cpp loads: each token is text of its own, and one is merged of two others."""
+    path, digits = folder / "tokenizer.json", "0123456789abcdef"
+    tokenizer = json.loads(path.read_text())
+    words = [*digits, *(first + second for first in digits for second in digits)][:256]
+    tokenizer["model"] |= {"vocab": {word: index for index, word in enumerate(words)}, "merges": [["0", "0"]]}
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--pattern", "0.25/neuron@8"],
+        ["--pattern", "0.33/head"],
+        ["--pattern", "0.25/neuron@8", "--layers", "*=0.33/head"],
+        ["--pattern", "dense", "--cut.blocks", "2"],
+    ],
+    ids=["neurons", "heads", "both", "blocks"],
+)
+def test_llama_cpp_predicts_the_next_token_as_the_run_does(words, tmp_path, one_device):
+    """Against the ten likeliest tokens behind ten prompts, in float32."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    model = with_merges(tiny_folder(tmp_path / "model", intermediate_size=64, num_hidden_layers=4))
+    method = ["--preset", "fast", "--solver", "null", "--export", "false"]
+    assert main(["--model", str(model), *method, *words, *SMALL, "--output", str(tmp_path / "run")]) == 0
+    export(tmp_path / "run", tmp_path / "gguf", form="gguf")
+    settings = llama_cpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(tmp_path / "gguf" / "model.gguf"), 64, 1
+    settings.cache_type_k = settings.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    server = llama_cpp.Server(settings)
+    tokens = np.random.default_rng(0).integers(3, 250, (10, 16)).astype(np.int32)
+    logits = logits_of(open_evaluated(str(tmp_path / "run"), mesh(1, 1)).model.decoder, tokens)[:, -1].astype(np.float64)
+    for prompt, own in zip(tokens, logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)):
+        asked = {"prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0, "ignore_eos": True, "logprobs": 10}
+        likeliest = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        assert [each["id"] for each in likeliest] == np.argsort(-own)[:10].tolist()
+        np.testing.assert_allclose([each["logprob"] for each in likeliest], np.sort(own)[:-11:-1], atol=1e-5, rtol=0)
