@@ -28,7 +28,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
         **dict.fromkeys(("batch_size", "batchsize"), ("batch", "4")),
         **dict.fromkeys(("wbits", "bits"), ("quantize", "int4")),
         **dict.fromkeys(("groupsize", "group_size"), ("quantize.group", "128")),
-        **dict.fromkeys(("lr", "learning_rate"), ("distill.learning_rate", "7e-5")),
+        **dict.fromkeys(("lr", "learning_rate"), ("distill.learning_rate", "1e-4")),
         **dict.fromkeys(("epochs", "num_train_epochs"), ("distill.passes", "1")),
         **dict.fromkeys(("cut", "pruning_ratio"), ("pattern", "0.25/neuron")),
         **dict.fromkeys(("drop_layers", "remove_layers", "num_layers_to_drop"), ("cut.blocks", "4")),

@@ -59,6 +59,7 @@ class Outcome(Record, frozen=True):
       tokens: how many tokens the steps read.
       perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
       seconds: that steps and checks took, also those before the run was stopped.
+      learning_rate: the peak of kept weights'; None in a run of version 0.2.0.
       spans: empty; version 0.2.0 could also train block by block, and had an entry for each.
     """
 
@@ -67,6 +68,7 @@ class Outcome(Record, frozen=True):
     tokens: Count
     perplexity_before: Positive | None = None
     seconds: float = 0.0
+    learning_rate: Positive | None = None
     spans: Annotated[tuple[Any, ...], msgspec.Meta(max_length=0)] = ()
 
     def __post_init__(self) -> None:
@@ -85,10 +87,11 @@ class Outcome(Record, frozen=True):
 
     @property
     def amount(self) -> str:
-        """How much the training read: "3 steps on 3,072 tokens, of which the state after step 2 is kept"."""
+        """How much the training read: "3 steps on 3,072 tokens at a learning rate of 0.00044, of which the state after step 2 is kept"."""
         last = self.checks[-1].step
         kept = f", of which the state after step {self.kept} is kept" * (0 < self.kept < last)
-        return trained_on(last, self.tokens) + kept
+        rate = f" at a learning rate of {self.learning_rate:.2g}" if self.learning_rate else ""
+        return trained_on(last, self.tokens) + rate + kept
 
 
 class Allocated(Record, frozen=True):

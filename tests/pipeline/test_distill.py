@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from rich.console import Console
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.method.distillation import KL
+from optima_tpu.method.distillation import KL, rate_of_descent
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, load_group, read_metadata
 from optima_tpu.models.decoder import Decoder, forward, head_logits
 from optima_tpu.pipeline.distill import states
@@ -362,12 +363,54 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
 
 
 def test_the_rates_rise_and_fall():
-    method = KL(windows=64, batch=4, learning_rate=1e-4, warmup=3)
-    rates = [method.rate(step) for step in range(method.steps)]
+    method = KL(windows=64, batch=4, warmup=3)
+    rates = [method.rate(1e-4, step) for step in range(method.steps)]
     assert len(rates) == 16 and max(rates) == pytest.approx(1e-4) == rates[3]
     assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True) and min(rates) > 0
     assert method.check_steps() == (4, 8, 12, 16) and KL(windows=2).steps == 1 == KL(windows=2).check_steps()[0]
-    assert KL(windows=2).rate(0) == pytest.approx(KL().learning_rate)
+    assert KL(windows=2).rate(1e-4, 0) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("best", [2e-5, 6.5e-5, 7e-4, 1e-3, 1.9e-3, 2.1e-3, 0.3])
+def test_the_rate_is_the_minimum_of_a_parabola(best):
+    tried = []
+
+    def loss(rate):
+        tried.append(rate)
+        return 3.0 + (rate / best - 1) ** 2 - 1 if rate < 10 * best else float("inf")
+
+    assert rate_of_descent(loss, 3.0) == pytest.approx(best, rel=1e-6)
+    assert len(set(tried)) == len(tried) <= 3 + abs(round(math.log(best / 1e-3, 3)))
+
+
+@pytest.mark.parametrize("falls, least", [(lambda rate: -(rate**2), 0.1), (lambda rate: rate, 0)])
+def test_a_rate_is_one_that_was_tried_where_a_loss_is_no_parabola(falls, least):
+    tried = []
+    found = rate_of_descent(lambda rate: tried.append(rate) or 1 + falls(rate), 1.0)
+    assert found in tried and found > least
+
+
+@in_float32
+def test_a_rate_that_was_found_trains_as_one_that_was_given(pruned, windows):
+    """Also where the training was stopped, between two trials and behind the search."""
+    method, calls = dataclasses.replace(METHOD, learning_rate=None), itertools.count(1)
+
+    def stop():
+        # Behind three dense blocks, a check and two trials; then behind the same, all trials and at least one step.
+        if next(calls) in (6, 18):
+            raise Stopped(signal.SIGTERM)
+
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run(pruned, windows, method=method, advance=stop)
+    assert any((pruned[1] / "distillation").iterdir())
+    outcome, journal = run(pruned, windows, method=method)
+    found = result(journal)
+    assert 0 < outcome.after < outcome.before
+    given, journal = run(pruned, windows, method=dataclasses.replace(METHOD, learning_rate=outcome.learning_rate))
+    assert given.checks == outcome.checks and given.learning_rate == outcome.learning_rate
+    for name, weight in result(journal).items():
+        assert (weight == found[name]).all(), name
 
 
 @pytest.mark.parametrize(

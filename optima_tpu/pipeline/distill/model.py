@@ -25,25 +25,34 @@ class TrainedBlocks:
     """The blocks of a model that are trained.
 
     Attributes:
-      blocks: all of them, in order.
+      journal: has the blocks as they were pruned.
       head: of both models, which pruning leaves as it is.
       positions: the position data of every block.
+      blocks: all of them, in order.
     """
 
     trainer: Trainer
-    blocks: list[TrainedBlock]
+    journal: Journal
     head: Head
     positions: Sequence[Positions]
+    blocks: list[TrainedBlock]
 
     @classmethod
     def open(cls, trainer: Trainer, journal: Journal, head: Head, length: int) -> "TrainedBlocks":
         """Blocks as they were pruned, for windows of ``length`` tokens."""
-        blocks, decoder = [], trainer.decoder
+        decoder = trainer.decoder
+        model = cls(trainer, journal, head, [decoder.positions(index, length) for index in range(decoder.config.blocks)], [])
+        model.restart()
+        return model
+
+    def restart(self) -> None:
+        """Brings the blocks back to how they were pruned, with moments of zero."""
+        self.blocks.clear()  # so that memory holds the model once
+        decoder = self.trainer.decoder
         every = range(decoder.config.blocks)
         for index, parameters in zip(every, decoder.blocks(every)):
-            keep = {name.removeprefix(decoder.prefix(index)): mask for name, mask in journal.masks(index).items()}
-            blocks.append(trainer.at(index).open(parameters, keep))
-        return cls(trainer, blocks, head, [decoder.positions(index, length) for index in every])
+            keep = {name.removeprefix(decoder.prefix(index)): mask for name, mask in self.journal.masks(index).items()}
+            self.blocks.append(self.trainer.at(index).open(parameters, keep))
 
     @property
     def trainers(self) -> list[Trainer]:

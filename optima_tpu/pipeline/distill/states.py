@@ -17,7 +17,7 @@ from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.files import remove
 from optima_tpu.runtime.kept import keeping
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import Count, Record, json_values
+from optima_tpu.runtime.records import Count, Positive, Record, json_values
 from optima_tpu.runtime.signals import uninterrupted
 
 
@@ -28,12 +28,14 @@ class State(Record, frozen=True):
       checks: up to this step.
       losses: of the steps since the last check.
       seconds: that these steps and checks took.
+      learning_rate: the peak, as the settings say or as it was found; None in a state of version 0.2.0.
     """
 
     step: Count
     checks: tuple[Check, ...]
     losses: tuple[float, ...]
     seconds: float
+    learning_rate: Positive | None = None
 
 
 def write_blocks(model: TrainedBlocks, moved: Sequence[Tree], journal: Journal) -> None:

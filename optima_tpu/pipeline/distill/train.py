@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from optima_tpu.errors import UserError, plural
-from optima_tpu.method.distillation import Distillation
+from optima_tpu.method.distillation import Distillation, rate_of_descent
 from optima_tpu.pipeline.distill.blocks import Trainer, Tree
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import FOLDER
@@ -26,6 +26,8 @@ SHARE = 20
 CHECK = "check"
 TRAINING_STEP = "training step"
 """The kind of a step of Adam, which the progress counts as the lines of the training do."""
+TRIAL = "learning rate"
+"""The kind of a step in which a learning rate is tried."""
 _QUIET = 10.0
 """Seconds without a line after which a step prints one."""
 
@@ -37,7 +39,7 @@ def training_steps(method: Distillation, blocks: int, dense_blocks: int | None =
       dense_blocks: of the dense model; None if it has as many.
     """
     checks = method.check_steps()
-    one = [Step(CHECK)]
+    one = [Step(CHECK), *[Step(TRIAL)] * method.trials]
     for step in range(1, method.steps + 1):
         one += [Step(TRAINING_STEP), *[Step(CHECK)] * (step in checks)]
     return [*[Step(READING)] * ((dense_blocks or blocks) * method.reads_dense), *one]
@@ -59,7 +61,7 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
     """
     method, journal, length = inputs.method, inputs.journal, inputs.windows.training.shape[1]
     model = TrainedBlocks.open(inputs.trainer, journal, inputs.dense.head(), length)
-    training = Training(model, States(journal.directory / FOLDER), progress)
+    training = Training(model, States(journal.directory / FOLDER), progress, method.learning_rate)
     training.resume()
     feed = Feed(inputs, progress)
     if method.reads_dense:
@@ -68,7 +70,8 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
     best = training.run(held_out, feed.step)
     if training.best:
         write_blocks(model, training.best, journal)
-    return Outcome(tuple(training.checks), best.step, method.tokens(length), seconds=training.seconds)
+    tokens, rate = method.tokens(length), training.learning_rate
+    return Outcome(tuple(training.checks), best.step, tokens, seconds=training.seconds, learning_rate=rate)
 
 
 @dataclasses.dataclass
@@ -79,6 +82,7 @@ class Training:
       model: after ``step`` steps.
       states: where it is saved.
       progress: counts checks and steps.
+      learning_rate: the peak; None until it is found.
       losses: of the steps since the last check.
       best: the weights of the best check, from ``TrainedBlocks.rounded``; None where the model as it was pruned is best.
       seconds: that all steps and checks took.
@@ -91,6 +95,7 @@ class Training:
     model: TrainedBlocks
     states: "States"
     progress: Progress
+    learning_rate: float | None
     step: int = 0
     checks: list[Check] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -110,9 +115,11 @@ class Training:
         """Goes on from the last saved state, if there is one."""
         if found := self.states.last(self.model):
             self.step = self.saved = found.step
+            self.learning_rate = found.learning_rate or self.learning_rate
             self.checks, self.losses = list(found.checks), list(found.losses)
             self.seconds, self.best = found.seconds, self.states.best(self.model, found)
-            self.progress.skip([CHECK] * len(self.checks) + [TRAINING_STEP] * self.step)
+            done = {CHECK: len(self.checks), TRIAL: self.model.trainer.method.trials, TRAINING_STEP: self.step}
+            self.progress.skip(kind for kind, count in done.items() for _ in range(count))
             self.progress.note(f"resuming  {self.step} of {plural(self.model.trainer.method.steps, 'step')} done")
 
     def run(self, held_out: TrainingStream, windows: Callable[[int], TrainingStream]) -> Check:
@@ -125,6 +132,8 @@ class Training:
             if not self.checks:
                 self.check(held_out)
                 self.progress.advance()
+            if self.learning_rate is None:
+                self.learning_rate = self.search(held_out, windows(0))
             while self.due or self.step < self.model.trainer.method.steps:
                 if self.due:
                     self.check(held_out)
@@ -140,9 +149,32 @@ class Training:
             raise
         return min(self.checks, key=lambda check: check.held_out)
 
+    def search(self, held_out: TrainingStream, stream: TrainingStream) -> float:
+        """The learning rate whose step on some windows lowers the held-out loss most; see :func:`rate_of_descent`.
+
+        The windows are those of the first step, and every step begins with the model as it was pruned, where this leaves it too.
+        """
+        start, tried = time.monotonic(), list[float]()
+
+        def loss(rate: float) -> float:
+            self.progress.begin(TRIAL, f"trying a learning rate of {rate:.2g}")
+            tried.append(rate)
+            self.model.step(stream, rate)
+            found, _ = self.model.measure(held_out)
+            self.model.restart()
+            self.progress.advance()
+            return found if np.isfinite(found) else math.inf
+
+        found = rate_of_descent(loss, self.checks[0].held_out)
+        self.progress.skip([TRIAL] * (self.model.trainer.method.trials - len(tried)))
+        self.seconds += time.monotonic() - start
+        self.progress.note(f"learning rate {found:.2g}: by {plural(len(tried), 'trial')} of one step, the best on held-out text")
+        return found
+
     def take(self, stream: TrainingStream) -> None:
         """One step of Adam."""
-        start, rate = time.monotonic(), self.model.trainer.method.rate(self.step)
+        assert self.learning_rate is not None, "the rate is found before the first step"
+        start, rate = time.monotonic(), self.model.trainer.method.rate(self.learning_rate, self.step)
         self.losses.append(finite(self.model.step(stream, rate), self.step))
         self.step += 1
         self.seconds += time.monotonic() - start
@@ -181,7 +213,7 @@ class Training:
     def save(self) -> None:
         """Saves the state, unless it is saved already. The state before is removed."""
         if self.step > self.saved:
-            about = State(self.step, tuple(self.checks), tuple(self.losses), self.seconds)
+            about = State(self.step, tuple(self.checks), tuple(self.losses), self.seconds, self.learning_rate)
             start = time.monotonic()
             self.states.save(self.model, self.best, about)
             self.saved, self.saved_at = self.step, time.monotonic()
@@ -196,7 +228,7 @@ def finite(value: float, step: int) -> float:
     """A loss after a step. Raises UserError where it is not finite."""
     if not np.isfinite(value):
         raise UserError(
-            f"the loss is {value} after {plural(step, 'step')} of training; try a smaller learning rate, or --dtype float32"
+            f"the loss is {value} after {plural(step, 'step')} of training; try a smaller --distill.learning_rate, or --dtype float32"
         )
     return value
 

@@ -376,7 +376,7 @@ class RunTime(NamedTuple):
             return None
         # The perplexity text measures the pruned model before it is trained, too.
         evaluated = evaluation_tokens(self.config)
-        checked = (len(method.check_steps()) + 1) * text.held_out * text.window_length
+        checked = (len(method.check_steps()) + 1 + method.trials) * text.held_out * text.window_length
         windows = _dense_passes(method, self._state * text.window_length)[1] + text.held_out
         dense = self._deeper * windows * text.window_length if method.reads_dense else 0
         head = (1 + method.reads_dense) * self._head(checked) + self._head(evaluated)

@@ -82,7 +82,8 @@ def training_programs(
     batch = windows_of_step(decoder, windows)
     size = batch * machine.mesh.shape[DATA]
     hidden = Entering.of(decoder, length, windows).hidden
-    step, head = _Step(batch, length, method.steps * -(-windows // size), method.steps, hidden), decoder.head_struct()
+    steps = method.steps + method.trials
+    step, head = _Step(batch, length, steps * -(-windows // size), steps, hidden), decoder.head_struct()
     parts = [_of_head(model, method, head, step)]
     for kind in decoder.config.kinds:
         parts += _of_block(model.at(kind), trainer.at(kind), step)
