@@ -166,7 +166,7 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
         for name, gradient in own.items():
             assert np.abs(share * gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
     # A step updates each block behind its own backward pass, and the blocks before it read none of it.
-    model = TrainedBlocks(trainer, others, head, positions)
+    model = TrainedBlocks(trainer, journal, head, positions, others)
     model.step(TrainingStream(tokens, dense.embed(tokens), final), float(rate))
     for moved, block, gradient in zip(model.blocks, blocks, found):
         for name, expected in trainer.update(block, gradient, share, rate).masters.items():

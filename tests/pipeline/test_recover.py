@@ -77,7 +77,7 @@ def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(prune
         assert after[name].dtype == before[name].dtype and (after[name] != before[name]).any()
     assert (after["model.embed_tokens.weight"] == before["model.embed_tokens.weight"]).all()
     card, page = ((pruned / "recovered" / name).read_text() for name in ("hf/README.md", "report.html"))
-    assert "trained by OPTIMA-TPU, 4 steps on 512 tokens, with its zeros held" in card and "in one shot" not in card
+    assert "trained by OPTIMA-TPU, 4 steps on 512 tokens at a learning rate of 0.001, with its zeros held" in card and "in one shot" not in card
     assert "Trained on" in card and "| pruned, before the training |" in card and "as they were before the training" in card
     assert "optima_tpu.recover" in page and "not one-shot pruning" in page
 
@@ -90,7 +90,7 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     assert f"\nfrom        {folder}: its own report has the layers" in printed and "not con-" not in printed
     for spec in (folder, pruned / "model"):
         assert printed.index(f"opening      {spec}: ") < printed.index("reading      ") < printed.index("\ndense model")
-    assert " less); 4 steps on 512 tokens; it took " in printed
+    assert " less); 4 steps on 512 tokens at a learning rate of 0.001; it took " in printed
     assert ": 4 steps on 512 tokens, 4 windows of 32 in a step, each read once\n" in printed and "not one-shot pruning" in printed
     assert "  training\n" in printed and "step 1 of 4: " in printed
     # The time left of a training is tested with a clock that is fed; here it is too short to be said.
