@@ -140,6 +140,36 @@ def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens:
     return sum_over_windows(score, tokens, *hidden, stretch=stretch)
 
 
+def divergences(head: Head, dense: Activations, others: Sequence[Activations], tokens: np.ndarray, size: int) -> np.ndarray:
+    """``KL(dense || other)`` of the predictions of several models with one head, summed over each window, [others, windows] float32.
+
+    The dense model's predictions are computed once for all of them. The devices hold a batch of the hidden states of every model, and the
+    logits of two.
+
+    Args:
+      tokens, size: see :func:`window_scores`.
+    """
+    sums, stretch = np.empty((len(others), len(tokens)), np.float32), stretch_of(size, len(head.projection))
+    for first, *rest in zip(*(stream.batches(size) for stream in (dense, *others))):
+        states = tuple(each.hidden for each in rest)
+        found = fetch(_batch_divergences(head, first.hidden, states, first.place(tokens), stretch))
+        sums[:, first.rows[first.there]] = np.stack(found)[:, first.there]
+    return sums
+
+
+@functools.partial(jax.jit, static_argnames="stretch")
+def _batch_divergences(head: Head, dense: Array, others: tuple[Array, ...], tokens: Array, stretch: int) -> tuple[Array, ...]:
+    def score(targets, first, states):
+        p = jax.nn.log_softmax(head_logits(head, first), axis=-1)
+
+        def divergence(state):
+            return jnp.sum(jnp.exp(p) * (p - jax.nn.log_softmax(head_logits(head, state), axis=-1)), axis=-1)
+
+        return tuple(jax.lax.map(divergence, jnp.moveaxis(states, 2, 0)))
+
+    return sum_over_windows(score, tokens, dense, jnp.stack(others, axis=2), stretch=stretch)
+
+
 def _mean(windows: np.ndarray) -> tuple[float, float | None]:
     """The mean of ``windows`` and its standard error; None for the error of a single window."""
     windows = windows.astype(np.float64)

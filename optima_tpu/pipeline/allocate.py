@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.distance import window_scores
+from optima_tpu.evaluate.distance import divergences
 from optima_tpu.method.allocation import OWL, Allocation, SparsitySteps, allocate, steps_of
 from optima_tpu.method.layer_rules import LayerRule
 from optima_tpu.method.patterns import Pattern
@@ -149,9 +150,9 @@ def _losses(
         for pattern in trials
     ]
     hidden = decoder.embed(tokens)
-    streams: dict[tuple[int, int], Activations] = {}
+    streams: dict[int, list[Activations]] = {}
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
-        for stream in streams.values():
+        for stream in itertools.chain(*streams.values()):
             decoder.apply(index, parameters, stream)
         if free[index]:
             pruned = [parameters] * len(trials)
@@ -160,16 +161,16 @@ def _losses(
             for part, statistics in _calibrated(calibrating, index, Stream(parameters, hidden.part(0, windows))):
                 sets = tuple(map(TokenSets, statistics))
                 pruned = [prune_groups(trial, index, changed, part, sets).parameters for trial, changed in zip(walks, pruned)]
-            for trial, changed in enumerate(pruned):
-                streams[index, trial] = hidden.part(windows, len(tokens)).copy()
-                decoder.apply(index, changed, streams[index, trial])
+            streams[index] = [hidden.part(windows, len(tokens)).copy() for _ in trials]
+            for changed, stream in zip(pruned, streams[index]):
+                decoder.apply(index, changed, stream)
         decoder.apply(index, parameters, hidden)
         advance()
     head, found = decoder.head(), np.zeros((decoder.config.blocks, len(trials)))
     dense = hidden.part(windows, len(tokens))
-    for place, stream in streams.items():
-        sums = window_scores((head, head), (dense, stream), tokens, decoder.batch).kl[windows:]
-        found[place] = sums.mean(dtype=np.float64) / (tokens.shape[1] - 1)
+    for index, every in streams.items():
+        sums = divergences(head, dense, every, tokens, decoder.batch)[:, windows:]
+        found[index] = sums.mean(axis=1, dtype=np.float64) / (tokens.shape[1] - 1)
     return found
 
 

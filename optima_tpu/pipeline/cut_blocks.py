@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.distance import window_scores
+from optima_tpu.evaluate.distance import divergences
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.fewer_blocks import kept_blocks, why_unreadable
 from optima_tpu.models.checkpoints.fewer_experts import expert_cut
@@ -125,19 +125,16 @@ def _best(
         for without, stream in tries.items():
             if without < index:
                 decoder.apply(index, parameters, stream)
-    head, predictions = decoder.head(), tokens.shape[1] - 1
-    divergences = {
-        without: float(window_scores((head, head), (dense, stream), tokens, decoder.batch).kl.mean(dtype=np.float64))
-        / predictions
-        for without, stream in tries.items()
-    }
-    finite = [without for without in tries if np.isfinite(divergences[without])]
+    head = decoder.head()
+    sums = divergences(head, dense, list(tries.values()), tokens, decoder.batch).sum(axis=1, dtype=np.float64)
+    found = dict(zip(tries, (sums / tokens[:, 1:].size).tolist()))
+    finite = [without for without in tries if np.isfinite(found[without])]
     if not finite:
         raise UserError(
             f"the predictions are not finite without any of the blocks {', '.join(map(str, tries))}: {decoder.overflowed}"
         )
-    best = min(finite, key=lambda without: (divergences[without], without))
-    return best, divergences[best]
+    best = min(finite, key=lambda without: (found[without], without))
+    return best, found[best]
 
 
 def _turn(before: Activations, behind: Activations) -> float:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.distance import _batch_scores, distance
+from optima_tpu.evaluate.distance import _batch_divergences, _batch_scores, distance, divergences
 from optima_tpu.evaluate.perplexity import perplexity, token_losses
+from optima_tpu.evaluate.predictions import STRETCH
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.records import encoded
@@ -103,6 +104,20 @@ def test_it_is_what_float64_gives_on_any_mesh(expected, shape):
     assert found.log_ratio_stderr == pytest.approx(rises.std(ddof=1) / len(rises) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_the_divergences_of_several_models_from_one_are_what_float64_gives(expected, shape):
+    both = models(shape)
+    ends = [decoder.embed(TOKENS) for decoder in both]
+    for decoder, hidden in zip(both, ends):
+        for index, parameters in zip(range(BLOCKS), decoder.blocks(range(BLOCKS))):
+            decoder.apply(index, parameters, hidden)
+    found = divergences(both[0].head(), ends[0], [ends[1], ends[0], ends[1]], TOKENS, 1)
+    assert found.shape == (3, len(TOKENS))
+    np.testing.assert_allclose(
+        found.sum(axis=1) / TOKENS[:, 1:].size, np.array([1, 0, 1]) * expected[1][-1][0], rtol=1e-5, atol=1e-7
+    )
+
+
 def test_a_model_is_at_no_distance_of_itself():
     dense, _ = models()
     found, first, second = distance(dense, dense, TOKENS[:1])
@@ -111,12 +126,20 @@ def test_a_model_is_at_no_distance_of_itself():
     assert found.kl_stderr is found.agreement_stderr is found.kls is found.agreements is found.log_ratio_stderr is None
 
 
-def test_no_logits_travel_between_devices():
+def scores(head, hidden, tokens):
+    return _batch_scores.lower((head, head), (hidden, hidden), tokens)
+
+
+def several(head, hidden, tokens):
+    return _batch_divergences.lower(head, hidden, (hidden, hidden, hidden), tokens, STRETCH)
+
+
+@pytest.mark.parametrize("lowered", [scores, several])
+def test_no_logits_travel_between_devices(lowered):
     """Of a stretch [windows, 128, vocab] at most sums over the vocabulary are exchanged, one number a device and position."""
-    dense, pruned = models((2, 4))
-    heads = dense.head(), pruned.head()
+    dense, _ = models((2, 4))
     batch = next(dense.embed(TOKENS).batches(2))
-    text = _batch_scores.lower(heads, (batch.hidden, batch.hidden), batch.place(TOKENS)).compile().as_text()
+    text = lowered(dense.head(), batch.hidden, batch.place(TOKENS)).compile().as_text()
     sent = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(", text)
     assert sent
     windows = batch.hidden.shape[0] // 2
