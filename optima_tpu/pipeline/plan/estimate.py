@@ -307,7 +307,7 @@ class RunTime(NamedTuple):
         text, streams = self.config.calibration, self.config.recipe.target.streams
         held_out = text.held_out * text.window_length
         passed = self._tried_blocks * held_out + (streams - 1) * self._choices * self._calibrated
-        return self._forward(passed / self._blocks) + self._head(self._choices * 2 * TRIED * held_out)
+        return self._forward(passed / self._blocks) + self._head(self._choices * (1 + TRIED) * held_out)
 
     @property
     def _state(self) -> int:
