@@ -809,7 +809,10 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
             "What each lever earns": Group(
                 ("levers", "dense-target", "allocation"), ("levers-wanda", "output-errors", "permutations")
             ),
-            "Cut out": Group(("cut-neurons", "cut-speed", "cut-speed-llama-cpp", "cut-damping", "cut-blocks"), ("cut-choosers",)),
+            "Cut out": Group(
+                ("cut-neurons", "cut-speed", "cut-speed-llama-cpp", "cut-damping", "cut-blocks", "cut-training"),
+                ("cut-choosers",),
+            ),
             "Pruned and quantised": Group(("quantization",), ("qwix",)),
             "Tasks, and distance from the dense model": Group(("tasks", "distance")),
         },
