@@ -184,8 +184,9 @@ def test_a_run_that_cuts_goes_on_to_the_same_bits_and_exports_what_its_zeros_com
     tokens = np.random.default_rng(0).integers(1, 256, (3, 40)).astype(np.int32)
     both = ((dense, zeros), (small.config, small.tensors))
     logits = [logits_of(Decoder.open(config, tensors, mesh(*shape), batch=1), tokens) for config, tensors in both]
-    # A sum over fewer terms is rounded otherwise.
-    assert np.abs(logits[0] - logits[1]).max() <= 5e-6 * np.abs(logits[0]).max()
+    # A sum over fewer terms is rounded otherwise: by at most 7.7e-7 where this was measured, but by 4.9e-6 in Qwen3-Next.
+    bound = 5e-6 if family == "Qwen3NextForCausalLM" else 1e-6
+    assert np.abs(logits[0] - logits[1]).max() <= bound * np.abs(logits[0]).max()
     assert sum(each.size for each in found.values()) < sum(each.size for each in folder_tensors(saved(family)).values())
     assert_loads(whole / "hf", family, shape)
 
