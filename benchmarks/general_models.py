@@ -47,10 +47,12 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
     **dict.fromkeys(("n_group", "num_group", "num_expert_group", "topk_group", "mamba_n_groups", "n_groups"), 1),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_key_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(
+        ("mamba_n_heads", "mamba_num_heads", "linear_num_heads", "linear_num_key_heads", "linear_num_value_heads"), 4
+    ),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 24),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "index_topk"), 8),
-    **dict.fromkeys(("index_head_dim", "index_n_heads", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("index_head_dim", "index_n_heads", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
     "first_k_dense_replace": 1,
     "num_kv_shared_layers": 0,
     "unpadded_vocab_size": 64,
@@ -67,6 +69,7 @@ OWN: dict[str, dict[str, Any]] = {
     "FalconH1ForCausalLM": dict(mamba_d_ssm=96),
     "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 1]]),
     "CohereCompassForCausalLM": dict(rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE}),
+    "KimiLinearForCausalLM": dict(layer_types=["linear_attention", "full_attention"]),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
     "Mamba2ForCausalLM": dict(head_dim=24),
     "XmodForCausalLM": dict(default_language="en_XX"),
