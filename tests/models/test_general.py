@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.general_models import tiny_config
+from benchmarks.general_models import tiny_config, tiny_model
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.check import check_checkpoint
+from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of, unstacked
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.general import block
 from optima_tpu.models.layers import project
@@ -17,7 +18,8 @@ from tests.models.test_models import compared
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of
 from tests.support.pruning import compiled_forward
-from tests.support.references import GENERAL, MIXED, REFERENCES, Reference, tiny
+from tests.support.references import GENERAL, MIXED, REFERENCES, Reference, revert_weight_conversion, tiny
+from tests.support.tiny_models import MemoryTensors
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
@@ -237,3 +239,21 @@ def test_experts_whose_gates_lie_between_their_other_outputs_are_pruned_as_the_f
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.numpy()
     assert np.abs(logits(general, tokens.astype(np.int32)) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_kimi_linear_is_read_and_written_by_the_names_that_it_is_published_with():
+    """Its first block has an MLP, the second a mixture, which transformers alone calls alike."""
+    name, tokens = "KimiLinearForCausalLM", np.arange(2, 26, dtype=np.int32)[None]
+    config = tiny_config(name, layer_types=["full_attention"] * 2)
+    model = tiny_model(config)
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+    saved = {each: value.contiguous().numpy() for each, value in revert_weight_conversion(model, model.state_dict()).items()}
+    published = {each.replace(".0.block_sparse_moe.", ".0.mlp."): value for each, value in saved.items()}
+    assert "model.layers.0.mlp.down_proj.weight" in published
+    for files in (saved, published):
+        tensors = unstacked(MemoryTensors(files), stacks_of([name]))
+        decoder = Decoder.open(config, tensors, mesh(1, 1))
+        check_checkpoint(decoder)
+        assert np.abs(logits(decoder, tokens) - expected).max() < 1e-5 * np.abs(expected).max()
+        assert Stacked(tensors, stacks_among(files, stacks_of([name]))).names() == tuple(sorted(files))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optima_tpu.models.general.against_torch import Agreement
 
 _GPT2 = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_MLP = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def _experts(
@@ -25,10 +26,6 @@ def _experts(
     return {f"{path}.{wide}": Stack((gate, up), turned), f"{path}.{narrow}": Stack((down,), turned)}
 
 
-_TURNED: Mapping[str, Mapping[str, Stack]] = {
-    **{name: {weight: Stack((weight,)) for weight in _GPT2} for name in ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")},
-    "AriaTextForCausalLM": _experts("mlp", "experts.fc1.weight", "experts.fc2.weight", turned=True),
-}
 _USUAL: Mapping[str, Stack] = {
     **_experts("mlp"),
     **_experts("feed_forward"),
@@ -37,14 +34,20 @@ _USUAL: Mapping[str, Stack] = {
     **_experts("block_sparse_moe"),
     **_experts("block_sparse_moe", "input_linear.weight", "output_linear.weight"),
 }
+_OWN: Mapping[str, Mapping[str, Stack]] = {
+    **{name: {weight: Stack((weight,)) for weight in _GPT2} for name in ("GPT2LMHeadModel", "OpenAIGPTLMHeadModel")},
+    "AriaTextForCausalLM": _experts("mlp", "experts.fc1.weight", "experts.fc2.weight", turned=True),
+    # Its MLPs are published as mlp, its mixtures as block_sparse_moe. transformers reads both, and calls both by the latter name.
+    "KimiLinearForCausalLM": {**_USUAL, **{f"mlp.{name}": Stack((f"block_sparse_moe.{name}",), turned=False) for name in _MLP}},
+}
 
 
 def stacks(name: str) -> Mapping[str, Stack]:
     """What a checkpoint of an architecture without a family may hold otherwise than matrix by matrix, see ``Family.stacks``.
 
-    These are the matrices of a ``Conv1D``, which are [d_in, d_out], and those of all experts of a block.
+    These are the matrices of a ``Conv1D``, which are [d_in, d_out], those of all experts of a block, and matrices with two names.
     """
-    return _TURNED.get(name, _USUAL)
+    return _OWN.get(name, _USUAL)
 
 
 NEEDED = "torch", "torchax"
