@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from torchax import interop
 
 from optima_tpu.errors import some
+from optima_tpu.models.decoder import layer_of
 from optima_tpu.models.experts import Routed, Sending, Way, mixed
 from optima_tpu.models.family import Positions, ReadTensor, Shape
 from optima_tpu.models.general.shell import TRACING, Shell, experts_of, replaced
@@ -261,16 +262,13 @@ class Block(TorchParameters):
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         names = [name for names in self.shell.linears(self.kind).values() for name in names]
-        known = {name: layer.known[...] for name in names if hasattr(layer := self._layer(name), "known")}
+        known = {name: layer.known[...] for name in names if hasattr(layer := layer_of(self, name), "known")}
         shared: dict[str, str] = {}
         traced = Traced(self.shell, self.kind, self.mesh)
         output, inputs = traced.windows(self.arrays(), positions.arguments, shared, x, known)
         for name, first in shared.items():
-            self._layer(name).sow(nnx.Intermediate, "x", inputs[first])
+            layer_of(self, name).sow(nnx.Intermediate, "x", inputs[first])
         return output
-
-    def _layer(self, name: str) -> Any:
-        return functools.reduce(getattr, name.split("."), self)
 
 
 class Final(TorchParameters):
