@@ -30,8 +30,8 @@ _FEWEST_CHECKS, _MOST_CHECKS = 4, 1000
 """Of a training that does not say how many."""
 TRIALS = 4
 """How many rates :func:`rate_of_descent` usually tries."""
-_FIRST, _APART, _LOWEST, _HIGHEST = 1e-3, 3.0, -11, 6
-"""The rate that is tried first, the ratio of one to the next, and how many of them it goes down and up: from 6e-9 to 0.7."""
+_FIRST, _APART, _LOWEST, _HIGHEST = 1e-4, 3.0, -9, 8
+"""The rate that is tried first, the ratio of one to the next, and how many of them it goes down and up: from 5e-9 to 0.7."""
 
 
 def divergence(dense: Float32[Array, "*tokens vocab"], pruned: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
@@ -174,7 +174,7 @@ class CrossEntropy(Distillation):
 def rate_of_descent(loss: Callable[[float], float], before: float) -> float:
     """The learning rate whose single step lowers a loss most.
 
-    Rates three times apart are tried: from 1e-3 downward until the next lower one lowers the loss less, or upward as long as the next
+    Rates three times apart are tried: from 1e-4 downward until the next lower one lowers the loss less, or upward as long as the next
     higher one lowers it more. The parabola ``before + a r + b r^2`` through the losses of no step, of the best rate and of the one
     below it has its minimum at ``-a / 2b``, which is returned, though at least half and at most twice the best rate.
 

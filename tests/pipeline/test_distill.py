@@ -380,7 +380,7 @@ def test_the_rate_is_the_minimum_of_a_parabola(best):
         return 3.0 + (rate / best - 1) ** 2 - 1 if rate < 10 * best else float("inf")
 
     assert rate_of_descent(loss, 3.0) == pytest.approx(best, rel=1e-6)
-    assert len(set(tried)) == len(tried) <= 3 + abs(round(math.log(best / 1e-3, 3)))
+    assert len(set(tried)) == len(tried) <= 3 + abs(round(math.log(best / 1e-4, 3)))
 
 
 @pytest.mark.parametrize("falls, least", [(lambda rate: -(rate**2), 0.1), (lambda rate: rate, 0)])
