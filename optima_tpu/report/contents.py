@@ -59,7 +59,7 @@ class Outcome(Record, frozen=True):
       tokens: how many tokens the steps read.
       perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
       seconds: that steps and checks took, also those before the run was stopped.
-      learning_rate: the peak of kept weights'; None in a run of version 0.2.0.
+      learning_rate: the highest one of kept weights; None in a run of version 0.2.0.
       spans: empty; version 0.2.0 could also train block by block, and had an entry for each.
     """
 
