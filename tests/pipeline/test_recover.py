@@ -29,7 +29,7 @@ from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
 
-TEXT = ["--source", "random", "--windows", "8", "--length", "32", "--distill.batch", "4"]
+TEXT = ["--source", "random", "--windows", "8", "--distill.batch", "4"]
 TEXT += ["--distill.learning_rate", "1e-3", "--distill.checks", "2"]
 TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
 
@@ -86,6 +86,7 @@ def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(prune
 def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     folder = shutil.copytree(pruned / "run/hf", tmp_path / "folder")
     command = [str(folder), *TOKENS, *TEXT, "--output", str(tmp_path / "out"), "--against", str(pruned / "model")]
+    command += ["--length", "32"]  # beside a folder that was copied no run says how long its windows were
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert f"\nfrom        {folder}: its own report has the layers" in printed and "not con-" not in printed
@@ -272,6 +273,7 @@ def test_a_text_that_only_the_record_names_says_what_replaces_it(pruned, monkeyp
 def test_the_command_of_a_recovery_says_how_it_trained(pruned):
     configuration = json.loads((pruned / "recovered/run.json").read_text())["configuration"]
     name, words = recorded_words(configuration)
+    assert configuration["calibration"]["length"] == 32, "as in the run, of which the command said nothing"
     assert name == "recover" and parse(words).distill == KL(batch=4, learning_rate=1e-3, checks=2)
 
 

@@ -61,7 +61,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     dense = config.against or start.record.dense
     assert dense is not None, "open_start opened it"
     source, evaluation = _sources(config, start)
-    length = window_length(start.dense.pretrained.config, "--length", config.length)
+    length = window_length(start.dense.pretrained.config, "--length", config.length or start.window_length)
     say(console, f"reading      {' and '.join(dict.fromkeys((evaluation, source)))}")
     try:
         drawn, scored = _texts(config, start, source, evaluation, length)

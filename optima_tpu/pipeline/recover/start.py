@@ -84,6 +84,11 @@ class Start(NamedTuple):
         """The decoder of the pruned model."""
         return self.pruned.model.decoder
 
+    @property
+    def window_length(self) -> int | None:
+        """How many tokens the windows had that the model was calibrated on; None if no record says it."""
+        return self.record.settings.calibration.length if self.record.settings else None
+
     def base(self, dense: str, spec: str) -> RunConfig:
         """The run that would have made the pruned model."""
         if self.pattern is not None:
