@@ -26,13 +26,14 @@ from tests.support.runs import only_error
 # A loop on the device that never ends, in which Python hears no signal; a save that takes longer than the grace; and callbacks of
 # the garbage collector, in which an exception is lost.
 WORKING = """
-import gc, os, signal, sys, threading, time, jax
+import gc, os, signal, sys, threading, time
 from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.signals import uninterrupted
 
 signals._GRACE = dict.fromkeys(signals._GRACE, 0.2 if sys.argv[1] != "collecting" else 60)
 
 def devices():
+    import jax
     program = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: 1 + jax.numpy.sin(x) ** 2, x)).lower(1.0).compile()
     threading.Timer(0.5, lambda: print("working", flush=True)).start()
     jax.block_until_ready(program(1.0))
@@ -48,6 +49,7 @@ def saving_for_long():
     saving(60)
 
 def compiling():
+    import jax
     def program(x):
         for turn in range(1500):
             x = jax.numpy.linalg.cholesky(x @ x.T) if turn % 5 == 0 else jax.numpy.sort(jax.numpy.tanh(x) * turn, axis=turn % 2)
@@ -69,6 +71,10 @@ def forking():
         time.sleep(60)
     print(signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name, flush=True)
     time.sleep(1)
+
+def written():
+    signals.ended(0)
+    print("wrote out")
 
 def starving():
     read, write = os.read, sys.stderr.write
@@ -256,6 +262,13 @@ def test_a_command_that_has_written_all_does_not_fail_by_its_output(stream, why,
     assert capfd.readouterr().err == f"all is written, but the output could not be printed: {why}\n"
 
 
+def test_what_python_prints_at_its_end_does_not_fail_a_command_that_has_written_all():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", WORKING, "written"]
+        done = subprocess.run(command, env=process_environment(), text=True, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "all is written, but the output could not be printed: No space left on device\n")
+
+
 def test_a_result_that_finds_no_room_is_an_error(request, capfd):
     request.getfixturevalue("full")
     assert guarded(lambda: print("a result"), "the same command does it again") == 2
@@ -330,7 +343,7 @@ print(jax.jit(everywhere)())
 """
 
 
-@pytest.mark.parametrize("seconds, status, out", [(60, 0, "1\n"), (1, -signal.SIGABRT, "")])
+@pytest.mark.parametrize("seconds, status, out", [pytest.param(60, 0, "1\n", marks=pytest.mark.slow), (1, -signal.SIGABRT, "")])
 def test_devices_wait_for_one_that_is_late_as_long_as_they_are_told(seconds, status, out):
     environment = process_environment()
     environment.pop("XLA_FLAGS", None)
