@@ -234,7 +234,10 @@ def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, pr
     """A pass ends at the last input that it needs, and reads the output of attention where an earlier pass keeps it."""
     text = {"source": "random", "windows": 8, "length": 64, "held_out": 0}
     folder = config_folder(tmp_path, **SIZES, num_hidden_layers=1)
-    config = configure({"model": folder, "preset": preset, "calibration": text})
+    few = (
+        {} if preset == "fast" else {"selector": {"name": "wanda"}, "solver": None, "refine": None}
+    )  # no calibration knows of them
+    config = configure({"model": folder, "preset": preset, "calibration": text, **few})
     model, machine = open_declared(folder, None, config.batch).on(mesh(1, 1)), machine_of(mesh(1, 1), "here")
     plan = make_plan(config, model, machine, compile_call=compiling(machine, "calibration"))
     calibrations = [program for program in plan.programs if program.name.startswith("calibration")]
@@ -288,7 +291,7 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     for planned, real in zip(jax.tree.leaves(block), jax.tree.leaves(opened), strict=True):
         assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
         assert not real.ndim or real.sharding.is_equivalent_to(planned.sharding, real.ndim)  # the count of steps is anywhere
-    assert "or --distill.train norms" in plan((4, 2), room=-1).refused
+    assert "or --distill.train norms" in plan((4, 2), room=-1, compile_call=lambda what, call: None).refused
     # On CPU devices each block keeps what its backward pass reads, as long as there is room.
     one = trainer_on(1, 1)
     size = one.bytes_kept(one.struct(), jax.ShapeDtypeStruct((1, 129, 128), jnp.bfloat16), one.decoder.config.positions(0, 129))
@@ -303,9 +306,10 @@ def test_a_setting_of_recover_is_told_by_the_name_that_it_has_in_a_plan(capsys):
 
 
 def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(monkeypatch, tmp_path, capsys):
-    """Also of the default model, which is pruned with windows of 512 tokens."""
+    """Also of the default model, which is pruned with windows of 512 tokens; another one stands in for its file here."""
     monkeypatch.setattr("optima_tpu.pipeline.plan.plan.make_plan", lambda *_, **__: sys.exit())  # the greeting comes before it
     model = config_folder(tmp_path, max_position_embeddings=4096)
+    monkeypatch.setattr("optima_tpu.pipeline.plan.model.open_declared", lambda spec, *rest: open_declared(model, *rest))
     for words, length in ([], 2048), ([model], 2048), ([model, "--calibration.length", "512"], 512):
         with pytest.raises(SystemExit):
             main([*words, "--recover", "1M", "--topology", "v5e:1x1", "--no-compile"])
