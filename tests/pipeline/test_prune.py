@@ -64,8 +64,8 @@ def recipes(*slow: str):
     return pytest.mark.parametrize("recipe", each)
 
 
-# Of the masks of the first tests/method/test_selectors.py holds it, of whole runs of the second test_launch.py and test_resume.py.
-@recipes("magnitude per layer", "wanda cg")
+# Whole runs of the first in test_launch.py and test_resume.py hold it; of the second the solve has no communication, see below.
+@recipes("wanda cg", "2:4 mpax")
 def test_the_mesh_does_not_change_the_result(recipe):
     reference, hidden = walk(recipe, (1, 1), blocks=2)
     other, other_hidden = walk(recipe, (2, 4), blocks=2)
@@ -76,7 +76,7 @@ def test_the_mesh_does_not_change_the_result(recipe):
     assert np.abs(hidden.values - other_hidden.values).max() < 1e-3 * np.abs(hidden.values).max()
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@recipes("2:4 mpax")  # a run of test_launch.py holds it
 def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
     for index, (weights, masks, reports) in enumerate(walk(recipe, (1, 1), blocks=2)[0]):
         assert len(reports) == len(masks) == (1 if recipe.layers else 7)
@@ -155,9 +155,9 @@ def test_the_solve_has_no_collective_inside_its_loop_and_does_not_copy_the_hessi
 
 
 def test_the_second_block_compiles_nothing(caplog):
-    decoder = Decoder.open(*tiny_llama(), mesh(4, 2), batch=2)
+    decoder = Decoder.open(*tiny_llama(), mesh(2, 2), batch=2)
     hidden = decoder.embed(np.random.default_rng(1).integers(0, 64, (10, 25)).astype(np.int32))  # a length of its own
-    groups = linear_groups(decoder)
+    groups = linear_groups(decoder)[:2]  # several matrices, and one
 
     def compilations(index):
         caplog.clear()
