@@ -21,6 +21,7 @@ from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.report.contents import Perplexities
 from optima_tpu.report.file import write_report
+from optima_tpu.runtime import checksums
 from optima_tpu.unpack import unpack
 from tests.support.fake_reports import ENTRIES
 from tests.support.fake_run import (
@@ -48,6 +49,20 @@ def run(tmp_path_factory) -> Path:
     finished_run(directory, small_model(), model="owner/small@v1.0", secret="/home/me")
     write_report(directory / "report.json", ENTRIES | {"perplexity": Perplexities(12.5, 14.25)}, ())
     return directory
+
+
+@pytest.fixture
+def card(run, tmp_path):
+    """Exports a copy of the run with other assets. Returns the head of its model card, and the text behind it."""
+
+    def exported(assets: dict[str, bytes]) -> tuple[str, str]:
+        copy = shutil.copytree(run, tmp_path / "run")
+        checksums.keep(copy, {f"assets/{name}": data for name, data in assets.items()})
+        export(copy, tmp_path / "out")
+        _, head, text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+        return head, text
+
+    return exported
 
 
 @pytest.mark.parametrize("limit", ["5GB", 900])
@@ -195,18 +210,13 @@ OWN_LICENCE = ["license: other", "license_name: mine", "license_link: LICENSE"]
         ("{", ["license: apache-2.0"]),
     ],
 )
-def test_the_licence_that_the_sources_card_names_comes_before_its_file(tmp_path, front, said):
-    assets = ASSETS | {"LICENSE": b"Apache License", "README.md": f"---\n{front}\n---\n# A model\nlicense: x\n".encode()}
-    finished_run(tmp_path / "run", small_model(), assets=assets)
-    export(tmp_path / "run", tmp_path / "out")
-    head = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
+def test_the_licence_that_the_sources_card_names_comes_before_its_file(card, front, said):
+    head, _ = card({"LICENSE": b"Apache License", "README.md": f"---\n{front}\n---\n# A model\nlicense: x\n".encode()})
     assert [line for line in head.splitlines() if line.startswith("license")] == said
 
 
-def test_a_licence_file_whose_name_is_markup_is_not_named(tmp_path):
-    finished_run(tmp_path / "run", small_model(), assets=ASSETS | {"LICENSE<img src=x>": b"Terms", "README.md": b"# A model\n"})
-    export(tmp_path / "run", tmp_path / "out")
-    assert "<img" not in (tmp_path / "out" / "README.md").read_text()
+def test_a_licence_file_whose_name_is_markup_is_not_named(card):
+    assert not any("<img" in part for part in card({"LICENSE<img src=x>": b"Terms", "README.md": b"# A model\n"}))
 
 
 def test_only_checkpoint_journal_and_assets_are_needed(run, tmp_path):
@@ -258,7 +268,7 @@ def test_what_exists_is_not_overwritten(run, tmp_path):
     assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "packed"])
 def test_a_repeat_of_an_export_that_is_whole_leaves_it(form, run, tmp_path, capsys):
     """As after a kill between the last step and the end of the command."""
     words = [str(run), str(tmp_path / "out"), "--format", form]
@@ -294,13 +304,18 @@ def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "output, buffer",
-    [
-        ("> /dev/full", ""),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("> /dev/full", "PYTHONUNBUFFERED=1"), ("| true", "")]),
-    ],
-)
+def test_an_export_is_written_though_its_lines_find_no_room(run, tmp_path, monkeypatch, capfd):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main([str(run), str(tmp_path / "out")]) == 0
+    assert is_export_of(run, tmp_path / "out")
+    said = capfd.readouterr().err
+    assert not said or said.startswith("all is written, but the output could not be printed: ")
+
+
+# tests/runtime/test_command.py holds it of a command that imports nothing.
+@pytest.mark.slow
+@pytest.mark.parametrize("output, buffer", [("> /dev/full", ""), ("> /dev/full", "PYTHONUNBUFFERED=1"), ("| true", "")])
 def test_an_export_is_written_though_its_lines_cannot_be_printed(output, buffer, run, tmp_path):
     """In a shell, since what Python itself flushes at its end counts, too."""
     command = (
