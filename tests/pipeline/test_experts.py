@@ -94,9 +94,9 @@ def opened(model: str, shape: tuple[int, int]) -> tuple[Model, ExpertCut]:
 CUT = {
     "MixtralForCausalLM": (1, 1),
     "OlmoeForCausalLM": None,
-    "Qwen2MoeForCausalLM": (2, 2),
-    "Qwen3MoeForCausalLM": (4, 2),
-    "Qwen3NextForCausalLM": (1, 1),
+    "Qwen2MoeForCausalLM": None,
+    "Qwen3MoeForCausalLM": None,
+    "Qwen3NextForCausalLM": None,
     "Qwen3_5MoeForConditionalGeneration": None,
     "GptOssForCausalLM": (4, 2),
     "DeepseekV2ForCausalLM": None,
@@ -173,7 +173,7 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [pytest.param("Qwen3MoeForCausalLM", (1, 1), marks=pytest.mark.slow), ("GptOssForCausalLM", (4, 2))]
+    ("name", "shape"), [pytest.param("Qwen3MoeForCausalLM", (1, 1), marks=pytest.mark.slow), ("GptOssForCausalLM", (2, 2))]
 )
 def test_the_refit_is_the_ridge_regression_of_all_experts_jointly(name, shape):
     """Against the normal equations of all experts, in float64."""
@@ -201,7 +201,7 @@ def test_the_refit_is_the_ridge_regression_of_all_experts_jointly(name, shape):
 
 def test_the_price_of_an_expert_is_what_the_output_loses_without_it_when_the_others_move():
     """Against one ridge regression for each expert, in float64."""
-    model, cut = opened("Qwen3MoeForCausalLM", (4, 2))
+    model, cut = opened("Qwen3MoeForCausalLM", (2, 2))
     decoder, tokens = model.decoder, np.random.default_rng(1).integers(0, 60, (5, 16)).astype(np.int32)
     parameters, hidden = next(decoder.blocks([0])), decoder.embed(tokens)
     block, text = ExpertBlock.of(decoder, 0, cut.names, parameters, hidden.length), BlockText(decoder.batch, hidden, {})
@@ -242,7 +242,7 @@ def mixed_by_hand(decoder: Decoder, names: ExpertNames, parameters, values: np.n
     return output, features.reshape(len(output), -1), down
 
 
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_removal_goes_on_behind_the_blocks_that_are_done(steps, tmp_path):
     model, cut = opened("Qwen3MoeForCausalLM", (2, 2))
     tokens = np.random.default_rng(1).integers(0, 60, (5, 16)).astype(np.int32)
