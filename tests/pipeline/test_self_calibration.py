@@ -25,6 +25,7 @@ from tests.support.references import apart, tiny
 from tests.support.runs import SMALL, folder_tensors, snapshot, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer, tiny_folder, tiny_llama, with_bos
 
+pytestmark = pytest.mark.usefixtures("one_device")
 torch = pytest.importorskip("torch")
 
 # Of the families whose first variant does not have what a cache could get wrong: caps, places in the embedding, windows.
@@ -158,7 +159,7 @@ def test_without_a_token_to_begin_with_nothing_is_written(tmp_path, capsys):
 def arguments(folder) -> list[str]:
     settings = [*SMALL]
     settings[settings.index("random")] = "self"
-    return ["--model", str(folder), "--mesh", "4x2", "--solver", "null", *settings]
+    return ["--model", str(folder), "--solver", "null", *settings]
 
 
 @pytest.mark.parametrize("bos", [True, False], ids=["with BOS", "without BOS"])
@@ -243,7 +244,7 @@ def test_what_the_model_writes_beside_a_text_stands_between_the_drawn_and_the_he
 
 def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monkeypatch, capsys):
     folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
-    command = ["--model", str(folder), "--mesh", "4x2", *SMALL, "--calibration.written", "3", "--solver", "null"]
+    command = ["--model", str(folder), *SMALL, "--calibration.written", "3", "--solver", "null"]
     command += ["--output", str(run)]
     stop_after_the_first_block(monkeypatch)
     assert main(command) == 130
@@ -277,9 +278,9 @@ def test_a_text_that_the_model_writes_as_a_whole_has_nothing_written_beside_it()
 
 @pytest.mark.slow
 def test_several_processes_write_the_same_text(tmp_path):
-    folder = tiny_folder(tmp_path / "model")
-    assert main([*arguments(folder), "--output", str(tmp_path / "one")]) == 0
-    for status, _, error in several([*arguments(folder), "--output", str(tmp_path / "two")]):
+    words = [*arguments(tiny_folder(tmp_path / "model")), "--mesh", "4x2"]
+    assert main([*words, "--output", str(tmp_path / "one")]) == 0
+    for status, _, error in several([*words, "--output", str(tmp_path / "two")]):
         assert status == 0, error
     one, two = (np.load(tmp_path / run / "calibration.npy") for run in ("one", "two"))
     assert (one == two).all()
