@@ -35,6 +35,7 @@ from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.mesh import bytes_on_device
 from optima_tpu.runtime.records import json_values
 from optima_tpu.runtime.signals import Stopped
+from tests.support.fake_run import begun, block_report, on_host
 from tests.support.meshes import mesh
 from tests.support.references import REFERENCES
 from tests.support.runs import SMALL, opened
@@ -46,13 +47,17 @@ ROOM = 2.0**40
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def pruned(request, tmp_path_factory):
-    """The arguments of a finished run without distillation, and its directory."""
-    root = tmp_path_factory.mktemp("pruned")
-    model = tiny_folder(root / "model", dtype=request.param)
-    arguments = ["--model", str(model), "--output", str(root / "run"), "--pattern", "0.6/row", *SMALL]
-    arguments += ["--selector", "wanda", "--solver", "null"]  # what the pruned weights are does not matter here
-    assert main([*arguments, "--mesh", "4x2"]) == 0
-    return arguments, root / "run"
+    """The arguments of a run whose blocks are pruned, at random, and its directory."""
+    root, arrays, random = tmp_path_factory.mktemp("pruned"), {}, np.random.default_rng(0)
+    model, journal = tiny_folder(root / "model", dtype=request.param, change=arrays.update), begun(root / "run")
+    for block in range(3):
+        own = {name: array for name, array in arrays.items() if name.startswith(f"model.layers.{block}.")}
+        masks = {
+            name: random.permuted(np.indices(array.shape)[1] % 5 < 2, axis=1) for name, array in own.items() if "proj" in name
+        }
+        pruned = {name: np.where(keep, own[name], np.zeros_like(own[name])) for name, keep in masks.items()}
+        journal.save(block, own | pruned, masks, block_report(block, {}), on_host(np.zeros((1, 1, 1), np.float32)))
+    return ["--model", str(model), "--output", str(root / "run"), "--pattern", "0.6/row", *SMALL], root / "run"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def windows():
 
 
 class Trained(NamedTuple):
-    """What a distillation that nothing stopped came to, on the 4x2 mesh: its outcome, the trained weights, the pruned ones."""
+    """What a distillation that nothing stopped came to, on the 2x2 mesh: its outcome, the trained weights, the pruned ones."""
 
     outcome: Outcome
     weights: dict[str, np.ndarray]
@@ -95,7 +100,7 @@ class Counted(Progress):
         self._counts()
 
 
-def run(pruned, windows, shape=(4, 2), method=METHOD, advance=lambda: None) -> tuple[Outcome, Journal]:
+def run(pruned, windows, shape=(2, 2), method=METHOD, advance=lambda: None) -> tuple[Outcome, Journal]:
     """A distillation over the journal of a run, in the run's directory."""
     arguments, directory = pruned
     journal = Journal(directory)
@@ -427,10 +432,10 @@ def test_wrong_settings_are_one_line(argv, said):
         parse(["--distill", "kl", *argv])
 
 
-def test_a_whole_run(tmp_path, capsys):
+def test_a_whole_run(one_device, tmp_path, capsys):
     """The run says that it is trained, measures both models, and another number of windows is another run."""
     model, output = tiny_folder(tmp_path / "model"), tmp_path / "run"
-    command = ["--model", str(model), "--output", str(output), "--mesh", "4x2", "--selector", "wanda", "--solver", "null", *SMALL]
+    command = ["--model", str(model), "--output", str(output), "--selector", "wanda", "--solver", "null", *SMALL]
     command += ["--distill", "kl", "--distill.windows", "16", "--distill.learning_rate", "1e-3"]
     assert main(command) == 0
     printed = capsys.readouterr().out
