@@ -121,11 +121,11 @@ def test_a_pattern_that_does_not_fit_is_refused_before_the_texts_are_read(tmp_pa
     assert "pattern 3:7 needs" in capsys.readouterr().err and not read
 
 
-def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
+def test_a_run_leaves_alone_what_it_is_told_to(one_device, tmp_path, capsys):
     model = tiny_folder(tmp_path / "model")
     rules = "self_attn.*=dense,mlp.down_proj=0.25,model.layers.2.*=dense"
     words = ["--model", str(model), "--output", str(tmp_path / "run"), "--preset", "fast", "--pattern", "2:4@3"]
-    words += ["--layers", rules, "--mesh", "4x2", *SMALL]
+    words += ["--layers", rules, *SMALL]
     assert main(words) == 0
     before, after = folder_tensors(model), folder_tensors(tmp_path / "run" / "hf")
     masks = read_masks(tmp_path / "run" / "hf")

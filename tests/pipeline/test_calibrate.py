@@ -77,7 +77,7 @@ def test_activations_that_are_not_finite_are_refused_by_name():
 def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
     reference = next(reference for reference in REFERENCES if reference.model in MIXTURES)
     config, _, tensors = tiny(reference, {})
-    decoder = Decoder.open(config, tensors, mesh(4, 2), batch=1)
+    decoder = Decoder.open(config, tensors, mesh(2, 2), batch=1)
     hidden = np.random.default_rng(0).standard_normal((7, 11, config.hidden_size)).astype(np.float32)
     parameters, groups = next(decoder.blocks([0])), linear_groups(decoder)
     stream = Stream(parameters, Activations.of(decoder.mesh, hidden))

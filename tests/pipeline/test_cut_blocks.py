@@ -201,11 +201,11 @@ def test_a_run_trains_the_blocks_that_are_left(whole_run, tmp_path):
     assert len(report["blocks"]) == 2 and report["distillation"]["checks"]
 
 
-def test_a_model_may_be_cut_alone(tmp_path, capsys, monkeypatch):
+def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
     """With --pattern dense no weight changes, nothing has a mask, and no text passes through the blocks for nothing."""
     monkeypatch.setattr(walk, "_streams_before", None)
     model = tiny_folder(tmp_path / "model", num_hidden_layers=4)
-    words = ["--model", str(model), "--output", str(tmp_path / "run"), "--mesh", "4x2", "--cut.blocks", "2", "--pattern", "dense"]
+    words = ["--model", str(model), "--output", str(tmp_path / "run"), "--cut.blocks", "2", "--pattern", "dense"]
     assert main([*words, *SMALL]) == 0
     dense, small = folder_tensors(model), folder_tensors(tmp_path / "run" / "hf")
     left_out = json.loads((tmp_path / "run" / "left_out.json").read_text())["blocks"]
@@ -225,7 +225,7 @@ def test_a_model_may_be_cut_alone(tmp_path, capsys, monkeypatch):
     printed, card = capsys.readouterr().out, (tmp_path / "run" / "hf" / "README.md").read_text()
     assert "\nNo layer was pruned.\n" in printed and "error   " not in printed and "Layer errors" not in card
     for trained in (tmp_path / "run", tmp_path / "run" / "hf"):
-        start = open_start(RecoverConfig(str(trained), tokens="256"), mesh(4, 2), lambda spec: None)
+        start = open_start(RecoverConfig(str(trained), tokens="256"), mesh(1, 1), lambda spec: None)
         assert not start.names and start.record.left_out.blocks == tuple(left_out)
 
 

@@ -45,7 +45,7 @@ def test_a_run_never_holds_more_of_the_checkpoint_than_two_blocks_and_the_embedd
     ).changed(selector=Magnitude(), solver=None)
     pretrained = open_model(config.model)
     watched = Watched(pretrained.tensors)
-    decoder = Decoder.open(pretrained.config, watched, mesh(4, 2))
+    decoder = Decoder.open(pretrained.config, watched, mesh(2, 2))
     run(config, Console(file=io.StringIO()), Model(pretrained, decoder))
     block = 4 * sum(map(math.prod, decoder.block_shapes.values()))
     embedding = 4 * math.prod(decoder.end_shapes["model.embed_tokens.weight"])
