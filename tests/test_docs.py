@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -228,6 +229,12 @@ def test_numbers_of_the_headline_are_those_of_the_other_records():
     assert [cell for row in rows for cell in row[1:] if cell is not None and cell not in others] == []
 
 
+@functools.cache
+def modules() -> list[Block]:
+    """The Python files of all pages."""
+    return [block for page in PAGES for block in blocks(page.read_text()) if block.title and block.language == "python"]
+
+
 @pytest.fixture
 def own_files(tmp_path, monkeypatch):
     """Writes the blocks of a page that are files into a folder, beside the modules of all pages, which Python imports from there."""
@@ -235,8 +242,7 @@ def own_files(tmp_path, monkeypatch):
     def write(found: list[Block]) -> Path:
         folder = tmp_path / "work"
         folder.mkdir()
-        modules = [block for page in PAGES for block in blocks(page.read_text()) if block.title and block.language == "python"]
-        for block in [*modules, *(block for block in found if block.title)]:
+        for block in [*modules(), *(block for block in found if block.title)]:
             (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.title).write_text(block.code)
         monkeypatch.syspath_prepend(folder)
