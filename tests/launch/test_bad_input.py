@@ -256,23 +256,26 @@ def test_weights_of_zeros(refused, tmp_path, names, message):
 
 
 def test_libraries_say_nothing_before_the_one_line(tmp_path):
+    """In a process of their own, since the hub's client reads its setting once. transformers warns of the ids."""
     model = tiny_folder(tmp_path / "model")
-    done = python("-m", "optima_tpu.launch", "--model", model, *SMALL, JAX_PLATFORMS="rocm")
-    assert done.returncode == 2 and "expected devices of JAX_PLATFORMS=rocm, but JAX finds none" in only_error(done.stderr)
-    # In a process of their own, since the hub's client reads its setting once. transformers warns of the ids.
     odd = {"bos_token_id": 99999, "rope_scaling": {"type": "odd", "factor": 2.0}}
     (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | odd))
     code = (
-        "import sys; from optima_tpu.launch import main\n"
-        "print([main(['--model', model, '--output', sys.argv[1], *sys.argv[3:]]) for model in sys.argv[2].split()])"
+        "import os, sys; from optima_tpu.launch import main\n"
+        "statuses = []\n"
+        "for os.environ['JAX_PLATFORMS'], model in zip(('rocm', 'cpu', 'cpu'), sys.argv[2].split()):\n"
+        "    if 'jax' in sys.modules: sys.modules['jax'].config.update('jax_platforms', os.environ['JAX_PLATFORMS'])\n"
+        "    statuses.append(main(['--model', model, '--output', sys.argv[1], *sys.argv[3:]]))\n"
+        "print(statuses)"
     )
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = python("-c", code, tmp_path / "run", f"{model} no-such-owner/no-such-model", *SMALL, **hub)
+    done = python("-c", code, tmp_path / "run", f"{model} {model} no-such-owner/no-such-model", *SMALL, **hub)
     *said, statuses = done.stdout.splitlines()
-    assert {line.split()[0] for line in said} == {"starting", "opening"} and (done.returncode, statuses) == (0, "[2, 2]"), (
+    assert {line.split()[0] for line in said} == {"starting", "opening"} and (done.returncode, statuses) == (0, "[2, 2, 2]"), (
         done.stderr
     )
-    odd_rope, no_hub = done.stderr.splitlines()
+    no_devices, odd_rope, no_hub = done.stderr.splitlines()
+    assert no_devices.startswith("error: expected devices of JAX_PLATFORMS=rocm, but JAX finds none")
     assert odd_rope.startswith("error: expected rope_type")
     assert no_hub.startswith("error: ") and "its cache does not hold no-such-owner/no-such-model" in no_hub
     assert not (tmp_path / "run").exists()
