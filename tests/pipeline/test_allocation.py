@@ -134,7 +134,7 @@ def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
         assert loss > 0
 
 
-@pytest.mark.parametrize("allocation", [OWL(), Measured()], ids=["owl", "measured"])
+@pytest.mark.parametrize("allocation", [OWL(), pytest.param(Measured(), marks=pytest.mark.slow)], ids=["owl", "measured"])
 def test_the_mesh_does_not_change_the_allocation(allocation):
     recipe = dataclasses.replace(RECIPE, solver=None, layers=ONE)
     reference, other = (measured(decoder(shape), recipe, allocation) for shape in ((1, 1), (2, 4)))

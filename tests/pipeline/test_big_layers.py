@@ -138,7 +138,7 @@ def test_all_devices_make_an_inverse_together(inside):
     [
         Recipe(Unstructured(0.5), ADMM(), None),
         Recipe(Unstructured(0.5), SparseGPT(), None),
-        Recipe(Unstructured(0.5), Wanda(), CG()),
+        pytest.param(Recipe(Unstructured(0.5), Wanda(), CG()), marks=pytest.mark.slow),  # is in the next one
         Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps()),
     ],
 )

@@ -246,7 +246,9 @@ def test_a_pattern_is_a_panel_and_one_seed_has_no_bars(tmp_path):
     figure.draw_without_rendering()  # with the ticks of a logarithmic axis
 
 
-@pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
+@pytest.mark.parametrize(
+    "suffix, start", [(".png", b"\x89PNG"), (".SVG", b"<?xml"), pytest.param(".pdf", b"%PDF", marks=pytest.mark.slow)]
+)
 def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(suffix, start, tmp_path, capsys):
     run, path = write_run(tmp_path / "a"), tmp_path / f"x{suffix}"
     assert main(["layer-errors", str(run), "-o", str(path)]) == 0
