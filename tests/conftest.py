@@ -22,7 +22,7 @@ os.fsync = lambda descriptor: None  # what a power cut would need, which no test
 # a run; only LLVM optimises the machine code less, and fusions get it from XLA's older emitters, which need less than half of the
 # time. Those are on their way out, and XLA ends a process that gives it a flag it does not know. Nor does LLVM get a program in
 # parts for several threads: a worker has one core.
-_LESS_LLVM = "--xla_backend_optimization_level=0"
+_LESS_LLVM = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _WHERE_KNOWN = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 if _LESS_LLVM not in os.environ.get("XLA_FLAGS", ""):  # the workers have them from the process that starts them
