@@ -186,11 +186,11 @@ def test_the_tasks_agree_with_the_harness_on_transformers(evaluated, finished, t
 def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished, tasks, text, tmp_path):
     expected = evaluated[0]
     optima_tpu.load(finished.directory).export(tmp_path / "packed", form="packed")
-    forms = [(finished.directory / "checkpoint", "4x2"), (finished.directory / "hf", "2x4"), (tmp_path / "packed", "2x4")]
+    forms = [(finished.directory / "checkpoint", ["--mesh", "2x4"]), (finished.directory / "hf", []), (tmp_path / "packed", [])]
     measured = []
     for number, (model, mesh) in enumerate(forms):
         out = tmp_path / str(number)
-        words = [str(model), "--mesh", mesh, "--perplexity", f"file:{text}", "--length", "64", "--tasks", "tiny_choice"]
+        words = [str(model), *mesh, "--perplexity", f"file:{text}", "--length", "64", "--tasks", "tiny_choice"]
         words += ["--include_path", str(tasks), "--output", str(out)]
         assert main(words) == 0
         record = json.loads((out / "evaluation.json").read_text())
@@ -291,9 +291,8 @@ def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finishe
     calls: list[int] = []
     assert stopped() == 0 and (tmp_path / "out/evaluation-parts.json").exists()
     assert stopped("--batch", "2") == 0  # another order of sums
-    assert stopped() == 0
     (tmp_path / "text.txt").write_text("another text. " * 60)
-    assert stopped() == 0
+    assert stopped("--batch", "2") == 0
     (tmp_path / "text.txt").write_text(text.read_text())
     assert stopped() == 0
     choice = tmp_path / "tasks/tiny_choice.yaml"
@@ -313,7 +312,9 @@ def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finishe
         assert {**mine, "how": ""} == {**theirs, "how": ""}
 
 
-@pytest.mark.parametrize("words", [[], ["--against"], ["--against", "--per-block"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [[], pytest.param(["--against"], marks=pytest.mark.slow), ["--against", "--per-block"]], ids=" ".join
+)
 def test_the_progress_counts_every_step_that_is_taken(words, finished, text, tmp_path, monkeypatch):
     class Counts(evaluation.Progress):
         def end_stage(self):
@@ -521,7 +522,7 @@ def test_a_perplexity_beyond_all_numbers_is_the_largest():
     assert perplexity_of(np.full(2, 1e6), np.zeros((2, 5))) == math.exp(709)
 
 
-def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, text, tmp_path):
+def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, text, tmp_path, monkeypatch):
     """By whatever name both come. A data set that is not on this machine is none that is read."""
     run, link = tmp_path / "run", tmp_path / "link.txt"
     shutil.copytree(finished.directory, run)
@@ -536,10 +537,14 @@ def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, tex
         calibrated(f"tfds:gone@/nowhere:0.5,file:{text}:0.5" if number == 1 else f"file:{text}")
         said = refused(*models, "--perplexity", f"random,file:{link}", "--length", "32", output=tmp_path / str(number))
         assert f"expected --perplexity with a text that {models[-1]} was not calibrated on, got file:{link} (calibrated " in said
+
+    def measured(*given, **options):
+        raise UserError("measured")
+
+    monkeypatch.setattr(evaluation, "perplexity", measured)
     for source in ("tfds:gone@/nowhere", "file:/nowhere.txt", "self"):
         calibrated(source)
-        words = ["--perplexity", f"file:{link}", "--length", "32", "--windows", "1", "--output", str(tmp_path / "out")]
-        assert main([str(run), *words]) == 0
+        assert "measured" in refused(run, "--perplexity", f"file:{link}", "--length", "32")
 
 
 def test_a_model_that_is_none(finished, refused, tmp_path):
