@@ -25,7 +25,7 @@ from optima_tpu.unpack import unpack
 from tests.support.fake_run import assert_same, begun, block_report, on_host, write_checkpoint
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, tiny
+from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, tiny
 from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer
 
@@ -102,12 +102,13 @@ def assert_bit_for_bit(source, folder):
 
 # Of each layout of a checkpoint one, and of those whose run is slow below.
 LAYOUTS = ["LlamaForCausalLM", "OPTForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM", MULTIMODAL.model]
-WITHOUT_RUN = ["Gemma2ForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM"]
+WITHOUT_RUN = ["Gemma2ForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM"]  # which test_fewer_blocks.py exports to transformers
 
 
-# A Phi 3 has fused matrices. Of the other layouts a test below writes every weight without a run; of the other families, the test of
-# what transformers loads compares all that is not pruned.
-@pytest.mark.parametrize("family", slow_where(FAMILIES, set(FAMILIES) - {"Phi3ForCausalLM"}))
+# A test below writes every weight of each layout without a run, and the test of what transformers loads compares all that a run does
+# not prune.
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, family):
     source = saved(family)
     folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
@@ -141,7 +142,7 @@ def test_a_pruned_model_is_the_same_on_any_mesh(saved, halved, tmp_path, family)
 
 
 # The first two have problems of many shapes; what is new in their checkpoints has a relative, too, or a model that reads images. The
-# others' half models are loaded below.
+# half model of the third is loaded below.
 @pytest.mark.parametrize(
     "family", slow_where(FAMILIES, {"Qwen3NextForCausalLM", "Gemma4ForCausalLM", "Phi3ForCausalLM", *WITHOUT_RUN})
 )
@@ -227,13 +228,13 @@ def assert_loads(folder: Path, family: str, shape: tuple[int, int]) -> None:
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-# Of the relatives those with experts, which a checkpoint has apart or in one tensor, and those that read images. test_cuts.py exports
-# others to transformers, and test_models.py compares what each computes.
-OWN = {"MixtralForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", "Glm4ForCausalLM"}
-OWN |= {reference.model for reference in BESIDE_IMAGES} - {GEMMA4_UNIFIED.model}
+# Of the relatives those with experts, which a checkpoint has apart or in one tensor, and those that read images. test_cuts.py and
+# test_fewer_blocks.py export others to transformers, and test_models.py compares what each computes.
+OWN = {"MixtralForCausalLM", "DeepseekV3ForCausalLM", LLAMA_IMAGES.model, QWEN_IMAGES.model}
+HALVED = [*LAYOUTS, *WITHOUT_RUN, *RELATIVES]
 
 
-@pytest.mark.parametrize("family", [*LAYOUTS, *WITHOUT_RUN, *slow_where(RELATIVES, set(RELATIVES) - OWN)])
+@pytest.mark.parametrize("family", slow_where(HALVED, set(HALVED) - OWN - set(LAYOUTS)))
 def test_a_model_with_half_of_its_weights_comes_back_and_loads_in_transformers(saved, tmp_path, family):
     """Without a run, whose solver knows no family: every second weight of each layer is zero, the others are bit for bit."""
     dense = open_model(str(saved(family)))

@@ -32,8 +32,8 @@ transformers = pytest.importorskip("transformers")
 against_torch = pytest.importorskip("optima_tpu.models.general.against_torch")
 
 REFERENCE = {reference.model: reference for reference in [*GENERAL, MIXED]}
-# Turned matrices and learned positions; a head with a bias; a fused matrix and arguments that depend on the number of windows.
-LAYOUTS = {"GPT2LMHeadModel", "PhiForCausalLM", "BloomForCausalLM"}
+# Turned matrices and learned positions; a fused matrix and arguments that depend on the number of windows.
+LAYOUTS = {"GPT2LMHeadModel", "BloomForCausalLM"}
 MODELS = slow_where(list(REFERENCE), REFERENCE.keys() - LAYOUTS)
 
 
@@ -69,8 +69,9 @@ def halved(saved, tmp_path_factory):
     return functools.cache(lambda name: pruned(saved(name), root / name, (1, 1), **BEST))
 
 
-# Turned and fused matrices. What else is in the others' files is not pruned, and the next test compares it.
-@pytest.mark.parametrize("name", alone("GPT2LMHeadModel"))
+# What is not pruned the next test compares, and what is pruned by the logits of transformers.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFERENCE)
 def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, name):
     source = saved(name)
     folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
@@ -158,8 +159,9 @@ def test_the_table_has_every_class_and_no_error():
     assert {way for _, way, _ in record.values()} == {"declared", "general", "refused"}
 
 
-# Its arguments depend on the number of windows. models/test_general.py compares each model's forward pass on several meshes.
-@pytest.mark.parametrize("name", alone("BloomForCausalLM"))
+# models/test_general.py compares each model's forward pass on several meshes, and what a solver gives does not depend on the model.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFERENCE)
 def test_a_pruned_model_is_the_same_on_any_mesh(saved, halved, tmp_path, name):
     one, others = (folder_tensors(run / "hf") for run in (halved(name), pruned(saved(name), tmp_path, (4, 2), **BEST)))
     dense = open_model(str(saved(name)), "float32")

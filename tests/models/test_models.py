@@ -29,10 +29,13 @@ transformers = pytest.importorskip("transformers")
 rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
 
 
+COMMON = ["tied", "untied", "biases", "head_dim", "linear rope", "window", "window above", "no window", "one expert"]
+"""What relatives of a family read as it does: slow where it is not their first variant."""
 CASES = [
-    pytest.param(reference, settings, id=f"{reference.model.removesuffix('ForCausalLM')}-{name}")
+    pytest.param(reference, settings, id=f"{reference.model.removesuffix('ForCausalLM')}-{name}", marks=[pytest.mark.slow] * slow)
     for reference in REFERENCES
-    for name, settings in reference.variants.items()
+    for index, (name, settings) in enumerate(reference.variants.items())
+    for slow in [index > 0 and reference.relative and name in COMMON]
 ]
 
 
