@@ -125,6 +125,7 @@ def test_data_that_is_not_finite_stops_at_the_first_test(layer):
     np.testing.assert_array_equal(solution.weight[others], clean.weight[others])
 
 
+@pytest.mark.slow  # of XLA alone
 def test_left_to_the_compiler_the_loop_has_a_collective_and_its_trace_leaves_the_root_logger_alone(layer):
     """The devices agree on the end of every loop: what test_prune.py does not find in its programs is there to be found."""
     root = logging.getLogger()

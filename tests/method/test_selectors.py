@@ -14,7 +14,7 @@ from optima_tpu.method.patterns import NM, Heads, Pattern, Unstructured, WholeIn
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors import ADMM, Magnitude, Price, Selector, SparseGPT, Thanos, Wanda
 from optima_tpu.runtime.mesh import ROWS, make_mesh
-from tests.support.problems import PATTERNS, layer, select
+from tests.support.problems import ALIKE, PATTERNS, layer, select
 
 COUNT, SIZE = 8, 32
 # Blocks of 12 leave a last one of 8, and divide no N:M group of 8.
@@ -43,7 +43,7 @@ def with_patterns(patterns, turns: bool = False):
     of_each = {name: 0 if name in SWEEPS else place % len(patterns) for place, name in enumerate(SELECTORS)}
 
     def slow(name: str, pattern: Pattern) -> bool:
-        return turns and pattern != patterns[of_each[name.rpartition("-")[2]]]
+        return pattern != patterns[of_each[name.rpartition("-")[2]]] if turns else pattern in ALIKE
 
     cases = [pytest.param(*pair, id=name, marks=[pytest.mark.slow] * slow(name, pair[1])) for name, pair in taken.items()]
     return pytest.mark.parametrize("selector, pattern", cases)

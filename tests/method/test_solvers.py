@@ -15,7 +15,7 @@ from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Magnitude, Wanda, admm
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
-from tests.support.problems import PATTERNS, layer, oracle, row_objective, select, solve, wide
+from tests.support.problems import ALIKE, PATTERNS, layer, oracle, row_objective, select, solve, wide
 from tests.support.pruning import prune_layer
 
 ROWS, SIZE = 24, 32
@@ -62,7 +62,9 @@ optimal_with_targets = pytest.mark.parametrize(
         for name, goal in OPTIMAL.items()
     ],
 )
-patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+patterns = pytest.mark.parametrize(
+    "pattern", [pytest.param(each, id=str(each), marks=[pytest.mark.slow] * (each in ALIKE)) for each in PATTERNS]
+)
 targets = pytest.mark.parametrize("target", ["self", "other"])
 
 

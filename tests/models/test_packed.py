@@ -492,7 +492,7 @@ def run(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("limit", ["5GB", "0.9KB"])
+@pytest.mark.parametrize("limit", [pytest.param("5GB", marks=pytest.mark.slow), "0.9KB"])
 def test_a_packed_export_unpacks_to_the_plain_export(run, tmp_path, limit, capsys):
     export(run, tmp_path / "plain" / "out", Options(limit))
     (tmp_path / "small").mkdir()

@@ -51,7 +51,7 @@ def started(directory: Path, blocks: int):
     return journal
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, pytest.param(np.float16, marks=pytest.mark.slow), np.float32])
 def test_a_block_comes_back_bit_for_bit(tmp_path, dtype):
     source = small_model(dtype)
     weights, masks, report, (activations,) = pruned_block(source, 0)

@@ -23,6 +23,8 @@ PATTERNS = [
 ]
 """What contracts of selectors and solvers hold for: sparsities of the paper's tables in both comparison groups, N:M, groups whose
 inputs lie apart, and whole inputs. Each is compiled; ``test_patterns.py`` counts at any sparsity."""
+ALIKE = (PATTERNS[1], PATTERNS[4])
+"""Those of the kind of another one, which are slow."""
 
 
 def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None = None, spread: float = 1.0) -> np.ndarray:
