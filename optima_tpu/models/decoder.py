@@ -70,9 +70,7 @@ class Decoder:
           UserError: the architecture, or a setting of it, is not supported.
         """
         family = family_of(hf_config, general)
-        present = set(tensors.names())
-        root = next((root for root in family.roots if root + family.embedding in present), family.roots[0])
-        return cls(family, root, family.read_config(hf_config), tensors, mesh, batch)
+        return cls(family, family.root(tensors.names()), family.read_config(hf_config), tensors, mesh, batch)
 
     def at(self, index: int) -> "Decoder":
         """The same decoder, of the blocks like block ``index``."""
@@ -151,7 +149,7 @@ class Decoder:
 
     def sharding(self, name: str) -> P:
         """The wanted sharding of a block's parameter; dimensions that the mesh does not divide are replicated."""
-        return self.family.sharding.get(kind_name(name), P())
+        return self.family.sharding(kind_name(name))
 
     def prefix(self, index: int) -> str:
         """The prefix of a block's parameter names in the checkpoint."""

@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
@@ -21,7 +20,6 @@ from optima_tpu.models.family import FURTHER, Cut, Family, Positions
 from optima_tpu.models.layers import Linear, RMSNorm, Scores, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate, rotate_neighbours, rotate_neighbours_wide
 from optima_tpu.models.routers import Groups
-from optima_tpu.runtime.mesh import MODEL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,12 +163,7 @@ def _family(read_config: Callable[[Any], DeepseekConfig], **fields: Any) -> Fami
     projections = ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "q_b_proj", "kv_b_proj")
     wide = tuple(f"self_attn.{name}" for name in projections)
     return dataclasses.replace(
-        made,
-        linears=(*wide, "self_attn.o_proj", *made.linears[4:]),
-        sharding={**made.sharding, **{name + ".weight": P(MODEL, None) for name in wide}},
-        exact=ROUTER,
-        cuts={**made.cuts, "head": (heads,)},
-        **fields,
+        made, linears=(*wide, "self_attn.o_proj", *made.linears[4:]), exact=ROUTER, cuts={**made.cuts, "head": (heads,)}, **fields
     )
 
 

@@ -24,8 +24,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import llama
 from optima_tpu.models.family import Cut, ExpertNames, Family, Residual
 from optima_tpu.models.grouped import Stretches, grouped_dot
-from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear
-from optima_tpu.models.routers import GroupRouter, Groups, Router
+from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear, project
+from optima_tpu.models.routers import GroupRouter, Groups, Router, of_sum_one, same, softmax
 from optima_tpu.runtime.mesh import DATA, MODEL, divisible
 
 
@@ -39,6 +39,14 @@ class Gated:
         return ACTIVATIONS[self.activation](gate) * up
 
 
+def usual_router(config: "MixtureConfig") -> nnx.Module:
+    """The router of a mixture that chooses by the softmax of the logits, or by groups."""
+    sizes = config.d_model, config.experts, config.experts_per_token
+    if config.groups is not None:
+        return GroupRouter(*sizes, config.normalise, config.groups)
+    return Router(*sizes, scores=softmax, shares=of_sum_one if config.normalise else same)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureConfig(llama.LlamaConfig):
     """The numbers that shape a block; ``d_ff`` is the width of one expert.
@@ -48,6 +56,7 @@ class MixtureConfig(llama.LlamaConfig):
       experts_per_token: number of experts that a token is sent to.
       normalise: whether the shares of these experts are scaled to sum to one.
       groups: how DeepSeek and GLM choose experts; None for the largest logits.
+      router: makes the router of a mixture.
       shared_width: the width of the shared expert; 0 for none.
       mixed: for every block whether it has a mixture, or an MLP in its place; empty if all have one.
       mlp_width: the width of this MLP.
@@ -60,6 +69,7 @@ class MixtureConfig(llama.LlamaConfig):
     experts_per_token: int
     normalise: bool
     groups: Groups | None = None
+    router: Callable[["MixtureConfig"], nnx.Module] = usual_router
     shared_width: int = 0
     mixed: tuple[bool, ...] = ()
     mlp_width: int = 0
@@ -104,6 +114,7 @@ class MixtureNames:
       wide: the names of gate and up in an expert, or the name of the one layer that is both.
       narrow: the name of down.
       shared: the name of the shared expert in the mixture.
+      shared_gate: the name of the layer that gives the share of the shared expert's output; empty where it is added as it is.
       bias: whether the layers of an expert have biases.
       width: the setting of ``transformers`` that is the width of an expert.
       shared_width: the setting that is the width of the shared expert; empty where it is a multiple of an expert's.
@@ -116,6 +127,7 @@ class MixtureNames:
     wide: tuple[str, ...] = ("gate_proj", "up_proj")
     narrow: str = "down_proj"
     shared: str = "shared_experts"
+    shared_gate: str = ""
     bias: bool = False
     width: str = "moe_intermediate_size"
     shared_width: str = ""
@@ -202,12 +214,6 @@ def check_given(config: Any, *names: str) -> None:
         raise UserError(f"expected {', '.join(missing)} in config.json, got none: check the file")
 
 
-def router(config: MixtureConfig) -> nnx.Module:
-    """The router of a mixture."""
-    sizes = config.d_model, config.experts, config.experts_per_token, config.normalise
-    return Router(*sizes) if config.groups is None else GroupRouter(*sizes, config.groups)
-
-
 class Expert(nnx.Module):
     """The parameters of one expert, under the names of the checkpoint."""
 
@@ -227,9 +233,9 @@ class Experts(nnx.Module):
       mesh: the mesh that the block runs on; None for one device.
     """
 
-    def __init__(self, config: MixtureConfig, layout: MixtureNames, router: Callable[[MixtureConfig], nnx.Module] = router):
+    def __init__(self, config: MixtureConfig, layout: MixtureNames):
         self.layout, self.mesh, self.way = layout, None, Way(config.neurons, config.share_first)
-        setattr(self, layout.router, router(config))
+        setattr(self, layout.router, config.router(config))
         self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
 
     def routed_output(self, x: Array, routed_by: Array | None = None) -> Array:
@@ -252,10 +258,12 @@ class Experts(nnx.Module):
 class Mixture(Experts):
     """What takes the place of an MLP: experts, and a shared expert whose output is added, if the configuration has one."""
 
-    def __init__(self, config: MixtureConfig, layout: MixtureNames, router: Callable[[MixtureConfig], nnx.Module] = router):
-        super().__init__(config, layout, router)
+    def __init__(self, config: MixtureConfig, layout: MixtureNames):
+        super().__init__(config, layout)
         if config.shared_width:
             setattr(self, layout.shared, GatedMLP(config.d_model, config.shared_width, activation=config.activation))
+        if layout.shared_gate:
+            setattr(self, layout.shared_gate, Gate(config.d_model))
 
     def __call__(self, x: Array) -> Array:
         output = self.routed_output(x)
@@ -268,14 +276,25 @@ class Mixture(Experts):
 
     def shared_output(self, x: Array) -> Array:
         """What the shared expert adds."""
-        return getattr(self, self.layout.shared)(x)
+        shared, gate = getattr(self, self.layout.shared), self.layout.shared_gate
+        return getattr(self, gate)(x) * shared(x) if gate else shared(x)
 
 
-class MixtureBlock(llama.PreNormBlock):
+class Gate(nnx.Module):
+    """The share of the shared expert in a token's output, [batch, length, 1]."""
+
+    def __init__(self, d_model: int):
+        self.weight = nnx.Param(jnp.zeros((1, d_model)))
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.sigmoid(project(x, self.weight[...]))
+
+
+class MixtureBlock(llama.DecoderBlock):
     """A block with a mixture. It sows the residual stream without the shared expert's output too."""
 
     def behind_attention(self, x: Array) -> Array:
-        mixture, normed = getattr(self, self.name), self.post_attention_layernorm(x)
+        mixture, normed = getattr(self, self.name), self._normed(self.norms.before_mlp, x)
         if not mixture.shares:
             return mixture(normed)
         routed = mixture.routed_output(normed)
@@ -311,52 +330,23 @@ def mixed(
     Returns:
       (output as ``x``, what the wide layers read, what the last one reads)
     """
-    spread = _Spread.of(mesh, len(x), weights[-1].shape[2])
-    output, rows, hidden = spread.run(way, x, sent, weights, biases, known)
-    wide, narrow = (Routed(read, sent.chosen, len(weights[-1]), spread.slices) for read in (rows, hidden))
-    return output, wide, narrow
-
-
-class _Spread(NamedTuple):
-    """How a mixture is spread over a mesh.
-
-    Attributes:
-      mesh: None for one device.
-      data: the axis that splits the batch; None if none does.
-      model: the axis that splits the width of the experts; None if none does.
-    """
-
-    mesh: Mesh | None
-    data: str | None
-    model: str | None
-
-    @classmethod
-    def of(cls, mesh: Mesh | None, batch: int, width: int) -> "_Spread":
-        if mesh is None or mesh.size == 1:
-            return cls(None, None, None)
-        return cls(mesh, *divisible(mesh, (batch, width), P(DATA, MODEL)))
-
-    @property
-    def slices(self) -> int:
-        return 1 if self.mesh is None or self.data is None else self.mesh.shape[self.data]
-
-    def run(
-        self, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array], known: Array | None
-    ) -> tuple[Array, Array, Array]:
-        """Calls :func:`_mix` on every device, with its part of the tokens and of the width."""
-        if self.mesh is None:
-            return _mix(None, way, x, sent, weights, biases, known)
-        tokens, wide, narrow, read = P(self.data), P(None, self.model), P(None, None, self.model), P(self.data, self.model)
-        return jax.shard_map(
-            functools.partial(_mix, self.model, way),
-            mesh=self.mesh,
-            in_specs=(
-                *(tokens, tokens, [*(wide for _ in weights[1:]), narrow], [*(wide for _ in biases[1:]), P()][: len(biases)]),
-                read,
-            ),
+    mix, slices = functools.partial(_mix, None, way), 1
+    if mesh is not None and mesh.size > 1:
+        data, model = divisible(mesh, (len(x), weights[-1].shape[2]), P(DATA, MODEL))
+        slices = 1 if data is None else mesh.shape[data]
+        tokens, wide, narrow, read = P(data), P(None, model), P(None, None, model), P(data, model)
+        of_biases = [*(wide for _ in biases[1:]), P()][: len(biases)]
+        # Every device has its part of the tokens and of the width.
+        mix = jax.shard_map(
+            functools.partial(_mix, model, way),
+            mesh=mesh,
+            in_specs=(tokens, tokens, [*(wide for _ in weights[1:]), narrow], of_biases, read),
             out_specs=(tokens, tokens, read),
             check_vma=False,
-        )(x, sent, weights, biases, known)
+        )
+    output, *inputs = mix(x, sent, weights, biases, known)
+    wide_input, narrow_input = (Routed(rows, sent.chosen, len(weights[-1]), slices) for rows in inputs)
+    return output, wide_input, narrow_input
 
 
 def _mix(
@@ -428,41 +418,37 @@ def family(
     read_config: Callable[[Any], MixtureConfig],
     layout: MixtureNames = MixtureNames(),
     attention: Callable[[Any], nnx.Module] = llama.rotary_attention,
-    mixture: Callable[[MixtureConfig, MixtureNames], Mixture] = Mixture,
 ) -> Family:
     """A family with Llama's blocks, of which all or some have a mixture in the place of the MLP.
 
     Args:
       attention: makes the attention of a block.
-      mixture: makes the mixture of a block.
     """
 
-    def block(config: MixtureConfig) -> llama.PreNormBlock:
+    def block(config: MixtureConfig) -> llama.DecoderBlock:
         if config.has_mixture:
-            return MixtureBlock(config, attention(config), mixture(config, layout), layout.mlp)
+            return MixtureBlock(config, attention(config), Mixture(config, layout), layout.mlp)
         mlp = GatedMLP(config.d_model, config.mlp_width, activation=config.activation)
-        return llama.PreNormBlock(config, attention(config), mlp, layout.mlp)
+        return llama.DecoderBlock(config, attention(config), mlp, layout.mlp)
 
     def named(name: str) -> str:
         return name.replace("mlp.", layout.mlp + ".", 1) if name.startswith("mlp.") else name
 
     *wide, narrow = layout.layers
-    gate, up, down = layout.shared_layers
+    *_, down = layout.shared_layers
     return dataclasses.replace(
         llama.FAMILY,
         read_config=read_config,
         block=block,
         linears=(*map(named, llama.LINEARS), *layout.shared_layers, *layout.layers),
+        narrow=(*map(named, llama.FAMILY.narrow), down, narrow),
+        # A shared expert that has a gate adds its share only.
         residuals={named(name): around for name, around in llama.FAMILY.residuals.items()}
-        | {down: Residual("before_shared", "after_mlp")},
+        | ({} if layout.shared_gate else {down: Residual("before_shared", "after_mlp")}),
         cuts={
             **llama.FAMILY.cuts,
             "neuron": tuple(functools.partial(each, layout=layout) for each in (expert_neurons, shared_neurons, mlp_neurons)),
         },
         experts=layout.experts,
         shared=tuple(wide),
-        sharding={named(name): spec for name, spec in llama.SHARDING.items()}
-        | {name + ".weight": P(MODEL, None) for name in (*wide, gate, up)}
-        | {name + ".bias": P(MODEL) for name in wide}
-        | dict.fromkeys((narrow + ".weight", down + ".weight"), P(None, MODEL)),
     )

@@ -1,7 +1,7 @@
 """The interface of decoder families."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models.cache import Cache
+from optima_tpu.runtime.mesh import MODEL
 
 Shape = tuple[int, ...]
 
@@ -222,7 +223,8 @@ class Family:
         ``kind`` says which block.
       linears: the layers of it that are pruned, in the order of the forward pass, by their path in the block. ``*`` stands for
         every number: "mlp.experts.*.up_proj".
-      sharding: specs of their parameters, named in the same way; other parameters are replicated.
+      narrow: those of them that read heads or neurons. The model axis splits their inputs, and the outputs of the others: one
+        all-reduce for each sublayer.
       final: ``final(config)`` is an ``nnx.Module`` between the last block and the head, as a rule a norm.
       roots: possible prefixes of a checkpoint's tensor names; the first one under which the embedding exists is used.
       layers: the prefix of a block's names, after the root.
@@ -254,7 +256,7 @@ class Family:
     read_config: Callable[[Any], DecoderConfig]
     block: Callable[[Any], nnx.Module]
     linears: tuple[str, ...]
-    sharding: Mapping[str, P]
+    narrow: tuple[str, ...]
     final: Callable[[Any], nnx.Module]
     roots: tuple[str, ...] = ("model.",)
     layers: str = "layers.{}."
@@ -274,3 +276,34 @@ class Family:
     note: str = ""
     needs_bos: bool = False
     by_block: frozenset[str] = frozenset()
+
+    def root(self, names: Collection[str]) -> str:
+        """The root of a checkpoint with these names of tensors."""
+        return next((root for root in self.roots if root + self.embedding in names), self.roots[0])
+
+    def sharding(self, name: str) -> P:
+        """The spec of a block's parameter, with ``*`` for every number. What is no weight or bias of ``linears`` is replicated."""
+        layer, _, part = name.rpartition(".")
+        if layer not in self.linears or part not in ("weight", "bias"):
+            return P()
+        if layer in self.narrow:
+            return P(None, MODEL) if part == "weight" else P()
+        return P(MODEL, None) if part == "weight" else P(MODEL)
+
+
+def text_half(text: Family, roots: tuple[str, ...], others: str, why: str = "the half for images", **declared: Any) -> Family:
+    """The family of checkpoints that also read images or sound: their text half. What is not for text is exported unchanged.
+
+    Args:
+      text: the family of the text half by itself.
+      others: regular expression of the names of the other tensors.
+      why: what these are.
+      declared: what the family declares otherwise than that of the text.
+    """
+
+    def read_config(config: Any) -> DecoderConfig:
+        # transformers reads tie_word_embeddings beside the text's settings, not among them.
+        return dataclasses.replace(text.read_config(config.get_text_config()), tied=config.tie_word_embeddings)
+
+    ignored = {**text.ignored, others: f"{why}: text does not pass through it"}
+    return dataclasses.replace(text, read_config=read_config, roots=roots, ignored=ignored, **declared)

@@ -15,14 +15,12 @@ import jax.numpy as jnp
 import transformers
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, gemma, llama
-from optima_tpu.models.family import Cut, Positions, Stack
+from optima_tpu.models.family import Cut, Positions, Stack, text_half
 from optima_tpu.models.layers import GatedMLP, Linear, RotaryAttention, WideRMSNorm, over_rms, scaled
 from optima_tpu.models.rope import TYPES, RopeByBlock
-from optima_tpu.runtime.mesh import MODEL
 
 
 class HeadSizes(NamedTuple):
@@ -78,9 +76,12 @@ def read_config(config: Any) -> Gemma4Config:
         qkv_bias=config.attention_bias,
         o_bias=config.attention_bias,
         norm=WideRMSNorm,
+        norms=gemma.NORMS,
+        qk_norm=llama.each_head,
         logit_cap=config.final_logit_softcapping,
         mlp_width=config.intermediate_size,
         normalise=True,
+        router=Gemma4Router,
     )
 
 
@@ -110,7 +111,7 @@ class Gemma4Attention(RotaryAttention):
             width,
             qkv_bias=config.qkv_bias,
             o_bias=config.o_bias,
-            norm=functools.partial(config.norm, eps=config.eps),
+            norm=llama.head_norm(config),
             scale=1.0,
         )
         self.eps = config.eps
@@ -144,7 +145,7 @@ class Gemma4Router(nnx.Module):
 LAYOUT = experts.MixtureNames(mlp="", router="router", rows=("proj.weight", "per_expert_scale"))
 
 
-class Gemma4Block(gemma.GemmaBlock):
+class Gemma4Block(llama.DecoderBlock):
     """A block of Gemma 2 with the attention of Gemma 4, whose output is multiplied by a number."""
 
     def __init__(self, config: Gemma4Config):
@@ -162,7 +163,7 @@ class MixedBlock(Gemma4Block, experts.Experts):
 
     def __init__(self, config: Gemma4Config):
         Gemma4Block.__init__(self, config)
-        experts.Experts.__init__(self, config, LAYOUT, Gemma4Router)
+        experts.Experts.__init__(self, config, LAYOUT)
         norm = functools.partial(config.norm, config.d_model, eps=config.eps)
         self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2 = norm(), norm()
         self.pre_feedforward_layernorm_2 = norm()
@@ -204,7 +205,7 @@ FAMILY = dataclasses.replace(
     by_block=frozenset({"head_dim", "num_key_value_heads"}),
     cuts={"neuron": (mlp_neurons, functools.partial(experts.expert_neurons, layout=LAYOUT)), "head": (heads,)},
     linears=(*llama.LINEARS, *LAYOUT.layers),
-    sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
+    narrow=(*llama.FAMILY.narrow, _NARROW),
     experts=LAYOUT.experts,
     shared=tuple(_WIDE),
     stacks={
@@ -212,11 +213,6 @@ FAMILY = dataclasses.replace(
         "experts.down_proj": Stack((_NARROW + ".weight",), turned=False),
     },
 )
-MULTIMODAL = dataclasses.replace(
-    FAMILY,
-    # tie_word_embeddings of the text is not read.
-    read_config=lambda config: dataclasses.replace(read_config(config.get_text_config()), tied=config.tie_word_embeddings),
-    roots=("model.language_model.",),
-    ignored={r"model\.(vision_|audio_|embed_vision|embed_audio).*": "for images and sound: text does not pass through it"},
+MULTIMODAL = text_half(
+    FAMILY, ("model.language_model.",), r"model\.(vision_|audio_|embed_vision|embed_audio).*", "for images and sound"
 )
-"""The text half of the checkpoints that also read images or sound; the other half is exported unchanged."""

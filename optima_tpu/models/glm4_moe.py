@@ -14,7 +14,7 @@ def read_config(config: Any) -> experts.MixtureConfig:
         **llama.read_sizes(config) | deepseek.read_mixture(config, deepseek.dense_first(config)),
         rope=Rope.from_hf(config.rope_parameters, partial=True),
         qkv_bias=config.attention_bias,
-        qk_norm=config.use_qk_norm,
+        qk_norm=llama.each_head if config.use_qk_norm else None,
     )
 
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Stack
 from optima_tpu.models.layers import WideRMSNorm
 from optima_tpu.models.rope import Rope
-from optima_tpu.models.routers import BiasedRouter
+from optima_tpu.models.routers import Router, softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +44,14 @@ def read_config(config: Any) -> experts.MixtureConfig:
         experts=config.num_local_experts,
         experts_per_token=config.num_experts_per_tok,
         normalise=True,
+        router=router,
         neurons=Clamped(config.swiglu_alpha, config.swiglu_limit),
     )
 
 
-def router(config: experts.MixtureConfig) -> nnx.Module:
-    """The router of a mixture."""
-    return BiasedRouter(config.d_model, config.experts, config.experts_per_token)
-
-
-def mixture(config: experts.MixtureConfig, layout: experts.MixtureNames) -> experts.Mixture:
-    """The mixture of a block."""
-    return experts.Mixture(config, layout, router)
+def router(config: experts.MixtureConfig) -> Router:
+    """The router of a mixture: the softmax over the experts with the largest logits, which have biases."""
+    return Router(config.d_model, config.experts, config.experts_per_token, shares=softmax, bias=True)
 
 
 STACKS = {
@@ -66,9 +61,7 @@ STACKS = {
 }
 FAMILY = dataclasses.replace(
     experts.family(
-        read_config,
-        experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, width="intermediate_size"),
-        mixture=mixture,
+        read_config, experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, width="intermediate_size")
     ),
     stacks=STACKS,
 )

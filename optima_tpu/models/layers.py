@@ -66,69 +66,67 @@ def over_rms(x: Array, eps: float) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) * w``, normalised in float32 and scaled in x's dtype, as the reference does."""
+    """``x / rms(x) * w``, normalised in float32 and scaled in x's dtype, as the reference does.
 
-    def __init__(self, d: int, *, eps: float):
-        self.weight = nnx.Param(jnp.ones((d,)))
-        self.eps = eps
+    Over the last axis. Where ``d`` is larger, it is the width of all heads, and x [batch, length, heads, head_dim] is normalised over
+    all of them together.
 
-    def __call__(self, x: Array) -> Array:
-        normed = over_rms(x, self.eps)
-        return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
+    Args:
+      wide: whether it is scaled in float32 too, by ``shift + w``, and rounded once.
+    """
 
-
-class WideRMSNorm(nnx.Module):
-    """``x / rms(x) * (shift + w)`` in float32, rounded once: the norm of OLMo 2."""
-
-    shift = 0.0
-
-    def __init__(self, d: int, *, eps: float):
-        self.weight = nnx.Param(jnp.full((d,), 1 - self.shift))
-        self.eps = eps
+    def __init__(self, d: int, *, eps: float, wide: bool = False, shift: float = 0.0):
+        self.weight = nnx.Param(jnp.full((d,), 1 - shift))
+        self.eps, self.wide, self.shift = eps, wide, shift
 
     def __call__(self, x: Array) -> Array:
+        weight, shape = self.weight[...], x.shape
+        x = x if len(weight) == shape[-1] else x.reshape(*shape[:2], -1)
         normed = over_rms(x, self.eps)
-        return (normed * (self.shift + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        if self.wide:
+            return (normed * (self.shift + weight.astype(jnp.float32))).astype(x.dtype).reshape(shape)
+        return (weight.astype(x.dtype) * normed.astype(x.dtype)).reshape(shape)
 
 
-class ShiftedRMSNorm(WideRMSNorm):
-    """The same with a shift of 1: the norm of the Gemma family."""
-
-    shift = 1.0
+WideRMSNorm = functools.partial(RMSNorm, wide=True)
+"""The norm of OLMo 2."""
+ShiftedRMSNorm = functools.partial(RMSNorm, wide=True, shift=1.0)
+"""The norm of the Gemma family."""
 
 
 class LayerNorm(nnx.Module):
     """``(x - mean(x)) / std(x) * w + b`` over the last axis in float32, rounded once.
 
     Without ``w`` if not ``affine``, without ``b`` if not ``affine`` or not ``bias``. Where ``d`` is a shape, it is that of ``w``.
+
+    Args:
+      shifted: whether ``1 + w``, rounded to x's dtype, stands in the place of ``w``.
     """
 
-    def __init__(self, d: int | tuple[int, ...], *, eps: float = 1e-5, affine: bool = True, bias: bool = True):
+    def __init__(
+        self, d: int | tuple[int, ...], *, eps: float = 1e-5, affine: bool = True, bias: bool = True, shifted: bool = False
+    ):
         if affine:
             self.weight = nnx.Param(jnp.ones(d))
         if affine and bias:
             self.bias = nnx.Param(jnp.zeros(d))
-        self.eps = eps
-
-    def factor(self, dtype: DTypeLike) -> Array:
-        """What the normalised x, which came in this dtype, is multiplied by."""
-        return self.weight[...]
+        self.eps, self.shifted = eps, shifted
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         normed = over_rms(wide - jnp.mean(wide, axis=-1, keepdims=True), self.eps)
         if hasattr(self, "weight"):
-            normed = normed * self.factor(x.dtype).astype(jnp.float32)
+            weight = 1 + self.weight[...].astype(x.dtype) if self.shifted else self.weight[...]
+            normed = normed * weight.astype(jnp.float32)
         if hasattr(self, "bias"):
             normed = normed + self.bias[...].astype(jnp.float32)
         return normed.astype(x.dtype)
 
 
-class ShiftedLayerNorm(LayerNorm):
-    """The same with ``1 + w``, which is rounded to x's dtype first: the norm of Nemotron."""
-
-    def factor(self, dtype: DTypeLike) -> Array:
-        return 1 + self.weight[...].astype(dtype)
+UnbiasedLayerNorm = functools.partial(LayerNorm, bias=False)
+"""The norm of Command R."""
+ShiftedLayerNorm = functools.partial(LayerNorm, shifted=True)
+"""The norm of Nemotron."""
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -155,15 +153,17 @@ class GatedMLP(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(activation(up(x)))``."""
+    """``down(activation(up(x)))``; ``up`` and ``down`` are the names of the two layers."""
 
-    def __init__(self, d_model: int, d_ff: int, *, activation: str, bias: bool = False):
-        self.up_proj = Linear(d_model, d_ff, bias=bias)
-        self.down_proj = Linear(d_ff, d_model, bias=bias)
+    def __init__(self, d_model: int, d_ff: int, *, activation: str, bias: bool = False, up: str, down: str):
+        self.up, self.down = up, down
+        setattr(self, up, Linear(d_model, d_ff, bias=bias))
+        setattr(self, down, Linear(d_ff, d_model, bias=bias))
         self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(self.activation(self.up_proj(x)))
+        output: Array = getattr(self, self.down)(self.activation(getattr(self, self.up)(x)))
+        return output
 
 
 class RotaryAttention(nnx.Module):
@@ -173,7 +173,7 @@ class RotaryAttention(nnx.Module):
       mesh: the mesh that the block runs on; None for one device.
 
     Args:
-      norm: makes a norm over the dimensions of a head, one for queries and one for keys; None for no norms.
+      norm: (heads, head_dim) -> a norm, one for queries and one for keys; None for no norms.
       scale, cap: see :class:`~optima_tpu.models.splash.Scores`.
       rotation: rotates queries and keys.
       sinks: whether every head has a sink, see the same.
@@ -189,7 +189,7 @@ class RotaryAttention(nnx.Module):
         *,
         qkv_bias: bool = False,
         o_bias: bool = False,
-        norm: Callable[[int], nnx.Module] | None = None,
+        norm: Callable[[int, int], nnx.Module] | None = None,
         scale: float | None = None,
         cap: float | None = None,
         rotation: Rotation = rotate,
@@ -203,7 +203,7 @@ class RotaryAttention(nnx.Module):
         self.v_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = Linear(heads * head_dim, d_model, bias=o_bias)
         if norm:
-            self.q_norm, self.k_norm = norm(head_dim), norm(head_dim)
+            self.q_norm, self.k_norm = norm(heads, head_dim), norm(kv_heads, head_dim)
         if sinks:
             self.sinks = nnx.Param(jnp.zeros((heads,)))
 

@@ -6,18 +6,16 @@ Many families are the same block with other settings, which :class:`LlamaConfig`
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, Residual
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, scaled
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
-from optima_tpu.runtime.mesh import MODEL
 
 T = TypeVar("T")
 
@@ -31,16 +29,19 @@ LINEARS = (
     "mlp.down_proj",
 )
 
-# Projections into heads or neurons shard their outputs over the model axis, projections out of them shard their inputs: one
-# all-reduce per sublayer. Everything else (norms, biases of the second kind) is replicated.
-SHARDING: dict[str, P] = {
-    **{f"self_attn.{name}_proj.weight": P(MODEL, None) for name in "qkv"},
-    **{f"self_attn.{name}_proj.bias": P(MODEL) for name in "qkv"},
-    "self_attn.o_proj.weight": P(None, MODEL),
-    **{f"mlp.{name}_proj.weight": P(MODEL, None) for name in ("gate", "up")},
-    **{f"mlp.{name}_proj.bias": P(MODEL) for name in ("gate", "up")},
-    "mlp.down_proj.weight": P(None, MODEL),
-}
+
+def each_head(heads: int, head_dim: int) -> int:
+    """``LlamaConfig.qk_norm`` where queries and keys are normalised head by head, with weights that all heads share."""
+    return head_dim
+
+
+class Norms(NamedTuple):
+    """The names of the norms before and behind the two sublayers of a block; empty where there is none."""
+
+    before_attention: str = "input_layernorm"
+    behind_attention: str = ""
+    before_mlp: str = "post_attention_layernorm"
+    behind_mlp: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,16 +50,19 @@ class LlamaConfig(DecoderConfig):
 
     Attributes:
       windows: for every block, how many tokens a position sees (None: all); empty if all blocks see everything.
-      qk_norm: whether queries and keys are normalised, head by head.
+      qk_norm: the size of a norm of queries or keys, from the number and the width of their heads; None where there is none.
       rope: the rotary embedding, of every block or block by block.
       rotation: rotates queries and keys.
       activation: the MLP's, by its name in ``ACTIVATIONS``.
       norm: ``norm(d, eps=eps)`` makes a norm.
+      norms: which norms a block has.
+      parallel: whether attention and MLP read one norm, and not one the output of the other.
       scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
       score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
       sinks: whether every head has a sink, which takes a share of each query.
       gated: whether the output of attention is multiplied by the sigmoid of a gate, which q_proj gives beside each query.
       branch_scale: factor of the outputs of attention and MLP, before they are added to the residual stream.
+      embedding_scale: factor of the embeddings, where the family's ``embed`` takes it from here.
     """
 
     d_ff: int
@@ -67,7 +71,7 @@ class LlamaConfig(DecoderConfig):
     head_dim: int
     eps: float
     windows: tuple[int | None, ...] = ()
-    qk_norm: bool = False
+    qk_norm: Callable[[int, int], int | tuple[int, int]] | None = None
     rope: Rope | RopeByBlock
     rotation: Rotation = rotate
     qkv_bias: bool = False
@@ -75,11 +79,14 @@ class LlamaConfig(DecoderConfig):
     mlp_bias: bool = False
     activation: str = "silu"
     norm: Callable[..., nnx.Module] = RMSNorm
+    norms: Norms = Norms()
+    parallel: bool = False
     scale: float | None = None
     score_cap: float | None = None
     sinks: bool = False
     gated: bool = False
     branch_scale: float = 1.0
+    embedding_scale: float = 1.0
 
     @property
     def attention(self) -> str:
@@ -178,36 +185,63 @@ def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.nd
     return np.full(length, windows[index] or length, np.int32) if windows else None
 
 
-class PreNormBlock(nnx.Module):
-    """x [batch, length, d_model] to the same shape: adds attention(norm(x)) to x, then MLP(norm(x)).
+class DecoderBlock(nnx.Module):
+    """x [batch, length, d_model] to the same shape: adds attention to x, then the MLP, with a norm before or behind each.
 
-    Where these are scaled, it sows the residual stream divided by the scale: then the outputs of layers add to it as they are.
+    Where no norm is behind them, it sows the residual stream, divided by their scale: then the outputs of layers add to it as they are.
 
     Args:
       name: the name of the MLP in the checkpoint.
     """
 
     def __init__(self, config: LlamaConfig, attention: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
-        self.branch_scale, self.attention = config.branch_scale, config.attention
-        self.input_layernorm = config.norm(config.d_model, eps=config.eps)
+        self.branch_scale, self.attention, self.name, self.norms = config.branch_scale, config.attention, name, config.norms
         setattr(self, self.attention, attention)
-        self.post_attention_layernorm = config.norm(config.d_model, eps=config.eps)
-        self.name = name
         setattr(self, name, mlp)
+        for norm in filter(None, config.norms):
+            setattr(self, norm, config.norm(config.d_model, eps=config.eps))
 
     def __call__(self, x: Array, positions: Positions) -> Array:
-        scale = self.branch_scale
-        self.sow(nnx.Intermediate, "before_attention", scaled(x, 1 / scale))
-        x = x + scaled(getattr(self, self.attention)(self.input_layernorm(x), positions), scale)
-        self.sow(nnx.Intermediate, "after_attention", scaled(x, 1 / scale))
-        x = x + scaled(self.behind_attention(x), scale)
-        self.sow(nnx.Intermediate, "after_mlp", scaled(x, 1 / scale))
+        norms = self.norms
+        self._sow("before_attention", x)
+        mixed = getattr(self, self.attention)(self._normed(norms.before_attention, x), positions)
+        x = x + scaled(self._normed(norms.behind_attention, mixed), self.branch_scale)
+        self._sow("after_attention", x)
+        x = x + scaled(self._normed(norms.behind_mlp, self.behind_attention(x)), self.branch_scale)
+        self._sow("after_mlp", x)
         return x
 
     def behind_attention(self, x: Array) -> Array:
-        """What the MLP adds to the residual stream x."""
-        output: Array = getattr(self, self.name)(self.post_attention_layernorm(x))
+        """What the MLP makes of the residual stream x."""
+        output: Array = getattr(self, self.name)(self._normed(self.norms.before_mlp, x))
         return output
+
+    def _normed(self, norm: str, x: Array) -> Array:
+        return getattr(self, norm)(x) if norm else x
+
+    def _sow(self, name: str, x: Array) -> None:
+        if not self.norms.behind_attention:
+            self.sow(nnx.Intermediate, name, scaled(x, 1 / self.branch_scale))
+
+
+class ParallelBlock(nnx.Module):
+    """x [batch, length, d_model] to the same shape: adds attention(norm(x)) and MLP(norm(x)) to x, with one norm.
+
+    It sows the residual stream as if attention came first.
+    """
+
+    def __init__(self, config: LlamaConfig, attention: nnx.Module, mlp: nnx.Module):
+        self.input_layernorm = config.norm(config.d_model, eps=config.eps)
+        self.self_attn, self.mlp = attention, mlp
+
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        normed = self.input_layernorm(x)
+        self.sow(nnx.Intermediate, "before_attention", x)
+        x = x + self.self_attn(normed, positions)
+        self.sow(nnx.Intermediate, "after_attention", x)
+        x = x + self.mlp(normed)
+        self.sow(nnx.Intermediate, "after_mlp", x)
+        return x
 
 
 def rotary_attention(config: LlamaConfig) -> RotaryAttention:
@@ -219,7 +253,7 @@ def rotary_attention(config: LlamaConfig) -> RotaryAttention:
         config.head_dim,
         qkv_bias=config.qkv_bias,
         o_bias=config.o_bias,
-        norm=functools.partial(config.norm, eps=config.eps) if config.qk_norm else None,
+        norm=head_norm(config),
         scale=config.scale,
         cap=config.score_cap,
         rotation=config.rotation,
@@ -228,10 +262,25 @@ def rotary_attention(config: LlamaConfig) -> RotaryAttention:
     )
 
 
-def block(config: LlamaConfig) -> PreNormBlock:
-    """One decoder block."""
-    mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
-    return PreNormBlock(config, rotary_attention(config), mlp)
+def head_norm(config: LlamaConfig) -> Callable[[int, int], nnx.Module] | None:
+    """(heads, head_dim) -> the norm of queries or of keys; None where there is none."""
+    size = config.qk_norm
+    return None if size is None else lambda heads, head_dim: config.norm(size(heads, head_dim), eps=config.eps)
+
+
+def gated_mlp(config: LlamaConfig) -> nnx.Module:
+    """The MLP of a block."""
+    return GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
+
+
+def block(config: LlamaConfig, mlp: Callable[[LlamaConfig], nnx.Module] = gated_mlp) -> nnx.Module:
+    """One decoder block.
+
+    Args:
+      mlp: makes its MLP.
+    """
+    made = ParallelBlock if config.parallel else DecoderBlock
+    return made(config, rotary_attention(config), mlp(config))
 
 
 class LlamaFinal(nnx.Module):
@@ -244,9 +293,12 @@ class LlamaFinal(nnx.Module):
         return self.norm(x)
 
 
-def neurons(config: LlamaConfig, made_by: tuple[str, ...] = ("gate_proj", "up_proj"), read_by: str = "down_proj") -> Cut:
-    """The neurons of the MLP."""
-    return Cut("neurons", config.d_ff, 1, (f"mlp.{read_by}",), dict.fromkeys(made_by, ()), {"intermediate_size": 1})
+_GATED: Mapping[str, tuple[int, ...]] = {"gate_proj": (), "up_proj": ()}
+
+
+def neurons(config: LlamaConfig, made_by: Mapping[str, tuple[int, ...]] = _GATED, read_by: str = "down_proj") -> Cut:
+    """The neurons of the MLP; ``made_by`` as in :class:`~optima_tpu.models.family.Cut`."""
+    return Cut("neurons", config.d_ff, 1, (f"mlp.{read_by}",), made_by, {"intermediate_size": 1})
 
 
 def heads(config: LlamaConfig) -> Cut:
@@ -273,7 +325,7 @@ FAMILY = Family(
     read_config=read_config,
     block=block,
     linears=LINEARS,
-    sharding=SHARDING,
+    narrow=("self_attn.o_proj", "mlp.down_proj"),
     final=LlamaFinal,
     residuals={
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
@@ -281,3 +333,24 @@ FAMILY = Family(
     },
     cuts={"neuron": (neurons,), "head": (heads,)},
 )
+
+NO_HEAD_DIM = "have the width of the model divided by their number"
+"""Why the heads of a model cannot be cut whose configuration has no ``head_dim``."""
+
+
+def with_mlp(mlp: Callable[[LlamaConfig], nnx.Module], wide: Mapping[str, tuple[int, ...]], narrow: str) -> dict[str, Any]:
+    """What a family declares whose MLP is another one.
+
+    Args:
+      mlp: makes it.
+      wide: the names of the layers that make its neurons -> the rows of a neuron, as in ``Cut.made_by``.
+      narrow: the name of the layer that reads them.
+    """
+    names, narrow_name = [f"mlp.{name}" for name in wide], f"mlp.{narrow}"
+    return dict(
+        block=functools.partial(block, mlp=mlp),
+        linears=(*LINEARS[:4], *names, narrow_name),
+        narrow=("self_attn.o_proj", narrow_name),
+        residuals={"self_attn.o_proj": FAMILY.residuals["self_attn.o_proj"], narrow_name: FAMILY.residuals["mlp.down_proj"]},
+        cuts={**FAMILY.cuts, "neuron": (functools.partial(neurons, made_by=wide, read_by=narrow),)},
+    )

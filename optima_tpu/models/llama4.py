@@ -4,17 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
-from optima_tpu.models.family import Positions, Stack
-from optima_tpu.models.layers import RotaryAttention, over_rms, project
+from optima_tpu.models.family import Positions, Stack, text_half
+from optima_tpu.models.layers import RotaryAttention, over_rms
 from optima_tpu.models.rope import Rope, rotate_neighbours_wide
+from optima_tpu.models.routers import Router, sigmoid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,7 @@ def read_config(config: Any) -> Llama4Config:
         experts=config.num_local_experts,
         experts_per_token=config.num_experts_per_tok,
         normalise=False,
+        router=router,
         share_first=True,
         shared_width=config.intermediate_size,
         mixed=tuple(index in config.moe_layers for index in range(count)),
@@ -100,20 +100,9 @@ class Llama4Attention(RotaryAttention):
         return over_rms(q, self.eps).astype(q.dtype), over_rms(k, self.eps).astype(k.dtype)
 
 
-class Llama4Router(nnx.Module):
-    """The experts with the largest logits; their shares are the sigmoids of these."""
-
-    def __init__(self, config: experts.MixtureConfig):
-        self.weight, self.few = nnx.Param(jnp.zeros((config.experts, config.d_model))), config.experts_per_token
-
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        values, chosen = jax.lax.top_k(project(x, self.weight[...]), self.few)
-        return chosen, jax.nn.sigmoid(values.astype(jnp.float32)).astype(x.dtype)
-
-
-def mixture(config: experts.MixtureConfig, layout: experts.MixtureNames) -> experts.Mixture:
-    """The mixture of a block."""
-    return experts.Mixture(config, layout, Llama4Router)
+def router(config: experts.MixtureConfig) -> Router:
+    """The router of a mixture: the sigmoids of the largest logits."""
+    return Router(config.d_model, config.experts, config.experts_per_token, shares=sigmoid)
 
 
 _EXPERT = "feed_forward.experts.*.{}_proj.weight"
@@ -124,19 +113,12 @@ FAMILY = dataclasses.replace(
             "feed_forward", router="router", shared="shared_expert", width="intermediate_size", mlp_width="intermediate_size_mlp"
         ),
         attention=Llama4Attention,
-        mixture=mixture,
     ),
     stacks={
         "feed_forward.experts.gate_up_proj": Stack((_EXPERT.format("gate"), _EXPERT.format("up"))),
         "feed_forward.experts.down_proj": Stack((_EXPERT.format("down"),)),
     },
 )
-MULTIMODAL = dataclasses.replace(
-    FAMILY,
-    # tie_word_embeddings of the text is not read.
-    read_config=lambda config: dataclasses.replace(read_config(config.get_text_config()), tied=config.tie_word_embeddings),
-    roots=("language_model.model.",),
-    head="language_model.lm_head.weight",
-    ignored={r"(vision_model|multi_modal_projector)\..*": "the half for images: text does not pass through it"},
+MULTIMODAL = text_half(
+    FAMILY, ("language_model.model.",), r"(vision_model|multi_modal_projector)\..*", head="language_model.lm_head.weight"
 )
-"""The text half of the checkpoints that also read images; the other half is exported unchanged."""

@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
 from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, split_heads
-from optima_tpu.runtime.mesh import MODEL
 
 EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
 OFFSET = 2
@@ -142,22 +140,12 @@ class OPTFinal(nnx.Module):
         return project(x, self.project_out.weight[...]) if hasattr(self, "project_out") else x
 
 
-# As in Llama: projections into heads and neurons shard outputs, projections out of them shard inputs.
-SHARDING = {
-    **{f"self_attn.{name}_proj.weight": P(MODEL, None) for name in "qkv"},
-    **{f"self_attn.{name}_proj.bias": P(MODEL) for name in "qkv"},
-    "self_attn.out_proj.weight": P(None, MODEL),
-    "fc1.weight": P(MODEL, None),
-    "fc1.bias": P(MODEL),
-    "fc2.weight": P(None, MODEL),
-}
-
 FAMILY = Family(
     read_config=read_config,
     block=OPTBlock,
-    sharding=SHARDING,
     final=OPTFinal,
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    narrow=("self_attn.out_proj", "fc2"),
     # The second root: checkpoints saved without the head, as some published ones are.
     roots=("model.decoder.", "decoder."),
     embedding=EMBEDDING,

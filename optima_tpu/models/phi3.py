@@ -11,13 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models import llama
 from optima_tpu.models.family import Cut, Positions
 from optima_tpu.models.layers import Linear, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate
-from optima_tpu.runtime.mesh import MODEL
 
 
 def read_config(config: Any) -> llama.LlamaConfig:
@@ -58,14 +56,9 @@ class Phi3MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
-def block(config: llama.LlamaConfig) -> llama.PreNormBlock:
+def block(config: llama.LlamaConfig) -> llama.DecoderBlock:
     """One decoder block."""
-    return llama.PreNormBlock(config, Phi3Attention(config), Phi3MLP(config))
-
-
-def neurons(config: llama.LlamaConfig) -> Cut:
-    """As Llama's, with gate and up in one matrix."""
-    return llama.neurons(config)._replace(made_by={"gate_up_proj": (1, 1)})
+    return llama.DecoderBlock(config, Phi3Attention(config), Phi3MLP(config))
 
 
 def heads(config: llama.LlamaConfig) -> Cut:
@@ -75,17 +68,14 @@ def heads(config: llama.LlamaConfig) -> Cut:
     return cut._replace(made_by={"qkv_proj": tuple(itertools.chain(*rows))})
 
 
+GATE_UP = {"gate_up_proj": (1, 1)}
+"""The layer that makes the neurons of such an MLP, see :func:`~optima_tpu.models.llama.with_mlp`."""
+_LIKE_LLAMA = dataclasses.replace(llama.FAMILY, **llama.with_mlp(Phi3MLP, GATE_UP, "down_proj"))
 FAMILY = dataclasses.replace(
-    llama.FAMILY,
+    _LIKE_LLAMA,
     read_config=read_config,
     block=block,
-    linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    cuts={"neuron": (neurons,), "head": (heads,)},
     # Slices of the model axis do not end at the borders of q, k and v; XLA moves the rows.
-    sharding={
-        "self_attn.qkv_proj.weight": P(MODEL, None),
-        "self_attn.o_proj.weight": P(None, MODEL),
-        "mlp.gate_up_proj.weight": P(MODEL, None),
-        "mlp.down_proj.weight": P(None, MODEL),
-    },
+    linears=("self_attn.qkv_proj", "self_attn.o_proj", *_LIKE_LLAMA.linears[4:]),
+    cuts={**_LIKE_LLAMA.cuts, "head": (heads,)},
 )

@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import experts, llama, qwen_moe
+from optima_tpu.models import experts, llama, mixtures
 from optima_tpu.models.delta_net import DeltaNet, Sizes
-from optima_tpu.models.family import FURTHER, Cut, DecoderConfig, Family, Stack
+from optima_tpu.models.family import FURTHER, Cut, Family, Stack, text_half
 from optima_tpu.models.layers import ShiftedRMSNorm
 from optima_tpu.models.rope import Rope
-from optima_tpu.runtime.mesh import MODEL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +38,14 @@ class QwenNextConfig(experts.MixtureConfig):
 def read_next(config: Any) -> QwenNextConfig:
     """From ``transformers.Qwen3NextConfig``."""
     width = config.shared_expert_intermediate_size
-    mixture = qwen_moe.read_mixture(config) | qwen_moe.read_mixed(config) | dict(shared_width=width)
+    mixture = mixtures.qwen_mixture(config) | mixtures.qwen_mixed(config) | dict(shared_width=width)
     return _read(config, joined=True, normalise=config.norm_topk_prob, **mixture)
 
 
 def read_mixture(config: Any) -> QwenNextConfig:
     """From ``transformers.Qwen3_5MoeTextConfig``: a mixture in every block."""
     mixed, width = (True,) * config.num_hidden_layers, config.shared_expert_intermediate_size
-    return _read(config, normalise=True, mixed=mixed, shared_width=width, **qwen_moe.read_mixture(config))
+    return _read(config, normalise=True, mixed=mixed, shared_width=width, **mixtures.qwen_mixture(config))
 
 
 def read_dense(config: Any) -> QwenNextConfig:
@@ -70,7 +68,7 @@ def _read(config: Any, joined: bool = False, **settings: Any) -> QwenNextConfig:
         norm=ShiftedRMSNorm,
         qkv_bias=config.attention_bias,
         o_bias=config.attention_bias,
-        qk_norm=True,
+        qk_norm=llama.each_head,
         gated=True,
         linear=linear,
         delta=Sizes(
@@ -97,31 +95,18 @@ def linear_heads(config: QwenNextConfig) -> Cut:
 
 
 def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Family:
-    made = experts.family(read_config, qwen_moe.LAYOUT, attention, qwen_moe.QwenMixture)
+    made = experts.family(read_config, mixtures.QWEN_NAMES, attention)
     wide = tuple(f"linear_attn.in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a"))
     narrow = "linear_attn.out_proj"
     return dataclasses.replace(
         made,
         linears=(*wide, narrow, *made.linears),
-        sharding={**made.sharding, narrow + ".weight": P(None, MODEL), **{name + ".weight": P(MODEL, None) for name in wide}},
+        narrow=(narrow, *made.narrow),
         attended=(narrow, *made.attended),
-        residuals={narrow: llama.FAMILY.residuals["self_attn.o_proj"], **llama.FAMILY.residuals},
+        residuals={narrow: made.residuals["self_attn.o_proj"], **made.residuals},
         ignored={r"mtp\..*": FURTHER},
         cuts={**made.cuts, "head": (llama.heads, linear_heads)},
         **fields,
-    )
-
-
-def _beside_images(text: Family) -> Family:
-    """The text half of the checkpoints that also read images; the other half is exported unchanged."""
-
-    def read_config(config: Any) -> DecoderConfig:
-        # transformers reads tie_word_embeddings beside the text's settings, not among them.
-        return dataclasses.replace(text.read_config(config.get_text_config()), tied=config.tie_word_embeddings)
-
-    images = {r"model\.visual\..*": "the half for images: text does not pass through it"}
-    return dataclasses.replace(
-        text, read_config=read_config, roots=("model.language_model.",), ignored={**text.ignored, **images}
     )
 
 
@@ -132,5 +117,6 @@ STACKS = {"mlp.experts.gate_up_proj": Stack((_GATE, _UP), turned=False), "mlp.ex
 NEXT = _family(read_next)
 DENSE = _family(read_dense)
 MIXTURE = _family(read_mixture, stacks=STACKS)
-DENSE_MULTIMODAL = _beside_images(DENSE)
-MIXTURE_MULTIMODAL = _beside_images(MIXTURE)
+_IMAGES = ("model.language_model.",), r"model\.visual\..*"
+DENSE_MULTIMODAL = text_half(DENSE, *_IMAGES)
+MIXTURE_MULTIMODAL = text_half(MIXTURE, *_IMAGES)

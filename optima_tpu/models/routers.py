@@ -5,6 +5,7 @@ their shares of the same shape. It rounds where the reference does: another roun
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +15,60 @@ from jax import Array
 from optima_tpu.models.layers import project
 
 
+def same(values: Array) -> Array:
+    """The values themselves."""
+    return values
+
+
+def softmax(values: Array) -> Array:
+    """The softmax over the last axis, in float32."""
+    return jax.nn.softmax(values.astype(jnp.float32), axis=-1)
+
+
+def sigmoid(values: Array) -> Array:
+    """The sigmoid of each, in float32."""
+    return jax.nn.sigmoid(values.astype(jnp.float32))
+
+
+def of_sum_one(values: Array) -> Array:
+    """The values divided by their sum over the last axis."""
+    return values / jnp.sum(values, axis=-1, keepdims=True)
+
+
 class Router(nnx.Module):
-    """The experts with the largest softmax of their logits.
+    """The experts with the largest scores, which are made of their logits.
 
     Args:
       few: number of experts that a token is sent to.
-      normalise: whether the shares of these experts are scaled to sum to one.
+      scores: makes scores of the logits.
+      shares: makes the shares of the scores of these experts.
+      bias: whether logits have biases.
     """
 
-    def __init__(self, d_model: int, experts: int, few: int, normalise: bool):
+    def __init__(
+        self,
+        d_model: int,
+        experts: int,
+        few: int,
+        *,
+        scores: Callable[[Array], Array] = same,
+        shares: Callable[[Array], Array] = same,
+        bias: bool = False,
+    ):
         self.weight = nnx.Param(jnp.zeros((experts, d_model)))
-        self.few, self.normalise = few, normalise
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((experts,)))
+        self.few, self.scores, self.shares = few, scores, shares
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        shares = jax.nn.softmax(project(x, self.weight[...]).astype(jnp.float32), axis=-1)
-        values, chosen = jax.lax.top_k(shares, self.few)
-        if self.normalise:
-            values = values / jnp.sum(values, axis=-1, keepdims=True)
-        return chosen, values.astype(x.dtype)
+        values, chosen = jax.lax.top_k(self.scores(self._logits(x)), self.few)
+        return chosen, self.shares(values).astype(x.dtype)
 
-
-class BiasedRouter(nnx.Module):
-    """The experts with the largest logits, which have biases; their shares are the softmax over these experts: gpt-oss."""
-
-    def __init__(self, d_model: int, experts: int, few: int):
-        self.weight, self.bias = nnx.Param(jnp.zeros((experts, d_model))), nnx.Param(jnp.zeros((experts,)))
-        self.few = few
-
-    def __call__(self, x: Array) -> tuple[Array, Array]:
+    def _logits(self, x: Array) -> Array:
+        if not hasattr(self, "bias"):
+            return project(x, self.weight[...])
         # One rounding, of the sum. torch adds the bias before it rounds.
-        logits = (project(x, self.weight[...], jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
-        values, chosen = jax.lax.top_k(logits, self.few)
-        return chosen, jax.nn.softmax(values.astype(jnp.float32), axis=-1).astype(x.dtype)
+        return (project(x, self.weight[...], jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

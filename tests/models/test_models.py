@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import cohere, family_of, gemma4
+from optima_tpu.models import family_of, gemma4
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.layers import RMSNorm, ShiftedLayerNorm, ShiftedRMSNorm, WideRMSNorm
+from optima_tpu.models.layers import RMSNorm, ShiftedLayerNorm, ShiftedRMSNorm, UnbiasedLayerNorm, WideRMSNorm
 from optima_tpu.models.rope import Rope
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of, logits_of
@@ -82,7 +82,7 @@ def test_bfloat16_logits_agree_within_its_rounding(reference):
         (WideRMSNorm, "gemma4.modeling_gemma4.Gemma4RMSNorm"),
         (ShiftedRMSNorm, "gemma2.modeling_gemma2.Gemma2RMSNorm"),
         (ShiftedLayerNorm, "nemotron.modeling_nemotron.NemotronLayerNorm1P"),
-        (cohere.NORM, "cohere.modeling_cohere.CohereLayerNorm"),
+        (UnbiasedLayerNorm, "cohere.modeling_cohere.CohereLayerNorm"),
     ],
     ids=str,
 )

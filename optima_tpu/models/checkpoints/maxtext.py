@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import experts, family_of, llama, mixtral
+from optima_tpu.models import experts, family_of, llama, mixtures
 from optima_tpu.models.checkpoints.source import TensorSource, check_names
 from optima_tpu.models.rope import Llama3Scaling, Rope, RopeByBlock
 
@@ -76,17 +76,17 @@ class Leaf(NamedTuple):
 
     Attributes:
       path: its names below ``params/params``.
-      names: the tensors that it is made of, in order.
       convert: makes a slice of it from a tensor.
-      stacked: whether the slices of the blocks are stacked along axis 1; otherwise it belongs to one block, or to none.
       experts: the number of experts, whose tensors make the slice of a block, stacked along axis 0; 0 where one tensor makes it.
+      names: the tensors that it is made of, in order.
+      stacked: whether the slices of the blocks are stacked along axis 1; otherwise it belongs to one block, or to none.
     """
 
     path: tuple[str, ...]
-    names: tuple[str, ...]
     convert: Convert
-    stacked: bool
     experts: int = 0
+    names: tuple[str, ...] = ()
+    stacked: bool = False
 
     def array(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """The array, from the tensors by name."""
@@ -197,7 +197,7 @@ _GEMMA3 = _Kind(
 _KINDS: Mapping[str, _Kind] = {
     "LlamaForCausalLM": _Kind("llama2", _LLAMA_NORMS),
     "MistralForCausalLM": _Kind("mistral", _LLAMA_NORMS),
-    "MixtralForCausalLM": _Kind("mixtral", _LLAMA_NORMS, mixture=("MoeBlock_0", mixtral.LAYOUT)),
+    "MixtralForCausalLM": _Kind("mixtral", _LLAMA_NORMS, mixture=("MoeBlock_0", mixtures.MIXTRAL_NAMES)),
     "Qwen2ForCausalLM": _Kind("qwen2", _LLAMA_NORMS, scales=True, settings={"attention_bias": True}),
     "Qwen3ForCausalLM": _Kind("qwen3", _LLAMA_NORMS, scales=True, settings={"use_qk_norm": True}),
     "Qwen3MoeForCausalLM": _Kind(
@@ -239,18 +239,18 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
     config = family.read_config(hf_config)
     assert isinstance(config, llama.LlamaConfig), "all of these families have this configuration"
     settings = _settings(config, kind) | {"scan_layers": scan, "param_scan_axis": SCAN_AXIS}
-    root = next((root for root in family.roots if root + family.embedding in source.names()), family.roots[0])
+    root = family.root(source.names())
     dtype = source.dtype(root + family.embedding)
     # As our forward pass does, and as the model was trained: the factor is rounded to the embedding's dtype.
     factor = float(np.asarray(config.d_model**0.5).astype(dtype)) if kind.gemma else 1.0
     shift = 1.0 if kind.gemma else 0.0
     leaves = [
-        Leaf(("token_embedder", "embedding"), (root + family.embedding,), Convert(factor=factor), False),
-        Leaf(("decoder", "decoder_norm", "scale"), (f"{root}norm.weight",), Convert(shift=shift), False),
+        Leaf(("token_embedder", "embedding"), Convert(factor=factor), names=(root + family.embedding,)),
+        Leaf(("decoder", "decoder_norm", "scale"), Convert(shift=shift), names=(f"{root}norm.weight",)),
     ]
     if not config.tied:
         head = Convert((config.d_model, config.vocab))
-        leaves.append(Leaf(("decoder", "logits_dense", "kernel"), (family.head,), head, False))
+        leaves.append(Leaf(("decoder", "logits_dense", "kernel"), head, names=(family.head,)))
     parts = _parts(config, kind, shift)
     names: dict[tuple[str, ...], list[str]] = {}
     found: dict[tuple[str, ...], Leaf] = {}
@@ -259,26 +259,18 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
             first, *rest = part.path
             path = ("decoder", *place.prefix, first + place.suffix, *rest)
             names.setdefault(path, []).append(root + family.layers.format(index) + inner)
-            found[path] = Leaf(path, (), part.convert, place.stacked, part.experts)
+            found[path] = part._replace(path=path, stacked=place.stacked)
     leaves += (leaf._replace(names=tuple(names[path])) for path, leaf in found.items())
     check_names((name for leaf in leaves for name in leaf.names), source, family.ignored)
     return MaxTextArrays(tuple(leaves), settings)
-
-
-class _Part(NamedTuple):
-    """Where a tensor of a block goes: the path of MaxText's array, the conversion, and of how many experts the array is."""
-
-    path: tuple[str, ...]
-    convert: Convert
-    experts: int = 0
 
 
 _WI_WO = ("wi_0", "wi_1", "wo")
 """MaxText's names of gate, up and down."""
 
 
-def _parts(config: llama.LlamaConfig, kind: _Kind, shift: float) -> dict[str, _Part]:
-    """The tensors of a block, by their names in it."""
+def _parts(config: llama.LlamaConfig, kind: _Kind, shift: float) -> dict[str, Leaf]:
+    """The arrays of the tensors of a block, by their names in it; paths begin in the block."""
     width, heads, kv_heads, size = config.d_model, config.heads, config.kv_heads, config.head_dim
     wanted = size**-0.5 if config.scale is None else config.scale
     factor = wanted / (size**-0.5 if kind.scales else 1.0)
@@ -290,31 +282,31 @@ def _parts(config: llama.LlamaConfig, kind: _Kind, shift: float) -> dict[str, _P
         "k": ("key", Convert((width, kv_heads, size), halves=halves), Convert((kv_heads, size), halves=halves)),
         "v": ("value", Convert((width, kv_heads, size)), Convert((kv_heads, size))),
     }
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Leaf] = {}
     for letter, (name, kernel, bias) in attention.items():
-        parts[f"self_attn.{letter}_proj.weight"] = _Part(("self_attention", name, "kernel"), kernel)
+        parts[f"self_attn.{letter}_proj.weight"] = Leaf(("self_attention", name, "kernel"), kernel)
         if config.qkv_bias:
-            parts[f"self_attn.{letter}_proj.bias"] = _Part(("self_attention", name, "bias"), bias)
-    parts["self_attn.o_proj.weight"] = _Part(("self_attention", "out", "kernel"), Convert((heads, size, width)))
+            parts[f"self_attn.{letter}_proj.bias"] = Leaf(("self_attention", name, "bias"), bias)
+    parts["self_attn.o_proj.weight"] = Leaf(("self_attention", "out", "kernel"), Convert((heads, size, width)))
     if config.qk_norm:
-        parts["self_attn.q_norm.weight"] = _Part(("self_attention", "query_norm", "scale"), Convert(factor=normed, shift=shift))
-        parts["self_attn.k_norm.weight"] = _Part(("self_attention", "key_norm", "scale"), Convert(shift=shift))
+        parts["self_attn.q_norm.weight"] = Leaf(("self_attention", "query_norm", "scale"), Convert(factor=normed, shift=shift))
+        parts["self_attn.k_norm.weight"] = Leaf(("self_attention", "key_norm", "scale"), Convert(shift=shift))
     parts |= _mlp(config) if kind.mixture is None else _mixture(config, *kind.mixture)
     for ours, name in kind.norms.items():
-        parts[f"{ours}.weight"] = _Part((name, "scale"), Convert(shift=shift))
+        parts[f"{ours}.weight"] = Leaf((name, "scale"), Convert(shift=shift))
     return parts
 
 
-def _mlp(config: llama.LlamaConfig) -> dict[str, _Part]:
+def _mlp(config: llama.LlamaConfig) -> dict[str, Leaf]:
     sizes = {"gate": (config.d_model, config.d_ff), "up": (config.d_model, config.d_ff), "down": (config.d_ff, config.d_model)}
-    return {f"mlp.{ours}_proj.weight": _Part(("mlp", name, "kernel"), Convert(sizes[ours])) for ours, name in zip(sizes, _WI_WO)}
+    return {f"mlp.{ours}_proj.weight": Leaf(("mlp", name, "kernel"), Convert(sizes[ours])) for ours, name in zip(sizes, _WI_WO)}
 
 
-def _mixture(config: llama.LlamaConfig, name: str, layout: experts.MixtureNames) -> dict[str, _Part]:
+def _mixture(config: llama.LlamaConfig, name: str, layout: experts.MixtureNames) -> dict[str, Leaf]:
     assert isinstance(config, experts.MixtureConfig), "a family with a mixture has this configuration"
-    router = _Part((name, "gate", "kernel"), Convert((config.d_model, config.experts)))
+    router = Leaf((name, "gate", "kernel"), Convert((config.d_model, config.experts)))
     return {f"{layout.mlp}.{layout.router}.weight": router} | {
-        f"{layout.mlp}.experts.{number}.{ours}.weight": _Part((name, theirs), Convert(size), config.experts)
+        f"{layout.mlp}.experts.{number}.{ours}.weight": Leaf((name, theirs), Convert(size), config.experts)
         for (ours, size), theirs in zip(layout.sizes(config).items(), _WI_WO)
         for number in range(config.experts)
     }

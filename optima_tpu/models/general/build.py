@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError, one_line, some
 from optima_tpu.method.layer_rules import kind_name
@@ -18,7 +17,6 @@ from optima_tpu.models.experts import Routed
 from optima_tpu.models.family import DecoderConfig, Family, Positions
 from optima_tpu.models.general.block import Block, Final, Traced, embed, expert_layers, to_numpy
 from optima_tpu.models.general.shell import BY_VALUES, Shell, computed, experts_of, stored
-from optima_tpu.runtime.mesh import MODEL
 
 _LENGTH = 8
 """Tokens of the window by which blocks are told apart."""
@@ -123,13 +121,12 @@ def general_family(config: Any) -> Family:
     linears = tuple(dict.fromkeys(kind_name(name) for kind in kinds for name in layers[kind].order))
     attended = tuple(dict.fromkeys(_attended(shell, kind, layers[kind].order) for kind in kinds))
     shapes = {shell.outer(name): tuple(shell.model.get_parameter(name).shape) for name in shell.before}
-    narrow = {name for kind in kinds for name in layers[kind].narrow}
+    narrow = dict.fromkeys(name for kind in kinds for name in layers[kind].narrow)
     return Family(
         read_config=lambda config: read,
         block=Block,
         linears=linears,
-        sharding={f"{name}.weight": P(None, MODEL) if name in narrow else P(MODEL, None) for name in linears}
-        | {f"{name}.bias": P(MODEL) for name in linears if name not in narrow},
+        narrow=tuple(narrow),
         final=Final,
         roots=tuple(dict.fromkeys((shell.root, ""))),
         layers=shell.layers.removeprefix(shell.root),

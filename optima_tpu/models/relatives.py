@@ -1,0 +1,249 @@
+"""The relatives of Llama: families whose blocks are Llama's with other settings. Each is a row of what is its own.
+
+A row says what no configuration says: that Qwen 2 has biases, that ``attention_bias`` leaves out ``o_proj`` in a GLM. So it names
+what it reads: a model that has a setting of a relative beside its own does not obey it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import llama, phi3
+from optima_tpu.models.family import Cut, Family, ReadTensor
+from optima_tpu.models.layers import MLP, LayerNorm, ShiftedLayerNorm, UnbiasedLayerNorm, WideRMSNorm, scaled
+from optima_tpu.models.llama import NO_HEAD_DIM, LlamaConfig, Norms, each_head, same_windows, windows_by_type
+from optima_tpu.models.rope import Rope, RopeByBlock, rotate_neighbours, rotate_neighbours_wide, rotate_wide
+
+Settings = Mapping[str, Any]
+"""Arguments of :class:`~optima_tpu.models.llama.LlamaConfig`."""
+
+
+def _turned(config: Any) -> Rope:
+    return Rope.from_hf(config.rope_parameters)
+
+
+def _partly_turned(config: Any) -> Rope:
+    return Rope.from_hf(config.rope_parameters, partial=True)
+
+
+def relative(
+    settings: Callable[[Any], Settings],
+    *,
+    activation: str = "silu",
+    eps: str = "rms_norm_eps",
+    rope: Callable[[Any], Rope | RopeByBlock] = _turned,
+    **declared: Any,
+) -> Family:
+    """A relative of Llama.
+
+    Args:
+      settings: what it reads of a ``transformers`` configuration beside the sizes.
+      activation: the only one that it has.
+      eps: the name of the norms' ``eps``.
+      rope: reads the rotary embedding.
+      declared: what the family declares otherwise than Llama.
+    """
+
+    def read_config(config: Any) -> LlamaConfig:
+        return LlamaConfig(**{**llama.read_sizes(config, activation, eps), "rope": rope(config), **settings(config)})
+
+    return dataclasses.replace(llama.FAMILY, read_config=read_config, **declared)
+
+
+def _attention_bias(config: Any) -> dict[str, Any]:
+    return dict(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
+
+
+def _all_biases(config: Any) -> dict[str, Any]:
+    return dict(**_attention_bias(config), mlp_bias=config.mlp_bias)
+
+
+def _use_bias(config: Any) -> dict[str, Any]:
+    return dict(qkv_bias=config.use_bias, o_bias=config.use_bias, mlp_bias=config.use_bias)
+
+
+def _ungated(activation: str, up: str, down: str) -> dict[str, Any]:
+    """What a family declares whose MLP has no gate."""
+
+    def mlp(config: LlamaConfig) -> MLP:
+        return MLP(config.d_model, config.d_ff, activation=activation, bias=config.mlp_bias, up=up, down=down)
+
+    return llama.with_mlp(mlp, {up: ()}, down)
+
+
+# Mistral has no biases, and one window for every block, or none. In a Ministral some blocks have the window.
+MISTRAL = relative(lambda config: dict(windows=same_windows(config)))
+MINISTRAL = relative(lambda config: dict(windows=windows_by_type(config)))
+
+# Qwen 2 and 2.5 have biases on q, k, v, which are not a setting. Qwen 3 normalises queries and keys.
+QWEN2 = relative(lambda config: dict(windows=windows_by_type(config), qkv_bias=True))
+QWEN3 = relative(lambda config: dict(windows=windows_by_type(config), **_attention_bias(config), qk_norm=each_head))
+
+# Seed-OSS: a setting of its own for the bias behind attention.
+SEED_OSS = relative(lambda config: {**_all_biases(config), "o_bias": config.attention_out_bias})
+
+# ERNIE 4.5, the dense one: neighbouring dimensions are rotated as pairs, in float32.
+ERNIE4_5 = relative(lambda config: dict(rotation=rotate_neighbours_wide, **_use_bias(config)))
+
+# AFM (arcee): an MLP without a gate, whose activation is the square of ReLU. Nemotron and Minitron have it with LayerNorms shifted by
+# 1, and a part of each head still.
+ARCEE = relative(_all_biases, activation="relu2", **_ungated("relu2", "up_proj", "down_proj"))
+NEMOTRON = relative(
+    lambda config: dict(**_all_biases(config), norm=ShiftedLayerNorm),
+    activation="relu2",
+    eps="norm_eps",
+    rope=_partly_turned,
+    **_ungated("relu2", "up_proj", "down_proj"),
+)
+
+# StarCoder 2: LayerNorm, biases, and an MLP without a gate; otherwise a Mistral.
+STARCODER2 = relative(
+    lambda config: dict(windows=same_windows(config), **_use_bias(config), norm=LayerNorm),
+    activation="gelu_pytorch_tanh",
+    eps="norm_epsilon",
+    **_ungated("gelu_pytorch_tanh", "c_fc", "c_proj"),
+)
+
+
+def _rotated_smollm3(config: Any) -> RopeByBlock:
+    rotated, blocks = config.no_rope_layers, config.num_hidden_layers
+    if len(rotated) < blocks:
+        raise UserError(f"expected {blocks} no_rope_layers in config.json, got {len(rotated)}")
+    return RopeByBlock.where(map(bool, rotated[:blocks]), _turned(config))
+
+
+# SmolLM 3: some blocks do not rotate queries and keys (NoPE), and may have a window.
+SMOLLM3 = relative(lambda config: dict(**_all_biases(config), windows=windows_by_type(config)), rope=_rotated_smollm3)
+
+
+def _scaled_embeddings(
+    config: LlamaConfig, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray
+) -> Array | np.ndarray:
+    return scaled(read(llama.FAMILY.embedding)[tokens], config.embedding_scale)
+
+
+# Granite 3: factors at the embedding, the products of queries and keys, the residual additions and the logits.
+GRANITE = relative(
+    lambda config: dict(
+        **_all_biases(config),
+        scale=config.attention_multiplier,
+        branch_scale=config.residual_multiplier,
+        logit_scale=1 / config.logits_scaling,
+        embedding_scale=config.embedding_multiplier,
+    ),
+    embed=_scaled_embeddings,
+)
+
+
+def _stablelm(config: Any) -> Settings:
+    if config.qk_layernorm:
+        raise UserError("expected qk_layernorm false, got true: a norm for each head of queries and keys is not supported")
+    return dict(qkv_bias=config.use_qkv_bias, norm=LayerNorm, parallel=config.use_parallel_residual)
+
+
+# StableLM 2 and 3B-4E1T: LayerNorm, and a part of each head still; some have attention and MLP side by side.
+STABLELM = relative(_stablelm, eps="layer_norm_eps", rope=_partly_turned, cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM})
+
+
+def _rotate_cohere(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
+    """Neighbouring dimensions as pairs, in float32, with tables that were rounded to x's dtype."""
+    return rotate_neighbours(x.astype(jnp.float32), cos.astype(x.dtype), sin.astype(x.dtype)).astype(x.dtype)
+
+
+def _cohere(config: Any) -> dict[str, Any]:
+    return dict(
+        **_attention_bias(config), rotation=_rotate_cohere, norm=UnbiasedLayerNorm, logit_scale=config.logit_scale, parallel=True
+    )
+
+
+def _weights_of_each_head(heads: int, head_dim: int) -> tuple[int, int]:
+    return heads, head_dim
+
+
+def _cohere_heads(config: LlamaConfig) -> Cut:
+    """As Llama's, with the weights that their norms have for every head."""
+    cut = llama.heads(config)
+    norms = {f"{letter}_norm": (rows // config.head_dim,) for letter in "qk" for rows in cut.made_by.get(f"{letter}_proj", ())}
+    return cut._replace(made_by={**cut.made_by, **norms})
+
+
+def _rotated_in_windows(config: Any) -> RopeByBlock:
+    windows = windows_by_type(config) or (None,) * config.num_hidden_layers
+    return RopeByBlock.where((window is not None for window in windows), _turned(config))
+
+
+# Command R and Aya (cohere), Command R7B and Command A (cohere2): attention and MLP side by side, reading one norm, which has no bias.
+# In cohere2 most blocks have a window, and those without one do not rotate (NoPE).
+COHERE = relative(
+    lambda config: dict(**_cohere(config), qk_norm=_weights_of_each_head if config.use_qk_norm else None),
+    eps="layer_norm_eps",
+    cuts={**llama.FAMILY.cuts, "head": (_cohere_heads,)},
+)
+COHERE2 = relative(
+    lambda config: dict(**_cohere(config), windows=windows_by_type(config)),
+    eps="layer_norm_eps",
+    rope=_rotated_in_windows,
+    cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM},
+)
+
+# A norm behind each sublayer, as in the next families: what a layer puts out does not add to the residual stream.
+_BEHIND = Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm")
+
+
+def all_heads(heads: int, head_dim: int) -> int:
+    """``LlamaConfig.qk_norm`` where queries and keys are normalised over all heads together."""
+    return heads * head_dim
+
+
+ALL_HEADS = {"head": "are normalised all together"}
+"""``Family.cuts`` of a model with such norms."""
+
+
+def _olmo2(config: Any) -> dict[str, Any]:
+    return dict(**_attention_bias(config), rotation=rotate_wide, norm=WideRMSNorm, norms=_BEHIND, qk_norm=all_heads)
+
+
+# OLMo 2 and 3: norms and rotary embedding are computed in float32 and rounded once. In OLMo 3 most blocks have a window, and blocks
+# with and without one may have rotary embeddings of their own.
+OLMO2 = relative(_olmo2, residuals={}, cuts={**llama.FAMILY.cuts, **ALL_HEADS})
+OLMO3 = relative(
+    lambda config: dict(**_olmo2(config), windows=windows_by_type(config)),
+    rope=lambda config: RopeByBlock.from_hf(config.rope_parameters, config.layer_types),
+    residuals={},
+    cuts={**llama.FAMILY.cuts, **ALL_HEADS},
+)
+
+
+def _rotated_exaone4(config: Any) -> RopeByBlock:
+    rotated = (config.sliding_window is None or kind == "sliding_attention" for kind in config.layer_types)
+    return RopeByBlock.where(rotated, _turned(config))
+
+
+# EXAONE 4: in the 32B most blocks have a window, and those without one do not rotate queries and keys (NoPE).
+EXAONE4 = relative(
+    lambda config: dict(windows=windows_by_type(config), norms=_BEHIND, qk_norm=each_head), rope=_rotated_exaone4, residuals={}
+)
+
+
+def _glm(config: Any) -> dict[str, Any]:
+    return dict(rotation=rotate_neighbours, qkv_bias=config.attention_bias)
+
+
+_JOINED = llama.with_mlp(phi3.Phi3MLP, phi3.GATE_UP, "down_proj")
+
+# GLM-4: neighbouring dimensions are rotated as pairs, a part of each head is still, gate and up are one matrix. The first release (glm)
+# has Llama's norms, the second (glm4, GLM-4-0414) also a norm behind each sublayer.
+GLM = relative(_glm, rope=_partly_turned, **_JOINED)
+GLM4 = relative(
+    lambda config: dict(
+        **_glm(config),
+        norms=Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ),
+    rope=_partly_turned,
+    **{**_JOINED, "residuals": {}},
+)
