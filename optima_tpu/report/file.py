@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from optima_tpu.report.contents import Environment, MemoryPeaks, Report
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, worsened
+from optima_tpu.report.summary import by_kind, sparsity, unusual, worsened
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
 from optima_tpu.runtime.processes import everyones
@@ -82,7 +82,7 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
     Returns:
       The report as it is read again.
     """
-    layers = all_layers(blocks)
+    layers = [layer for block in blocks for layer in block.layers]
     weights, pruned = sum(math.prod(layer.shape) for layer in layers), sum(layer.pruned for layer in layers)
     report = Report(
         **entries,
@@ -90,8 +90,8 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         model_sparsity=(pruned + entries["removed"]) / entries["model"].weights,
         weights=weights,
         pruned=pruned,
-        unusual=unusual(blocks) | {"worse_on_held_out": worsened(blocks)},
-        layer_kinds=by_kind(blocks),
+        unusual=unusual(layers) | {"worse_on_held_out": worsened(layers)},
+        layer_kinds=by_kind(layers),
         blocks=tuple(blocks),
     )
     data = encoded(report, indent=2)

@@ -2,13 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from optima_tpu.errors import plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
+from optima_tpu.report.columns import ROWS, Cell, mean_of, share_pruned, steps
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
@@ -17,13 +18,10 @@ from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.summary import (
     FITTED,
     HELD_OUT,
-    by_kind,
     exchanged,
     gap_meaning,
     held_out_caveat,
     layers_by_kind,
-    mean_errors,
-    means,
     quantized_line,
     short_names,
     sparsity,
@@ -181,7 +179,7 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
     if without := [run.label for run in runs if not run.report.solver]:
         text.append(f"No solver in {'; '.join(without)}.")
     curves = {
-        ("Steps of a row", _steps, False): (lambda layer: layer.steps_median, lambda layer: layer.steps_max),
+        ("Steps of a row", steps, False): (lambda layer: layer.steps_median, lambda layer: layer.steps_max),
         ("Gap of a row", percent, True): (lambda layer: layer.gap_median, lambda layer: layer.gap_max),
     }
     panels = []
@@ -196,30 +194,9 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
     legend = [Key(run.label, index) for index, run in solved if run.label]
     legend += [Key("median of a block"), Key("largest of a block", dashed=True)]
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "solver")))
-    tables = []
-    for _, run in solved:
-        kinds = by_kind(run.report.blocks)
-        short = short_names([kind.name for kind in kinds])
-        most = {name: max(layer.steps_max for layer in own) for name, own in layers_by_kind(run.report.layers).items()}
-        tables.append(
-            Table(
-                run.label or f"Rows, by {run.report.solver}",
-                ["layer", "rows", *_ROWS],
-                [
-                    [
-                        short[kind.name],
-                        f"{kind.rows:,}",
-                        _steps(kind.steps_median),
-                        _steps(most[kind.name]),
-                        percent(kind.gap_max),
-                        f"{kind.rows_not_converged:,}",
-                        f"{kind.rows_refused:,}",
-                    ]
-                    for kind in kinds
-                ],
-                note="A refused row keeps the selector’s weights because of the run’s acceptance rule.",
-            )
-        )
+    note = "A refused row keeps the selector’s weights because of the run’s acceptance rule."
+    columns: dict[str, Cell] = {"rows": lambda layers: f"{sum(layer.rows for layer in layers):,}", **ROWS}
+    tables = [_table(run.label or f"Rows, by {run.report.solver}", "layer", _by_kind(run), columns, note) for _, run in solved]
     return Section("solver", "Solver", text, [figure(elements, legend=legend)], tables)
 
 
@@ -234,15 +211,15 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
         found = f"no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}"
         text.append(f"Nothing{where}: {found if any(run.report.layers for run in fine) else 'no layer was pruned'}.")
     for run in runs:
-        lines = meaningless_lines(run.report) + unusual_lines(run.report.blocks) + traded_lines(run.report.blocks)
+        lines = meaningless_lines(run.report) + unusual_lines(run.report.layers) + traded_lines(run.report.layers)
         text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in lines]
         rows = [
             [name, "the update raised its error on held-out text", f"from {percent(before)} to {percent(after)}"]
-            for name, (before, after) in worsened(run.report.blocks).items()
+            for name, (before, after) in worsened(run.report.layers).items()
         ]
         rows += [
             [name, TROUBLE[kind][0], plural(count, TROUBLE[kind][1])]
-            for kind, layers in unusual(run.report.blocks).items()
+            for kind, layers in unusual(run.report.layers).items()
             for name, count in layers.items()
         ]
         rows += [
@@ -252,7 +229,7 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
                 f"from {_share(layer.held_out_before)} to {_share(layer.held_out_after)}; "
                 f"against dense from {_share(layer.dense_before)} to {_share(layer.dense_after)}",
             ]
-            for layer in traded(run.report.blocks)
+            for layer in traded(run.report.layers)
         ]
         if rows:
             folded.append(
@@ -300,80 +277,66 @@ def _by_block(
     ]
 
 
-def _kind_table(run: FinishedRun) -> Table:
+def _by_kind(run: FinishedRun) -> dict[str, Sequence[LayerReport]]:
+    """The layers of each kind, by its short name."""
     kinds = layers_by_kind(run.report.layers)
-    groups = {short: kinds[kind] for kind, short in short_names(list(kinds)).items()} | (
-        {"all": run.report.layers} if kinds else {}
-    )
-    rows = [
-        [
-            name,
-            f"{len(layers):,}",
-            *_errors(run, mean_errors(layers)),
-            *_against_dense(run, means(layers, list(_AGAINST_DENSE))),
-            percent(sparsity(layers)),
-        ]
-        for name, layers in groups.items()
-    ]
-    head = ["layer", "matrices", *_errors_of(run), "sparsity"]
-    return Table(run.label or "Mean over blocks", head, rows, "" if rows else "No layer was pruned.", total=bool(rows))
+    return {short: kinds[kind] for kind, short in short_names(list(kinds)).items()}
+
+
+def _kind_table(run: FinishedRun) -> Table:
+    layers, columns = run.report.layers, {"matrices": _count, **_errors(run), "sparsity": share_pruned}
+    rows = _by_kind(run) | ({"all": layers} if layers else {})
+    note = "" if rows else "No layer was pruned."
+    return _table(run.label or "Mean over blocks", "layer", rows, columns, note)._replace(total=bool(rows))
 
 
 def _layer_table(run: FinishedRun) -> Table:
     layers, routed = run.report.layers, any(kind_name(layer.name) != layer.name for layer in run.report.layers)
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
-    rows = [
-        [
-            f"{layer.block} {layer.name}",
-            "×".join(map(str, layer.shape)),
-            *([NONE if layer.tokens is None else f"{layer.tokens:,}"] if routed else []),
-            percent(layer.sparsity),
-            *_errors(run, [getattr(layer, name) for name in (*FITTED, *HELD_OUT)]),
-            *_against_dense(run, [getattr(layer, name) for name in _AGAINST_DENSE]),
-            *(
-                [
-                    _steps(layer.steps_median),
-                    _steps(layer.steps_max),
-                    percent(layer.gap_max),
-                    f"{layer.rows - layer.rows_converged:,}",
-                    f"{layer.rows_refused:,}",
-                ]
-                if run.report.solver
-                else []
-            ),
-        ]
-        for layer in layers[:_LISTED]
-    ]
-    head = ["block and layer", "shape", *(["tokens"] if routed else []), "sparsity", *_errors_of(run)]
-    head += _ROWS if run.report.solver else []
+    rows = {f"{layer.block} {layer.name}": [layer] for layer in layers[:_LISTED]}
+    tokens: dict[str, Cell] = {"tokens": _tokens} if routed else {}
+    columns = {"shape": _shape, **tokens, "sparsity": share_pruned, **_errors(run), **(ROWS if run.report.solver else {})}
     notes = ["Tokens: of the calibration text, those that the layer read; an expert reads those that are routed to it."] * routed
     notes += [_rest(len(layers), ", by error")]
-    return Table(f"Every layer{run.behind}", head, rows, note=" ".join(filter(None, notes)))
+    return _table(f"Every layer{run.behind}", "block and layer", rows, columns, " ".join(filter(None, notes)))
 
 
-_ROWS = ["median steps", "most steps", "largest gap", "not converged", "refused"]
-_ERRORS = ("before", "after", "held out, before", "held out, after")
+def _table(
+    caption: str, first: str, rows: Mapping[str, Sequence[LayerReport]], columns: Mapping[str, Cell], note: str = ""
+) -> Table:
+    """A table of rows that are layers."""
+    cells = [[name, *(cell(layers) for cell in columns.values())] for name, layers in rows.items()]
+    return Table(caption, [first, *columns], cells, note)
+
+
+def _count(layers: Sequence[LayerReport]) -> str:
+    return f"{len(layers):,}"
+
+
+def _shape(layers: Sequence[LayerReport]) -> str:
+    return "×".join(map(str, layers[0].shape))
+
+
+def _tokens(layers: Sequence[LayerReport]) -> str:
+    return NONE if layers[0].tokens is None else f"{layers[0].tokens:,}"
+
+
+_ERRORS = dict(zip(("before", "after", "held out, before", "held out, after"), (*FITTED, *HELD_OUT)))
 _AGAINST_DENSE = {
-    "dense_before": "against dense, before",
-    "dense_after": "against dense, after",
-    "dense_drift": "against dense, dense weights",
+    "against dense, before": "dense_before",
+    "against dense, after": "dense_after",
+    "against dense, dense weights": "dense_drift",
 }
 
 
-def _errors_of(run: FinishedRun) -> list[str]:
-    """The column headings of a run's errors."""
-    return [*_ERRORS, *(_AGAINST_DENSE.values() if run.report.aims_at_dense else ())]
-
-
-def _against_dense(run: FinishedRun, values: Sequence[float | None]) -> list[str]:
-    """The three errors against the dense model as text; empty without a dense target."""
-    return _errors(run, values) if run.report.aims_at_dense else []
-
-
-def _errors(run: FinishedRun, values: Sequence[float | None]) -> list[str]:
-    """Errors before and after the update, and others behind each pair, as text. Without a solver, those after the update are blank."""
-    return [_share(value if run.report.solver or place % 2 == 0 else None) for place, value in enumerate(values)]
+def _errors(run: FinishedRun) -> dict[str, Cell]:
+    """The columns on a run's errors. Without a solver, those after the update are blank."""
+    errors = _ERRORS | (_AGAINST_DENSE if run.report.aims_at_dense else {})
+    return {
+        head: mean_of(error) if run.report.solver or not error.endswith("_after") else lambda layers: NONE
+        for head, error in errors.items()
+    }
 
 
 def _rest(count: int, order: str = "") -> str:
@@ -382,7 +345,3 @@ def _rest(count: int, order: str = "") -> str:
 
 def _share(value: float | None) -> str:
     return NONE if value is None else percent(value)
-
-
-def _steps(value: float) -> str:
-    return f"{value:.0f}"

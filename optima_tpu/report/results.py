@@ -255,7 +255,8 @@ def _evaluate(run: FinishedRun) -> str:
 
 def unusual_count(run: FinishedRun) -> int:
     """The number of layers with an unusual finding."""
-    return len({*worsened(run.report.blocks), *(layer for layers in unusual(run.report.blocks).values() for layer in layers)})
+    layers = run.report.layers
+    return len({*worsened(layers), *(name for names in unusual(layers).values() for name in names)})
 
 
 _COMPARED = ("kept", "size")

@@ -1,4 +1,4 @@
-"""Summarises block reports: means of errors, kinds of layers, unusual layers."""
+"""Summarises layers: means of errors, kinds of layers, unusual layers."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
+from optima_tpu.report.records import LayerKind, LayerReport
 from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.runtime.records import Record
 
@@ -18,19 +18,14 @@ RISE = 0.01
 """A smaller relative rise of an error on held-out text counts as noise."""
 
 
-def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
-    """The layers of all blocks, in the order of the walk."""
-    return [layer for block in blocks for layer in block.layers]
-
-
 def measured(layers: Sequence[LayerReport]) -> bool:
     """Whether the errors of the layers were measured: not in a model that another program pruned."""
     return not layers or any(math.isfinite(error) for layer in layers for error in (layer.error_before, layer.error_after))
 
 
-def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
+def by_kind(layers: Iterable[LayerReport]) -> tuple[LayerKind, ...]:
     """One summary for each kind of layer, in the order of first occurrence."""
-    return tuple(_kind(name, layers) for name, layers in layers_by_kind(all_layers(blocks)).items())
+    return tuple(_kind(name, own) for name, own in layers_by_kind(layers).items())
 
 
 def layers_by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
@@ -94,7 +89,7 @@ def gap_meaning(solvers: Sequence[str]) -> str:
             return f"{distance}, by the measures of {' and '.join(several)}, which are not comparable"
 
 
-def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
+def unusual(layers: Iterable[LayerReport]) -> dict[str, dict[str, int]]:
     """Unusual layers by kind of finding: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
 
     Every kind is present; it is empty if no layer is affected. A layer with all rows refused is listed under ``layers_refused``
@@ -108,7 +103,7 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
         "rows_refused": {},
         "layers_refused": {},
     }
-    for layer in all_layers(blocks):
+    for layer in layers:
         if layer.tokens is not None and layer.tokens < layer.shape[1]:
             found["few_tokens"][f"block {layer.block} {layer.name}"] = layer.tokens
         counts = {
@@ -122,7 +117,7 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     return found
 
 
-def worsened(blocks: Sequence[BlockReport]) -> dict[str, tuple[float, float]]:
+def worsened(layers: Iterable[LayerReport]) -> dict[str, tuple[float, float]]:
     """Matrices whose error on held-out text rose by the update, with the error before and after.
 
     Keys are like "block 3 mlp.down_proj". The error is the one that the update minimises: against the dense model with a dense
@@ -130,7 +125,7 @@ def worsened(blocks: Sequence[BlockReport]) -> dict[str, tuple[float, float]]:
     largest relative rise comes first.
     """
     found: dict[str, tuple[float, float]] = {}
-    for layer in all_layers(blocks):
+    for layer in layers:
         before, after = (
             (layer.held_out_before, layer.held_out_after)
             if layer.dense_after is None
@@ -141,14 +136,14 @@ def worsened(blocks: Sequence[BlockReport]) -> dict[str, tuple[float, float]]:
     return dict(sorted(found.items(), key=lambda item: _rise(*item[1]), reverse=True))
 
 
-def traded(blocks: Sequence[BlockReport]) -> list[LayerReport]:
+def traded(layers: Iterable[LayerReport]) -> list[LayerReport]:
     """Layers for which the update raised the error of their own output on held-out text, but not the distance to the dense model.
 
     This is the intention of a dense target: the layer corrects the error of the layers before it.
     """
     return [
         layer
-        for layer in all_layers(blocks)
+        for layer in layers
         if layer.dense_after is not None
         and _rose(layer.held_out_before, layer.held_out_after)
         and not _rose(layer.dense_before, layer.dense_after)

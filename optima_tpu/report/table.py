@@ -1,6 +1,6 @@
 """Prints the summary at the end of a run to the terminal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,16 +8,15 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from optima_tpu.errors import plural
+from optima_tpu.report.columns import ROWS, Cell, mean_of, share_pruned
 from optima_tpu.report.contents import Report
 from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import became, percent
 from optima_tpu.report.published import result
-from optima_tpu.report.records import BlockReport, LayerKind
+from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import (
-    all_layers,
-    by_kind,
     gap_meaning,
     held_out_caveat,
     layers_by_kind,
@@ -29,6 +28,7 @@ from optima_tpu.report.summary import (
     unusual,
     worsened,
 )
+from optima_tpu.report.view import NONE
 
 _NAMED = 4
 """Number of layers named for each kind of finding; report.json has all of them."""
@@ -48,7 +48,7 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
 
     A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from.
     """
-    blocks, layers, settings = report.blocks, report.layers, report.settings
+    layers, settings = report.layers, report.settings
     # People open the page, report.html, which the command names when it is drawn.
     files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.files).items()}
     strange, notes = meaningless_lines(report), list[str]()
@@ -58,8 +58,8 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
             f"from        {settings.recover.model}: {where if measured(layers) else 'nobody measured the errors of its layers'}"
         ]
     else:
-        lines, notes = _layer_lines(console, report), traded_lines(blocks)
-        strange += unusual_lines(blocks)
+        lines, notes = _layer_lines(console, report), traded_lines(layers)
+        strange += unusual_lines(layers)
     lines += ["", *(plain(fact.line) for fact in facts(report))]
     lines += labelled("unusual", strange or ["nothing"] * bool(layers)) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
@@ -70,12 +70,12 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
 
 def _layer_lines(console: Console, report: Report) -> list[str]:
     """Prints the table of layers. Returns lines that say what its numbers are."""
-    blocks, layers, settings, solver = report.blocks, report.layers, report.settings, report.solver
+    layers, settings, solver = report.layers, report.settings, report.solver
     if not layers:
         return ["No layer was pruned."]
     lines = ["Nobody measured the errors of the layers."]
     if measured(layers):
-        table = layer_table(blocks, solver)
+        table = layer_table(layers, solver)
         # Numbers that were cut would look whole: where the table is wider than the console, its lines are longer.
         table.width = Measurement.get(console, console.options.update(max_width=1 << 10), table).maximum
         console.print(table, highlight=False, crop=False)
@@ -101,30 +101,35 @@ def _layer_lines(console: Console, report: Report) -> list[str]:
     return lines
 
 
-def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
+def layer_table(layers: Sequence[LayerReport], solver: str | None) -> Table:
     """A table with one row for each kind of layer. Without a solver it has no columns on the update."""
-    kinds, update = by_kind(blocks), solver is not None
-    unseen, dense = (any(getattr(kind, name) is not None for kind in kinds) for name in ("held_out", "dense_after"))
-    columns: list[tuple[str, bool, Callable[[LayerKind], str]]] = [
-        ("error\nbefore" if update else "error", True, lambda kind: percent(kind.error_before)),
-        ("error\nafter", update, lambda kind: percent(kind.error_after)),
-        ("held\nout", unseen, lambda kind: "-" if kind.held_out is None else percent(kind.held_out)),
-        ("against\ndense", dense, lambda kind: "-" if kind.dense_after is None else percent(kind.dense_after)),
-        ("sparsity", True, lambda kind: percent(kind.sparsity)),
-        ("largest\ngap", update, lambda kind: percent(kind.gap_max)),
-        ("median\nsteps", update, lambda kind: f"{kind.steps_median:.0f}"),
-        ("not con-\nverged", update, lambda kind: f"{kind.rows_not_converged:,}"),
-        ("rows\nrefused", update, lambda kind: f"{kind.rows_refused:,}"),
-    ]
-    shown = [(heading, text) for heading, applies, text in columns if applies]
+    update = solver is not None
+    columns: dict[str, Cell] = {"error\nbefore" if update else "error": mean_of("error_before")}
+    columns |= {"error\nafter": mean_of("error_after")} if update else {}
+    columns |= {
+        heading: mean_of(error)
+        for heading, error in {"held\nout": "held_out_after", "against\ndense": "dense_after"}.items()
+        if any(getattr(layer, error) is not None for layer in layers)
+    }
+    columns["sparsity"] = share_pruned
+    columns |= {heading: ROWS[name] for heading, name in _OF_ROWS.items()} if update else {}
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True, vertical="bottom")
-    for heading, _ in shown:
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    short = short_names([kind.name for kind in kinds])
-    for kind in kinds:
-        table.add_row(short[kind.name], *(text(kind) for _, text in shown))
+    kinds = layers_by_kind(layers)
+    for kind, short in short_names(list(kinds)).items():
+        table.add_row(short, *(cell(kinds[kind]).replace(NONE, "-") for cell in columns.values()))
     return table
+
+
+_OF_ROWS = {
+    "largest\ngap": "largest gap",
+    "median\nsteps": "median steps",
+    "not con-\nverged": "not converged",
+    "rows\nrefused": "refused",
+}
+"""Headings of :data:`ROWS` in two lines."""
 
 
 def labelled(label: str, lines: Sequence[str]) -> list[str]:
@@ -137,35 +142,35 @@ def plain(text: str) -> str:
     return text.replace("`", "").replace("’", "'").replace("→", "->")
 
 
-def unusual_lines(blocks: Sequence[BlockReport]) -> list[str]:
+def unusual_lines(layers: Sequence[LayerReport]) -> list[str]:
     """One sentence for each kind of unusual finding, with the most affected layers; empty if nothing is unusual."""
     lines = []
-    if worse := worsened(blocks):
-        dense = any(layer.dense_after is not None for layer in all_layers(blocks))
+    if worse := worsened(layers):
+        dense = any(layer.dense_after is not None for layer in layers)
         named = [f"{name} (from {percent(before)} to {percent(after)})" for name, (before, after) in worse.items()]
         of = "the distance to the dense model's output" if dense else "the error"
         remedy = "try more --calibration.windows or --calibration.written, or a larger --solver.damping"
         lines.append(f"the update raised {of} on held-out text: {_listed(named)}; {remedy}")
-    for kind, layers in unusual(blocks).items():
-        if layers:
+    for kind, counts in unusual(layers).items():
+        if counts:
             words, noun = TROUBLE[kind]
-            worst = sorted(layers, key=layers.__getitem__, reverse=kind != "few_tokens")
-            lines.append(f"{words}: {_listed([f'{name} ({plural(layers[name], noun)})' for name in worst])}")
+            worst = sorted(counts, key=counts.__getitem__, reverse=kind != "few_tokens")
+            lines.append(f"{words}: {_listed([f'{name} ({plural(counts[name], noun)})' for name in worst])}")
     return lines
 
 
-def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
+def traded_lines(layers: Sequence[LayerReport]) -> list[str]:
     """One sentence on the layers of :func:`summary.traded`, an intended effect of a dense target; empty if there are none."""
-    kinds = layers_by_kind(traded(blocks))
+    kinds = layers_by_kind(traded(layers))
     if not kinds:
         return []
-    short = short_names([kind.name for kind in by_kind(blocks)])
+    short = short_names(list(layers_by_kind(layers)))
     told = []
-    for kind, layers in kinds.items():
-        (*_, before, after), (far, near) = mean_errors(layers), means(layers, ("dense_before", "dense_after"))
+    for kind, own in kinds.items():
+        (*_, before, after), (far, near) = mean_errors(own), means(own, ("dense_before", "dense_after"))
         if before is not None and after is not None and far is not None and near is not None:
             told.append(
-                f"{len(layers)} {short[kind]} ({percent(before)} to {percent(after)}, {became(before, after, percent)}; against dense "
+                f"{len(own)} {short[kind]} ({percent(before)} to {percent(after)}, {became(before, after, percent)}; against dense "
                 f"{percent(far)} to {percent(near)}, {became(far, near, percent)})"
             )
     count = sum(map(len, kinds.values()))

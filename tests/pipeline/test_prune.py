@@ -23,7 +23,6 @@ from optima_tpu.method.statistics import Drift, TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
-from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import unusual
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, row_objective, select, solve
@@ -184,7 +183,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
     ).all()
     assert np.abs(parameters[name + ".weight"] - np.where(kept, weight, 0)).max() < 1e-6
     assert (report.dead_inputs, report.tokens) == (weight.shape[1], 0)
-    assert unusual([BlockReport(0, 0.0, (report,))])["few_tokens"] == {"block 0 self_attn.o_proj": 0}
+    assert unusual([report])["few_tokens"] == {"block 0 self_attn.o_proj": 0}
 
 
 def test_weights_of_a_selector_that_are_no_numbers_are_refused():

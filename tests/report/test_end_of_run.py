@@ -21,7 +21,6 @@ from optima_tpu.report.distillation import distillation
 from optima_tpu.report.facts import size
 from optima_tpu.report.file import size_on_disk
 from optima_tpu.report.page import render, write_page
-from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_files import FILES
 from optima_tpu.report.runs import FinishedRun, read_report, read_runs
 from optima_tpu.report.view import NONE
@@ -30,16 +29,11 @@ from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  
 from tests.support.fake_reports import ENTRIES, TEXT, layer, layers, report_of, write_run
 from tests.support.records import put
 
-
-def block(*reports):
-    return [BlockReport(0, 1.0, reports)]
-
-
 DOWN = {"name": "mlp.down_proj"}
 
 
 def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first():
-    blocks = block(
+    layers = [
         layer(held_out_before=0.136, held_out_after=0.151),
         layer(**DOWN, held_out_before=0.1, held_out_after=0.2),
         layer(name="a", held_out_before=0.1, held_out_after=0.101),  # not above 1%
@@ -47,27 +41,27 @@ def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first()
         layer(name="c", held_out_before=0.2, held_out_after=0.1),
         layer(name="d"),
         layer(name="e", held_out_before=0.0, held_out_after=0.1),
-    )
-    assert summary.worsened(blocks) == {
+    ]
+    assert summary.worsened(layers) == {
         "block 0 e": (0.0, 0.1),
         "block 0 mlp.down_proj": (0.1, 0.2),
         "block 0 self_attn.q_proj": (0.136, 0.151),
         "block 0 b": (0.1, 0.1011),
     }
-    (line,) = table.unusual_lines(blocks)
+    (line,) = table.unusual_lines(layers)
     for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--calibration.windows"):
         assert words in line
-    assert table.traded_lines(blocks) == []
+    assert table.traded_lines(layers) == []
 
 
 def test_with_a_dense_target_worse_means_further_from_the_dense_model():
     aiming = layer(held_out_before=0.136, held_out_after=0.151, dense_before=0.3, dense_after=0.2)
     away = structs.replace(aiming, name="mlp.down_proj", dense_after=0.4)
-    assert summary.worsened(block(aiming)) == {} and summary.traded(block(aiming)) == [aiming]
-    assert summary.worsened(block(away)) == {"block 0 mlp.down_proj": (0.3, 0.4)} and summary.traded(block(away)) == []
-    (line,) = table.unusual_lines(block(aiming, away))
+    assert summary.worsened([aiming]) == {} and summary.traded([aiming]) == [aiming]
+    assert summary.worsened([away]) == {"block 0 mlp.down_proj": (0.3, 0.4)} and summary.traded([away]) == []
+    (line,) = table.unusual_lines([aiming, away])
     assert "the distance to the dense model's output on held-out text: block 0 mlp.down_proj (from 30.0% to 40.0%)" in line
-    (line,) = table.traded_lines(block(aiming, away))
+    (line,) = table.traded_lines([aiming, away])
     assert line.startswith("in 1 matrix ") and "1 q_proj (13.6% to 15.1%, worse; against dense 30.0% to 20.0%, better)" in line
 
 

@@ -30,7 +30,6 @@ from optima_tpu.report.contents import CutCount, FileSizes
 from optima_tpu.report.evaluation import EvaluationRecord
 from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.page import write_page
-from optima_tpu.report.records import BlockReport
 from optima_tpu.report.results import tiles
 from optima_tpu.report.runs import read_report, read_runs
 from optima_tpu.report.summary import by_kind
@@ -469,8 +468,7 @@ def test_experts_are_one_kind_of_layer(tmp_path):
         for layer in layers(expert)
         if layer.name == "mlp.up_proj"
     ]
-    blocks = [BlockReport(block, 1.0, tuple(layer for layer in reports if layer.block == block)) for block in range(3)]
-    (kind,) = by_kind(blocks)
+    (kind,) = by_kind(reports)
     assert (kind.name, kind.layers, kind.rows) == ("mlp.experts.*.up_proj", 9, 36)
     page = drawn(write_run(tmp_path / "run", reports=reports), to=tmp_path / "x.html")
     mean = np.mean([layer.held_out_after for layer in reports if layer.block == 1])

@@ -26,7 +26,7 @@ from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import layer_report
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.records import check_record, encoded, json_values, parse_record
-from tests.support.fake_reports import ENTRIES, TEXT, layer, report_of
+from tests.support.fake_reports import ENTRIES, TEXT, blocks_of, layer, report_of
 from tests.support.meshes import mesh
 
 DOWN = {"name": "mlp.down_proj", "shape": (2, 30), "rows": 2, "rows_converged": 2, "pruned": 30}
@@ -41,6 +41,7 @@ BLOCKS = (
         ),
     ),
 )
+LAYERS = [each for block in BLOCKS for each in block.layers]
 
 
 class Clock:
@@ -118,7 +119,7 @@ def test_a_number_that_json_cannot_hold_is_null():
 
 
 def test_summary_by_layer_kind():
-    query, down = summary.by_kind(BLOCKS)
+    query, down = summary.by_kind(LAYERS)
     assert (query.name, down.name) == ("self_attn.q_proj", "mlp.down_proj")
     assert query.error_before == pytest.approx((0.1234 + 0.2) / 2)
     assert (query.layers, query.rows, query.rows_not_converged, query.rows_refused) == (2, 8, 3, 3)
@@ -130,11 +131,11 @@ def test_experts_that_no_token_reached_are_in_no_mean():
     errors = dict(error_before=0.2, error_after=0.1, held_out_before=0.4, held_out_after=0.3)
     seen = layer(**errors, tokens=9, dense_before=0.5, dense_after=0.4, dense_drift=0.2)
     unseen, never = structs.replace(layer(tokens=9), error_before=0.4, error_after=0.3), layer(error_after=0.9, tokens=0)
-    (kind,) = summary.by_kind([BlockReport(0, 1.0, (seen, unseen, never))])
+    (kind,) = summary.by_kind([seen, unseen, never])
     assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
     assert (kind.held_out, kind.dense_before, kind.dense_after, kind.dense_drift) == (0.3, 0.5, 0.4, 0.2)
     assert summary.means([seen, structs.replace(seen, held_out_after=None)], summary.HELD_OUT) == (0.4, None)
-    (lonely,) = summary.by_kind([BlockReport(0, 1.0, (never,))])
+    (lonely,) = summary.by_kind([never])
     assert lonely.error_after == 0.9 and lonely.held_out is None
 
 
@@ -154,20 +155,20 @@ def test_sparsity_counts_weights_not_layers():
 
 
 def test_unusual_is_named_and_only_unusual_is():
-    assert summary.unusual(BLOCKS) == {
+    assert summary.unusual(LAYERS) == {
         "few_tokens": {},
         "dead_inputs": {"block 0 mlp.down_proj": 7},
         "rows_not_converged": {"block 1 self_attn.q_proj": 3},
         "rows_refused": {"block 1 self_attn.q_proj": 3},
         "layers_refused": {"block 1 mlp.down_proj": 2},
     }
-    assert not any(summary.unusual([BlockReport(0, 1.0, (layer(),))]).values())
+    assert not any(summary.unusual([layer()]).values())
 
 
 def test_the_layer_that_the_fewest_tokens_reached_is_named_first():
-    blocks = [BlockReport(index, 1.0, (layer(index, shape=(4, 10), tokens=tokens),)) for index, tokens in enumerate((10, 9, 0))]
-    assert summary.unusual(blocks)["few_tokens"] == {"block 1 self_attn.q_proj": 9, "block 2 self_attn.q_proj": 0}
-    line = next(line for line in printed(blocks).splitlines() if "fewer calibration tokens" in line)
+    layers = [layer(index, shape=(4, 10), tokens=tokens) for index, tokens in enumerate((10, 9, 0))]
+    assert summary.unusual(layers)["few_tokens"] == {"block 1 self_attn.q_proj": 9, "block 2 self_attn.q_proj": 0}
+    line = next(line for line in printed(blocks_of(layers)).splitlines() if "fewer calibration tokens" in line)
     assert line.index("block 2 self_attn.q_proj (0 tokens)") < line.index("block 1 self_attn.q_proj (9 tokens)")
 
 
@@ -492,7 +493,7 @@ def test_report_json_holds_it_all(tmp_path):
     assert read == json_values(report) and report.blocks == BLOCKS
     assert (read["sparsity"], read["weights"], read["pruned"]) == (0.5, 200, 100)
     assert 2**26 < read["memory"]["host_peak"] < 2**40, "bytes, and Python with jax needs more than 64 MiB"
-    assert read["unusual"] == summary.unusual(BLOCKS) | {"worse_on_held_out": {}}
+    assert read["unusual"] == summary.unusual(LAYERS) | {"worse_on_held_out": {}}
     assert read["environment"]["mesh"] == {"data": 4, "model": 2}
     assert read["environment"]["packages"]["jax"] == jax.__version__
     assert read["layer_kinds"][0]["gap_max"] is None
