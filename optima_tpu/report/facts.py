@@ -11,24 +11,24 @@ from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.numbers import became, direction, number, percent
 from optima_tpu.report.summary import exchanged, mean_errors, means, measured, quantized_line
-from optima_tpu.report.view import NONE, Tile, without_folders
+from optima_tpu.report.view import NONE, without_folders
 
 
 class Fact(NamedTuple):
     """One number of a run, or what it became.
 
     Attributes:
-      name: as the terminal prints it.
       title: as the page has it.
       values: as text, in the order in which they came to be.
-      labels: what each value is of; empty for a single one.
       note: what the values are, and are of.
+      name: as the terminal prints it; empty for what the page alone shows.
+      labels: what each value is of; empty for a single one.
     """
 
-    name: str
     title: str
     values: Sequence[str]
     note: str
+    name: str = ""
     labels: Sequence[str] = ()
 
     @property
@@ -44,9 +44,14 @@ class Fact(NamedTuple):
         return f"{self.name:<12}{self.words}"
 
     @property
-    def tile(self) -> Tile:
-        """A tile of the page."""
-        return Tile(self.title, " → ".join(self.values), ", ".join(filter(None, (" → ".join(self.labels), self.note))))
+    def value(self) -> str:
+        """The values, as in a tile of the page."""
+        return " → ".join(self.values)
+
+    @property
+    def below(self) -> str:
+        """What stands below the values in a tile of the page."""
+        return ", ".join(filter(None, (" → ".join(self.labels), self.note)))
 
 
 def _perplexity(report: Report) -> Fact:
@@ -55,7 +60,7 @@ def _perplexity(report: Report) -> Fact:
     # The result says what the text can show; a word here must not say more.
     word = "" if ratio == number(1.0) else f" {direction(dense, last)},"
     note = f"{ratio} times,{word} on {without_folders(report.evaluation.how)}"
-    return Fact("perplexity", "Perplexity", [number(each, 4) for each in models.values()], note, list(models))
+    return Fact("Perplexity", [number(each, 4) for each in models.values()], note, "perplexity", list(models))
 
 
 def _error(report: Report) -> Fact | None:
@@ -83,7 +88,7 @@ def _change(name: str, title: str, errors: tuple[float | None, float | None], te
     before, after = errors
     better = f"{became(before, after, percent)}, " if report.solver and before is not None and after is not None else ""
     labels = ("before", "after the update") if report.solver else ()
-    return Fact(name, title, _both(*errors, report), f"{better}mean of {plural(len(report.layers), 'matrix')}, {text}", labels)
+    return Fact(title, _both(*errors, report), f"{better}mean of {plural(len(report.layers), 'matrix')}, {text}", name, labels)
 
 
 def _both(before: float | None, after: float | None, report: Report) -> list[str]:
@@ -95,12 +100,12 @@ def _both(before: float | None, after: float | None, report: Report) -> list[str
 def _sparsity(report: Report) -> Fact:
     if not report.layers:
         note = f"of all {report.model.weights:,} weights of the model, which left with what was cut; no layer was pruned"
-        return Fact("sparsity", "Sparsity", [percent(report.model_sparsity)], note)
+        return Fact("Sparsity", [percent(report.model_sparsity)], note, "sparsity")
     note = (
         f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}, {percent(report.model_sparsity)} of all "
         f"{report.model.weights:,} weights of the model"
     )
-    return Fact("sparsity", "Sparsity", [percent(report.sparsity)], note)
+    return Fact("Sparsity", [percent(report.sparsity)], note, "sparsity")
 
 
 def _cuts(report: Report) -> Fact | None:
@@ -115,7 +120,7 @@ def _cuts(report: Report) -> Fact | None:
     if report.left_out.experts and report.model.active:
         left = report.model.weights - report.removed
         note += f"; {left:,} of {report.model.weights:,} weights are left, and a token still passes through about {report.model.active:,}"
-    return Fact("kept", "Kept", [parts_left(report.cuts)], f"({note})")
+    return Fact("Kept", [parts_left(report.cuts)], f"({note})", "kept")
 
 
 def _left_out(report: Report) -> Fact | None:
@@ -124,7 +129,7 @@ def _left_out(report: Report) -> Fact | None:
         return None
     told = [number(divergence) for divergence in chosen.divergences]
     note = f"of the dense model, in this order; on held-out windows the predictions diverge by {', '.join(told)} nats, before the walk"
-    return Fact("left out", "Blocks left out", [", ".join(map(str, chosen.blocks))], note)
+    return Fact("Blocks left out", [", ".join(map(str, chosen.blocks))], note, "left out")
 
 
 def _refit(report: Report) -> Fact | None:
@@ -133,27 +138,27 @@ def _refit(report: Report) -> Fact | None:
     if first is None or last is None:
         return None
     note = "mean squared error of the mixtures' output on the calibration text, of its energy; each block and its experts: left_out.json"
-    return Fact("refit", "Experts solved", [became(first, last, percent)], note)
+    return Fact("Experts solved", [became(first, last, percent)], note, "refit")
 
 
 def _speed(report: Report) -> Fact | None:
     if report.speed is None:
         return None
     if report.speed.cut is None:
-        return Fact("speed", "Speed", ["not measured"], f"because {report.speed.reason}")
+        return Fact("Speed", ["not measured"], f"because {report.speed.reason}", "speed")
     first, _, others = report.speed.words.partition(" in ")
-    return Fact("speed", "Speed", [first], f"in {others}, on this machine: {report.speed.how}")
+    return Fact("Speed", [first], f"in {others}, on this machine: {report.speed.how}", "speed")
 
 
 def _quantised(report: Report) -> Fact | None:
     errors, quantizer = quantized_line(report.layers), report.settings.quantize
-    return Fact("quantised", "Quantised", [quantizer.name], f"mean error {errors}") if errors and quantizer else None
+    return Fact("Quantised", [quantizer.name], f"mean error {errors}", "quantised") if errors and quantizer else None
 
 
 def _masks(report: Report) -> Fact | None:
     share = exchanged(report.layers)
     note = "of the kept weights came in by exchange: the selector had pruned them"
-    return None if share is None else Fact("masks", "Masks", [percent(share)], note)
+    return None if share is None else Fact("Masks", [percent(share)], note, "masks")
 
 
 def _size(report: Report) -> Fact:
@@ -164,7 +169,7 @@ def _size(report: Report) -> Fact:
     # Quantised weights are decoded: a model in float32 may take more than the file that it came from.
     smaller = sizes.source is not None and sizes.source < 0.9 * sizes.dense
     stored = f"{size(sizes.source)} in the source's files; " if sizes.source and smaller else ""
-    return Fact("size", "File", values, stored + _why_not_smaller(report), labels)
+    return Fact("File", values, stored + _why_not_smaller(report), "size", labels)
 
 
 def sizes(report: Report) -> str:
@@ -196,12 +201,12 @@ def size(count: int) -> str:
 def _memory(report: Report) -> Fact:
     host, on_device = report.memory.host_peak, report.memory.device_peak
     device = f", {number(on_device / 2**30)} GiB on a device" if on_device else ""
-    return Fact("memory", "Memory", [f"{number(host / 2**30)} GiB"], f"on the host{device} at the peak")
+    return Fact("Memory", [f"{number(host / 2**30)} GiB"], f"on the host{device} at the peak", "memory")
 
 
 def _trained(report: Report) -> Fact | None:
     line = distilled_line(report)
-    return Fact("trained", "Training", [line], "") if line else None
+    return Fact("Training", [line], "", "trained") if line else None
 
 
 def running(report: Report) -> str:

@@ -30,7 +30,7 @@ from optima_tpu.report.summary import (
     worsened,
 )
 from optima_tpu.report.table import TROUBLE, traded_lines, unusual_lines
-from optima_tpu.report.view import NONE, Key, Section, Table, figure
+from optima_tpu.report.view import NONE, Key, Plots, Section, Table
 
 _BEFORE, _AFTER = 6, 0  # grey, blue
 _LISTED = 1000
@@ -44,12 +44,11 @@ def layer_errors(runs: Sequence[FinishedRun]) -> Section:
     zeros = sum(layer.error_after == 0 for run in runs for layer in run.report.layers)
     notes = ["All plots have the same logarithmic scale."]
     notes += [f"{zeros} errors of exactly 0 are not shown."] if zeros else []
-    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "errors", share=True)))
     return Section(
         "layers",
         "Layer errors, " + ("after the update" if several else "before and after the update"),
         _said_of_errors(runs),
-        [figure(elements, legend=_error_legend(runs), note=" ".join(notes))] if elements else [],
+        plots.drawn(panels, "errors", _error_legend(runs), share=True, note=" ".join(notes)),
         [_kind_table(run) for run in runs],
         [_layer_table(run) for run in runs],
     )
@@ -159,7 +158,7 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
         )
     note = "Blank: not pruned. For several layers of one kind in a block, such as experts, the map shows their mean."
     return Section(
-        "maps", "Where the zeros and the errors are", text, [figure(elements, wide=True, note=note)] if elements else []
+        "maps", "Where the zeros and the errors are", text, [Plots(elements, wide=True, note=note)] if elements else []
     )
 
 
@@ -193,11 +192,10 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
         panels.append(plots.Panel(title, lines, unit, log))
     legend = [Key(run.label, index) for index, run in solved if run.label]
     legend += [Key("median of a block"), Key("largest of a block", dashed=True)]
-    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "solver")))
     note = "A refused row keeps the selector’s weights because of the run’s acceptance rule."
     columns: dict[str, Cell] = {"rows": lambda layers: f"{sum(layer.rows for layer in layers):,}", **ROWS}
     tables = [_table(run.label or f"Rows, by {run.report.solver}", "layer", _by_kind(run), columns, note) for _, run in solved]
-    return Section("solver", "Solver", text, [figure(elements, legend=legend)], tables)
+    return Section("solver", "Solver", text, plots.drawn(panels, "solver", legend), tables)
 
 
 def strange(runs: Sequence[FinishedRun]) -> Section:

@@ -10,7 +10,7 @@ from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.run_record import recorded_words
 from optima_tpu.report.runs import FinishedRun
-from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
+from optima_tpu.report.view import NONE, Key, Section, Table, commands
 from optima_tpu.runtime.program import program
 
 
@@ -52,18 +52,14 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
         ],
         lambda value: f"{number(value)} s",
     )
-    elements = (
-        [(panel.title, plots.lines([panel], "cost")[0])]
-        if any(block.seconds for run in runs for block in run.report.blocks)
-        else []
-    )
+    timed = any(block.seconds for run in runs for block in run.report.blocks)
     legend = [Key(run.label, index) for index, run in enumerate(runs) if run.label]
     head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *(["share"] if totals[0] > 0 else [])]
     return Section(
         "cost",
         "Time and memory",
         text,
-        [figure(elements, legend=legend)] if elements else [],
+        plots.drawn([panel] * timed, "cost", legend),
         [
             Table("Time by stage", head, rows, total=True, runs=several),
             Table(

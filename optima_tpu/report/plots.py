@@ -14,12 +14,14 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from optima_tpu.report.numbers import number, percent
+from optima_tpu.report.view import Key, Plots
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#767676")
 """Okabe and Ito's colours, which people with colour blindness can distinguish; without yellow, which is too light."""
@@ -65,27 +67,29 @@ class Panel(NamedTuple):
     log: bool = False
 
 
-def lines(panels: Sequence[Panel], prefix: str, across: str = "block", share: bool = False) -> list[str]:
-    """Draws one SVG element for each panel.
+def drawn(panels: Sequence[Panel], prefix: str, legend: Sequence[Key] = (), share: bool = False, note: str = "") -> list[Plots]:
+    """The panels as one part of a page, see :func:`lines`; none without panels."""
+    elements = list(zip([panel.title for panel in panels], lines(panels, prefix, share=share)))
+    return [Plots(elements, legend, note=note)] if elements else []
+
+
+def lines(panels: Sequence[Panel], prefix: str, share: bool = False) -> list[Markup]:
+    """Draws one SVG element for each panel, with blocks on the horizontal axis.
 
     Args:
       prefix: prefix of the ids in the elements.
-      across: label of the horizontal axes.
       share: use the same vertical axis in all panels, so that heights are comparable.
     """
     shared = _limits(panels) if share else None
     limits = [shared or _limits([panel]) for panel in panels]
     # Use one left margin for all panels, so that their axes are aligned.
     left = max(map(_left, panels, limits), default=0.0)
-    return [
-        _panel(panel, f"{prefix}-{index}", across, own, left)
-        for index, (panel, own) in enumerate(zip(panels, limits, strict=True))
-    ]
+    return [_panel(panel, f"{prefix}-{index}", own, left) for index, (panel, own) in enumerate(zip(panels, limits, strict=True))]
 
 
 def cells(
     title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log: bool = False, limits: tuple[float, float] | None = None
-) -> str:
+) -> Markup:
     """Draws a map of blocks and layers as an SVG element. A cell shows its value under the mouse pointer.
 
     Args:
@@ -193,7 +197,7 @@ def _room(labels: Iterable[str]) -> float:
     return 0.12 + 0.075 * max(map(len, labels), default=0)
 
 
-def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float], left: float) -> str:
+def _panel(panel: Panel, prefix: str, limits: tuple[float, float], left: float) -> Markup:
     with _style():
         figure, (axes,) = _figure(left=left, right=0.16, bottom=0.42, top=0.06, widths=(2.3,), height=1.5)
         for line in panel.lines:
@@ -207,12 +211,12 @@ def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float], 
             axes.plot(line.x, np.where(y > 0, y, np.nan) if panel.log else y, color=colour, **look)
         _scale(axes, panel, limits)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.set_xlabel(across)
+        axes.set_xlabel("block")
         axes.grid(axis="y", color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         told = "; ".join(f"{line.label}: {_range(line.y, panel.unit)}" for line in panel.lines)
-        return _element(figure, prefix, panel.title, f"{panel.title}, by {across}. {told}.")
+        return _element(figure, prefix, panel.title, f"{panel.title}, by block. {told}.")
 
 
 def _figure(
@@ -274,7 +278,7 @@ def _range(values: Sequence[float], unit: Callable[[float], str]) -> str:
     return (low if low == high else f"from {low} to {high}") + gaps
 
 
-def _element(figure: Figure, prefix: str, title: str, description: str, told: Sequence[str] = ()) -> str:
+def _element(figure: Figure, prefix: str, title: str, description: str, told: Sequence[str] = ()) -> Markup:
     """The figure as an SVG element for an HTML page. ``told`` holds the titles of its cells, in order."""
     data = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix}):
@@ -311,4 +315,4 @@ def _element(figure: Figure, prefix: str, title: str, description: str, told: Se
         "role": "img",
         "aria-labelledby": f"{prefix}-title {prefix}-desc",
     }
-    return ElementTree.tostring(root, encoding="unicode")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 from optima_tpu.errors import plural
 from optima_tpu.report import plots
 from optima_tpu.report.evaluation import Distance
-from optima_tpu.report.facts import facts, running, sizes
+from optima_tpu.report.facts import Fact, facts, running, sizes
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import interval, number, percent
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import FinishedRun, differences
 from optima_tpu.report.summary import mean_errors, unusual, worsened
-from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
+from optima_tpu.report.view import NONE, Key, Section, Table, command, without_folders
 
 T = TypeVar("T")
 _SIZE = (
@@ -26,25 +26,31 @@ _SHOWN = 4
 """Most commands that the page shows for several runs."""
 
 
-def tiles(run: FinishedRun) -> list[Tile]:
+def tiles(run: FinishedRun) -> list[Fact]:
     """The most important numbers of one run: its facts, behind the perplexity what an evaluation measured."""
-    first, *others = (fact.tile for fact in facts(run.report))
+    first, *others = facts(run.report)
     evaluated = [
-        Tile(f"Divergence from {run.beside}", number(distance.kl), f"nats per token, on {text}")
+        Fact(f"Divergence from {run.beside}", [number(distance.kl)], f"nats per token, on {text}")
         for text, distance in _distances(run).items()
     ]
     if run.evaluation and run.evaluation.average is not None:
-        evaluated.append(Tile("Six tasks", percent(run.evaluation.average), f"mean accuracy, {run.evaluation.asked}"))
+        evaluated.append(Fact("Six tasks", [percent(run.evaluation.average)], f"mean accuracy, {run.evaluation.asked}"))
     again = ", including the parts before it was resumed" if run.earlier else ""
-    return [first, *evaluated, *others, Tile("Time", run.time, f"on {run.report.environment.words}{again}"), *_unusual_tiles(run)]
+    return [
+        first,
+        *evaluated,
+        *others,
+        Fact("Time", [run.time], f"on {run.report.environment.words}{again}"),
+        *_unusual_tiles(run),
+    ]
 
 
-def _unusual_tiles(run: FinishedRun) -> list[Tile]:
+def _unusual_tiles(run: FinishedRun) -> list[Fact]:
     """None for a run that pruned no layer."""
     if meaningless_lines(run.report):
-        return [Tile("Unusual", "no meaning", "text or dense model, named below")]
+        return [Fact("Unusual", ["no meaning"], "text or dense model, named below")]
     count = unusual_count(run)
-    found = Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")
+    found = Fact("Unusual", [plural(count, "layer") if count else "nothing"], "named below" if count else "in any layer")
     return [found] * bool(run.report.layers)
 
 
@@ -224,7 +230,6 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
     if not rows:
         return []
     panels = [plots.Panel(title, lines, **_UNITS[key]) for (key, title), lines in curves.items()]
-    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "distance")))
     legend = [Key(run.label, index) for index, run in enumerate(runs) if run.label]
     first = ["run", "text"] if len(runs) > 1 else ["text"]
     tables = [
@@ -242,8 +247,7 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
         f"distributions. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the hidden state of the {other} "
         "model; its rise shows which blocks cause the damage."
     )
-    drawn = [figure(elements, legend=legend)] if elements else []
-    return [Section("distance", f"Distance to the {other} model", [text], drawn, tables)]
+    return [Section("distance", f"Distance to the {other} model", [text], plots.drawn(panels, "distance", legend), tables)]
 
 
 def _evaluate(run: FinishedRun) -> str:
@@ -287,7 +291,7 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
             "on held-out text before": NONE if held_before is None else percent(held_before),
             "on held-out text after": NONE if held_after is None or not run.report.solver else percent(held_after),
             "sparsity": percent(report.sparsity),
-            **{fact.title.lower(): fact.tile.value for fact in facts(report) if fact.name in _COMPARED},
+            **{fact.title.lower(): fact.value for fact in facts(report) if fact.name in _COMPARED},
             "matrices": f"{len(run.report.layers):,}",
             "layers with anything unusual": f"{unusual_count(run):,}",
             "time": run.time,

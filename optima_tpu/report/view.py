@@ -13,14 +13,6 @@ NONE = "–"
 """The table cell for a missing number."""
 
 
-class Tile(NamedTuple):
-    """One of the most important numbers, shown at the top of the page."""
-
-    name: str
-    value: str
-    note: str
-
-
 class Key(NamedTuple):
     """A legend entry for a colour or a line style; ``series`` is None for a line style that all colours share."""
 
@@ -113,8 +105,3 @@ def without_folders(text: str) -> str:
     """
     # Folders may contain spaces. The text after the source has no "/", except in an option after its "?".
     return "; ".join(re.sub(r"\b(file:|npy:|tfds:[^@]*@)[^?]*/", r"\1", part) for part in text.split("; "))
-
-
-def figure(elements: Sequence[tuple[str, str]], legend: Sequence[Key] = (), *, wide: bool = False, note: str = "") -> Plots:
-    """Plots from titles and SVG texts. The SVG of ``report.plots`` is trusted and is not escaped."""
-    return Plots([(title, Markup(text)) for title, text in elements], legend, wide, note)

@@ -96,7 +96,7 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.attributes, self.sections, self.tables = [], collections.defaultdict(str), {}
         self.words, self._open, self._section, self._rows = "", [], None, []
-        self.feed(text)
+        self.feed(str(text))
         self.close()
         assert self._open == []
         ids = [value for _, name, value in self.attributes if name == "id"]
@@ -403,7 +403,7 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
 def test_a_mean_before_the_update_that_is_not_finite_has_no_number(tmp_path):
     directory = write_run(tmp_path / "run", reports=layers(0, held_out_before=math.inf, held_out_after=0.02))
     _, (run,) = read_runs([directory])
-    assert "on held-out text – → 2.00%" in next(tile.note for tile in tiles(run) if tile.name == "Layer error")
+    assert "on held-out text – → 2.00%" in next(tile.below for tile in tiles(run) if tile.title == "Layer error")
 
 
 def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp_path, unplotted):
@@ -601,18 +601,18 @@ def test_no_line_ends_inside_the_name_of_an_option(tmp_path, unplotted):
 def test_numbers_before_and_after_have_a_word(after, word, tmp_path):
     reports = layers(0, error_before=0.137, error_after=after, dense_before=0.3, dense_after=0.2)
     _, (run,) = read_runs([write_run(tmp_path / "run", reports=reports)])
-    told = {tile.name: tile for tile in tiles(run)}
-    assert told["Layer error"].value.startswith("13.7% → ") and f"update, {word}, mean" in told["Layer error"].note
-    assert told["Layer error against dense"].value == "30.0% → 20.0%" and ", better, " in told["Layer error against dense"].note
-    assert "1.50 times, worse, on" in told["Perplexity"].note
+    told = {tile.title: tile for tile in tiles(run)}
+    assert told["Layer error"].value.startswith("13.7% → ") and f"update, {word}, mean" in told["Layer error"].below
+    assert told["Layer error against dense"].value == "30.0% → 20.0%" and ", better, " in told["Layer error against dense"].below
+    assert "1.50 times, worse, on" in told["Perplexity"].below
 
 
 def test_page_and_console_lead_with_the_error_on_the_calibration_text_and_name_both_texts(tmp_path):
     reports = layers(0, error_before=0.2, error_after=0.1, held_out_before=0.3, held_out_after=0.15)
     directory = write_run(tmp_path / "run", reports=reports)
     _, (run,) = read_runs([directory])
-    (tile,) = [tile for tile in tiles(run) if tile.name == "Layer error"]
-    assert tile.value == "20.0% → 10.0%" and "on the calibration text; on held-out text 30.0% → 15.0%" in tile.note
+    (tile,) = [tile for tile in tiles(run) if tile.title == "Layer error"]
+    assert tile.value == "20.0% → 10.0%" and "on the calibration text; on held-out text 30.0% → 15.0%" in tile.below
     console = Console(file=io.StringIO(), width=200)
     print_summary(console, run.report, directory)
     expected = "before 20.0%, after the update 10.0%, better, mean of 21 matrices, on the calibration text; on held-out text"
