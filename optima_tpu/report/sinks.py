@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -155,27 +155,21 @@ class Steps:
         self._sinks, self._finished, self._report, self._next = sinks, finished, report, 0
 
     def follow(self) -> None:
-        """Sends the blocks finished since the last call, up to the first unfinished block."""
+        """Sends the blocks finished since the last call, up to the first unfinished block.
+
+        A block is a step with the measures of every layer, such as "error_after/self_attn.q_proj".
+        """
         while self._sinks and self._next in self._finished:
-            write_block(self._sinks, self._report(self._next))
+            block = self._report(self._next)
+            values: dict[str, float | None] = {"seconds": block.seconds}
+            for layer in block.layers:
+                values |= {f"{measure}/{layer.name}": getattr(layer, measure) for measure in _MEASURES}
+                values[f"rows_not_converged/{layer.name}"] = layer.rows - layer.rows_converged
+            self.write(block.index, values)
             self._next += 1
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Sends other measures, behind the blocks."""
-        write(self._sinks, step, values)
-
-
-def write_block(sinks: Iterable[Sink], block: BlockReport) -> None:
-    """Writes a step with the measures of every layer of a block, such as "error_after/self_attn.q_proj"."""
-    values: dict[str, float | None] = {"seconds": block.seconds}
-    for layer in block.layers:
-        values |= {f"{measure}/{layer.name}": getattr(layer, measure) for measure in _MEASURES}
-        values[f"rows_not_converged/{layer.name}"] = layer.rows - layer.rows_converged
-    write(sinks, block.index, values)
-
-
-def write(sinks: Iterable[Sink], step: int, values: Mapping[str, float | None]) -> None:
-    """Writes a step; values that are None or not finite are left out."""
-    finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-    for sink in sinks:
-        sink.write(step, finite)
+        """Sends a step; values that are None or not finite are left out."""
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        for sink in self._sinks:
+            sink.write(step, finite)

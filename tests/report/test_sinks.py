@@ -56,7 +56,7 @@ def test_finished_blocks_are_sent_once_and_in_order():
 
 def test_what_is_not_finite_is_left_out():
     memory = Memory()
-    sinks.write([memory], 4, {"a": 1.0, "b": np.inf, "c": None, "d": np.nan})
+    sinks.Steps([memory], (), FakeJournal().report).write(4, {"a": 1.0, "b": np.inf, "c": None, "d": np.nan})
     assert memory.steps == [(4, {"a": 1.0})]
 
 
@@ -99,8 +99,7 @@ def test_event_files_hold_every_step_once_also_after_a_second_start(tmp_path):
     pytest.importorskip("tensorboardX")
     for _ in range(2):
         sink = sinks.TensorBoard(tmp_path / "tensorboard")
-        for block in BLOCKS:
-            sinks.write_block([sink], block)
+        sinks.Steps([sink], range(3), FakeJournal().report).follow()
         sink.close()
     found = scalars(tmp_path / "tensorboard")
     assert len(found) == len({(step, name) for step, name, _ in found}) == 3 * (1 + 11 * 7)
