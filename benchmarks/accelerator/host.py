@@ -14,7 +14,7 @@ from benchmarks.accelerator.rates import fastest
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.generate import Prompt, Sampling, _stretches, plan_generation
 from optima_tpu.models.whole_model import load
-from optima_tpu.pipeline.plan.estimate import ASSUMED
+from optima_tpu.pipeline.plan.estimate import TRANSFER
 from optima_tpu.pipeline.plan.topology import local_machine
 
 _PROMPT, _NEW = 32, 128
@@ -43,7 +43,7 @@ def host(sizes: Sizes) -> Iterator[tuple[object, ...]]:
     first = jax.devices()[0]
     yield "a call of an empty program", 1e6 * fastest(jax.jit(lambda x: x + 1), jnp.zeros(()), repeats=100), "µs", None
     array = np.ones(sizes.moved // 4, np.float32)
-    assumed = ASSUMED.transfer / 1e9
+    assumed = TRANSFER / 1e9
     yield "to a device", array.nbytes / 1e9 / fastest(lambda: jax.device_put(array, first)), "GB/s", assumed
     held, taken = jax.device_put(array, first), []
     for _ in range(5):

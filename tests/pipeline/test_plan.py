@@ -37,7 +37,7 @@ from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes, kept_
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, compiler
 from optima_tpu.pipeline.plan.counting import Work, counted
-from optima_tpu.pipeline.plan.estimate import inputs_of, storage
+from optima_tpu.pipeline.plan.estimate import storage
 from optima_tpu.pipeline.plan.hlo import collectives, moved, sent
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
@@ -340,7 +340,7 @@ def test_a_token_counts_at_its_own_experts_alone(tmp_path):
     groups = linear_groups(model(4).decoder)
     before, between = (window_flops(model(4), length, groups[at][:1]) for at in (2, 3))
     assert before == two - 2 * length * products and 1 <= (between - before) / (4 * length * products * 2 / 3) < 1.1
-    assert [reach for _, reach in inputs_of(model(4), groups[:4])] == [1, 1, 0.25, 0.25]
+    assert [model(4).decoder.config.reach(names[0]) for names in groups[:4]] == [1, 1, 0.25, 0.25]
 
 
 def test_a_plan_that_removes_experts_is_of_the_smaller_model(tmp_path):
@@ -401,7 +401,7 @@ def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp
     without, within = (window_flops(one.at(1), length, names) for names in (down, read))
     assert 1 < (within - without) / experts < 1.25  # beside the experts' products that of the router
     names = linear_groups(one.at(1).decoder)
-    assert {(len(group), reach) for group, (_, reach) in zip(names, inputs_of(one.at(1), names))} == {
+    assert {(len(group), one.at(1).decoder.config.reach(group[0])) for group in names} == {
         *((size, 1.0) for size in (3, 1, 2)),
         *((size, 2 / 6) for size in (2, 1)),
     }

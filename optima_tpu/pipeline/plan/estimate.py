@@ -1,6 +1,5 @@
 """Counts memory and time without a compiler."""
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -23,50 +22,17 @@ from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.runtime.mesh import MODEL
 
-
-@dataclasses.dataclass(frozen=True)
-class Assumed:
-    """The sizes and rates that the estimate assumes.
-
-    Attributes:
-      evaluation_tokens: tokens of the perplexity text if ``evaluation.windows`` is null and the text is not on this machine.
-      transfer: bytes/s between a host and its devices.
-      reading: bytes/s of weights from the disk of a host.
-      writing: bytes/s of the run directory, all hosts together.
-      program: bytes of host memory before the first array: Python, jax, transformers, compiled programs.
-      compressed: the share of the bytes of zeros that Orbax's compression saves at least; random weights in bfloat16, float16 and
-        float32 lost 0.77 and more of them, from a quarter of zeros to three quarters.
-      mask: bytes of a compressed entry of a mask; random masks took 0.19.
-    """
-
-    evaluation_tokens: int = 300_000
-    transfer: float = 8e9
-    reading: float = 1e9
-    writing: float = 0.5e9
-    program: int = GIB
-    compressed: float = 0.5
-    mask: float = 0.2
-
-
-ASSUMED = Assumed()
-
-
-class Input(NamedTuple):
-    """The input of a group of layers.
-
-    Attributes:
-      size: d_in.
-      reach: the share of the tokens that the layers read; see ``DecoderConfig.reach``.
-    """
-
-    size: int
-    reach: float
-
-
-def inputs_of(model: DeclaredModel, groups: Groups) -> tuple[Input, ...]:
-    """The input of each group."""
-    decoder = model.decoder
-    return tuple(Input(decoder.block_shapes[name + ".weight"][1], decoder.config.reach(name)) for name, *_ in groups)
+EVALUATION_TOKENS = 300_000
+"""Tokens of the perplexity text if ``evaluation.windows`` is null and the text is not on this machine."""
+TRANSFER, READING = 8e9, 1e9
+"""Bytes/s between a host and its devices, and of weights from the disk of a host."""
+WRITING = 0.5e9
+"""Bytes/s of the run directory, all hosts together."""
+_PROGRAM = GIB
+"""Bytes of host memory before the first array: Python, jax, transformers, compiled programs."""
+_COMPRESSED, _MASK = 0.5, 0.2
+"""The share of the bytes of zeros that Orbax's compression saves at least: random weights in bfloat16, float16 and float32 lost 0.77 and
+more of them, from a quarter of zeros to three quarters. And bytes of a compressed entry of a mask: random masks took 0.19."""
 
 
 class ForwardPasses(NamedTuple):
@@ -103,16 +69,18 @@ def _columns(model: DeclaredModel, size: int) -> int:
     return axis if size % axis == 0 else 1
 
 
-def calibration_memory(model: DeclaredModel, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
+def calibration_memory(model: DeclaredModel, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
     """Bytes of a step of ``calibrate.accumulate`` on a device: a forward pass, and the sums twice."""
-    sums = sum(4 * size * size // _columns(model, size) for size, _ in inputs)
-    return forward_memory(model, inputs, length, batch, streams) + streams * 2 * sums
+    sizes = [model.decoder.input_width(name) for name, *_ in groups]
+    sums = sum(4 * size * size // _columns(model, size) for size in sizes)
+    return forward_memory(model, groups, length, batch, streams) + streams * 2 * sums
 
 
-def forward_memory(model: DeclaredModel, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
+def forward_memory(model: DeclaredModel, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
     """Bytes of a forward pass on a device: the block, the inputs of all layers and two arrays of attention scores."""
     decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
-    read = round(tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(size * reach for size, reach in inputs)))
+    inputs = sum(decoder.input_width(name) * decoder.config.reach(name) for name, *_ in groups)
+    read = round(tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * inputs))
     scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
     return streams * (model.block_bytes() // axis + read) + scores // axis
 
@@ -170,14 +138,14 @@ def storage(
     pruned = sum(map(math.prod, shapes.values()))  # each of these weights has an entry in a mask
     zeros = sum(patterns[path].pruned_count(shape) for path, shape in shapes.items())
     scales = pruned * itemsize // (config.recipe.quantize.group or decoder.config.d_model) if config.recipe.quantize else 0
-    saved = whole - round(zeros * itemsize * ASSUMED.compressed) + round(pruned * ASSUMED.mask) + scales
+    saved = whole - round(zeros * itemsize * _COMPRESSED) + round(pruned * _MASK) + scales
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
     share = -(-hidden // hosts)
     measured = decoder.batch * stretch_of(decoder.batch, decoder.config.vocab) * decoder.config.vocab  # logits at once
     head = on_cpu * (3 * table + 4 * measured)
     # A save to the journal makes one more copy; embedding the tokens needs the whole table.
     host = {
-        "the program": ASSUMED.program,
+        "the program": _PROGRAM,
         "hidden states": share,
         f"being saved, or the embedding{' or the head' * on_cpu}": max(
             share + block + (pruned + scales) * block // whole, table + table // itemsize, ends // hosts, head
@@ -228,7 +196,7 @@ def _saved_bytes(model: DeclaredModel, method: Distillation) -> int:
 def evaluation_tokens(config: RunConfig) -> int:
     """Tokens of the perplexity text."""
     length = config.evaluation.length or config.calibration.window_length
-    return config.evaluation.windows * length if config.evaluation.windows else ASSUMED.evaluation_tokens
+    return config.evaluation.windows * length if config.evaluation.windows else EVALUATION_TOKENS
 
 
 class RunTime(NamedTuple):
@@ -262,7 +230,7 @@ class RunTime(NamedTuple):
             "calibration": running["calibration"],
             "pruning": running["pruning"],
             "pruned blocks forward": self._through(self.forward.pruned, self._calibrated),
-            "hidden states to and from the devices": moved / (ASSUMED.transfer * self.machine.hosts),
+            "hidden states to and from the devices": moved / (TRANSFER * self.machine.hosts),
         }
         beside = self._beside_training()
         training = running["training"] + (beside or 0)
@@ -276,8 +244,8 @@ class RunTime(NamedTuple):
             "training": running["training"],
             "dense model and checks of the training": beside,
             "communication of these programs": running["communication"],
-            "reading weights": read / (ASSUMED.reading * self.machine.hosts),
-            "writing": self._written(walk, training) / ASSUMED.writing,
+            "reading weights": read / (READING * self.machine.hosts),
+            "writing": self._written(walk, training) / WRITING,
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
 
@@ -360,13 +328,13 @@ class RunTime(NamedTuple):
         # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
         streams = config.recipe.target.streams
         moved = 0 if stored.resident else streams * blocks * 2 * self._calibrated * self._state
-        passes = moved / (ASSUMED.transfer * self.machine.hosts) + walk["pruned blocks forward"]
+        passes = moved / (TRANSFER * self.machine.hosts) + walk["pruned blocks forward"]
         passes += walk["calibration"] if streams > 1 else 0
         saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
         written = stored.left + saves * stored.hidden
         if config.distill:  # a state every now and then; what is left at the end has the trained blocks
             one = _saved_bytes(self.model, config.distill)
-            written += one * int(training / ((SHARE + 1) * one / ASSUMED.writing))
+            written += one * int(training / ((SHARE + 1) * one / WRITING))
         return written
 
     def _beside_training(self) -> float | None:
@@ -425,8 +393,8 @@ def assumptions(config: RunConfig, machine: Machine, unknown: Collection[str] = 
     if config.allocation.measures:
         words.append("measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity")
     words.append(
-        f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
-        f"weights; all hosts together write {ASSUMED.writing / 1e9:g} GB/s to the run directory; nothing overlaps"
+        f"a host moves {TRANSFER / 1e9:g} GB/s to its devices and reads {READING / 1e9:g} GB/s of "
+        f"weights; all hosts together write {WRITING / 1e9:g} GB/s to the run directory; nothing overlaps"
     )
     if machine.compiles:
         words.append("the programs that choose masks and solve are compiled side by side, each in the seconds that it took here")

@@ -65,7 +65,7 @@ class Plan:
     def written(self) -> float:
         """Bytes that the run writes, in multiples of the model's own."""
         model = self.model.all_blocks_bytes() + self.model.end_bytes()
-        return self.seconds["writing"] * estimate.ASSUMED.writing / model
+        return self.seconds["writing"] * estimate.WRITING / model
 
     @property
     def too_large(self) -> tuple[Program, ...]:
@@ -119,7 +119,6 @@ class _Layers(NamedTuple):
     block: int  # one of those that have them
     names: tuple[str, ...]
     others: Groups  # groups whose Hessians are on the devices at the same time
-    held_out: bool
     calls: int = 0
 
 
@@ -258,7 +257,7 @@ def _walk(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern], 
                     )
                     if shape not in layers:
                         others = tuple(other for other in part.groups if other != group)
-                        layers[shape] = _Layers(alike.config.kind, together, others, text.held_out > 0)
+                        layers[shape] = _Layers(alike.config.kind, together, others)
                     layers[shape] = layers[shape]._replace(calls=layers[shape].calls + 1)
     return _Walk(kinds, layers, states, refused)
 
@@ -273,8 +272,7 @@ def _walk_programs(
     if len(programs) == 1:  # otherwise a block is calibrated in several passes, each for some of its layers
         programs = [programs[0]._replace(name="calibration step")]
     programs += [
-        _pruning(model.at(found.block), machine, config.recipe, shape, found, compile_call)
-        for shape, found in walk.layers.items()
+        _pruning(config, model.at(found.block), machine, shape, found, compile_call) for shape, found in walk.layers.items()
     ]
     return [program._replace(memory=program.memory + walk.states) for program in programs]
 
@@ -333,14 +331,13 @@ def _calibration(
     config: RunConfig, model: DeclaredModel, machine: Machine, kind: _Kind, blocks: int, compile_call: Compile
 ) -> Program:
     decoder, text, groups = model.decoder, config.calibration, kind.groups
-    inputs = estimate.inputs_of(model, groups)
     batch = windows_of_step(decoder, text.fitted)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
     # While the held-out windows pass through the block, the Hessians of the calibration windows are on the devices.
     streams, target = config.recipe.target.streams, config.recipe.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.recipe.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
-    memory = beside + estimate.calibration_memory(model, inputs, text.window_length, batch, streams)
+    memory = beside + estimate.calibration_memory(model, groups, text.window_length, batch, streams)
     calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted)
     where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
     name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window_length} tokens a device"
@@ -358,9 +355,10 @@ def _calibration(
 
 
 def _pruning(
-    model: DeclaredModel, machine: Machine, recipe: Recipe, shape: _Shape, layers: _Layers, compile_call: Compile
+    config: RunConfig, model: DeclaredModel, machine: Machine, shape: _Shape, layers: _Layers, compile_call: Compile
 ) -> Program:
-    decoder, layout, mesh, held_out = model.decoder, shape.layout, machine.mesh, layers.held_out
+    recipe, held_out = config.recipe, config.calibration.held_out > 0
+    decoder, layout, mesh = model.decoder, shape.layout, machine.mesh
     load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
     rows = -(-load.rows * parts // mesh.size)
     name = f"{_short((layers.names,))} [{load.rows:,}, {load.d_in:,}]"

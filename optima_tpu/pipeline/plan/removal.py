@@ -99,7 +99,7 @@ class Beside(NamedTuple):
             both = [decoder.config.d_model, decoder.input_width(decoder.attended)]
             widths = 2 * len(mixed) * widths + sum(mixed) * (both + (1 + priced + refitted) * both + both[1:])
         moved = sum(widths) * text.fitted * text.window_length * dense.dtype.itemsize
-        seconds = dense.all_blocks_bytes() / estimate.ASSUMED.reading + moved / estimate.ASSUMED.transfer
+        seconds = dense.all_blocks_bytes() / estimate.READING + moved / estimate.TRANSFER
         down = decoder.at(mixed.index(True)).block_shapes[cut.names.down.replace("*", "0") + ".weight"]
         return cls(seconds / machine.hosts, bool(refit) * sum(mixed) * cut.kept * math.prod(down) * dense.dtype.itemsize)
 
@@ -143,10 +143,10 @@ def removal_programs(
             ("what experts miss", min(1, refit), Call(refit_sums, (mesh, target, fewer.sent, fewer.down, None)), missed),
             ("step of their refit", max(0, refit - 1), Call(refit_product, (mesh, fewer.sent, fewer.down)), left_again),
         ]
-        groups, grams = linear_groups(model.decoder), 2 * 4 * cut.kept * inner**2
+        grams = 2 * 4 * cut.kept * inner**2
         states = _STATES * bytes_on_device(struct_on(mesh, (sketch if priced else fewer.down).shape, jnp.float32, P(None, MODEL)))
         held = resident(model.decoder, (), False) + states + grams + kept
-        rough = held + estimate.forward_memory(model, estimate.inputs_of(model, groups), length, batch)
+        rough = held + estimate.forward_memory(model, linear_groups(model.decoder), length, batch)
         for name, times, call, beside in parts:
             if times:
                 name += f" (as in block {kind})" * (len(dense.decoder.config.kinds) > 1)

@@ -1,5 +1,6 @@
 """The programs that train a pruned model, of ``--distill`` and of ``optima recover``."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -53,19 +54,8 @@ class _Step(NamedTuple):
     hidden: Array
 
 
-class _Part(NamedTuple):
-    """A program before it is compiled.
-
-    Attributes:
-      name, calls: see ``Program``.
-      memory: bytes that it takes on a device besides its arguments, by a simple model.
-      call: the program.
-    """
-
-    name: str
-    calls: int
-    memory: int
-    call: Call
+_Part = tuple[str, int, int, Call]
+"""Name and number of calls of a program, the bytes that it takes on a device besides its arguments by a simple model, and the program."""
 
 
 def training_programs(
@@ -92,14 +82,14 @@ def training_programs(
     resident = trainer.bytes_on_device() + (decoder.config.blocks + 2) * bytes_on_device(hidden)
     resident += _kept(trainer, hidden) + bytes_on_device(*jax.tree.leaves(head))
 
-    def program(part: _Part) -> Program:
-        found, memory = compile_call(f"{part.name}: {batch} x {length} tokens a device", part.call), part.memory
+    def program(name: str, calls: int, memory: int, call: Call) -> Program:
+        found = compile_call(f"{name}: {batch} x {length} tokens a device", call)
         if found and found.memory:
             memory = found.memory - found.arguments
-        work, unknown = counted(part.call, machine)
-        return Program(part.name, "training", part.calls, None, None, work, resident + memory, found, unknown)
+        work, unknown = counted(call, machine)
+        return Program(name, "training", calls, None, None, work, resident + memory, found, unknown)
 
-    return tuple(map(program, parts))
+    return tuple(itertools.starmap(program, parts))
 
 
 def _kept(trainer: Trainer, hidden: Array) -> int:
@@ -116,23 +106,21 @@ def _of_block(model: DeclaredModel, trainer: Trainer, step: _Step) -> list[_Part
     decoder, block, kinds = model.decoder, trainer.struct(), model.decoder.config.kinds
     axis, kind = decoder.mesh.shape[MODEL], decoder.config.kind
     blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
-    inputs = estimate.inputs_of(model, linear_groups(decoder))
-    memory, share = estimate.forward_memory(model, inputs, step.length, step.batch), bytes_on_device(*block.masters.values())
+    memory = estimate.forward_memory(model, linear_groups(decoder), step.length, step.batch)
+    share = bytes_on_device(*block.masters.values())
     gradient = 4 * sum(math.prod(array.shape) for array in block.masters.values()) // axis
     positions = Entering.of(decoder, step.length, len(step.hidden)).positions
     inside, number = (block.masters, block.fixed, step.hidden, positions), jax.ShapeDtypeStruct((), jnp.float32)
     where = f" (as in block {kind})" if len(kinds) > 1 else ""
     return [
-        _Part(f"block forward{where}", blocks * step.passes, memory, Call(trainer.forward, inside)),
-        _Part(  # it does the forward pass again, as it does on a CPU only where memory is short
+        (f"block forward{where}", blocks * step.passes, memory, Call(trainer.forward, inside)),
+        (  # it does the forward pass again, as it does on a CPU only where memory is short
             f"block backward{where}",
             blocks * step.passes,
             2 * memory + gradient,
             Call(trainer.backward, (trainer.again(*inside), step.hidden, block.masters)),
         ),
-        _Part(
-            f"Adam of a block{where}", blocks * step.updates, share, Call(trainer.update, (block, block.masters, number, number))
-        ),
+        (f"Adam of a block{where}", blocks * step.updates, share, Call(trainer.update, (block, block.masters, number, number))),
     ]
 
 
@@ -144,7 +132,7 @@ def _of_head(model: DeclaredModel, method: Distillation, head: Head, step: _Step
     tokens = struct_on(mesh, (windows, step.length), np.dtype(np.int32), P(DATA))
     there = struct_on(mesh, (windows,), np.dtype(bool), P(DATA))
     logits = 4 * step.batch * STRETCH * config.vocab // mesh.shape[MODEL]
-    return _Part(
+    return (
         "head: loss and gradient",
         step.passes,
         bytes_on_device(step.hidden) + arrays * logits,
