@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from optima_tpu.errors import plural
@@ -138,116 +138,111 @@ def _published_table(rows: Sequence[Published]) -> Table:
     )
 
 
-def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
-    """A table for each model that pruned ones are measured beside."""
-    rows: dict[str, list[list[str]]] = {"dense": []}
+def _tables_beside(
+    runs: Sequence[FinishedRun],
+    rows: Callable[[FinishedRun], Iterable[tuple[str, list[str]]]],
+    caption: Callable[[str], str],
+    names: Sequence[str],
+    head: Callable[[str], Sequence[str]],
+) -> list[Table]:
+    """A table for each model that pruned ones are measured beside.
+
+    Args:
+      rows: the rows of a run, each behind the name of that model.
+      caption, head: of the table on that model.
+      names: the headings of the cells that name a row.
+    """
+    found: dict[str, list[list[str]]] = {}
     for run in runs:
-        report = run.report
-        texts: list[tuple[str, str, float | None, float, int, float | None]] = [
-            (
-                "dense",
-                without_folders(report.evaluation.how),
-                report.perplexity.dense,
-                report.perplexity.pruned,
-                report.evaluation.tokens,
-                report.log_ratio_stderr,
-            )
-        ]
-        for name, score in _by_short_name(run.evaluation.perplexity if run.evaluation else {}).items():
-            how = without_folders(score.how)
-            told = how if name in how else f"{name}: {how}"
-            apart = _distances(run).get(name)
-            texts.append(
-                (run.beside, told, score.against, score.perplexity, score.tokens, apart.log_ratio_stderr if apart else None)
-            )
-        for other, how, before, pruned, tokens, error in texts:
-            rows.setdefault(other, []).append(
-                [
-                    *run.cell,
-                    how,
-                    NONE if before is None else number(before, 4),
-                    number(pruned, 4),
-                    NONE if before is None else _ratio(pruned / before, error),
-                    f"{tokens:,}",
-                ]
-            )
-    first = ["run", "text"] if len(runs) > 1 else ["text"]
-    return [
-        Table(
-            f"Perplexity{_against(other)}, lower is better",
-            [*first, other, "pruned", f"pruned / {other}", "tokens"],
-            own,
-            names=len(first),
-            note=_spread(row[-2] for row in own),
-        )
-        for other, own in rows.items()
-    ]
+        for other, row in rows(run):
+            found.setdefault(other, []).append([*run.cell, *row])
+    names = ["run", *names] if len(runs) > 1 else names
+    return [Table(caption(other), [*names, *head(other)], own, names=len(names)) for other, own in found.items()]
+
+
+def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
+    tables = _tables_beside(
+        runs,
+        _perplexities,
+        lambda other: f"Perplexity{_against(other)}, lower is better",
+        ["text"],
+        lambda other: [other, "pruned", f"pruned / {other}", "tokens"],
+    )
+    return [table._replace(note=_spread(row[-2] for row in table.rows)) for table in tables]
+
+
+def _perplexities(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
+    report, text = run.report, run.report.evaluation
+    both, error = report.perplexity, report.log_ratio_stderr
+    yield "dense", _perplexity_row(without_folders(text.how), both.dense, both.pruned, error, text.tokens)
+    for name, score in _by_short_name(run.evaluation.perplexity if run.evaluation else {}).items():
+        how, apart = without_folders(score.how), _distances(run).get(name)
+        said, error = how if name in how else f"{name}: {how}", apart.log_ratio_stderr if apart else None
+        yield run.beside, _perplexity_row(said, score.against, score.perplexity, error, score.tokens)
+
+
+def _perplexity_row(text: str, before: float | None, pruned: float, error: float | None, tokens: int) -> list[str]:
+    first, ratio = (NONE, NONE) if before is None else (number(before, 4), _ratio(pruned / before, error))
+    return [text, first, number(pruned, 4), ratio, f"{tokens:,}"]
 
 
 def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
-    """The same for the tasks."""
-    tables, several = [], len(runs) > 1
     asked = {run.label: run.evaluation.asked for run in runs if run.evaluation and run.evaluation.tasks}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
-    for other in dict.fromkeys(run.beside for run in runs):
-        tasks = [row for run in runs if run.beside == other for row in _tasks(run)]
-        if tasks:
-            head = ["run", "task", "metric"] if several else ["task", "metric"]
-            tables.append(
-                Table(
-                    ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
-                    [*head, other, "pruned", "documents"],
-                    tasks,
-                    names=len(head),
-                    note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items()),
-                )
-            )
-    return tables
+    tables = _tables_beside(
+        runs,
+        _tasks,
+        lambda other: ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
+        ["task", "metric"],
+        lambda other: [other, "pruned", "documents"],
+    )
+    note = "" if alike else " ".join(f"{label}: {how}." for label, how in asked.items())
+    return [table._replace(note=note) for table in tables]
 
 
 def distance(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the distance to the dense or another model, by block; empty if it was not measured."""
-    rows: dict[str, list[list[str]]] = {}
     curves: dict[tuple[str, str], list[plots.Line]] = {}
     for index, run in enumerate(runs):
         for text, distance in _distances(run).items():
-            last = distance.hidden_errors[-1] if distance.hidden_errors else None
-            rows.setdefault(run.beside, []).append(
-                [
-                    *run.cell,
-                    text,
-                    number(distance.kl) + _error(distance.kl_stderr),
-                    percent(distance.agreement) + _error(distance.agreement_stderr, 100),
-                    NONE if last is None else percent(last),
-                    f"{distance.tokens:,}",
-                ]
-            )
             for key, name in _BY_BLOCK.items():
                 if values := getattr(distance, key):
                     values = [math.nan if value is None else value for value in values]  # a value that was not finite
                     line = plots.Line(run.label or "pruned", range(len(values)), values, index)
                     curves.setdefault((key, f"{name}, {text}{_against(run.beside)}"), []).append(line)
-    if not rows:
+    tables = _tables_beside(
+        runs,
+        _distance_rows,
+        lambda other: f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
+        ["text"],
+        lambda other: ["divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"],
+    )
+    if not tables:
         return []
     panels = [plots.Panel(title, lines, **_UNITS[key]) for (key, title), lines in curves.items()]
     legend = [Key(run.label, index) for index, run in enumerate(runs) if run.label]
-    first = ["run", "text"] if len(runs) > 1 else ["text"]
-    tables = [
-        Table(
-            f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
-            [*first, "divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"],
-            own,
-            names=len(first),
-        )
-        for other, own in rows.items()
-    ]
-    other = "dense" if rows.keys() == {"dense"} else "other"
+    other = "dense" if {run.beside for run in runs if _distances(run)} == {"dense"} else "other"
     text = (
         f"Divergence is the mean over tokens of KL({other} ‖ pruned) between the distributions of the next token; 0 means equal "
         f"distributions. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the hidden state of the {other} "
         "model; its rise shows which blocks cause the damage."
     )
     return [Section("distance", f"Distance to the {other} model", [text], plots.drawn(panels, "distance", legend), tables)]
+
+
+def _distance_rows(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
+    for text, distance in _distances(run).items():
+        last = distance.hidden_errors[-1] if distance.hidden_errors else None
+        yield (
+            run.beside,
+            [
+                text,
+                number(distance.kl) + _error(distance.kl_stderr),
+                percent(distance.agreement) + _error(distance.agreement_stderr, 100),
+                NONE if last is None else percent(last),
+                f"{distance.tokens:,}",
+            ],
+        )
 
 
 def _evaluate(run: FinishedRun) -> str:
@@ -302,26 +297,18 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     return {name: values for name, values in rows.items() if set(values) != {NONE}}
 
 
-def _tasks(run: FinishedRun) -> list[list[str]]:
+def _tasks(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
     def told(metric: str, value: float | None, error: float | None) -> str:
         if value is None:
             return NONE
         return percent(value) + _error(error, 100) if metric.startswith("acc") else number(value, 4) + _error(error)
 
-    rows = [
-        [
-            *run.cell,
-            score.task,
-            score.metric,
-            told(score.metric, score.against, score.against_error),
-            told(score.metric, score.value, score.error),
-            f"{score.documents:,}",
-        ]
-        for score in (run.evaluation.scores if run.evaluation else ())
-    ]
-    if rows and run.evaluation and run.evaluation.average is not None:
-        rows.append([*run.cell, "mean of the six", "acc", NONE, percent(run.evaluation.average), NONE])
-    return rows
+    if run.evaluation is None:
+        return
+    for task, metric, documents, value, error, against, against_error in run.evaluation.scores:
+        yield run.beside, [task, metric, told(metric, against, against_error), told(metric, value, error), f"{documents:,}"]
+    if run.evaluation.scores and run.evaluation.average is not None:
+        yield run.beside, ["mean of the six", "acc", NONE, percent(run.evaluation.average), NONE]
 
 
 def _against(other: str) -> str:
