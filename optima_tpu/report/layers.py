@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -194,7 +194,9 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
     legend += [Key("median of a block"), Key("largest of a block", dashed=True)]
     note = "A refused row keeps the selector’s weights because of the run’s acceptance rule."
     columns: dict[str, Cell] = {"rows": lambda layers: f"{sum(layer.rows for layer in layers):,}", **ROWS}
-    tables = [_table(run.label or f"Rows, by {run.report.solver}", "layer", _by_kind(run), columns, note) for _, run in solved]
+    tables = [
+        _table(run.label or f"Rows, by {run.report.solver}", "layer", _by_kind(run).items(), columns, note) for _, run in solved
+    ]
     return Section("solver", "Solver", text, plots.drawn(panels, "solver", legend), tables)
 
 
@@ -285,14 +287,14 @@ def _kind_table(run: FinishedRun) -> Table:
     layers, columns = run.report.layers, {"matrices": _count, **_errors(run), "sparsity": share_pruned}
     rows = _by_kind(run) | ({"all": layers} if layers else {})
     note = "" if rows else "No layer was pruned."
-    return _table(run.label or "Mean over blocks", "layer", rows, columns, note)._replace(total=bool(rows))
+    return _table(run.label or "Mean over blocks", "layer", rows.items(), columns, note)._replace(total=bool(rows))
 
 
 def _layer_table(run: FinishedRun) -> Table:
     layers, routed = run.report.layers, any(kind_name(layer.name) != layer.name for layer in run.report.layers)
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
-    rows = {f"{layer.block} {layer.name}": [layer] for layer in layers[:_LISTED]}
+    rows = ((f"{layer.block} {layer.name}", [layer]) for layer in layers[:_LISTED])
     tokens: dict[str, Cell] = {"tokens": _tokens} if routed else {}
     columns = {"shape": _shape, **tokens, "sparsity": share_pruned, **_errors(run), **(ROWS if run.report.solver else {})}
     notes = ["Tokens: of the calibration text, those that the layer read; an expert reads those that are routed to it."] * routed
@@ -301,10 +303,10 @@ def _layer_table(run: FinishedRun) -> Table:
 
 
 def _table(
-    caption: str, first: str, rows: Mapping[str, Sequence[LayerReport]], columns: Mapping[str, Cell], note: str = ""
+    caption: str, first: str, rows: Iterable[tuple[str, Sequence[LayerReport]]], columns: Mapping[str, Cell], note: str = ""
 ) -> Table:
     """A table of rows that are layers."""
-    cells = [[name, *(cell(layers) for cell in columns.values())] for name, layers in rows.items()]
+    cells = [[name, *(cell(layers) for cell in columns.values())] for name, layers in rows]
     return Table(caption, [first, *columns], cells, note)
 
 
