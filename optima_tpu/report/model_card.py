@@ -1,4 +1,4 @@
-"""Writes the model card of an exported folder."""
+"""Writes the model card of an exported folder. Its text is in model_card.md.j2 in this folder."""
 
 import json
 import math
@@ -17,20 +17,8 @@ from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.report.summary import held_out_caveat, mean_errors, sparsity
-from optima_tpu.report.view import without_folders
+from optima_tpu.report.view import template, without_folders
 
-_IN_FILES = (
-    "`model.safetensors` is not smaller than the dense model's in the same dtype, and inference is not faster, because zeros are "
-    "stored like other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
-    "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp. Zeros save time only with "
-    "a kernel that uses them.\n"
-)
-_CUT = "This is an ordinary smaller model: its files are smaller, and every program that loads the dense model loads it"
-_IN_MAXTEXT = (
-    "`0/items` holds the parameters in MaxText's layout, and maxtext.yml the settings that belong to it: "
-    "`maxtext.yml load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER`, with absolute paths, are arguments of MaxText's trainer. "
-    "That trainer moves the zeros too, unless `optima_tpu.keep_zeros` wraps its optimizer.\n"
-)
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
 """A model's id on the hub, "owner/name" or "owner/name@revision". A relative path can look the same."""
 
@@ -77,11 +65,7 @@ class Card(NamedTuple):
 
 def model_card(card: Card) -> str:
     """The text of README.md in Markdown, with the front matter that the hub reads."""
-    return "\n".join(part for write in _PARTS if (part := write(card)))
-
-
-def _front(card: Card) -> str:
-    licence = licence_of(card.assets)
+    facts, licence = card.facts, licence_of(card.assets)
     front = ModelCardData(
         base_model=_base_model(card.sidecar.model, card.assets),
         library_name=card.library,
@@ -89,22 +73,38 @@ def _front(card: Card) -> str:
         license=licence.id,
         license_name=licence.name,
         license_link=licence.link,
-    ).to_yaml()
-    return f"---\n{front}\n---\n"
+    )
+    settings = flat(card.sidecar.manifest["recipe"]).items()
+    told = {
+        "card": card,
+        "front": front.to_yaml(),
+        "licence": licence,
+        "name": Path(card.sidecar.model.removeprefix("wheel:")).name,
+        "title": _title(card),
+        "made": _made(card),
+        "changes": [change for write in _CHANGES if (change := write(card))],
+        "others": _others(card),
+        "only_experts": only_experts(card.sidecar.cuts),
+        "speed": facts.speed if facts else None,
+        "settings": [(_plain(name), _plain(typed(value))) for name, value in settings if value != ""],
+        # Without the folders of paths, because the card is meant to be published.
+        "calibration": without_folders(facts.calibration.how) if facts else "",
+        "evaluation": without_folders(facts.evaluation.how) if facts else "",
+        "perplexities": _perplexities(facts) if facts else [],
+        "errors": _layer_errors(card),
+        "caveat": held_out_caveat(card.recipe),
+        "plain": _plain,
+    }
+    return template("model_card.md.j2").render(told) + "\n"
 
 
 def _title(card: Card) -> str:
-    name, pattern = Path(card.sidecar.model.removeprefix("wheel:")).name, parse_pattern(card.recipe.pattern)
+    """What became of the model, in a few words."""
+    pattern = parse_pattern(card.recipe.pattern)
     cut = f"cut to {parts_left(card.sidecar.cuts)}" if card.sidecar.cuts else ""
     # The zeros of other layers, or of parts that are not cut: the share of parts in the pattern is none of weights.
     zeros = f"to {percent(sparsity(card.sidecar.masked))} zeros" if isinstance(pattern, WholeParts) else str(pattern)
-    pruned = f"pruned {zeros}" if card.has_zeros else ""
-    return f"# {_plain(name)}, {_plain(' and '.join(filter(None, [cut, pruned])))}{' and trained' * bool(card.training)}\n"
-
-
-def _summary(card: Card) -> str:
-    changed = "; ".join(change for write in _CHANGES if (change := write(card)))
-    return f"{_plain(card.sidecar.model)}, {_made(card)}: {changed}. {_others(card)}\n"
+    return " and ".join(filter(None, [cut, f"pruned {zeros}" if card.has_zeros else ""]))
 
 
 def _made(card: Card) -> str:
@@ -174,94 +174,21 @@ def _others(card: Card) -> str:
     return f"All other tensors are {same}."
 
 
-def _integers(card: Card) -> str:
-    quantizer = card.recipe.quantize
-    return (
-        f"The kept weights are integers of {_plain(quantizer.name)} times scales, chosen by the pruning's own objective. A folder whose "
-        "config.json has a quantization_config stores the integers and the scales; what follows is about the plain form.\n"
-        if quantizer
-        else ""
-    )
-
-
-def _storage(card: Card) -> str:
-    """How the files hold the model, and what that saves."""
-    if card.library == "maxtext":
-        return _IN_MAXTEXT
-    if not card.sidecar.cuts:
-        return _IN_FILES
-    speed = card.facts.speed if card.facts else None
-    measured = f" Where it was made ({speed.how}): {_plain(speed.words)}." if speed and speed.cut else ""
-    cost = "; a token passes through as many experts as before." if only_experts(card.sidecar.cuts) else " and computes less."
-    return _CUT + cost + measured + (" Its zeros are stored like other numbers." if card.has_zeros else "") + "\n"
-
-
-def _recipe(card: Card) -> str:
-    told, settings = "", flat(card.sidecar.manifest["recipe"])
-    if card.facts:
-        read = f"{'Trained' if card.recovered else 'Calibrated'} on {_plain(without_folders(card.facts.calibration.how))}"
-        told = f"{_plain(card.facts.recipe)}. {read}. All settings:\n"
-    rows = [(_plain(name), _plain(typed(value))) for name, value in settings.items() if value != ""]
-    return "\n".join(["## Recipe\n", *filter(None, [told]), _table(("setting", "value"), rows)])
-
-
-def _perplexity(card: Card) -> str:
-    if card.facts is None:
-        return ""
-    words = {"pruned": "pruned, before the training", "trained": "pruned and trained"} if card.training else {}
-    values = card.facts.perplexities
-    if card.training and "trained" not in values:  # the perplexity before the training was not measured
+def _perplexities(facts: RunFacts) -> list[tuple[str, str]]:
+    words = {"pruned": "pruned, before the training", "trained": "pruned and trained"} if facts.training else {}
+    values = facts.perplexities
+    if facts.training and "trained" not in values:  # the perplexity before the training was not measured
         words = {"pruned": "pruned and trained"}
-    rows = [(words.get(model, model), f"{value:.3f}") for model, value in values.items()]
-    # Remove the folders of paths, because the card is meant to be published.
-    how = _plain(without_folders(card.facts.evaluation.how))
-    return f"## Perplexity\n\nOn {how}.\n\n{_table(('model', 'perplexity'), rows)}"
+    return [(words.get(model, model), f"{value:.3f}") for model, value in values.items()]
 
 
-def _layer_errors(card: Card) -> str:
-    """Mean errors over the pruned layers, before and after the update, on calibration and on held-out text; empty without any."""
-    if not card.sidecar.layers:
-        return ""
-    errors, caveat = mean_errors(card.sidecar.layers), held_out_caveat(card.recipe)
-    rows = [
+def _layer_errors(card: Card) -> list[tuple[str, ...]]:
+    """Mean errors over the pruned layers, before and after the update, on calibration and on held-out text."""
+    errors = mean_errors(card.sidecar.layers)
+    return [
         (text, *("not measured" if mean is None else percent(mean) for mean in means))
         for text, means in (("calibration", errors[:2]), ("held out", errors[2:]))
     ]
-    table = _table(("text", "selector's", "final"), rows)
-    said = f" The held-out text {caveat}." if caveat else ""
-    said += " Both are as they were before the training, which no layer error measures." if card.training else ""
-    return (
-        "## Layer errors\n\nThe squared change of a layer's output relative to the output's energy, mean over the pruned matrices, with the "
-        f"selector's weights and with the final weights.{said}\n\n{table}"
-    )
-
-
-def _no_licence(card: Card) -> str:
-    if licence_of(card.assets).id is not None:
-        return ""
-    return "## Licence\n\nNo file of the source names a licence. This model is a derivative of the source, whose licence holds for it.\n"
-
-
-_MASKS = (
-    "- `pruning_masks.npz`: the masks. For each pruned matrix, `<name>` holds one bit per weight, packed by "
-    "`numpy.packbits(keep, axis=1)` (1 = kept, first input in the highest bit), and `<name>.shape` holds "
-    "`[d_out, d_in]`; `optima_tpu.models.checkpoints.export.read_masks` reads them. A packed folder has them beside its weights, and "
-    "`optima unpack` writes this file.\n"
-)
-
-
-def _files(card: Card) -> str:
-    return (
-        "## Files\n\n- `optima_tpu.json`: all settings of the recipe, and the sparsity and reconstruction error of every layer.\n"
-        f"{_MASKS * card.has_zeros}\n"
-        f"Made by OPTIMA-TPU {_plain(card.sidecar.decided.code)}.\n"
-    )
-
-
-_PARTS: Sequence[Callable[[Card], str]] = (
-    *(_front, _title, _summary, _integers, _storage, _recipe, _perplexity, _layer_errors, _no_licence, _files),
-)
-"""The parts of a card in their order; a part that does not apply is empty."""
 
 
 def _plain(text: str) -> str:
@@ -276,8 +203,3 @@ def _base_model(origin: str, assets: Mapping[str, bytes]) -> str | None:
         if name and (match := HUB_ID.fullmatch(name)) and not Path(name).exists():
             return match[1]
     return None
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -3,12 +3,9 @@
 Its layout is defined in report.html.j2 and report.css in this folder.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from optima_tpu.errors import plural
 from optima_tpu.report.distillation import distillation
@@ -20,7 +17,7 @@ from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.run_files import run_files
 from optima_tpu.report.runs import FinishedRun, read_runs
 from optima_tpu.report.summary import measured
-from optima_tpu.report.view import commands, unbroken, without_folders
+from optima_tpu.report.view import template, without_folders
 from optima_tpu.report.writing import continuations, tokens
 from optima_tpu.runtime.files import write_bytes, writing
 
@@ -79,19 +76,4 @@ def render(title: str, runs: Sequence[FinishedRun]) -> str:
             "result": "",
         }
         page |= {"sections": [comparison(runs), *sections]}
-    return _template().render(page=page)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    """The page's template; jinja takes longer to compile it than to fill it in."""
-    # Escape everything: names of models and paths come from the user.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"commands": commands, "unbroken": unbroken}
-    return environment.get_template("report.html.j2")
+    return template("report.html.j2").render(page=page)

@@ -1,10 +1,13 @@
 """The parts of a page: sections with text, plots and tables."""
 
+import functools
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 from markupsafe import Markup, escape
 
 from optima_tpu.runtime.program import program
@@ -105,3 +108,18 @@ def without_folders(text: str) -> str:
     """
     # Folders may contain spaces. The text after the source has no "/", except in an option after its "?".
     return "; ".join(re.sub(r"\b(file:|npy:|tfds:[^@]*@)[^?]*/", r"\1", part) for part in text.split("; "))
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; jinja takes longer to compile it than to fill it in. In a page everything is escaped."""
+    # Names of models and paths come from the user.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"commands": commands, "unbroken": unbroken}
+    return environment.get_template(name)
