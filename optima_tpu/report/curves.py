@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.method.layer_rules import kind_name
@@ -12,9 +12,8 @@ from optima_tpu.report.contents import CellResult
 from optima_tpu.report.numbers import number
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import names, read_report
+from optima_tpu.report.summary import short_names
 from optima_tpu.runtime.checksums import read_intact
-
-L = TypeVar("L")
 
 MADE_BY = "OPTIMA-TPU, optima_tpu.figures"
 """Stands in the metadata of every figure."""
@@ -25,56 +24,44 @@ def is_figure(data: bytes) -> bool:
     return MADE_BY.encode() in data
 
 
-class LayerLine(NamedTuple):
-    """Error ratios of one kind of layer in one run, by block.
+class Curve(NamedTuple):
+    """A line of a panel.
 
     Attributes:
-      calibration: for each block the ratio of two errors on the calibration text; NaN leaves a gap.
-      held_out: the same ratios on held-out text; all NaN if there is no held-out text.
+      label: of its run or method, which the legend has once.
+      x: blocks, or numbers of calibration windows, ascending.
+      y: a value for each; NaN leaves a gap.
+      colour, style: lines of one colour, or of one style and marker, belong together; both count from 0.
+      held_out: whether the values are of held-out text.
+      deviations: sample standard deviations of the values; NaN for a single one, empty where none are drawn.
     """
 
-    blocks: Sequence[int]
-    calibration: Sequence[float]
-    held_out: Sequence[float]
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+    style: int | None = None
+    held_out: bool = False
+    deviations: Sequence[float] = ()
 
 
-class WindowLine(NamedTuple):
-    """Perplexities of one method with one pattern.
-
-    Attributes:
-      windows: numbers of calibration windows, ascending.
-      means: mean perplexity over seeds, for each number of windows.
-      deviations: sample standard deviation over seeds, for each number of windows; NaN for a single seed.
-    """
-
-    mask: str
-    update: str
-    windows: Sequence[int]
-    means: Sequence[float]
-    deviations: Sequence[float]
-
-
-class FigureData(NamedTuple, Generic[L]):
+class FigureData(NamedTuple):
     """Data for a figure of the paper.
 
     Attributes:
       title: what all lines share.
       quantity: the quantity that the lines show.
-      lines: of Figure 2 by the label of the run and the kind of layer, of Figure 3 by the pattern.
+      panels: the lines by the title of their panel.
       remarks: notes on data that the figure leaves out.
     """
 
     title: str
     quantity: str
-    lines: Mapping[str, L]
+    panels: Mapping[str, Sequence[Curve]]
     remarks: Sequence[str] = ()
 
 
-LayerErrors = FigureData[Mapping[str, LayerLine]]
-WindowCounts = FigureData[Sequence[WindowLine]]
-
-
-def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ()) -> LayerErrors:
+def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ()) -> FigureData:
     """The ratio ``error_after / error_before`` of every layer: final over selector's weights, on the same inputs.
 
     Args:
@@ -96,32 +83,36 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
     if twins:
         raise UserError(f"expected runs with different settings, got {' and '.join(twins)} with the same settings: leave one out")
     others: Sequence[str | None] = below * len(paths) if len(below) == 1 else below or [None] * len(paths)
-    lines = {}
-    for run, other in zip(paths, others, strict=True):
-        layers = reports[run].layers
+    panels: dict[str, list[Curve]] = {}
+    for index, (run, other) in enumerate(zip(paths, others, strict=True)):
+        layers, label = reports[run].layers, named[run]
         if other is not None:
-            errors = _counterparts(run, layers, other, reports[other].layers)
-            lines[f"{named[run]} / {named[other]}"] = _lines(layers, errors)
+            label, errors = f"{label} / {named[other]}", _counterparts(run, layers, other, reports[other].layers)
         elif reports[run].solver is None:
             raise UserError(
                 f"expected runs with a solver, got {run}, whose weights are the selector's own: there is no error ratio; choose "
                 "runs with a solver, or give a run to compare with in --against"
             )
         else:
-            lines[named[run]] = _lines(layers, [(layer.error_before, layer.held_out_before) for layer in layers])
-    ratios = [(label, value) for label, run in lines.items() for line in run.values() for value in line.calibration]
-    gaps = [label for label, value in ratios if math.isnan(value)]
-    if len(gaps) == len(ratios):
+            errors = [(layer.error_before, layer.held_out_before) for layer in layers]
+        for kind, (blocks, *ratios) in _ratios(layers, errors).items():
+            curves = [Curve(label, blocks, values, index, held_out=unseen) for values, unseen in zip(ratios, (False, True))]
+            panels.setdefault(kind, []).extend(
+                curve for curve in curves if not (curve.held_out and all(map(math.isnan, curve.y)))
+            )
+    drawn = [(curve, value) for curves in panels.values() for curve in curves if not curve.held_out for value in curve.y]
+    gaps = [curve.label for curve, value in sorted(drawn, key=lambda each: each[0].colour) if math.isnan(value)]
+    if len(gaps) == len(drawn):
         raise UserError(f"expected layers with an error ratio, got only zero or not finite errors in {', '.join(paths)}")
     remarks = [
         f"{label}: left out {plural(gaps.count(label), 'layer')} whose errors are zero or not finite"
         for label in dict.fromkeys(gaps)
     ]
     quantity = "final layer error: run / other run" if below else "layer error: after the update / before"
-    return FigureData(title, quantity, lines, remarks)
+    return FigureData(title, quantity, {short: panels[name] for name, short in short_names(list(panels)).items()}, remarks)
 
 
-def windows(sweep: str | Path) -> WindowCounts:
+def windows(sweep: str | Path) -> FigureData:
     """Perplexity as a function of the number of calibration windows, for every mask and update of a sweep.
 
     Args:
@@ -155,8 +146,21 @@ def windows(sweep: str | Path) -> WindowCounts:
         methods = groups.setdefault(result.pattern, {})
         method = methods.setdefault((result.mask, result.update), {})
         method.setdefault(result.windows, []).append(result.perplexity)
+    every = dict.fromkeys(method for methods in groups.values() for method in methods)
+    masks, updates = (list(dict.fromkeys(names)) for names in zip(*every))
     panels = {
-        pattern: [_windows_line(*method, values) for method, values in methods.items()] for pattern, methods in groups.items()
+        f"pattern {pattern}": [
+            Curve(
+                f"{mask} + {update}",
+                sorted(values),
+                [statistics.fmean(values[count]) for count in sorted(values)],
+                masks.index(mask),
+                updates.index(update),
+                deviations=[statistics.stdev(values[n]) if len(values[n]) > 1 else math.nan for n in sorted(values)],
+            )
+            for (mask, update), values in methods.items()
+        ]
+        for pattern, methods in groups.items()
     }
     seeds = sorted({len(found) for methods in groups.values() for method in methods.values() for found in method.values()})
     counted = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
@@ -174,10 +178,12 @@ def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[
     return [there[layer.block, layer.name] for layer in layers]
 
 
-def _lines(layers: Sequence[LayerReport], below: Sequence[tuple[float, float | None]]) -> dict[str, LayerLine]:
-    """One line for each kind of layer: final errors divided by ``below``, on calibration and on held-out text.
+def _ratios(
+    layers: Sequence[LayerReport], below: Sequence[tuple[float, float | None]]
+) -> dict[str, tuple[list[int], list[float], list[float]]]:
+    """For each kind of layer its blocks, and final errors divided by ``below``, on calibration and on held-out text.
 
-    If a block has several layers of a kind, such as experts, the line shows the mean of their ratios.
+    If a block has several layers of a kind, such as experts, its values are the means of their ratios.
     """
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for layer, (calibration, held_out) in zip(layers, below, strict=True):
@@ -185,12 +191,12 @@ def _lines(layers: Sequence[LayerReport], below: Sequence[tuple[float, float | N
             (_ratio(layer.error_after, calibration), _ratio(layer.held_out_after, held_out))
         )
 
-    def line(own: Mapping[int, list[tuple[float, float]]]) -> LayerLine:
+    def values(own: Mapping[int, list[tuple[float, float]]]) -> tuple[list[int], list[float], list[float]]:
         blocks = sorted(own)
         calibration, held_out = zip(*(map(_mean, zip(*own[block])) for block in blocks))
-        return LayerLine(blocks, list(calibration), list(held_out))
+        return blocks, list(calibration), list(held_out)
 
-    return {kind: line(own) for kind, own in points.items()}
+    return {kind: values(own) for kind, own in points.items()}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -204,17 +210,6 @@ def _ratio(above: float | None, below: float | None) -> float:
     if above is None or below is None or not (math.isfinite(above) and 0 < below < math.inf):
         return math.nan
     return above / below
-
-
-def _windows_line(mask: str, update: str, values: Mapping[int, Sequence[float]]) -> WindowLine:
-    counts = sorted(values)
-    return WindowLine(
-        mask,
-        update,
-        counts,
-        [statistics.fmean(values[count]) for count in counts],
-        [statistics.stdev(values[count]) if len(values[count]) > 1 else math.nan for count in counts],
-    )
 
 
 def _windows_title(directory: Path, done: Sequence[CellResult]) -> str:

@@ -4,7 +4,6 @@ Figures are created without pyplot, so there is no global state and no display i
 """
 
 import io
-import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from optima_tpu.report.curves import MADE_BY, LayerErrors, WindowCounts
-from optima_tpu.report.summary import short_names
+from optima_tpu.report.curves import MADE_BY, Curve, FigureData
 from optima_tpu.report.view import without_folders
 from optima_tpu.runtime.files import write_bytes, writing
 
@@ -41,50 +39,26 @@ class _Layout(NamedTuple):
       columns: the most panels side by side.
       panel: width and height of a panel in inches.
       across: label of the horizontal axes.
+      line, entry: sizes of a line in a panel and in the legend.
       share: use the same axes in all panels.
     """
 
     columns: int
     panel: tuple[float, float]
     across: str
+    line: Look
+    entry: Look
     share: bool = False
 
 
-def layer_errors(data: LayerErrors) -> Figure:
+def layer_errors(data: FigureData) -> Figure:
     """A figure with one panel for each layer name and one line for each run; held-out text is dashed. All axes are the same."""
-    names = list(dict.fromkeys(name for lines in data.lines.values() for name in lines))
-    # Each colour has its own marker; when the colours repeat, the markers are shifted.
-    count = len(_COLOURS)
-    looks: dict[str, Look] = {
-        label: {"color": _COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
-        for index, label in enumerate(data.lines)
-    }
-    entries = [Line2D([], [], markersize=4, label=label, **look) for label, look in looks.items()]
-    held_out = any(np.isfinite(line.held_out).any() for lines in data.lines.values() for line in lines.values())
-    if held_out:
-        entries += [
-            Line2D([], [], color=_GREY, label="calibration text"),
-            Line2D([], [], color=_GREY, linestyle=_HELD_OUT, label="held-out text"),
-        ]
-    titles = short_names(names)
-    figure, panels = _figure(data, list(titles.values()), _Layout(4, (2.8, 2.2), "block", share=True), entries)
-    for axes, name in zip(panels, titles):
+    sizes = {"markersize": 2.5, "linewidth": 1.2}
+    figure, panels = _figure(data, _Layout(4, (2.8, 2.2), "block", sizes, {"markersize": 4}, share=True))
+    for axes in panels:
         axes.axhline(1, color=_GREY, linewidth=0.8, zorder=1)
-        for label, lines in data.lines.items():
-            if name in lines:
-                line = lines[name]
-                axes.plot(line.blocks, line.calibration, markersize=2.5, linewidth=1.2, label=label, **looks[label])
-                if np.isfinite(line.held_out).any():
-                    axes.plot(
-                        line.blocks,
-                        line.held_out,
-                        color=looks[label]["color"],
-                        linestyle=_HELD_OUT,
-                        linewidth=1,
-                        label=f"{label}, held-out",
-                    )
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    values = [value for lines in data.lines.values() for line in lines.values() for value in (*line.calibration, *line.held_out)]
+    values = [value for curves in data.panels.values() for curve in curves for value in curve.y]
     largest = np.nanmax(values)
     # Use a logarithmic axis if an error more than doubles, as it may on held-out text.
     if largest > 2 and np.nanmin(values) > 0:
@@ -94,41 +68,55 @@ def layer_errors(data: LayerErrors) -> Figure:
     return figure
 
 
-def windows(data: WindowCounts) -> Figure:
+def windows(data: FigureData) -> Figure:
     """A figure with one panel for each pattern and one line for each method, with error bars over seeds.
 
     The colour of a line shows the mask, its style the update.
     """
-    every = [line for lines in data.lines.values() for line in lines]
-    colours = dict(zip(dict.fromkeys(line.mask for line in every), itertools.cycle(_COLOURS)))
-    styles = dict(zip(dict.fromkeys(line.update for line in every), itertools.cycle(zip(_STYLES, _MARKERS))))
-    looks: dict[tuple[str, str], Look] = {}
-    for line in every:
-        style, marker = styles[line.update]
-        looks[line.mask, line.update] = {
-            "color": colours[line.mask],
-            "linestyle": style,
-            "marker": marker,
-            "markersize": 4.5,
-            "linewidth": 1.4,
-            "label": f"{line.mask} + {line.update}",
-        }
-    entries = [Line2D([], [], **look) for look in looks.values()]
-    titles = [f"pattern {pattern}" for pattern in data.lines]
-    figure, panels = _figure(data, titles, _Layout(2, (4.8, 3.2), "calibration windows"), entries)
-    for axes, lines in zip(panels, data.lines.values()):
-        for line in lines:
-            bars = None if np.isnan(line.deviations).all() else line.deviations
-            axes.errorbar(line.windows, line.means, yerr=bars, capsize=2.5, elinewidth=1, **looks[line.mask, line.update])
+    sizes = {"markersize": 4.5, "linewidth": 1.4}
+    figure, panels = _figure(data, _Layout(2, (4.8, 3.2), "calibration windows", sizes, sizes))
+    for axes, curves in zip(panels, data.panels.values()):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(sorted({count for line in lines for count in line.windows})))
+        axes.xaxis.set_major_locator(FixedLocator(sorted({count for curve in curves for count in curve.x})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        means = [mean for line in lines for mean in line.means]
+        means = [mean for curve in curves for mean in curve.y]
         # Use a logarithmic axis if one method is so much worse that the other lines would overlap.
         if max(means) > 2.5 * min(means):
             _logarithmic(axes, means)
     return figure
+
+
+def _look(curve: Curve) -> Look:
+    """Each colour has its own marker, which shifts when the colours repeat; a style of the line has one, too."""
+    count, colour = len(_COLOURS), curve.colour
+    if curve.held_out:
+        return {"color": _COLOURS[colour % count], "linestyle": _HELD_OUT, "linewidth": 1, "label": f"{curve.label}, held-out"}
+    style = (curve.style or 0) % len(_STYLES)
+    marker = (colour + colour // count) % len(_MARKERS) if curve.style is None else style
+    return {"color": _COLOURS[colour % count], "linestyle": _STYLES[style], "marker": _MARKERS[marker], "label": curve.label}
+
+
+def _entries(data: FigureData, sizes: Look) -> list[Line2D]:
+    """The legend: a line for each label, and for held-out text where it is drawn."""
+    curves = [curve for own in data.panels.values() for curve in own]
+    looks = {curve.label: _look(curve) for curve in curves if not curve.held_out}
+    entries = [Line2D([], [], **look, **sizes) for look in looks.values()]
+    if any(curve.held_out for curve in curves):
+        entries += [
+            Line2D([], [], color=_GREY, label="calibration text"),
+            Line2D([], [], color=_GREY, linestyle=_HELD_OUT, label="held-out text"),
+        ]
+    return entries
+
+
+def _plot(axes: Axes, curve: Curve, sizes: Look) -> None:
+    look = sizes | _look(curve)
+    if curve.deviations:
+        bars = None if np.isnan(curve.deviations).all() else curve.deviations
+        axes.errorbar(curve.x, curve.y, yerr=bars, capsize=2.5, elinewidth=1, **look)
+    else:
+        axes.plot(curve.x, curve.y, **look)
 
 
 def write(figure: Figure, path: Path) -> None:
@@ -150,13 +138,12 @@ def write(figure: Figure, path: Path) -> None:
         write_bytes(path, data.getvalue())
 
 
-def _figure(
-    data: LayerErrors | WindowCounts, titles: Sequence[str], layout: _Layout, entries: Sequence[Line2D]
-) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with a panel for each title and the legend below them.
+def _figure(data: FigureData, layout: _Layout) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with the panels, their lines, and the legend below them.
 
     The title of the figure and the labels of the legend are wrapped to the figure's width.
     """
+    titles, entries = list(data.panels), _entries(data, layout.entry)
     count, columns = len(titles), min(layout.columns, len(titles))
     rows, width = math.ceil(count / columns), 0.8 + columns * layout.panel[0]
     # Widths in inches: a character of the title 0.09, a character of the legend 0.075, a legend line with its gaps 0.7.
@@ -180,6 +167,8 @@ def _figure(
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        for curve in data.panels[titles[index]]:
+            _plot(axes, curve, layout.line)
     figure.suptitle(title, fontsize=10)
     figure.supylabel(data.quantity, fontsize=10)
     # Distribute the entries evenly over the rows: 6 entries in two rows become 3 and 3, not 5 and 1.

@@ -48,6 +48,15 @@ def drawn(axes) -> dict[str, tuple[list, list]]:
     }
 
 
+def labels_of(data: curves.FigureData) -> list[str]:
+    return list(dict.fromkeys(curve.label for own in data.panels.values() for curve in own))
+
+
+def values_of(data: curves.FigureData, panel: str) -> list[curves.Curve]:
+    """The lines of the last run in a panel, on the calibration text and on held-out text."""
+    return data.panels[panel][-2:]
+
+
 def legend(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
@@ -94,34 +103,34 @@ def test_runs_over_other_runs_compare_final_errors(tmp_path):
     configs = {"a": WANDA_CG, "b": WANDA_MPAX, "c": EMBEDDED.changed(solver=None)}
     runs = {name: write_run(tmp_path / name, configs[name], reports[name]) for name in "abc"}
     data = curves.layer_errors([runs["a"], runs["b"]], [runs["c"]])
-    assert list(data.lines) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + none"]
+    assert labels_of(data) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + none"]
     compared = curves.layer_errors([runs["a"], runs["b"]], [runs["c"], runs["a"]])
-    assert list(compared.lines) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + cg"]
-    line = data.lines["wanda + mpax / wanda + none"]["mlp.up_proj"]
+    assert labels_of(compared) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + cg"]
+    calibration, held_out = values_of(data, "up_proj")
     pairs = [pair for pair in zip(reports["b"], reports["c"], strict=True) if pair[0].name == "mlp.up_proj"]
-    assert line.calibration == [mine.error_after / other.error_after for mine, other in pairs]
-    assert line.held_out == [mine.held_out_after / other.held_out_after for mine, other in pairs]
+    assert calibration.y == [mine.error_after / other.error_after for mine, other in pairs]
+    assert held_out.held_out and held_out.y == [mine.held_out_after / other.held_out_after for mine, other in pairs]
 
 
 def test_a_layer_that_is_pruned_in_some_blocks_is_drawn_there(tmp_path):
     reports = [layer for layer in layers(0, blocks=4) if layer.name != "self_attn.q_proj" or layer.block in (1, 3)]
     data = curves.layer_errors([write_run(tmp_path / "a", reports=reports[::-1])])
-    assert data.lines["wanda + cg"]["self_attn.q_proj"].blocks == [1, 3]
-    assert data.lines["wanda + cg"]["mlp.up_proj"].blocks == [0, 1, 2, 3]
+    assert data.panels["q_proj"][0].x == [1, 3]
+    assert data.panels["up_proj"][0].x == [0, 1, 2, 3]
 
 
 def test_experts_of_a_block_are_one_point_their_mean(tmp_path):
     ups = [(expert, layer) for expert in range(3) for layer in layers(expert) if layer.name == "mlp.up_proj"]
     own = [structs.replace(layer, name=f"mlp.experts.{expert}.up_proj") for expert, layer in ups]
     own[3] = structs.replace(own[3], error_before=0.0, error_after=0.0)  # the second expert in the first block
-    lines = curves.layer_errors([write_run(tmp_path / "a", reports=own)]).lines["wanda + cg"]
-    assert list(lines) == ["mlp.experts.*.up_proj"]
+    data = curves.layer_errors([write_run(tmp_path / "a", reports=own)])
+    assert list(data.panels) == ["up_proj"]
     ratios = [
         [layer.error_after / layer.error_before for layer in own if layer.block == block and layer.error_before]
         for block in range(3)
     ]
     assert [len(found) for found in ratios] == [2, 3, 3]
-    assert lines["mlp.experts.*.up_proj"].calibration == pytest.approx(list(map(statistics.fmean, ratios)))
+    assert values_of(data, "up_proj")[0].y == pytest.approx(list(map(statistics.fmean, ratios)))
 
 
 def test_a_ratio_that_does_not_exist_is_a_gap_and_said(tmp_path, capsys):
@@ -129,8 +138,8 @@ def test_a_ratio_that_does_not_exist_is_a_gap_and_said(tmp_path, capsys):
     reports[0] = structs.replace(reports[0], error_before=0.0, error_after=0.0)
     reports[7] = structs.replace(reports[7], error_after=math.inf)
     run = write_run(tmp_path / "a", reports=reports)
-    line = curves.layer_errors([run]).lines["wanda + cg"]["self_attn.q_proj"]
-    assert [math.isnan(value) for value in line.calibration] == [True, True, False]
+    calibration, _ = values_of(curves.layer_errors([run]), "q_proj")
+    assert [math.isnan(value) for value in calibration.y] == [True, True, False]
     assert main(["layer-errors", str(run), "-o", str(tmp_path / "x.svg")]) == 0
     assert "wanda + cg: left out 2 layers whose errors are zero or not finite" in capsys.readouterr().out
 
@@ -179,7 +188,7 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
 def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, title, tmp_path):
     runs = [write_run(tmp_path / str(index), EMBEDDED.changed(**change)) for index, change in enumerate(changes)]
     data = curves.layer_errors(runs)
-    assert list(data.lines) == labels
+    assert labels_of(data) == labels
     assert title in data.title
 
 
@@ -189,7 +198,7 @@ def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
     runs = [write_run(tmp_path / str(index), EMBEDDED.changed(**change), reports) for index, change in enumerate(({}, recipe))]
     data = curves.layer_errors(runs)
     figure = figures.layer_errors(data)
-    assert [label.replace("\n", " ") for label in legend(figure)][:2] == list(data.lines)
+    assert [label.replace("\n", " ") for label in legend(figure)][:2] == labels_of(data)
     assert any("\n" in label for label in legend(figure))
     figure.canvas.draw()
     box, page = figure.legends[0].get_window_extent(), figure.bbox
