@@ -1,5 +1,6 @@
 """Counts memory and time without a compiler."""
 
+import collections
 import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -199,6 +200,26 @@ def evaluation_tokens(config: RunConfig) -> int:
     return config.evaluation.windows * length if config.evaluation.windows else EVALUATION_TOKENS
 
 
+class TextPass(NamedTuple):
+    """Text that passes through a whole model, beside the walk over the blocks.
+
+    Attributes:
+      tokens: how many pass through all blocks of the model that is pruned, or would in the same time.
+      scored: how many the head computes logits of.
+      moves: whether hidden states leave and enter the devices at every block.
+      dense: how often the weights of the dense model are read for it.
+    """
+
+    stage: str
+    tokens: float
+    scored: float = 0.0
+    moves: bool = True
+    dense: float = 0.0
+
+
+_CHOOSING, _BESIDE = "blocks that are left out", "dense model and checks of the training"
+
+
 class RunTime(NamedTuple):
     """What the time of a run depends on.
 
@@ -224,58 +245,59 @@ class RunTime(NamedTuple):
             their communication; and of the "text" that the model writes.
           compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
         """
-        tokens = evaluation_tokens(self.config)
         moved, read = self._transfers()
         walk = {
             "calibration": running["calibration"],
             "pruning": running["pruning"],
-            "pruned blocks forward": self._through(self.forward.pruned, self._calibrated),
+            "pruned blocks forward": self._blocks * self._seconds(self.forward.pruned, self._calibrated),
             "hidden states to and from the devices": moved / (TRANSFER * self.machine.hosts),
         }
-        beside = self._beside_training()
-        training = running["training"] + (beside or 0)
+        text = collections.defaultdict[str, float](float)
+        for each in self._passes:
+            text[each.stage] += self._blocks * self._seconds(self.forward.whole, each.tokens)
+            text[each.stage] += self._seconds(self.forward.head, each.scored)
         stages = {
             "compiling (as here)": compiling,
             "text that the model writes": running["text"],
-            "perplexity, dense and pruned": self._forward((1 + self._deeper) * tokens) + self._head(2 * tokens),
-            "blocks that are left out": self._choosing(),
+            "perplexity, dense and pruned": text["perplexity, dense and pruned"],
+            _CHOOSING: text[_CHOOSING],
             REMOVING: running[REMOVING],
             **walk,
             "training": running["training"],
-            "dense model and checks of the training": beside,
+            _BESIDE: text[_BESIDE],
             "communication of these programs": running["communication"],
             "reading weights": read / (READING * self.machine.hosts),
-            "writing": self._written(walk, training) / WRITING,
+            "writing": self._written(walk, running["training"] + text[_BESIDE]) / WRITING,
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
 
     @property
+    def _passes(self) -> list[TextPass]:
+        """All text that passes through whole models."""
+        config, text, method = self.config, self.config.calibration, self.config.distill
+        choices, streams, evaluated = config.cut.blocks, config.recipe.target.streams, evaluation_tokens(config)
+        held_out, blocks = text.held_out * text.window_length, self.dense.decoder.config.blocks
+        deeper = blocks / self._blocks
+        passes = [TextPass("perplexity, dense and pruned", (1 + deeper) * evaluated, 2 * evaluated, dense=1)]
+        if choices:
+            # The held-out windows pass through half of the blocks that are left for each try and once more, and at first through half.
+            tried = blocks / 2 + sum((TRIED + 1) * left / 2 for left in range(blocks, blocks - choices, -1))
+            scored = choices * (1 + TRIED) * held_out
+            # It reads the dense model for all choices, and half of it for each twice, but for the first once.
+            passes.append(TextPass(_CHOOSING, tried / self._blocks * held_out, scored, dense=choices + 1 / 2))
+            passes.append(TextPass(_CHOOSING, (streams - 1) * choices * self._calibrated / self._blocks, moves=False))
+        if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
+            parts, windows = _dense_passes(method, self._state * text.window_length)
+            passes.append(TextPass(_BESIDE, deeper * (windows + text.held_out) * text.window_length, dense=parts))
+        if method:  # the perplexity text measures the pruned model before it is trained, too
+            checked = (len(method.check_steps()) + 1 + method.trials) * held_out
+            scored = (1 + method.reads_dense) * checked + evaluated
+            passes.append(TextPass(_BESIDE, checked + evaluated, scored, moves=False))
+        return passes
+
+    @property
     def _blocks(self) -> int:
         return self.model.decoder.config.blocks
-
-    @property
-    def _deeper(self) -> float:
-        """How many times as many blocks the dense model has."""
-        return self.dense.decoder.config.blocks / self._blocks
-
-    @property
-    def _choices(self) -> int:
-        """How many blocks the run chooses to leave out."""
-        return self.config.cut.blocks
-
-    @property
-    def _tried_blocks(self) -> float:
-        """How many blocks the held-out windows pass through, those of all tries together, for all choices."""
-        blocks = self.dense.decoder.config.blocks
-        tries = sum((TRIED + 1) * left / 2 for left in range(blocks, blocks - self._choices, -1))
-        return tries + blocks / 2 if self._choices else 0
-
-    def _choosing(self) -> float:
-        """Seconds of choosing the blocks that are left out, and of the dense hidden states through them."""
-        text, streams = self.config.calibration, self.config.recipe.target.streams
-        held_out = text.held_out * text.window_length
-        passed = self._tried_blocks * held_out + (streams - 1) * self._choices * self._calibrated
-        return self._forward(passed / self._blocks) + self._head(self._choices * (1 + TRIED) * held_out)
 
     @property
     def _state(self) -> int:
@@ -287,35 +309,20 @@ class RunTime(NamedTuple):
         """Tokens that pass through the blocks to calibrate them."""
         return self.stored.hidden / self.config.recipe.target.streams / self._state
 
-    def _through(self, block: Work, tokens: float) -> float:
-        """Seconds of tokens through all blocks."""
-        return self._blocks * block.seconds(self.machine) * tokens / self.config.calibration.window_length
-
-    def _forward(self, tokens: float) -> float:
-        return self._through(self.forward.whole, tokens)
-
-    def _head(self, tokens: float) -> float:
-        return self.forward.head.seconds(self.machine) * tokens / self.config.calibration.window_length
+    def _seconds(self, window: Work, tokens: float) -> float:
+        """Seconds of so many tokens, by the work of a window."""
+        return window.seconds(self.machine) * tokens / self.config.calibration.window_length
 
     def _transfers(self) -> tuple[float, float]:
         """The bytes of hidden states that enter and leave the devices, and the bytes of weights that are read."""
-        config, forward, state, method = self.config, self.forward, self._state, self.config.distill
-        text = config.calibration
+        forward, passes = self.forward, self._passes
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
-        states = 0 if self.stored.resident else forward.passes + 1 + 1 / config.recipe.target.streams + forward.moved
-        moved = states * self.stored.hidden + 2 * (1 + self._deeper) * evaluation_tokens(config) * state
-        # The dense model for its perplexity, for all choices, and half of it for each twice, but for the first once; the pruned one
-        # for its own, the walk, the checkpoint.
-        dense, readings = 1 + self._choices + (self._choices > 0) / 2, 3 if self._calibrated else 2
-        moved += 2 * self._tried_blocks / self._blocks * text.held_out * text.window_length * state
-        if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
-            held_out, window = text.held_out, state * text.window_length
-            parts, windows = _dense_passes(method, window)
-            moved += 2 * window * self._deeper * (windows + held_out)
-            dense += parts
+        states = 0 if self.stored.resident else forward.passes + 1 + 1 / self.config.recipe.target.streams + forward.moved
+        moved = states * self.stored.hidden + 2 * self._state * sum(each.tokens for each in passes if each.moves)
+        # The pruned model is read for its perplexity, the walk, the checkpoint.
         own, whole = (each.all_blocks_bytes() + each.end_bytes() for each in (self.model, self.dense))
-        return self._blocks * moved, readings * own + dense * whole
+        return self._blocks * moved, (3 if self._calibrated else 2) * own + sum(each.dense for each in passes) * whole
 
     def _written(self, walk: Mapping[str, float], training: float) -> float:
         """Bytes that are written: what is left at the end, hidden states that a resume would need, and states of the training.
@@ -336,19 +343,6 @@ class RunTime(NamedTuple):
             one = _saved_bytes(self.model, config.distill)
             written += one * int(training / ((SHARE + 1) * one / WRITING))
         return written
-
-    def _beside_training(self) -> float | None:
-        """Seconds of a training besides its steps; None without one."""
-        method, text = self.config.distill, self.config.calibration
-        if method is None:
-            return None
-        # The perplexity text measures the pruned model before it is trained, too.
-        evaluated = evaluation_tokens(self.config)
-        checked = (len(method.check_steps()) + 1 + method.trials) * text.held_out * text.window_length
-        windows = _dense_passes(method, self._state * text.window_length)[1] + text.held_out
-        dense = self._deeper * windows * text.window_length if method.reads_dense else 0
-        head = (1 + method.reads_dense) * self._head(checked) + self._head(evaluated)
-        return self._forward(dense + checked + evaluated) + head
 
 
 def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
