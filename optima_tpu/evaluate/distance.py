@@ -12,6 +12,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.perplexity import check_finite, perplexity_of
 from optima_tpu.evaluate.predictions import STRETCH, picked, stretch_of, sum_over_windows
+from optima_tpu.method.distillation import log_divergence
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, Head, head_logits
 from optima_tpu.report.evaluation import Distance
@@ -133,9 +134,7 @@ def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens:
         logits = [head_logits(head, state) for head, state in zip(heads, states)]
         first = [values.argmax(axis=-1) for values in logits]
         p, q = (jax.nn.log_softmax(values, axis=-1) for values in logits)
-        return DistanceSums(
-            jnp.sum(jnp.exp(p) * (p - q), axis=-1), first[0] == first[1], -picked(p, targets), -picked(q, targets)
-        )
+        return DistanceSums(log_divergence(p, q), first[0] == first[1], -picked(p, targets), -picked(q, targets))
 
     return sum_over_windows(score, tokens, *hidden, stretch=stretch)
 
@@ -163,7 +162,7 @@ def _batch_divergences(head: Head, dense: Array, others: tuple[Array, ...], toke
         p = jax.nn.log_softmax(head_logits(head, first), axis=-1)
 
         def divergence(state):
-            return jnp.sum(jnp.exp(p) * (p - jax.nn.log_softmax(head_logits(head, state), axis=-1)), axis=-1)
+            return log_divergence(p, jax.nn.log_softmax(head_logits(head, state), axis=-1))
 
         return tuple(jax.lax.map(divergence, jnp.moveaxis(states, 2, 0)))
 

@@ -36,7 +36,11 @@ _FIRST, _APART, _LOWEST, _HIGHEST = 1e-4, 3.0, -9, 8
 
 def divergence(dense: Float32[Array, "*tokens vocab"], pruned: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
     """``KL(p || q)`` in nats of each token, from the logits of ``p`` and ``q``."""
-    p, q = jax.nn.log_softmax(dense, axis=-1), jax.nn.log_softmax(pruned, axis=-1)
+    return log_divergence(jax.nn.log_softmax(dense, axis=-1), jax.nn.log_softmax(pruned, axis=-1))
+
+
+def log_divergence(p: Float32[Array, "*tokens vocab"], q: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
+    """``KL(p || q) = sum_v p_v log(p_v / q_v)`` in nats of each token, from the logarithms of both."""
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
