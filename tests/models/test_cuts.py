@@ -32,12 +32,13 @@ from optima_tpu.pipeline import speed
 from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import on_model
 from optima_tpu.plan import main as planning
+from optima_tpu.recover import main as recover
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import BESIDE_IMAGES, GEMMA4_UNIFIED, LLAMA_IMAGES, REFERENCES, Reference, tiny
-from tests.support.runs import SMALL, folder_tensors
+from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, REFERENCES, Reference, tiny
+from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
 torch = pytest.importorskip("torch")
@@ -54,31 +55,15 @@ def cuts(reference: Reference, settings) -> dict[str, tuple[Cut, ...]]:
 TIMES = True  # its runs compare the speed, see conftest.py
 
 
-# They cut tensors of the same names by the same functions as a family that is not slow: as a Llama with or without biases, as an Olmo2,
-# a Glm4, a Cohere2, a Nemotron, a DeepSeek V3, a Gemma 4 that reads images.
-ALIKE = {f"{name}ForCausalLM" for name in ("Ministral", "Exaone4", "SeedOss", "Qwen3", "Gemma", "SmolLM3", "Ernie4_5")}
-ALIKE |= {f"{name}ForCausalLM" for name in ("Olmo3", "Glm", "StableLm", "Arcee", "DeepseekV2")} | {GEMMA4_UNIFIED.model}
-
-
 def cases():
-    """Every family from which parts can be cut: its first variant, those with biases, and those with other heads; the last is not slow."""
+    """Every family from which parts can be cut: its first variant, those with biases, and those with other heads."""
     # transformers 5.24 computes no text without images with the other class of Llama 4.
     for reference in (*REFERENCES, *(each for each in BESIDE_IMAGES if each is not LLAMA_IMAGES)):
-        taken = [
-            (name, settings)
-            for index, (name, settings) in enumerate(reference.variants.items())
-            if (not index or any(word in name for word in ("bias", "head"))) and cuts(reference, settings)
-        ]
-        for left, (name, settings) in zip(reversed(range(len(taken))), taken):
-            yield pytest.param(
-                reference,
-                settings,
-                id=f"{reference.model}-{name}",
-                marks=[pytest.mark.slow] * (left > 0 or reference.model in ALIKE),
-            )
-    yield pytest.param(REFERENCES[0], dict(num_key_value_heads=1), id="LlamaForCausalLM-one key", marks=pytest.mark.slow)
-    yield pytest.param(REFERENCES[0], dict(num_key_value_heads=2), id="LlamaForCausalLM-one key left")
-    yield pytest.param(reference_of("Phi3ForCausalLM"), dict(num_key_value_heads=1), id="Phi3ForCausalLM-one key")
+        for index, (name, settings) in enumerate(reference.variants.items()):
+            if (not index or any(word in name for word in ("bias", "head"))) and cuts(reference, settings):
+                yield pytest.param(reference, settings, id=f"{reference.model.removesuffix('ForCausalLM')}-{name}")
+    for model, number, name in (("Llama", 1, "one key"), ("Llama", 2, "one key left"), ("Phi3", 1, "one key")):
+        yield pytest.param(reference_of(f"{model}ForCausalLM"), dict(num_key_value_heads=number), id=f"{model}-{name}")
 
 
 def reference_of(model: str) -> Reference:
@@ -345,10 +330,10 @@ class Command(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory) -> Command:
+def command(tmp_path_factory, one_device) -> Command:
     root, printed, measured, load = tmp_path_factory.mktemp("command"), io.StringIO(), [], speed.load
     model = tiny_folder(root / "model", intermediate_size=64, num_hidden_layers=2)
-    words = ["--preset", "fast", "--mesh", "4x2", "--pattern", "0.25/neuron@8", "--layers", "*=0.33/head", *SMALL]
+    words = ["--preset", "fast", "--pattern", "0.25/neuron@8", "--layers", "*=0.33/head", *SMALL]
     words = ["--model", str(model), *words]
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "load", lambda decoder, length: measured.append(decoder) or load(decoder, length))
@@ -374,7 +359,7 @@ def test_the_command_writes_a_smaller_model_in_every_form(command, tmp_path, cap
             assert weight.tobytes() == dense[name].tobytes(), name
     rates = report["speed"]
     assert json.loads((run / "speed.json").read_text()) == rates
-    assert rates["how"].endswith("mesh 4×2, float32, batch 4, 112 tokens read and 16 written")
+    assert rates["how"].endswith("float32, batch 1, 112 tokens read and 16 written")
     assert all(rates[model][what] > 0 for model in ("dense", "cut") for what in ("reading", "writing"))
     assert re.search(rf"\nspeed       \S+ times dense in reading .* in writing .*, on this machine: {rates['how']}\n", printed)
     assert f"Where it was made ({rates['how']}): " in (run / "hf" / "README.md").read_text()
@@ -418,9 +403,25 @@ def test_the_speed_is_measured_once_of_the_narrow_model_and_only_where_both_mode
     assert "\nspeed       not measured because the whole model and its cache take " in capsys.readouterr().out
 
 
-def test_no_speed_is_measured_of_a_model_that_keeps_its_zeros(tmp_path):
+def test_parts_that_were_cut_stay_so_and_the_recovered_model_is_as_narrow(command, tmp_path, capsys):
+    words = ["--tokens", "512", "--source", "random", "--windows", "8", "--length", "32", "--distill.batch", "4"]
+    words += ["--distill.learning_rate", "1e-3", "--distill.checks", "2"]
+    assert recover([str(command.run), *words, "--output", str(tmp_path / "out")]) == 0
+    cuts = json.loads((tmp_path / "out" / "report.json").read_text())["cuts"]
+    assert {called: cut["left"] for called, cut in cuts.items()} == {"neurons": [48], "key-value heads": [2]}
+    before, after = (folder_tensors(run / "hf") for run in (command.run, tmp_path / "out"))
+    for name, weight in after.items():
+        assert weight.shape == before[name].shape
+    assert {name for name in after if (after[name] != before[name]).any()} >= {"model.layers.0.mlp.down_proj.weight"}
+    capsys.readouterr()
+    assert recover([str(command.run / "hf"), *words, "--output", str(tmp_path / "again")]) == 2
+    error = only_error(capsys.readouterr().err)
+    assert "have fewer neurons" in error and f"give the directory of its run, {command.run}" in error
+
+
+def test_no_speed_is_measured_of_a_model_that_keeps_its_zeros(tmp_path, one_device):
     model = tiny_folder(tmp_path / "model", intermediate_size=64, num_hidden_layers=2)
-    words = ["--preset", "fast", "--mesh", "4x2", "--pattern", "0.25/neuron@8", "--layers", "model.layers.1.*=dense", *SMALL]
+    words = ["--preset", "fast", "--pattern", "0.25/neuron@8", "--layers", "model.layers.1.*=dense", *SMALL]
     assert main(["--model", str(model), *words, "--output", str(tmp_path / "zeros")]) == 0
     assert json.loads((tmp_path / "zeros" / "report.json").read_text())["speed"] is None
 

@@ -284,20 +284,3 @@ def test_tokens_are_counted_in_any_spelling():
     assert parse(["model", "--tokens", "1k", "--distill", "cross_entropy"]).distill == CrossEntropy()
     with pytest.raises(UserError, match="from 1 to 268435456, got 9000000000"):
         RecoverConfig("model", "9b")
-
-
-def test_parts_that_were_cut_stay_so_and_the_recovered_model_is_as_narrow(tmp_path, capsys):
-    method = ["--selector", "magnitude", "--solver", "null", "--pattern", "0.5/neuron@8", "--layers", "*=0.33/head"]
-    cut = [*method, *SMALL, "--output", str(tmp_path / "run")]
-    assert prune([str(tiny_folder(tmp_path / "model", intermediate_size=64, num_hidden_layers=2)), *cut]) == 0
-    assert main([str(tmp_path / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]) == 0
-    left = {called: cut["left"] for called, cut in report(tmp_path / "out")["cuts"].items()}
-    assert left == {"neurons": [32], "key-value heads": [2]}
-    before, after = (folder_tensors(tmp_path / name / "hf") for name in ("run", "out"))
-    for name, weight in after.items():
-        assert weight.shape == before[name].shape
-    assert {name for name in after if (after[name] != before[name]).any()} >= {"model.layers.0.mlp.down_proj.weight"}
-    capsys.readouterr()
-    assert main([str(tmp_path / "run/hf"), *TOKENS, *TEXT, "--output", str(tmp_path / "again")]) == 2
-    error = only_error(capsys.readouterr().err)
-    assert "have fewer neurons" in error and f"give the directory of its run, {tmp_path / 'run'}" in error
