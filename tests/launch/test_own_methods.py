@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from optima_tpu.launch import main
+from tests.launch.test_launch import OF_ONE_SHAPE
 from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import tiny_folder
 
@@ -100,7 +101,7 @@ def lab(there, monkeypatch) -> Path:
 
 
 def launch(*arguments: str) -> int:
-    return main(["--model", "model", *SMALL, *arguments])
+    return main(["--model", "model", *SMALL, *OF_ONE_SHAPE, *arguments])
 
 
 def test_a_selector_of_ones_own_prunes_and_is_named(lab, capsys):
@@ -133,7 +134,7 @@ def test_solver_target_and_pattern_of_ones_own(lab):
     assert manifest["recipe"]["solver"] == {"name": "my_lab.methods:Lazy", "damping": 0.1, "steps": 8}
     assert manifest["recipe"]["pattern"] == "my_lab.methods:Comb?every=3"
     assert set(manifest["methods"]) == {f"my_lab.methods:{name}" for name in ("Lazy", "Far", "Comb")}
-    weight = folder_tensors(lab / "all" / "hf")["model.layers.0.self_attn.q_proj.weight"]
+    weight = folder_tensors(lab / "all" / "hf")["model.layers.0.self_attn.o_proj.weight"]
     assert ((weight == 0) == (np.arange(1, 37) % 3 == 0)).all()
 
 
