@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from optima_tpu.runtime.xla_flags import is_known
@@ -50,6 +51,15 @@ settings.load_profile("no deadline")
 jax.config.update("jax_num_cpu_devices", 8)
 # An array of bfloat16 beside one of float32 is an error in place of a silent float32: the program says where it changes precision.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+with contextlib.suppress(ImportError):  # a newer Orbax may have it elsewhere
+    from orbax.checkpoint._src.path import async_path
+
+    async def _at_once(function, *arguments, **options):
+        return function(*arguments, **options)
+
+    # Orbax asks a thread for each look at a file, which took a fifth of the time of its checkpoints: a worker has one core.
+    async_path.asyncio = SimpleNamespace(to_thread=_at_once)
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
