@@ -140,13 +140,7 @@ def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", dra
     if draw.held_out < 0:
         raise UserError(f"expected at least 0 held-out windows, got {draw.held_out}")
     if isinstance(source, Mix):
-        return source.calibration(
-            draw.windows,
-            draw.held_out,
-            lambda text, windows, held_out: calibration_tokens(
-                text, tokenizer, dataclasses.replace(draw, windows=windows, held_out=held_out), over
-            ),
-        )
+        return source.windows(draw, "calibration windows", lambda text, own: calibration_tokens(text, tokenizer, own, over))
     if isinstance(source, TokenSource):
         tokens = _token_windows(source, tokenizer, draw)
         return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(draw.held_out)), draw.bos)
@@ -176,9 +170,7 @@ def stream_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Dr
       UserError: the source can't be read or holds less than one window, or its ids do not fit the tokenizer.
     """
     if isinstance(source, Mix):
-        return source.stream(
-            draw.windows, lambda text, windows: stream_tokens(text, tokenizer, dataclasses.replace(draw, windows=windows))
-        )
+        return source.windows(draw, "windows", lambda text, own: stream_tokens(text, tokenizer, own))
     if isinstance(source, TokenSource):
         return _replacing(_token_windows(source, tokenizer, draw), draw.bos)
     return _preceded(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from optima_tpu.data.sampling import Draw
 from optima_tpu.data.self_generated import SelfGenerated
 from optima_tpu.data.source import Part, Source, Split, TextSource, Tokens, common_part
 from optima_tpu.errors import UserError
@@ -71,37 +72,37 @@ class Mix(TextSource):
         known = [each for each in found if each is not None]
         return " ".join(known) if len(known) == len(found) else None
 
-    def calibration(self, windows: int, held_out: int, draw: Callable[[Source, int, int], Tokens]) -> Tokens:
-        """Calibration windows and the held-out windows after them, each a mix.
+    def windows(self, draw: Draw, what: str, drawn: Callable[[Source, Draw], Tokens]) -> Tokens:
+        """Windows, and the held-out ones after them, each a mix. Those of a stream end where one of the texts does.
 
         Args:
-          draw: (text, windows, held_out) -> its windows, the held-out ones last.
+          draw: how many of all texts together.
+          what: what the windows are called.
+          drawn: the windows of one text, the held-out ones last.
 
         Raises:
-          UserError: a text would get no window.
+          UserError: a text would get no window, or two texts may share documents: held-out windows would hold what was calibrated on.
         """
-        self._refuse_overlap()
-        order, later = self._order(windows), self._order(held_out)
-        self._refuse_without(order, "calibration windows")
-        parts = [draw(text, int(np.sum(order == k)), int(np.sum(later == k))) for k, text in enumerate(self.texts)]
-        return self._mixed(np.concatenate([order, later]), parts)
-
-    def stream(self, windows: int, draw: Callable[[Source, int], Tokens]) -> Tokens:
-        """At most ``windows`` windows: the mix ends where one of the texts does.
-
-        Args:
-          draw: (text, windows) -> at most so many of its windows.
-
-        Raises:
-          UserError: a text would get no window.
-        """
-        self._refuse_overlap()
-        order = self._order(windows)
-        self._refuse_without(order, "windows")
-        parts = [draw(text, int(np.sum(order == k))) for k, text in enumerate(self.texts)]
+        for first, second in itertools.combinations(self.texts, 2):
+            if part := common_part(first.parts("calibration"), second.parts("calibration")):
+                raise UserError(
+                    f"expected different texts in a mix, got {first} and {second}, which both read {part.place}: add up their shares"
+                )
+        order, later = self._order(draw.windows), self._order(draw.held_out)
+        for k, text in enumerate(self.texts):
+            if k not in order:
+                raise UserError(
+                    f"expected at least one of the {what} from each text in {self}, got {len(order)} and none of {text}: take more"
+                )
+        shares = [(int(np.sum(order == k)), int(np.sum(later == k))) for k in range(len(self.texts))]
+        parts = [
+            drawn(text, dataclasses.replace(draw, windows=own, held_out=held_out))
+            for text, (own, held_out) in zip(self.texts, shares, strict=True)
+        ]
         # The first window that a text should give and has not got.
-        ends = [np.flatnonzero(order == k)[len(part.ids) :] for k, part in enumerate(parts)]
-        return self._mixed(order[: min((int(end[0]) for end in ends if end.size), default=windows)], parts)
+        missing = [np.flatnonzero(order == k)[len(part.ids) - shares[k][1] :] for k, part in enumerate(parts)]
+        end = min((int(places[0]) for places in missing if places.size), default=len(order))
+        return _mixed(np.concatenate([order[:end], later]), parts)
 
     def _order(self, windows: int) -> np.ndarray:
         """Which text gives each window, [windows] int: the one that is farthest behind its share."""
@@ -111,23 +112,10 @@ class Mix(TextSource):
             counts[order[place]] += 1
         return order
 
-    def _refuse_without(self, order: np.ndarray, what: str) -> None:
-        for k, text in enumerate(self.texts):
-            if k not in order:
-                raise UserError(
-                    f"expected at least one of the {what} from each text in {self}, got {len(order)} and none of {text}: take more"
-                )
 
-    def _refuse_overlap(self) -> None:
-        """Raises UserError if two texts may share documents: held-out windows would hold what was calibrated on."""
-        for first, second in itertools.combinations(self.texts, 2):
-            if part := common_part(first.parts("calibration"), second.parts("calibration")):
-                raise UserError(
-                    f"expected different texts in a mix, got {first} and {second}, which both read {part.place}: add up their shares"
-                )
-
-    def _mixed(self, order: np.ndarray, parts: list[Tokens]) -> Tokens:
-        ids = np.empty((len(order), parts[0].ids.shape[1]), np.int32)
-        for k, part in enumerate(parts):
-            ids[order == k] = part.ids[: np.sum(order == k)]
-        return Tokens(ids, "mixed: " + "; ".join(part.how for part in parts), sum(part.available for part in parts))
+def _mixed(order: np.ndarray, parts: list[Tokens]) -> Tokens:
+    """Windows of several texts, in the order of the texts that each comes from."""
+    ids = np.empty((len(order), parts[0].ids.shape[1]), np.int32)
+    for k, part in enumerate(parts):
+        ids[order == k] = part.ids[: np.sum(order == k)]
+    return Tokens(ids, "mixed: " + "; ".join(part.how for part in parts), sum(part.available for part in parts))

@@ -467,17 +467,20 @@ def test_a_mix_keeps_its_shares_in_every_first_part_and_every_text_its_own_windo
     shares = tuple(weight / sum(weights) for weight in weights)
     mix = data.Mix(tuple(data.File(Path(f"{k}.txt")) for k in range(len(weights))), shares)
 
-    def draw(text, windows, held_out=0):
-        return data.Tokens(1000 * int(text.path.stem) + np.arange(windows + held_out)[:, None], str(text), 1)
+    def mixed(windows, held_out=0, most=120):
+        def drawn(text, draw):
+            return data.Tokens(1000 * int(text.path.stem) + np.arange(min(draw.count, most))[:, None], str(text), 1)
 
-    for ids in (mix.calibration(windows, held_out, draw).ids, mix.stream(windows + held_out, draw).ids):
+        return mix.windows(data.Draw(windows, 1, seed=0, held_out=held_out), "windows", drawn).ids
+
+    for ids in (mixed(windows, held_out), mixed(windows + held_out)):
         for k, share in enumerate(shares):
             own = np.flatnonzero(ids[:, 0] // 1000 == k)
             assert (ids[own, 0] == 1000 * k + np.arange(len(own))).all()
             for first in (windows - cut, windows):
                 assert abs(np.sum(own < first) - share * first) < len(shares)
-    short = mix.stream(windows, lambda text, windows: draw(text, min(windows, 8))).ids
-    assert (short == mix.stream(len(short), draw).ids).all() and max(np.bincount(short[:, 0] // 1000)) == 8
+    short = mixed(windows, most=8)
+    assert (short == mixed(len(short))).all() and max(np.bincount(short[:, 0] // 1000)) == 8
 
 
 def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
