@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.quantization import Int8
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
@@ -22,7 +23,7 @@ from tests.support.tiny_models import MemoryTensors, byte_tokenizer, tiny_folder
 
 
 def write(path, opened) -> GGUFModel:
-    model = GGUFModel.of(opened, {})
+    model = GGUFModel.of(opened)
     model.write(path, (Stored(name, opened.tensors.read(name)) for name in model.kinds))
     model.reopened(path)
     return model
@@ -153,7 +154,7 @@ def test_what_a_gguf_file_can_not_say_is_refused(tmp_path, change, message):
     folder = tiny_folder(tmp_path / "model", num_hidden_layers=1)
     change(folder)
     with pytest.raises(UserError, match=message):
-        GGUFModel.of(open_model(str(folder)), {}).refuse_unsaid()
+        GGUFModel.of(open_model(str(folder))).refuse_unsaid()
 
 
 def test_a_refusal_names_the_setting_of_config_json(tmp_path):
@@ -163,4 +164,10 @@ def test_a_refusal_names_the_setting_of_config_json(tmp_path):
     with pytest.raises(
         UserError, match=r"got scale 0.125 \(query_pre_attn_scalar in config.json\), which would be read as 0.25; "
     ):
-        GGUFModel.of(opened, {}).refuse_unsaid()
+        GGUFModel.of(opened).refuse_unsaid()
+
+
+def test_integers_of_rows_that_are_no_whole_blocks_are_refused_before_the_file_is_begun(tmp_path):
+    opened, name = open_model(str(tiny_folder(tmp_path / "model"))), "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(UserError, match=f"a multiple of 32 inputs for a GGUF file, got one for 36 in {name}"):
+        GGUFModel.of(opened, [name], Int8(group=None))

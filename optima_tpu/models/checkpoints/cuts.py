@@ -15,7 +15,7 @@ from optima_tpu.method.patterns import Pattern, Place, WholeInputs, WholeParts
 from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.fewer_blocks import with_settings
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, TensorPart
-from optima_tpu.models.checkpoints.source import read_config
+from optima_tpu.models.checkpoints.source import architecture_of, read_config
 from optima_tpu.models.family import FURTHER, Cut
 from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount
 
@@ -77,7 +77,7 @@ def placed(pattern: Pattern, model: PretrainedConfig, setting: str = "") -> Patt
             where = f"{setting} is {pattern.word}"
             take = " or ".join(f"--{setting} {word}" for word, kinds in every.items() if not isinstance(kinds, str))
         raise UserError(
-            f"expected a model whose {pattern.word}s can be cut where {where}, got {_named(model)}, whose "
+            f"expected a model whose {pattern.word}s can be cut where {where}, got {architecture_of(model)}, whose "
             f"{pattern.word}s {cuts}; take {take}"
         )
     return dataclasses.replace(pattern, places=tuple(Place(cut.read_by, cut.total, cut.called) for cut in cuts))
@@ -99,7 +99,7 @@ def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
         take = next((other.text() for other in near if not why_unreadable(other, model)), "another pattern, such as 2:4")
         leaves = ", ".join(f"{left} of {place.total} {place.called}" for left, place in zip(kept, pattern.places))
         raise UserError(
-            f"expected a share of {_named(model)} with which transformers reads its new config.json, got {pattern.text()}, which leaves "
+            f"expected a share of {architecture_of(model)} with which transformers reads its new config.json, got {pattern.text()}, which leaves "
             f"{leaves}: {why}; take {take}"
         )
 
@@ -121,10 +121,6 @@ def why_unreadable(pattern: WholeInputs, model: PretrainedConfig) -> str:
         if (read.total * read.width, read.fixed) != (left * cut.width, cut.fixed):
             return f"these are read as of another width than {cut.width}"
     return ""
-
-
-def _named(model: PretrainedConfig) -> str:
-    return ", ".join(model.architectures or [model.model_type])
 
 
 def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: PretrainedConfig) -> Cuts:

@@ -115,12 +115,12 @@ def export(
             for name, data in run.assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
-            shards, zeros = writer.write(partial)
+            zeros = writer.write(partial)
             sidecar = _sidecar(run, zeros, written_as)
             card = model_card(Card(sidecar, run.assets, report or _facts(run_directory), writer.library))
             (partial / CARD).write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
-            files = sorted({*shards, *([MASKS] if list(run.source.pruned()) else []), *others})
+            files = sorted({*writer.shards, *([MASKS] if list(run.source.pruned()) else []), *others})
             (partial / SIDECAR).write_bytes(encoded(structs.replace(sidecar, files=tuple(files)), indent=2))
             writer.finish({SIDECAR, *others})
             write_sums(partial)

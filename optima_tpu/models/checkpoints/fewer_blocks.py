@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from optima_tpu.config.run_config import CutStructures
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_named, family_of
-from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource, read_config
+from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource, architecture_of, read_config
 from optima_tpu.models.family import DecoderConfig
 
 
@@ -102,7 +102,7 @@ def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
     """
     if not cut.blocks:
         return
-    named = ", ".join(model.architectures or [model.model_type])
+    named = architecture_of(model)
     if family_named(model.architectures) is None:
         raise UserError(
             f"expected a model of a family of this program where cut.blocks is {cut.blocks}, got {named}, which runs by its own code in "

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.fewer_blocks import assets_without, with_settings
-from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
+from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource, architecture_of
 from optima_tpu.models.experts import MixtureConfig
 from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.routers import Groups
@@ -53,7 +53,7 @@ def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
     Raises:
       UserError: experts of this model cannot be removed, or too few would stay.
     """
-    family, named = family_of(model), ", ".join(model.architectures or [model.model_type])
+    family, named = family_of(model), architecture_of(model)
     config = family.read_config(model)
     names = "which has no experts" if isinstance(config, MixtureConfig) and not config.experts else family.experts
     if isinstance(names, str):

@@ -14,7 +14,7 @@ load.
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +24,7 @@ import safetensors.numpy
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config, scale_of_inputs
 from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
@@ -64,6 +65,8 @@ class Form:
       compact: whether people choose the form for its size, so that the command prints it.
       library: the library that loads the folder, for its model card.
       next: what to type next, with FOLDER for the whole path of the folder; empty if the folder loads as it is.
+      shards: the names of the safetensors files that a plain folder has.
+      masks_apart: whether the masks of pruned weights are a file of their own.
     """
 
     name: ClassVar[str]
@@ -72,6 +75,8 @@ class Form:
     compact: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
     next: ClassVar[str] = ""
+    shards: Sequence[str] = ()
+    masks_apart: bool = True
 
     def __init__(self, run: Exported, written_as: ExportForm):
         self.run, self.stacked = run, stacks_among(run.source.stacked, stacks_of(run.architectures()))
@@ -81,21 +86,22 @@ class Form:
                 f"as [inputs, outputs], got {self.name}: not supported"
             )
 
-    def write(self, folder: Path) -> tuple[list[str], Zeros]:
+    def write(self, folder: Path) -> Zeros:
         """Writes weights and masks into a folder that holds the run's assets, and checks them.
 
         Returns:
-          The names of the safetensors files that a plain folder has, and the zeros of each pruned weight.
+          The zeros of each pruned weight.
 
         Raises:
           RuntimeError: what was written does not match checkpoint, masks or patterns.
         """
         zeros = self.write_weights(folder)
         source = self.run.source
-        if names := list(source.pruned()):  # none where every pruned matrix lost whole inputs
+        names = source.pruned() if self.masks_apart else ()
+        if names:  # none where every pruned matrix lost whole inputs
             with written_here(folder / MASKS) as here:
                 write_masks(here, ((name, source.mask(name)) for name in names))
-        return [], zeros
+        return zeros
 
     def write_weights(self, folder: Path) -> Zeros:
         """The part of :meth:`write` that forms differ in."""
@@ -106,10 +112,17 @@ class Form:
 
 
 class Plain(Form):
-    """Safetensors as ``transformers`` loads them."""
+    """Safetensors as ``transformers`` loads them.
+
+    Attributes:
+      quantizer: makes the integers that are stored in the place of quantised weights; None stores these as they are.
+      activations: whether the inputs of quantised layers are rounded to 8 bits when the model runs.
+    """
 
     name = "plain"
     stacks = True
+    quantizer: Quantizer | None = None
+    activations: ClassVar[bool] = False
 
     def __init__(self, run: Exported, written_as: ExportForm):
         super().__init__(run, written_as)
@@ -122,10 +135,7 @@ class Plain(Form):
             max_shard_size=written_as.max_shard_size,
             filename_pattern="model{suffix}.safetensors",
         )
-
-    def write(self, folder: Path) -> tuple[list[str], Zeros]:
-        _, zeros = super().write(folder)
-        return list(self._split.filename_to_tensors), zeros
+        self.shards = tuple(self._split.filename_to_tensors)
 
     def write_weights(self, folder: Path) -> Zeros:
         stacked, zeros, weight_map, size = self._stacked, Zeros(), dict[str, str](), 0
@@ -136,9 +146,10 @@ class Plain(Form):
             # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
             whole = {name: np.ascontiguousarray(stacked.joined(name, loaded.tensors)) for name in names}
             tensors = {name: tensor.reshape(stacked.shape(name)) for name, tensor in whole.items()}
-            for name, scale in self.run.source.scales(names).items() if self.integers else ():
-                zeros[name] = self.run.zeros(name, tensors[name] == 0, loaded.masks[name])
-                tensors |= self.compressed(name, tensors.pop(name), scale)
+            if self.quantizer is not None:
+                for name, scale in self.run.source.scales(names).items():
+                    zeros[name] = self.run.zeros(name, tensors[name] == 0, loaded.masks[name])
+                    tensors |= compressed(name, tensors.pop(name), scale, self.quantizer.bits, self.activations)
             weight_map |= dict.fromkeys(tensors, file_name)
             size += sum(array.nbytes for array in tensors.values())
             with written_here(folder / file_name) as here:
@@ -151,13 +162,6 @@ class Plain(Form):
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         return zeros
-
-    integers: ClassVar[bool] = False
-    """Whether a quantised weight is stored as :meth:`compressed` says."""
-
-    def compressed(self, name: str, weight: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors that are stored in the place of a quantised weight."""
-        raise NotImplementedError
 
     def written(self, file: Path, masks: Mapping[str, np.ndarray]) -> None:
         """Called when a file of weights is written and checked."""
@@ -182,14 +186,14 @@ class PackedForm(Plain):
     buckets = False
     compact = True
 
-    def write(self, folder: Path) -> tuple[list[str], Zeros]:
+    def write(self, folder: Path) -> Zeros:
         self._folder, self._packer = folder, Packer(folder)
-        if self.stacked:  # the mask of an expert is no mask of a stored tensor: all masks are a file, as in the plain folder
-            return super().write(folder)
-        return list(self._split.filename_to_tensors), self.write_weights(folder)  # its masks are beside its values
+        # Masks are beside the values. But the mask of an expert is no mask of a stored tensor.
+        self.masks_apart = bool(self.stacked)
+        return super().write(folder)
 
     def written(self, file: Path, masks: Mapping[str, np.ndarray]) -> None:
-        self._packer.add_weights(file, {} if self.stacked else masks)
+        self._packer.add_weights(file, {} if self.masks_apart else masks)
         file.unlink()
 
     def finish(self, names: Iterable[str]) -> None:
@@ -204,18 +208,13 @@ class Compressed(Plain):
     name = "compressed-tensors"
     stacks = False
     compact = True
-    integers = True
-    activations: ClassVar[bool] = False
-    """Whether the inputs of quantised layers are rounded to 8 bits when the model runs."""
+    quantizer: Quantizer
 
     def __init__(self, run: Exported, written_as: ExportForm):
         super().__init__(run, written_as)
         self.quantizer = run.quantizer(self.name)
 
-    def compressed(self, name: str, weight: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-        return compressed(name, weight, scale, self.quantizer.bits, self.activations)
-
-    def write(self, folder: Path) -> tuple[list[str], Zeros]:
+    def write(self, folder: Path) -> Zeros:
         source, path = self.run.source, folder / "config.json"
         quantized = set(source.quantized())
         others = (name for name in source.names() if name.endswith(".weight") and len(source.shape(name)) == 2)
@@ -249,8 +248,8 @@ class GGUF(Form):
     def __init__(self, run: Exported, written_as: ExportForm):
         super().__init__(run, written_as)
         quantized = run.source.quantized()
-        bits = dict.fromkeys(quantized, run.quantizer(self.name).bits) if quantized else {}
-        self._file = GGUFModel.of(Pretrained(run.config(), run.source, run.assets, "", str(run.directory)), bits)
+        dense = Pretrained(run.config(), run.source, run.assets, "", str(run.directory))
+        self._file = GGUFModel.of(dense, quantized, run.quantizer(self.name) if quantized else None)
         self._file.refuse_unsaid()
 
     def write_weights(self, folder: Path) -> Zeros:

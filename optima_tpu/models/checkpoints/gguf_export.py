@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from gguf import GGUFValueType as Value
 from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.compressed_tensors import integers
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
@@ -97,14 +98,16 @@ class GGUFModel:
     kinds: Mapping[str, Kind]
 
     @classmethod
-    def of(cls, pretrained: Pretrained, bits: Mapping[str, int]) -> "GGUFModel":
+    def of(cls, pretrained: Pretrained, quantized: Collection[str] = (), quantizer: Quantizer | None = None) -> "GGUFModel":
         """Makes the metadata of the file.
 
         Args:
-          bits: the quantised matrices, with the bits of their integers.
+          quantized: the quantised matrices.
+          quantizer: made their integers.
 
         Raises:
-          UserError: no such file is written for the architecture, or the file could not hold the model's tokenizer.
+          UserError: no such file is written for the architecture, the file could not hold the model's tokenizer, or the groups of
+            a quantised matrix do not consist of blocks.
         """
         config, source = pretrained.config, pretrained.tensors
         names = [each.model for each in ARCHITECTURES.values()]
@@ -121,7 +124,7 @@ class GGUFModel:
         # A stored copy of a tied head, and buffers, are not weights.
         skipped = ("lm_head.",) if config.tie_word_embeddings else ()
         written = [name for name in source.names() if not name.startswith(skipped) and not name.endswith(".inv_freq")]
-        kinds = {name: _kind(source.shape(name), str(source.dtype(name)), bits.get(name)) for name in written}
+        kinds = {name: _kind(name, source, quantizer if name in quantized else None) for name in written}
         return cls(pretrained, found, fields, factors, kinds)
 
     def write(self, path: Path, tensors: Iterable[Stored]) -> None:
@@ -131,7 +134,7 @@ class GGUFModel:
           tensors: in the order of ``kinds``; one is in memory at a time.
 
         Raises:
-          UserError: a group of a quantised matrix is no multiple of a block, or float16 does not hold a scale.
+          UserError: float16 does not hold a scale.
         """
         writer = gguf.GGUFWriter(path, self.architecture.name)
         matrices = {kind for name, kind in self.kinds.items() if len(self.pretrained.tensors.shape(name)) > 1}
@@ -219,10 +222,16 @@ class GGUFModel:
         return np.ascontiguousarray(values).view(np.uint8)
 
 
-def _kind(shape: tuple[int, ...], dtype: str, bits: int | None) -> Kind:
-    if bits is not None:
-        return _INTEGERS[bits]
-    return _PLAIN[dtype] if len(shape) > 1 else Kind.F32
+def _kind(name: str, source: TensorSource, quantizer: Quantizer | None) -> Kind:
+    shape = source.shape(name)
+    if quantizer is None:
+        return _PLAIN[str(source.dtype(name))] if len(shape) > 1 else Kind.F32
+    if (group := quantizer.group or shape[1]) % BLOCK:
+        raise UserError(
+            f"expected a scale for a multiple of {BLOCK} inputs for a GGUF file, got one for {group} in {name}; repeat the run with "
+            f"--quantize.group {BLOCK}, or take --format compressed-tensors"
+        )
+    return _INTEGERS[quantizer.bits]
 
 
 def _own(config: PretrainedConfig) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -248,15 +257,10 @@ def _integer_blocks(name: str, weight: np.ndarray, scale: np.ndarray, kind: Kind
     """The blocks of a quantised matrix, [d_out, bytes] uint8.
 
     Raises:
-      UserError: the groups do not consist of blocks, or float16 does not hold a scale.
+      UserError: float16 does not hold a scale.
     """
     rows, inputs = weight.shape
     group = inputs // scale.shape[1]
-    if group % BLOCK:
-        raise UserError(
-            f"expected a scale for a multiple of {BLOCK} inputs for a GGUF file, got one for {group} in {name}; repeat the run with "
-            f"--quantize.group {BLOCK}, or take --format compressed-tensors"
-        )
     values = integers(name, weight, scale, 8 if kind is Kind.Q8_0 else 4).reshape(rows, -1, BLOCK)
     with np.errstate(over="ignore"):
         half = scale.astype(np.float16)

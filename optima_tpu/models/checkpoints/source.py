@@ -142,6 +142,11 @@ class Pretrained:
     stored: int | None = None
 
 
+def architecture_of(config: PretrainedConfig) -> str:
+    """The name of a model's class, for messages."""
+    return ", ".join(config.architectures or [config.model_type])
+
+
 def parse_dtype(dtype: str | None) -> np.dtype | None:
     """As :func:`named_dtype`; None stays None."""
     return None if dtype is None else named_dtype(dtype)
