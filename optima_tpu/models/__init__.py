@@ -25,16 +25,12 @@ from optima_tpu.models import (
 from optima_tpu.models.family import Family
 
 FAMILIES: Mapping[str, Mapping[str, Family]] = {
+    **relatives.FAMILIES,
     "LlamaForCausalLM": {"llama": llama.FAMILY},
     "Llama4ForCausalLM": {"llama4_text": llama4.FAMILY},
     "Llama4ForConditionalGeneration": {"llama4": llama4.MULTIMODAL},
-    # transformers reads a Mistral's config.json that has layer_types as a Ministral's.
-    "MistralForCausalLM": {"mistral": relatives.MISTRAL, "ministral": relatives.MINISTRAL},
-    "MinistralForCausalLM": {"ministral": relatives.MINISTRAL},
     "MixtralForCausalLM": {"mixtral": mixtures.MIXTRAL},
-    "Qwen2ForCausalLM": {"qwen2": relatives.QWEN2},
     "Qwen2MoeForCausalLM": {"qwen2_moe": mixtures.QWEN2},
-    "Qwen3ForCausalLM": {"qwen3": relatives.QWEN3},
     "Qwen3MoeForCausalLM": {"qwen3_moe": mixtures.QWEN3},
     "Qwen3NextForCausalLM": {"qwen3_next": qwen_next.NEXT},
     "Qwen3_5ForCausalLM": {"qwen3_5_text": qwen_next.DENSE},
@@ -49,29 +45,14 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     "Gemma4ForConditionalGeneration": {"gemma4": gemma4.MULTIMODAL},
     "Gemma4UnifiedForCausalLM": {"gemma4_unified_text": gemma4.FAMILY},
     "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified": gemma4.MULTIMODAL},
-    "Olmo2ForCausalLM": {"olmo2": relatives.OLMO2},
-    "Olmo3ForCausalLM": {"olmo3": relatives.OLMO3},
     "OlmoeForCausalLM": {"olmoe": mixtures.OLMOE},
     "OPTForCausalLM": {"opt": opt.FAMILY},
     "Phi3ForCausalLM": {"phi3": phi3.FAMILY},
-    "GraniteForCausalLM": {"granite": relatives.GRANITE},
-    "SmolLM3ForCausalLM": {"smollm3": relatives.SMOLLM3},
-    "GlmForCausalLM": {"glm": relatives.GLM},
-    "Glm4ForCausalLM": {"glm4": relatives.GLM4},
     "Glm4MoeForCausalLM": {"glm4_moe": glm4_moe.GLM4_MOE},
     "Glm4MoeLiteForCausalLM": {"glm4_moe_lite": glm4_moe.GLM4_MOE_LITE},
     "DeepseekV2ForCausalLM": {"deepseek_v2": deepseek.V2},
     "DeepseekV3ForCausalLM": {"deepseek_v3": deepseek.V3},
     "GptOssForCausalLM": {"gpt_oss": gpt_oss.FAMILY},
-    "CohereForCausalLM": {"cohere": relatives.COHERE},
-    "Cohere2ForCausalLM": {"cohere2": relatives.COHERE2},
-    "Starcoder2ForCausalLM": {"starcoder2": relatives.STARCODER2},
-    "StableLmForCausalLM": {"stablelm": relatives.STABLELM},
-    "NemotronForCausalLM": {"nemotron": relatives.NEMOTRON},
-    "ArceeForCausalLM": {"arcee": relatives.ARCEE},
-    "SeedOssForCausalLM": {"seed_oss": relatives.SEED_OSS},
-    "Ernie4_5ForCausalLM": {"ernie4_5": relatives.ERNIE4_5},
-    "Exaone4ForCausalLM": {"exaone4": relatives.EXAONE4},
 }
 """The family for the architecture that a checkpoint's config.json names, and the model type that transformers reads from it.
 

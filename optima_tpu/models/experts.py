@@ -417,7 +417,7 @@ def mlp_neurons(config: MixtureConfig, layout: MixtureNames) -> Cut | None:
 def family(
     read_config: Callable[[Any], MixtureConfig],
     layout: MixtureNames = MixtureNames(),
-    attention: Callable[[Any], nnx.Module] = llama.rotary_attention,
+    attention: Callable[[Any], nnx.Module] = llama.RotaryAttention,
 ) -> Family:
     """A family with Llama's blocks, of which all or some have a mixture in the place of the MLP.
 

@@ -13,23 +13,11 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
 from optima_tpu.models.family import ReadTensor, text_half
-from optima_tpu.models.layers import ACTIVATIONS, ShiftedRMSNorm
+from optima_tpu.models.layers import ShiftedRMSNorm, read_activation
 from optima_tpu.models.rope import Rope, RopeByBlock
 
 NORMS = llama.Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 """Those of Gemma 2 and later."""
-
-
-def read_activation(config: Any, setting: str = "hidden_activation") -> str:
-    """The activation, a name in ``ACTIVATIONS``.
-
-    Raises:
-      UserError: it is another one.
-    """
-    activation: str = getattr(config, setting)
-    if activation not in ACTIVATIONS:
-        raise UserError(f"expected {setting} {', '.join(ACTIVATIONS)}, got {activation!r}: not supported")
-    return activation
 
 
 def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.LlamaConfig:
@@ -38,12 +26,7 @@ def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.LlamaCon
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError("expected use_bidirectional_attention false, got true: only causal models are supported")
     return llama.LlamaConfig(
-        **llama.named_sizes(config),
-        rope=rope,
-        activation=activation,
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
-        norm=ShiftedRMSNorm,
+        **llama.named_sizes(config), rope=rope, activation=activation, **llama.attention_bias(config), norm=ShiftedRMSNorm
     )
 
 

@@ -19,7 +19,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, gemma, llama
 from optima_tpu.models.family import Cut, Positions, Stack, text_half
-from optima_tpu.models.layers import GatedMLP, Linear, RotaryAttention, WideRMSNorm, over_rms, scaled
+from optima_tpu.models.layers import GatedMLP, Linear, WideRMSNorm, over_rms, read_activation, scaled
 from optima_tpu.models.rope import TYPES, RopeByBlock
 
 
@@ -59,7 +59,7 @@ class Gemma4Config(experts.MixtureConfig):
 def read_config(config: Any) -> Gemma4Config:
     """From ``transformers.Gemma4TextConfig``. Raises UserError, by name, for a setting that is not supported."""
     _check(config)
-    activation, windowed = gemma.read_activation(config), llama.windows_by_type(config)
+    activation, windowed = read_activation(config), llama.windows_by_type(config)
     sizes = [llama.named_sizes(layer) for layer in config.per_layer_config]
     shared = llama.by_type(config, {"full_attention": config.attention_k_eq_v, "sliding_attention": False})
     mixture: dict[str, Any] = dict(experts=0, experts_per_token=0)
@@ -73,11 +73,11 @@ def read_config(config: Any) -> Gemma4Config:
         activation=activation,
         neurons=experts.Gated(activation),
         windows=windowed,
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
+        **llama.attention_bias(config),
         norm=WideRMSNorm,
         norms=gemma.NORMS,
         qk_norm=llama.each_head,
+        scale=1.0,
         logit_cap=config.final_logit_softcapping,
         mlp_width=config.intermediate_size,
         normalise=True,
@@ -99,21 +99,12 @@ def _check(config: Any) -> None:
         )
 
 
-class Gemma4Attention(RotaryAttention):
+class Gemma4Attention(llama.RotaryAttention):
     """Attention whose values are normalised as its keys are, without a weight."""
 
     def __init__(self, config: Gemma4Config):
         width, kv_heads, keys_are_values = config.all_heads[config.kind]
-        super().__init__(
-            config.d_model,
-            config.heads,
-            kv_heads,
-            width,
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            norm=llama.head_norm(config),
-            scale=1.0,
-        )
+        super().__init__(dataclasses.replace(config, head_dim=width, kv_heads=kv_heads))
         self.eps = config.eps
         if keys_are_values:
             del self.v_proj

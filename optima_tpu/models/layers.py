@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from optima_tpu.errors import UserError
 from optima_tpu.models import splash
 from optima_tpu.models.family import Positions
-from optima_tpu.models.rope import Rotation, rotate
 from optima_tpu.models.splash import Scores
 
 
@@ -139,6 +140,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """Activation functions, by the names that config.json uses."""
 
 
+def read_activation(config: Any, setting: str = "hidden_activation") -> str:
+    """The activation, a name in ``ACTIVATIONS``.
+
+    Raises:
+      UserError: it is another one.
+    """
+    activation: str = getattr(config, setting)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"expected {setting} {', '.join(ACTIVATIONS)}, got {activation!r}: not supported")
+    return activation
+
+
 class GatedMLP(nnx.Module):
     """``down(activation(gate(x)) * up(x))``."""
 
@@ -164,71 +177,6 @@ class MLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         output: Array = getattr(self, self.down)(self.activation(getattr(self, self.up)(x)))
         return output
-
-
-class RotaryAttention(nnx.Module):
-    """Causal attention with rotary positions and grouped key-value heads.
-
-    Attributes:
-      mesh: the mesh that the block runs on; None for one device.
-
-    Args:
-      norm: (heads, head_dim) -> a norm, one for queries and one for keys; None for no norms.
-      scale, cap: see :class:`~optima_tpu.models.splash.Scores`.
-      rotation: rotates queries and keys.
-      sinks: whether every head has a sink, see the same.
-      gated: whether the output is multiplied by ``sigmoid(g)``, where q_proj gives for every head its query and then g.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
-        qkv_bias: bool = False,
-        o_bias: bool = False,
-        norm: Callable[[int, int], nnx.Module] | None = None,
-        scale: float | None = None,
-        cap: float | None = None,
-        rotation: Rotation = rotate,
-        sinks: bool = False,
-        gated: bool = False,
-    ):
-        self.mesh: Mesh | None = None
-        self.head_dim, self.scale, self.cap, self.rotation, self.gated = head_dim, scale, cap, rotation, gated
-        self.q_proj = Linear(d_model, (1 + gated) * heads * head_dim, bias=qkv_bias)
-        self.k_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
-        self.o_proj = Linear(heads * head_dim, d_model, bias=o_bias)
-        if norm:
-            self.q_norm, self.k_norm = norm(heads, head_dim), norm(kv_heads, head_dim)
-        if sinks:
-            self.sinks = nnx.Param(jnp.zeros((heads,)))
-
-    def __call__(self, x: Array, positions: Positions) -> Array:
-        q, k = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj))
-        v = self.values(x, k)
-        if self.gated:
-            q, gate = q[:, :, ::2], q[:, :, 1::2]
-        q, k = self.turned(q, k, positions)
-        sinks = self.sinks[...] if hasattr(self, "sinks") else None
-        mixed = attention(q, k, v, positions, Scores(self.scale, self.cap, sinks), self.mesh)
-        if self.gated:
-            mixed = mixed * jax.nn.sigmoid(gate)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
-
-    def values(self, x: Array, k: Array) -> Array:
-        """The values [batch, length, heads, head_dim] that belong to the keys ``k``, as they were projected."""
-        return split_heads(self.v_proj(x), self.head_dim)
-
-    def turned(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:
-        """Queries and keys [batch, length, heads, head_dim] as they are multiplied: normalised, then rotated."""
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
-        return q, k
 
 
 def split_heads(x: Array, head_dim: int) -> Array:

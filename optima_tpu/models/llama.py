@@ -8,13 +8,16 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, Residual
-from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, scaled
+from optima_tpu.models.layers import GatedMLP, Linear, RMSNorm, Scores, attention, scaled, split_heads
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
 
 T = TypeVar("T")
@@ -36,7 +39,10 @@ def each_head(heads: int, head_dim: int) -> int:
 
 
 class Norms(NamedTuple):
-    """The names of the norms before and behind the two sublayers of a block; empty where there is none."""
+    """The names of the norms before and behind the two sublayers of a block; empty where there is none.
+
+    Where the MLP has none, it stands beside attention: it reads what attention reads.
+    """
 
     before_attention: str = "input_layernorm"
     behind_attention: str = ""
@@ -56,7 +62,6 @@ class LlamaConfig(DecoderConfig):
       activation: the MLP's, by its name in ``ACTIVATIONS``.
       norm: ``norm(d, eps=eps)`` makes a norm.
       norms: which norms a block has.
-      parallel: whether attention and MLP read one norm, and not one the output of the other.
       scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
       score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
       sinks: whether every head has a sink, which takes a share of each query.
@@ -80,7 +85,6 @@ class LlamaConfig(DecoderConfig):
     activation: str = "silu"
     norm: Callable[..., nnx.Module] = RMSNorm
     norms: Norms = Norms()
-    parallel: bool = False
     scale: float | None = None
     score_cap: float | None = None
     sinks: bool = False
@@ -141,14 +145,15 @@ def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
     )
 
 
+def attention_bias(config: Any) -> dict[str, Any]:
+    """The settings of a model whose ``attention_bias`` counts for all four projections."""
+    return dict(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
+
+
 def read_config(config: Any) -> LlamaConfig:
     """From ``transformers.LlamaConfig``."""
     return LlamaConfig(
-        **read_sizes(config),
-        rope=Rope.from_hf(config.rope_parameters),
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
+        **read_sizes(config), rope=Rope.from_hf(config.rope_parameters), **attention_bias(config), mlp_bias=config.mlp_bias
     )
 
 
@@ -185,6 +190,52 @@ def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.nd
     return np.full(length, windows[index] or length, np.int32) if windows else None
 
 
+class RotaryAttention(nnx.Module):
+    """Causal attention with rotary positions and grouped key-value heads.
+
+    Attributes:
+      mesh: the mesh that the block runs on; None for one device.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        self.mesh: Mesh | None = None
+        self.head_dim, self.rotation, self.gated = config.head_dim, config.rotation, config.gated
+        self.scale, self.cap = config.scale, config.score_cap
+        width, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = Linear(config.d_model, (1 + config.gated) * width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.d_model, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.d_model, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(width, config.d_model, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = config.norm(config.qk_norm(config.heads, config.head_dim), eps=config.eps)
+            self.k_norm = config.norm(config.qk_norm(config.kv_heads, config.head_dim), eps=config.eps)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros((config.heads,)))
+
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        q, k = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj))
+        v = self.values(x, k)
+        if self.gated:
+            q, gate = q[:, :, ::2], q[:, :, 1::2]
+        q, k = self.turned(q, k, positions)
+        sinks = self.sinks[...] if hasattr(self, "sinks") else None
+        mixed = attention(q, k, v, positions, Scores(self.scale, self.cap, sinks), self.mesh)
+        if self.gated:
+            mixed = mixed * jax.nn.sigmoid(gate)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+
+    def values(self, x: Array, k: Array) -> Array:
+        """The values [batch, length, heads, head_dim] that belong to the keys ``k``, as they were projected."""
+        return split_heads(self.v_proj(x), self.head_dim)
+
+    def turned(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:
+        """Queries and keys [batch, length, heads, head_dim] as they are multiplied: normalised, then rotated."""
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
+        return q, k
+
+
 class DecoderBlock(nnx.Module):
     """x [batch, length, d_model] to the same shape: adds attention to x, then the MLP, with a norm before or behind each.
 
@@ -204,15 +255,17 @@ class DecoderBlock(nnx.Module):
     def __call__(self, x: Array, positions: Positions) -> Array:
         norms = self.norms
         self._sow("before_attention", x)
-        mixed = getattr(self, self.attention)(self._normed(norms.before_attention, x), positions)
+        normed = self._normed(norms.before_attention, x)
+        mixed = getattr(self, self.attention)(normed, positions)
         x = x + scaled(self._normed(norms.behind_attention, mixed), self.branch_scale)
         self._sow("after_attention", x)
-        x = x + scaled(self._normed(norms.behind_mlp, self.behind_attention(x)), self.branch_scale)
+        added = self.behind_attention(x if norms.before_mlp or norms.behind_mlp else normed)
+        x = x + scaled(self._normed(norms.behind_mlp, added), self.branch_scale)
         self._sow("after_mlp", x)
         return x
 
     def behind_attention(self, x: Array) -> Array:
-        """What the MLP makes of the residual stream x."""
+        """What the MLP makes of the residual stream x, or of what attention reads where it stands beside it."""
         output: Array = getattr(self, self.name)(self._normed(self.norms.before_mlp, x))
         return output
 
@@ -224,63 +277,18 @@ class DecoderBlock(nnx.Module):
             self.sow(nnx.Intermediate, name, scaled(x, 1 / self.branch_scale))
 
 
-class ParallelBlock(nnx.Module):
-    """x [batch, length, d_model] to the same shape: adds attention(norm(x)) and MLP(norm(x)) to x, with one norm.
-
-    It sows the residual stream as if attention came first.
-    """
-
-    def __init__(self, config: LlamaConfig, attention: nnx.Module, mlp: nnx.Module):
-        self.input_layernorm = config.norm(config.d_model, eps=config.eps)
-        self.self_attn, self.mlp = attention, mlp
-
-    def __call__(self, x: Array, positions: Positions) -> Array:
-        normed = self.input_layernorm(x)
-        self.sow(nnx.Intermediate, "before_attention", x)
-        x = x + self.self_attn(normed, positions)
-        self.sow(nnx.Intermediate, "after_attention", x)
-        x = x + self.mlp(normed)
-        self.sow(nnx.Intermediate, "after_mlp", x)
-        return x
-
-
-def rotary_attention(config: LlamaConfig) -> RotaryAttention:
-    """The attention of a block."""
-    return RotaryAttention(
-        config.d_model,
-        config.heads,
-        config.kv_heads,
-        config.head_dim,
-        qkv_bias=config.qkv_bias,
-        o_bias=config.o_bias,
-        norm=head_norm(config),
-        scale=config.scale,
-        cap=config.score_cap,
-        rotation=config.rotation,
-        sinks=config.sinks,
-        gated=config.gated,
-    )
-
-
-def head_norm(config: LlamaConfig) -> Callable[[int, int], nnx.Module] | None:
-    """(heads, head_dim) -> the norm of queries or of keys; None where there is none."""
-    size = config.qk_norm
-    return None if size is None else lambda heads, head_dim: config.norm(size(heads, head_dim), eps=config.eps)
-
-
 def gated_mlp(config: LlamaConfig) -> nnx.Module:
     """The MLP of a block."""
     return GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
 
 
-def block(config: LlamaConfig, mlp: Callable[[LlamaConfig], nnx.Module] = gated_mlp) -> nnx.Module:
+def block(config: LlamaConfig, mlp: Callable[[LlamaConfig], nnx.Module] = gated_mlp) -> DecoderBlock:
     """One decoder block.
 
     Args:
       mlp: makes its MLP.
     """
-    made = ParallelBlock if config.parallel else DecoderBlock
-    return made(config, rotary_attention(config), mlp(config))
+    return DecoderBlock(config, RotaryAttention(config), mlp(config))
 
 
 class LlamaFinal(nnx.Module):

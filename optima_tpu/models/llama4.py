@@ -11,7 +11,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Positions, Stack, text_half
-from optima_tpu.models.layers import RotaryAttention, over_rms
+from optima_tpu.models.layers import over_rms
 from optima_tpu.models.rope import Rope, rotate_neighbours_wide
 from optima_tpu.models.routers import Router, sigmoid
 
@@ -58,8 +58,7 @@ def read_config(config: Any) -> Llama4Config:
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         rotation=rotate_neighbours_wide,
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
+        **llama.attention_bias(config),
         turning=tuple(map(bool, config.no_rope_layers)),
         chunks=chunks,
         normed=config.use_qk_norm,
@@ -75,19 +74,11 @@ def read_config(config: Any) -> Llama4Config:
     )
 
 
-class Llama4Attention(RotaryAttention):
+class Llama4Attention(llama.RotaryAttention):
     """Llama's attention, whose norms come behind the rotation, and a factor of the queries where nothing turns."""
 
     def __init__(self, config: Llama4Config):
-        super().__init__(
-            config.d_model,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            rotation=config.rotation,
-        )
+        super().__init__(config)
         self.turns, self.eps = config.turning[config.kind], config.eps if config.normed else None
 
     def turned(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:

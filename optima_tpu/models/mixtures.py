@@ -38,8 +38,7 @@ def read_olmoe(config: Any) -> experts.MixtureConfig:
     return _read(
         config,
         rotation=rotate_wide,
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
+        **llama.attention_bias(config),
         qk_norm=relatives.all_heads,
         experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
@@ -72,8 +71,7 @@ def read_qwen3(config: Any) -> experts.MixtureConfig:
         **qwen_mixed(config),
         windows=llama.same_windows(config),
         normalise=config.norm_topk_prob,
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
+        **llama.attention_bias(config),
         qk_norm=llama.each_head,
     )
 

@@ -9,7 +9,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
-from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, split_heads
+from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, read_activation, split_heads
 
 EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
 OFFSET = 2
@@ -42,10 +42,7 @@ class OPTConfig(DecoderConfig):
 
 def read_config(config: Any) -> OPTConfig:
     """From ``transformers.OPTConfig``. Raises UserError for an activation that is not supported."""
-    if config.activation_function not in ACTIVATIONS:
-        raise UserError(
-            f"expected activation_function {', '.join(ACTIVATIONS)}, got {config.activation_function!r}: not supported"
-        )
+    activation = read_activation(config, "activation_function")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"expected a hidden_size that num_attention_heads divides, got {config.hidden_size} and {config.num_attention_heads} in "
@@ -60,7 +57,7 @@ def read_config(config: Any) -> OPTConfig:
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
         length=config.max_position_embeddings,
-        activation=config.activation_function,
+        activation=activation,
         bias=config.enable_bias,
         affine=config.layer_norm_elementwise_affine,
         norm_first=config.do_layer_norm_before,

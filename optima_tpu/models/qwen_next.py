@@ -66,8 +66,7 @@ def _read(config: Any, joined: bool = False, **settings: Any) -> QwenNextConfig:
         **llama.read_sizes(config) | settings,
         rope=Rope.from_hf(config.rope_parameters, partial=True),
         norm=ShiftedRMSNorm,
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
+        **llama.attention_bias(config),
         qk_norm=llama.each_head,
         gated=True,
         linear=linear,
@@ -80,7 +79,7 @@ def _read(config: Any, joined: bool = False, **settings: Any) -> QwenNextConfig:
 def attention(config: QwenNextConfig) -> nnx.Module:
     """The attention of a block."""
     linear = config.linear[config.kind]
-    return DeltaNet(config.d_model, config.delta, config.eps) if linear else llama.rotary_attention(config)
+    return DeltaNet(config.d_model, config.delta, config.eps) if linear else llama.RotaryAttention(config)
 
 
 def linear_heads(config: QwenNextConfig) -> Cut:

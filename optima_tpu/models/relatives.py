@@ -16,7 +16,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import llama, phi3
 from optima_tpu.models.family import Cut, Family, ReadTensor
 from optima_tpu.models.layers import MLP, LayerNorm, ShiftedLayerNorm, UnbiasedLayerNorm, WideRMSNorm, scaled
-from optima_tpu.models.llama import NO_HEAD_DIM, LlamaConfig, Norms, each_head, same_windows, windows_by_type
+from optima_tpu.models.llama import NO_HEAD_DIM, LlamaConfig, Norms, attention_bias, each_head, same_windows, windows_by_type
 from optima_tpu.models.rope import Rope, RopeByBlock, rotate_neighbours, rotate_neighbours_wide, rotate_wide
 
 Settings = Mapping[str, Any]
@@ -55,12 +55,8 @@ def relative(
     return dataclasses.replace(llama.FAMILY, read_config=read_config, **declared)
 
 
-def _attention_bias(config: Any) -> dict[str, Any]:
-    return dict(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
-
-
 def _all_biases(config: Any) -> dict[str, Any]:
-    return dict(**_attention_bias(config), mlp_bias=config.mlp_bias)
+    return dict(**attention_bias(config), mlp_bias=config.mlp_bias)
 
 
 def _use_bias(config: Any) -> dict[str, Any]:
@@ -76,49 +72,11 @@ def _ungated(activation: str, up: str, down: str) -> dict[str, Any]:
     return llama.with_mlp(mlp, {up: ()}, down)
 
 
-# Mistral has no biases, and one window for every block, or none. In a Ministral some blocks have the window.
-MISTRAL = relative(lambda config: dict(windows=same_windows(config)))
-MINISTRAL = relative(lambda config: dict(windows=windows_by_type(config)))
-
-# Qwen 2 and 2.5 have biases on q, k, v, which are not a setting. Qwen 3 normalises queries and keys.
-QWEN2 = relative(lambda config: dict(windows=windows_by_type(config), qkv_bias=True))
-QWEN3 = relative(lambda config: dict(windows=windows_by_type(config), **_attention_bias(config), qk_norm=each_head))
-
-# Seed-OSS: a setting of its own for the bias behind attention.
-SEED_OSS = relative(lambda config: {**_all_biases(config), "o_bias": config.attention_out_bias})
-
-# ERNIE 4.5, the dense one: neighbouring dimensions are rotated as pairs, in float32.
-ERNIE4_5 = relative(lambda config: dict(rotation=rotate_neighbours_wide, **_use_bias(config)))
-
-# AFM (arcee): an MLP without a gate, whose activation is the square of ReLU. Nemotron and Minitron have it with LayerNorms shifted by
-# 1, and a part of each head still.
-ARCEE = relative(_all_biases, activation="relu2", **_ungated("relu2", "up_proj", "down_proj"))
-NEMOTRON = relative(
-    lambda config: dict(**_all_biases(config), norm=ShiftedLayerNorm),
-    activation="relu2",
-    eps="norm_eps",
-    rope=_partly_turned,
-    **_ungated("relu2", "up_proj", "down_proj"),
-)
-
-# StarCoder 2: LayerNorm, biases, and an MLP without a gate; otherwise a Mistral.
-STARCODER2 = relative(
-    lambda config: dict(windows=same_windows(config), **_use_bias(config), norm=LayerNorm),
-    activation="gelu_pytorch_tanh",
-    eps="norm_epsilon",
-    **_ungated("gelu_pytorch_tanh", "c_fc", "c_proj"),
-)
-
-
 def _rotated_smollm3(config: Any) -> RopeByBlock:
     rotated, blocks = config.no_rope_layers, config.num_hidden_layers
     if len(rotated) < blocks:
         raise UserError(f"expected {blocks} no_rope_layers in config.json, got {len(rotated)}")
     return RopeByBlock.where(map(bool, rotated[:blocks]), _turned(config))
-
-
-# SmolLM 3: some blocks do not rotate queries and keys (NoPE), and may have a window.
-SMOLLM3 = relative(lambda config: dict(**_all_biases(config), windows=windows_by_type(config)), rope=_rotated_smollm3)
 
 
 def _scaled_embeddings(
@@ -127,27 +85,14 @@ def _scaled_embeddings(
     return scaled(read(llama.FAMILY.embedding)[tokens], config.embedding_scale)
 
 
-# Granite 3: factors at the embedding, the products of queries and keys, the residual additions and the logits.
-GRANITE = relative(
-    lambda config: dict(
-        **_all_biases(config),
-        scale=config.attention_multiplier,
-        branch_scale=config.residual_multiplier,
-        logit_scale=1 / config.logits_scaling,
-        embedding_scale=config.embedding_multiplier,
-    ),
-    embed=_scaled_embeddings,
-)
+_BESIDE = Norms(before_mlp="")
+"""Attention and MLP side by side."""
 
 
 def _stablelm(config: Any) -> Settings:
     if config.qk_layernorm:
         raise UserError("expected qk_layernorm false, got true: a norm for each head of queries and keys is not supported")
-    return dict(qkv_bias=config.use_qkv_bias, norm=LayerNorm, parallel=config.use_parallel_residual)
-
-
-# StableLM 2 and 3B-4E1T: LayerNorm, and a part of each head still; some have attention and MLP side by side.
-STABLELM = relative(_stablelm, eps="layer_norm_eps", rope=_partly_turned, cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM})
+    return dict(qkv_bias=config.use_qkv_bias, norm=LayerNorm, norms=_BESIDE if config.use_parallel_residual else Norms())
 
 
 def _rotate_cohere(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
@@ -157,7 +102,7 @@ def _rotate_cohere(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -
 
 def _cohere(config: Any) -> dict[str, Any]:
     return dict(
-        **_attention_bias(config), rotation=_rotate_cohere, norm=UnbiasedLayerNorm, logit_scale=config.logit_scale, parallel=True
+        **attention_bias(config), rotation=_rotate_cohere, norm=UnbiasedLayerNorm, logit_scale=config.logit_scale, norms=_BESIDE
     )
 
 
@@ -177,22 +122,8 @@ def _rotated_in_windows(config: Any) -> RopeByBlock:
     return RopeByBlock.where((window is not None for window in windows), _turned(config))
 
 
-# Command R and Aya (cohere), Command R7B and Command A (cohere2): attention and MLP side by side, reading one norm, which has no bias.
-# In cohere2 most blocks have a window, and those without one do not rotate (NoPE).
-COHERE = relative(
-    lambda config: dict(**_cohere(config), qk_norm=_weights_of_each_head if config.use_qk_norm else None),
-    eps="layer_norm_eps",
-    cuts={**llama.FAMILY.cuts, "head": (_cohere_heads,)},
-)
-COHERE2 = relative(
-    lambda config: dict(**_cohere(config), windows=windows_by_type(config)),
-    eps="layer_norm_eps",
-    rope=_rotated_in_windows,
-    cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM},
-)
-
-# A norm behind each sublayer, as in the next families: what a layer puts out does not add to the residual stream.
 _BEHIND = Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm")
+"""A norm behind each sublayer alone. What a layer puts out does not add to the residual stream then."""
 
 
 def all_heads(heads: int, head_dim: int) -> int:
@@ -205,18 +136,7 @@ ALL_HEADS = {"head": "are normalised all together"}
 
 
 def _olmo2(config: Any) -> dict[str, Any]:
-    return dict(**_attention_bias(config), rotation=rotate_wide, norm=WideRMSNorm, norms=_BEHIND, qk_norm=all_heads)
-
-
-# OLMo 2 and 3: norms and rotary embedding are computed in float32 and rounded once. In OLMo 3 most blocks have a window, and blocks
-# with and without one may have rotary embeddings of their own.
-OLMO2 = relative(_olmo2, residuals={}, cuts={**llama.FAMILY.cuts, **ALL_HEADS})
-OLMO3 = relative(
-    lambda config: dict(**_olmo2(config), windows=windows_by_type(config)),
-    rope=lambda config: RopeByBlock.from_hf(config.rope_parameters, config.layer_types),
-    residuals={},
-    cuts={**llama.FAMILY.cuts, **ALL_HEADS},
-)
+    return dict(**attention_bias(config), rotation=rotate_wide, norm=WideRMSNorm, norms=_BEHIND, qk_norm=all_heads)
 
 
 def _rotated_exaone4(config: Any) -> RopeByBlock:
@@ -224,26 +144,119 @@ def _rotated_exaone4(config: Any) -> RopeByBlock:
     return RopeByBlock.where(rotated, _turned(config))
 
 
-# EXAONE 4: in the 32B most blocks have a window, and those without one do not rotate queries and keys (NoPE).
-EXAONE4 = relative(
-    lambda config: dict(windows=windows_by_type(config), norms=_BEHIND, qk_norm=each_head), rope=_rotated_exaone4, residuals={}
-)
-
-
 def _glm(config: Any) -> dict[str, Any]:
     return dict(rotation=rotate_neighbours, qkv_bias=config.attention_bias)
 
 
 _JOINED = llama.with_mlp(phi3.Phi3MLP, phi3.GATE_UP, "down_proj")
+_MINISTRAL = relative(lambda config: dict(windows=windows_by_type(config)))
 
-# GLM-4: neighbouring dimensions are rotated as pairs, a part of each head is still, gate and up are one matrix. The first release (glm)
-# has Llama's norms, the second (glm4, GLM-4-0414) also a norm behind each sublayer.
-GLM = relative(_glm, rope=_partly_turned, **_JOINED)
-GLM4 = relative(
-    lambda config: dict(
-        **_glm(config),
-        norms=Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
-    ),
-    rope=_partly_turned,
-    **{**_JOINED, "residuals": {}},
-)
+FAMILIES: Mapping[str, Mapping[str, Family]] = {
+    # Mistral has no biases, and one window for every block, or none. In a Ministral some blocks have the window.
+    # transformers reads a Mistral's config.json that has layer_types as a Ministral's.
+    "MistralForCausalLM": {"mistral": relative(lambda config: dict(windows=same_windows(config))), "ministral": _MINISTRAL},
+    "MinistralForCausalLM": {"ministral": _MINISTRAL},
+    # Qwen 2 and 2.5 have biases on q, k, v, which are not a setting. Qwen 3 normalises queries and keys.
+    "Qwen2ForCausalLM": {"qwen2": relative(lambda config: dict(windows=windows_by_type(config), qkv_bias=True))},
+    "Qwen3ForCausalLM": {
+        "qwen3": relative(lambda config: dict(windows=windows_by_type(config), **attention_bias(config), qk_norm=each_head))
+    },
+    # Seed-OSS: a setting of its own for the bias behind attention.
+    "SeedOssForCausalLM": {"seed_oss": relative(lambda config: {**_all_biases(config), "o_bias": config.attention_out_bias})},
+    # ERNIE 4.5, the dense one: neighbouring dimensions are rotated as pairs, in float32.
+    "Ernie4_5ForCausalLM": {"ernie4_5": relative(lambda config: dict(rotation=rotate_neighbours_wide, **_use_bias(config)))},
+    # AFM (arcee): an MLP without a gate, whose activation is the square of ReLU. Nemotron and Minitron have it with LayerNorms
+    # shifted by 1, and a part of each head still.
+    "ArceeForCausalLM": {"arcee": relative(_all_biases, activation="relu2", **_ungated("relu2", "up_proj", "down_proj"))},
+    "NemotronForCausalLM": {
+        "nemotron": relative(
+            lambda config: dict(**_all_biases(config), norm=ShiftedLayerNorm),
+            activation="relu2",
+            eps="norm_eps",
+            rope=_partly_turned,
+            **_ungated("relu2", "up_proj", "down_proj"),
+        )
+    },
+    # StarCoder 2: LayerNorm, biases, and an MLP without a gate; otherwise a Mistral.
+    "Starcoder2ForCausalLM": {
+        "starcoder2": relative(
+            lambda config: dict(windows=same_windows(config), **_use_bias(config), norm=LayerNorm),
+            activation="gelu_pytorch_tanh",
+            eps="norm_epsilon",
+            **_ungated("gelu_pytorch_tanh", "c_fc", "c_proj"),
+        )
+    },
+    # SmolLM 3: some blocks do not rotate queries and keys (NoPE), and may have a window.
+    "SmolLM3ForCausalLM": {
+        "smollm3": relative(lambda config: dict(**_all_biases(config), windows=windows_by_type(config)), rope=_rotated_smollm3)
+    },
+    # Granite 3: factors at the embedding, the products of queries and keys, the residual additions and the logits.
+    "GraniteForCausalLM": {
+        "granite": relative(
+            lambda config: dict(
+                **_all_biases(config),
+                scale=config.attention_multiplier,
+                branch_scale=config.residual_multiplier,
+                logit_scale=1 / config.logits_scaling,
+                embedding_scale=config.embedding_multiplier,
+            ),
+            embed=_scaled_embeddings,
+        )
+    },
+    # StableLM 2 and 3B-4E1T: LayerNorm, and a part of each head still; some have attention and MLP side by side.
+    "StableLmForCausalLM": {
+        "stablelm": relative(
+            _stablelm, eps="layer_norm_eps", rope=_partly_turned, cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM}
+        )
+    },
+    # Command R and Aya (cohere), Command R7B and Command A (cohere2): attention and MLP side by side, reading one norm, which has no
+    # bias. In cohere2 most blocks have a window, and those without one do not rotate (NoPE).
+    "CohereForCausalLM": {
+        "cohere": relative(
+            lambda config: dict(**_cohere(config), qk_norm=_weights_of_each_head if config.use_qk_norm else None),
+            eps="layer_norm_eps",
+            cuts={**llama.FAMILY.cuts, "head": (_cohere_heads,)},
+        )
+    },
+    "Cohere2ForCausalLM": {
+        "cohere2": relative(
+            lambda config: dict(**_cohere(config), windows=windows_by_type(config)),
+            eps="layer_norm_eps",
+            rope=_rotated_in_windows,
+            cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM},
+        )
+    },
+    # OLMo 2 and 3: norms and rotary embedding are computed in float32 and rounded once. In OLMo 3 most blocks have a window, and
+    # blocks with and without one may have rotary embeddings of their own.
+    "Olmo2ForCausalLM": {"olmo2": relative(_olmo2, residuals={}, cuts={**llama.FAMILY.cuts, **ALL_HEADS})},
+    "Olmo3ForCausalLM": {
+        "olmo3": relative(
+            lambda config: dict(**_olmo2(config), windows=windows_by_type(config)),
+            rope=lambda config: RopeByBlock.from_hf(config.rope_parameters, config.layer_types),
+            residuals={},
+            cuts={**llama.FAMILY.cuts, **ALL_HEADS},
+        )
+    },
+    # EXAONE 4: in the 32B most blocks have a window, and those without one do not rotate queries and keys (NoPE).
+    "Exaone4ForCausalLM": {
+        "exaone4": relative(
+            lambda config: dict(windows=windows_by_type(config), norms=_BEHIND, qk_norm=each_head),
+            rope=_rotated_exaone4,
+            residuals={},
+        )
+    },
+    # GLM-4: neighbouring dimensions are rotated as pairs, a part of each head is still, gate and up are one matrix. The first
+    # release (glm) has Llama's norms, the second (glm4, GLM-4-0414) also a norm behind each sublayer.
+    "GlmForCausalLM": {"glm": relative(_glm, rope=_partly_turned, **_JOINED)},
+    "Glm4ForCausalLM": {
+        "glm4": relative(
+            lambda config: dict(
+                **_glm(config),
+                norms=Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+            ),
+            rope=_partly_turned,
+            **{**_JOINED, "residuals": {}},
+        )
+    },
+}
+"""By the architecture and the model type, as ``optima_tpu.models.FAMILIES``."""

@@ -51,6 +51,20 @@ class Llama3Scaling:
     high_freq_factor: float
     original_length: int
 
+    @classmethod
+    def from_hf(cls, parameters: Mapping) -> "Llama3Scaling":
+        factor, low, high, original = (parameters[name] for name in _NEEDED["llama3"])
+        return cls(float(factor), float(low), float(high), int(original))
+
+    def shares(self, frequencies: np.ndarray) -> np.ndarray:
+        """What is left of each: all of fast ones, slow ones divided by the factor, between them a blend by the wavelength."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        turns = self.original_length * frequencies / (2 * math.pi)
+        # Without a range between the two, as in transformers: fast from ``low`` on.
+        blend = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns >= low).astype(np.float64)
+        shares: np.ndarray = blend + (1 - blend) / self.factor
+        return shares
+
 
 @dataclasses.dataclass(frozen=True)
 class FirstFrequencies:
@@ -76,6 +90,14 @@ class LongScaling:
     long: tuple[float, ...]
     original_length: int
     magnitude: float
+
+    @classmethod
+    def from_hf(cls, parameters: Mapping) -> "LongScaling":
+        original, factor = int(parameters["original_max_position_embeddings"]), float(parameters["factor"])
+        magnitude = parameters.get("attention_factor")
+        if magnitude is None:
+            magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return cls(tuple(parameters["short_factor"]), tuple(parameters["long_factor"]), original, float(magnitude))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +150,12 @@ class YarnScaling:
         return frequencies * (1 - ramp + ramp / self.factor)
 
 
+_SCALINGS: Mapping[str, type[Llama3Scaling | LongScaling | YarnScaling]] = {
+    "llama3": Llama3Scaling,
+    "longrope": LongScaling,
+    "yarn": YarnScaling,
+}
+
 TYPES = ("default", "linear", "llama3", "yarn")
 """The rope types that most families know."""
 
@@ -175,32 +203,7 @@ class Rope:
             return cls(theta, factor=float(parameters.get("factor") or 1.0), scaling=FirstFrequencies(share))
         if kind == "linear":
             return cls(theta, factor=float(parameters["factor"]), share=share)
-        if kind == "yarn":
-            return cls(theta, share=share, scaling=YarnScaling.from_hf(parameters))
-        if kind == "llama3":
-            return cls(
-                theta,
-                share=share,
-                scaling=Llama3Scaling(
-                    float(parameters["factor"]),
-                    float(parameters["low_freq_factor"]),
-                    float(parameters["high_freq_factor"]),
-                    int(parameters["original_max_position_embeddings"]),
-                ),
-            )
-        if kind == "longrope":
-            original, factor = int(parameters["original_max_position_embeddings"]), float(parameters["factor"])
-            magnitude = parameters.get("attention_factor")
-            if magnitude is None:
-                magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            return cls(
-                theta,
-                share=share,
-                scaling=LongScaling(
-                    tuple(parameters["short_factor"]), tuple(parameters["long_factor"]), original, float(magnitude)
-                ),
-            )
-        return cls(theta, share=share)
+        return cls(theta, share=share, scaling=_SCALINGS[kind].from_hf(parameters) if kind in _SCALINGS else None)
 
     def of(self, block: int) -> "Rope":
         """The rotary embedding of a block: of every block this one."""
@@ -213,17 +216,13 @@ class Rope:
     def tables(self, length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
         """(cos, sin), each [length, rotated dimensions of a head] float32."""
         size = int(head_dim * self.share)
-        frequencies = 1.0 / self.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
+        frequencies = geometric(self.theta, size)
         magnitude = 1.0
         match self.scaling:
             case FirstFrequencies(share):
                 frequencies[int(share * size // 2) :] = 0
-            case Llama3Scaling(factor, low, high, original):
-                # Fast frequencies stay, slow ones are divided by the factor, those between are blended by their wavelength.
-                turns = original * frequencies / (2 * math.pi)
-                # Without a range between the two, as in transformers: fast from ``low`` on.
-                blend = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns >= low).astype(np.float64)
-                frequencies = frequencies * (blend + (1 - blend) / factor)
+            case Llama3Scaling():
+                frequencies = frequencies * self.scaling.shares(frequencies)
             case LongScaling(short, long, original, magnitude):
                 frequencies = frequencies / np.asarray(long if length > original else short)
             case YarnScaling(magnitude=magnitude):
@@ -231,6 +230,12 @@ class Rope:
         angles = np.outer(np.arange(length) / self.factor, frequencies)
         angles = np.concatenate([angles, angles], axis=1)
         return (magnitude * np.cos(angles)).astype(np.float32), (magnitude * np.sin(angles)).astype(np.float32)
+
+
+def geometric(theta: float, size: int) -> np.ndarray:
+    """The frequencies of so many dimensions before any scaling, [size / 2] float64."""
+    frequencies: np.ndarray = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    return frequencies
 
 
 class RopeByBlock(NamedTuple):
