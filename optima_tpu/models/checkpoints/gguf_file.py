@@ -140,20 +140,7 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
       UserError: the file is not a complete GGUF file, its architecture is not in :data:`ARCHITECTURES`, its metadata asks for
         another computation than Hugging Face's model of that name, or its tokenizer can't be rebuilt exactly.
     """
-    refuse_special(path)
-    try:
-        reader = _Reader(path)
-        fields = metadata(reader)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        with path.open("rb") as file:
-            begun = file.read(4) == b"GGUF"
-        size = f"{path.stat().st_size:,} bytes"
-        what = (
-            f"truncated or damaged: its header asks for more than its {size}"
-            if begun
-            else f"no GGUF file: its {size} do not begin so"
-        )
-        raise UserError(f"{path} is {what}; download it again") from error
+    reader, fields = _read_metadata(path)
     check_record(fields, Tokens, path, "download it again")
     if reader.byte_order != "I":
         raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")
@@ -181,3 +168,21 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
     if (licence := fields.get("general.license")) is not None:
         assets[CARD] = Licence(licence, fields.get("general.license.name"), fields.get("general.license.link")).card()
     return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin, path.stat().st_size)
+
+
+def _read_metadata(path: Path) -> tuple[_Reader, dict[str, Any]]:
+    """The reader of a file and its metadata. Raises UserError if it is no GGUF file, or not all of one."""
+    refuse_special(path)
+    try:
+        reader = _Reader(path)
+        return reader, metadata(reader)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        with path.open("rb") as file:
+            begun = file.read(4) == b"GGUF"
+        size = f"{path.stat().st_size:,} bytes"
+        what = (
+            f"truncated or damaged: its header asks for more than its {size}"
+            if begun
+            else f"no GGUF file: its {size} do not begin so"
+        )
+        raise UserError(f"{path} is {what}; download it again") from error

@@ -1,7 +1,6 @@
 """The configuration of a model from the metadata of a GGUF file."""
 
 import json
-import math
 from typing import Annotated, Any, TypedDict
 
 import msgspec
@@ -10,6 +9,7 @@ from gguf import GGUFReader
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
+from optima_tpu.models.rope import Llama3Scaling, geometric
 from optima_tpu.runtime.records import Count, Positive, Size, check_record
 
 INSTEAD = "give the Hugging Face folder of the model"
@@ -206,9 +206,8 @@ def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float,
 
 def llama3_factors(factor: float, theta: float, d_head: int) -> np.ndarray:
     """The divisor of each rotary frequency, float64[d_head / 2], for the constants that every published Llama 3.x has."""
-    turns = 8192 * theta ** (-np.arange(0, d_head, 2, dtype=np.float64) / d_head) / (2 * math.pi)
-    blend = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    return 1 / ((1 - blend) / factor + blend)
+    divisors: np.ndarray = 1 / Llama3Scaling(factor, 1.0, 4.0, 8192).shares(geometric(theta, d_head))
+    return divisors
 
 
 def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str, Any]:

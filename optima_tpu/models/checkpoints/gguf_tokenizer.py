@@ -62,36 +62,17 @@ def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> di
       UserError: the file has no vocabulary, or a way to split text that can't be rebuilt exactly.
     """
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if kind not in ("gpt2", "llama") or "tokenizer.ggml.tokens" not in fields:
-        raise UserError(
-            f"the GGUF file has the tokenizer {kind!r}; expected gpt2 (byte-level BPE) or llama (SentencePiece): {INSTEAD}"
-        )
-    if kind == "gpt2" and split not in (*SPLITS, *DIGITS, *GPT2):
-        raise UserError(f"the GGUF file splits text by the rule {split!r}, which is not known here: {INSTEAD}")
-    if kind == "llama" and architecture.name not in GEMMA and not fields.get("tokenizer.ggml.add_space_prefix", True):
-        raise UserError(
-            f"the GGUF file has a SentencePiece tokenizer without a space before the text, which can't be rebuilt here: {INSTEAD}"
-        )
+    _refuse_unbuildable(fields, architecture)
     if architecture.name in GEMMA:
         # The file spells tokens of two or more spaces with spaces; in the text that is merged they are ▁▁.
         spelled = ["▁" * len(token) if not token.strip(" ") else token for token in fields["tokenizer.ggml.tokens"]]
         fields = {**fields, "tokenizer.ggml.tokens": spelled}
     tokens = fields["tokenizer.ggml.tokens"]
-    for key in SPECIAL.values():
-        if (at := fields.get(f"tokenizer.ggml.{key}_token_id", 0)) >= len(tokens):
-            raise UserError(f"the GGUF file names token {at} as its {key} token, but has {len(tokens)} tokens: {INSTEAD}")
-    for name in ("token_type", "scores"):
-        if len(values := fields.get(f"tokenizer.ggml.{name}") or tokens) != len(tokens):
-            raise UserError(
-                f"the GGUF file has {len(values)} entries in tokenizer.ggml.{name} for {len(tokens)} tokens: {INSTEAD}"
-            )
     special = {
         name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in SPECIAL.items()
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
-    if kind == "llama" and not fields.get("tokenizer.ggml.merges") and "tokenizer.ggml.scores" not in fields:
-        raise UserError(f"the GGUF file has neither merges nor scores of its tokens: {INSTEAD}")
     try:
         if kind == "gpt2":
             tokenizer = _byte_level(fields, fields["tokenizer.ggml.pre"])
@@ -117,6 +98,32 @@ def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> di
     if template := fields.get("tokenizer.chat_template"):
         files["chat_template.jinja"] = template.encode()
     return files
+
+
+def _refuse_unbuildable(fields: Mapping[str, Any], architecture: Architecture) -> None:
+    """Raises UserError, as :func:`tokenizer_files`, for what the metadata lacks or says of a tokenizer that can't be rebuilt."""
+    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind not in ("gpt2", "llama") or "tokenizer.ggml.tokens" not in fields:
+        raise UserError(
+            f"the GGUF file has the tokenizer {kind!r}; expected gpt2 (byte-level BPE) or llama (SentencePiece): {INSTEAD}"
+        )
+    if kind == "gpt2" and split not in (*SPLITS, *DIGITS, *GPT2):
+        raise UserError(f"the GGUF file splits text by the rule {split!r}, which is not known here: {INSTEAD}")
+    if kind == "llama" and architecture.name not in GEMMA and not fields.get("tokenizer.ggml.add_space_prefix", True):
+        raise UserError(
+            f"the GGUF file has a SentencePiece tokenizer without a space before the text, which can't be rebuilt here: {INSTEAD}"
+        )
+    tokens = fields["tokenizer.ggml.tokens"]
+    for key in SPECIAL.values():
+        if (at := fields.get(f"tokenizer.ggml.{key}_token_id", 0)) >= len(tokens):
+            raise UserError(f"the GGUF file names token {at} as its {key} token, but has {len(tokens)} tokens: {INSTEAD}")
+    for name in ("token_type", "scores"):
+        if len(values := fields.get(f"tokenizer.ggml.{name}") or tokens) != len(tokens):
+            raise UserError(
+                f"the GGUF file has {len(values)} entries in tokenizer.ggml.{name} for {len(tokens)} tokens: {INSTEAD}"
+            )
+    if kind == "llama" and not fields.get("tokenizer.ggml.merges") and "tokenizer.ggml.scores" not in fields:
+        raise UserError(f"the GGUF file has neither merges nor scores of its tokens: {INSTEAD}")
 
 
 def _byte_level(fields: Mapping[str, Any], split: str) -> Tokenizer:

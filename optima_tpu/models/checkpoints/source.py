@@ -202,20 +202,7 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     if dtype is not None and record.get(key) != dtype:
         record[key] = dtype
         config = json.dumps(record, indent=2).encode() + b"\n"
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_bytes(config)
-        try:
-            parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
-            if record.get("auto_map"):
-                raise UserError(
-                    f"{where}: config.json asks for code of the model's own (auto_map), which is never run: give a model that "
-                    "transformers has without such code"
-                ) from error
-            raise UserError(
-                f"{where}: config.json is not a model configuration that transformers can read "
-                f"({one_line(error).replace(folder, where)})"
-            ) from error
+    parsed = _parsed(config, record, where)
     if not record.get("architectures"):
         raise UserError(f'{where}: config.json names no model under "architectures": add it, e.g. ["LlamaForCausalLM"]')
     if record.get("quantization_config"):
@@ -230,6 +217,25 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     if getattr(text, "rope_parameters", None):  # without any it would warn
         text.standardize_rope_params()
     return parsed, config
+
+
+def _parsed(config: bytes, record: Mapping[str, Any], where: str) -> PretrainedConfig:
+    """As transformers reads config.json, of which ``record`` is the contents. Raises UserError if it cannot."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(config)
+        try:
+            parsed: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return parsed
+        except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
+            if record.get("auto_map"):
+                raise UserError(
+                    f"{where}: config.json asks for code of the model's own (auto_map), which is never run: give a model that "
+                    "transformers has without such code"
+                ) from error
+            raise UserError(
+                f"{where}: config.json is not a model configuration that transformers can read "
+                f"({one_line(error).replace(folder, where)})"
+            ) from error
 
 
 def _stated(record: Mapping[str, Any]) -> dict[str, Any]:
