@@ -58,7 +58,7 @@ class ForwardPasses(NamedTuple):
 
 def writing_seconds(model: DeclaredModel, config: RunConfig, machine: Machine, at_once: int) -> float:
     """Seconds in which the dense model writes its windows, ``at_once`` of them together: every token of them reads all weights."""
-    windows, stored = written_windows(config), model.all_blocks_bytes() + model.end_bytes()
+    windows, stored = written_windows(config), model.bytes
     flops = 2.0 * stored / model.dtype.itemsize * at_once / machine.mesh.size
     token = Work(**{"wide" if model.dtype.itemsize == 4 else "narrow": flops}, traffic=stored / machine.mesh.shape[MODEL])
     return -(-windows // at_once) * (config.calibration.window_length - 1) * token.seconds(machine)
@@ -113,43 +113,66 @@ class Storage(NamedTuple):
 def storage(
     model: DeclaredModel,
     config: RunConfig,
-    hosts: int,
+    machine: Machine,
     patterns: Mapping[str, Pattern],
     kept: float = 0.0,
     calibrates: bool = True,
-    on_cpu: bool = False,
 ) -> Storage:
     """Host memory and disk of a run.
 
     Args:
-      hosts: number of hosts that share the hidden states.
       patterns: the pattern of every pruned matrix, by its whole path.
       kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
       calibrates: whether the calibration text passes through the blocks; it does not where they are pruned already, or stay dense.
-      on_cpu: whether the devices use the memory of the host. Then it holds the head three times, in a file, as read and on a device, and
-        the logits.
     """
-    decoder, text = model.decoder, config.calibration
-    itemsize = model.itemsize(next(iter(decoder.end_shapes)))
-    state = text.window_length * decoder.config.d_model * itemsize  # of one window
-    hidden = calibrates * (text.fitted + text.held_out) * state * config.recipe.target.streams
-    block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
-    whole, ends = model.all_blocks_bytes(), model.end_bytes()
-    shapes = {path: shape for path, _, shape in linear_shapes(decoder) if path in patterns}
-    pruned = sum(map(math.prod, shapes.values()))  # each of these weights has an entry in a mask
+    text, quantizer = config.calibration, config.recipe.quantize
+    hidden = calibrates * (text.fitted + text.held_out) * text.window_length * model.state_bytes * config.recipe.target.streams
+    shapes = {path: shape for path, _, shape in linear_shapes(model.decoder) if path in patterns}
+    masks = sum(map(math.prod, shapes.values()))  # an entry for each of these weights
+    scales = masks * model.end_itemsize // (quantizer.group or model.decoder.config.d_model) if quantizer else 0
     zeros = sum(patterns[path].pruned_count(shape) for path, shape in shapes.items())
-    scales = pruned * itemsize // (config.recipe.quantize.group or decoder.config.d_model) if config.recipe.quantize else 0
-    saved = whole - round(zeros * itemsize * _COMPRESSED) + round(pruned * _MASK) + scales
+    saved = model.all_blocks_bytes() - round(zeros * model.end_itemsize * _COMPRESSED) + round(masks * _MASK) + scales
+    disk = {"journal": saved, "hidden states": 2 * hidden, "checkpoint": model.end_bytes()}
+    if config.export:
+        served = model.narrow(config.recipe)
+        masked = sum(
+            math.prod(shape)
+            for path, shape in shapes.items()
+            if served is model or not isinstance(patterns[path], WholeParts)  # what is cut needs no mask
+        )
+        disk["export for transformers"] = served.bytes + masked // 8
+    if config.distill:
+        one = _saved_bytes(model, config.distill)
+        # While a state is written, the one before is there; at the end one state and all trained blocks.
+        disk |= {"trained blocks": saved, _STATES: max(2 * one - saved, one)}
+    return Storage(hidden, _host_memory(model, config, machine, hidden, masks + scales, kept), disk)
+
+
+def _host_memory(
+    model: DeclaredModel, config: RunConfig, machine: Machine, hidden: int, beside: int, kept: float
+) -> dict[str, int]:
+    """Bytes of the memory of one host, by use.
+
+    Args:
+      hidden, kept: as in :func:`storage`; the hosts share the hidden states.
+      beside: of masks and scales that are saved with all blocks.
+    """
+    decoder, text, hosts, on_cpu = model.decoder, config.calibration, machine.hosts, machine.platform == "cpu"
+    block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
-    share = -(-hidden // hosts)
-    measured = decoder.batch * stretch_of(decoder.batch, decoder.config.vocab) * decoder.config.vocab  # logits at once
-    head = on_cpu * (3 * table + 4 * measured)
+    share, state = -(-hidden // hosts), text.window_length * model.state_bytes
+    # Devices that use the memory of the host hold the head three times, in a file, as read and on a device, and the logits at once.
+    logits = decoder.batch * stretch_of(decoder.batch, decoder.config.vocab) * decoder.config.vocab
+    head = on_cpu * (3 * table + 4 * logits)
     # A save to the journal makes one more copy; embedding the tokens needs the whole table.
     host = {
         "the program": _PROGRAM,
         "hidden states": share,
         f"being saved, or the embedding{' or the head' * on_cpu}": max(
-            share + block + (pruned + scales) * block // whole, table + table // itemsize, ends // hosts, head
+            share + block + beside * block // model.all_blocks_bytes(),
+            table + table // model.end_itemsize,
+            model.end_bytes() // hosts,
+            head,
         ),
     }
     if kept:
@@ -163,21 +186,8 @@ def storage(
         batch, _, at_once = TrainingParts.of(config.distill, config.distill.windows, state)
         waiting = 2 * (at_once * batch + text.held_out) * state
         host["text of the training"] = -(-waiting // hosts)
-        host["weights of the best check"] = -(-_moving(model, config.distill) * itemsize // hosts)
-    disk = {"journal": saved, "hidden states": 2 * hidden, "checkpoint": ends}
-    if config.export:
-        served = model.narrow(config.recipe)
-        masked = sum(
-            math.prod(shape)
-            for path, shape in shapes.items()
-            if served is model or not isinstance(patterns[path], WholeParts)  # what is cut needs no mask
-        )
-        disk["export for transformers"] = served.all_blocks_bytes() + served.end_bytes() + masked // 8
-    if config.distill:
-        one = _saved_bytes(model, config.distill)
-        # While a state is written, the one before is there; at the end one state and all trained blocks.
-        disk |= {"trained blocks": saved, _STATES: max(2 * one - saved, one)}
-    return Storage(hidden, host, disk)
+        host["weights of the best check"] = -(-_moving(model, config.distill) * model.end_itemsize // hosts)
+    return host
 
 
 def _moving(model: DeclaredModel, method: Distillation) -> int:
@@ -191,7 +201,7 @@ def _moving(model: DeclaredModel, method: Distillation) -> int:
 
 def _saved_bytes(model: DeclaredModel, method: Distillation) -> int:
     """Bytes of a saved state of a training: of what moves, weights and two moments in float32, and the best weights."""
-    return (12 + model.itemsize(next(iter(model.decoder.end_shapes)))) * _moving(model, method)
+    return (12 + model.end_itemsize) * _moving(model, method)
 
 
 def evaluation_tokens(config: RunConfig) -> int:
@@ -287,7 +297,7 @@ class RunTime(NamedTuple):
             passes.append(TextPass(_CHOOSING, tried / self._blocks * held_out, scored, dense=choices + 1 / 2))
             passes.append(TextPass(_CHOOSING, (streams - 1) * choices * self._calibrated / self._blocks, moves=False))
         if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
-            parts, windows = _dense_passes(method, self._state * text.window_length)
+            parts, windows = _dense_passes(method, self.model.state_bytes * text.window_length)
             passes.append(TextPass(_BESIDE, deeper * (windows + text.held_out) * text.window_length, dense=parts))
         if method:  # the perplexity text measures the pruned model before it is trained, too
             checked = (len(method.check_steps()) + 1 + method.trials) * held_out
@@ -300,14 +310,9 @@ class RunTime(NamedTuple):
         return self.model.decoder.config.blocks
 
     @property
-    def _state(self) -> int:
-        """Bytes of the hidden state of a token."""
-        return self.model.decoder.config.d_model * self.model.itemsize(next(iter(self.model.decoder.end_shapes)))
-
-    @property
     def _calibrated(self) -> float:
         """Tokens that pass through the blocks to calibrate them."""
-        return self.stored.hidden / self.config.recipe.target.streams / self._state
+        return self.stored.hidden / self.config.recipe.target.streams / self.model.state_bytes
 
     def _seconds(self, window: Work, tokens: float) -> float:
         """Seconds of so many tokens, by the work of a window."""
@@ -319,10 +324,10 @@ class RunTime(NamedTuple):
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
         states = 0 if self.stored.resident else forward.passes + 1 + 1 / self.config.recipe.target.streams + forward.moved
-        moved = states * self.stored.hidden + 2 * self._state * sum(each.tokens for each in passes if each.moves)
+        moved = states * self.stored.hidden + 2 * self.model.state_bytes * sum(each.tokens for each in passes if each.moves)
         # The pruned model is read for its perplexity, the walk, the checkpoint.
-        own, whole = (each.all_blocks_bytes() + each.end_bytes() for each in (self.model, self.dense))
-        return self._blocks * moved, (3 if self._calibrated else 2) * own + sum(each.dense for each in passes) * whole
+        own = (3 if self._calibrated else 2) * self.model.bytes
+        return self._blocks * moved, own + sum(each.dense for each in passes) * self.dense.bytes
 
     def _written(self, walk: Mapping[str, float], training: float) -> float:
         """Bytes that are written: what is left at the end, hidden states that a resume would need, and states of the training.
@@ -334,7 +339,7 @@ class RunTime(NamedTuple):
         config, stored, blocks = self.config, self.stored, self._blocks
         # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
         streams = config.recipe.target.streams
-        moved = 0 if stored.resident else streams * blocks * 2 * self._calibrated * self._state
+        moved = 0 if stored.resident else streams * blocks * 2 * self._calibrated * self.model.state_bytes
         passes = moved / (TRANSFER * self.machine.hosts) + walk["pruned blocks forward"]
         passes += walk["calibration"] if streams > 1 else 0
         saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1

@@ -157,10 +157,26 @@ class DeclaredModel(NamedTuple):
         """Size of the weights outside the blocks."""
         return sum(math.prod(shape) * self.itemsize(name) for name, shape in self.decoder.end_shapes.items())
 
+    @property
+    def bytes(self) -> int:
+        """Size of all weights."""
+        return self.all_blocks_bytes() + self.end_bytes()
+
+    @property
+    def end_itemsize(self) -> int:
+        """Bytes of one value of the first tensor outside the blocks, as of hidden states and of what a run writes."""
+        return self.itemsize(next(iter(self.decoder.end_shapes)))
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the hidden state of a token."""
+        return self.decoder.config.d_model * self.end_itemsize
+
     def serving(self, length: int) -> "Serving":
         """What a program that runs the model holds for one window of so many tokens."""
-        weights = self.all_blocks_bytes() + self.end_bytes()
-        return Serving(weights, cache_bytes(self.decoder, length), weights - self.decoder.idle_weights * self.dtype.itemsize)
+        return Serving(
+            self.bytes, cache_bytes(self.decoder, length), self.bytes - self.decoder.idle_weights * self.dtype.itemsize
+        )
 
     def itemsize(self, name: str) -> int:
         """Bytes of one value of a tensor."""

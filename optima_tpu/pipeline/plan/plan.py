@@ -64,8 +64,7 @@ class Plan:
     @property
     def written(self) -> float:
         """Bytes that the run writes, in multiples of the model's own."""
-        model = self.model.all_blocks_bytes() + self.model.end_bytes()
-        return self.seconds["writing"] * estimate.WRITING / model
+        return self.seconds["writing"] * estimate.WRITING / self.model.bytes
 
     @property
     def too_large(self) -> tuple[Program, ...]:
@@ -189,9 +188,7 @@ def make_plan(
     ahead = side_by_side([seconds for pruning, seconds in took if pruning], os.cpu_count() if machine.here else None)
     compiling = ahead + sum(seconds for pruning, seconds in took if not pruning)
     forward = _forward_passes(model, machine, config, walk.kinds)
-    stored = estimate.storage(
-        model, config, machine.hosts, patterns, forward.kept, bool(patterns) and not recovering, machine.platform == "cpu"
-    )
+    stored = estimate.storage(model, config, machine, patterns, forward.kept, bool(patterns) and not recovering)
     beside = Beside.of(dense, cut, config, machine, budget) if cut else Beside()
     solved = {"solved experts": beside.solved} if beside.solved else {}
     stored = stored._replace(resident=walk.states > 0, disk=stored.disk | solved)
