@@ -67,6 +67,11 @@ class Plan:
         return self.seconds["writing"] * estimate.WRITING / self.model.bytes
 
     @property
+    def largest(self) -> Program:
+        """The program that needs most memory, of a plan that has one."""
+        return max(self.programs, key=lambda program: program.memory)
+
+    @property
     def too_large(self) -> tuple[Program, ...]:
         """Programs that do not fit into the memory of a device."""
         return tuple(program for program in self.programs if program.refused or program.memory > self.machine.chip.memory)

@@ -91,55 +91,74 @@ _LEAVING = 0.75
 
 def summary(plan: Plan) -> list[str]:
     """What fits, and what the run needs of its hosts. A run that would be refused does not fit, whatever its programs need."""
-    chip, stored, machine = plan.machine.chip, plan.storage, plan.machine
-    worst = max(plan.programs, key=lambda program: program.memory, default=None)
-    lines = []
-    if worst is None:
-        lines = [f"nothing is pruned: the settings leave every layer of {plan.model.origin} dense"]
-    elif not plan.refused:
-        closely = worst.memory > _LEAVING * chip.memory
-        lines = [
-            f"{'fits closely' if closely else 'fits':<13}every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, "
-            f"{'compiled' if machine.compiles else 'counted'}, in {worst.name}"
-        ]
-        if closely:
-            lines.append("             a run's programs can be larger than a plan's: to be sure, leave a quarter free")
+    stored = plan.storage
+    return [
+        *_fits(plan),
+        _rows(plan),
+        *_host(plan),
+        f"disk         at most {_sum(stored.disk)}",
+        f"             {_gib(stored.left)} GiB at the end; in all it writes {plan.written:.2f} times the model's own bytes",
+        *_served(plan),
+    ]
+
+
+def _fits(plan: Plan) -> list[str]:
+    chip = plan.machine.chip
+    if not plan.programs:
+        return [f"nothing is pruned: the settings leave every layer of {plan.model.origin} dense"]
     if plan.too_large:
-        lines = [
-            f"does not fit {program.name}: " + (program.refused or f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
-            for program in plan.too_large
+        return [
+            *(
+                f"does not fit {program.name}: "
+                + (program.refused or f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
+                for program in plan.too_large
+            ),
+            f"             {_advice(plan)}",
         ]
-        lines.append(f"             {_advice(plan)}")
+    if plan.refused:
+        return []
+    worst = plan.largest
+    closely = worst.memory > _LEAVING * chip.memory
+    return [
+        f"{'fits closely' if closely else 'fits':<13}every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, "
+        f"{'compiled' if plan.machine.compiles else 'counted'}, in {worst.name}",
+        *["             a run's programs can be larger than a plan's: to be sure, leave a quarter free"] * closely,
+    ]
+
+
+def _rows(plan: Plan) -> str:
+    solved = [(program.name, program.layout) for program in plan.programs if program.layout]
     parts = [
-        f"{program.layout.rows or 'all'} of {program.name}" + ", Hessian split over model" * program.layout.split
-        for program in plan.programs
-        if program.layout and (program.layout.rows or program.layout.split)
+        f"{layout.rows or 'all'} of {name}" + ", Hessian split over model" * layout.split
+        for name, layout in solved
+        if layout.rows or layout.split
     ]
     rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
-    rows = f"{rows} at once; " if any(program.layout for program in plan.programs) else ""
-    lines.append(f"row batch    {rows}{plural(plan.batch, 'window')} a device in a step of the forward pass")
-    hosts = "on each host: " if machine.hosts > 1 else ""
-    lines.append(f"host memory  {hosts}{_sum(stored.host)}")
-    if machine.platform == "cpu" and worst:
-        taken, there = sum(stored.host.values()) + worst.memory * machine.mesh.size, chip.memory * machine.mesh.size
-        lines.append(f"             a CPU's programs are in the same memory: in all about {_gib(taken)} of {_gib(there)} GiB")
-    lines.append(f"disk         at most {_sum(stored.disk)}")
-    lines.append(
-        f"             {_gib(stored.left)} GiB at the end; in all it writes {plan.written:.2f} times the model's own bytes"
-    )
-    if plan.serving:
-        dense, cut = plan.serving
-        read = (
-            "which each written token reads"
-            if cut.active == cut.weights
-            else f"a token passes through {_gib(cut.active)} of them"
-        )
-        lines.append(f"cut model    {_gib(cut.weights)} GiB of weights instead of {_gib(dense.weights)}, {read};")
-        cache = f"{_gib(cut.cache)} GiB instead of {_gib(dense.cache)}"
-        if cut.cache == dense.cache:
-            cache = f"{_gib(cut.cache)} GiB, as before,"
-        lines.append(f"             {cache} of keys and values for a window as long as those of the text")
+    return f"row batch    {f'{rows} at once; ' if solved else ''}{plural(plan.batch, 'window')} a device in a step of the forward pass"
+
+
+def _host(plan: Plan) -> list[str]:
+    machine, host = plan.machine, plan.storage.host
+    lines = [f"host memory  {'on each host: ' if machine.hosts > 1 else ''}{_sum(host)}"]
+    if machine.platform == "cpu" and plan.programs:
+        taken, whole = sum(host.values()) + plan.largest.memory * machine.mesh.size, machine.chip.memory * machine.mesh.size
+        lines.append(f"             a CPU's programs are in the same memory: in all about {_gib(taken)} of {_gib(whole)} GiB")
     return lines
+
+
+def _served(plan: Plan) -> list[str]:
+    if plan.serving is None:
+        return []
+    dense, cut = plan.serving
+    every = cut.active == cut.weights
+    read = "which each written token reads" if every else f"a token passes through {_gib(cut.active)} of them"
+    cache = f"{_gib(cut.cache)} GiB instead of {_gib(dense.cache)}"
+    if cut.cache == dense.cache:
+        cache = f"{_gib(cut.cache)} GiB, as before,"
+    return [
+        f"cut model    {_gib(cut.weights)} GiB of weights instead of {_gib(dense.weights)}, {read};",
+        f"             {cache} of keys and values for a window as long as those of the text",
+    ]
 
 
 def _advice(plan: Plan) -> str:
