@@ -242,7 +242,7 @@ class _Block:
         residuals = aimed_residuals(self.decoder, self.recipe)
         d_in = shapes[names[0] + ".weight"][1]
         rows = self.recipe.target.streams * d_in + sum(shapes[name + ".weight"][0] for name in names if name in residuals)
-        return 2 * 4 * rows * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
+        return 2 * 4 * rows * on_model_axis(mesh, d_in)
 
     def _layout(self, names: tuple[str, ...], together: float) -> RowLayout:
         """The layout of a group in a pass whose statistics take ``together`` bytes."""
@@ -334,15 +334,25 @@ def _states_on_devices(decoder: Decoder, recipe: Recipe, windows: tuple[int, int
 
     So they do on CPU devices, whose memory is that of the host, and where they would take more than a quarter of the budget.
     """
-    count, length = windows
     widths = [decoder.config.d_model]
     if recipe.recapture:
         widths.append(max(decoder.at(kind).input_width(decoder.at(kind).attended) for kind in decoder.config.kinds))
-    dtype, model = decoder.tensors.dtype(decoder.root + decoder.family.embedding), decoder.mesh.shape[MODEL]
-    places = -(-count // decoder.mesh.shape[DATA]) + decoder.batch
-    columns = sum(width // model if width % model == 0 else width for width in widths)
-    size = recipe.target.streams * places * length * columns * dtype.itemsize
-    return 0 if on_cpu(decoder.mesh) or size > _STATES_SHARE * budget else size
+    dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
+    token = recipe.target.streams * sum(on_model_axis(decoder.mesh, width) for width in widths) * dtype.itemsize
+    return 0 if on_cpu(decoder.mesh) else _of_windows(decoder, windows, budget, token)
+
+
+def _of_windows(decoder: Decoder, windows: tuple[int, int], budget: float, token: float) -> int:
+    """The bytes of a device for ``token`` of each token of all windows; 0 where they would take more than a quarter of the budget."""
+    count, length = windows
+    size = round((-(-count // decoder.mesh.shape[DATA]) + decoder.batch) * length * token)
+    return 0 if size > _STATES_SHARE * budget else size
+
+
+def on_model_axis(mesh: Mesh | AbstractMesh, width: int) -> int:
+    """The part of an axis of an array that each device holds where it is split over the model axis, if that divides it."""
+    model = mesh.shape[MODEL]
+    return width // model if width % model == 0 else width
 
 
 def kept_of_mixture(decoder: Decoder, down: str, windows: tuple[int, int], budget: float) -> int:
@@ -355,19 +365,16 @@ def kept_of_mixture(decoder: Decoder, down: str, windows: tuple[int, int], budge
       down: the name of the experts' down, with ``*`` for their number.
       windows: their number and their length.
     """
-    (count, length), model = windows, decoder.mesh.shape[MODEL]
     item = decoder.tensors.dtype(decoder.root + decoder.family.embedding).itemsize
 
     def of_token(alike: Decoder) -> float:
         read = (alike.config.reach(name) * alike.input_width(name) for name in alike.linears if kind_name(name) == down)
         d_model, attended = (
-            width // model if width % model == 0 else width for width in (alike.config.d_model, alike.input_width(alike.attended))
+            on_model_axis(alike.mesh, width) for width in (alike.config.d_model, alike.input_width(alike.attended))
         )
         return item * (d_model + attended + sum(read)) + 4 * d_model
 
-    places = -(-count // decoder.mesh.shape[DATA]) + decoder.batch
-    size = round(places * length * max(of_token(decoder.at(kind)) for kind in decoder.config.kinds))
-    return 0 if size > _STATES_SHARE * budget else size
+    return _of_windows(decoder, windows, budget, max(of_token(decoder.at(kind)) for kind in decoder.config.kinds))
 
 
 def described(found: Sequence[Pass], ordinary: int = 1) -> str:

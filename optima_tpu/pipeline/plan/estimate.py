@@ -16,6 +16,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE
 from optima_tpu.pipeline.distill.windows import TrainingParts
 from optima_tpu.pipeline.inputs import linear_shapes
+from optima_tpu.pipeline.memory_plan import on_model_axis
 from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import REMOVING
@@ -64,16 +65,10 @@ def writing_seconds(model: DeclaredModel, config: RunConfig, machine: Machine, a
     return -(-windows // at_once) * (config.calibration.window_length - 1) * token.seconds(machine)
 
 
-def _columns(model: DeclaredModel, size: int) -> int:
-    """The number of parts that the columns of a Hessian are split into."""
-    axis = model.decoder.mesh.shape[MODEL]
-    return axis if size % axis == 0 else 1
-
-
 def calibration_memory(model: DeclaredModel, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
     """Bytes of a step of ``calibrate.accumulate`` on a device: a forward pass, and the sums twice."""
     sizes = [model.decoder.input_width(name) for name, *_ in groups]
-    sums = sum(4 * size * size // _columns(model, size) for size in sizes)
+    sums = sum(4 * size * on_model_axis(model.decoder.mesh, size) for size in sizes)
     return forward_memory(model, groups, length, batch, streams) + streams * 2 * sums
 
 
