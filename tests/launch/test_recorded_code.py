@@ -67,7 +67,7 @@ COMMANDS = [
     (["evaluate", "packed", "--perplexity", "random", "--windows", "2", "--length", "32"], 0),
     (["evaluate", "stopped"], 2),
     (["recover", "run", *RECOVER, "--output", "recovered"], 0),
-    (["recover", "run/hf", *RECOVER, "--output", "recovered-hf"], 0),
+    pytest.param(["recover", "run/hf", *RECOVER, "--output", "recovered-hf"], 0, marks=pytest.mark.slow),
     (["recover", "stopped", *RECOVER], 2),
     (["prune", "model", "--preset", "fast", *SMALL, "--output", "run"], 2),
     (["prune", "model", "--preset", "fast", *SMALL, "--output", "stopped"], 2),

@@ -575,7 +575,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     assert [word for word in words if word not in error] == []
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12])
+@pytest.mark.parametrize("rows", [1, 4, 12, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 3, 7))])
 @pytest.mark.parametrize(
     ("low", "high", "log"), [(0.0, 1.0, False), (0.009, 0.03, True), (0.011, 0.019, True), (0.0098, 0.3, True), (1e-9, 1.0, True)]
 )

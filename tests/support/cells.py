@@ -13,8 +13,11 @@ STAY: Mapping[str, frozenset[str]] = MappingProxyType(
         "test_transformers_computes_the_same_of_the_exported_model": frozenset(
             ["MixtralForCausalLM-1x1", "GptOssForCausalLM-4x2", "DeepseekV3ForCausalLM-2x2", "Llama4ForCausalLM-2x4"]
         ),
-        # Single layers, and stacked experts; the half models of the other families are loaded without a run.
-        "test_a_pruned_model_loads_in_transformers": frozenset(["LlamaForCausalLM", "GptOssForCausalLM"]),
+        # Stacked experts; a Llama's run is in test_launch.py, the half models of the other families are loaded without a run.
+        "test_a_pruned_model_loads_in_transformers": frozenset(["GptOssForCausalLM"]),
+        # The harder one: rows over devices that split their columns; another target.
+        "test_the_residual_streams_drift_is_aimed_at_too": frozenset(["split"]),
+        "test_no_row_is_worse_than_its_nearest_integers_and_none_beats_its_optimum": frozenset(["other"]),
         "test_logits_with_a_cache_are_those_of_one_pass": frozenset(
             f"{name}ForCausalLM" for name in ("Llama", "Gemma3", "Gemma4", "OPT", "Qwen3Next", "DeepseekV3", "GptOss", "Llama4")
         ),
