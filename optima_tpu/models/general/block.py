@@ -63,67 +63,51 @@ class TorchParameters(nnx.Module):
         return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))}
 
 
-@dataclasses.dataclass(frozen=True)
-class Traced:
-    """The computation of a block of a shell.
+def windows(
+    shell: Shell,
+    index: int,
+    mesh: Mesh | None,
+    parameters: Mapping[str, Array],
+    arguments: tuple[Sequence[Array], Mapping[str, Array]],
+    shared: dict[str, str],
+    x: Array,
+    known: Mapping[str, Array],
+) -> tuple[Array, dict[str, Any]]:
+    """A block of a shell, of windows [batch, length, d_model]: its output, and the inputs of its layers.
 
-    Attributes:
+    An input is [batch, length, d_in], or :class:`~optima_tpu.models.experts.Routed`.
+
+    Args:
       mesh: the mesh that the block runs on; None for one device.
+      parameters: by their names in a checkpoint.
+      arguments: the other tensors that the model gives to the block for one window, and the block's buffers.
+      shared: gets for every layer, in their order, the first one that reads the same array. That one's name has the input.
+      known: inputs of layers, which are read instead of those that are computed.
     """
-
-    shell: Shell
-    index: int
-    mesh: Mesh | None = None
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self.shell.blocks[self.index]
-
-    def windows(
-        self,
-        parameters: Mapping[str, Array],
-        arguments: tuple[Sequence[Array], Mapping[str, Array]],
-        shared: dict[str, str],
-        x: Array,
-        known: Mapping[str, Array],
-    ) -> tuple[Array, dict[str, Any]]:
-        """The block of windows [batch, length, d_model]: its output, and the inputs of its layers.
-
-        An input is [batch, length, d_in], or :class:`~optima_tpu.models.experts.Routed`.
-
-        Args:
-          parameters: by their names in a checkpoint.
-          arguments: the other tensors that the model gives to the block for one window, and the block's buffers.
-          shared: gets for every layer, in their order, the first one that reads the same array. That one's name has the input.
-          known: inputs of layers, which are read instead of those that are computed.
-        """
-
-        program = _program(self, frozenset(self.shell.dense[self.index]))
-        output, inputs = program(parameters, arguments, x, known)
-        shared.update(program.shared[frozenset(known)])
-        return output, inputs
+    program = _program(shell, index, mesh, frozenset(shell.dense[index]))
+    output, inputs = program.run(parameters, arguments, x, known)
+    shared.update(program.shared[frozenset(known)])
+    return output, inputs
 
 
 class _Program:
     """The computation of a block, whose trace is a part of every program that has the block: torch's code is slow to trace.
 
     Attributes:
-      shared: by the names of the known inputs, the ``shared`` of ``Traced.windows``.
+      run: the parameters, arguments, windows and known inputs of :func:`windows` -> what it returns.
+      shared: by the names of the known inputs, the ``shared`` of :func:`windows`.
     """
 
-    def __init__(self, traced: Traced):
-        self.traced, self.shared = traced, dict[frozenset[str], dict[str, str]]()
-        self._windows = jax.jit(self._trace, inline=True)
-
-    def __call__(self, *given: Any) -> tuple[Array, dict[str, Any]]:
-        windows: tuple[Array, dict[str, Any]] = self._windows(*given)
-        return windows
+    def __init__(self, shell: Shell, index: int, mesh: Mesh | None):
+        self.shell, self.index, self.mesh, self.module = shell, index, mesh, shell.blocks[index]
+        self.shared = dict[frozenset[str], dict[str, str]]()
+        self.run = jax.jit(self._trace, inline=True)
 
     def _trace(self, parameters: Any, arguments: Any, x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Any]]:
         shared: dict[str, str] = {}
 
         def window(x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Array], dict[str, Routed]]:
-            run = _Pass(self.traced, parameters, shared, known)
+            run = _Pass(self, parameters, shared, known)
             output = run.output(arguments, x)
             return output, {name: array.reshape(x.shape[0], -1) for name, array in run.inputs.items()}, run.routed
 
@@ -133,27 +117,27 @@ class _Program:
 
 
 @functools.lru_cache(32)
-def _program(traced: Traced, dense: frozenset[str]) -> _Program:
+def _program(shell: Shell, index: int, mesh: Mesh | None, dense: frozenset[str]) -> _Program:
     """The program of a block in which these layers are found to run more than once."""
-    return _Program(traced)
+    return _Program(shell, index, mesh)
 
 
 class _Pass:
-    """One pass of a window [length, d_model] through a block; its arguments as in ``Traced.windows``.
+    """One pass of a window [length, d_model] through a block; its arguments as in :func:`windows`.
 
     Attributes:
       inputs: what its layers read.
       routed: what its experts read, of all windows.
     """
 
-    def __init__(self, traced: Traced, parameters: Mapping[str, Array], shared: dict[str, str], known: Mapping[str, Array]):
-        self.traced, self.parameters, self.shared, self.known = traced, parameters, shared, known
+    def __init__(self, program: _Program, parameters: Mapping[str, Array], shared: dict[str, str], known: Mapping[str, Array]):
+        self.program, self.parameters, self.shared, self.known = program, parameters, shared, known
         self.inputs, self.routed = dict[str, Array](), dict[str, Routed]()
 
     def output(self, arguments: tuple[Sequence[Array], Mapping[str, Array]], x: Array) -> Array:
         """The output of the block."""
-        (tensors, buffers), shell, index = arguments, self.traced.shell, self.traced.index
-        call, follows, mixtures = shell.catch(x.shape[0])[index], shell.follows[index], experts_of(self.traced.module)
+        (tensors, buffers), shell, index = arguments, self.program.shell, self.program.index
+        call, follows, mixtures = shell.catch(x.shape[0])[index], shell.follows[index], experts_of(self.program.module)
         cast = (_cast(array, x.dtype) if follow else array for array, follow in zip(tensors, follows, strict=True))
         held = {
             name: kept.joined(self.parameters)
@@ -162,19 +146,19 @@ class _Pass:
         }
         with on_jax(), contextlib.ExitStack() as stack:
             for path, names in shell.linears(index).items():
-                layer = self.traced.module.get_submodule(path)
+                layer = self.program.module.get_submodule(path)
                 stack.enter_context(replaced(layer, functools.partial(self._linear, path, names, layer)))
             for path, mixture in mixtures.items():
                 stack.enter_context(replaced(mixture, functools.partial(self._experts, path, mixture, x.shape[0])))
             args, kwargs = call.arguments(interop.torch_view(x[None]), tuple(map(interop.torch_view, cast)))
-            output = torch.func.functional_call(self.traced.module, interop.torch_view({**held, **buffers}), args, kwargs)
+            output = torch.func.functional_call(self.program.module, interop.torch_view({**held, **buffers}), args, kwargs)
             output = interop.jax_view(output if isinstance(output, torch.Tensor) else output[0])
         return output.reshape(x.shape)
 
     def _linear(self, path: str, names: tuple[str, ...], layer: Any, input: torch.Tensor) -> torch.Tensor:
         array = interop.jax_view(input)
         if names[0] in self.shared:
-            self.traced.shell.dense[self.traced.index].add(path)
+            self.program.shell.dense[self.program.index].add(path)
         if names[0] in self.known:
             array = self.known[names[0]].reshape(array.shape)
         first = next((first for first in self.inputs if self.inputs[first] is array), names[0])
@@ -189,18 +173,18 @@ class _Pass:
         self, path: str, module: Any, length: int, hidden_states: torch.Tensor, top_k_index: Any, top_k_weights: Any
     ) -> torch.Tensor:
         """What a module of experts computes, of all windows at once: so their tokens are sorted together."""
-        shell, size = self.traced.shell, hidden_states.shape[-1]
+        shell, size = self.program.shell, hidden_states.shape[-1]
         x, chosen, shares = map(interop.jax_view, (hidden_states, top_k_index, top_k_weights))
         x, experts = x.reshape(-1, size), int(module.num_experts)
         if len(x) != length or module.has_post_expert_norm:
             raise shell.refusal(f"its {path} compute other rows than tokens, or normalise them")
         shares = jnp.where(chosen < experts, shares, 0)  # a token may be sent to nobody
         x, chosen, shares = (jax.lax.all_gather(array, _WINDOWS) for array in (x, chosen.astype(jnp.int32), shares))
-        layers = expert_layers(shell, self.traced.index, path)
+        layers = expert_layers(shell, self.program.index, path)
         weights = [self._stacked(f"{name}.weight", experts) for name in layers]
         biases = [self._stacked(f"{name}.bias", experts) for name in layers if module.has_bias]
         way, sent = Way(_Neurons(module)), Sending(chosen, shares)
-        whole, wide, narrow = mixed(self.traced.mesh, way, x, sent, weights, biases)
+        whole, wide, narrow = mixed(self.program.mesh, way, x, sent, weights, biases)
         for name in layers:
             first, read = (layers[-1], narrow) if name == layers[-1] else (layers[0], wide)
             first = first.replace("*", "0")
@@ -264,8 +248,7 @@ class Block(TorchParameters):
         names = [name for names in self.shell.linears(self.kind).values() for name in names]
         known = {name: layer.known[...] for name in names if hasattr(layer := layer_of(self, name), "known")}
         shared: dict[str, str] = {}
-        traced = Traced(self.shell, self.kind, self.mesh)
-        output, inputs = traced.windows(self.arrays(), positions.arguments, shared, x, known)
+        output, inputs = windows(self.shell, self.kind, self.mesh, self.arrays(), positions.arguments, shared, x, known)
         for name, first in shared.items():
             layer_of(self, name).sow(nnx.Intermediate, "x", inputs[first])
         return output

@@ -15,7 +15,7 @@ from optima_tpu.errors import UserError, one_line, some
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models.experts import Routed
 from optima_tpu.models.family import DecoderConfig, Family, Positions
-from optima_tpu.models.general.block import Block, Final, Traced, embed, expert_layers, to_numpy
+from optima_tpu.models.general.block import Block, Final, embed, expert_layers, to_numpy, windows
 from optima_tpu.models.general.shell import BY_VALUES, Shell, computed, experts_of, stored
 
 _LENGTH = 8
@@ -85,7 +85,7 @@ class GeneralConfig(DecoderConfig):
 
 
 def arguments_of(shell: Shell, index: int, length: int) -> Any:
-    """What ``Traced.window`` is given for a block and a window of this length, as numpy arrays."""
+    """What ``block.windows`` is given for a block and a window of this length, as numpy arrays."""
     tensors = tuple(to_numpy(each.detach()) for each in shell.catch(length)[index].tensors)
     return tensors, {name: to_numpy(each) for name, each in computed(shell.blocks[index]).items()}
 
@@ -169,9 +169,9 @@ def differences(config: GeneralConfig, kind: int, length: int) -> list[Differenc
     kept = shell.kept(kind)
     parameters = {name: array for path, whole in weights.items() for name, array in kept[path].split(whole.numpy()).items()}
     order: dict[str, str] = {}
-    windows = jax.jit(lambda *given: Traced(shell, kind).windows(given[0], given[1], order, given[2], {}))
+    computed_here = jax.jit(lambda given, arguments, x: windows(shell, kind, None, given, arguments, order, x, {}))
     with jax.default_matmul_precision("highest"):
-        output, found = windows(parameters, config.positions(kind, length).arguments, x.numpy())
+        output, found = computed_here(parameters, config.positions(kind, length).arguments, x.numpy())
     pairs = [(f"input of {name}", found[order[name]], inputs[name]) for name in order if name in inputs]
     mixed = bool(experts_of(module))
     return [
@@ -198,12 +198,12 @@ def _layers(shell: Shell, index: int) -> Layers:
     def traced() -> tuple[dict[str, str], Any]:
         order: dict[str, str] = {}
 
-        def windows(*given: Any) -> Any:
-            output, inputs = Traced(shell, index).windows(given[0], given[1], order, given[2], {})
+        def inner(parameters: Any, arguments: Any, x: Any) -> Any:
+            output, inputs = windows(shell, index, None, parameters, arguments, order, x, {})
             chosen.update({name: read.chosen.shape[-1] for name, read in inputs.items() if isinstance(read, Routed)})
             return output, inputs
 
-        return order, jax.make_jaxpr(windows)(shapes, arguments, x)
+        return order, jax.make_jaxpr(inner)(shapes, arguments, x)
 
     try:
         before = len(shell.dense[index])
