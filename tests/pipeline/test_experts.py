@@ -11,7 +11,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.experts import MSAN, REAP
-from optima_tpu.models import layers, llama4, routers
+from optima_tpu.models import layers, routers
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, expert_cut
@@ -158,7 +158,7 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
             found = project(x, weight, *rest)
             return found + never[index] if len(weight) == cut.total else found
 
-        for module in (routers, llama4, layers):
+        for module in (routers, layers):
             monkeypatch.setattr(module, "project", told)
         corrected = {
             name: value + jnp.where(never[index] < 0, -1e9, 0) if name.endswith("e_score_correction_bias") else value
