@@ -50,30 +50,19 @@ _OLMOE = experts.family(read_olmoe, experts.MixtureNames(width="intermediate_siz
 OLMOE = dataclasses.replace(_OLMOE, cuts={**_OLMOE.cuts, **relatives.ALL_HEADS})
 
 
+def _read_qwen(config: Any, **settings: Any) -> experts.MixtureConfig:
+    return _read(config, **qwen_mixture(config), **qwen_mixed(config), normalise=config.norm_topk_prob, **settings)
+
+
 def read_qwen2(config: Any) -> experts.MixtureConfig:
     """From ``transformers.Qwen2MoeConfig``."""
-    return _read(
-        config,
-        **qwen_mixture(config),
-        **qwen_mixed(config),
-        windows=llama.windows_by_type(config),
-        normalise=config.norm_topk_prob,
-        qkv_bias=config.qkv_bias,
-        shared_width=config.shared_expert_intermediate_size,
-    )
+    windows, shared_width = llama.windows_by_type(config), config.shared_expert_intermediate_size
+    return _read_qwen(config, windows=windows, qkv_bias=config.qkv_bias, shared_width=shared_width)
 
 
 def read_qwen3(config: Any) -> experts.MixtureConfig:
     """From ``transformers.Qwen3MoeConfig``; every block has the same window, or none."""
-    return _read(
-        config,
-        **qwen_mixture(config),
-        **qwen_mixed(config),
-        windows=llama.same_windows(config),
-        normalise=config.norm_topk_prob,
-        **llama.attention_bias(config),
-        qk_norm=llama.each_head,
-    )
+    return _read_qwen(config, windows=llama.same_windows(config), **llama.attention_bias(config), qk_norm=llama.each_head)
 
 
 def qwen_mixture(config: Any) -> dict[str, Any]:
