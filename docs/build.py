@@ -624,7 +624,7 @@ _CUTS = """
 """
 _SPEED = (
     "float32: {cut-speed | CUT | weights} MB instead of {cut-speed | dense | weights} | [{cut-speed | CUT | reading} times dense in "
-    "reading, {cut-speed | CUT | writing} in writing](docs/results/smollm2.md#cut-speed)"
+    "reading, {cut-speed | CUT | writing} in writing](docs/results/cuts.md#cut-speed)"
 )
 
 
@@ -719,7 +719,19 @@ def _record_section(name: str, level: int) -> Iterator[str]:
     yield f"{'#' * level} {record.title} {{ #{name} }}"
     reading = (record.reading or "").replace(_EXCESS, "").strip()
     yield " ".join(filter(None, [_without_arrows(record.shows), reading, _record_link(name, record)]))
-    yield _record_table(record)
+    yield _record_table(_merged(record) if name in _MERGED else record)
+
+
+_MERGED = ("decoders",)
+"""Records whose rows of one content share a row of the page."""
+
+
+def _merged(record: Record) -> Record:
+    """The record with one row for all rows that differ in their first cell alone, in the order of the first of them."""
+    firsts: dict[tuple[Any, ...], list[str]] = {}
+    for first, *rest in record.rows:
+        firsts.setdefault(tuple(rest), []).append(first)
+    return record._replace(rows=[[", ".join(names), *rest] for rest, names in firsts.items()])
 
 
 def _record_line(name: str) -> str:
@@ -771,7 +783,8 @@ The dense model is the floor; the best pruned model of a column is bold.
 
 | page | what is in it |
 |---|---|
-| [SmolLM2-135M: quality](smollm2.md) | other methods, levers, cuts, integers, tasks |
+| [SmolLM2-135M: quality](smollm2.md) | other methods, levers, integers, tasks |
+| [Cut models](cuts.md) | quality, speed and size without some neurons, heads or blocks |
 | [Mixtures of experts](mixtures.md) | half of the experts removed, and the plan of a large mixture |
 | [Calibration text and training](text.md) | which text, how much of it, and what training afterwards wins back |
 | [The tables of the OPTIMA paper](paper.md) | on SmolLM2-135M, and agreement with other programs |
@@ -809,12 +822,15 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
             "What each lever earns": Group(
                 ("levers", "dense-target", "allocation"), ("levers-wanda", "output-errors", "permutations")
             ),
-            "Cut out": Group(
-                ("cut-neurons", "cut-speed", "cut-speed-llama-cpp", "cut-damping", "cut-blocks", "cut-training"),
-                ("cut-choosers",),
-            ),
             "Pruned and quantised": Group(("quantization",), ("qwix",)),
             "Tasks, and distance from the dense model": Group(("tasks", "distance")),
+        },
+    ),
+    "cuts": (
+        f"# Cut models\n\nSmolLM2-135M without some [neurons, heads or blocks](../guides/cutting.md). {_ARROWS}",
+        {
+            "Quality": Group(("cut-neurons", "cut-blocks", "cut-training", "cut-damping"), ("cut-choosers",)),
+            "Speed and size": Group(("cut-speed", "cut-speed-llama-cpp")),
         },
     ),
     "mixtures": (
@@ -854,7 +870,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
     "speed": (
         "# Time, memory, size and stops\n\n"
         f"All on CPU cores; no TPU or GPU was at hand. {_ARROWS} A model with zeros runs as fast as the dense one; one with "
-        "[cut neurons](smollm2.md#cut-neurons) is faster.",
+        "[cut neurons](cuts.md#cut-neurons) is faster.",
         {
             "Whole runs": Group(("bytes",), ("first-command", "preset-times", "start-up", "whole-run")),
             "Parts of a run": Group(("solvers", "kernels", "generation"), ("mpax-rounds",)),
