@@ -1,6 +1,6 @@
 """Writes the generated pages of the documentation, and the table of results in README.md.
 
-python docs/build.py            writes reference/{settings,evaluate,recover,commands,python}.md and results/*.md
+python docs/build.py            writes reference/{settings,methods,evaluate,recover,commands}.md and results/*.md
 python docs/build.py --check    writes nothing, names each page that would change, and exits with 1 if there is one
 
 The reference comes from the docstrings, types and defaults of the program, the results from results/records/*.json.
@@ -17,7 +17,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,7 @@ def pages() -> dict[Path, str]:
     """Every generated page, and README.md where it has the marks for the table of results."""
     texts = {
         "reference/settings.md": settings_page(),
+        "reference/methods.md": methods_page(),
         "reference/evaluate.md": model_page("evaluate", evaluate_config.EvaluateConfig, evaluate_config._DESCRIPTION),
         "reference/recover.md": model_page("recover", recover_config.RecoverConfig, recover_config._DESCRIPTION),
         "reference/commands.md": commands_page(),
@@ -169,25 +170,32 @@ def _fenced(code: str, language: str | None = None) -> str:
 
 
 class _Anchors:
-    """Gives each heading its anchor, and refuses one that is taken."""
+    """Gives each setting and method its anchor, and refuses one that is taken."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
 
     def heading(self, level: int, title: str, *anchors: str) -> str:
         """The heading with the first of the anchors that is free."""
+        return f"{'#' * level} {title} {{ #{self._free(*anchors)} }}"
+
+    def item(self, name: str, *anchors: str) -> str:
+        """The name of an item of a list, with the first of the anchors that is free."""
+        return f"`{name}`{{ #{self._free(*anchors)} }}"
+
+    def _free(self, *anchors: str) -> str:
         free = next((anchor for anchor in anchors if anchor not in self.taken), None)
         if free is None:
-            raise ValueError(f"the anchors {', '.join(anchors)} are taken: two headings have one name")
+            raise ValueError(f"the anchors {', '.join(anchors)} are taken: two settings have one name")
         self.taken.add(free)
-        return f"{'#' * level} {title} {{ #{free} }}"
+        return free
 
 
 _SETTINGS = """\
 # Settings
 
-The settings of `optima prune`, as `optima prune --help` prints them, with the options of every method. They have the same names
-on the command line, in a YAML file and in Python:
+The settings of `optima prune`, as `optima prune --help` prints them; [methods and their options](methods.md) have a page of their own. A
+setting has the same name on the command line, in a YAML file and in Python:
 
 ```sh
 optima prune --pattern 2:4 --solver cg --solver.damping 0.1
@@ -204,34 +212,48 @@ import optima_tpu
 optima_tpu.prune(pattern="2:4", solver={"name": "cg", "damping": 0.1})
 ```
 
-A setting of the command line goes over the same setting of the `--config` file. The file goes over the [preset](#presets), and
-the preset over the defaults. Options belong to a method: whoever chooses another method drops the options that the file or the
-preset gives to its own. On the command line dashes and underscores in a name are the same.
+A setting of the command line goes over the same setting of the `--config` file, the file over the [preset](#presets), and the preset over
+the defaults. On the command line dashes and underscores in a name are the same.
 
-Settings of the command line alone:
+"""
+_METHODS = """\
+# Methods and their options
 
+The settings of `optima prune` that name a method, each method below it, and the method's options below that. Options belong to a method:
+whoever chooses another one drops the options that the file or the [preset](settings.md#presets) gives to its own.
 """
 _PRESETS = """\
 Without `--preset` the run starts from `{default}`, and each setting that is given goes over it. There is one exception: a command
 that names a selector, or `--solver null`, compares methods, so it starts from `{plain}`. `--preset {default} --selector wanda`
-keeps the rest of `{default}`. The run's greeting says which preset it started from.
+keeps the rest of `{default}`.
 """
 
 
 def settings_page() -> str:
-    """Every setting of ``optima prune``, in the groups of its help."""
+    """The settings of ``optima prune`` that are no methods, in the groups of its help."""
     anchors = _Anchors()
-    blocks = [_SETTINGS + _command_line_options()]
-    blocks += _presets_section(anchors)
-    blocks += [anchors.heading(2, "The run", "the-run"), *_fields_section(RunConfig, "", 3, anchors, _run_defaults())]
+    blocks = [_SETTINGS + _command_line_options(), *_presets_section(anchors), anchors.heading(2, "The run", "the-run")]
+    blocks += ["\n".join(_field_items(RunConfig, "", anchors, _run_defaults()))]
+    for setting, heading in _group_headings(anchors, PARTS):
+        blocks += [heading, "\n".join(_field_items(PARTS[setting], f"{setting}.", anchors, _run_defaults()))]
+    return "\n\n".join(blocks)
+
+
+def methods_page() -> str:
+    """Every method of ``optima prune`` with its options."""
+    anchors = _Anchors()
+    blocks = [_METHODS.strip()]
+    for setting, heading in _group_headings(anchors, CHOICES):
+        blocks += [heading, *_choice_section(setting, anchors)]
+    return "\n\n".join(blocks)
+
+
+def _group_headings(anchors: _Anchors, settings: Container[str]) -> Iterator[tuple[str, str]]:
+    """Those of the settings that are a group of the help, each with its heading."""
     for setting, title in options._TITLES.items():
         name, _, rest = title.partition(" (")
-        blocks.append(anchors.heading(2, f"{name.capitalize()}: {inline(rest.rstrip(')'))}", setting))
-        if setting in CHOICES:
-            blocks += _choice_section(setting, anchors)
-        else:
-            blocks += _fields_section(PARTS[setting], f"{setting}.", 3, anchors, _run_defaults())
-    return "\n\n".join(blocks)
+        if setting in settings:
+            yield setting, anchors.heading(2, f"{name.capitalize()}: {inline(rest.rstrip(')'))}", setting)
 
 
 def _command_line_options() -> str:
@@ -239,7 +261,7 @@ def _command_line_options() -> str:
     chosen = {setting: str(method_settings(base[setting])["name"]) for setting in CHOICES}
     parser = options.make_parser(chosen, base)
     return "\n".join(
-        _option_lines(parser, [action for action in parser._actions if action.dest in ("config", "preset", "print_config")])
+        _option_lines(parser, [action for action in parser._actions if action.dest in ("config", "print_config")])
     )
 
 
@@ -273,12 +295,14 @@ def _choice_section(setting: str, anchors: _Anchors) -> Iterator[str]:
     names = ", ".join(f"`{name}`" for name in CHOICES[setting])
     yield f"*One of {names}{own}. {_default_by_preset(chosen)}*"
     shown: dict[_Shown, str] = {}
+    lines = []
     for name in CHOICES[setting]:
         cls = method_class(setting, name)
-        yield anchors.heading(3, f"`{name}`", f"{setting}-{name}")
-        yield _sentence(docstring_parser.parse(cls.__doc__ or "").short_description if cls else options._NOTHING[setting])
-        if cls:
-            yield from _fields_section(cls, f"{setting}.", 4, anchors, default_options(setting, name), name, shown)
+        text = docstring_parser.parse(cls.__doc__ or "").short_description if cls else options._NOTHING[setting]
+        lines += [f"- {anchors.item(name, f'{setting}-{name}')}: {_sentence(text)}"]
+        items = _field_items(cls, f"{setting}.", anchors, default_options(setting, name), name, shown) if cls else ()
+        lines += [f"    {item}" for item in items]
+    yield "\n".join(lines)
 
 
 class _Shown(NamedTuple):
@@ -289,28 +313,26 @@ class _Shown(NamedTuple):
     text: str
 
 
-def _fields_section(
+def _field_items(
     cls: type,
     prefix: str,
-    level: int,
     anchors: _Anchors,
     defaults: Mapping[str, Any],
     method: str | None = None,
     shown: dict[_Shown, str] | None = None,
 ) -> Iterator[str]:
-    """A heading for each field of a dataclass: its type, its default, its line in the docstring.
+    """An item of a list for each field of a dataclass: its type, its default, its line in the docstring.
 
     Args:
-      shown: settings that have a heading already, and the links to them, to which this adds. A field that says the same is a link to its heading.
+      shown: settings that have an item already, and the links to them, to which this adds. A field that says the same is a link to its item.
     """
     texts = field_texts(cls)
     shown = {} if shown is None else shown
     same = []
     for name, kind in fields(cls).items():
         if name in CHOICES:  # of another command than ``optima prune``
-            yield anchors.heading(level, f"`{prefix}{name}`", name)
-            yield f"*A method and its options. Default `{method_name(name, defaults[name])}`.*"
-            yield f"{_sentence(texts.get(name))} See [`{name}`](settings.md#{name})."
+            about = f"*A method and its options. Default `{method_name(name, defaults[name])}`.*"
+            yield f"- {anchors.item(name, name)}: {about} {_sentence(texts.get(name))} See [`{name}`](methods.md#{name})."
             continue
         default = defaults[name if method else prefix + name]
         said = default if isinstance(default, _Said) else _Said(f"Default {_shown(default)}.")
@@ -320,13 +342,12 @@ def _fields_section(
             same.append(shown[each])
             continue
         anchor = f"{prefix}{name}".replace(".", "-")
-        heading = anchors.heading(
-            level, f"`{prefix}{name}`", anchor, *([f"{prefix.rstrip('.')}-{method}-{name}"] if method else [])
-        )
-        shown[each] = f"[`{prefix}{name}`](#{heading.rpartition('#')[2].split()[0]})"
-        yield from (heading, about, each.text)
+        item = anchors.item(f"{prefix}{name}", anchor, *([f"{prefix.rstrip('.')}-{method}-{name}"] if method else []))
+        earlier = next((link for other, link in shown.items() if (other.name, other.text) == (each.name, each.text)), None)
+        shown[each] = f"[`{prefix}{name}`](#{item.rpartition('#')[2].split()[0]})"
+        yield f"- {item}: {about} {f'Otherwise as {earlier}.' if earlier else each.text}"
     if same:
-        yield f"Also, with the same meaning and default: {', '.join(same)}."
+        yield f"- Also, with the same meaning and default: {', '.join(same)}."
 
 
 class _Said(str):
@@ -410,7 +431,7 @@ def model_page(name: str, settings: type, description: str) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     defaults["model"] = _Said("The first argument; it has no default.")
     shown: dict[_Shown, str] = {}
-    list(_fields_section(RunConfig, "", 3, _Anchors(), _run_defaults(), shown=shown))
+    list(_field_items(RunConfig, "", _Anchors(), _run_defaults(), shown=shown))
     shown = {each: link.replace("(#", "(settings.md#") for each, link in shown.items()}
     return "\n\n".join(
         [
@@ -418,7 +439,7 @@ def model_page(name: str, settings: type, description: str) -> str:
             _fenced(f"optima {name} MODEL [--SETTING VALUE ...]", "text"),
             _about(name, description),
             anchors.heading(2, "Settings", "settings"),
-            *_fields_section(settings, "", 3, anchors, defaults, shown=shown),
+            "\n".join(_field_items(settings, "", anchors, defaults, shown=shown)),
         ]
     )
 
