@@ -260,9 +260,7 @@ def _command_line_options() -> str:
     base = to_dict(EMBEDDED)
     chosen = {setting: str(method_settings(base[setting])["name"]) for setting in CHOICES}
     parser = options.make_parser(chosen, base)
-    return "\n".join(
-        _option_lines(parser, [action for action in parser._actions if action.dest in ("config", "print_config")])
-    )
+    return "\n".join(_option_lines(parser, [action for action in parser._actions if action.dest in ("config", "print_config")]))
 
 
 def _presets_section(anchors: _Anchors) -> Iterator[str]:

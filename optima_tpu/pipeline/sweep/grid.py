@@ -9,9 +9,9 @@
     leave_out: [{mask: wanda, pattern: "2:4 MLP"}]    # optional; a cell that matches every key is not run
     output:    runs/tables/NAME                       # optional; without it runs/tables/FILE-MODEL
 
-Each label has settings as in the file of a single run. A cell takes the settings of ``run``, then of its pattern, its mask, its
-update, its windows and its seed; later ones override earlier ones. Settings of the command line override all of them, but may
-not change a setting that a label sets.
+Each label has settings as in the file of a single run. A cell takes the settings of ``run``, then of its pattern, mask, update,
+windows and seed; later ones override earlier ones. Settings of the command line override all of them, but may not change what a
+label sets.
 """
 
 import dataclasses
