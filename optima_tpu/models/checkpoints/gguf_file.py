@@ -1,11 +1,12 @@
 """Checkpoints in GGUF files: tensors dequantised on reading, under Hugging Face names."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, dequantize
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
@@ -26,6 +27,7 @@ from optima_tpu.runtime.records import check_record
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _WILD = 1e4
+_ARRAY_HEAD = np.dtype([("kind", np.uint32), ("count", np.uint64)])  # packed: 12 bytes
 ROPE_FACTORS = "rope_freqs.weight"
 """Not a weight: the llama3 rope scaling, written out per frequency. It goes into the configuration."""
 
@@ -109,13 +111,45 @@ class GGUFSource:
 
 
 class _Reader(GGUFReader):
-    """Refuses to read beyond the end of the file, where the library finds nothing and goes on, 2^60 times if the header says so."""
+    """Reads an array of the metadata at once, and refuses to read beyond the end of the file.
+
+    The library makes four arrays for each string of a vocabulary, which takes seconds. Beyond the end it finds nothing and goes on,
+    2^60 times if the header says so.
+    """
 
     def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **others: Any) -> np.ndarray:
-        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        self._refuse_beyond(int(offset) + np.dtype(dtype).itemsize * int(count))
+        return super()._get(offset, dtype, count, *rest, **others)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
+        head = _ARRAY_HEAD.newbyteorder(self.byte_order)
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, head)[0].tolist()
+        begin = orig_offs + head.itemsize
+        if kind == GGUFValueType.STRING:
+            values: list[Any] = list(self._strings(begin, count))
+            size = sum(map(len, values)) + len(values) * np.dtype(np.uint64).itemsize
+        elif kind in self.gguf_scalar_to_np:
+            values = [self._get(begin, self.gguf_scalar_to_np[GGUFValueType(kind)], count)]
+            size = values[0].nbytes
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        return head.itemsize + size, values, list(range(len(values))), [GGUFValueType.ARRAY, GGUFValueType(kind)]
+
+    def _strings(self, begin: int, count: int) -> Iterator[memoryview]:
+        """``count`` strings, each behind its length."""
+        data, length = self.data.data, np.dtype(np.uint64).newbyteorder(self.byte_order)
+        for _ in range(count):
+            self._refuse_beyond(begin + length.itemsize)
+            first = begin + length.itemsize
+            begin = first + int(np.frombuffer(data, length, 1, begin)[0])
+            self._refuse_beyond(begin)
+            yield data[first:begin]
+
+    def _refuse_beyond(self, end: int) -> None:
         if end > len(self.data):
             raise ValueError(f"it has {len(self.data)} bytes, and its header points to byte {end}")
-        return super()._get(offset, dtype, count, *rest, **others)
 
 
 def _refuse_wild(name: str, values: np.ndarray) -> None:
