@@ -45,7 +45,7 @@ from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.models.activations import Activations, HiddenStates, held_rows
-from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom, save_tree
+from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_custom, read_metadata, save_tree
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
@@ -199,6 +199,7 @@ class Journal:
         self.damaged = {index: reason for index, reason in saved.items() if reason}
         self.finished = saved.keys() - self.damaged.keys()
         self.repeated = 0.0
+        self._trees: dict[int, Mapping[str, Any]] = {}  # what Orbax records of the arrays of each block that was read
 
     def save(
         self,
@@ -257,6 +258,7 @@ class Journal:
                 save_tree(partial, tree, json_values(_Entry(report)))
             self.finished.add(index)
             self.damaged.pop(index, None)
+            self._trees.pop(index, None)
             if due:
                 first_only(forget_older)
                 self.repeated = 0.0
@@ -278,17 +280,23 @@ class Journal:
 
     def weights(self, index: int) -> dict[str, np.ndarray]:
         """The pruned weights of a finished block by HF name."""
-        tensors = OrbaxTensors([self.entry(index)])
+        tensors = self._tensors([index])
         return tensors.load(tensors.names())
 
     def masks(self, index: int) -> dict[str, np.ndarray]:
         """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
-        tensors = OrbaxTensors([self.entry(index)])
+        tensors = self._tensors([index])
         return tensors.masks(tensors.pruned())
 
     def tensors(self) -> OrbaxTensors:
         """The pruned weights of all finished blocks."""
-        return OrbaxTensors(self.entry(index) for index in sorted(self.finished))
+        return self._tensors(sorted(self.finished))
+
+    def _tensors(self, blocks: Sequence[int]) -> OrbaxTensors:
+        for index in blocks:
+            if index not in self._trees:
+                self._trees[index] = read_metadata(self.entry(index)).metadata
+        return OrbaxTensors((), {self.entry(index): self._trees[index] for index in blocks})
 
     def report(self, index: int) -> BlockReport:
         """The report of a finished block, as it was saved."""

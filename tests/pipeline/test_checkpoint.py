@@ -16,7 +16,7 @@ from optima_tpu.config.run_config import to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints import orbax as checkpoint
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, save_tree
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, read_metadata, save_tree
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.report.records import BlockReport
@@ -64,6 +64,19 @@ def test_a_block_comes_back_bit_for_bit(tmp_path, dtype):
     for name in weights:
         assert_same(journal.weights(0)[name], weights[name])
         assert_same(journal.masks(0)[name], masks[name])
+
+
+def test_the_metadata_of_a_block_are_read_once_and_again_after_a_save(tmp_path, monkeypatch):
+    """A training reads the masks at each of its starts."""
+    journal, read = started(tmp_path, 2), []
+    monkeypatch.setattr("optima_tpu.pipeline.journal.read_metadata", lambda path: read.append(path.name) or read_metadata(path))
+    for _ in range(2):
+        journal.masks(0)
+        journal.tensors()
+    assert read == ["block_0000", "block_0001"]
+    weights = pruned_block(small_model(), 1)[0]
+    journal.save(0, weights, {}, BlockReport(0, 0.0, ()))
+    assert journal.weights(0).keys() == weights.keys() and journal.masks(0) == {}
 
 
 def test_arrays_on_a_mesh_and_views_are_saved_like_host_arrays(tmp_path):
