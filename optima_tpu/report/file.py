@@ -13,8 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from optima_tpu.report.contents import Environment, MemoryPeaks, Report
+from optima_tpu.report.findings import unusual
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import by_kind, sparsity, unusual, worsened
+from optima_tpu.report.summary import by_kind, sparsity
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
 from optima_tpu.runtime.processes import everyones
@@ -90,7 +91,7 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         model_sparsity=(pruned + entries["removed"]) / entries["model"].weights,
         weights=weights,
         pruned=pruned,
-        unusual=unusual(layers) | {"worse_on_held_out": worsened(layers)},
+        unusual=unusual(layers),
         layer_kinds=by_kind(layers),
         blocks=tuple(blocks),
     )

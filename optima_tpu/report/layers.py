@@ -10,10 +10,10 @@ from optima_tpu.errors import plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.columns import ROWS, Cell, mean_of, share_pruned, steps
+from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines, unusual_count
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.results import unusual_count
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.summary import (
     FITTED,
@@ -25,11 +25,7 @@ from optima_tpu.report.summary import (
     quantized_line,
     short_names,
     sparsity,
-    traded,
-    unusual,
-    worsened,
 )
-from optima_tpu.report.table import TROUBLE, traded_lines, unusual_lines
 from optima_tpu.report.view import NONE, Key, Plots, Section, Table
 
 _BEFORE, _AFTER = 6, 0  # grey, blue
@@ -203,7 +199,7 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
 def strange(runs: Sequence[FinishedRun]) -> Section:
     """Section on unusual layers, by name."""
     text, folded = [], []
-    fine = [run for run in runs if not unusual_count(run) and not meaningless_lines(run.report)]
+    fine = [run for run in runs if not unusual_count(run.report.layers) and not meaningless_lines(run.report)]
     if fine:
         where = f" in {'; '.join(run.label for run in fine)}" if fine[0].label else ""
         unseen = not any(run.report.has_held_out for run in fine)
@@ -211,36 +207,13 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
         found = f"no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}"
         text.append(f"Nothing{where}: {found if any(run.report.layers for run in fine) else 'no layer was pruned'}.")
     for run in runs:
-        lines = meaningless_lines(run.report) + unusual_lines(run.report.layers) + traded_lines(run.report.layers)
-        text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in lines]
-        rows = [
-            [name, "the update raised its error on held-out text", f"from {percent(before)} to {percent(after)}"]
-            for name, (before, after) in worsened(run.report.layers).items()
-        ]
-        rows += [
-            [name, TROUBLE[kind][0], plural(count, TROUBLE[kind][1])]
-            for kind, layers in unusual(run.report.layers).items()
-            for name, count in layers.items()
-        ]
-        rows += [
-            [
-                f"block {layer.block} {layer.name}",
-                "not unusual: on held-out text the error of its own output rose, its distance to the dense model’s did not",
-                f"from {_share(layer.held_out_before)} to {_share(layer.held_out_after)}; "
-                f"against dense from {_share(layer.dense_before)} to {_share(layer.dense_after)}",
-            ]
-            for layer in traded(run.report.layers)
-        ]
+        layers, every = run.report.layers, (*FINDINGS, TRADED)
+        told = meaningless_lines(run.report) + finding_lines(every, layers)
+        text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in told]
+        rows = [[name, each.written(layers), each.told(amount)] for each in every for name, amount in each.of(layers).items()]
         if rows:
-            folded.append(
-                Table(
-                    f"Full list, by layer{run.behind}",
-                    ["layer", "finding", "amount"],
-                    rows[:_LISTED],
-                    words=True,
-                    note=_rest(len(rows)),
-                )
-            )
+            head = ["layer", "finding", "amount"]
+            folded.append(Table(f"Full list, by layer{run.behind}", head, rows[:_LISTED], words=True, note=_rest(len(rows))))
     return Section("unusual", "Anything unusual", text, folded=folded)
 
 
@@ -341,7 +314,3 @@ def _errors(run: FinishedRun) -> dict[str, Cell]:
 
 def _rest(count: int, order: str = "") -> str:
     return f"The first {_LISTED:,} of {count:,}{order}; report.json has all of them." if count > _LISTED else ""
-
-
-def _share(value: float | None) -> str:
-    return NONE if value is None else percent(value)

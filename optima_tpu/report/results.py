@@ -9,11 +9,12 @@ from optima_tpu.errors import plural
 from optima_tpu.report import plots
 from optima_tpu.report.evaluation import Distance
 from optima_tpu.report.facts import Fact, facts, running, sizes
+from optima_tpu.report.findings import unusual_count
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import interval, number, percent
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import FinishedRun, differences
-from optima_tpu.report.summary import mean_errors, unusual, worsened
+from optima_tpu.report.summary import mean_errors
 from optima_tpu.report.view import NONE, Key, Section, Table, command, without_folders
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def _unusual_tiles(run: FinishedRun) -> list[Fact]:
     """None for a run that pruned no layer."""
     if meaningless_lines(run.report):
         return [Fact("Unusual", ["no meaning"], "text or dense model, named below")]
-    count = unusual_count(run)
+    count = unusual_count(run.report.layers)
     found = Fact("Unusual", [plural(count, "layer") if count else "nothing"], "named below" if count else "in any layer")
     return [found] * bool(run.report.layers)
 
@@ -252,12 +253,6 @@ def _evaluate(run: FinishedRun) -> str:
     return f"{evaluate}\n{command('report', directory)}"
 
 
-def unusual_count(run: FinishedRun) -> int:
-    """The number of layers with an unusual finding."""
-    layers = run.report.layers
-    return len({*worsened(layers), *(name for names in unusual(layers).values() for name in names)})
-
-
 _COMPARED = ("kept", "size")
 """The facts of a run that are rows of the comparison as they stand."""
 
@@ -288,7 +283,7 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
             "sparsity": percent(report.sparsity),
             **{fact.title.lower(): fact.value for fact in facts(report) if fact.name in _COMPARED},
             "matrices": f"{len(run.report.layers):,}",
-            "layers with anything unusual": f"{unusual_count(run):,}",
+            "layers with anything unusual": f"{unusual_count(run.report.layers):,}",
             "time": run.time,
             "host memory, peak": f"{number(report.memory.host_peak / 2**30)} GiB",
         }

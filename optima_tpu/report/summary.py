@@ -14,9 +14,6 @@ from optima_tpu.runtime.records import Record
 FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
 """Names of the errors on calibration and on held-out tokens, with the selector's and with the final weights."""
 
-RISE = 0.01
-"""A smaller relative rise of an error on held-out text counts as noise."""
-
 
 def measured(layers: Sequence[LayerReport]) -> bool:
     """Whether the errors of the layers were measured: not in a model that another program pruned."""
@@ -89,67 +86,6 @@ def gap_meaning(solvers: Sequence[str]) -> str:
             return f"{distance}, by the measures of {' and '.join(several)}, which are not comparable"
 
 
-def unusual(layers: Iterable[LayerReport]) -> dict[str, dict[str, int]]:
-    """Unusual layers by kind of finding: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
-
-    Every kind is present; it is empty if no layer is affected. A layer with all rows refused is listed under ``layers_refused``
-    and not under ``rows_refused``. ``few_tokens`` lists layers that fewer tokens reached than they have inputs, with the number
-    of tokens: their least-squares problems have no unique solution.
-    """
-    found: dict[str, dict[str, int]] = {
-        "few_tokens": {},
-        "dead_inputs": {},
-        "rows_not_converged": {},
-        "rows_refused": {},
-        "layers_refused": {},
-    }
-    for layer in layers:
-        if layer.tokens is not None and layer.tokens < layer.shape[1]:
-            found["few_tokens"][f"block {layer.block} {layer.name}"] = layer.tokens
-        counts = {
-            "dead_inputs": layer.dead_inputs,
-            "rows_not_converged": layer.rows - layer.rows_converged,
-            "layers_refused" if layer.rows_refused == layer.rows else "rows_refused": layer.rows_refused,
-        }
-        for kind, count in counts.items():
-            if count:
-                found[kind][f"block {layer.block} {layer.name}"] = count
-    return found
-
-
-def worsened(layers: Iterable[LayerReport]) -> dict[str, tuple[float, float]]:
-    """Matrices whose error on held-out text rose by the update, with the error before and after.
-
-    Keys are like "block 3 mlp.down_proj". The error is the one that the update minimises: against the dense model with a dense
-    target, otherwise the error of the layer's own output. A rise of less than :data:`RISE` counts as noise. The matrix with the
-    largest relative rise comes first.
-    """
-    found: dict[str, tuple[float, float]] = {}
-    for layer in layers:
-        before, after = (
-            (layer.held_out_before, layer.held_out_after)
-            if layer.dense_after is None
-            else (layer.dense_before, layer.dense_after)
-        )
-        if before is not None and after is not None and _rose(before, after):
-            found[f"block {layer.block} {layer.name}"] = (before, after)
-    return dict(sorted(found.items(), key=lambda item: _rise(*item[1]), reverse=True))
-
-
-def traded(layers: Iterable[LayerReport]) -> list[LayerReport]:
-    """Layers for which the update raised the error of their own output on held-out text, but not the distance to the dense model.
-
-    This is the intention of a dense target: the layer corrects the error of the layers before it.
-    """
-    return [
-        layer
-        for layer in layers
-        if layer.dense_after is not None
-        and _rose(layer.held_out_before, layer.held_out_after)
-        and not _rose(layer.dense_before, layer.dense_after)
-    ]
-
-
 class MeanErrors(NamedTuple):
     """Mean errors of layers before and after the update; None where an error is not finite or was not measured.
 
@@ -192,14 +128,6 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
     values = list(values)
     numbers = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.fmean(numbers) if numbers and len(numbers) == len(values) else None
-
-
-def _rose(before: float | None, after: float | None) -> bool:
-    return before is not None and after is not None and after > (1 + RISE) * before
-
-
-def _rise(before: float, after: float) -> float:
-    return after / before if before > 0 else math.inf
 
 
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:

@@ -7,40 +7,17 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from optima_tpu.errors import plural
 from optima_tpu.report.columns import ROWS, Cell, mean_of, share_pruned
 from optima_tpu.report.contents import Report
 from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
+from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines
 from optima_tpu.report.meaningless import meaningless_lines
-from optima_tpu.report.numbers import became, percent
+from optima_tpu.report.numbers import percent
 from optima_tpu.report.published import result
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import (
-    gap_meaning,
-    held_out_caveat,
-    layers_by_kind,
-    mean_errors,
-    means,
-    measured,
-    short_names,
-    traded,
-    unusual,
-    worsened,
-)
+from optima_tpu.report.summary import gap_meaning, held_out_caveat, layers_by_kind, measured, short_names
 from optima_tpu.report.view import NONE
-
-_NAMED = 4
-"""Number of layers named for each kind of finding; report.json has all of them."""
-
-TROUBLE = {
-    "few_tokens": ("reached by fewer calibration tokens than they have inputs", "token"),
-    "dead_inputs": ("dead inputs, zero on all calibration tokens", "input"),
-    "rows_not_converged": ("rows not converged", "row"),
-    "rows_refused": ("rows refused (they keep the selector's weights)", "row"),
-    "layers_refused": ("layers refused (they keep the selector's weights)", "row"),
-}
-"""For each kind of ``summary.unusual``: its description and the noun for its count."""
 
 
 def print_summary(console: Console, report: Report, directory: Path) -> None:
@@ -58,8 +35,8 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
             f"from        {settings.recover.model}: {where if measured(layers) else 'nobody measured the errors of its layers'}"
         ]
     else:
-        lines, notes = _layer_lines(console, report), traded_lines(layers)
-        strange += unusual_lines(layers)
+        lines, notes = _layer_lines(console, report), finding_lines([TRADED], layers)
+        strange += finding_lines(FINDINGS, layers)
     lines += ["", *(plain(fact.line) for fact in facts(report))]
     lines += labelled("unusual", strange or ["nothing"] * bool(layers)) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
@@ -140,47 +117,3 @@ def labelled(label: str, lines: Sequence[str]) -> list[str]:
 def plain(text: str) -> str:
     """Converts text of the page for a terminal: removes backquotes, and replaces arrows and typographic apostrophes."""
     return text.replace("`", "").replace("’", "'").replace("→", "->")
-
-
-def unusual_lines(layers: Sequence[LayerReport]) -> list[str]:
-    """One sentence for each kind of unusual finding, with the most affected layers; empty if nothing is unusual."""
-    lines = []
-    if worse := worsened(layers):
-        dense = any(layer.dense_after is not None for layer in layers)
-        named = [f"{name} (from {percent(before)} to {percent(after)})" for name, (before, after) in worse.items()]
-        of = "the distance to the dense model's output" if dense else "the error"
-        remedy = "try more --calibration.windows or --calibration.written, or a larger --solver.damping"
-        lines.append(f"the update raised {of} on held-out text: {_listed(named)}; {remedy}")
-    for kind, counts in unusual(layers).items():
-        if counts:
-            words, noun = TROUBLE[kind]
-            worst = sorted(counts, key=counts.__getitem__, reverse=kind != "few_tokens")
-            lines.append(f"{words}: {_listed([f'{name} ({plural(counts[name], noun)})' for name in worst])}")
-    return lines
-
-
-def traded_lines(layers: Sequence[LayerReport]) -> list[str]:
-    """One sentence on the layers of :func:`summary.traded`, an intended effect of a dense target; empty if there are none."""
-    kinds = layers_by_kind(traded(layers))
-    if not kinds:
-        return []
-    short = short_names(list(layers_by_kind(layers)))
-    told = []
-    for kind, own in kinds.items():
-        (*_, before, after), (far, near) = mean_errors(own), means(own, ("dense_before", "dense_after"))
-        if before is not None and after is not None and far is not None and near is not None:
-            told.append(
-                f"{len(own)} {short[kind]} ({percent(before)} to {percent(after)}, {became(before, after, percent)}; against dense "
-                f"{percent(far)} to {percent(near)}, {became(far, near, percent)})"
-            )
-    count = sum(map(len, kinds.values()))
-    return [
-        f"in {plural(count, 'matrix')} the update raised the error of the layer's own output on "
-        "held-out text, but not the distance to the dense model's output. The dense target intends this. Means by kind: "
-        f"{', '.join(told)}"
-    ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = [f"{len(names) - _NAMED} more in the report"] if len(names) > _NAMED else []
-    return ", ".join([*names[:_NAMED], *more])

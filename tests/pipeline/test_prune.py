@@ -23,7 +23,7 @@ from optima_tpu.method.statistics import Drift, TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
-from optima_tpu.report.summary import unusual
+from optima_tpu.report.findings import unusual
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, row_objective, select, solve
 from tests.support.pruning import group_arguments, measure, prune_calibrated, prune_layer, prune_matrices, walk_block

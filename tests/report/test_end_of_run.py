@@ -15,11 +15,12 @@ from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.method.quantization import Int4
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
-from optima_tpu.report import summary, table
+from optima_tpu.report import table
 from optima_tpu.report.contents import Check, CutCount, FileSizes, Outcome, Perplexities, Report
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.facts import size
 from optima_tpu.report.file import size_on_disk
+from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines, unusual
 from optima_tpu.report.page import render, write_page
 from optima_tpu.report.run_files import FILES
 from optima_tpu.report.runs import FinishedRun, read_report, read_runs
@@ -42,27 +43,27 @@ def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first()
         layer(name="d"),
         layer(name="e", held_out_before=0.0, held_out_after=0.1),
     ]
-    assert summary.worsened(layers) == {
-        "block 0 e": (0.0, 0.1),
-        "block 0 mlp.down_proj": (0.1, 0.2),
-        "block 0 self_attn.q_proj": (0.136, 0.151),
-        "block 0 b": (0.1, 0.1011),
-    }
-    (line,) = table.unusual_lines(layers)
+    assert list(unusual(layers)["worse_on_held_out"].items()) == [
+        ("block 0 e", (0.0, 0.1)),
+        ("block 0 mlp.down_proj", (0.1, 0.2)),
+        ("block 0 self_attn.q_proj", (0.136, 0.151)),
+        ("block 0 b", (0.1, 0.1011)),
+    ]
+    (line,) = finding_lines(FINDINGS, layers)
     for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--calibration.windows"):
         assert words in line
-    assert table.traded_lines(layers) == []
+    assert finding_lines([TRADED], layers) == []
 
 
 def test_with_a_dense_target_worse_means_further_from_the_dense_model():
     aiming = layer(held_out_before=0.136, held_out_after=0.151, dense_before=0.3, dense_after=0.2)
     away = structs.replace(aiming, name="mlp.down_proj", dense_after=0.4)
-    assert summary.worsened([aiming]) == {} and summary.traded([aiming]) == [aiming]
-    assert summary.worsened([away]) == {"block 0 mlp.down_proj": (0.3, 0.4)} and summary.traded([away]) == []
-    (line,) = table.unusual_lines([aiming, away])
+    assert finding_lines(FINDINGS, [aiming]) == finding_lines([TRADED], [away]) == []
+    assert unusual([away])["worse_on_held_out"] == {"block 0 mlp.down_proj": (0.3, 0.4)}
+    (line,) = finding_lines(FINDINGS, [aiming, away])
     assert "the distance to the dense model's output on held-out text: block 0 mlp.down_proj (from 30.0% to 40.0%)" in line
-    (line,) = table.traded_lines([aiming, away])
-    assert line.startswith("in 1 matrix ") and "1 q_proj (13.6% to 15.1%, worse; against dense 30.0% to 20.0%, better)" in line
+    (line,) = finding_lines([TRADED], [aiming, away])
+    assert line.endswith(": block 0 self_attn.q_proj (from 13.6% to 15.1%; against dense from 30.0% to 20.0%)")
 
 
 def printed(report) -> str:

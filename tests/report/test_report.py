@@ -19,6 +19,7 @@ from optima_tpu.errors import legible
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.report import file, summary
 from optima_tpu.report.contents import Perplexities
+from optima_tpu.report.findings import unusual
 from optima_tpu.report.numbers import duration, hms, number, percent
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress, Terminal, show
@@ -155,19 +156,20 @@ def test_sparsity_counts_weights_not_layers():
 
 
 def test_unusual_is_named_and_only_unusual_is():
-    assert summary.unusual(LAYERS) == {
+    assert unusual(LAYERS) == {
+        "worse_on_held_out": {},
         "few_tokens": {},
         "dead_inputs": {"block 0 mlp.down_proj": 7},
         "rows_not_converged": {"block 1 self_attn.q_proj": 3},
         "rows_refused": {"block 1 self_attn.q_proj": 3},
         "layers_refused": {"block 1 mlp.down_proj": 2},
     }
-    assert not any(summary.unusual([layer()]).values())
+    assert not any(unusual([layer()]).values())
 
 
 def test_the_layer_that_the_fewest_tokens_reached_is_named_first():
     layers = [layer(index, shape=(4, 10), tokens=tokens) for index, tokens in enumerate((10, 9, 0))]
-    assert summary.unusual(layers)["few_tokens"] == {"block 1 self_attn.q_proj": 9, "block 2 self_attn.q_proj": 0}
+    assert list(unusual(layers)["few_tokens"].items()) == [("block 2 self_attn.q_proj", 0), ("block 1 self_attn.q_proj", 9)]
     line = next(line for line in printed(blocks_of(layers)).splitlines() if "fewer calibration tokens" in line)
     assert line.index("block 2 self_attn.q_proj (0 tokens)") < line.index("block 1 self_attn.q_proj (9 tokens)")
 
@@ -493,7 +495,7 @@ def test_report_json_holds_it_all(tmp_path):
     assert read == json_values(report) and report.blocks == BLOCKS
     assert (read["sparsity"], read["weights"], read["pruned"]) == (0.5, 200, 100)
     assert 2**26 < read["memory"]["host_peak"] < 2**40, "bytes, and Python with jax needs more than 64 MiB"
-    assert read["unusual"] == summary.unusual(LAYERS) | {"worse_on_held_out": {}}
+    assert read["unusual"] == unusual(LAYERS)
     assert read["environment"]["mesh"] == {"data": 4, "model": 2}
     assert read["environment"]["packages"]["jax"] == jax.__version__
     assert read["layer_kinds"][0]["gap_max"] is None
