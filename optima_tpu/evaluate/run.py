@@ -52,6 +52,40 @@ HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
 """Files with the evaluation harness's own results, one for each model."""
 
 
+class _Subject(NamedTuple):
+    """What an evaluation measures, checked and opened.
+
+    Attributes:
+      models: "model", and "against" if there is one.
+      known: name of a model -> the harness's results of an earlier evaluation.
+      texts: source -> its windows.
+      folder: where the results go.
+    """
+
+    config: EvaluateConfig
+    mesh: Mesh
+    models: Mapping[str, Evaluated]
+    known: Mapping[str, Any]
+    texts: Mapping[str, Tokens]
+    folder: Path
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """All that decides what is measured."""
+        return {
+            "settings": _settings(self.config),
+            "code": code_version(),
+            "environment": environment(self.mesh),
+            "evaluated": self.identities,
+            "texts": {source: token_digest(tokens.ids) for source, tokens in self.texts.items()},
+        }
+
+    @property
+    def identities(self) -> Identities:
+        found = {name: Identity(opened.model.pretrained.fingerprint, opened.run.manifest) for name, opened in self.models.items()}
+        return Identities(found["model"], found.get("against"))
+
+
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> EvaluationRecord:
     """Measures a model as ``config`` says, writes evaluation.json, which it returns, and prints a table.
 
@@ -62,9 +96,31 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
       UserError: an input error that the user can correct.
     """
     console = console or Terminal(quiet=not is_first())
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("process_id", "force")}
-    agree("settings and code", flat(settings | {"code": code_version()}))
+    agree("settings and code", flat(_settings(config) | {"code": code_version()}))
     check_signals()
+    subject = _prepare(config, console)
+    folder = subject.folder
+    say(console, "\n".join(_greeting(subject)) + "\n")
+    with only_program(folder, leave_file=(folder / RUN).exists()), Progress(console) as progress:
+        parts = Parts(folder, subject.decides, progress.note)
+        record, results = _measured(subject, parts, progress)
+        first_only(lambda: _write(folder, record, results, subject.models))
+        first_only(parts.remove)
+    files = {"record": RECORD} | ({"harness": HARNESS["model"]} if results else {})
+    if is_first() and _draw_page(config, folder, console):
+        files["report"] = PAGE
+    signals.ended(0)
+    print_evaluation(console, record, {name: str(folder / file) for name, file in files.items()}, _strange(record))
+    return record
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """The settings that decide what is measured."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("process_id", "force")}
+
+
+def _prepare(config: EvaluateConfig, console: Console) -> _Subject:
+    """Opens models and texts, and makes the folder. Raises UserError if one of them can't be used."""
     mesh = make_mesh(config.mesh)
     models = _open(config, mesh, console)
     check_signals()
@@ -82,53 +138,41 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     )
     with writing(folder, "choose another --output"):
         first_only(lambda: _make_writable(folder, config.force))
-    say(console, "\n".join(_greeting(config, models, texts, mesh, folder)) + "\n")
-    evaluated, place = _evaluated(models), environment(mesh)
-    decides = {
-        "settings": settings,
-        "code": code_version(),
-        "environment": place,
-        "evaluated": evaluated,
-        "texts": {source: token_digest(tokens.ids) for source, tokens in texts.items()},
-    }
-    with only_program(folder, leave_file=(folder / RUN).exists()), Progress(console) as progress:
-        parts = Parts(folder, decides, progress.note)
-        measure = functools.partial(_on_text, models=models, progress=progress, per_block=config.per_block)
-        # First, because an error in the tasks should appear before hours of texts.
-        questions = _Questions.prepare(config, models, known, progress)
-        found = {}
-        for number, (source, tokens) in enumerate(texts.items(), 1):
-            decoder, both = models["model"].model.decoder, "against" in models
-            later = [text_steps(decoder, each.ids, both, config.per_block) for each in [*texts.values()][number:]]
-            progress.ahead = [*later, *questions.ahead(len(questions.testers))]
-            found[source] = parts.measured(source, TextResult, functools.partial(measure, source, tokens))
-        results = questions.answers(parts, config.asking, progress) | known
-        tasks = _task_results(questions.tasks, results)
-        record = EvaluationRecord(
-            config.model,
-            config.against,
-            evaluated,
-            settings,
-            place,
-            {source: part.perplexity for source, part in found.items()},
-            {source: part.distance for source, part in found.items() if part.distance},
-            tasks,
-            paper_average(tasks),
-        )
-        first_only(lambda: _write(folder, record, results, models))
-        first_only(parts.remove)
-    files = {"record": RECORD} | ({"harness": HARNESS["model"]} if results else {})
-    if is_first() and _draw_page(config, folder, console):
-        files["report"] = PAGE
-    signals.ended(0)
-    strange = [
-        line
-        for source, score in record.perplexity.items()
-        for line in (_poor(source, score.unigram_perplexity), _unpredicted(score))
-        if line
-    ]
-    print_evaluation(console, record, {name: str(folder / file) for name, file in files.items()}, strange)
-    return record
+    return _Subject(config, mesh, models, known, texts, folder)
+
+
+def _measured(subject: _Subject, parts: Parts, progress: Progress) -> tuple[EvaluationRecord, dict[str, Any]]:
+    """What was measured, and the harness's results of each model."""
+    config, models, texts = subject.config, subject.models, subject.texts
+    # First, because an error in the tasks should appear before hours of texts.
+    questions = _Questions.prepare(config, models, subject.known, progress)
+    found = {}
+    for number, (source, tokens) in enumerate(texts.items(), 1):
+        decoder, both = models["model"].model.decoder, "against" in models
+        later = [text_steps(decoder, each.ids, both, config.per_block) for each in [*texts.values()][number:]]
+        progress.ahead = [*later, *questions.ahead(len(questions.testers))]
+        measure = functools.partial(_on_text, source, tokens, models, progress, config.per_block)
+        found[source] = parts.measured(source, TextResult, measure)
+    results = {**questions.answers(parts, config.asking, progress), **subject.known}
+    tasks = _task_results(questions.tasks, results)
+    record = EvaluationRecord(
+        config.model,
+        config.against,
+        subject.identities,
+        _settings(config),
+        environment(subject.mesh),
+        {source: part.perplexity for source, part in found.items()},
+        {source: part.distance for source, part in found.items() if part.distance},
+        tasks,
+        paper_average(tasks),
+    )
+    return record, results
+
+
+def _strange(record: EvaluationRecord) -> list[str]:
+    """A line for each text that is poor, and for each on which a model predicts poorly."""
+    told = ((_poor(source, score.unigram_perplexity), _unpredicted(score)) for source, score in record.perplexity.items())
+    return [line for line in itertools.chain(*told) if line]
 
 
 def _open(config: EvaluateConfig, mesh: Mesh, console: Console) -> dict[str, Evaluated]:
@@ -252,11 +296,6 @@ def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) 
     return tokens
 
 
-def _evaluated(models: Mapping[str, Evaluated]) -> Identities:
-    found = {name: Identity(opened.model.pretrained.fingerprint, opened.run.manifest) for name, opened in models.items()}
-    return Identities(found["model"], found.get("against"))
-
-
 def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> TextResult:
     pruned, both = models["model"].model.decoder, "against" in models
     steps = text_steps(pruned, tokens.ids, both, per_block)
@@ -341,13 +380,12 @@ def _write(folder: Path, record: EvaluationRecord, results: Mapping[str, Any], m
         keep(folder, files, remedy)
 
 
-def _greeting(
-    config: EvaluateConfig, models: Mapping[str, Evaluated], texts: Mapping[str, Tokens], mesh: Mesh, folder: Path
-) -> list[str]:
+def _greeting(subject: _Subject) -> list[str]:
     """Lines that describe the evaluation, printed before the first long computation."""
+    config, texts, record = subject.config, subject.texts, subject.folder / RECORD
     lines = [
         f"{name:<12} {opened.model.pretrained.origin}: {plural(opened.model.decoder.config.blocks, 'block')}"
-        for name, opened in models.items()
+        for name, opened in subject.models.items()
     ]
     lines += [f"perplexity   {', '.join(texts)}"] if texts else []
     told = [_poor(source, unigram_perplexity(tokens.ids)) for source, tokens in texts.items()]
@@ -356,6 +394,6 @@ def _greeting(
     lines += [f"tasks        {', '.join(config.task_names)}{known}"] if config.task_names else []
     return [
         *lines,
-        f"devices      {devices_words(mesh)}",
-        f"output       {folder}" + (f", replaces its {RECORD}" if (folder / RECORD).exists() else ""),
+        f"devices      {devices_words(subject.mesh)}",
+        f"output       {subject.folder}" + (f", replaces its {RECORD}" if record.exists() else ""),
     ]

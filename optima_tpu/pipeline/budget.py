@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
@@ -13,8 +14,77 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import LayerRule
 from optima_tpu.method.patterns import WholeInputs, WholeParts
 from optima_tpu.models.checkpoints.cuts import placed, why_unreadable
-from optima_tpu.pipeline.plan.model import declared
+from optima_tpu.pipeline.plan.model import DeclaredModel, declared
 from optima_tpu.report.progress import say
+
+
+@dataclasses.dataclass(frozen=True)
+class _Staying:
+    """The parts of every block that ``cut.by`` names, of which some number stays.
+
+    Attributes:
+      config: the run, without a rule for these parts.
+      dense: the model as it is.
+    """
+
+    config: RunConfig
+    model: PretrainedConfig
+    part: WholeParts
+    dense: DeclaredModel
+
+    @property
+    def total(self) -> int:
+        return self.part.places[0].total
+
+    @property
+    def called(self) -> str:
+        return self.part.places[0].called
+
+    @property
+    def counts(self) -> range:
+        """The numbers that may stay."""
+        return range(self.part.multiple, self.total, self.part.multiple)
+
+    @functools.cached_property
+    def left(self) -> DeclaredModel:
+        """The model without the blocks that leave."""
+        return self.dense.without_last(self.config.cut.blocks)
+
+    def leaving(self, kept: int) -> RunConfig:
+        """The run with a rule that keeps so many."""
+        without = dataclasses.replace(self.config.cut, to=None)
+        rules = (*self.config.recipe.layers, LayerRule("*", self.pattern(kept)))
+        return self.config.changed(layers=rules, output=str(self.config.run_directory), cut=without)
+
+    def pattern(self, kept: int) -> WholeInputs:
+        return self.part.leaving(kept, self.total)
+
+    def share(self, kept: int) -> float:
+        """The share of the dense model's weights that stays with so many; 0 for none."""
+        return kept and self.left.narrow(self.leaving(kept).recipe).weights / self.dense.weights
+
+    def readable(self, counts: Iterable[int]) -> int:
+        """The first number that transformers reads; 0 if there is none."""
+        return next((kept for kept in counts if not why_unreadable(self.pattern(kept), self.model)), 0)
+
+    def most(self, share: float) -> int:
+        """The largest number with at most this share of the weights; 0 if there is none."""
+        counts = self.counts
+        fits = bisect.bisect_right(range(len(counts)), share, key=lambda place: self.share(self.readable(counts[place::-1])))
+        return self.readable(counts[fits - 1 :: -1]) if fits else 0
+
+    def refuse(self, asked: float) -> None:
+        """Raises UserError if no share below 1 can be asked, or what else is cut leaves no more than ``asked``."""
+        if not self.counts:
+            raise UserError(
+                f"expected cut.by with a multiple below {self.total:,}, the {self.called} of a block, got {self.part.multiple}; take "
+                f"--cut.by {self.part.word}@{max(1, self.total // 8)}"
+            )
+        others = self.left.narrow(self.config.recipe).weights / self.dense.weights
+        if asked >= others:
+            raise UserError(
+                f"expected cut.to below {others:.3g}, the share that stays with what else is cut, got {asked:g}; leave out cut.to"
+            )
 
 
 def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:
@@ -36,47 +106,20 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
         raise UserError(
             f"expected no other share of {part.word}s where cut.to is {asked:g}, got {other.text()}; leave out one of the two"
         )
-    whole = declared(model)
-    left = whole.without_last(config.cut.blocks)
-    first = part.places[0]
-    counts = range(part.multiple, first.total, part.multiple)
-    if not counts:
-        raise UserError(
-            f"expected cut.by with a multiple below {first.total:,}, the {first.called} of a block, got {part.multiple}; take --cut.by "
-            f"{part.word}@{max(1, first.total // 8)}"
-        )
-
-    def leaving(pattern: WholeInputs) -> RunConfig:
-        without = dataclasses.replace(config.cut, to=None)
-        rules = (*config.recipe.layers, LayerRule("*", pattern))
-        return config.changed(layers=rules, output=str(config.run_directory), cut=without)
-
-    def share(kept: int) -> float:
-        return kept and left.narrow(leaving(part.leaving(kept, first.total)).recipe).weights / whole.weights
-
-    def readable(counts: Iterable[int]) -> int:
-        """The first number that transformers reads; 0 if there is none."""
-        return next((kept for kept in counts if not why_unreadable(part.leaving(kept, first.total), model)), 0)
-
-    fits = bisect.bisect_right(range(len(counts)), asked, key=lambda place: share(readable(counts[place::-1])))
-    others = left.narrow(config.recipe).weights / whole.weights
-    if asked >= others:
-        raise UserError(
-            f"expected cut.to below {others:.3g}, the share that stays with what else is cut, got {asked:g}; leave out cut.to"
-        )
-    kept = readable(counts[fits - 1 :: -1]) if fits else 0
+    parts = _Staying(config, model, part, declared(model))
+    parts.refuse(asked)
+    kept = parts.most(asked)
     if not kept:
-        least = readable(counts)
-        lowest = math.ceil(1000 * share(least)) / 1000
+        least = parts.readable(parts.counts)
+        lowest = math.ceil(1000 * parts.share(least)) / 1000
         raise UserError(
-            f"expected cut.to of at least {lowest:g}, which {least:,} of {first.total:,} {first.called} leave, got {asked:g}; take it, "
+            f"expected cut.to of at least {lowest:g}, which {least:,} of {parts.total:,} {parts.called} leave, got {asked:g}; take it, "
             "or leave out more blocks by --cut.blocks"
         )
-    pattern = part.leaving(kept, first.total)
     if console:
         say(
             console,
-            f"cut          {pattern.text()} keeps {kept:,} of {first.total:,} {first.called} in every block: "
-            f"{share(kept):.3g} of the weights",
+            f"cut          {parts.pattern(kept).text()} keeps {kept:,} of {parts.total:,} {parts.called} in every block: "
+            f"{parts.share(kept):.3g} of the weights",
         )
-    return leaving(pattern)
+    return parts.leaving(kept)
