@@ -780,9 +780,7 @@ The dense model is the floor; the best pruned model of a column is bold.
 
 {table}
 
-{notes}
-
-{record}
+{reading}
 
 ## How to read the tables { #reading }
 
@@ -790,13 +788,11 @@ The dense model is the floor; the best pruned model of a column is bold.
 - *Perplexity* depends on the model, its tokenizer, the text and the window: compare numbers of one table only.
 - A number in brackets is the *share of SparseGPT's excess*: log-perplexity above the dense model's, divided by that of SparseGPT's own
   weights with the same pattern and calibration text. 1 is as far from the dense model as SparseGPT, 0 is the dense model.
-- A *layer error* is the squared change of a layer's output, relative to the output itself. *Held out* means: on windows that no weight
-  was fitted to.
+- *Layer error*, *held out* and other words: [glossary](../method/glossary.md).
 - *Draws* are random choices of the calibration windows. Differences below about 1% on C4 and 2% on WikiText-2 are noise.
-- **Each table names its record**, a JSON file with the commands, the commit, the hardware, the texts and notes. Commands are
-  those of the recorded commit; where windows were called samples then, `calibration.samples` still stands for `calibration.windows`. Their
-  texts are files: `c4.jsonl` has 1,200 documents of C4 (`en`, train), `c4.validation.jsonl` 200 of its validation set, a document a line,
-  and `wiki.test.raw.txt` is the raw WikiText-2 test set.
+- **Each table names its record**, a JSON file with the commands, the commit, the hardware, the texts and notes. Commands are those of the
+  recorded commit. Their texts are files: `c4.jsonl` has 1,200 documents of C4 (`en`, train), `c4.validation.jsonl` 200 of its validation
+  set, a document a line, and `wiki.test.raw.txt` is the raw WikiText-2 test set.
 
 ## What was measured { #measured }
 
@@ -815,7 +811,7 @@ The dense model is the floor; the best pruned model of a column is bold.
 
 Not measured: other models, and anything on a TPU or a GPU. Plans for TPU slices are estimates: `configs/plans/README.md`.
 """
-_ARROWS = "↓: lower is better; ↑: higher is better; a dash: not measured. [How to read the tables](index.md#reading)."
+_ARROWS = "[How to read the tables](index.md#reading): arrows, dashes, numbers in brackets."
 
 
 class Group(NamedTuple):
@@ -832,7 +828,7 @@ class Group(NamedTuple):
 
 _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
     "smollm2": (
-        f"# SmolLM2-135M: quality\n\n{_ARROWS} A number in brackets is the [share of SparseGPT's excess](index.md#reading).",
+        f"# SmolLM2-135M: quality\n\n{_ARROWS}",
         {
             "Against other methods": Group(
                 ("patterns", "optima-method", "alps"),
@@ -857,8 +853,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         {"Experts removed": Group(("fewer-experts", "expert-plans"))},
     ),
     "text": (
-        "# Calibration text and training\n\n"
-        f"SmolLM2-135M. {_ARROWS} A number in brackets is the [share of SparseGPT's excess](index.md#reading).",
+        f"# Calibration text and training\n\nSmolLM2-135M. {_ARROWS}",
         {
             "Calibration text": Group(
                 ("calibration-text", "windows", "written-windows"),
@@ -882,8 +877,8 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
     ),
     "gemma3": (
         "# Gemma 3 270M: quality\n\n"
-        f"A second model of another family, with the settings that SmolLM2-135M gave. {_ARROWS} A number in brackets is the "
-        "[share of SparseGPT's excess](index.md#reading). What it takes [packed](speed.md#packed-sizes).",
+        f"A second model of another family, with the settings that SmolLM2-135M gave. {_ARROWS} "
+        "What it takes [packed](speed.md#packed-sizes).",
         {"Against other methods": Group(("gemma3-half",))},
     ),
     "speed": (
@@ -917,8 +912,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
 def index_page() -> str:
     """The table of the front page, how to read it, and what else there is."""
     record = load_record("headline")
-    notes = "\n".join(f"- {note}" for note in record.notes)
-    values = {"{table}": headline_table(), "{notes}": notes, "{record}": _record_link("headline", record)}
+    values = {"{table}": headline_table(), "{reading}": f"{record.reading} {_record_link('headline', record)}"}
     return functools.reduce(lambda text, item: text.replace(*item), values.items(), _INDEX)
 
 
@@ -944,9 +938,9 @@ def results_page(page: str) -> str:
 _ACCELERATORS = """\
 # What one machine says
 
-What `python -m benchmarks.accelerator` writes on a machine, a section for each: results beside float64, a run that was killed, shares
-of the peak, blocks beside their plans. {chips} To add a machine, run the command there, without network or data, and put its record
-into `docs/results/records/accelerators`.
+What `python -m benchmarks.accelerator` writes on a machine: results beside float64, a run that was killed, shares of the peak, blocks
+beside their plans. {chips} To add a machine, run the command there, without network or data, and put its record into
+`docs/results/records/accelerators`.
 
 ```sh
 python -m benchmarks.accelerator docs/results/records/accelerators/v5e-1.json
