@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import random
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from optima_tpu.errors import UserError, one_line, plural
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.report.evaluation import TaskResult
-from optima_tpu.report.summary import mean_or_none
 from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.processes import SharedError, from_first, is_first
 
@@ -361,4 +361,5 @@ def task_results(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, TaskR
 
 def paper_average(results: Mapping[str, TaskResult]) -> float | None:
     """The mean accuracy over the paper's six tasks; None if one is missing."""
-    return mean_or_none(results[name].metrics["acc"] for name in PAPER) if set(PAPER) <= results.keys() else None
+    accuracies = [results[name].metrics["acc"] if name in results else None for name in PAPER]
+    return None if None in accuracies else statistics.fmean(each for each in accuracies if each is not None)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from optima_tpu.errors import plural
+from optima_tpu.report.columns import mean_error
 from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.numbers import became, direction, number, percent
-from optima_tpu.report.summary import exchanged, mean_errors, means, measured, quantized_line
-from optima_tpu.report.view import NONE, without_folders
+from optima_tpu.report.summary import exchanged, mean, measured, quantized_line
+from optima_tpu.report.view import without_folders
 
 
 class Fact(NamedTuple):
@@ -64,37 +65,30 @@ def _perplexity(report: Report) -> Fact:
 
 
 def _error(report: Report) -> Fact | None:
-    layers = report.layers
-    if not layers or not measured(layers):
+    if not report.layers or not measured(report.layers):
         return None
-    before, after, held_before, held_after = mean_errors(layers)
-    unseen = (
-        "none was held out" if held_after is None else f"on held-out text {' → '.join(_both(held_before, held_after, report))}"
-    )
-    aim = ""
-    if report.aims_at_dense:
-        aim = "; a dense target lowers the error against dense instead"
-    return _change("error", "Layer error", (before, after), f"on the calibration text; {unseen}{aim}", report)
+    held_out = _both(report, "held_out_before", "held_out_after")
+    unseen = f"on held-out text {' → '.join(held_out)}" if report.has_held_out else "none was held out"
+    aim = "; a dense target lowers the error against dense instead" if report.aims_at_dense else ""
+    return _change("error", "Layer error", ("error_before", "error_after"), f"on the calibration text; {unseen}{aim}", report)
 
 
 def _against_dense(report: Report) -> Fact | None:
-    before, after = means(report.layers, ("dense_before", "dense_after"))
-    if before is None or after is None:
+    if not report.aims_at_dense:
         return None
-    return _change("to dense", "Layer error against dense", (before, after), "on held-out text", report)
+    return _change("to dense", "Layer error against dense", ("dense_before", "dense_after"), "on held-out text", report)
 
 
-def _change(name: str, title: str, errors: tuple[float | None, float | None], text: str, report: Report) -> Fact:
-    before, after = errors
-    better = f"{became(before, after, percent)}, " if report.solver and before is not None and after is not None else ""
-    labels = ("before", "after the update") if report.solver else ()
-    return Fact(title, _both(*errors, report), f"{better}mean of {plural(len(report.layers), 'matrix')}, {text}", name, labels)
+def _change(name: str, title: str, errors: tuple[str, str], text: str, report: Report) -> Fact:
+    before, after = (mean(report.layers, error) for error in errors)
+    better = became(before, after, percent) if report.solver else ""
+    note = ", ".join(filter(None, (better, f"mean of {plural(len(report.layers), 'matrix')}", text)))
+    return Fact(title, _both(report, *errors), note, name, ("before", "after the update") if report.solver else ())
 
 
-def _both(before: float | None, after: float | None, report: Report) -> list[str]:
+def _both(report: Report, before: str, after: str) -> list[str]:
     """The two errors of an update; without a solver the second alone."""
-    both = [NONE if error is None else percent(error) for error in (before, after)]
-    return both if report.solver else both[1:]
+    return [mean_error(report.layers, error) for error in ((before, after) if report.solver else (after,))]
 
 
 def _sparsity(report: Report) -> Fact:
@@ -134,11 +128,14 @@ def _left_out(report: Report) -> Fact | None:
 
 def _refit(report: Report) -> Fact | None:
     left = report.left_out.experts
-    first, last = means(left.blocks if left else (), ("error_before", "error_after"))
-    if first is None or last is None:
+    if left is None or not left.solved:
         return None
-    note = "mean squared error of the mixtures' output on the calibration text, of its energy; each block and its experts: left_out.json"
-    return Fact("Experts solved", [became(first, last, percent)], note, "refit")
+    before, after = (mean(left.blocks, error) for error in ("error_before", "error_after"))
+    note = (
+        f"{became(before, after, percent)}, mean squared error of the mixtures' output on the calibration text, of its energy; each "
+        "block and its experts: left_out.json"
+    )
+    return Fact("Experts solved", [percent(before), percent(after)], note, "refit", ("before", "after"))
 
 
 def _speed(report: Report) -> Fact | None:

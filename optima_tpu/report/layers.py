@@ -2,31 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from optima_tpu.errors import plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
-from optima_tpu.report.columns import ROWS, Cell, mean_of, share_pruned, steps
+from optima_tpu.report.columns import EVERY, KINDS, ROWS, Layers, page_columns, steps
 from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines, unusual_count
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import FinishedRun
-from optima_tpu.report.summary import (
-    FITTED,
-    HELD_OUT,
-    exchanged,
-    gap_meaning,
-    held_out_caveat,
-    layers_by_kind,
-    quantized_line,
-    short_names,
-    sparsity,
-)
-from optima_tpu.report.view import NONE, Key, Plots, Section, Table
+from optima_tpu.report.summary import exchanged, gap_meaning, held_out_caveat, named_kinds, quantized_line, short_names, sparsity
+from optima_tpu.report.view import Key, Plots, Section, Table
 
 _BEFORE, _AFTER = 6, 0  # grey, blue
 _LISTED = 1000
@@ -189,9 +179,9 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
     legend = [Key(run.label, index) for index, run in solved if run.label]
     legend += [Key("median of a block"), Key("largest of a block", dashed=True)]
     note = "A refused row keeps the selector’s weights because of the run’s acceptance rule."
-    columns: dict[str, Cell] = {"rows": lambda layers: f"{sum(layer.rows for layer in layers):,}", **ROWS}
     tables = [
-        _table(run.label or f"Rows, by {run.report.solver}", "layer", _by_kind(run).items(), columns, note) for _, run in solved
+        _table(ROWS, run, run.label or f"Rows, by {run.report.solver}", named_kinds(run.report.layers).items(), note)
+        for _, run in solved
     ]
     return Section("solver", "Solver", text, plots.drawn(panels, "solver", legend), tables)
 
@@ -250,66 +240,29 @@ def _by_block(
     ]
 
 
-def _by_kind(run: FinishedRun) -> dict[str, Sequence[LayerReport]]:
-    """The layers of each kind, by its short name."""
-    kinds = layers_by_kind(run.report.layers)
-    return {short: kinds[kind] for kind, short in short_names(list(kinds)).items()}
-
-
 def _kind_table(run: FinishedRun) -> Table:
-    layers, columns = run.report.layers, {"matrices": _count, **_errors(run), "sparsity": share_pruned}
-    rows = _by_kind(run) | ({"all": layers} if layers else {})
-    note = "" if rows else "No layer was pruned."
-    return _table(run.label or "Mean over blocks", "layer", rows.items(), columns, note)._replace(total=bool(rows))
+    layers = run.report.layers
+    rows = named_kinds(layers) | ({"all": layers} if layers else {})
+    table = _table(KINDS, run, run.label or "Mean over blocks", rows.items(), "" if rows else "No layer was pruned.")
+    return table._replace(total=bool(rows))
 
 
 def _layer_table(run: FinishedRun) -> Table:
-    layers, routed = run.report.layers, any(kind_name(layer.name) != layer.name for layer in run.report.layers)
+    layers = run.report.layers
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
     rows = ((f"{layer.block} {layer.name}", [layer]) for layer in layers[:_LISTED])
-    tokens: dict[str, Cell] = {"tokens": _tokens} if routed else {}
-    columns = {"shape": _shape, **tokens, "sparsity": share_pruned, **_errors(run), **(ROWS if run.report.solver else {})}
-    notes = ["Tokens: of the calibration text, those that the layer read; an expert reads those that are routed to it."] * routed
-    notes += [_rest(len(layers), ", by error")]
-    return _table(f"Every layer{run.behind}", "block and layer", rows, columns, " ".join(filter(None, notes)))
+    table = _table(EVERY, run, f"Every layer{run.behind}", rows)
+    read = "Tokens: of the calibration text, those that the layer read; an expert reads those that are routed to it."
+    return table._replace(note=" ".join(filter(None, (read * ("tokens" in table.head), _rest(len(layers), ", by error")))))
 
 
-def _table(
-    caption: str, first: str, rows: Iterable[tuple[str, Sequence[LayerReport]]], columns: Mapping[str, Cell], note: str = ""
-) -> Table:
+def _table(kind: str, run: FinishedRun, caption: str, rows: Iterable[tuple[str, Layers]], note: str = "") -> Table:
     """A table of rows that are layers."""
-    cells = [[name, *(cell(layers) for cell in columns.values())] for name, layers in rows]
-    return Table(caption, [first, *columns], cells, note)
-
-
-def _count(layers: Sequence[LayerReport]) -> str:
-    return f"{len(layers):,}"
-
-
-def _shape(layers: Sequence[LayerReport]) -> str:
-    return "×".join(map(str, layers[0].shape))
-
-
-def _tokens(layers: Sequence[LayerReport]) -> str:
-    return NONE if layers[0].tokens is None else f"{layers[0].tokens:,}"
-
-
-_ERRORS = dict(zip(("before", "after", "held out, before", "held out, after"), (*FITTED, *HELD_OUT)))
-_AGAINST_DENSE = {
-    "against dense, before": "dense_before",
-    "against dense, after": "dense_after",
-    "against dense, dense weights": "dense_drift",
-}
-
-
-def _errors(run: FinishedRun) -> dict[str, Cell]:
-    """The columns on a run's errors. Without a solver, those after the update are blank."""
-    errors = _ERRORS | (_AGAINST_DENSE if run.report.aims_at_dense else {})
-    return {
-        head: mean_of(error) if run.report.solver or not error.endswith("_after") else lambda layers: NONE
-        for head, error in errors.items()
-    }
+    columns = page_columns(kind, run.report.layers, run.report.solver)
+    cells = [[name, *(column.cell(layers) for column in columns)] for name, layers in rows]
+    first = "block and layer" if kind == EVERY else "layer"
+    return Table(caption, [first, *(column.name for column in columns)], cells, note)
 
 
 def _rest(count: int, order: str = "") -> str:

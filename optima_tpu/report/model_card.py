@@ -16,7 +16,7 @@ from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount, Outcome, RunFa
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
-from optima_tpu.report.summary import held_out_caveat, mean_errors, sparsity
+from optima_tpu.report.summary import held_out_caveat, mean, sparsity
 from optima_tpu.report.view import template, without_folders
 
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
@@ -184,11 +184,9 @@ def _perplexities(facts: RunFacts) -> list[tuple[str, str]]:
 
 def _layer_errors(card: Card) -> list[tuple[str, ...]]:
     """Mean errors over the pruned layers, before and after the update, on calibration and on held-out text."""
-    errors = mean_errors(card.sidecar.layers)
-    return [
-        (text, *("not measured" if mean is None else percent(mean) for mean in means))
-        for text, means in (("calibration", errors[:2]), ("held out", errors[2:]))
-    ]
+    errors = {"calibration": ("error_before", "error_after"), "held out": ("held_out_before", "held_out_after")}
+    means = {text: [mean(card.sidecar.layers, error) for error in both] for text, both in errors.items()}
+    return [(text, *("not measured" if each is None else percent(each) for each in both)) for text, both in means.items()]
 
 
 def _plain(text: str) -> str:

@@ -39,8 +39,10 @@ def direction(before: float, after: float) -> str:
     return "worse" if after > before else "better" if after < before else "unchanged"
 
 
-def became(before: float, after: float, show: Callable[[float], str]) -> str:
-    """As :func:`direction`, but "unchanged" where both are shown alike."""
+def became(before: float | None, after: float | None, show: Callable[[float], str]) -> str:
+    """As :func:`direction`, but "unchanged" where both are shown alike; empty where one of them is no number."""
+    if before is None or after is None or not math.isfinite(before + after):
+        return ""
     return "unchanged" if show(before) == show(after) else direction(before, after)
 
 

@@ -17,7 +17,7 @@ from optima_tpu.errors import legible
 from optima_tpu.report.numbers import duration, hms, percent
 from optima_tpu.report.pace import Pace, Remaining, Step, remaining
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import mean_errors, sparsity
+from optima_tpu.report.summary import mean, sparsity
 from optima_tpu.runtime.processes import check_signals
 
 _QUIET, _QUIETEST = 10.0, 60.0
@@ -43,14 +43,15 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def plain_table(head: Iterable[str], rows: Iterable[Sequence[str]], names: int = 1, words: bool = False) -> Table:
+def plain_table(head: Iterable[str], rows: Iterable[Sequence[str]], names: int = 1, words: bool = False, gap: int = 2) -> Table:
     """A table without lines.
 
     Args:
       names: the number of cells at the start of a row that name it. They stand at the left, the numbers behind them at the right.
       words: the other cells are words, not numbers.
+      gap: how far columns are apart.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for index, name in enumerate(head):
         number = not words and index >= names
         table.add_column(name, justify="right" if number else "left", vertical="top" if words else "bottom", overflow="fold")
@@ -312,5 +313,5 @@ class _Times(ProgressColumn):
 
 
 def _outcome(layers: list[LayerReport]) -> str:
-    before, after, *_ = mean_errors(layers)
-    return f"calibration error {percent(before)} -> {percent(after)}, sparsity {percent(sparsity(layers))}"
+    before, after = (percent(mean(layers, error)) for error in ("error_before", "error_after"))
+    return f"calibration error {before} -> {after}, sparsity {percent(sparsity(layers))}"

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from optima_tpu.errors import plural
 from optima_tpu.report import plots
+from optima_tpu.report.columns import mean_error
 from optima_tpu.report.evaluation import Distance
 from optima_tpu.report.facts import Fact, facts, running, sizes
 from optima_tpu.report.findings import unusual_count
@@ -14,7 +15,6 @@ from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import interval, number, percent
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import FinishedRun, differences
-from optima_tpu.report.summary import mean_errors
 from optima_tpu.report.view import NONE, Key, Section, Table, command, without_folders
 
 T = TypeVar("T")
@@ -264,7 +264,7 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     """The rows of the comparison."""
     rows: dict[str, list[str]] = {}
     for run in runs:
-        report, (before, after, held_before, held_after) = run.report, mean_errors(run.report.layers)
+        report, layers, solved = run.report, run.report.layers, run.report.solver is not None
         values = {
             "perplexity, dense": number(report.perplexity.dense, 4),
             "perplexity, pruned": number(report.perplexity.pruned, 4),
@@ -276,10 +276,10 @@ def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
         if run.evaluation and run.evaluation.average is not None:
             values[f"mean accuracy of six tasks, {run.evaluation.asked}"] = percent(run.evaluation.average)
         values |= {
-            "layer error before the update": percent(before),
-            "layer error after": percent(after) if run.report.solver else NONE,
-            "on held-out text before": NONE if held_before is None else percent(held_before),
-            "on held-out text after": NONE if held_after is None or not run.report.solver else percent(held_after),
+            "layer error before the update": mean_error(layers, "error_before"),
+            "layer error after": mean_error(layers, "error_after") if solved else NONE,
+            "on held-out text before": mean_error(layers, "held_out_before"),
+            "on held-out text after": mean_error(layers, "held_out_after") if solved else NONE,
             "sparsity": percent(report.sparsity),
             **{fact.title.lower(): fact.value for fact in facts(report) if fact.name in _COMPARED},
             "matrices": f"{len(run.report.layers):,}",

@@ -3,16 +3,12 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerKind, LayerReport
 from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.runtime.records import Record
-
-FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
-"""Names of the errors on calibration and on held-out tokens, with the selector's and with the final weights."""
 
 
 def measured(layers: Sequence[LayerReport]) -> bool:
@@ -31,6 +27,12 @@ def layers_by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]
     for layer in layers:
         kinds.setdefault(kind_name(layer.name), []).append(layer)
     return kinds
+
+
+def named_kinds(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+    """As :func:`layers_by_kind`, by short names."""
+    kinds = layers_by_kind(layers)
+    return {short: kinds[kind] for kind, short in short_names(list(kinds)).items()}
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -65,12 +67,10 @@ def quantized_line(layers: Sequence[LayerReport]) -> str:
     """The mean errors around the quantisation: "1.2%, 1.6% with the nearest integers, 1.4% as stored"; empty without one."""
     told = []
     for where, names in QUANTIZED.items():
-        before, nearest, stored = means([layer for layer in layers if getattr(layer, names[1]) is not None], names)
-        if before is not None and nearest is not None and stored is not None:
-            told.append(
-                f"{where and where + ' '}{percent(before)} before, {percent(nearest)} with the nearest integers, "
-                f"{percent(stored)} as stored"
-            )
+        own = [layer for layer in layers if getattr(layer, names[1]) is not None]
+        if own:
+            before, nearest, stored = (percent(mean(own, name)) for name in names)
+            told.append(f"{where and where + ' '}{before} before, {nearest} with the nearest integers, {stored} as stored")
     return "; ".join(told)
 
 
@@ -86,25 +86,17 @@ def gap_meaning(solvers: Sequence[str]) -> str:
             return f"{distance}, by the measures of {' and '.join(several)}, which are not comparable"
 
 
-class MeanErrors(NamedTuple):
-    """Mean errors of layers before and after the update; None where an error is not finite or was not measured.
+def mean(layers: Iterable[Record], error: str) -> float | None:
+    """The mean of an error over the layers, or blocks, that have it; NaN if one is not finite, None if none has it.
 
-    Attributes:
-      before, after: on the calibration text, over the layers that its tokens reached, so without experts that none reached; over all
-        layers if none was reached.
-      held_before, held_after: on held-out text, over the layers that its tokens reached.
+    On the calibration text an expert that no token reached is left out, unless there are no others.
     """
-
-    before: float | None
-    after: float | None
-    held_before: float | None
-    held_after: float | None
-
-
-def mean_errors(layers: Sequence[LayerReport]) -> MeanErrors:
-    """The mean errors of layers, on the calibration text and on held-out text."""
-    fitted = means([layer for layer in layers if layer.tokens != 0] or layers, FITTED)
-    return MeanErrors(*fitted, *means(layers, HELD_OUT))
+    layers = list(layers)
+    reached = [layer for layer in layers if getattr(layer, "tokens", None) != 0] if error.startswith("error_") else []
+    values = [value for layer in reached or layers if (value := getattr(layer, error)) is not None]
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.fmean(values) if values else None
 
 
 def held_out_caveat(settings: RecipeSettings) -> str:
@@ -113,35 +105,13 @@ def held_out_caveat(settings: RecipeSettings) -> str:
     return "also chose the sparsities, so its error is slightly too low" if chosen else ""
 
 
-def means(layers: Iterable[Record], names: Sequence[str]) -> tuple[float | None, ...]:
-    """The mean of each error in ``names`` over the layers, or blocks, that have them; see :func:`mean_or_none`.
-
-    Layers that have none of these errors are ignored: without held-out tokens, or experts that received none of them.
-    """
-    rows = [[getattr(layer, name) for name in names] for layer in layers]
-    rows = [row for row in rows if any(value is not None for value in row)]
-    return tuple(mean_or_none(row[place] for row in rows) for place in range(len(names)))
-
-
-def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """The mean of ``values``; None if there are no values, or if one is None or not finite."""
-    values = list(values)
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    return statistics.fmean(numbers) if numbers and len(numbers) == len(values) else None
-
-
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
-    errors = mean_errors(layers)
-    dense_before, dense_after, dense_drift = means(layers, ("dense_before", "dense_after", "dense_drift"))
+    errors = ("error_before", "error_after", "dense_before", "dense_after", "dense_drift")
     return LayerKind(
         name=name,
         layers=len(layers),
-        error_before=errors.before,
-        error_after=errors.after,
-        held_out=errors.held_after,
-        dense_before=dense_before,
-        dense_after=dense_after,
-        dense_drift=dense_drift,
+        **{error: mean(layers, error) for error in errors},
+        held_out=mean(layers, "held_out_after"),
         sparsity=sparsity(layers),
         gap_max=max(layer.gap_max for layer in layers),
         steps_median=statistics.median(layer.steps_median for layer in layers),

@@ -4,19 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
-from optima_tpu.report.columns import ROWS, Cell, mean_of, share_pruned
+from optima_tpu.report.columns import terminal_columns
 from optima_tpu.report.contents import Report
 from optima_tpu.report.facts import facts
 from optima_tpu.report.file import files_in
 from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
+from optima_tpu.report.progress import plain_table, show
 from optima_tpu.report.published import result
-from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import gap_meaning, held_out_caveat, layers_by_kind, measured, short_names
+from optima_tpu.report.summary import gap_meaning, held_out_caveat, measured, named_kinds, short_names
 from optima_tpu.report.view import NONE
 
 
@@ -52,10 +50,9 @@ def _layer_lines(console: Console, report: Report) -> list[str]:
         return ["No layer was pruned."]
     lines = ["Nobody measured the errors of the layers."]
     if measured(layers):
-        table = layer_table(layers, solver)
-        # Numbers that were cut would look whole: where the table is wider than the console, its lines are longer.
-        table.width = Measurement.get(console, console.options.update(max_width=1 << 10), table).maximum
-        console.print(table, highlight=False, crop=False)
+        columns, kinds = terminal_columns(layers, solver), named_kinds(layers)
+        rows = [[name, *(plain(column.cell(own)) for column in columns.values())] for name, own in kinds.items()]
+        show(console, plain_table(["layer", *columns], rows, gap=1))
         lines = [
             "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over "
             f"blocks{', as they were before the training' if report.distillation else ''}."
@@ -78,42 +75,11 @@ def _layer_lines(console: Console, report: Report) -> list[str]:
     return lines
 
 
-def layer_table(layers: Sequence[LayerReport], solver: str | None) -> Table:
-    """A table with one row for each kind of layer. Without a solver it has no columns on the update."""
-    update = solver is not None
-    columns: dict[str, Cell] = {"error\nbefore" if update else "error": mean_of("error_before")}
-    columns |= {"error\nafter": mean_of("error_after")} if update else {}
-    columns |= {
-        heading: mean_of(error)
-        for heading, error in {"held\nout": "held_out_after", "against\ndense": "dense_after"}.items()
-        if any(getattr(layer, error) is not None for layer in layers)
-    }
-    columns["sparsity"] = share_pruned
-    columns |= {heading: ROWS[name] for heading, name in _OF_ROWS.items()} if update else {}
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("layer", no_wrap=True, vertical="bottom")
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    kinds = layers_by_kind(layers)
-    for kind, short in short_names(list(kinds)).items():
-        table.add_row(short, *(cell(kinds[kind]).replace(NONE, "-") for cell in columns.values()))
-    return table
-
-
-_OF_ROWS = {
-    "largest\ngap": "largest gap",
-    "median\nsteps": "median steps",
-    "not con-\nverged": "not converged",
-    "rows\nrefused": "refused",
-}
-"""Headings of :data:`ROWS` in two lines."""
-
-
 def labelled(label: str, lines: Sequence[str]) -> list[str]:
     """Lines behind one label, which the first of them has."""
     return [f"{'' if number else label:<12}{line}" for number, line in enumerate(lines)]
 
 
 def plain(text: str) -> str:
-    """Converts text of the page for a terminal: removes backquotes, and replaces arrows and typographic apostrophes."""
-    return text.replace("`", "").replace("’", "'").replace("→", "->")
+    """Converts text of the page for a terminal: removes backquotes, and replaces arrows, dashes and typographic apostrophes."""
+    return text.replace("`", "").replace("’", "'").replace("→", "->").replace(NONE, "-")

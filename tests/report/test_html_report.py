@@ -167,7 +167,7 @@ def test_the_page_says_the_numbers_of_the_report(tmp_path):
     assert len(listed) == 1 + len(every)
     for row, layer in zip(listed[1:], every, strict=True):
         errors = map(percent, (layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after))
-        assert row == [f"{layer.block} {layer.name}", "4×10", "50.0%", *errors, "8", "12", "0.100%", "0", "0"]
+        assert row == [f"{layer.block} {layer.name}", "4×10", *errors, "50.0%", "0.100%", "8", "12", "0", "0"]
     # Every plot says its range, and every cell of the maps its number.
     for layer in every:
         short = layer.name.partition(".")[2]
@@ -414,7 +414,7 @@ def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp
     page = drawn(runs[0], to=tmp_path / "x.html")
     kinds = {row[0]: row[6:9] for row in page.tables["Mean over blocks"]}
     assert kinds["q_proj"] == kinds["all"] == ["10.0%", "6.25%", "2.00%"]
-    assert page.tables["Every layer"][-1][7:10] == ["10.0%", "6.25%", "3.00%"]
+    assert page.tables["Every layer"][-1][6:9] == ["10.0%", "6.25%", "3.00%"]
     assert "With a dense target" in page.sections["layers"]
     assert "against dense" in drawn(*runs, to=tmp_path / "y.html").words
     assert "against dense" not in drawn(runs[1], to=tmp_path / "z.html").words

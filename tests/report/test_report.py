@@ -135,7 +135,8 @@ def test_experts_that_no_token_reached_are_in_no_mean():
     (kind,) = summary.by_kind([seen, unseen, never])
     assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
     assert (kind.held_out, kind.dense_before, kind.dense_after, kind.dense_drift) == (0.3, 0.5, 0.4, 0.2)
-    assert summary.means([seen, structs.replace(seen, held_out_after=None)], summary.HELD_OUT) == (0.4, None)
+    assert summary.mean([seen, structs.replace(seen, held_out_after=None)], "held_out_after") == 0.3
+    assert math.isnan(summary.mean([seen, structs.replace(seen, held_out_after=math.inf)], "held_out_after"))
     (lonely,) = summary.by_kind([never])
     assert lonely.error_after == 0.9 and lonely.held_out is None
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.contents import CellName, CellResult, Report
 from optima_tpu.report.numbers import number
-from optima_tpu.report.summary import mean_errors
+from optima_tpu.report.summary import mean
 from optima_tpu.report.view import Table
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.records import encoded, json_values, known_record
@@ -40,16 +41,13 @@ def failed(cell: Cell, reason: str) -> CellResult:
 def finished(cell: Cell, report: Report, output: Path) -> CellResult:
     """The result of a finished cell."""
     layers = report.layers
-    errors = mean_errors(layers)
+    errors = {error: mean(layers, error) for error in ("error_before", "error_after", "held_out_before", "held_out_after")}
     return structs.replace(
         missing(cell),
         state="finished",
         perplexity=report.perplexity.pruned,
         dense=report.perplexity.dense,
-        error_before=errors.before,
-        error_after=errors.after,
-        held_out_before=errors.held_before,
-        held_out_after=errors.held_after,
+        **{error: value if value is not None and math.isfinite(value) else None for error, value in errors.items()},
         seconds=sum(block.seconds for block in report.blocks),
         rows_not_converged=sum(layer.rows - layer.rows_converged for layer in layers),
         rows_refused=sum(layer.rows_refused for layer in layers),
