@@ -3,12 +3,13 @@
 import gguf
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from msgspec import structs
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import check_names, load_tokenizer, open_model
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES
-from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
+from optima_tpu.models.checkpoints.gguf_metadata import Vocabulary
+from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_of
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
@@ -139,23 +140,21 @@ def test_a_special_token_outside_the_byte_alphabet_has_the_files_id(tmp_path):
     bos, user = "<｜begin▁of▁sentence｜>", "a word"
     tokens = [BPE[0], bos, user, *BPE[1:]]
     kinds = [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.USER_DEFINED] + [gguf.TokenType.NORMAL] * (len(BPE) - 1)
-    fields = {
-        "qwen2.context_length": 128,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "deepseek-r1-qwen",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": ["Ġ t", "t h", "a t", "c at"],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True,
-    }
-    tokenizer = Tokenizer.from_str(tokenizer_files(fields, ARCHITECTURES["qwen2"])["tokenizer.json"].decode())
+    vocabulary = Vocabulary(
+        model="gpt2",
+        pre="deepseek-r1-qwen",
+        tokens=tokens,
+        token_type=kinds,
+        merges=["Ġ t", "t h", "a t", "c at"],
+        bos_token_id=1,
+        eos_token_id=0,
+        add_bos_token=True,
+    )
+    tokenizer = tokenizer_of(vocabulary, ARCHITECTURES["qwen2"])
     assert tokenizer.encode(f"cat{user}th{bos}").tokens == [bos, "cat", user, "th", bos]
     assert tokenizer.encode("<|endoftext|>").ids[0] == 1 and tokenizer.get_vocab_size() == len(tokens)
-    del fields["tokenizer.ggml.bos_token_id"]
     with pytest.raises(UserError, match="bos_token around every text but does not name it"):
-        tokenizer_files(fields, ARCHITECTURES["qwen2"])
+        tokenizer_of(structs.replace(vocabulary, bos_token_id=None), ARCHITECTURES["qwen2"])
 
 
 def test_a_stretched_gemma_is_read_and_a_stretched_qwen_refused(tmp_path):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import msgspec
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
@@ -120,7 +121,7 @@ class GGUFModel:
         own, factors = _own(config)
         rows = source.shape("model.embed_tokens.weight")[0]
         fields = {f"{found.name}.{name}": value for name, value in own.items()} | {f"{found.name}.vocab_size": rows}
-        fields |= vocabulary(pretrained, found, rows, fields)
+        fields |= msgspec.to_builtins(vocabulary(pretrained, found, rows))
         # A stored copy of a tied head, and buffers, are not weights.
         skipped = ("lm_head.",) if config.tie_word_embeddings else ()
         written = [name for name in source.names() if not name.startswith(skipped) and not name.endswith(".inv_freq")]
@@ -144,8 +145,7 @@ class GGUFModel:
             if value is not None:
                 writer.add_string(f"general.license{key}", value)
         for name, value in self.fields.items():
-            if value not in ("", []):  # the library writes no empty ones
-                writer.add_key_value(name, value, Value.UINT32 if type(value) is int else Value.get_type(value))
+            writer.add_key_value(name, value, Value.UINT32 if type(value) is int else Value.get_type(value))
         if self.factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, self.factors.shape, self.factors.dtype, self.factors.nbytes, Kind.F32)
         for name, kind in self.kinds.items():

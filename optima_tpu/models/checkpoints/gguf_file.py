@@ -12,7 +12,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
 from optima_tpu.models.checkpoints.gguf_metadata import (
     INSTEAD,
-    Tokens,
+    General,
+    Vocabulary,
     config_json,
     generation_config_json,
     head_counts,
@@ -175,32 +176,33 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         another computation than Hugging Face's model of that name, or its tokenizer can't be rebuilt exactly.
     """
     reader, fields = _read_metadata(path)
-    check_record(fields, Tokens, path, "download it again")
+    general = check_record(fields, General, path, "download it again")
+    vocabulary = check_record(fields, Vocabulary, path, "download it again")
     if reader.byte_order != "I":
         raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")
-    held = fields.get("general.architecture")
-    if held is None or held not in ARCHITECTURES:
+    architecture = ARCHITECTURES.get(general.architecture or "")
+    if architecture is None:
         raise UserError(
-            f"{path} holds the architecture {held!r}; GGUF files are supported for {', '.join(ARCHITECTURES)}: {INSTEAD}"
+            f"{path} holds the architecture {general.architecture!r}; GGUF files are supported for {', '.join(ARCHITECTURES)}: "
+            f"{INSTEAD}"
         )
-    if fields.get("split.count", 1) > 1:
-        raise UserError(f"{path} is one of {fields['split.count']} parts: join them with `llama-gguf-split --merge`")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    dtype, architecture = dtype or "float32", ARCHITECTURES[held]
+    if general.split_count > 1:
+        raise UserError(f"{path} is one of {general.split_count} parts: join them with `llama-gguf-split --merge`")
+    own, stored, dtype = own_fields(fields, architecture), {tensor.name: tensor for tensor in reader.tensors}, dtype or "float32"
     factors = dequantize(stored[ROPE_FACTORS].data, stored[ROPE_FACTORS].tensor_type) if ROPE_FACTORS in stored else None
-    config = config_json(fields, architecture, set(stored), factors, dtype)
+    config = config_json(own, vocabulary, architecture, set(stored), factors, dtype)
     parsed, config = read_config(config, str(path))
-    tensors = GGUFSource(reader, architecture, head_counts(own_fields(fields, architecture)), named_dtype(dtype))
-    vocabulary = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
-    if vocabulary != parsed.vocab_size:
+    tensors = GGUFSource(reader, architecture, head_counts(own), named_dtype(dtype))
+    rows = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
+    if rows != parsed.vocab_size:
         raise UserError(
             f"{path} is inconsistent: its metadata has {parsed.vocab_size} tokens, the rows of its "
-            f"embedding are {vocabulary}: download it again"
+            f"embedding are {rows}: download it again"
         )
-    assets = {"config.json": config, "generation_config.json": generation_config_json(fields)}
-    assets |= tokenizer_files(fields, architecture)
-    if (licence := fields.get("general.license")) is not None:
-        assets[CARD] = Licence(licence, fields.get("general.license.name"), fields.get("general.license.link")).card()
+    assets = {"config.json": config, "generation_config.json": generation_config_json(vocabulary)}
+    assets |= tokenizer_files(vocabulary, architecture, own["context_length"])
+    if general.license is not None:
+        assets[CARD] = Licence(general.license, general.license_name, general.license_link).card()
     return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin, path.stat().st_size)
 
 

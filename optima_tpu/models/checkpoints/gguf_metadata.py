@@ -5,12 +5,12 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
 from optima_tpu.models.rope import Llama3Scaling, geometric
-from optima_tpu.runtime.records import Count, Positive, Size, check_record
+from optima_tpu.runtime.records import Count, Positive, Size, Undeclared, check_record
 
 INSTEAD = "give the Hugging Face folder of the model"
 
@@ -36,35 +36,74 @@ OPTIONAL = {
 NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
 """Keys that change what the model computes unless they have this value."""
 
+_IDS = "bos", "eos", "pad"
+"""The special tokens whose ids config.json and generation_config.json name."""
 ROTARY_DEFAULT = 10_000.0  # llama.cpp's default if the file has none
 
 
-Tokens = TypedDict(
-    "Tokens",
-    {
-        "general.architecture": str,
-        "general.license": str,
-        "general.license.name": str,
-        "general.license.link": str,
-        "split.count": int,
-        "tokenizer.ggml.model": str,
-        "tokenizer.ggml.pre": str,
-        "tokenizer.ggml.tokens": Annotated[list[str], msgspec.Meta(min_length=1)],
-        "tokenizer.ggml.token_type": list[int],
-        "tokenizer.ggml.scores": list[float],
-        "tokenizer.ggml.merges": list[Annotated[str, msgspec.Meta(pattern="(?s)^[^ ]+ [^ ]+$")]],
-        "tokenizer.ggml.bos_token_id": Count,
-        "tokenizer.ggml.eos_token_id": Count,
-        "tokenizer.ggml.unknown_token_id": Count,
-        "tokenizer.ggml.padding_token_id": Count,
-        "tokenizer.ggml.add_bos_token": bool,
-        "tokenizer.ggml.add_eos_token": bool,
-        "tokenizer.ggml.add_space_prefix": bool,
-        "tokenizer.chat_template": str,
-    },
-    total=False,
-)
-"""What is read of the metadata that every architecture has."""
+class General(
+    Undeclared, frozen=True, rename=lambda name: "split.count" if name == "split_count" else f"general.{name.replace('_', '.')}"
+):
+    """What is read of the metadata that say which model a file holds."""
+
+    architecture: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    split_count: int = 1
+
+
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""The special tokens, as transformers calls them -> as GGUF does."""
+
+
+class Vocabulary(
+    Undeclared,
+    frozen=True,
+    omit_defaults=True,
+    rename=lambda name: "tokenizer.chat_template" if name == "chat_template" else f"tokenizer.ggml.{name}",
+):
+    """The metadata of a tokenizer: read with ``msgspec.convert``, and made again with ``msgspec.to_builtins``.
+
+    Attributes:
+      token_type: of each token, see ``gguf.TokenType``; empty if all are normal.
+      scores: of each token, for SentencePiece.
+      merges: two tokens with a space between them, the best first.
+      model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece.
+      pre: llama.cpp's name of the rule that splits text before any merge.
+    """
+
+    tokens: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(default_factory=list)
+    token_type: list[int] = msgspec.field(default_factory=list)
+    scores: list[float] = msgspec.field(default_factory=list)
+    merges: list[Annotated[str, msgspec.Meta(pattern="(?s)^[^ ]+ [^ ]+$")]] = msgspec.field(default_factory=list)
+    chat_template: str = ""
+    bos_token_id: Count | None = None
+    eos_token_id: Count | None = None
+    unknown_token_id: Count | None = None
+    padding_token_id: Count | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    model: str = ""
+    pre: str = ""
+    add_space_prefix: bool | None = None
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The ids of the special tokens that it has, by the names of transformers."""
+        found = {short: getattr(self, f"{long}_token_id") for short, long in SPECIAL.items()}
+        return {short: index for short, index in found.items() if index is not None}
+
+    @property
+    def typed(self) -> list[tuple[str, int]]:
+        """Every token with its type."""
+        return list(zip(self.tokens, self.token_type or [int(TokenType.NORMAL)] * len(self.tokens), strict=True))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The merges, taken apart."""
+        return [(left, right) for left, _, right in (merge.partition(" ") for merge in self.merges)]
+
 
 Sizes = TypedDict(
     "Sizes",
@@ -114,12 +153,17 @@ def head_counts(own: dict[str, Any]) -> tuple[int, int]:
 
 
 def config_json(
-    fields: dict[str, Any], architecture: Architecture, tensors: set[str], rope_factors: np.ndarray | None, dtype: str
+    own: dict[str, Any],
+    vocabulary: Vocabulary,
+    architecture: Architecture,
+    tensors: set[str],
+    rope_factors: np.ndarray | None,
+    dtype: str,
 ) -> bytes:
     """config.json of the Hugging Face model that computes what the file describes, in the layout all readers know.
 
     Args:
-      fields: see :func:`metadata`.
+      own: see :func:`own_fields`.
       tensors: GGUF names of the tensors in the file.
       rope_factors: float32[d_head / 2], the divisor of each rotary frequency; None without llama3 scaling.
       dtype: the dtype of the weights, for ``torch_dtype``.
@@ -127,7 +171,6 @@ def config_json(
     Raises:
       UserError: sizes are missing or differ between layers, or the file asks for something the model does not compute.
     """
-    own = own_fields(fields, architecture)
     check_record(own, Sizes, "the GGUF file", INSTEAD, inside=architecture.name)
     _refuse_unknown(own, architecture)
     sizes = {key: own[name] for key, name in SIZES.items()}
@@ -144,7 +187,6 @@ def config_json(
                 f"equal, as in Hugging Face's {architecture.model}; {INSTEAD}"
             )
     theta = own.get("rope.freq_base", ROTARY_DEFAULT)
-    tokens = fields.get("tokenizer.ggml.tokens")
     record = sizes | {
         "architectures": [architecture.model],
         "model_type": architecture.model_type,
@@ -153,26 +195,18 @@ def config_json(
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(own, rope_factors, theta, d_head),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": own.get("vocab_size", len(tokens) if tokens else None),
+        "vocab_size": own.get("vocab_size", len(vocabulary.tokens) or None),
         "torch_dtype": dtype,
-        **special_ids(fields),
+        **{f"{short}_token_id": vocabulary.special.get(short) for short in _IDS},
         **architecture.settings(own, tensors),
     }
     return json.dumps(dict(sorted(record.items())), indent=2).encode() + b"\n"
 
 
-def special_ids(fields: dict[str, Any]) -> dict[str, int | None]:
-    """The ids of the special tokens, under their names in config.json."""
-    return {
-        f"{short}_token_id": fields.get(f"tokenizer.ggml.{long}_token_id")
-        for short, long in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-
-
-def generation_config_json(fields: dict[str, Any]) -> bytes:
+def generation_config_json(vocabulary: Vocabulary) -> bytes:
     """generation_config.json with the special tokens, its only entries that a GGUF file has."""
-    known = {name: value for name, value in special_ids(fields).items() if value is not None}
-    return json.dumps({"_from_model_config": True} | known, indent=2).encode() + b"\n"
+    ids = {f"{short}_token_id": vocabulary.special[short] for short in _IDS if short in vocabulary.special}
+    return json.dumps({"_from_model_config": True} | ids, indent=2).encode() + b"\n"
 
 
 def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:

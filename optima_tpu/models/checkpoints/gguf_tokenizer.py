@@ -7,15 +7,15 @@ treats every unknown rule for splitting text as GPT-2's. If the file lacks a def
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from gguf import TokenType
+from msgspec import structs
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
-from optima_tpu.models.checkpoints.gguf_metadata import INSTEAD
+from optima_tpu.models.checkpoints.gguf_metadata import INSTEAD, SPECIAL, Vocabulary
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -52,89 +52,105 @@ GPT2 = ("gpt-2", "gpt2")
 GEMMA = ("gemma3",)
 """Architectures whose SentencePiece text has no space put before it, and whose tokens are in the order of their merges."""
 
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
-
-def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, bytes]:
+def tokenizer_files(vocabulary: Vocabulary, architecture: Architecture, context: int) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja.
 
+    Args:
+      context: the most tokens that the model reads.
+
     Raises:
-      UserError: the file has no vocabulary, or a way to split text that can't be rebuilt exactly.
+      UserError: as :func:`tokenizer_of`.
     """
-    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    _refuse_unbuildable(fields, architecture)
-    if architecture.name in GEMMA:
-        # The file spells tokens of two or more spaces with spaces; in the text that is merged they are ▁▁.
-        spelled = ["▁" * len(token) if not token.strip(" ") else token for token in fields["tokenizer.ggml.tokens"]]
-        fields = {**fields, "tokenizer.ggml.tokens": spelled}
-    tokens = fields["tokenizer.ggml.tokens"]
-    special = {
-        name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in SPECIAL.items()
-        if f"tokenizer.ggml.{key}_token_id" in fields
-    }
-    try:
-        if kind == "gpt2":
-            tokenizer = _byte_level(fields, fields["tokenizer.ggml.pre"])
-        elif architecture.name in GEMMA:
-            tokenizer = _gemma(fields, special.get("unk_token"))
-        else:
-            tokenizer = _llama(fields)
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers library raises no other class, as for a merge of tokens that do not exist
-        raise UserError(f"the GGUF file's tokens and merges do not fit one another ({one_line(error)}): {INSTEAD}") from error
-    _add_tokens(tokenizer, fields, special)
-    tokenizer.post_processor = _ends(tokenizer, fields, special, default_bos=kind == "llama" or split in WHOLE_WORDS)
-    config = special | {
+    tokenizer = tokenizer_of(vocabulary, architecture)
+    config = _special(_spelled(vocabulary, architecture)) | {
         "clean_up_tokenization_spaces": False,
-        "model_max_length": fields[f"{architecture.name}.context_length"],
+        "model_max_length": context,
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that every version of transformers knows
     }
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
     }
-    if template := fields.get("tokenizer.chat_template"):
-        files["chat_template.jinja"] = template.encode()
-    return files
+    return files | ({"chat_template.jinja": vocabulary.chat_template.encode()} if vocabulary.chat_template else {})
 
 
-def _refuse_unbuildable(fields: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raises UserError, as :func:`tokenizer_files`, for what the metadata lacks or says of a tokenizer that can't be rebuilt."""
-    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if kind not in ("gpt2", "llama") or "tokenizer.ggml.tokens" not in fields:
+def tokenizer_of(vocabulary: Vocabulary, architecture: Architecture) -> Tokenizer:
+    """The tokenizer that the metadata of a GGUF file describe.
+
+    Raises:
+      UserError: the file has no vocabulary, or a way to split text that can't be rebuilt exactly.
+    """
+    _refuse_unbuildable(vocabulary, architecture)
+    vocabulary = _spelled(vocabulary, architecture)
+    special = _special(vocabulary)
+    try:
+        if vocabulary.model == "gpt2":
+            tokenizer = _byte_level(vocabulary)
+        elif architecture.name in GEMMA:
+            tokenizer = _gemma(vocabulary, special.get("unk_token"))
+        else:
+            tokenizer = _llama(vocabulary)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises no other class, as for a merge of tokens that do not exist
+        raise UserError(f"the GGUF file's tokens and merges do not fit one another ({one_line(error)}): {INSTEAD}") from error
+    _add_tokens(tokenizer, vocabulary, special)
+    tokenizer.post_processor = _ends(tokenizer, vocabulary, special)
+    return tokenizer
+
+
+def _spelled(vocabulary: Vocabulary, architecture: Architecture) -> Vocabulary:
+    """The tokens as they are in the text that is merged: a Gemma's file spells those of two or more spaces with spaces, not with ▁."""
+    if architecture.name not in GEMMA:
+        return vocabulary
+    return structs.replace(
+        vocabulary, tokens=["▁" * len(token) if not token.strip(" ") else token for token in vocabulary.tokens]
+    )
+
+
+def _special(vocabulary: Vocabulary) -> dict[str, str]:
+    """The special tokens by their names in tokenizer_config.json."""
+    return {f"{short}_token": vocabulary.tokens[index] for short, index in vocabulary.special.items()}
+
+
+def _refuse_unbuildable(vocabulary: Vocabulary, architecture: Architecture) -> None:
+    """Raises UserError, as :func:`tokenizer_of`, for what the metadata lacks or says of a tokenizer that can't be rebuilt."""
+    kind, tokens = vocabulary.model, vocabulary.tokens
+    if kind not in ("gpt2", "llama") or not tokens:
         raise UserError(
             f"the GGUF file has the tokenizer {kind!r}; expected gpt2 (byte-level BPE) or llama (SentencePiece): {INSTEAD}"
         )
-    if kind == "gpt2" and split not in (*SPLITS, *DIGITS, *GPT2):
-        raise UserError(f"the GGUF file splits text by the rule {split!r}, which is not known here: {INSTEAD}")
-    if kind == "llama" and architecture.name not in GEMMA and not fields.get("tokenizer.ggml.add_space_prefix", True):
+    if kind == "gpt2" and vocabulary.pre not in (*SPLITS, *DIGITS, *GPT2):
+        raise UserError(f"the GGUF file splits text by the rule {vocabulary.pre!r}, which is not known here: {INSTEAD}")
+    if kind == "llama" and architecture.name not in GEMMA and vocabulary.add_space_prefix is False:
         raise UserError(
             f"the GGUF file has a SentencePiece tokenizer without a space before the text, which can't be rebuilt here: {INSTEAD}"
         )
-    tokens = fields["tokenizer.ggml.tokens"]
-    for key in SPECIAL.values():
-        if (at := fields.get(f"tokenizer.ggml.{key}_token_id", 0)) >= len(tokens):
-            raise UserError(f"the GGUF file names token {at} as its {key} token, but has {len(tokens)} tokens: {INSTEAD}")
-    for name in ("token_type", "scores"):
-        if len(values := fields.get(f"tokenizer.ggml.{name}") or tokens) != len(tokens):
+    for short, index in vocabulary.special.items():
+        if index >= len(tokens):
+            raise UserError(
+                f"the GGUF file names token {index} as its {SPECIAL[short]} token, but has {len(tokens)} tokens: {INSTEAD}"
+            )
+    for name, values in (("token_type", vocabulary.token_type), ("scores", vocabulary.scores)):
+        if values and len(values) != len(tokens):
             raise UserError(
                 f"the GGUF file has {len(values)} entries in tokenizer.ggml.{name} for {len(tokens)} tokens: {INSTEAD}"
             )
-    if kind == "llama" and not fields.get("tokenizer.ggml.merges") and "tokenizer.ggml.scores" not in fields:
+    if kind == "llama" and not vocabulary.merges and not vocabulary.scores:
         raise UserError(f"the GGUF file has neither merges nor scores of its tokens: {INSTEAD}")
 
 
-def _byte_level(fields: Mapping[str, Any], split: str) -> Tokenizer:
+def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     """Byte-level BPE, in whose vocabulary every byte is spelled as a printable character."""
+    split = vocabulary.pre
     alphabet, spelled, vocab = set(pre_tokenizers.ByteLevel.alphabet()), pre_tokenizers.ByteLevel(False, use_regex=False), {}
-    for index, (token, kind) in enumerate(_typed(fields)):
+    for index, (token, kind) in enumerate(vocabulary.typed):
         # The file spells tokens that are matched whole as they are in the text, and by mistake also a few ordinary tokens.
         if kind not in (TokenType.CONTROL, TokenType.USER_DEFINED) and not set(token) <= alphabet:
             token = "".join(piece for piece, _ in spelled.pre_tokenize_str(token))
         vocab[token] = index
-    model = BPE(vocab, _stated_merges(fields), continuing_subword_prefix="", end_of_word_suffix="")
+    model = BPE(vocab, vocabulary.pairs, continuing_subword_prefix="", end_of_word_suffix="")
     model.ignore_merges = split in WHOLE_WORDS
     tokenizer = Tokenizer(model)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in SPLITS)
@@ -147,11 +163,10 @@ def _byte_level(fields: Mapping[str, Any], split: str) -> Tokenizer:
     return tokenizer
 
 
-def _llama(fields: Mapping[str, Any]) -> Tokenizer:
+def _llama(vocabulary: Vocabulary) -> Tokenizer:
     """SentencePiece BPE with a space before the text."""
-    tokens = fields["tokenizer.ggml.tokens"]
-    merges = _stated_merges(fields) or _merges(dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True)))
-    tokenizer = Tokenizer(BPE(_index(tokens), merges, fuse_unk=True, byte_fallback=True))
+    merges = vocabulary.pairs or _merges(dict(zip(vocabulary.tokens, vocabulary.scores, strict=True)))
+    tokenizer = Tokenizer(BPE(_index(vocabulary.tokens), merges, fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
@@ -159,10 +174,10 @@ def _llama(fields: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _gemma(fields: Mapping[str, Any], unknown: str | None) -> Tokenizer:
+def _gemma(vocabulary: Vocabulary, unknown: str | None) -> Tokenizer:
     """SentencePiece BPE without a space before the text. The scores in a Gemma's file are not in the order of its merges."""
-    vocab = _index(fields["tokenizer.ggml.tokens"])
-    merges = _stated_merges(fields) or _merges({token: -index for token, index in vocab.items()})
+    vocab = _index(vocabulary.tokens)
+    merges = vocabulary.pairs or _merges({token: -index for token, index in vocab.items()})
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
@@ -172,16 +187,6 @@ def _gemma(fields: Mapping[str, Any], unknown: str | None) -> Tokenizer:
 
 def _index(tokens: list[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
-
-
-def _typed(fields: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Every token with its type; 1 (normal) for all tokens if the file has no types."""
-    tokens = fields["tokenizer.ggml.tokens"]
-    return list(zip(tokens, fields.get("tokenizer.ggml.token_type") or [1] * len(tokens), strict=True))
-
-
-def _stated_merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges", ())]
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -199,30 +204,29 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: (scores[pair[0] + pair[1]], len(pair[0]), len(pair[1])), reverse=True)
 
 
-def _add_tokens(tokenizer: Tokenizer, fields: Mapping[str, Any], special: Mapping[str, str]) -> None:
+def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, special: Mapping[str, str]) -> None:
     """Adds the tokens that are matched whole in the text. All of them have their ids from the vocabulary."""
     control = dict.fromkeys(
-        [token for token, kind in _typed(fields) if kind in (TokenType.UNKNOWN, TokenType.CONTROL)] + list(special.values())
+        [token for token, kind in vocabulary.typed if kind in (TokenType.UNKNOWN, TokenType.CONTROL)] + list(special.values())
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     vocab = tokenizer.get_vocab()
     whole = [
-        token for token, kind in _typed(fields) if kind == TokenType.USER_DEFINED and token in vocab and token not in control
+        token for token, kind in vocabulary.typed if kind == TokenType.USER_DEFINED and token in vocab and token not in control
     ]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
 
 
-def _ends(
-    tokenizer: Tokenizer, fields: Mapping[str, Any], special: Mapping[str, str], default_bos: bool
-) -> processors.TemplateProcessing:
+def _ends(tokenizer: Tokenizer, vocabulary: Vocabulary, special: Mapping[str, str]) -> processors.TemplateProcessing:
     """Puts BOS before and EOS after a text, if the file asks for them.
 
     Raises:
       UserError: the file does not name these tokens.
     """
-    ends = []
-    for name, default in (("bos_token", default_bos), ("eos_token", False)):
-        asked = fields.get(f"tokenizer.ggml.add_{name}", default)
+    ends, asks_for_bos = [], vocabulary.add_bos_token
+    if asks_for_bos is None:
+        asks_for_bos = vocabulary.model == "llama" or vocabulary.pre in WHOLE_WORDS
+    for name, asked in (("bos_token", asks_for_bos), ("eos_token", vocabulary.add_eos_token)):
         if asked and name not in special:
             raise UserError(f"the GGUF file puts a {name} around every text but does not name it: {INSTEAD}")
         ends.append([special[name]] if asked else [])

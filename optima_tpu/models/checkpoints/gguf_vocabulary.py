@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gguf import TokenType
+from msgspec import structs
 from tokenizers import Tokenizer
 
 from optima_tpu.errors import UserError, panics_refused
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
-from optima_tpu.models.checkpoints.gguf_tokenizer import DIGITS, GEMMA, GPT2, SPLITS, tokenizer_files
+from optima_tpu.models.checkpoints.gguf_metadata import SPECIAL, Vocabulary
+from optima_tpu.models.checkpoints.gguf_tokenizer import DIGITS, GEMMA, GPT2, SPLITS, tokenizer_of
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.checkpoints.tokenizer import load_tokenizer
 
@@ -32,18 +34,17 @@ _PROBE = (
 _INSTEAD = "take --format plain or packed"
 
 
-def vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int, own: Mapping[str, Any]) -> dict[str, Any]:
+def vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int) -> Vocabulary:
     """As :func:`_vocabulary`, and raises UserError too where a rule of the tokenizer fails on a text of ``_PROBE``."""
     with panics_refused(f"the tokenizer.json of {pretrained.origin} has a rule that fails on some text; {_INSTEAD}"):
-        return _vocabulary(pretrained, architecture, rows, own)
+        return _vocabulary(pretrained, architecture, rows)
 
 
-def _vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int, own: Mapping[str, Any]) -> dict[str, Any]:
+def _vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int) -> Vocabulary:
     """The metadata of the tokenizer.
 
     Args:
       rows: of the embedding; ids without a token get a name of their own.
-      own: the metadata of the architecture.
 
     Raises:
       UserError: the tokenizer is no BPE, or no rule of llama.cpp gives the same tokens.
@@ -55,19 +56,19 @@ def _vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int, o
         raise UserError(f"expected a BPE tokenizer for a GGUF file, got {type(tokenizer).__name__}; {_INSTEAD}")
     # transformers adds the default tokens of a class beyond the vocabulary of a model that has none of them.
     said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < rows]
-    fields = _tokens(said, rows)
-    chat = tokenizer.chat_template
-    fields |= {"tokenizer.chat_template": chat} if isinstance(chat, str) else {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        if (number := getattr(tokenizer, f"{name}_token_id")) is not None and number < rows:
-            fields[f"tokenizer.ggml.{key}_token_id"] = number
-    ends = core.encode("a").ids
-    fields["tokenizer.ggml.add_bos_token"] = ends[:1] == [tokenizer.bos_token_id]
-    fields["tokenizer.ggml.add_eos_token"] = ends[-1:] == [tokenizer.eos_token_id]
-    for names in _rules(said, architecture):
-        again = Tokenizer.from_str(tokenizer_files({**own, **fields, **names}, architecture)["tokenizer.json"].decode())
-        if _same(core, again, [token["content"] for token in said["added_tokens"]]):
-            return fields | names
+    ids = {f"{long}_token_id": getattr(tokenizer, f"{short}_token_id") for short, long in SPECIAL.items()}
+    ends, chat = core.encode("a").ids, tokenizer.chat_template
+    unnamed = Vocabulary(
+        **_tokens(said, rows),
+        **{name: number for name, number in ids.items() if number is not None and number < rows},
+        chat_template=chat if isinstance(chat, str) else "",
+        add_bos_token=ends[:1] == [tokenizer.bos_token_id],
+        add_eos_token=ends[-1:] == [tokenizer.eos_token_id],
+    )
+    for rule in _rules(said, architecture):
+        found = structs.replace(unnamed, **rule)
+        if _same(core, tokenizer_of(found, architecture), [token["content"] for token in said["added_tokens"]]):
+            return found
     raise UserError(f"expected a tokenizer that GGUF can name, got one that splits or merges text otherwise; {_INSTEAD}")
 
 
@@ -89,29 +90,27 @@ def _tokens(said: Mapping[str, Any], rows: int) -> dict[str, Any]:
             tokens[token["id"]] = token["content"].replace("\u2581", " ")  # as llama.cpp's converter spells them
     if (unknown := said["model"].get("unk_token")) in vocab:
         kinds[vocab[unknown]] = int(TokenType.UNKNOWN)
-    fields = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in said["model"]["merges"]]
-    if pieces:
-        first: dict[str, int] = {}
-        for rank, merge in enumerate(merges):
-            first.setdefault("".join(merge), rank)
-        # The merge with the best score comes first; of float32's integers none is rounded.
-        return fields | {"tokenizer.ggml.scores": [-float(first.get(token, len(merges))) for token in tokens]}
-    return fields | {"tokenizer.ggml.merges": [" ".join(merge) for merge in merges]}
+    if not pieces:
+        return {"tokens": tokens, "token_type": kinds, "merges": [" ".join(merge) for merge in merges]}
+    first: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        first.setdefault("".join(merge), rank)
+    # The merge with the best score comes first; of float32's integers none is rounded.
+    return {"tokens": tokens, "token_type": kinds, "scores": [-float(first.get(token, len(merges))) for token in tokens]}
 
 
 def _rules(said: Mapping[str, Any], architecture: Architecture) -> Iterator[dict[str, Any]]:
     """What the rule to split text may be called."""
     if said["model"].get("byte_fallback"):
-        prefix = architecture.name not in GEMMA
-        yield {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix}
+        yield {"model": "llama", "pre": "default", "add_space_prefix": architecture.name not in GEMMA}
         return
     steps = said.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     split = next((step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"), None)
     digits = any(step.get("type") == "Digits" for step in steps) or split == r"\p{N}"
     names = [name for name, rule in SPLITS.items() if rule == split] or (DIGITS if digits else GPT2)
-    yield from ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name} for name in names)
+    yield from ({"model": "gpt2", "pre": name} for name in names)
 
 
 def _same(core: Tokenizer, again: Tokenizer, whole: list[str]) -> bool:
