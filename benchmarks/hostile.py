@@ -51,7 +51,8 @@ import optima_tpu.models.checkpoints.orbax
 import optima_tpu.pipeline.run
 import optima_tpu.report.page  # noqa: F401  Imported before processes are forked, as the two above.
 from optima_tpu import cli, launch
-from optima_tpu.config.parse import flags, parse
+from optima_tpu.config.parse import parse
+from optima_tpu.config.written import flags
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.pipeline.recover.config import RecoverConfig

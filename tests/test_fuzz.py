@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.options import alternatives, kinds
-from optima_tpu.config.parse import flags, parse
+from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.written import flags
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.models.decoder import Decoder

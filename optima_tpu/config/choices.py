@@ -18,7 +18,9 @@ from optima_tpu.method.acceptance import PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
 from optima_tpu.method.choice import Method
 from optima_tpu.method.distillation import KL, CrossEntropy
+from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.method.quantization import Int4, Int8
 from optima_tpu.method.selectors import SELECTORS, Selector
 from optima_tpu.method.solvers import SOLVERS, Solver
@@ -143,3 +145,19 @@ def options_of(method: Method) -> dict[str, Any]:
     if isinstance(method, Named):
         return dict(method.options)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
+
+
+def with_pattern_damping(options: Any, said: Mapping[str, Any]) -> Any:
+    """A solver's default options, with at least the damping of the patterns if the solver has some of its own.
+
+    Args:
+      said: the texts of ``pattern`` and ``layers``, as far as they are settings.
+    """
+    if not isinstance(options, dict) or not options.get("damping"):
+        return options
+    try:
+        rules = parse_layers(str(said.get("layers") or ""))
+        patterns = [parse_pattern(str(said.get("pattern", "0.5"))), *(rule.pattern for rule in rules if rule.pattern)]
+    except UserError:  # it is raised again where the settings are read
+        return options
+    return options | {"damping": max(options["damping"], *(pattern.damping for pattern in patterns))}

@@ -26,32 +26,38 @@ of dataclasses (tyro 1.0, draccus 0.11, simple-parsing 0.1.9) were tried on the 
 import argparse
 import copy
 import dataclasses
-import difflib
 import functools
 import json
-import re
-import shlex
 import shutil
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jsonargparse
 
-from optima_tpu.config import yaml12
-from optima_tpu.config.choices import CHOICES, NAMED, OPEN, canonical_name, default_options, method_class, method_name
-from optima_tpu.config.flat import flat, typed
-from optima_tpu.config.names import ALIASES, ELSEWHERE, GONE, by_own_names, without_gone
-from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts, settings_parser
-from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
+from optima_tpu.config.choices import (
+    CHOICES,
+    NAMED,
+    OPEN,
+    canonical_name,
+    default_options,
+    method_class,
+    method_name,
+    with_pattern_damping,
+)
+from optima_tpu.config.document import load_file, long_form, method_settings
+from optima_tpu.config.flat import flat
+from optima_tpu.config.names import without_gone
+from optima_tpu.config.options import alternatives, fields, kinds, make_parser, parts, settings_parser
+from optima_tpu.config.presets import default_preset, with_preset
 from optima_tpu.config.run_config import SETTINGS, RunConfig, default_run, to_dict
-from optima_tpu.errors import UserError, did_you_mean
+from optima_tpu.config.unknown import check_known, refusal
+from optima_tpu.config.words import as_spelled, settings_named
+from optima_tpu.config.written import dump
+from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers
-from optima_tpu.method.patterns import import_pattern, parse_pattern
+from optima_tpu.method.patterns import NamedPattern, Pattern, import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
-from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.own_classes import is_import_path
 from optima_tpu.runtime.program import refuse_undecodable
 
@@ -77,7 +83,7 @@ def parse(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
         if any(argument.partition("=")[0] == "--model" for argument in argv):
             raise UserError(f"expected one model, got {argv[0]} and --model")
         argv = ["--model", *argv]
-    argv = _words(argv)
+    argv = as_spelled(argv)
     early = _early(argv)
     # jsonargparse would handle --print_config itself, and print another layout.
     rest = [argument for argument in argv if argument != "--print_config"]
@@ -95,7 +101,7 @@ def chosen_run(settings: Mapping[str, Any]) -> RunConfig:
     Raises:
       UserError: as :func:`parse`.
     """
-    document = _long(copy.deepcopy(dict(settings)), "the settings")
+    document = long_form(copy.deepcopy(dict(settings)), "the settings")
     return configure(_on_preset(document, _early([])))
 
 
@@ -121,19 +127,49 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
     Raises:
       UserError: as :func:`parse`.
     """
-    argv = _words(argv)
+    argv = as_spelled(argv)
     early = _early(argv)
-    document = _long(without_gone(copy.deepcopy(dict(document))), "the settings")
+    document = long_form(without_gone(copy.deepcopy(dict(document))), "the settings")
     given = document.pop("preset", None)
     preset = given if early.preset is None else early.preset
-    document = with_preset(preset, document)
+    settings = _layered(with_preset(preset, document), preset, early)
+    chosen = settings.chosen
+    parser = _parser(chosen, settings.base)
+    types = kinds(RunConfig, chosen)
+    names = {f"{setting}.name" for setting in chosen}
+    check_known(flat(settings.document), {*types, *names, "preset"}, chosen, "")
+    check_known(settings_named(argv), {*types, *names, "help", "config", "preset", "print_config", *beside}, chosen, "--")
+    values = _read(parser, argv, types, settings.document)
+    values |= _made(RunConfig, chosen, values)
+    values |= _patterns(values, values["selector"].group, import_pattern)
+    taken = {name: values[name] for name in SETTINGS}
+    return RunConfig(taken.pop("model")).changed(**taken)
+
+
+class _Layers(NamedTuple):
+    """The layers of settings below a command line.
+
+    Attributes:
+      document: the file's on the preset's, of the chosen methods alone.
+      base: the defaults, as --help prints them.
+      chosen: setting -> the name of its method.
+    """
+
+    document: dict[str, Any]
+    base: dict[str, Any]
+    chosen: dict[str, str]
+
+
+def _layered(document: dict[str, Any], preset: str | None, early: argparse.Namespace) -> _Layers:
+    """Chooses the methods, and drops the options of others.
+
+    Args:
+      early: what the command line says of models, methods and patterns.
+    """
     model = early.model if early.model is not None else document.get("model")
     base = to_dict(default_run(None if model is None else str(model)))
     chosen = {}
-    for name, value in flat(document).items():
-        if "\0" in str(value):  # the system ends paths at it
-            raise UserError(f"expected {name} without NUL characters, got {value!r}")
-    refuse_undecodable(map(str, flat(document).values()))
+    _refuse_unwritable(document)
     for setting in CHOICES:
         default = canonical_name(setting, method_settings(base[setting])["name"])
         in_file = canonical_name(setting, document.get(setting, {}).get("name", default))
@@ -149,24 +185,30 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
             base[setting] = value
         elif value["name"] == chosen[setting]:
             base[setting] = base[setting] | value
-
     said = {name: getattr(early, name) or document.get(name) or base[name] for name in ("pattern", "layers")}
-    base["solver"] = _damped(base["solver"], said)
-    parser = _parser(chosen, base)
-    types = kinds(RunConfig, chosen)
-    names = {f"{setting}.name" for setting in chosen}
-    _check_known(flat(document), {*types, *names, "preset"}, chosen, "")
-    _check_known(_options(argv), {*types, *names, "help", "config", "preset", "print_config", *beside}, chosen, "--")
-    values = _read(parser, argv, types, document)
-    values |= _made(RunConfig, chosen, values)
-    group = values["selector"].group
+    base["solver"] = with_pattern_damping(base["solver"], said)
+    return _Layers(document, base, chosen)
+
+
+def _refuse_unwritable(document: Mapping[str, Any]) -> None:
+    """Raises UserError for values that no file or path can hold."""
+    values = flat(document)
+    for name, value in values.items():
+        if "\0" in str(value):  # the system ends paths at it
+            raise UserError(f"expected {name} without NUL characters, got {value!r}")
+    refuse_undecodable(map(str, values.values()))
+
+
+def _patterns(values: Mapping[str, Any], group: str, own: Callable[[str], Pattern] = NamedPattern) -> dict[str, Any]:
+    """The pattern and the rules for layers that some texts say; see ``parse_pattern``."""
+    found = {}
     for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
-        try:
-            values[name] = read(values[name], group, import_pattern)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-    given = {name: values[name] for name in SETTINGS}
-    return RunConfig(given.pop("model")).changed(**given)
+        if name in values:
+            try:
+                found[name] = read(values[name], group, own)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+    return found
 
 
 def _read(
@@ -180,7 +222,7 @@ def _read(
         given = parser.parse_object(dict(document), defaults=False) if document else None
         namespace = parser.parse_args(argv, namespace=given)
     except argparse.ArgumentError as error:
-        raise UserError(_refusal(error, types, parser, argv)) from None
+        raise UserError(refusal(error, types, parser, argv)) from None
     values = {name: namespace[name] for name in types}
     for name, kind in types.items():
         if values[name] is None and type(None) not in alternatives(kind):
@@ -196,22 +238,6 @@ def _made(settings: type, chosen: Mapping[str, str], values: Mapping[str, Any]) 
         options = {name: f"{setting}.{name}" for name in fields(cls)}
         made[setting] = cls(**{name: values[dotted] for name, dotted in options.items() if dotted in values})
     return made
-
-
-def _damped(options: Any, said: Mapping[str, Any]) -> Any:
-    """A solver's default options, with at least the damping of the patterns if the solver has some of its own.
-
-    Args:
-      said: the texts of ``pattern`` and ``layers``, as far as they are settings.
-    """
-    if not isinstance(options, dict) or not options.get("damping"):
-        return options
-    try:
-        rules = parse_layers(str(said.get("layers") or ""))
-        patterns = [parse_pattern(str(said.get("pattern", "0.5"))), *(rule.pattern for rule in rules if rule.pattern)]
-    except UserError:  # it is raised again where the settings are read
-        return options
-    return options | {"damping": max(options["damping"], *(pattern.damping for pattern in patterns))}
 
 
 def _parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
@@ -249,11 +275,8 @@ def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
     for setting, value in own.items():
         name = value.pop("name")
         changes[setting] = NAMED[setting](str(name), value)
-    group = changes.get("selector", config.recipe.selector).group
-    for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
-        if name in patterns:
-            changes[name] = read(str(patterns[name]), group)
-    return config.changed(**changes)
+    texts = {name: str(text) for name, text in patterns.items()}
+    return config.changed(**changes, **_patterns(texts, changes.get("selector", config.recipe.selector).group))
 
 
 def parse_command(
@@ -269,7 +292,7 @@ def parse_command(
     Raises:
       UserError: a setting does not exist, or its value is not allowed.
     """
-    argv = _words(argv)
+    argv = as_spelled(argv)
     chosen = _needed(settings, argv)
     base = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "model"}
     for setting, name in chosen.items():
@@ -278,12 +301,12 @@ def parse_command(
     usage = f"{program} MODEL [--SETTING VALUE ...]"
     parser = settings_parser(settings, chosen, base, prog=program, usage=usage, description=description)
     parser.add_argument("model", metavar="MODEL", type=str)
-    for name in _options(argv):
+    for name in settings_named(argv):
         if name in moved:
             raise UserError(f"there is no setting --{name}; type {moved[name]}")
     types = {name: kind for name, kind in kinds(settings, chosen).items() if name not in moved}
     known = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
-    _check_known(_options(argv), known, chosen, "--")
+    check_known(settings_named(argv), known, chosen, "--")
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {program} --help")
     values = _read(parser, argv, types)
@@ -306,128 +329,6 @@ def _needed(settings: "type[DataclassInstance]", argv: Sequence[str]) -> dict[st
     return chosen
 
 
-def dump(config: RunConfig) -> str:
-    """The configuration as a YAML file that reads back to it."""
-    return yaml12.dump(to_dict(config))
-
-
-def flags(config: RunConfig) -> list[str]:
-    """The command line that :func:`parse` reads back to the configuration: the model, and the changes to the defaults."""
-    changes = {"model": config.model} | _changed(to_dict(config), to_dict(default_run(config.model)))
-    if default_preset(changes.get("selector.name"), changes.get("solver.name")) != PLAIN:
-        changes["preset"] = PLAIN
-    return words_of(changes)
-
-
-def on_preset(config: RunConfig) -> str:
-    """The preset nearest to a run, and the methods and options that differ from it: ``best --solver mpax``."""
-    acting = (*CHOICES, "recapture", "borrow")
-    values, plain = to_dict(config), to_dict(default_run(config.model))
-    changes = {}
-    for name, preset in PRESETS.items():
-        base = plain | {setting: _with_defaults(setting, value) for setting, value in preset.settings.items()}
-        changes[name] = _changed(*({setting: each[setting] for setting in acting} for each in (values, base)))
-    nearest = min(changes, key=lambda name: len(changes[name]))
-    return " ".join([nearest, *words_of(changes[nearest])])
-
-
-def _with_defaults(setting: str, value: Any) -> Any:
-    """A setting of a preset, with all options of its method where it is one."""
-    if setting not in CHOICES:
-        return value
-    method = method_settings(value)
-    return default_options(setting, method["name"]) | method
-
-
-def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from those of ``base``, by dotted names; options of another method differ from its own defaults.
-
-    A class of the user's own has all its options here.
-    """
-    settings, defaults = dict(values), dict(base)
-    for setting in CHOICES:
-        settings[setting], defaults[setting] = method_settings(settings[setting]), method_settings(defaults[setting])
-        if settings[setting]["name"] != defaults[setting]["name"]:
-            name = settings[setting]["name"]
-            # The defaults of the user's own class are in its code, which is not imported where only a record names it.
-            defaults[setting] = default_options(setting, name) if name in CHOICES[setting] else {}
-    defaults["solver"] = _damped(defaults["solver"], settings)
-    default = flat(defaults)
-    return {key: value for key, value in flat(settings).items() if value != default.get(key)}
-
-
-def words_of(settings: Mapping[str, Any]) -> list[str]:
-    """Settings by their dotted names as words of a command line."""
-    return [word for key, value in settings.items() for word in ("--" + key.removesuffix(".name"), typed(value))]
-
-
-def load(text: str, origin: str) -> dict[str, Any]:
-    """A configuration file's settings, with every method in the form ``{"name": ..., options}``.
-
-    Args:
-      origin: the source of the text, for messages.
-
-    Raises:
-      UserError: the text is not YAML, or does not hold settings.
-    """
-    document = yaml12.load(text, origin)
-    document = {} if document is None else document
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise UserError(f"{origin}: expected settings such as 'model: PATH', got {document!r:.60}")
-    return _long(document, origin)
-
-
-def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Settings with every method in its long form; a document in that form stays as it is."""
-    for setting, value in document.items():
-        if setting in CHOICES:
-            document[setting] = method_settings(value)
-        elif setting in PARTS:
-            if not isinstance(value, dict):
-                refuse_unknown([setting] if setting in ELSEWHERE else [], {*SETTINGS} - {setting}, "")
-                example = yaml12.dump({field.name: field.default for field in dataclasses.fields(PARTS[setting])[:1]}).strip()
-                raise UserError(f"{origin}: expected settings under {setting}, such as {example!r}, got {value!r}")
-            document[setting] = by_own_names(setting, value, origin)
-    return document
-
-
-def load_file(path: str | Path, what: str = "a YAML file") -> dict[str, Any]:
-    """As :func:`load`, from a file; ``what`` is expected of it.
-
-    Raises:
-      UserError: as :func:`load`, or the file cannot be read, or is a pipe that this process was not started with.
-    """
-    file_path = Path(path).expanduser()
-    refuse_special(file_path)
-    try:
-        with file_path.open(encoding="utf-8") as file:
-            text = file.read(yaml12.MOST_LETTERS + 1)  # a device has no end
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"expected {what}, cannot read {path}: {reason}") from None
-    return load(text, str(path))
-
-
-def spelled(argument: str) -> str:
-    """--cpu-devices as --cpu_devices, --solver NAME as --solver.name NAME, and a setting's other name as its own."""
-    if not argument.startswith("--"):
-        return argument
-    option, equals, value = argument.partition("=")
-    option = option[2:].replace("-", "_")
-    return f"--{ALIASES.get(option, option)}" + (".name" if option in CHOICES else "") + equals + value
-
-
-def _words(argv: Sequence[str]) -> list[str]:
-    """The arguments, each :func:`spelled`. Raises UserError for one that is not UTF-8."""
-    refuse_undecodable(argv)
-    return [spelled(argument) for argument in argv]
-
-
-def _options(argv: Sequence[str]) -> list[str]:
-    """The settings that a command line names, after ``spelled``."""
-    return [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
-
-
 def _early(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the arguments that decide which settings exist."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -441,88 +342,8 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
     try:
         early, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(_refusal(error)) from None
+        raise UserError(refusal(error)) from None
     if early.config and len(early.config) > 1:
         raise UserError(f"expected one --config, got {len(early.config)}: put the settings into one file")
     early.config = early.config and early.config[0]
     return early
-
-
-def method_settings(value: Any) -> dict[str, Any]:
-    """A method in its long form: ``cg`` as ``{"name": "cg"}``."""
-    method = dict(value) if isinstance(value, dict) else {"name": value}
-    return method | {"name": "null"} if method.get("name", "") is None else method
-
-
-def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:
-    """Refuses a setting that does not exist, and suggests similar ones."""
-    for name in names:
-        if name in known:
-            continue
-        setting, _, option = name.partition(".")
-        owners = [method for method, cls in CHOICES.get(setting, {}).items() if cls and option in fields(cls)]
-        if owners and setting in chosen:
-            raise UserError(
-                f"{dashes}{name} is an option of {setting} {', '.join(owners)}, but {setting} is "
-                f"{chosen[setting]} here; choose {owners[0]} or leave the option out"
-            )
-        refuse_unknown([name], known, dashes)
-
-
-def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
-    """Refuses a setting that is not known, and suggests similar ones."""
-    for name in names:
-        if name in known:
-            continue
-        if name in GONE or name.partition(".")[0] in GONE:
-            raise UserError(f"there is no setting {dashes}{name} any more, since it earned next to nothing: leave it out")
-        candidates = {entry.removesuffix(".name") for entry in known}
-        elsewhere, value = ELSEWHERE.get(name.replace("-", "_"), ("", ""))
-        if elsewhere in candidates:
-            example = f"{dashes}{elsewhere}{' ' if dashes else ': '}{value}"
-            raise UserError(f"there is no setting {dashes}{name}; did you mean {dashes}{elsewhere}, as in {example}?")
-        near = sorted(entry for entry in candidates if entry.rpartition(".")[2] == name.rpartition(".")[2])
-        spellings = {entry: entry for entry in candidates} | {alias: own for alias, own in ALIASES.items() if own in candidates}
-        near += [spellings[entry] for entry in difflib.get_close_matches(name, spellings, n=3, cutoff=0.6)]
-        meant = " or ".join(dashes + entry for entry in list(dict.fromkeys(near))[:3])
-        hint = f"did you mean {meant}?" if near else "see --help for all of them"
-        raise UserError(f"there is no setting {dashes}{name}; {hint}")
-
-
-def _refusal(
-    error: argparse.ArgumentError,
-    types: Mapping[str, Any] = MappingProxyType({}),
-    parser: argparse.ArgumentParser | None = None,
-    argv: Sequence[str] = (),
-) -> str:
-    """The message of an argparse or jsonargparse error, in one line, with the default as an example of a value.
-
-    The error has no other trace of the setting and its value than its text. Where another version words it otherwise, the text
-    itself is the message.
-
-    Args:
-      types: of the settings that ``parser`` has.
-      argv: the command line; a setting that it does not name comes from a file.
-    """
-    message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
-    match = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-    if not match or not parser:
-        return " ".join(message.replace(".name:", ":").split())
-    name, value = match[1], match[2]
-    kinds_of_value = alternatives(types[name])
-    words, examples = zip(*map(_words_and_example, kinds_of_value))
-    default = next(action.default for action in parser._actions if action.dest == name)
-    example = words_of({name: examples[0] if default is None else default})
-    typed = shlex.join(example) if name in _options(argv) else f"{name}: {example[1]}"
-    near = did_you_mean(value, [str(each) for kind in kinds_of_value for each in typing.get_args(kind)])
-    return f"expected {name} to be {' or '.join(words)}, got {value or 'nothing'}{near or f'; as in {typed}'}"
-
-
-def _words_and_example(kind: Any) -> tuple[str, Any]:
-    """What values of a type are called, and one of them."""
-    if typing.get_origin(kind) is Literal:
-        return ", ".join(map(str, typing.get_args(kind))), typing.get_args(kind)[0]
-    if typing.get_origin(kind) is tuple:
-        return "numbers in brackets such as [1, 2]", [1, 2]
-    plain = {int: ("a whole number", 8), float: ("a number", 0.5), bool: ("true or false", True), str: ("text", "TEXT")}
-    return plain.get(kind, ("null", None))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import Calibration, RunConfig, weights_settings
+from optima_tpu.config.written import on_preset
 from optima_tpu.data import SelfGenerated, parse_source, unigram_perplexity
 from optima_tpu.errors import plural
 from optima_tpu.method.distillation import Distillation

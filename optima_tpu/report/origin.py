@@ -3,7 +3,8 @@
 import shlex
 from collections.abc import Sequence
 
-from optima_tpu.config.parse import dump, recorded_run
+from optima_tpu.config.parse import recorded_run
+from optima_tpu.config.written import dump
 from optima_tpu.errors import UserError, plural
 from optima_tpu.report import plots
 from optima_tpu.report.file import files_in

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from optima_tpu.config.choices import CHOICES
+from optima_tpu.config.document import method_settings
 from optima_tpu.config.flat import flat, options
-from optima_tpu.config.parse import flags, method_settings, recorded_run, words_of
+from optima_tpu.config.parse import recorded_run
+from optima_tpu.config.words import words_of
+from optima_tpu.config.written import flags
 from optima_tpu.errors import UserError
 from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.buckets import as_path

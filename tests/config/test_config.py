@@ -13,9 +13,10 @@ import pytest
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.names import ALIASES, ELSEWHERE, GONE
-from optima_tpu.config.parse import chosen_run, configure, dump, flags, on_preset, parse
+from optima_tpu.config.parse import chosen_run, configure, parse
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import EMBEDDED, Calibration, CutStructures, Evaluation, RunConfig, to_dict, weights_settings
+from optima_tpu.config.written import dump, flags, on_preset
 from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import PerLayer, PerRow

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from optima_tpu.config.parse import configure, flags, parse
+from optima_tpu.config.parse import configure, parse
 from optima_tpu.config.run_config import weights_settings
+from optima_tpu.config.written import flags
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import PerRow, RowErrors, accept_rows
 from optima_tpu.method.layer_rules import LayerRule

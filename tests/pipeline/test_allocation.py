@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optima_tpu.config.parse import configure, flags, parse
+from optima_tpu.config.parse import configure, parse
 from optima_tpu.config.run_config import weights_settings
+from optima_tpu.config.written import flags
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import distance
 from optima_tpu.launch import main

@@ -17,8 +17,9 @@ from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.api import Result
-from optima_tpu.config.parse import flags, parse
+from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import EMBEDDED, to_dict
+from optima_tpu.config.written import flags
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.method.patterns import NM

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_tpu import push, unpack
-from optima_tpu.config.parse import load_file
+from optima_tpu.config.document import load_file
 from optima_tpu.data.file import File
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import open_model, packed, refuse_damaged_model

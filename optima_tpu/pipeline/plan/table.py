@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.written import on_preset
 from optima_tpu.errors import plural
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.greeting import recipe_line, training_words

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from optima_tpu.config.choices import CHOICES, plain_name
+from optima_tpu.config.document import load_file, method_settings
 from optima_tpu.config.names import by_own_names
-from optima_tpu.config.parse import configure, load_file, method_settings, spelled
+from optima_tpu.config.parse import configure
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.words import spelled
 from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, refuse_idle_seeds, refuse_twins

@@ -6,9 +6,10 @@ from typing import Any
 
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.flat import options, typed
-from optima_tpu.config.parse import configure, spelled
+from optima_tpu.config.parse import configure
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import RunConfig, to_dict
+from optima_tpu.config.words import spelled
 from optima_tpu.errors import UserError
 
 
