@@ -1,0 +1,50 @@
+"""Patterns of the user's own: imported, or only named by a record."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float
+
+from optima_tpu.method.patterns.base import Pattern
+from optima_tpu.runtime.own_classes import import_class, only_named, read_options
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedPattern(Pattern):
+    """A pattern of the user's own as a record names it: its text, of which nothing is imported.
+
+    It allows whatever the recorded run did. It chooses no mask.
+
+    Attributes:
+      words: the import path and the options.
+    """
+
+    free: ClassVar[bool] = True
+
+    words: str
+
+    def at(self, sparsity: float) -> "NamedPattern":
+        return self
+
+    def pruned_count(self, shape: tuple[int, int]) -> int:
+        raise only_named(self.words)
+
+    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+        raise only_named(self.words)
+
+    def exchange(self, *_: Any, **__: Any) -> Any:
+        raise only_named(self.words)
+
+    def holds(self, zero: np.ndarray) -> bool:
+        return True
+
+    def text(self, group: str | None = None) -> str:
+        return self.words
+
+
+def import_pattern(text: str) -> Pattern:
+    """The pattern of the user's own that a text such as "my_lab.patterns:Banded?width=4" names, imported as by ``import_class``."""
+    path, _, options = text.partition("?")
+    return read_options(import_class(path, Pattern), options)  # type: ignore[type-abstract]  # never instantiates Pattern itself
