@@ -308,8 +308,11 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
     if "distill" in settings:
         asked = settings["distill"]
         if isinstance(asked, Mapping):
-            if "windows" in asked:
-                raise UserError("expected distill without windows in a recovery: tokens says how many there are")
+            if {"windows", "written"} & asked.keys():
+                raise UserError(
+                    "expected distill without windows and written in a recovery: tokens says how many windows there are, and source "
+                    "what they are read from"
+                )
             asked = {"name": "kl", **asked}
         settings["distill"] = chosen_run({"model": str(model), "distill": asked}).distill
         if settings["distill"] is None:

@@ -56,6 +56,8 @@ class Distillation(Method, abc.ABC):
     Attributes:
       windows: number of training windows of calibration.length tokens, drawn in addition to the calibration windows. More tokens
         help most.
+      written: number of further training windows that the dense model writes itself, which need no text. The whole model must fit the
+        devices.
       passes: how often training reads each window. A second and a third pass over few windows still lower the held-out loss a little.
       batch: windows in one step of Adam. More steps from the same text lower the held-out loss more. On a mesh whose data axis has more
         devices than this, some compute padding: take at least as many.
@@ -80,6 +82,7 @@ class Distillation(Method, abc.ABC):
     by_held_out: ClassVar[bool] = True
 
     windows: Annotated[int, Bound(1)] = 128
+    written: Annotated[int, Bound(0)] = 0
     passes: Annotated[int, Bound(1)] = 1
     batch: Annotated[int, Bound(1)] = 2
     learning_rate: Annotated[float | None, Bound(above=0, most=1, hint="null finds one")] = None
@@ -102,9 +105,14 @@ class Distillation(Method, abc.ABC):
             )
 
     @property
+    def read(self) -> int:
+        """The number of windows in a pass: those of the text and those that the model wrote."""
+        return self.windows + self.written
+
+    @property
     def steps(self) -> int:
         """The number of Adam steps; the last windows of a pass are left out if they do not fill a batch."""
-        return self.passes * max(1, self.windows // self.batch)
+        return self.passes * max(1, self.read // self.batch)
 
     def filled(self, windows: int) -> int:
         """How many of so many windows a training reads: those that fill a step. Fewer than a batch are one step."""
@@ -112,7 +120,7 @@ class Distillation(Method, abc.ABC):
 
     def tokens(self, length: int) -> int:
         """How many tokens the steps read, in all passes over windows of ``length``."""
-        return self.passes * self.filled(self.windows) * length
+        return self.passes * self.filled(self.read) * length
 
     def check_steps(self) -> tuple[int, ...]:
         """The steps after which the held-out loss is measured, the last one among them."""

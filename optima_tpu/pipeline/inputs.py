@@ -28,7 +28,7 @@ from optima_tpu.models.masks import check_masks, check_weights, open_given, open
 from optima_tpu.models.model import Model, check_ids, window_bos, window_length
 from optima_tpu.pipeline.arguments import texts_of
 from optima_tpu.pipeline.budget import on_budget
-from optima_tpu.pipeline.self_calibration import generated_by, self_calibration
+from optima_tpu.pipeline.self_calibration import generated_by, self_calibration, written_windows
 from optima_tpu.report.progress import say
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import SharedError, agree, alone, first_only, from_first, spread, together
@@ -42,7 +42,8 @@ class Texts(NamedTuple):
       calibration: the windows that the model is calibrated on, and after them the held-out windows.
       evaluation: the windows that the model is scored on.
       distillation: [windows, length] int32, the windows that the pruned model is trained on; None without distillation.
-      written: [windows, length] int32, those of ``calibration`` that the dense model wrote; None if it wrote none.
+      written: [windows, length] int32, those that the dense model wrote, for ``calibration`` and then for ``distillation``; None if
+        it wrote none.
     """
 
     calibration: Tokens
@@ -55,18 +56,22 @@ class Texts(NamedTuple):
         """Splits the windows drawn from the calibration text: first calibration, then distillation, then held-out windows.
 
         Args:
-          written: what the model wrote beside them, for calibration.
+          written: what the model wrote beside them, for calibration and then for distillation.
         """
-        first = config.calibration.windows
+        text, first = config.calibration, config.calibration.windows
         last = first + (config.distill.windows if config.distill else 0)
-        parts, how = [drawn.ids[:first], drawn.ids[last:]], drawn.how
-        if written:
-            parts.insert(1, written.ids)
-            how = f"{written.how}; and {how}"
+        training, own = drawn.ids[first:last], drawn.ids[:0] if written is None else written.ids
+        parts = [drawn.ids[:first], own[: text.written], drawn.ids[last:]]
+        if config.distill and config.distill.written:
+            training = np.concatenate([training, own[text.written :]])
+            # In one order for every mesh, since a step should read text of both kinds.
+            training = training[np.random.default_rng(text.seed).permutation(len(training))]
         return cls(
-            drawn._replace(ids=np.concatenate(parts), how=how),
+            drawn._replace(
+                ids=np.concatenate(parts), how=f"{written.how}; and {drawn.how}" if written and text.written else drawn.how
+            ),
             evaluation,
-            drawn.ids[first:last] if config.distill else None,
+            training if config.distill else None,
             written.ids if written else None,
         )
 
@@ -132,7 +137,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
         return Texts(drawn, evaluation, written=drawn.ids)
     drawn = calibration(source)
     together(lambda: check_ids([drawn.ids, evaluation.ids], model))
-    return Texts.of(config, drawn, evaluation, write() if config.calibration.written else None)
+    return Texts.of(config, drawn, evaluation, write() if written_windows(config) else None)
 
 
 def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:

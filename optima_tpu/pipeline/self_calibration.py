@@ -1,4 +1,4 @@
-"""Calibration on text that the dense model writes itself, alone or beside another text, and how a run saves what it wrote."""
+"""Text that the dense model writes itself, alone or beside another text, and how a run saves what it wrote."""
 
 import dataclasses
 import io
@@ -27,19 +27,26 @@ CALIBRATION = "calibration.npy"
 
 ADVICE = (
     "to write its own calibration text, take a --mesh with a larger model axis, a --dtype of fewer bytes, shorter windows, a larger "
-    "--device_memory, or only stored text: another --calibration.source (c4, file:PATH) and no --calibration.written"
+    "--device_memory, or only stored text: another --calibration.source (c4, file:PATH), no --calibration.written and no "
+    "--distill.written"
 )
 """What to do if the model does not fit the devices as a whole."""
 
 
 def written_windows(config: RunConfig) -> int:
     """The number of windows that the dense model writes for a run; 0 for most runs."""
+    return _calibrating(config) + (config.distill.written if config.distill else 0)
+
+
+def _calibrating(config: RunConfig) -> int:
+    """How many of them are calibrated on or held out: the first ones."""
     text = config.calibration
     return text.windows + text.held_out if isinstance(parse_source(text.source), SelfGenerated) else text.written
 
 
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:
-    """The windows that the dense model writes, or that an earlier start of the run saved. Every process calls it.
+    """The windows that the dense model writes, or that an earlier start of the run saved: those of the calibration, then those of
+    the training. Every process calls it.
 
     A window begins with the tokenizer's BOS, or with its EOS if it has no BOS: in packed text this token precedes a document.
     After an EOS that the model draws, the next document begins in the same window: with a BOS if the tokenizer puts one before
@@ -77,7 +84,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
             ids = np.array([[start, *tokens] for tokens in written], np.int32)
             progress.note(f"{ids.size / (time.monotonic() - began):,.0f} tokens a second")
     how = (
-        f"{plural(count, 'window')} of {text.window_length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
+        f"{plural(_calibrating(config), 'window')} of {text.window_length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
         f"temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)
     )
     return Tokens(ids, how, ids.size)
@@ -93,7 +100,9 @@ def keep_calibration(directory: Path, manifest: Mapping[str, Any], written: np.n
 
 def generated_by(config: RunConfig) -> Mapping[str, Any]:
     """The manifest's entry for windows that the model wrote, in addition to their digests; empty where it writes none."""
-    return {"generated": dataclasses.asdict(config.calibration)} if written_windows(config) else {}
+    training = config.distill.written if config.distill else 0
+    told = dataclasses.asdict(config.calibration) | ({"training": training} if training else {})
+    return {"generated": told} if written_windows(config) else {}
 
 
 def _kept(directory: Path, wanted: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> np.ndarray | None:

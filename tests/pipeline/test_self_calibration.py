@@ -241,6 +241,30 @@ def test_what_the_model_writes_beside_a_text_stands_between_the_drawn_and_the_he
     assert (trained.calibration.ids[4:7] == beside.written).all()
     assert (np.delete(trained.calibration.ids, np.s_[4:7], axis=0) == without.calibration.ids).all()
 
+    both = texts(dataclasses.replace(training, written=2), written=3)
+    assert (both.calibration.ids == trained.calibration.ids).all() and both.calibration.how == trained.calibration.how
+    assert (both.written[:3] == trained.written).all() and len(both.written) == 5
+    expected = np.concatenate([without.distillation, both.written[3:]])
+    assert sorted(map(tuple, both.distillation)) == sorted(map(tuple, expected)) and (both.distillation != expected).any()
+    alone = texts(dataclasses.replace(training, written=2))
+    assert (alone.calibration.ids == without.calibration.ids).all() and alone.calibration.how == without.calibration.how
+
+
+def test_a_training_reads_what_the_model_wrote_for_it_and_a_stopped_run_keeps_it(tmp_path, monkeypatch, capsys):
+    folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
+    command = ["--model", str(folder), *SMALL, "--preset", "fast", "--distill.windows", "4", "--distill.written", "4"]
+    command += ["--distill", "kl", "--distill.learning_rate", "1e-4", "--output", str(run)]
+    stop_after_the_first_block(monkeypatch)
+    assert main(command) == 130
+    monkeypatch.undo()
+    kept = np.load(run / "calibration.npy")
+    assert kept.shape == (4, 32) and (kept[:, 0] == 256).all()
+    monkeypatch.setattr(self_calibration, "generate", None)
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "4 of the 8 windows written by the dense model" in said and "that the model wrote itself" not in said
+    assert "4 steps on 256 tokens" in said
+
 
 def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monkeypatch, capsys):
     folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"

@@ -35,6 +35,7 @@ examples:
 
 _MOVED = {
     "distill.windows": "--tokens, the number of tokens in all windows",
+    "distill.written": "--source npy:FILE, with windows that the model wrote before",
     "lr": "--distill.learning_rate",
     "epochs": "--distill.passes, how often training reads each window",
     "loss": "--distill kl or cross_entropy",

@@ -52,7 +52,8 @@ class Shared:
         """The texts of a cell, as the model's tokenizer reads them."""
         # A model writes another text in another dtype and, by rounding, on another mesh.
         writer = _model_key(config) if written_windows(config) else (config.model,)
-        key = *writer, config.calibration, config.evaluation
+        training = (config.distill.windows, config.distill.written) if config.distill else ()
+        key = *writer, config.calibration, config.evaluation, *training
         if key not in self._texts:
             self._texts[key] = read_texts(config, self.model(config))
         return self._texts[key]
