@@ -1,16 +1,18 @@
-"""The numbers of a finished run that are shown: one table, which the terminal prints as lines and the page draws as tiles.
+"""The numbers of a finished run that are shown: one table, of which the terminal prints lines and the page draws tiles.
+
+The comparison of several runs has rows of the same facts.
 
 A new power of a run shows its number by a row of :data:`FACTS`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from optima_tpu.errors import plural
 from optima_tpu.report.columns import mean_error
 from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
-from optima_tpu.report.numbers import became, direction, number, percent
+from optima_tpu.report.numbers import became, direction, number, percent, times
 from optima_tpu.report.summary import exchanged, mean, measured, quantized_line
 from optima_tpu.report.view import without_folders
 
@@ -24,6 +26,7 @@ class Fact(NamedTuple):
       note: what the values are, and are of.
       name: as the terminal prints it; empty for what the page alone shows.
       labels: what each value is of; empty for a single one.
+      rows: the rows of a comparison of several runs; None for one row with title and values.
     """
 
     title: str
@@ -31,6 +34,12 @@ class Fact(NamedTuple):
     note: str
     name: str = ""
     labels: Sequence[str] = ()
+    rows: Mapping[str, str] | None = None
+
+    @property
+    def compared(self) -> Mapping[str, str]:
+        """The rows of a comparison of several runs."""
+        return {self.title.lower(): self.value} if self.rows is None else self.rows
 
     @property
     def words(self) -> str:
@@ -61,7 +70,12 @@ def _perplexity(report: Report) -> Fact:
     # The result says what the text can show; a word here must not say more.
     word = "" if ratio == number(1.0) else f" {direction(dense, last)},"
     note = f"{ratio} times,{word} on {without_folders(report.evaluation.how)}"
-    return Fact("Perplexity", [number(each, 4) for each in models.values()], note, "perplexity", list(models))
+    rows = {
+        "perplexity, dense": number(dense, 4),
+        "perplexity, pruned": number(last, 4),
+        "pruned / dense": times(report.perplexity.ratio, report.log_ratio_stderr),
+    }
+    return Fact("Perplexity", [number(each, 4) for each in models.values()], note, "perplexity", list(models), rows)
 
 
 def _error(report: Report) -> Fact | None:
@@ -70,7 +84,14 @@ def _error(report: Report) -> Fact | None:
     held_out = _both(report, "held_out_before", "held_out_after")
     unseen = f"on held-out text {' → '.join(held_out)}" if report.has_held_out else "none was held out"
     aim = "; a dense target lowers the error against dense instead" if report.aims_at_dense else ""
-    return _change("error", "Layer error", ("error_before", "error_after"), f"on the calibration text; {unseen}{aim}", report)
+    fact = _change("error", "Layer error", ("error_before", "error_after"), f"on the calibration text; {unseen}{aim}", report)
+    solved = ("layer error after", "error_after"), ("on held-out text after", "held_out_after")
+    rows = [
+        ("layer error before the update", "error_before"),
+        ("on held-out text before", "held_out_before"),
+        *solved * bool(report.solver),
+    ]
+    return fact._replace(rows={row: mean_error(report.layers, error) for row, error in rows})
 
 
 def _against_dense(report: Report) -> Fact | None:
@@ -92,14 +113,15 @@ def _both(report: Report, before: str, after: str) -> list[str]:
 
 
 def _sparsity(report: Report) -> Fact:
+    rows = {"sparsity": percent(report.sparsity), "matrices": f"{len(report.layers):,}"}
     if not report.layers:
         note = f"of all {report.model.weights:,} weights of the model, which left with what was cut; no layer was pruned"
-        return Fact("Sparsity", [percent(report.model_sparsity)], note, "sparsity")
+        return Fact("Sparsity", [percent(report.model_sparsity)], note, "sparsity", rows=rows)
     note = (
         f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}, {percent(report.model_sparsity)} of all "
         f"{report.model.weights:,} weights of the model"
     )
-    return Fact("Sparsity", [percent(report.sparsity)], note, "sparsity")
+    return Fact("Sparsity", [percent(report.sparsity)], note, "sparsity", rows=rows)
 
 
 def _cuts(report: Report) -> Fact | None:
@@ -155,7 +177,9 @@ def _quantised(report: Report) -> Fact | None:
 def _masks(report: Report) -> Fact | None:
     share = exchanged(report.layers)
     note = "of the kept weights came in by exchange: the selector had pruned them"
-    return None if share is None else Fact("Masks", [percent(share)], note, "masks")
+    if share is None:
+        return None
+    return Fact("Masks", [percent(share)], note, "masks", rows={"weights that came in by exchange": percent(share)})
 
 
 def _size(report: Report) -> Fact:
@@ -198,12 +222,13 @@ def size(count: int) -> str:
 def _memory(report: Report) -> Fact:
     host, on_device = report.memory.host_peak, report.memory.device_peak
     device = f", {number(on_device / 2**30)} GiB on a device" if on_device else ""
-    return Fact("Memory", [f"{number(host / 2**30)} GiB"], f"on the host{device} at the peak", "memory")
+    peak = f"{number(host / 2**30)} GiB"
+    return Fact("Memory", [peak], f"on the host{device} at the peak", "memory", rows={"host memory, peak": peak})
 
 
 def _trained(report: Report) -> Fact | None:
     line = distilled_line(report)
-    return Fact("Training", [line], "", "trained") if line else None
+    return Fact("Training", [line], "", "trained", rows={}) if line else None
 
 
 def running(report: Report) -> str:

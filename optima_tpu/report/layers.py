@@ -15,7 +15,7 @@ from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import FinishedRun
-from optima_tpu.report.summary import exchanged, gap_meaning, held_out_caveat, named_kinds, quantized_line, short_names, sparsity
+from optima_tpu.report.summary import gap_meaning, held_out_caveat, named_kinds, quantized_line, short_names, sparsity
 from optima_tpu.report.view import Key, Plots, Section, Table
 
 _BEFORE, _AFTER = 6, 0  # grey, blue
@@ -62,10 +62,8 @@ def _error_lines(runs: Sequence[FinishedRun], kind: str) -> list[plots.Line]:
 
 
 def _error_legend(runs: Sequence[FinishedRun]) -> list[Key]:
-    if len(runs) > 1:
-        legend = [Key(run.label, index) for index, run in enumerate(runs)]
-    else:
-        legend = [Key("before the update", _BEFORE), Key("after the update", _AFTER)] if runs[0].report.solver else []
+    update = [Key("before the update", _BEFORE), Key("after the update", _AFTER)]
+    legend = plots.keys(runs) or update * bool(runs[0].report.solver)
     held_out = any(run.report.has_held_out for run in runs)
     return legend + ([Key("calibration text"), Key("held-out text", dashed=True)] if held_out else [])
 
@@ -155,12 +153,6 @@ def solver(runs: Sequence[FinishedRun]) -> Section:
         return Section("solver", "Solver", ["No solver changed the weights: they are the selector’s own."])
     used = sorted({run.report.solver for run in runs if run.report.solver})
     text = [f"The gap is {gap_meaning(used)}."]
-    for _, run in solved:
-        if (share := exchanged(run.report.layers)) is not None:
-            text.append(
-                f"{run.before}{percent(share)} of the kept weights came in by exchange: the selector "
-                "had pruned them, and they replace other weights of their row."
-            )
     if without := [run.label for run in runs if not run.report.solver]:
         text.append(f"No solver in {'; '.join(without)}.")
     curves = {

@@ -54,6 +54,12 @@ def interval(ratio: float, error: float | None) -> tuple[float, float] | None:
     return ratio / spread, ratio * spread
 
 
+def times(ratio: float, error: float | None) -> str:
+    """ "2.80× (2.61 to 3.00)": a ratio, and in brackets its :func:`interval` where it is known."""
+    ends = interval(ratio, error)
+    return f"{number(ratio)}×" + (f" ({' to '.join(map(number, ends))})" if ends else "")
+
+
 def trained_on(steps: int, tokens: int) -> str:
     """ "3 steps on 3,072 tokens": how much a training reads, in these words wherever it is told."""
     return f"{plural(steps, 'step')} on {plural(tokens, 'token')}"

@@ -11,66 +11,54 @@ from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.run_record import recorded_words
 from optima_tpu.report.runs import FinishedRun
-from optima_tpu.report.view import NONE, Key, Section, Table, commands
+from optima_tpu.report.view import NONE, Section, Table, commands
 from optima_tpu.runtime.program import program
 
 
 def cost(runs: Sequence[FinishedRun]) -> Section:
     """Section on time by stage and by block, and on peak memory."""
-    several = len(runs) > 1
-    stages = [run.report.seconds for run in runs]
+    text = [
+        f"{run.subject} was stopped and resumed: the table below shows the stages after the last resume. Together with the blocks "
+        f"finished before, the run took {run.time}; the time of other earlier work was not recorded."
+        for run in runs
+        if run.earlier
+    ]
+    lines = []
+    for index, run in enumerate(runs):
+        blocks = [block.index for block in run.report.blocks]
+        lines.append(plots.Line(run.label or "seconds", blocks, [block.seconds for block in run.report.blocks], index))
+    timed = any(any(line.y) for line in lines)
+    panels = [plots.Panel("Seconds for a block", lines, lambda value: f"{number(value)} s")] * timed
+    return Section(
+        "cost", "Time and memory", text, plots.drawn(panels, "cost", plots.keys(runs)), [_stage_table(runs), _memory_table(runs)]
+    )
+
+
+def _stage_table(runs: Sequence[FinishedRun]) -> Table:
+    """The time of each stage; of a run alone its share of all."""
+    several, stages = len(runs) > 1, [run.report.seconds for run in runs]
+    totals = [sum(own.values()) for own in stages]
     rows = [
         [stage, *(duration(own[stage]) if stage in own else NONE for own in stages)]
         for stage in dict.fromkeys(stage for own in stages for stage in own)
     ]
-    totals = [sum(own.values()) for own in stages]
     rows.append(["all stages", *map(duration, totals)])
-    if not several and totals[0] > 0:
+    shared = not several and totals[0] > 0
+    if shared:
         for row, seconds in zip(rows, [*stages[0].values(), totals[0]]):
             row.append(percent(seconds / totals[0]))
-    peaks = [
-        ["host", *(_gib(run.report.memory.host_peak) for run in runs)],
-        ["one device", *(_gib(run.report.memory.device_peak) for run in runs)],
-    ]
-    text = []
-    for run in runs:
-        if run.earlier:
-            text.append(
-                f"{run.subject} was stopped and resumed: the table below shows the stages after the "
-                f"last resume. Together with the blocks finished before, the run took {run.time}; the time of other earlier "
-                "work was not recorded."
-            )
-    panel = plots.Panel(
-        "Seconds for a block",
-        [
-            plots.Line(
-                run.label or "seconds",
-                [block.index for block in run.report.blocks],
-                [block.seconds for block in run.report.blocks],
-                index,
-            )
-            for index, run in enumerate(runs)
-        ],
-        lambda value: f"{number(value)} s",
-    )
-    timed = any(block.seconds for run in runs for block in run.report.blocks)
-    legend = [Key(run.label, index) for index, run in enumerate(runs) if run.label]
-    head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *(["share"] if totals[0] > 0 else [])]
-    return Section(
-        "cost",
-        "Time and memory",
-        text,
-        plots.drawn([panel] * timed, "cost", legend),
-        [
-            Table("Time by stage", head, rows, total=True, runs=several),
-            Table(
-                "Memory at the peak",
-                ["", *(run.label for run in runs)] if several else [],
-                peaks,
-                runs=several,
-                note="Host memory is the resident set, including mapped pages of checkpoint files. A CPU has no device memory.",
-            ),
-        ],
+    head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *["share"] * shared]
+    return Table("Time by stage", head, rows, total=True, runs=several)
+
+
+def _memory_table(runs: Sequence[FinishedRun]) -> Table:
+    several, peaks = len(runs) > 1, [run.report.memory for run in runs]
+    return Table(
+        "Memory at the peak",
+        ["", *(run.label for run in runs)] if several else [],
+        [["host", *(_gib(peak.host_peak) for peak in peaks)], ["one device", *(_gib(peak.device_peak) for peak in peaks)]],
+        runs=several,
+        note="Host memory is the resident set, including mapped pages of checkpoint files. A CPU has no device memory.",
     )
 
 

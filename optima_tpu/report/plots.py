@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from optima_tpu.report.numbers import number, percent
+from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import Key, Plots
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#767676")
@@ -65,6 +66,11 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
     unit: Callable[[float], str] = percent
     log: bool = False
+
+
+def keys(runs: Sequence[FinishedRun]) -> list[Key]:
+    """A legend entry for each of several runs; none for a run alone."""
+    return [Key(run.label, index) for index, run in enumerate(runs) if run.label]
 
 
 def drawn(panels: Sequence[Panel], prefix: str, legend: Sequence[Key] = (), share: bool = False, note: str = "") -> list[Plots]:
@@ -248,7 +254,7 @@ def _scale(axes: Axes, panel: Panel, limits: tuple[float, float]) -> None:
         axes.set_yscale("log")
         low, high = (low / 1.2, high * 1.2) if high < 3 * low else (low / 1.1, high * 1.1)
         axes.set_ylim(low, high)
-        axes.yaxis.set_major_locator(_log_ticks(low, high))
+        axes.yaxis.set_major_locator(log_ticks(low, high))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_minor_locator(NullLocator())
     else:
@@ -257,7 +263,7 @@ def _scale(axes: Axes, panel: Panel, limits: tuple[float, float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, panel.unit)))
 
 
-def _log_ticks(low: float, high: float) -> LogLocator:
+def log_ticks(low: float, high: float) -> LogLocator:
     """Ticks at powers of ten for a wide range, otherwise at 1, 2, 5 or closer."""
     wide = math.log10(high / low)
     return LogLocator(subs=(1,) if wide > 3 else (1, 2, 5) if wide > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 8), numticks=20)

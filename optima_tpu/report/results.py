@@ -7,21 +7,16 @@ from typing import Any, TypeVar
 
 from optima_tpu.errors import plural
 from optima_tpu.report import plots
-from optima_tpu.report.columns import mean_error
 from optima_tpu.report.evaluation import Distance
 from optima_tpu.report.facts import Fact, facts, running, sizes
 from optima_tpu.report.findings import unusual_count
 from optima_tpu.report.meaningless import meaningless_lines
-from optima_tpu.report.numbers import interval, number, percent
+from optima_tpu.report.numbers import number, percent, times
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import FinishedRun, differences
-from optima_tpu.report.view import NONE, Key, Section, Table, command, without_folders
+from optima_tpu.report.view import NONE, Section, Table, command, without_folders
 
 T = TypeVar("T")
-_SIZE = (
-    "The pruned file is as large as the dense file, and the model runs as fast, because zeros are stored like other numbers. "
-    "Zeros save time or space only with a kernel or a compressor that uses them."
-)
 _SPREAD = "In brackets: the ratio two standard errors lower and higher, over windows that both models read."
 _SHOWN = 4
 """Most commands that the page shows for several runs."""
@@ -30,29 +25,27 @@ _SHOWN = 4
 def tiles(run: FinishedRun) -> list[Fact]:
     """The most important numbers of one run: its facts, behind the perplexity what an evaluation measured."""
     first, *others = facts(run.report)
-    evaluated = [
-        Fact(f"Divergence from {run.beside}", [number(distance.kl)], f"nats per token, on {text}")
-        for text, distance in _distances(run).items()
-    ]
+    evaluated = []
+    for text, distance in _distances(run).items():
+        told, where = number(distance.kl), f"{_against(run.beside)} on {text}"
+        rows = {f"divergence{where}, nats": told, f"same token{where}": percent(distance.agreement)}
+        evaluated.append(Fact(f"Divergence from {run.beside}", [told], f"nats per token, on {text}", rows=rows))
     if run.evaluation and run.evaluation.average is not None:
-        evaluated.append(Fact("Six tasks", [percent(run.evaluation.average)], f"mean accuracy, {run.evaluation.asked}"))
+        average, asked = percent(run.evaluation.average), run.evaluation.asked
+        rows = {f"mean accuracy of six tasks, {asked}": average}
+        evaluated.append(Fact("Six tasks", [average], f"mean accuracy, {asked}", rows=rows))
     again = ", including the parts before it was resumed" if run.earlier else ""
-    return [
-        first,
-        *evaluated,
-        *others,
-        Fact("Time", [run.time], f"on {run.report.environment.words}{again}"),
-        *_unusual_tiles(run),
-    ]
+    time = Fact("Time", [run.time], f"on {run.report.environment.words}{again}")
+    return [first, *evaluated, *others, time, *[_unusual(run)] * bool(run.report.layers)]
 
 
-def _unusual_tiles(run: FinishedRun) -> list[Fact]:
-    """None for a run that pruned no layer."""
-    if meaningless_lines(run.report):
-        return [Fact("Unusual", ["no meaning"], "text or dense model, named below")]
+def _unusual(run: FinishedRun) -> Fact:
     count = unusual_count(run.report.layers)
-    found = Fact("Unusual", [plural(count, "layer") if count else "nothing"], "named below" if count else "in any layer")
-    return [found] * bool(run.report.layers)
+    rows = {"layers with anything unusual": f"{count:,}"}
+    if meaningless_lines(run.report):
+        return Fact("Unusual", ["no meaning"], "text or dense model, named below", rows=rows)
+    told = (plural(count, "layer"), "named below") if count else ("nothing", "in any layer")
+    return Fact("Unusual", [told[0]], told[1], rows=rows)
 
 
 def comparison(runs: Sequence[FinishedRun]) -> Section:
@@ -116,10 +109,8 @@ def outcome(runs: Sequence[FinishedRun]) -> Section:
     files = {sizes(run.report): run for run in runs}
     if len(files) == 1:
         text += [f"Size: {said}." for said in files]
-    elif any(run.report.cuts for run in runs):
-        text += [f"Size of {run.label}: {said}. {running(run.report)}" for said, run in files.items()]
     else:
-        text += [_SIZE]
+        text += [f"Size of {run.label}: {said}. {running(run.report)}" for said, run in files.items()]
     tables = [*_perplexity_tables(runs), *_task_tables(runs)]
     folded = [_published_table(rows) for run in runs if not several and (rows := comparable(run.report))]
     return Section("outcome", "Dense against pruned", text, tables=tables, folded=folded, code=code)
@@ -139,37 +130,29 @@ def _published_table(rows: Sequence[Published]) -> Table:
     )
 
 
-def _tables_beside(
-    runs: Sequence[FinishedRun],
-    rows: Callable[[FinishedRun], Iterable[tuple[str, list[str]]]],
-    caption: Callable[[str], str],
-    names: Sequence[str],
-    head: Callable[[str], Sequence[str]],
-) -> list[Table]:
-    """A table for each model that pruned ones are measured beside.
-
-    Args:
-      rows: the rows of a run, each behind the name of that model.
-      caption, head: of the table on that model.
-      names: the headings of the cells that name a row.
-    """
+def _beside(
+    runs: Sequence[FinishedRun], rows: Callable[[FinishedRun], Iterable[tuple[str, list[str]]]]
+) -> dict[str, list[list[str]]]:
+    """The rows of runs, each behind its run's label, by the model that pruned ones are measured beside."""
     found: dict[str, list[list[str]]] = {}
     for run in runs:
         for other, row in rows(run):
             found.setdefault(other, []).append([*run.cell, *row])
-    names = ["run", *names] if len(runs) > 1 else names
-    return [Table(caption(other), [*names, *head(other)], own, names=len(names)) for other, own in found.items()]
+    return found
 
 
 def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
-    tables = _tables_beside(
-        runs,
-        _perplexities,
-        lambda other: f"Perplexity{_against(other)}, lower is better",
-        ["text"],
-        lambda other: [other, "pruned", f"pruned / {other}", "tokens"],
-    )
-    return [table._replace(note=_spread(row[-2] for row in table.rows)) for table in tables]
+    names = [*_run_heading(runs), "text"]
+    return [
+        Table(
+            f"Perplexity{_against(other)}, lower is better",
+            [*names, other, "pruned", f"pruned / {other}", "tokens"],
+            rows,
+            _spread(row[-2] for row in rows),
+            names=len(names),
+        )
+        for other, rows in _beside(runs, _perplexities).items()
+    ]
 
 
 def _perplexities(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
@@ -183,22 +166,25 @@ def _perplexities(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
 
 
 def _perplexity_row(text: str, before: float | None, pruned: float, error: float | None, tokens: int) -> list[str]:
-    first, ratio = (NONE, NONE) if before is None else (number(before, 4), _ratio(pruned / before, error))
+    first, ratio = (NONE, NONE) if before is None else (number(before, 4), times(pruned / before, error))
     return [text, first, number(pruned, 4), ratio, f"{tokens:,}"]
 
 
 def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     asked = {run.label: run.evaluation.asked for run in runs if run.evaluation and run.evaluation.tasks}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
-    tables = _tables_beside(
-        runs,
-        _tasks,
-        lambda other: ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
-        ["task", "metric"],
-        lambda other: [other, "pruned", "documents"],
-    )
     note = "" if alike else " ".join(f"{label}: {how}." for label, how in asked.items())
-    return [table._replace(note=note) for table in tables]
+    names = [*_run_heading(runs), "task", "metric"]
+    return [
+        Table(
+            ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
+            [*names, other, "pruned", "documents"],
+            rows,
+            note,
+            names=len(names),
+        )
+        for other, rows in _beside(runs, _tasks).items()
+    ]
 
 
 def distance(runs: Sequence[FinishedRun]) -> list[Section]:
@@ -211,24 +197,29 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
                     values = [math.nan if value is None else value for value in values]  # a value that was not finite
                     line = plots.Line(run.label or "pruned", range(len(values)), values, index)
                     curves.setdefault((key, f"{name}, {text}{_against(run.beside)}"), []).append(line)
-    tables = _tables_beside(
-        runs,
-        _distance_rows,
-        lambda other: f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
-        ["text"],
-        lambda other: ["divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"],
-    )
+    names = [*_run_heading(runs), "text"]
+    numbers = ["divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"]
+    tables = [
+        Table(
+            f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
+            [*names, *numbers],
+            rows,
+            names=len(names),
+        )
+        for other, rows in _beside(runs, _distance_rows).items()
+    ]
     if not tables:
         return []
     panels = [plots.Panel(title, lines, **_UNITS[key]) for (key, title), lines in curves.items()]
-    legend = [Key(run.label, index) for index, run in enumerate(runs) if run.label]
     other = "dense" if {run.beside for run in runs if _distances(run)} == {"dense"} else "other"
     text = (
         f"Divergence is the mean over tokens of KL({other} ‖ pruned) between the distributions of the next token; 0 means equal "
         f"distributions. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the hidden state of the {other} "
         "model; its rise shows which blocks cause the damage."
     )
-    return [Section("distance", f"Distance to the {other} model", [text], plots.drawn(panels, "distance", legend), tables)]
+    return [
+        Section("distance", f"Distance to the {other} model", [text], plots.drawn(panels, "distance", plots.keys(runs)), tables)
+    ]
 
 
 def _distance_rows(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
@@ -253,42 +244,14 @@ def _evaluate(run: FinishedRun) -> str:
     return f"{evaluate}\n{command('report', directory)}"
 
 
-_COMPARED = ("kept", "size")
-"""The facts of a run that are rows of the comparison as they stand."""
-
 _BY_BLOCK = {"hidden_errors": "Hidden state error", "kls": "Divergence", "agreements": "Same most likely token"}
 _UNITS: Mapping[str, Mapping[str, Any]] = {"hidden_errors": {"log": True}, "kls": {"unit": number, "log": True}, "agreements": {}}
 
 
 def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     """The rows of the comparison."""
-    rows: dict[str, list[str]] = {}
-    for run in runs:
-        report, layers, solved = run.report, run.report.layers, run.report.solver is not None
-        values = {
-            "perplexity, dense": number(report.perplexity.dense, 4),
-            "perplexity, pruned": number(report.perplexity.pruned, 4),
-            "pruned / dense": _ratio(report.perplexity.ratio, report.log_ratio_stderr),
-        }
-        for text, distance in _distances(run).items():
-            where = f"{_against(run.beside)} on {text}"
-            values |= {f"divergence{where}, nats": number(distance.kl), f"same token{where}": percent(distance.agreement)}
-        if run.evaluation and run.evaluation.average is not None:
-            values[f"mean accuracy of six tasks, {run.evaluation.asked}"] = percent(run.evaluation.average)
-        values |= {
-            "layer error before the update": mean_error(layers, "error_before"),
-            "layer error after": mean_error(layers, "error_after") if solved else NONE,
-            "on held-out text before": mean_error(layers, "held_out_before"),
-            "on held-out text after": mean_error(layers, "held_out_after") if solved else NONE,
-            "sparsity": percent(report.sparsity),
-            **{fact.title.lower(): fact.value for fact in facts(report) if fact.name in _COMPARED},
-            "matrices": f"{len(run.report.layers):,}",
-            "layers with anything unusual": f"{unusual_count(run.report.layers):,}",
-            "time": run.time,
-            "host memory, peak": f"{number(report.memory.host_peak / 2**30)} GiB",
-        }
-        for name, value in values.items():
-            rows.setdefault(name, [NONE] * len(runs))[runs.index(run)] = value
+    told = [{name: value for fact in tiles(run) for name, value in fact.compared.items()} for run in runs]
+    rows = {name: [own.get(name, NONE) for own in told] for name in dict.fromkeys(name for own in told for name in own)}
     return {name: values for name, values in rows.items() if set(values) != {NONE}}
 
 
@@ -306,15 +269,14 @@ def _tasks(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
         yield run.beside, ["mean of the six", "acc", NONE, percent(run.evaluation.average), NONE]
 
 
+def _run_heading(runs: Sequence[FinishedRun]) -> list[str]:
+    """The heading of :attr:`FinishedRun.cell`."""
+    return ["run"] * (len(runs) > 1)
+
+
 def _against(other: str) -> str:
     """The addition to a caption if the other model is not the dense model."""
     return "" if other == "dense" else f" against {other}"
-
-
-def _ratio(ratio: float, error: float | None) -> str:
-    """ "2.80× (2.61 to 3.00)": see :data:`_SPREAD`."""
-    ends = interval(ratio, error)
-    return f"{number(ratio)}×" + (f" ({' to '.join(map(number, ends))})" if ends else "")
 
 
 def _spread(ratios: Iterable[str]) -> str:
