@@ -15,15 +15,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from optima_tpu.report.curves import MADE_BY, Curve, FigureData
+from optima_tpu.report.plots import MARKERS, SERIES, log_ticks
 from optima_tpu.report.view import without_folders
 from optima_tpu.runtime.files import write_bytes, writing
 
-# Okabe and Ito's colours, which people with colour blindness can distinguish; without yellow, which is too light.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
-_MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+_COLOURS, _MARKERS = SERIES, tuple(MARKERS)
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _HELD_OUT = (0, (3, 1.5))
 _GREY = "#666666"
@@ -186,7 +185,6 @@ def _figure(data: FigureData, layout: _Layout) -> tuple[Figure, Sequence[Axes]]:
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
     """Sets a logarithmic axis with ticks such as 20, 50 and 100, not 10^2; with more ticks if the values are close."""
     axes.set_yscale("log")
-    wide = np.nanmax(values) > 10 * np.nanmin(values)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_locator(log_ticks(np.nanmin(values), np.nanmax(values)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
