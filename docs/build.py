@@ -887,7 +887,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
         f"All on CPU cores; no TPU or GPU was at hand. {_ARROWS} A model with zeros runs as fast as the dense one; one with "
         "[cut neurons](cuts.md#cut-neurons) is faster.",
         {
-            "Whole runs": Group(("bytes",), ("first-command", "preset-times", "start-up", "whole-run")),
+            "Whole runs": Group(("bytes",), ("first-command", "preset-times", "start-up", "whole-run", "one-and-a-half-billion")),
             "Parts of a run": Group(("solvers", "kernels", "generation"), ("mpax-rounds",)),
             "For accelerators that were not there": Group((), ("compiled-programs", "rough-products")),
             "Memory": Group(("depth",)),
