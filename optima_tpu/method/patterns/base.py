@@ -16,6 +16,12 @@ from jaxtyping import Bool, Float, Int32
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.own_classes import import_path, write_options
 
+Scores = Float[Array, "rows d_in"]
+"""A number for every weight of a matrix."""
+Mask = Bool[Array, "rows d_in"]
+"""True where a weight stays."""
+Counts = Int32[Array, " rows"]
+"""A number of weights of every row."""
 MOST_INPUTS = 1 << 24
 """The most inputs of a layer that a pattern is for. The widest layers that anybody has have a hundredth of them."""
 
@@ -65,7 +71,7 @@ class Pattern(abc.ABC):
         """How many weights a [d_out, d_in] matrix loses. Raises UserError where the pattern does not fit the shape."""
 
     @abc.abstractmethod
-    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+    def keep_mask(self, scores: Scores) -> Mask:
         """The mask with the largest total score.
 
         Args:
@@ -88,13 +94,7 @@ class Pattern(abc.ABC):
         """Whether the pattern implements :meth:`exchange`."""
         return type(self).exchange is not Pattern.exchange
 
-    def exchange(
-        self,
-        win: Float[Array, "rows d_in"],
-        cost: Float[Array, "rows d_in"],
-        keep: Bool[Array, "rows d_in"],
-        limit: Int32[Array, " rows"],
-    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
+    def exchange(self, win: Scores, cost: Scores, keep: Mask, limit: Counts) -> tuple[Mask, Counts]:
         """Exchanges the best ``limit`` pairs of each row that win more than they cost. Returns the mask, and the number of pairs.
 
         The largest win is paired with the smallest cost, the second with the second, and so on. Of equal values the lower index

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int32
 
 from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
-from optima_tpu.method.patterns.base import MOST_INPUTS, Pattern, refuse_share, share_of
+from optima_tpu.method.patterns.base import MOST_INPUTS, Counts, Mask, Pattern, Scores, refuse_share, share_of
 from optima_tpu.runtime.bounds import Bound
 
 DENSE = "dense"
@@ -36,16 +35,10 @@ class Dense(Pattern):
     def pruned_count(self, shape: tuple[int, int]) -> int:
         return 0
 
-    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+    def keep_mask(self, scores: Scores) -> Mask:
         return jnp.ones(scores.shape, bool)
 
-    def exchange(
-        self,
-        win: Float[Array, "rows d_in"],
-        cost: Float[Array, "rows d_in"],
-        keep: Bool[Array, "rows d_in"],
-        limit: Int32[Array, " rows"],
-    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
+    def exchange(self, win: Scores, cost: Scores, keep: Mask, limit: Counts) -> tuple[Mask, Counts]:
         return keep, jnp.zeros_like(limit)
 
     def text(self, group: str | None = None) -> str:
@@ -87,16 +80,10 @@ class Unstructured(Pattern):
         rows, columns = shape
         return rows * self.pruned_in(columns) if self.group == "row" else self.pruned_in(rows * columns)
 
-    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+    def keep_mask(self, scores: Scores) -> Mask:
         return ~lowest(scores, self.pruned_in(scores.shape[1] if self.group == "row" else scores.size), self.group)
 
-    def exchange(
-        self,
-        win: Float[Array, "rows d_in"],
-        cost: Float[Array, "rows d_in"],
-        keep: Bool[Array, "rows d_in"],
-        limit: Int32[Array, " rows"],
-    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
+    def exchange(self, win: Scores, cost: Scores, keep: Mask, limit: Counts) -> tuple[Mask, Counts]:
         win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
         count = jnp.minimum(pairs_that_pay(win, cost), limit)
         return (keep | lowest(-win, count[:, None], "row")) & ~lowest(cost, count[:, None], "row"), count
@@ -184,7 +171,7 @@ class NM(Pattern):
             raise self.refusal(f"a layer with {columns}", f"{other} fits it" if other else "choose an M that divides it")
         return rows * (columns // self.m) * (self.m - self.n)
 
-    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+    def keep_mask(self, scores: Scores) -> Mask:
         rows, columns = scores.shape
         self.pruned_count((rows, columns))  # raises where the groups do not divide d_in
         order, place = order_of(scores), jnp.arange(columns) // self.stride % self.m
@@ -199,13 +186,7 @@ class NM(Pattern):
         before = jax.lax.fori_loop(1, self.m, count, jnp.zeros(scores.shape, jnp.int32))
         return before >= self.m - self.n
 
-    def exchange(
-        self,
-        win: Float[Array, "rows d_in"],
-        cost: Float[Array, "rows d_in"],
-        keep: Bool[Array, "rows d_in"],
-        limit: Int32[Array, " rows"],
-    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
+    def exchange(self, win: Scores, cost: Scores, keep: Mask, limit: Counts) -> tuple[Mask, Counts]:
         """Exchanges at most one pair in each M, see :meth:`Pattern.exchange`."""
         order = self.order(keep.shape[-1])
         if order is not None:

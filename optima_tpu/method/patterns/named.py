@@ -4,10 +4,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float
 
-from optima_tpu.method.patterns.base import Pattern
+from optima_tpu.method.patterns.base import Mask, Pattern, Scores
 from optima_tpu.runtime.own_classes import import_class, only_named, read_options
 
 
@@ -31,7 +29,7 @@ class NamedPattern(Pattern):
     def pruned_count(self, shape: tuple[int, int]) -> int:
         raise only_named(self.words)
 
-    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+    def keep_mask(self, scores: Scores) -> Mask:
         raise only_named(self.words)
 
     def exchange(self, *_: Any, **__: Any) -> Any:

@@ -7,12 +7,10 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.method.linalg.smallest import lowest, totals
-from optima_tpu.method.patterns.base import MOST_INPUTS, Pattern, refuse_share, share_of
+from optima_tpu.method.patterns.base import MOST_INPUTS, Mask, Pattern, Scores, refuse_share, share_of
 from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.mesh import padded
 
@@ -101,7 +99,7 @@ class WholeInputs(Pattern):
         rows, columns = shape
         return rows * self._lost(columns) * (columns // self.parts_in(columns))
 
-    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+    def keep_mask(self, scores: Scores) -> Mask:
         columns, each = scores.shape[1], totals(scores)
         width = columns // self.parts_in(columns)
         if width > 1:
