@@ -28,6 +28,7 @@ from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.evaluate.tasks import load_tasks, paper_average, run_tasks, settings_of, task_results
 from optima_tpu.models.model import check_ids, window_bos, window_length
+from optima_tpu.report.contents import Environment
 from optima_tpu.report.evaluation import EvaluationRecord, Identities, Identity, TaskResult, TextResult, TextScore
 from optima_tpu.report.file import environment
 from optima_tpu.report.meaningless import poor_text, unpredicted
@@ -52,7 +53,8 @@ HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
 """Files with the evaluation harness's own results, one for each model."""
 
 
-class _Subject(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Subject:
     """What an evaluation measures, checked and opened.
 
     Attributes:
@@ -75,12 +77,16 @@ class _Subject(NamedTuple):
         return {
             "settings": _settings(self.config),
             "code": code_version(),
-            "environment": environment(self.mesh),
+            "environment": self.environment,
             "evaluated": self.identities,
             "texts": {source: token_digest(tokens.ids) for source, tokens in self.texts.items()},
         }
 
-    @property
+    @functools.cached_property
+    def environment(self) -> Environment:
+        return environment(self.mesh)
+
+    @functools.cached_property
     def identities(self) -> Identities:
         found = {name: Identity(opened.model.pretrained.fingerprint, opened.run.manifest) for name, opened in self.models.items()}
         return Identities(found["model"], found.get("against"))
@@ -160,7 +166,7 @@ def _measured(subject: _Subject, parts: Parts, progress: Progress) -> tuple[Eval
         config.against,
         subject.identities,
         _settings(config),
-        environment(subject.mesh),
+        subject.environment,
         {source: part.perplexity for source, part in found.items()},
         {source: part.distance for source, part in found.items() if part.distance},
         tasks,

@@ -361,5 +361,5 @@ def task_results(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, TaskR
 
 def paper_average(results: Mapping[str, TaskResult]) -> float | None:
     """The mean accuracy over the paper's six tasks; None if one is missing."""
-    accuracies = [results[name].metrics["acc"] if name in results else None for name in PAPER]
-    return None if None in accuracies else statistics.fmean(each for each in accuracies if each is not None)
+    found = [value for name in PAPER if name in results and (value := results[name].metrics["acc"]) is not None]
+    return statistics.fmean(found) if len(found) == len(PAPER) else None
