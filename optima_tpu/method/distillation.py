@@ -105,14 +105,14 @@ class Distillation(Method, abc.ABC):
             )
 
     @property
-    def read(self) -> int:
+    def pass_windows(self) -> int:
         """The number of windows in a pass: those of the text and those that the model wrote."""
         return self.windows + self.written
 
     @property
     def steps(self) -> int:
         """The number of Adam steps; the last windows of a pass are left out if they do not fill a batch."""
-        return self.passes * max(1, self.read // self.batch)
+        return self.passes * max(1, self.pass_windows // self.batch)
 
     def filled(self, windows: int) -> int:
         """How many of so many windows a training reads: those that fill a step. Fewer than a batch are one step."""
@@ -120,7 +120,7 @@ class Distillation(Method, abc.ABC):
 
     def tokens(self, length: int) -> int:
         """How many tokens the steps read, in all passes over windows of ``length``."""
-        return self.passes * self.filled(self.read) * length
+        return self.passes * self.filled(self.pass_windows) * length
 
     def check_steps(self) -> tuple[int, ...]:
         """The steps after which the held-out loss is measured, the last one among them."""

@@ -58,8 +58,12 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
 
 def training_words(method: Distillation, length: int) -> str:
     """What a training lowers, what it moves, and how much it reads in windows of ``length`` tokens."""
-    batch = plural(min(method.batch, method.read), "window")
-    wrote = f", {method.written:,} of the {plural(method.read, 'window')} written by the dense model" if method.written else ""
+    batch = plural(min(method.batch, method.pass_windows), "window")
+    wrote = (
+        f", {method.written:,} of the {plural(method.pass_windows, 'window')} written by the dense model"
+        if method.written
+        else ""
+    )
     times = "once" if method.passes == 1 else plural(method.passes, "time")
     amount = trained_on(method.steps, method.tokens(length))
     return f"{method.words}, {method.train}: {amount}, {batch} of {length} in a step, each read {times}{wrote}"

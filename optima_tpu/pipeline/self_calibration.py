@@ -35,19 +35,24 @@ ADVICE = (
 
 def written_windows(config: RunConfig) -> int:
     """The number of windows that the dense model writes for a run; 0 for most runs."""
-    return _calibrating(config) + (config.distill.written if config.distill else 0)
+    return _calibration_windows(config) + _training_windows(config)
 
 
-def _calibrating(config: RunConfig) -> int:
+def _calibration_windows(config: RunConfig) -> int:
     """How many of them are calibrated on or held out: the first ones."""
     text = config.calibration
     return text.windows + text.held_out if isinstance(parse_source(text.source), SelfGenerated) else text.written
 
 
-def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:
-    """The windows that the dense model writes, or that an earlier start of the run saved: those of the calibration, then those of
-    the training. Every process calls it.
+def _training_windows(config: RunConfig) -> int:
+    """How many of them are trained on: the last ones."""
+    return config.distill.written if config.distill else 0
 
+
+def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:
+    """The windows that the dense model writes, or that an earlier start of the run saved.
+
+    Those of the calibration come first, then those of the training. Every process calls it.
     A window begins with the tokenizer's BOS, or with its EOS if it has no BOS: in packed text this token precedes a document.
     After an EOS that the model draws, the next document begins in the same window: with a BOS if the tokenizer puts one before
     every text, otherwise with the next token that the model draws. Every window has its full length.
@@ -84,8 +89,8 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
             ids = np.array([[start, *tokens] for tokens in written], np.int32)
             progress.note(f"{ids.size / (time.monotonic() - began):,.0f} tokens a second")
     how = (
-        f"{plural(_calibrating(config), 'window')} of {text.window_length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
-        f"temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)
+        f"{plural(_calibration_windows(config), 'window')} of {text.window_length} tokens that the model wrote itself, from "
+        f"{tokenizer.decode([start])} at temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)
     )
     return Tokens(ids, how, ids.size)
 
@@ -100,7 +105,7 @@ def keep_calibration(directory: Path, manifest: Mapping[str, Any], written: np.n
 
 def generated_by(config: RunConfig) -> Mapping[str, Any]:
     """The manifest's entry for windows that the model wrote, in addition to their digests; empty where it writes none."""
-    training = config.distill.written if config.distill else 0
+    training = _training_windows(config)
     told = dataclasses.asdict(config.calibration) | ({"training": training} if training else {})
     return {"generated": told} if written_windows(config) else {}
 

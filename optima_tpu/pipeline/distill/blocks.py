@@ -95,18 +95,18 @@ class Trainer:
     @property
     def accumulates(self) -> bool:
         """Whether a step takes several batches: their gradients add up, so that those of all blocks exist at a time."""
-        windows = min(self.method.batch, self.method.read)
+        windows = min(self.method.batch, self.method.pass_windows)
         return windows > self.decoder.batch * self.decoder.mesh.shape[DATA]
 
     @property
     def idle(self) -> str:
         """Which slices of the data axis have no window in a step, and what to type; empty if all have one."""
-        windows, slices = min(self.method.batch, self.method.read), self.decoder.mesh.shape[DATA]
+        windows, slices = min(self.method.batch, self.method.pass_windows), self.decoder.mesh.shape[DATA]
         if windows >= slices:
             return ""
         return (
             f"{slices - windows} of {slices} slices of the data axis compute padding, for a step trains on "
-            f"{plural(windows, 'window')}: take --distill.batch {slices}{' and more windows' * (self.method.read < slices)}, "
+            f"{plural(windows, 'window')}: take --distill.batch {slices}{' and more windows' * (self.method.pass_windows < slices)}, "
             "or a mesh with a smaller data axis"
         )
 

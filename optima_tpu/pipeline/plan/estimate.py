@@ -178,7 +178,7 @@ def _host_memory(
     if entering > share:
         host["choosing blocks"] = entering - share
     if config.distill:
-        batch, _, at_once = TrainingParts.of(config.distill, config.distill.read, state)
+        batch, _, at_once = TrainingParts.of(config.distill, config.distill.pass_windows, state)
         waiting = 2 * (at_once * batch + text.held_out) * state
         host["text of the training"] = -(-waiting // hosts)
         host["weights of the best check"] = -(-_moving(model, config.distill) * model.end_itemsize // hosts)
@@ -351,7 +351,7 @@ def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
     Args:
       state: bytes of the hidden states of a window.
     """
-    batch, steps, at_once = TrainingParts.of(method, method.read, state)
+    batch, steps, at_once = TrainingParts.of(method, method.pass_windows, state)
     parts = -(-steps // at_once)
     times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
     return parts * times, steps * batch * times

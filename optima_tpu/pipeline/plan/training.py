@@ -68,7 +68,7 @@ def training_programs(
       compile_call: takes every program.
     """
     decoder, method = model.decoder, trainer.method
-    windows = min(method.batch, method.read)
+    windows = min(method.batch, method.pass_windows)
     batch = windows_of_step(decoder, windows)
     size = batch * machine.mesh.shape[DATA]
     hidden = Entering.of(decoder, length, windows).hidden
