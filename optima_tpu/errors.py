@@ -30,6 +30,31 @@ def panics_refused(message: str) -> Iterator[None]:
         raise UserError(f"{message} ({one_line(error)})") from error
 
 
+@contextlib.contextmanager
+def refusing(kinds: type[Exception] | tuple[type[Exception], ...], what: str, remedy: str = "") -> Iterator[None]:
+    """Raises UserError where a library fails with one of ``kinds``; a UserError passes as it is.
+
+    Args:
+      what: the message, or its beginning.
+      remedy: what to do. With it the message is "WHAT (the library's own words): REMEDY".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{what} ({one_line(error)}): {remedy}" if remedy else what) from error
+
+
+@contextlib.contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Puts the name of a file, setting or layer before the message of a UserError: "PLACE: MESSAGE"."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
 def some(names: Iterable[str], count: int = 4) -> str:
     """The first ``count`` names in sorted order, as text for a message."""
     names = sorted(names)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optima_tpu.errors import UserError, one_line, plural
+from optima_tpu.errors import UserError, one_line, plural, refusing
 from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.inside import refuse_links
@@ -78,10 +78,8 @@ def check_repository(repository: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
+    with refusing(HFValidationError, f"expected ORG/NAME, got {repository!r}", "correct the name"):
         validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"expected ORG/NAME, got {repository!r} ({one_line(error)})") from None
     if repository.count("/") != 1:
         raise UserError(f"expected ORG/NAME, got {repository!r}")
 

@@ -54,7 +54,7 @@ from optima_tpu.config.run_config import SETTINGS, RunConfig, default_run, to_di
 from optima_tpu.config.unknown import check_known, refusal
 from optima_tpu.config.words import as_spelled, settings_named
 from optima_tpu.config.written import dump
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, naming
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import NamedPattern, Pattern, import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
@@ -204,10 +204,8 @@ def _patterns(values: Mapping[str, Any], group: str, own: Callable[[str], Patter
     found = {}
     for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
         if name in values:
-            try:
+            with naming(name):
                 found[name] = read(values[name], group, own)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
     return found
 
 

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from optima_tpu.data.source import Part, Split, TextSource, split_options
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, refusing
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
@@ -56,13 +56,10 @@ class File(TextSource):
         self.check()
         parquet = self.path.name.endswith(".parquet")
         read = self._parquet if parquet else self._text if self.path.name.endswith((".txt", ".txt.gz")) else self._lines
-        try:
+        what = f"expected {'a Parquet file' if parquet else 'UTF-8 text'} in {self.path}, but it can't be read"
+        kinds = (OSError, EOFError, zlib.error, UnicodeError, pyarrow.ArrowException)
+        with refusing(kinds, what, "download or convert it again"):
             yield from read()
-        except (OSError, EOFError, zlib.error, UnicodeError, pyarrow.ArrowException) as error:
-            raise UserError(
-                f"expected {'a Parquet file' if parquet else 'UTF-8 text'} in {self.path}, but it can't be "
-                f"read ({one_line(error)}): download or convert it again"
-            ) from error
 
     def check(self) -> None:
         """Raises UserError if the file does not exist, or if its format is not known."""
@@ -79,11 +76,8 @@ class File(TextSource):
     def fingerprint(self, split: Split) -> str:
         """A hash of the file's bytes: time stamps are not exact enough, and hashing is fast compared with tokenising."""
         self.check()
-        try:
-            with open(self.path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{self.path} can't be read ({error.strerror}): check its permissions") from error
+        with refusing(OSError, f"{self.path} can't be read", "check its permissions"), open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _open(self):
         # A document keeps its own line ends, and only \n separates records; a byte order mark is not part of the text.

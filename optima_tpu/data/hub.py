@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from optima_tpu.data.source import Documents, Part, Split, TextSource, split_options
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, refusing
 
 _FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], optionally with ?field=NAME"
 
@@ -83,34 +84,23 @@ class Hub(TextSource):
         """The data set's newest commit; None for a local folder, and offline, where ``datasets`` reads its cache."""
         if Path(self.repository).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
             return None
-        try:
+        with self._reading():
             # load_dataset alone retries for half a minute without a network; this asks once.
             return huggingface_hub.dataset_info(self.repository).sha
-        except Exception as error:  # as in download
-            raise self._unreadable(error) from error
 
     def _load(self, commit: str | None) -> Any:
         """A ``datasets.Dataset``, or an ``IterableDataset`` for a stream. ``Any``, because the library has no types."""
         import datasets  # takes seconds
 
-        try:
+        with self._reading():
             rows = datasets.load_dataset(
                 self.repository, self.config, split=self.split, revision=commit, streaming=self.first is not None
             )
-        except Exception as error:  # those of pyarrow, of fsspec and of the HTTP library among them
-            raise self._unreadable(error) from error
         return rows.take(self.first) if self.first else rows
 
     def _guarded(self, rows: Iterable[dict]) -> Iterator[dict]:
-        rows = iter(rows)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # a stream is read from the network to its end
-                raise self._unreadable(error) from error
-            yield row
+        with self._reading():  # a stream is read from the network to its end
+            yield from rows
 
     def _text(self, row: dict) -> str:
         self._check_field(row)
@@ -125,10 +115,13 @@ class Hub(TextSource):
         if self.field not in columns:
             raise UserError(f"{self.repository} has no column {self.field!r}, it has {', '.join(columns)}: write ?field=NAME")
 
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(
-            f"{self} can't be read ({one_line(error)}): check its name, configuration and split; without a network "
-            "set HF_HUB_OFFLINE=1 to read the cache of `datasets`, or give a local file as file:PATH"
+    def _reading(self) -> AbstractContextManager[None]:
+        # Exception, because those of pyarrow, of fsspec and of the HTTP library come here too.
+        return refusing(
+            Exception,
+            f"{self} can't be read",
+            "check its name, configuration and split; without a network set HF_HUB_OFFLINE=1 to read the cache of `datasets`, or "
+            "give a local file as file:PATH",
         )
 
 
@@ -152,13 +145,12 @@ def download(repository: str, name: str) -> Path:
 
 
 def _downloaded(repository: str, name: str) -> Path:
-    try:
+    elsewhere = (
+        f"download the file elsewhere with `hf download --repo-type dataset {repository} {name}` and give it as file:PATH, or take "
+        "a text of this machine, such as pydoc"
+    )
+    # Exception, because the HTTP library below has its own exceptions, whose names change with its version.
+    with refusing(Exception, f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded", elsewhere):
         # hf_hub_download alone retries for half a minute without a network; this asks once.
         get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
-    except Exception as error:  # the HTTP library below has its own exceptions, whose names change with its version
-        raise UserError(
-            f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded "
-            f"({one_line(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "
-            f"{name}` and give it as file:PATH, or take a text of this machine, such as pydoc"
-        ) from error

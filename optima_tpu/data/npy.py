@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from optima_tpu.data.source import Part, Split, Tokens, TokenSource
-from optima_tpu.errors import UserError, one_line, plural
+from optima_tpu.errors import UserError, plural, refusing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,9 @@ class Npy(TokenSource):
 
     def _load(self) -> np.ndarray:
         self.check()
-        try:
+        # Exception, because numpy reads the header as Python, and a damaged one raises anything.
+        with refusing(Exception, f"{self.path} can't be read as an .npy file", "write it with numpy.save"):
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy reads the header as Python, and a damaged one raises anything
-            raise UserError(f"{self.path} can't be read as an .npy file ({one_line(error)}): write it with numpy.save") from error
         if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
             came = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
             raise UserError(f"expected an integer array [windows, length] in {self.path}, got {came}")

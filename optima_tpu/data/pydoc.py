@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 from optima_tpu.data.source import Split, TextSource
-from optima_tpu.errors import UserError
+from optima_tpu.errors import refusing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +22,9 @@ class PyDoc(TextSource):
 
     def documents(self, split: Split) -> Iterator[str]:
         """Each topic is one document. Raises UserError if this Python comes without its documentation."""
-        try:
+        without = "this Python comes without pydoc_data, its documentation: choose another text source, such as file:PATH"
+        with refusing(ModuleNotFoundError, without):
             from pydoc_data.topics import topics
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "this Python comes without pydoc_data, its documentation: choose another text source, such as file:PATH"
-            ) from error
         for index, text in enumerate(_distinct([topics[name] for name in sorted(topics)])):
             if (index % 4 == 3) == (split == "evaluation"):
                 yield text

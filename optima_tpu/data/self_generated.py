@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from optima_tpu.data.source import Split, TextSource
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, refusing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,10 @@ class SelfGenerated(TextSource):
         """Reads "self" or "self?temperature=NUMBER". Raises UserError for anything else."""
         _, question, option = text.partition("?")
         name, _, value = option.partition("=")
-        try:
+        with refusing(ValueError, f"expected self or self?temperature=NUMBER with a number from 0.001 to 1000, got {text!r}"):
             source = SelfGenerated(float(value)) if question else SelfGenerated()
             if name not in ("", "temperature") or not 1e-3 <= source.temperature <= 1e3:
                 raise ValueError
-        except ValueError:
-            raise UserError(f"expected self or self?temperature=NUMBER with a number from 0.001 to 1000, got {text!r}") from None
         return source
 
     def __str__(self) -> str:

@@ -7,11 +7,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optima_tpu.data.source import Documents, Part, Split, TextSource, split_options
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.runtime.inside import below, inside
 from optima_tpu.runtime.program import program
 
@@ -69,10 +70,8 @@ class TFDS(TextSource):
                 f"{', '.join(builder.info.features)}: write ?field=NAME"
             )
         self._paths(builder, split)
-        try:
+        with self._reading():  # NotImplementedError for a format, whatever array_record raises for a missing file
             records = builder.as_data_source(self._spec(builder, split))
-        except Exception as error:  # NotImplementedError for a format, whatever array_record raises for a missing file
-            raise self._unreadable(error) from error
         return Documents(functools.partial(self._text, records), len(records))
 
     def parts(self, split: Split) -> list[Part]:
@@ -88,14 +87,12 @@ class TFDS(TextSource):
         builder = self._builder()
         folder = Path(builder.data_dir)
         digest = hashlib.sha256()
-        try:
+        with self._reading():
             for path in [folder / "dataset_info.json", folder / "features.json"]:
                 digest.update(path.read_bytes())
             for path in self._paths(builder, split):
                 status = os.stat(path)
                 digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
-        except OSError as error:
-            raise self._unreadable(error) from error
         return digest.hexdigest()
 
     def _builder(self) -> "ReadOnlyBuilder":
@@ -104,19 +101,16 @@ class TFDS(TextSource):
 
         for _ in below(self.directory / self.name.partition(":")[0]):  # refuses links that lead out of it, and pipes
             pass
-        try:
+        with self._reading():  # every file of the description has its own kind of error
             self._refuse_foreign_classes()
-            return read_only_builder.builder_from_files(self.name, data_dir=str(self.directory))
-        except registered.DatasetNotFoundError as error:
-            there = ", ".join(_prepared(self.directory)) or "none"
-            raise UserError(
-                f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
-                f"make one with {program('data')} {self.name}@{self.directory} FILE..."
-            ) from error
-        except UserError:
-            raise
-        except Exception as error:  # every file of the description has its own kind of error
-            raise self._unreadable(error) from error
+            try:
+                return read_only_builder.builder_from_files(self.name, data_dir=str(self.directory))
+            except registered.DatasetNotFoundError as error:
+                there = ", ".join(_prepared(self.directory)) or "none"
+                raise UserError(
+                    f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
+                    f"make one with {program('data')} {self.name}@{self.directory} FILE..."
+                ) from error
 
     def _refuse_foreign_classes(self) -> None:
         """Raises UserError where features.json names a class outside TFDS: the library would import its module."""
@@ -137,13 +131,12 @@ class TFDS(TextSource):
         """The split as ranges of the data set's own splits, documents ``from_`` to ``to - 1``; None is the first or the last."""
         from tensorflow_datasets.core import splits
 
-        try:
-            return splits.AbstractSplit.from_spec(self._spec(builder, split)).to_absolute(builder.info.splits)
-        except Exception as error:  # ValueError, AssertionError, KeyError
-            raise UserError(
-                f"{self.name} in {self.directory} has no split {self._spec(builder, split)!r}, it has "
-                f"{', '.join(builder.info.splits)}: write ?split=NAME"
-            ) from error
+        asked = self._spec(builder, split)
+        has = f"it has {', '.join(builder.info.splits)}: write ?split=NAME"
+        with refusing(
+            Exception, f"{self.name} in {self.directory} has no split {asked!r}, {has}"
+        ):  # ValueError, AssertionError, KeyError
+            return splits.AbstractSplit.from_spec(asked).to_absolute(builder.info.splits)
 
     def _paths(self, builder: "ReadOnlyBuilder", split: Split) -> list[Path]:
         """The files of the split. Raises UserError if the description of the data set names one outside of its folder."""
@@ -153,22 +146,18 @@ class TFDS(TextSource):
         return sorted(inside(folder, path, folder / "dataset_info.json") for path in paths)
 
     def _text(self, records: Sequence[Mapping[str, Any]], number: int) -> str:
-        try:
+        with self._reading():  # array_record has no exceptions of its own for a damaged file
             value = records[number][self.field]
-        except Exception as error:  # array_record has no exceptions of its own for a damaged file
-            raise self._unreadable(error) from error
         if not isinstance(value, bytes):
             raise UserError(
                 f"expected text in field {self.field!r} of {self.name}, document {number} holds "
                 f"{type(value).__name__}: write ?field=NAME for another one"
             )
-        try:
+        with self._reading():
             return value.decode()
-        except UnicodeDecodeError as error:
-            raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"{self} can't be read ({one_line(error)}): make the data set again, in the format array_record")
+    def _reading(self) -> AbstractContextManager[None]:
+        return refusing(Exception, f"{self} can't be read", "make the data set again, in the format array_record")
 
 
 def _classes(value: Any, key: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import PreTrainedTokenizerBase
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.checkpoints import Pretrained
 from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.records import parse_record
@@ -50,14 +50,11 @@ def read_rules(settings: Mapping[str, Any]) -> Rules:
     Raises:
       UserError: they ask for something else than the most likely tokens.
     """
-    try:
+    what = f"expected settings of written answers, got {dict(settings)}"
+    with refusing((TypeError, ValueError, OverflowError), what, "correct them by --gen_kwargs"):
         found = dict(normalize_gen_kwargs(dict(settings), _NEW))
         until = [text for text in handle_stop_sequences(found["until"], None) if text]
         "".join(until)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"expected settings of written answers, got {dict(settings)} ({error}): correct them by --gen_kwargs"
-        ) from error
     if found["do_sample"]:
         raise UserError(
             f"expected answers of the most likely tokens, got do_sample {settings.get('do_sample')} and temperature "

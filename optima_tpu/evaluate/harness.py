@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.data import tokenizing
-from optima_tpu.errors import UserError, plural
+from optima_tpu.errors import UserError, naming, plural
 from optima_tpu.evaluate.answers import Ends, Question, Rules, read_rules
 from optima_tpu.evaluate.likelihood import Likelihood, Request, likelihoods, make_plan
 from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
@@ -138,10 +138,8 @@ class DecoderLM(TemplateLM):
 
     def rules(self, request: Instance) -> Rules:
         """The rules of a written answer. Raises UserError if they can't be kept."""
-        try:
+        with naming(f"task {request.task_name}"):
             rules = read_rules(request.args[1])
-        except UserError as error:
-            raise UserError(f"task {request.task_name}: {error}") from None
         if rules.new >= self.max_length:
             raise UserError(
                 f"task {request.task_name} asks for answers of up to {rules.new} tokens, expected fewer than the {self.max_length} "

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, naming
 from optima_tpu.method.patterns import DENSE, NM, NamedPattern, Pattern, parse_pattern
 
 
@@ -111,10 +111,8 @@ def check_layers(
         if isinstance(pattern, NM):
             inputs.setdefault(pattern, []).append((name, shape[1]))
             continue
-        try:
+        with naming(path):
             pattern.pruned_count(shape)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
     for nm, found in inputs.items():
         _check_inputs(rules, default, nm, found)
     if not patterns and not cut:

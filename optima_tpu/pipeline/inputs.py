@@ -14,7 +14,7 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, weights_settings
 from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import kept_tokens
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, naming
 from optima_tpu.method.layer_rules import check_layers, with_patterns
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.selectors import Imported
@@ -184,10 +184,8 @@ def pruned_layers(config: RunConfig, decoder: Decoder) -> dict[str, Pattern]:
     patterns = check_layers(config.recipe.layers, config.recipe.pattern, shapes, bool(config.cut.counts))
     for path, _, (_, d_in) in shapes:
         if config.recipe.quantize and path in patterns:
-            try:
+            with naming(path):
                 config.recipe.quantize.check(d_in)
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
     return patterns
 
 

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.errors import UserError, one_line, plural
+from optima_tpu.errors import UserError, one_line, plural, refusing
 from optima_tpu.runtime.bounds import MOST, Bound, whole
 
 DATA, MODEL = "data", "model"
@@ -82,14 +82,13 @@ def make_mesh(text: str | None) -> Mesh:
     refuse_count((data, model), count, jax.devices()[0].platform, jax.process_count())
     # Auto axes: the model code is written without shardings and XLA inserts collectives. make_mesh's default is Explicit.
     auto = (AxisType.Auto,) * 2
-    try:
+    unfit = (
+        f"mesh {data}x{model} does not fit this slice of {count} chips: each axis must be a product of whole dimensions of "
+        "the slice. Choose such a mesh; optima plan with --topology, such as v5e:4x2, and --mesh names the nearest"
+    )
+    with refusing(NotImplementedError, unfit):  # an axis takes whole dimensions of a TPU slice
         grid = _between_hosts(data, model)
         return jax.make_mesh((data, model), (DATA, MODEL), auto) if grid is None else Mesh(grid, (DATA, MODEL), axis_types=auto)
-    except NotImplementedError:  # an axis takes whole dimensions of a TPU slice
-        raise UserError(
-            f"mesh {data}x{model} does not fit this slice of {count} chips: each axis must be a product of whole dimensions of "
-            "the slice. Choose such a mesh; optima plan with --topology, such as v5e:4x2, and --mesh names the nearest"
-        ) from None
 
 
 def refuse_count(mesh: tuple[int, int], count: int, kind: str, processes: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from optima_tpu.errors import UserError, did_you_mean, one_line
+from optima_tpu.errors import UserError, did_you_mean, one_line, refusing
 from optima_tpu.runtime.bounds import refuse_beyond, whole
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?")
@@ -118,10 +118,8 @@ def read_options(cls: type[T], text: str) -> T:
         name, equals, value = part.partition("=")
         if name not in names or not equals:
             raise UserError(f"{import_path(cls)}: expected options such as {names[0] if names else 'NONE'}=VALUE, got {part!r}")
-        try:
+        with refusing(ValueError, f"{import_path(cls)}: expected {name} to be a number, got {value!r}"):
             values[name] = _READERS.get(kinds[name], str)(value)
-        except ValueError:
-            raise UserError(f"{import_path(cls)}: expected {name} to be a number, got {value!r}") from None
         refuse_beyond({name: values[name]})
     return cls(**values)
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.bounds import whole
 from optima_tpu.runtime.mesh import has_devices
@@ -273,12 +273,9 @@ def _announced() -> bool | None:
 def _declared(variable: str) -> int:
     """A number of processes or slices in the environment; 1 where the variable is not set or empty."""
     text = os.environ.get(variable) or "1"
-    try:
+    wrong = f"expected a whole number in the environment variable {variable}, got {text!r}: correct it, or unset it"
+    with refusing(ValueError, wrong):
         return whole(text)
-    except ValueError:
-        raise UserError(
-            f"expected a whole number in the environment variable {variable}, got {text!r}: correct it, or unset it"
-        ) from None
 
 
 def _has_tpus() -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import refusing
 from optima_tpu.method.patterns.base import Pattern
 from optima_tpu.method.patterns.masks import DENSE, NM, Dense, Unstructured
 from optima_tpu.method.patterns.named import NamedPattern, import_pattern
@@ -41,7 +41,7 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
     text = str(text).strip()
     if is_import_path(text):
         return own(text)
-    try:
+    with refusing(ValueError, f"expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got {text!r}"):
         if text == DENSE:
             return Dense()
         if ":" in text:
@@ -54,5 +54,3 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
             if unit == cls.word:
                 return cls(float(sparsity), whole(multiple) if apart else cls.multiple)
         return Unstructured(float(sparsity), given or group)
-    except ValueError:
-        raise UserError(f"expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got {text!r}") from None

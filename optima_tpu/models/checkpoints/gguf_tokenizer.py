@@ -13,7 +13,7 @@ from msgspec import structs
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
 from optima_tpu.models.checkpoints.gguf_metadata import INSTEAD, SPECIAL, Vocabulary
 
@@ -84,17 +84,14 @@ def tokenizer_of(vocabulary: Vocabulary, architecture: Architecture) -> Tokenize
     _refuse_unbuildable(vocabulary, architecture)
     vocabulary = _spelled(vocabulary, architecture)
     special = _special(vocabulary)
-    try:
+    # The tokenizers library raises no other class, as for a merge of tokens that do not exist.
+    with refusing(Exception, "the GGUF file's tokens and merges do not fit one another", INSTEAD):
         if vocabulary.model == "gpt2":
             tokenizer = _byte_level(vocabulary)
         elif architecture.name in GEMMA:
             tokenizer = _gemma(vocabulary, special.get("unk_token"))
         else:
             tokenizer = _llama(vocabulary)
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers library raises no other class, as for a merge of tokens that do not exist
-        raise UserError(f"the GGUF file's tokens and merges do not fit one another ({one_line(error)}): {INSTEAD}") from error
     _add_tokens(tokenizer, vocabulary, special)
     tokenizer.post_processor = _ends(tokenizer, vocabulary, special)
     return tokenizer

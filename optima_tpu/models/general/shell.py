@@ -18,7 +18,7 @@ import transformers
 from torch.utils import _pytree
 from transformers.pytorch_utils import Conv1D
 
-from optima_tpu.errors import UserError, one_line, some
+from optima_tpu.errors import UserError, one_line, refusing, some
 from optima_tpu.models.family import Shape, Stack
 from optima_tpu.models.general.kept import Joined, Names
 
@@ -473,7 +473,8 @@ def _without_weights(name: str, config: Any) -> Any:
             f"expected an architecture of the installed transformers {transformers.__version__}, got {name}: install the release "
             "that has it"
         )
-    try:
+    # The code of any model raises anything.
+    with refusing(Exception, f"transformers cannot make a {name} of this config.json", "check the file"):
         with torch.device("meta"):
             model = made._from_config(
                 copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
@@ -482,8 +483,6 @@ def _without_weights(name: str, config: Any) -> Any:
             owner, _, leaf = full.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = torch.zeros_like(buffer, device="cpu")
         model.initialize_weights()  # fills the buffers, as from_pretrained does
-    except Exception as error:  # the code of any model
-        raise UserError(f"transformers cannot make a {name} of this config.json ({one_line(error)}): check the file") from error
     path, _ = _blocks(name, model)
     for full, parameter in [*model.named_parameters(remove_duplicate=False)]:
         owner, _, leaf = full.rpartition(".")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from optima_tpu.errors import UserError, plural, some
+from optima_tpu.errors import UserError, naming, plural, some
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import ReadGiven
 from optima_tpu.models.checkpoints import TensorSource
@@ -89,10 +89,8 @@ def _check_names(source: MaskSource, shapes: Mapping[str, tuple[int, int]]) -> N
 
 
 def _check_mask(keep: np.ndarray, name: str, pattern: Pattern, source: MaskSource, weights: TensorSource) -> None:
-    try:
+    with naming(name):
         violation, inverse_fits = pattern.violation(keep, source.from_zeros), not pattern.violation(~keep)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
     if violation and inverse_fits and not source.from_zeros:
         raise UserError(
             f"{name}: the mask looks flipped, its inverse fits the pattern ({violation}): "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.checkpoints.export import MASKS
 from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource, weight_names
 
@@ -57,13 +57,10 @@ def open_npz(path: Path, origin: str) -> MaskSource:
                     f"{key}: expected at most {most} bytes of a mask of shape {tuple(shape)} in {path}, got an array of {size[1]}"
                     f"{list(size[0])}; give masks made for this model"
                 )
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return unpack(file, key, shape)
-        except UserError:
-            raise
-        except Exception as error:  # zipfile, its decompressors and numpy's headers have many exceptions for damage
-            raise UserError(f"{key}: can't be read from {path} ({one_line(error)}): get or write the file again") from error
+        # Exception, because zipfile, its decompressors and numpy's headers have many exceptions for damage.
+        unread = refusing(Exception, f"{key}: can't be read from {path}", "get or write the file again")
+        with unread, np.load(path, allow_pickle=False) as file:
+            return unpack(file, key, shape)
 
     return MaskSource(origin, how, weight_names(keys, origin), load)
 
@@ -71,18 +68,16 @@ def open_npz(path: Path, origin: str) -> MaskSource:
 def _entries(path: Path) -> Entries:
     """Shape and dtype of every array, from the headers alone."""
     found = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.namelist():
-                with archive.open(entry) as file:
-                    # Version 3.0 is written for field names that are not Latin-1, which no mask has.
-                    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-                        np.lib.format.read_magic(file)
-                    ]
-                    shape, _, dtype = read(file)
-                    found[entry.removesuffix(".npy")] = shape, dtype
-    except Exception as error:  # as in open_npz
-        raise UserError(f"{path} can't be read as an npz file ({one_line(error)}): get or write it again") from error
+    unread = refusing(Exception, f"{path} can't be read as an npz file", "get or write it again")  # as in open_npz
+    with unread, zipfile.ZipFile(path) as archive:
+        for entry in archive.namelist():
+            with archive.open(entry) as file:
+                # Version 3.0 is written for field names that are not Latin-1, which no mask has.
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+                    np.lib.format.read_magic(file)
+                ]
+                shape, _, dtype = read(file)
+                found[entry.removesuffix(".npy")] = shape, dtype
     return found
 
 

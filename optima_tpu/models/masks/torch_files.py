@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource, weight_names
 from optima_tpu.runtime.inside import own
 
@@ -50,13 +50,9 @@ def open_torch_file(path: Path, origin: str) -> MaskSource:
 
 
 def _torch(path: Path) -> ModuleType:
-    try:
+    instead = "pip install torch, or save the masks elsewhere with safetensors.torch.save_file and give that file"
+    with refusing(ImportError, f"only PyTorch can read {path}: {instead}"):
         import torch
-    except ImportError as error:
-        raise UserError(
-            f"only PyTorch can read {path}: pip install torch, or save the masks elsewhere with "
-            "safetensors.torch.save_file and give that file"
-        ) from error
     return torch
 
 
@@ -71,16 +67,13 @@ def _load(path: Path) -> Any:
             f"expected a file that torch.save wrote, but {path} is damaged or older than PyTorch 1.6: "
             "get it again, or load and save it once more"
         )
-    try:
-        # Masks are often saved from a GPU.
+    foreign = (
+        f"{path} is damaged or holds other objects than tensors, which are not loaded since they could run code: save the masks "
+        "alone"
+    )
+    # A damaged pickle raises anything. Masks are often saved from a GPU.
+    with refusing(Exception, f"{path} can't be read", "get or save it again"), refusing(pickle.UnpicklingError, foreign):
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged or holds other objects than tensors, which are not loaded since they "
-            "could run code: save the masks alone"
-        ) from error
-    except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"{path} can't be read ({one_line(error)}): get or save it again") from error
 
 
 def _matrix(tensor: Any, name: str, path: Path) -> np.ndarray:

@@ -10,7 +10,7 @@ from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig, to_dict
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, naming, one_line
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, manifest_of, on_model, open_model_on_mesh, read_texts, token_digest
@@ -96,10 +96,8 @@ class Sweep:
         self._failures: dict[Cell, str] = {}
         for cell in grid.cells:
             if cell in chosen or (cell.directory / RUN).exists():
-                try:
+                with naming(cell):
                     self._look(cell)
-                except UserError as error:
-                    raise UserError(f"{cell}: {error}") from error
 
     @property
     def finished(self) -> Collection[Cell]:
