@@ -4,10 +4,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.method.layer_rules import kind_name
+from optima_tpu.report.averages import averages
 from optima_tpu.report.contents import CellResult
 from optima_tpu.report.numbers import number
 from optima_tpu.report.records import LayerReport
@@ -140,29 +141,18 @@ def windows(sweep: str | Path) -> FigureData:
             f"expected several numbers of calibration windows, got {counts[0]} in all finished cells of "
             f"{path}; give the sweep several, such as windows: [16, 64]"
         )
-    groups: dict[str, dict[tuple[str, str], dict[int, list[float]]]] = {}
-    for result in done:
-        assert result.perplexity is not None, "a finished cell has one"
-        methods = groups.setdefault(result.pattern, {})
-        method = methods.setdefault((result.mask, result.update), {})
-        method.setdefault(result.windows, []).append(result.perplexity)
-    every = dict.fromkeys(method for methods in groups.values() for method in methods)
-    masks, updates = (list(dict.fromkeys(names)) for names in zip(*every))
-    panels = {
-        f"pattern {pattern}": [
-            Curve(
-                f"{mask} + {update}",
-                sorted(values),
-                [statistics.fmean(values[count]) for count in sorted(values)],
-                masks.index(mask),
-                updates.index(update),
-                deviations=[statistics.stdev(values[n]) if len(values[n]) > 1 else math.nan for n in sorted(values)],
-            )
-            for (mask, update), values in methods.items()
-        ]
-        for pattern, methods in groups.items()
-    }
-    seeds = sorted({len(found) for methods in groups.values() for method in methods.values() for found in method.values()})
+    points = averages(done)
+    masks, updates = (list(dict.fromkeys(point[axis] for point in points)) for axis in ("mask", "update"))
+    methods: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for point in points:
+        methods.setdefault((point["pattern"], point["mask"], point["update"]), []).append(point)
+    panels: dict[str, list[Curve]] = {}
+    for (pattern, mask, update), own in methods.items():
+        x, y, spreads = zip(*sorted((point["windows"], point["perplexity"], point["perplexity_spread"]) for point in own))
+        deviations = [math.nan if spread is None else spread for spread in spreads]
+        curve = Curve(f"{mask} + {update}", x, y, masks.index(mask), updates.index(update), deviations=deviations)
+        panels.setdefault(f"pattern {pattern}", []).append(curve)
+    seeds = sorted({point["seeds"] for point in points})
     counted = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     spread = f"\nmean and standard deviation over {counted} seeds" if seeds[-1] > 1 else ""
     left = len(results) - len(done)

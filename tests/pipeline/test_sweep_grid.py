@@ -14,7 +14,8 @@ from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG, MPAX
 from optima_tpu.pipeline.sweep.cells import Cell, differences
 from optima_tpu.pipeline.sweep.grid import read_grid
-from optima_tpu.pipeline.sweep.tables import CellResult, averages, csv_text, layout, markdown
+from optima_tpu.pipeline.sweep.tables import CellResult, csv_text, layout, markdown
+from optima_tpu.report.averages import averages
 
 
 def test_cells_are_the_product_in_order_seed_by_seed(file):

@@ -13,6 +13,7 @@ from msgspec import structs
 from optima_tpu.errors import UserError, plural
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
+from optima_tpu.report.averages import averages
 from optima_tpu.report.contents import CellName, CellResult, Report
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import mean
@@ -25,7 +26,6 @@ REMEDY = "the cells are intact; make room, or choose another --output"
 
 _RESULTS = "results.json"
 _FILES = ("table.md", "table.csv", "table.json", "results.csv", _RESULTS)
-_MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
 
 
 def missing(cell: CellName) -> CellResult:
@@ -122,30 +122,6 @@ def markdown(title: str, header: Mapping[str, str], table: Table, results: Seque
 def failure_lines(results: Iterable[CellResult]) -> list[str]:
     """One line for each failed cell, with the reason."""
     return [f"{result}: {result.reason}" for result in results if result.state == "failed"]
-
-
-def averages(results: Iterable[CellResult]) -> list[dict[str, Any]]:
-    """The fields of the table: averages over the seeds of each mask, update, pattern and number of windows.
-
-    ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`CellResult` has its mean over
-    the finished seeds; the name with ``_spread`` has the sample standard deviation, None for fewer than two seeds.
-    """
-    groups: dict[tuple, list[CellResult]] = {}
-    for result in results:
-        groups.setdefault((result.mask, result.update, result.pattern, result.windows), []).append(result)
-    fields = []
-    for key, group in groups.items():
-        states = [result.state for result in group]
-        field = dict(zip(("mask", "update", "pattern", "windows"), key))
-        field |= {"seeds": states.count("finished"), "failed": states.count("failed")}
-        for name in _MEASURED:
-            values = [value for result in group if (value := getattr(result, name)) is not None]
-            field |= {
-                name: statistics.fmean(values) if values else None,
-                f"{name}_spread": statistics.stdev(values) if len(values) > 1 else None,
-            }
-        fields.append(field)
-    return fields
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
