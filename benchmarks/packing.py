@@ -28,7 +28,8 @@ import zstandard
 
 from optima_tpu.models.checkpoints import open_model, packed
 from optima_tpu.models.checkpoints.export import MASKS, read_masks
-from optima_tpu.models.checkpoints.packed import Packed, Packer
+from optima_tpu.models.checkpoints.packed import Packed
+from optima_tpu.models.checkpoints.packing import Packer
 
 LEVEL = 3  # zstd's default
 
@@ -36,10 +37,12 @@ _PEAK = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import packed
+sys.modules["optima_tpu.models.checkpoints.packed"] = packed  # without the package above it, whose libraries take memory
+import packing
 source, room = map(pathlib.Path, sys.argv[2:])
 for name in ("packed", "out"):
     (room / name).mkdir()
-packer = packed.Packer(room / "packed")
+packer = packing.Packer(room / "packed")
 for path in sorted(source.glob("*.safetensors")):
     packer.add_weights(path)
 packer.finish()

@@ -24,10 +24,11 @@ from optima_tpu import launch, verify
 from optima_tpu import unpack as unpacking
 from optima_tpu.errors import UserError
 from optima_tpu.export import main as export_main
-from optima_tpu.models.checkpoints import open_model, packed, refuse_damaged_model
+from optima_tpu.models.checkpoints import open_model, packed, packing, refuse_damaged_model
 from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
 from optima_tpu.models.checkpoints.forms import Options
-from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError, Packer
+from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError
+from optima_tpu.models.checkpoints.packing import Packer
 from optima_tpu.runtime import checksums
 from optima_tpu.runtime.files import begin
 from tests.support.fake_run import finished_run, small_model
@@ -229,7 +230,7 @@ def change_index(folder: Path, change) -> None:
     record = json.loads((folder / INDEX).read_bytes())
     del record["sha256"]
     change(record)
-    (folder / INDEX).write_bytes(packed._sealed(record))
+    (folder / INDEX).write_bytes(packing.sealed(record))
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_no_byte_of_a_tensor_can_change_unseen(copy, small):
     data = path.read_bytes()
     length = 8 + struct.unpack("<Q", data[:8])[0]
     opened = Packed(small)
-    owner = {length + at: name for name, span in packed._read_header(path)[1].items() for at in range(span.begin, span.end)}
+    owner = {length + at: name for name, span in packed.read_header(path)[1].items() for at in range(span.begin, span.end)}
     assert set(owner) == set(range(length, len(data)))
     for at, name in owner.items():
         for bit in (0x01, 0x80):
@@ -354,7 +355,7 @@ def test_an_index_that_lies_is_refused_in_one_line(copy, change, expected):
 )
 def test_offsets_outside_the_file_are_refused(copy, begin, end, expected):
     path = copy / "packed-model.safetensors"
-    header, _ = packed._read_header(path)
+    header, _ = packed.read_header(path)
     record = json.loads(header)
     record["noise"]["data_offsets"] = [begin, end]
     lie = json.dumps(record).encode()
@@ -372,9 +373,9 @@ def with_part(folder: Path, index: int, part: bytes) -> None:
     spans, body, end = {}, b"", 0
     for name, old in opened.tensors.items():
         stored = b"".join(parts if name == "weight" else map(bytes, opened._parts(name)))
-        spans[name] = packed._stored_as(tensor if name == "weight" else old, end)
+        spans[name] = packed.stored_as(tensor if name == "weight" else old, end)
         body, end = body + stored, end + len(stored)
-    header = packed._header(spans)
+    header = packing.header_of(spans)
     (folder / "packed-model.safetensors").write_bytes(header + body)
 
     def change(record):

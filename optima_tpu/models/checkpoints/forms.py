@@ -1,7 +1,7 @@
 """The forms of an export: each writes a model's weights and masks into a folder, reads them again and compares them.
 
 plain                     safetensors, every weight in the dtype of the source
-packed                    the same, each pruned matrix as a bit mask and compressed values; see ``packed.py``
+packed                    the same, each pruned matrix as a bit mask and compressed values; see ``packing.py``
 compressed-tensors        the integers and scales of a quantised run; see ``compressed_tensors.py``
 compressed-tensors-w8a8   the same, and whoever loads it rounds activations to 8 bits
 gguf                      one file for llama.cpp, with configuration and tokenizer; see ``gguf_export.py``
@@ -30,7 +30,8 @@ from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
 from optima_tpu.models.checkpoints.maxtext import STEP, layout_of
 from optima_tpu.models.checkpoints.orbax import block_of, save_items
-from optima_tpu.models.checkpoints.packed import MASKS, Packer, write_masks
+from optima_tpu.models.checkpoints.packed import MASKS, write_masks
+from optima_tpu.models.checkpoints.packing import Packer
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of
 from optima_tpu.report.contents import ExportForm

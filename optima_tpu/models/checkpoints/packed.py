@@ -43,16 +43,10 @@ BITS: Mapping[str, int] = {
 PLAIN, PLANES, SPARSE = "plain", "planes", "sparse"
 
 _LARGEST_HEADER = 100_000_000  # as safetensors allows; of the index too
-_SPARSE_FROM = 1 / 16
-"""Share of zeros from which the sparse encoding is tried on a tensor without a mask."""
 _MOST_ELEMENTS = 2**60  # numpy refuses shapes beyond, also those with a 0
-_LONG = 10**20  # as an offset it takes more room in a header than any real one
-_PIECE = 2**20
+PIECE = 2**20
 """Elements of a tensor that are coded or decoded at a time: their bytes, planes and mask stay in a processor's cache. In multiples
 of 8, so that a piece of a mask begins with a byte."""
-# Bytes of weights hardly ever repeat in longer pieces. A table of 64 entries that is searched for 7 equal bytes finds next to no
-# repetition, so zstd codes single bytes by their frequency: smaller than at any of its levels below 13, and as fast as level 1.
-_CODER = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, window_log=17)
 
 
 class PackedError(Exception):
@@ -84,12 +78,12 @@ class PackedTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the unpacked tensor."""
-        return _nbytes(self.dtype, self.shape)
+        return nbytes_of(self.dtype, self.shape)
 
     @property
     def width(self) -> int:
         """Bytes of an element; 1 for dtypes of less than a byte, which are treated as bytes."""
-        return _width(self.dtype)
+        return width_of(self.dtype)
 
     @property
     def elements(self) -> int:
@@ -110,87 +104,6 @@ class TensorSpan(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-class Packer:
-    """Writes a packed folder: one file of weights after the other, then the index.
-
-    Args:
-      out: an existing, empty folder.
-    """
-
-    def __init__(self, out: Path):
-        self._out = out
-        self._tensors: dict[str, PackedTensor] = {}
-        self._weights: dict[str, dict[str, str]] = {}
-        self._files: dict[str, str] = {}
-        self._masks: list[str] = []
-
-    def add_weights(self, path: Path, masks: Mapping[str, np.ndarray] | None = None) -> None:
-        """Packs a safetensors file, tensor by tensor.
-
-        Args:
-          masks: name of a pruned weight -> bool of its shape, True where it was kept. These masks are stored instead of a mask of
-            the bits that are not zero, and make pruning_masks.npz when the folder is unpacked.
-
-        Raises:
-          PackedError: the file is damaged, or a weight that the mask prunes has bits other than zero.
-        """
-        header, spans = _read_header(path)
-        if twice := sorted(spans.keys() & self._tensors.keys()):
-            raise PackedError(f"{path} holds the tensor {twice[0]}, which another file holds too")
-        name = f"packed-{path.name}"
-        with path.open("rb") as source, (self._out / name).open("wb") as target:
-            longest = {
-                tensor: span._replace(shape=(*span.shape, _LONG), begin=_LONG, end=_LONG) for tensor, span in spans.items()
-            }
-            room = len(_header(longest))
-            target.write(bytes(room))
-            written: dict[str, TensorSpan] = {}
-            begin = 0
-            for tensor, span in spans.items():
-                raw = _Raw(source, 8 + len(header) + span.begin, span)
-                encoding, parts = _encode(tensor, raw, (masks or {}).get(tensor))
-                digest = hashlib.sha256()
-                for part in parts:
-                    digest.update(part)
-                    target.write(part)
-                record = PackedTensor(name, span.dtype, span.shape, encoding, tuple(map(len, parts)), digest.hexdigest())
-                if not all(map(np.array_equal, _decode(tensor, record, parts), raw.pieces())):
-                    raise RuntimeError(f"{tensor} does not come back from its packed form")
-                self._tensors[tensor] = record
-                written[tensor] = _stored_as(record, begin)
-                begin = written[tensor].end
-            text = _header(written, room)
-            target.seek(0)
-            target.write(text)
-        self._weights[path.name] = {"packed": name, "packed_header": hashlib.sha256(text).hexdigest(), "header": header.decode()}
-        self._masks += sorted((masks or {}).keys() & spans.keys())
-
-    def add_file(self, path: Path, name: str) -> None:
-        """Copies a file that is no weights, and records its checksum.
-
-        Args:
-          path: the file; it may be in the folder already.
-          name: its path in the folder, with ``/``.
-        """
-        target = self._out / name
-        if path != target:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        self._files[name] = _digest(target)
-
-    def finish(self) -> None:
-        """Writes the index, after which the folder is complete."""
-        record = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tensors": {name: {**tensor._asdict(), "shape": list(tensor.shape)} for name, tensor in self._tensors.items()},
-            "weights": self._weights,
-            "masks": sorted(self._masks),
-            "files": self._files,
-        }
-        (self._out / INDEX).write_bytes(_sealed(record))
 
 
 class Packed:
@@ -235,14 +148,14 @@ class Packed:
         layout = self._layouts[name]
         named = f"{INDEX} says that the file holds {', '.join(list(layout)[:4])}{', ...' if len(layout) > 4 else ''}"
         try:
-            header, spans = _read_header(path)
+            header, spans = read_header(path)
         except PackedError as error:
             raise PackedError(f"{error}; {named}") from error
         for tensor in dict.fromkeys([*layout, *spans]):
             mine = self.tensors.get(tensor)
             if mine is None or tensor not in layout or tensor not in spans or mine.file != packed or tensor in self._begins:
                 raise PackedError(f"{path}: the file and {INDEX} disagree about the tensor {tensor}: copy the folder again")
-            stored = _stored_as(mine, spans[tensor].begin)
+            stored = stored_as(mine, spans[tensor].begin)
             if stored != spans[tensor] or (mine.dtype, mine.shape) != layout[tensor][:2]:
                 raise PackedError(f"{path}: the header and {INDEX} disagree about the tensor {tensor}: copy the folder again")
             self._begins[tensor] = 8 + len(header) + stored.begin
@@ -258,7 +171,7 @@ class Packed:
         tensor = self.tensors[name]
         with self._room_for(name):
             found, end = np.empty(tensor.nbytes, np.uint8), 0
-            for piece in _decode(name, tensor, self._parts(name)):
+            for piece in decode(name, tensor, self._parts(name)):
                 found[end : end + piece.nbytes] = piece.view(np.uint8)
                 end += piece.nbytes
         return found
@@ -300,7 +213,7 @@ class Packed:
         tensor = self.tensors[name]
         path = self.folder / tensor.file
         with path.open("rb") as file:
-            stored = memoryview(_read_at(file, self._begins[name], sum(tensor.parts)))
+            stored = memoryview(read_at(file, self._begins[name], sum(tensor.parts)))
         if hashlib.sha256(stored).hexdigest() != tensor.sha256:
             raise PackedError(f"{path}: the tensor {name} is damaged, its checksum differs: copy the file again")
         ends = np.cumsum((0, *tensor.parts)).tolist()
@@ -351,14 +264,14 @@ class Packed:
                 shutil.copyfile(self.folder / name, out / name)
             except FileNotFoundError:
                 raise PackedError(f"{self.folder / name} is missing, though {INDEX} names it: copy the folder again") from None
-            self._check_digest(name, _digest(out / name))
+            self._check_digest(name, file_digest(out / name))
         for name, entry in self._weights.items():
             header = entry["header"].encode()
             with (out / name).open("wb") as target:
                 target.write(struct.pack("<Q", len(header)) + header)
                 for tensor in self._layouts[name]:
                     with self._room_for(tensor):
-                        for piece in _decode(tensor, self.tensors[tensor], self._parts(tensor)):
+                        for piece in decode(tensor, self.tensors[tensor], self._parts(tensor)):
                             target.write(piece.data)
         if self.masks:
             write_masks(out / MASKS, ((name, self.mask(name)) for name in self.masks))
@@ -381,76 +294,13 @@ def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
 # The encodings of a tensor. Nothing here holds more of a tensor than its stored parts, its mask as bits, and a piece.
 
 
-class _Raw(NamedTuple):
-    """A tensor in an open safetensors file, from its byte ``begin`` on."""
-
-    file: BinaryIO
-    begin: int
-    span: TensorSpan
-
-    @property
-    def width(self) -> int:
-        return _width(self.span.dtype)
-
-    @property
-    def elements(self) -> int:
-        return (self.span.end - self.span.begin) // self.width
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """Its elements as unsigned integers, [at most _PIECE] at a time."""
-        for begin in range(0, self.elements, _PIECE):
-            size = min(_PIECE, self.elements - begin) * self.width
-            yield np.frombuffer(_read_at(self.file, self.begin + begin * self.width, size), f"<u{self.width}")
-
-
-def _encode(name: str, raw: _Raw, keep: np.ndarray | None) -> tuple[str, list[bytes | bytearray]]:
-    """The smallest encoding of a tensor, and its parts; with a mask always ``sparse``."""
-    if keep is not None:
-        return SPARSE, _sparse(name, raw, int(np.count_nonzero(keep)), keep.reshape(-1))
-    kept = sum(int(np.count_nonzero(piece)) for piece in raw.pieces())  # by the bits: -0.0 is kept
-    found = {PLANES: _planes(raw.pieces(), raw.elements, raw.width)}
-    if raw.elements - kept >= _SPARSE_FROM * raw.elements:
-        found[SPARSE] = _sparse(name, raw, kept, None)
-    best = min(found, key=lambda encoding: sum(map(len, found[encoding])))
-    size = raw.span.end - raw.span.begin
-    return (best, found[best]) if sum(map(len, found[best])) < size else (PLAIN, [_read_at(raw.file, raw.begin, size)])
-
-
-def _sparse(name: str, raw: _Raw, kept: int, keep: np.ndarray | None) -> list[bytes | bytearray]:
-    """The mask and the planes of the ``kept`` elements: those of the mask ``keep`` [count], or those that are not zero."""
-    mask = _Frame((raw.elements + 7) // 8)
-
-    def elements() -> Iterator[np.ndarray]:
-        for index, piece in enumerate(raw.pieces()):
-            here = piece != 0
-            if keep is not None:
-                filled, here = here, keep[index * _PIECE : (index + 1) * _PIECE]
-                if np.any(filled & ~here):
-                    raise PackedError(f"{name}: the mask prunes weights whose bits are not zero")
-            mask.add(np.packbits(here))
-            yield np.compress(here, piece)
-
-    planes = _planes(elements(), kept, raw.width)
-    return [mask.end(), *planes]
-
-
-def _planes(pieces: Iterable[np.ndarray], count: int, width: int) -> list[bytes | bytearray]:
-    """The highest byte of each of ``count`` elements, then the next lower, each compressed by itself."""
-    frames = [_Frame(count) for _ in range(width)]
-    for piece in pieces:
-        table = piece.view(np.uint8).reshape(-1, width)
-        for frame, byte in zip(frames, reversed(range(width)), strict=True):
-            frame.add(np.ascontiguousarray(table[:, byte]))
-    return [frame.end() for frame in frames]
-
-
-def _decode(name: str, tensor: PackedTensor, parts: Sequence[bytes | memoryview | bytearray]) -> Iterator[np.ndarray]:
-    """The elements of a tensor as unsigned integers, [at most _PIECE] at a time, from its parts.
+def decode(name: str, tensor: PackedTensor, parts: Sequence[bytes | memoryview | bytearray]) -> Iterator[np.ndarray]:
+    """The elements of a tensor as unsigned integers, [at most PIECE] at a time, from its parts.
 
     Raises:
       PackedError: a part has another size than dtype, shape and mask give, or can't be decompressed.
     """
-    sizes = [(begin, min(_PIECE, tensor.elements - begin)) for begin in range(0, tensor.elements, _PIECE)]
+    sizes = [(begin, min(PIECE, tensor.elements - begin)) for begin in range(0, tensor.elements, PIECE)]
     if tensor.encoding == PLAIN:
         elements = np.frombuffer(parts[0], f"<u{tensor.width}")
         yield from (elements[begin : begin + size] for begin, size in sizes)
@@ -478,7 +328,7 @@ def _decode_bits(name: str, tensor: PackedTensor, part: bytes | memoryview | byt
 
 
 def _ones(bits: np.ndarray) -> int:
-    return sum(int(_ONES[bits[begin : begin + _PIECE]].sum()) for begin in range(0, len(bits), _PIECE))
+    return sum(int(_ONES[bits[begin : begin + PIECE]].sum()) for begin in range(0, len(bits), PIECE))
 
 
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)
@@ -498,23 +348,6 @@ class _Planes:
         for byte, plane in zip(reversed(range(self._width)), self._planes, strict=True):
             table[:, byte] = plane.read(count)
         return table.view(f"<u{self._width}")[:, 0]
-
-
-class _Frame:
-    """Writes ``size`` bytes into a zstd frame, piece by piece; no bytes make no frame."""
-
-    def __init__(self, size: int):
-        self._coder = zstandard.ZstdCompressor(compression_params=_CODER).compressobj(size=size) if size else None
-        self._written = bytearray()
-
-    def add(self, piece: np.ndarray) -> None:
-        if self._coder is not None:
-            self._written += self._coder.compress(piece.data)
-
-    def end(self) -> bytearray:
-        if self._coder is not None:
-            self._written += self._coder.flush()
-        return self._written
 
 
 class _Unpacked:
@@ -559,7 +392,7 @@ class _Unpacked:
 # Headers and the index.
 
 
-def _stored_as(tensor: PackedTensor, begin: int) -> TensorSpan:
+def stored_as(tensor: PackedTensor, begin: int) -> TensorSpan:
     """The entry of a tensor in its packed file's header: its own dtype and shape if it is plain, else bytes."""
     size = sum(tensor.parts)
     if tensor.encoding == PLAIN:
@@ -567,19 +400,7 @@ def _stored_as(tensor: PackedTensor, begin: int) -> TensorSpan:
     return TensorSpan("U8", (size,), begin, begin + size)
 
 
-def _header(spans: Mapping[str, TensorSpan], room: int = 0) -> bytes:
-    """The header of a safetensors file with its length in front: ``room`` bytes, or more in multiples of 8."""
-    entries = {
-        name: {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [span.begin, span.end]}
-        for name, span in spans.items()
-    }
-    text = json.dumps({"__metadata__": {"format": FORMAT, "version": str(VERSION)}, **entries}, separators=(",", ":")).encode()
-    text = text.ljust(room - 8)
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _read_header(path: Path) -> tuple[bytes, dict[str, TensorSpan]]:
+def read_header(path: Path) -> tuple[bytes, dict[str, TensorSpan]]:
     """The header of a safetensors file as it is stored, without its length, and the tensors by their offsets.
 
     Raises:
@@ -612,7 +433,7 @@ def _parse_header(header: bytes, where: str) -> dict[str, TensorSpan]:
         try:
             begin, end = entry["data_offsets"]
             span = TensorSpan(entry["dtype"], tuple(entry["shape"]), begin, end)
-            right = _counts((begin, end, *span.shape)) and span.dtype in BITS and end - begin == _nbytes(span.dtype, span.shape)
+            right = _counts((begin, end, *span.shape)) and span.dtype in BITS and end - begin == nbytes_of(span.dtype, span.shape)
             right = right and math.prod(max(1, size) for size in span.shape) < _MOST_ELEMENTS
         except (TypeError, ValueError, KeyError):
             right = False
@@ -634,11 +455,11 @@ def _counts(numbers: Iterable[Any]) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
-def _width(dtype: str) -> int:
+def width_of(dtype: str) -> int:
     return max(1, BITS[dtype] // 8)
 
 
-def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
     return (math.prod(shape) * BITS[dtype] + 7) // 8
 
 
@@ -684,12 +505,6 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _sealed(record: Mapping[str, Any]) -> bytes:
-    """The index as JSON, its first line a checksum of all that follows."""
-    body = json.dumps(record, indent=1, allow_nan=False)[1:].encode()
-    return f'{{"sha256": "{hashlib.sha256(body).hexdigest()}",'.encode() + body
-
-
 def _read_index(path: Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > _LARGEST_HEADER:
@@ -719,12 +534,12 @@ def _expecting(path: Path) -> Iterator[None]:
         raise PackedError(f"{path} is not as the format wants it ({type(error).__name__}: {error})") from error
 
 
-def _read_at(file: BinaryIO, begin: int, size: int) -> bytes:
+def read_at(file: BinaryIO, begin: int, size: int) -> bytes:
     file.seek(begin)
     return file.read(size)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
