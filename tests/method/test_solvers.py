@@ -271,6 +271,18 @@ def test_cg_reports_what_it_could_not_finish():
     assert not solution.converged.any() and (solution.gap > 1e-6).all() and (solution.steps == 4).all()
 
 
+@pytest.mark.parametrize("tokens", [None, 16], ids=["regular", "singular"])
+@pytest.mark.parametrize("damping", [1e-2, 0.3])
+def test_cg_certifies_rows_that_keep_all_weights(damping, tokens):
+    """Such a row reaches ``f = 0`` but for rounding, so its gap is a share of what the dense weights leave to be won."""
+    problem = layer(np.random.default_rng(0), ROWS, 256, target="other", tokens=tokens)
+    found = solve(CG(), problem, Pruned(problem.weight, jnp.ones(problem.weight.shape, bool)), damping)
+    weight, hessian, pull = wide(problem, damping)
+    best = weight + np.linalg.solve(hessian, pull.T).T
+    least, before, after = (row_objective(problem, each, damping) for each in (best, weight, found.weight))
+    assert found.converged.all() and (after - least <= CG().tolerance * (before - least)).all()
+
+
 @pytest.mark.parametrize("refine", [None, Swaps()], ids=["alone", "with exchanges"])
 def test_cg_certifies_nothing_where_the_hessian_is_none(refine):
     """A matrix that is not positive definite has no factor: a hand-made one here, rounding makes one of a large singular one."""

@@ -51,7 +51,8 @@ class CG(Solver):
 
     The right choice almost always: after about a dozen iterations it is within 1e-3 of the optimum, with a proof. ``gap`` in the
     solution is an upper bound on ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` of the damped problem, where ``f`` counts from the
-    unconstrained optimum (for no pull: the squared change of the row's output). No row gets worse.
+    unconstrained optimum (for no pull: the squared change of the row's output). A row that keeps all its weights can reach that
+    optimum, so ``f*`` is 0: its gap is a share of ``f`` at the dense weights. No row gets worse.
 
     Attributes:
       tolerance: the certified relative gap at which a row stops. A larger one stops earlier, with weights that are further from
@@ -89,7 +90,9 @@ class CG(Solver):
 
     def _solve(self, rows: "_Rows", pruned: Pruned) -> Solution:
         free = rows.free(pruned)
-        (choices,) = rows.features.sums(free.astype(jnp.float32))
+        choices, fixed = rows.features.sums(*(each.astype(jnp.float32) for each in (free, rows.shared.live & ~free)))
+        # Where every weight moves, f* is 0, and rounding keeps f above any share of the resolution.
+        smallest = jnp.where(fixed == 0, jnp.maximum(rows.resolution, rows.offset), rows.resolution)
 
         def cycle(state: _State) -> _State:
             path = state.path._replace(change=state.best, residual=state.residual)
@@ -103,7 +106,7 @@ class CG(Solver):
                 jnp.where(fell[:, None], new, old) for new, old in ((path.change, state.best), (residual, state.residual))
             )
             value = jnp.where(fell, value, state.value)
-            gap = rows.gap(best, jnp.where(free, residual, 0.0), value, choices)
+            gap = rows.gap(best, jnp.where(free, residual, 0.0), value, choices, smallest)
             return _State(
                 cycles=state.cycles + 1,
                 best=best,
@@ -217,12 +220,13 @@ class _Rows(NamedTuple):
         """The objective f, [rows], and the residual of all inputs, [rows, d]: here the dense weights are at 0."""
         return LayerProblem(jnp.zeros_like(change), self.shared.matrix, self.pull).endpoint(change, self.features)
 
-    def gap(self, change: Array, residual: Array, value: Array, choices: Array) -> Array:
+    def gap(self, change: Array, residual: Array, value: Array, choices: Array, smallest: Array) -> Array:
         """The certified gap, [rows].
 
         Args:
           residual: [rows, d], 0 for inputs that are not free.
           choices: [rows], number of free inputs.
+          smallest: [rows], the smallest objective that the gap is a share of.
         """
         shared = self.shared
         decrement, length = self.features.sums(_square(self.features.product(residual, shared.root)), _square(change))
@@ -231,7 +235,7 @@ class _Rows(NamedTuple):
         # With a pull e, f is a difference of large numbers: subtract the largest error that rounding can cause.
         rounding = 16 * jnp.finfo(value.dtype).eps
         optimum = value + self.offset - bound - rounding * (jnp.abs(value) + self.offset)
-        gap = jnp.where(bound == 0, 0.0, bound / jnp.maximum(optimum, jnp.maximum(self.resolution, _TINY)))
+        gap = jnp.where(bound == 0, 0.0, bound / jnp.maximum(optimum, jnp.maximum(smallest, _TINY)))
         # If A has no factor in float32, or the weights are not finite, nothing is certified.
         return jnp.where(jnp.isfinite(value) & ~jnp.isnan(gap), gap, jnp.inf)
 
