@@ -84,7 +84,8 @@ def _error(report: Report) -> Fact | None:
     held_out = _both(report, "held_out_before", "held_out_after")
     unseen = f"on held-out text {' → '.join(held_out)}" if report.has_held_out else "none was held out"
     aim = "; a dense target lowers the error against dense instead" if report.aims_at_dense else ""
-    fact = _change("error", "Layer error", ("error_before", "error_after"), f"on the calibration text; {unseen}{aim}", report)
+    errors, judged = ("error_before", "error_after"), not report.aims_at_dense
+    fact = _change("error", "Layer error", errors, f"on the calibration text; {unseen}{aim}", report, judged)
     solved = ("layer error after", "error_after"), ("on held-out text after", "held_out_after")
     rows = [
         ("layer error before the update", "error_before"),
@@ -100,9 +101,9 @@ def _against_dense(report: Report) -> Fact | None:
     return _change("to dense", "Layer error against dense", ("dense_before", "dense_after"), "on held-out text", report)
 
 
-def _change(name: str, title: str, errors: tuple[str, str], text: str, report: Report) -> Fact:
+def _change(name: str, title: str, errors: tuple[str, str], text: str, report: Report, judged: bool = True) -> Fact:
     before, after = (mean(report.layers, error) for error in errors)
-    better = became(before, after, percent) if report.solver else ""
+    better = became(before, after, percent) if report.solver and judged else ""
     note = ", ".join(filter(None, (better, f"mean of {plural(len(report.layers), 'matrix')}", text)))
     return Fact(title, _both(report, *errors), note, name, ("before", "after the update") if report.solver else ())
 
@@ -243,8 +244,8 @@ def running(report: Report) -> str:
 
 FACTS: Sequence[Callable[[Report], Fact | None]] = (
     _perplexity,
+    _against_dense,  # before the error that a dense target does not lower
     _error,
-    _against_dense,
     _sparsity,
     _cuts,
     _left_out,

@@ -70,8 +70,12 @@ def _worsened(layer: LayerReport) -> Errors | None:
 
 
 def _traded(layer: LayerReport) -> tuple[Errors, Errors] | None:
-    """The error of the layer's own output, which rose, and the one against the dense model, which did not."""
-    own, before, after = _raised(layer.held_out_before, layer.held_out_after), layer.dense_before, layer.dense_after
+    """The error of the layer's own output, which rose, and the one against the dense model, which did not.
+
+    Without pruned weights the first begins at 0: it always rises, and says nothing.
+    """
+    own = _raised(layer.held_out_before, layer.held_out_after) if layer.pruned else None
+    before, after = layer.dense_before, layer.dense_after
     return (own, (before, after)) if own and before is not None and after is not None and not _worsened(layer) else None
 
 
@@ -106,7 +110,13 @@ FINDINGS: Sequence[Finding] = (
     Finding(
         "dead_inputs", "dead inputs, zero on all calibration tokens", lambda layer: layer.dead_inputs or None, _counted("input")
     ),
-    Finding("rows_not_converged", "rows not converged", lambda layer: layer.rows - layer.rows_converged or None, _counted("row")),
+    Finding(
+        "rows_not_converged",
+        "rows not converged",
+        lambda layer: layer.rows - layer.rows_converged or None,
+        _counted("row"),
+        remedy="raise --solver.max_steps (of mpax: --solver.iteration_limit), or --solver.damping",
+    ),
     Finding(
         "rows_refused",
         "rows refused (they keep the selector's weights)",

@@ -313,5 +313,8 @@ class _Times(ProgressColumn):
 
 
 def _outcome(layers: list[LayerReport]) -> str:
-    before, after = (percent(mean(layers, error)) for error in ("error_before", "error_after"))
-    return f"calibration error {before} -> {after}, sparsity {percent(sparsity(layers))}"
+    """The error that the update minimises, and the sparsity."""
+    own, dense = ("calibration error", "error_before", "error_after"), ("error against dense", "dense_before", "dense_after")
+    told, *errors = own if mean(layers, "dense_after") is None else dense
+    before, after = (percent(mean(layers, error)) for error in errors)
+    return f"{told} {before} -> {after}, sparsity {percent(sparsity(layers))}"

@@ -22,6 +22,7 @@ from optima_tpu.report.facts import size
 from optima_tpu.report.file import size_on_disk
 from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines, unusual
 from optima_tpu.report.page import render, write_page
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_files import FILES
 from optima_tpu.report.runs import FinishedRun, read_report, read_runs
 from optima_tpu.report.view import NONE
@@ -64,6 +65,21 @@ def test_with_a_dense_target_worse_means_further_from_the_dense_model():
     assert "the distance to the dense model's output on held-out text: block 0 mlp.down_proj (from 30.0% to 40.0%)" in line
     (line,) = finding_lines([TRADED], [aiming, away])
     assert line.endswith(": block 0 self_attn.q_proj (from 13.6% to 15.1%; against dense from 30.0% to 20.0%)")
+
+
+def test_a_refit_is_not_worse_because_it_begins_without_an_error_of_its_own():
+    """Toward the dense model it moves weights of which none is pruned."""
+    refitted = dict(pruned=0, sparsity=0.0, error_before=0.0, error_after=0.003, held_out_before=0.0, held_out_after=0.004)
+    told = layer(**refitted, dense_before=0.2, dense_after=0.1)
+    assert finding_lines([*FINDINGS, TRADED], [told]) == []
+    text = printed(report_of([BlockReport(0, 1.0, (told,))]))
+    assert text.index("to dense    before 20.0%, after the update 10.0%, better") < text.index("error       before 0%, after")
+    assert "worse" not in text.partition("error       ")[2].partition("\n")[0]
+
+
+def test_rows_that_did_not_converge_come_with_a_remedy():
+    (line,) = finding_lines(FINDINGS, [layer(rows=8, rows_converged=5)])
+    assert line.startswith("rows not converged: block 0 self_attn.q_proj (3 rows); ") and "--solver.max_steps" in line
 
 
 def printed(report) -> str:

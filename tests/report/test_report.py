@@ -193,6 +193,16 @@ def walk(progress: Progress, clock: Clock, first: int = 0) -> None:
         progress.advance()
 
 
+def test_a_block_shows_the_error_that_its_update_minimises(clock):
+    progress = Progress(out := console(), clock)
+    with progress:
+        progress.stage("pruning", total=1)
+        progress.block(0, 1)
+        progress.layer(layer(error_before=0.0, error_after=0.01, dense_before=0.2, dense_after=0.1))
+        progress.advance()
+    assert "block 0 (1 of 1): error against dense 20.0% -> 10.0%, sparsity" in out.file.getvalue()
+
+
 def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
     out = console()
     walk(Progress(out, clock), clock)
@@ -431,7 +441,7 @@ def printed(blocks, solver="cg", width=80, **changes) -> str:
 def test_the_summary_tells_errors_against_the_dense_model_where_there_are_some():
     aiming = [BlockReport(0, 1.0, (layer(held_out_before=0.2, held_out_after=0.1, dense_before=0.3, dense_after=0.25),))]
     row = next(line for line in printed(aiming).splitlines() if line.startswith("q_proj")).split()
-    assert row[4:6] == ["25.0%", "50.0%"] and "Against dense:" in printed(aiming)
+    assert row[1:6] == ["25.0%", "12.3%", "5.00%", "10.0%", "50.0%"] and "Against dense:" in printed(aiming)
     assert "Against dense:" not in printed(BLOCKS) and "against" not in printed(BLOCKS)
     weighing = printed(aiming, weighed_layers=("self_attn.o_proj", "mlp.down_proj"))
     assert "o_proj and down_proj: tokens weighed" in weighing and "weighed" not in printed(aiming)
