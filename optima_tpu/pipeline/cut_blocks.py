@@ -105,6 +105,17 @@ def choices(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIE
         yield before
 
 
+def expected_passes(blocks: int, cut: int, before: int = 0) -> list[float]:
+    """For each choice how many passes of the windows through a block it takes, about: which blocks are tried is not known before.
+
+    Args:
+      before: how many blocks of the ``cut`` are chosen already.
+    """
+    # Through half of the blocks that are left for each try, and once more behind each choice; before the first one through all.
+    passes = [(TRIED + 1) * left / 2 for left in range(blocks - before, blocks - cut, -1)]
+    return [blocks / 2 + passes[0], *passes[1:]] if passes else []
+
+
 def _best(
     decoder: Decoder, tokens: np.ndarray, dense: Activations, tries: Mapping[int, Activations], left: Sequence[int]
 ) -> tuple[int, float]:

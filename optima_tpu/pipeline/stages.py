@@ -9,11 +9,13 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from msgspec import structs
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import Tokens, unigram_perplexity
 from optima_tpu.errors import plural
+from optima_tpu.evaluate.perplexity import text_steps
 from optima_tpu.method.patterns import WholeParts
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
@@ -25,7 +27,7 @@ from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
-from optima_tpu.pipeline.cut_blocks import choices, kept_by, pruned_model, read_left_out, write_left_out
+from optima_tpu.pipeline.cut_blocks import TRIED, choices, expected_passes, kept_by, pruned_model, read_left_out, write_left_out
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
@@ -162,9 +164,18 @@ def _open_sinks(work: StageWork, journal: Journal) -> Steps:
 SINKS = Stage("opening the sinks", _open_sinks)
 
 
+def _held_out(opened: Opened) -> np.ndarray:
+    return opened.texts.calibration.ids[opened.config.calibration.fitted :]
+
+
 def _cut_steps(opened: Opened) -> list[Step]:
-    chosen = read_left_out(opened.directory).blocks
-    return [Step("choosing a block to leave out")] * (opened.config.cut.blocks - len(chosen))
+    """The work of each choice, in that of the text which the dense model read before: it runs the same programs."""
+    decoder, chosen = opened.model.decoder, read_left_out(opened.directory).blocks
+    text, blocks = text_steps(decoder, _held_out(opened), both=False), decoder.config.blocks
+    head = sum(step.work for step in text if step.like)  # it stands in for nothing, and a block for it
+    block = (sum(step.work for step in text) - head) / blocks
+    passes = expected_passes(blocks, opened.config.cut.blocks, len(chosen))
+    return [Step("choosing a block to leave out", each * block + (1 + TRIED) * head, text[0].kind) for each in passes]
 
 
 def _read_cut(work: StageWork, journal: Journal) -> LeftOut | None:
@@ -175,14 +186,12 @@ def _read_cut(work: StageWork, journal: Journal) -> LeftOut | None:
 def _cut(work: StageWork, journal: Journal) -> LeftOut:
     opened, progress = work.opened, work.progress
     before = chosen = read_left_out(opened.directory)
-    held_out = opened.texts.calibration.ids[opened.config.calibration.fitted :]
     missing = opened.config.cut.blocks - len(before.blocks)
-    for chosen in itertools.islice(choices(opened.model, held_out, before), missing):
+    for chosen in itertools.islice(choices(opened.model, _held_out(opened), before), missing):
         write_left_out(opened.directory, chosen)
         progress.advance()
-        progress.note(
-            f"block {chosen.blocks[-1]} is left out: the predictions diverge by {number(chosen.divergences[-1])} nats on held-out windows"
-        )
+        divergence = f"the predictions diverge by {number(chosen.divergences[-1])} nats on held-out windows"
+        progress.note(", ".join(filter(None, (f"block {chosen.blocks[-1]} is left out: {divergence}", progress.left()))))
     return chosen
 
 

@@ -1,8 +1,10 @@
 """Blocks are left out by what that does to the predictions, and the walk goes on toward the dense model of all blocks."""
 
 import dataclasses
+import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,13 +26,14 @@ from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline import stages, walk
 from optima_tpu.pipeline.calibrate import groups_of_blocks
-from optima_tpu.pipeline.cut_blocks import choices
+from optima_tpu.pipeline.cut_blocks import TRIED, choices
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.repair import verified
 from optima_tpu.pipeline.walk import Streams, Walk, WholeDense, _pass_left_out, prune_block
 from optima_tpu.recover import main as recover
 from optima_tpu.report.contents import LeftOut
+from optima_tpu.report.pace import Pace
 from optima_tpu.runtime.processes import fetch
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_same_weights, folder_tensors, only_error, stop_after_the_first_block
@@ -82,6 +85,18 @@ def test_only_the_blocks_that_turn_the_stream_least_are_tried():
         norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(hidden.values, axis=-1)
         turns.append(1 - np.mean(np.sum(before * hidden.values, axis=-1) / norms))
     assert first == np.argmin(turns)
+
+
+def test_the_time_of_the_choices_follows_from_the_text_that_the_dense_model_read(tmp_path):
+    config = SimpleNamespace(cut=SimpleNamespace(blocks=3), calibration=SimpleNamespace(fitted=2))
+    texts = SimpleNamespace(calibration=SimpleNamespace(ids=TOKENS), evaluation=SimpleNamespace(ids=TOKENS[:3]))
+    opened = SimpleNamespace(model=dense_model(), directory=tmp_path, config=config, texts=texts)
+    read, ahead = stages.DENSE.steps(opened), stages.CUTTING.steps(opened)
+    pace = functools.reduce(lambda pace, step: pace.after(step, step.work), read, Pace())
+    first, second, third = (pace.left([step]) for step in ahead)
+    assert first > second > third and pace.left(ahead) == pytest.approx(first + second + third)
+    # Each try of a choice passes through half of the blocks and the head.
+    assert third > TRIED / 2 * sum(step.work for step in read) * len(TOKENS[2:]) / len(TOKENS[:3]) * 3 / 5
 
 
 def test_the_dense_stream_passes_what_the_pruned_stream_skips():

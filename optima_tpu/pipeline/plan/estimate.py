@@ -11,7 +11,7 @@ from optima_tpu.evaluate.predictions import stretch_of
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.patterns import Pattern, WholeParts
 from optima_tpu.method.statistics import Groups
-from optima_tpu.pipeline.cut_blocks import TRIED
+from optima_tpu.pipeline.cut_blocks import TRIED, expected_passes
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE
 from optima_tpu.pipeline.distill.windows import TrainingParts
@@ -285,8 +285,7 @@ class RunTime(NamedTuple):
         deeper = blocks / self._blocks
         passes = [TextPass("perplexity, dense and pruned", (1 + deeper) * evaluated, 2 * evaluated, dense=1)]
         if choices:
-            # The held-out windows pass through half of the blocks that are left for each try and once more, and at first through half.
-            tried = blocks / 2 + sum((TRIED + 1) * left / 2 for left in range(blocks, blocks - choices, -1))
+            tried = sum(expected_passes(blocks, choices))
             scored = choices * (1 + TRIED) * held_out
             # It reads the dense model for all choices, and half of it for each twice, but for the first once.
             passes.append(TextPass(_CHOOSING, tried / self._blocks * held_out, scored, dense=choices + 1 / 2))
