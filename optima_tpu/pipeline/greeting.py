@@ -32,9 +32,12 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     """
     decoder = without_last(model, config.cut.blocks).decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
-    weights = sum(math.prod(shapes[path]) for path in pruned_layers(config, decoder))
+    weights = {True: 0, False: 0}  # by whether the layer loses some
+    for path, pattern in pruned_layers(config, decoder).items():
+        weights[pattern.pruned_count(shapes[path]) > 0] += math.prod(shapes[path])
+    refitted = f", {weights[False]:,} to re-fit" if weights[False] else ""
     lines = [
-        f"model        {model.pretrained.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, {weights:,} weights to prune",
+        f"model        {model.pretrained.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, {weights[True]:,} weights to prune{refitted}",
         f"preset       {on_preset(config)}",
         f"recipe       {recipe_line(config, decoder)}",
         f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
@@ -42,6 +45,9 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
         f"devices      {devices_words(decoder.mesh)}",
         f"run          {directory}",
     ]
+    if weights[False] and not weights[True] and not moves_alone(config):
+        idle = "prunes no weight, and nothing moves one: take a larger --pattern, or cut something with --target dense"
+        lines.append(f"unusual      {config.recipe.pattern} {idle}")
     if few := short_text(config.calibration, max(d_in for _, d_in in shapes.values())):
         lines.insert(4, f"             {few}")
     for which, tokens in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
@@ -54,6 +60,11 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     if fitted:
         lines.append(f"solver       {fitted}")
     say(console, "\n".join(lines))
+
+
+def moves_alone(config: RunConfig) -> bool:
+    """Whether a run changes weights of which its pattern prunes none: to integers, or toward a model of which it cut something."""
+    return bool(config.recipe.quantize or (config.cut.counts and config.recipe.target.dense_stream))
 
 
 def training_words(method: Distillation, length: int) -> str:

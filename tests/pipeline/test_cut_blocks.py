@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import CutStructures, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import distance
@@ -27,6 +31,7 @@ from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline import stages, walk
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.cut_blocks import TRIED, choices
+from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.repair import verified
@@ -119,6 +124,27 @@ def test_the_dense_stream_passes_what_the_pruned_stream_skips():
             model.decoder.apply(block, next(whole), expected)
         np.testing.assert_array_equal(streams.dense.values, expected.values)
         assert np.abs(streams.pruned.values - expected.values).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "words, told, idle",
+    [
+        ([], "0 weights to prune, {} to re-fit", True),
+        (["--cut.blocks", "2"], "0 weights to prune, {} to re-fit", True),
+        (["--cut.blocks", "2", "--target", "dense"], "0 weights to prune, {} to re-fit", False),
+        (["--quantize", "int4", "--quantize.group", "null"], "0 weights to prune, {} to re-fit", False),
+        (["--pattern", "0.5/row"], "{} weights to prune\n", False),
+    ],
+)
+def test_a_run_says_which_weights_it_prunes_and_which_it_moves_alone(words, told, idle, tmp_path):
+    model, text = dense_model(), SimpleNamespace(how="a text", cache="", ids=TOKENS)
+    config = parse(["--preset", "fast", "--pattern", "0/row", *words])
+    console = Console(file=io.StringIO(), width=200)
+    greet(console, config, model, SimpleNamespace(calibration=text, evaluation=text), tmp_path, "")
+    left = model.decoder.config.blocks - config.cut.blocks
+    of_block = sum(math.prod(model.decoder.block_shapes[f"{name}.weight"]) for name in model.decoder.linears)
+    said = console.file.getvalue()
+    assert told.format(f"{left * of_block:,}") in said and ("prunes no weight, and nothing moves one" in said) == idle
 
 
 WORDS = ["--preset", "fast", "--cut.blocks", "2", "--target", "dense"]
