@@ -220,13 +220,18 @@ def evaluation_tokens(
 
 
 def refuse_overlap(
-    calibration: Source, evaluation: Source, both: str = "calibration and evaluation", option: str = "--evaluation.source"
+    calibration: Source,
+    evaluation: Source,
+    named: bool = True,
+    both: str = "calibration and evaluation",
+    option: str = "--evaluation.source",
 ) -> None:
     """Raises UserError if both sources would read the same documents: no model is scored on text that it was calibrated on.
 
     See :func:`shared`. Sources that name no parts have splits without common documents.
 
     Args:
+      named: whether the person named the second.
       both: what the command calls the two.
       option: its option that names another text for the second.
     """
@@ -234,7 +239,7 @@ def refuse_overlap(
         if isinstance(calibration, File | Npy):
             calibration.check()  # a missing file is the more useful message
         raise UserError(
-            f"{both} would both read {part.place}: expected two different texts; give {option} another one, such as wikitext2, pydoc "
+            f"{'' if named else f'without {option} '}{both} would both read {part.place}: expected two different texts; give {option} another one, such as wikitext2, pydoc "
             "or file:PATH"
         )
 

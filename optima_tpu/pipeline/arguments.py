@@ -33,7 +33,7 @@ def texts_of(config: RunConfig) -> tuple[data.Source, data.Source]:
     """
     source = data.parse_source(config.calibration.source)
     other = data.parse_source(config.evaluation.source or config.calibration.source)
-    data.refuse_overlap(source, other)
+    data.refuse_overlap(source, other, config.evaluation.source is not None)
     if config.distill and isinstance(source, data.SelfGenerated):
         raise UserError(
             "expected a stored calibration text for --distill kl, which draws more windows from it, got self, which the model "
@@ -46,20 +46,20 @@ def read_recovery(argv: Sequence[str]) -> recover.RecoverConfig:
     """The recovery that a command line asks for. Raises UserError as :func:`read_run`."""
     config = recover.parse(argv)
     if refuse_wrong(config, (config.model, config.against), config.texts) and config.source:
-        recovery_texts(config.source, config.evaluation or config.source)
+        recovery_texts(config.source, config.evaluation)
     return config
 
 
-def recovery_texts(source: str, evaluation: str) -> tuple[data.Source, data.Source]:
-    """The texts that a recovery trains on and measures on.
+def recovery_texts(source: str, evaluation: str | None) -> tuple[data.Source, data.Source]:
+    """The texts that a recovery trains on and measures on; None stands for the evaluation part of the first.
 
     Raises:
       UserError: both are the same, or nothing can be trained on the first.
     """
-    parsed, other = data.parse_source(source), data.parse_source(evaluation)
+    parsed, other = data.parse_source(source), data.parse_source(evaluation or source)
     if isinstance(parsed, data.SelfGenerated):
         raise UserError(
             f"expected --source with a stored text, got {source}, which the model writes: c4, wikitext2, pydoc or file:PATH"
         )
-    data.refuse_overlap(parsed, other, "--source and --evaluation", "--evaluation")
+    data.refuse_overlap(parsed, other, evaluation is not None, "training and evaluation", "--evaluation")
     return parsed, other

@@ -252,5 +252,7 @@ def test_help_says_how_ones_own_classes_are_named(narrow):
 def test_a_clash_of_files_is_refused_from_the_arguments(narrow, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     texts = ["--calibration.source", f"file:{tmp_path}/a.txt", "--evaluation.source", f"file:{tmp_path}/../{tmp_path.name}/a.txt"]
-    ((status, _, message),) = without_libraries([["prune", "configs", *texts]])
-    assert status == 2 and f"calibration and evaluation would both read {tmp_path}/a.txt: expected two different texts" in message
+    for given, without in ((texts, ""), (texts[:2], "without --evaluation.source ")):
+        ((status, _, message),) = without_libraries([["prune", "configs", *given]])
+        said = f"error: {without}calibration and evaluation would both read {tmp_path}/a.txt: expected two different texts"
+        assert status == 2 and said in message

@@ -229,7 +229,10 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
             ["{run}", "--tokens", "1k", "--window", "32"],
             "there is no setting --window; type --length, tokens in each window, or --windows",
         ),
-        (["{run}", "--tokens", "1k", "--source", "file:{root}/run/report.json"], "--source and --evaluation would both read "),
+        (
+            ["{run}", "--tokens", "1k", "--source", "file:{root}/run/report.json"],
+            "without --evaluation training and evaluation would both read ",
+        ),
         (["{run}", "--tokens", "0"], "expected tokens from 1 to 268435456, got 0"),
         (["{run}", "--tokens", "1k", "--distill.batch", "0"], "distill.batch of at least 1, got 0"),
         (["{run}", "--tokens", "1k", "--distill", "null"], "expected distill to be one of kl, cross_entropy, got null"),

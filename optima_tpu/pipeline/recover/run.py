@@ -153,9 +153,9 @@ def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
     if source is None:
         raise UserError(f"expected --source with a text to train on, got none, and {config.model} has no record of its text")
     measured = settings.evaluation.source if settings and not config.source else None
-    evaluation = config.evaluation or measured or source
+    evaluation = config.evaluation or measured
     recovery_texts(source, evaluation)
-    return source, evaluation
+    return source, evaluation or source
 
 
 def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, length: int) -> tuple[Tokens, Tokens]:
