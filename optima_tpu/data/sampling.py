@@ -60,7 +60,7 @@ def calibration_windows(
        drawn start. Further documents are not tokenised. On a large corpus this is SparseGPT's draw of random documents.
     2. The documents with more than ``length`` tokens hold ``windows * length`` or more together: windows drawn with
        replacement, every window of these documents equally likely. On one long text this is SparseGPT's random start.
-       Held-out windows are drawn again until they overlap no calibration window.
+       Held-out windows are drawn again until they overlap no calibration window; if no room is left for them, the next case holds.
     3. All documents together hold ``windows * length`` or more: they are joined in the order of the visit,
        ``separator`` between two of them, and the first ``windows * length`` tokens are cut into consecutive windows.
 
@@ -70,7 +70,7 @@ def calibration_windows(
       over: applies reading and tokenising to the documents, in the order of the visit; documents that are not needed stay unread.
 
     Raises:
-      UserError: no case holds, or no room is left for the held-out windows.
+      UserError: no case holds.
     """
     rng, count, length = np.random.Generator(np.random.PCG64(draw.seed)), draw.count, draw.length
     packed, total, read, needed = [], 0, 0, count * length
@@ -93,8 +93,7 @@ def calibration_windows(
     if len(long) == count:
         places = list(enumerate(rng.integers(0, sizes - length, endpoint=True)))
         how = f"{windows} {drawn}, each from another document of {origin} that is longer than a window{more}"
-    elif sizes.sum() >= needed:
-        places = _places(rng, sizes, draw, origin)
+    elif sizes.sum() >= needed and (places := _places(rng, sizes, draw)):
         which = "one document" if len(long) == 1 else plural(len(long), "document")
         how = f"{windows} {drawn} from {which} of {origin} longer than a window{more}"
     elif total >= needed:
@@ -102,9 +101,9 @@ def calibration_windows(
         return Tokens(np.concatenate(packed)[:needed].reshape(count, length), how, total)
     else:
         raise UserError(
-            f"{origin} holds {total} tokens of calibration text, {plural(count, 'window')} of {length} need {needed}: "
-            "give a longer text, or ask for fewer or shorter windows (calibration.windows, calibration.held_out and distill.windows "
-            "count together); calibration.written lets the model write some"
+            f"{origin} holds {total} tokens of calibration text, {plural(count, 'window')} of {length} need {needed}, and {total // length} "
+            "would fit: give a longer text, or ask for fewer or shorter windows (calibration.windows, calibration.held_out and "
+            "distill.windows count together); calibration.written lets the model write some"
         )
     return Tokens(np.stack([long[document][start : start + length] for document, start in places]), how, int(sizes.sum()))
 
@@ -125,8 +124,11 @@ def _visited(
             last = ids[-1]
 
 
-def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw, origin: str) -> list[tuple[int, int]]:
-    """(document, first token) of windows drawn with replacement from documents of these sizes, the held-out ones last."""
+def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw) -> list[tuple[int, int]]:
+    """(document, first token) of windows drawn with replacement from documents of these sizes, the held-out ones last.
+
+    Empty if the others left no room for the held-out ones.
+    """
     ends = np.cumsum(sizes - draw.length + 1)
 
     def some(size: int) -> list[tuple[int, int]]:
@@ -142,12 +144,7 @@ def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw, origin: str
         document, start = some(1)[0]
         if all(document != other or abs(start - begin) >= draw.length for other, begin in places[: draw.windows]):
             places.append((document, start))
-    if len(places) < draw.count:
-        raise UserError(
-            f"{origin} has no room for {plural(draw.held_out, 'held-out window')} of {draw.length} tokens beside "
-            f"{plural(draw.windows, 'calibration window')}: give a longer text, or ask for fewer"
-        )
-    return places
+    return places if len(places) == draw.count else []
 
 
 def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, separator: int | None, origin: str) -> Tokens:

@@ -157,7 +157,7 @@ def test_an_architecture_that_is_not_supported(refused, tmp_path):
 def test_a_calibration_text_that_is_too_short(model, refused, tmp_path):
     (tmp_path / "short.txt").write_text("seventeen letters")
     message = refused("--model", model, *SMALL, "--calibration.source", f"file:{tmp_path / 'short.txt'}")
-    assert "holds 17 tokens of calibration text, 16 windows of 32 need 512" in message
+    assert "holds 17 tokens of calibration text, 16 windows of 32 need 512, and 0 would fit: " in message
     message = refused("--model", model, *SMALL, "--evaluation.source", f"file:{tmp_path / 'short.txt'}")
     assert "holds 17 tokens of evaluation text, one window needs 32" in message
 
