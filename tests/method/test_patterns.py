@@ -92,6 +92,15 @@ def test_what_is_no_pattern_is_refused(text):
         parse_pattern(text)
 
 
+@pytest.mark.parametrize(
+    "text, meant", [("2/4", "2:4"), ("20%", "0.2"), ("50%/row", "0.5/row"), ("25%/neuron@64", "0.25/neuron@64")]
+)
+def test_a_pattern_of_another_program_is_named_as_it_is_here(text, meant):
+    with pytest.raises(UserError, match=rf"; did you mean {meant}\?$"):
+        parse_pattern(text)
+    assert parse_pattern(meant)
+
+
 def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
     with pytest.raises(UserError, match="divisible by 4, got a layer with 6"):
         NM(2, 4).keep_mask(jnp.ones((2, 6)))

@@ -1,8 +1,9 @@
 """Patterns: the sets of weights that may stay, and the choice of the set with the best score."""
 
+import re
 from collections.abc import Callable
 
-from optima_tpu.errors import refusing
+from optima_tpu.errors import UserError, did_you_mean, refusing
 from optima_tpu.method.patterns.base import Pattern
 from optima_tpu.method.patterns.masks import DENSE, NM, Dense, Unstructured
 from optima_tpu.method.patterns.named import NamedPattern, import_pattern
@@ -41,7 +42,10 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
     text = str(text).strip()
     if is_import_path(text):
         return own(text)
-    with refusing(ValueError, f"expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got {text!r}"):
+    forms = "expected a pattern such as 0.5, 0.5/layer, 0.25/neuron, 2:4 or 2:4@128, got"
+    if (meant := _respelled(text)) != text:
+        raise UserError(f"{forms} {text!r}{did_you_mean(text, [meant], cutoff=0.0)}")
+    with refusing(ValueError, f"{forms} {text!r}"):
         if text == DENSE:
             return Dense()
         if ":" in text:
@@ -54,3 +58,9 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
             if unit == cls.word:
                 return cls(float(sparsity), whole(multiple) if apart else cls.multiple)
         return Unstructured(float(sparsity), given or group)
+
+
+def _respelled(text: str) -> str:
+    """ "2:4" for 2/4, and "0.2/row" for 20%/row; any other text as it is."""
+    share = re.sub(r"^(\d+(?:\.\d+)?)%", lambda found: f"{float(found[1]) / 100:g}", text)
+    return re.sub(r"^(\d+)/(\d+)$", r"\1:\2", share)
