@@ -131,28 +131,36 @@ def _published_table(rows: Sequence[Published]) -> Table:
 
 
 def _beside(
-    runs: Sequence[FinishedRun], rows: Callable[[FinishedRun], Iterable[tuple[str, list[str]]]]
-) -> dict[str, list[list[str]]]:
-    """The rows of runs, each behind its run's label, by the model that pruned ones are measured beside."""
+    runs: Sequence[FinishedRun],
+    rows: Callable[[FinishedRun], Iterable[tuple[str, list[str]]]],
+    caption: Callable[[str], str],
+    names: Sequence[str],
+    columns: Callable[[str], Sequence[str]],
+) -> list[Table]:
+    """A table for each model that pruned ones are measured beside, with the rows of the runs behind their labels.
+
+    Args:
+      rows: of a run, each with that model.
+      names: the headings of what a row is of, which stand before the numbers.
+      columns: the headings of the numbers.
+    """
     found: dict[str, list[list[str]]] = {}
     for run in runs:
         for other, row in rows(run):
             found.setdefault(other, []).append([*run.cell, *row])
-    return found
+    names = [*["run"] * (len(runs) > 1), *names]
+    return [Table(caption(other), [*names, *columns(other)], cells, names=len(names)) for other, cells in found.items()]
 
 
 def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
-    names = [*_run_heading(runs), "text"]
-    return [
-        Table(
-            f"Perplexity{_against(other)}, lower is better",
-            [*names, other, "pruned", f"pruned / {other}", "tokens"],
-            rows,
-            _spread(row[-2] for row in rows),
-            names=len(names),
-        )
-        for other, rows in _beside(runs, _perplexities).items()
-    ]
+    tables = _beside(
+        runs,
+        _perplexities,
+        lambda other: f"Perplexity{_against(other)}, lower is better",
+        ["text"],
+        lambda other: [other, "pruned", f"pruned / {other}", "tokens"],
+    )
+    return [table._replace(note=_spread(row[-2] for row in table.rows)) for table in tables]
 
 
 def _perplexities(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
@@ -174,17 +182,14 @@ def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
     asked = {run.label: run.evaluation.asked for run in runs if run.evaluation and run.evaluation.tasks}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
     note = "" if alike else " ".join(f"{label}: {how}." for label, how in asked.items())
-    names = [*_run_heading(runs), "task", "metric"]
-    return [
-        Table(
-            ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
-            [*names, other, "pruned", "documents"],
-            rows,
-            note,
-            names=len(names),
-        )
-        for other, rows in _beside(runs, _tasks).items()
-    ]
+    tables = _beside(
+        runs,
+        _tasks,
+        lambda other: ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
+        ["task", "metric"],
+        lambda other: [other, "pruned", "documents"],
+    )
+    return [table._replace(note=note) for table in tables]
 
 
 def distance(runs: Sequence[FinishedRun]) -> list[Section]:
@@ -197,17 +202,13 @@ def distance(runs: Sequence[FinishedRun]) -> list[Section]:
                     values = [math.nan if value is None else value for value in values]  # a value that was not finite
                     line = plots.Line(run.label or "pruned", range(len(values)), values, index)
                     curves.setdefault((key, f"{name}, {text}{_against(run.beside)}"), []).append(line)
-    names = [*_run_heading(runs), "text"]
-    numbers = ["divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"]
-    tables = [
-        Table(
-            f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
-            [*names, *numbers],
-            rows,
-            names=len(names),
-        )
-        for other, rows in _beside(runs, _distance_rows).items()
-    ]
+    tables = _beside(
+        runs,
+        _distance_rows,
+        lambda other: f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
+        ["text"],
+        lambda other: ["divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"],
+    )
     if not tables:
         return []
     panels = [plots.Panel(title, lines, **_UNITS[key]) for (key, title), lines in curves.items()]
@@ -267,11 +268,6 @@ def _tasks(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
         yield run.beside, [task, metric, told(metric, against, against_error), told(metric, value, error), f"{documents:,}"]
     if run.evaluation.scores and run.evaluation.average is not None:
         yield run.beside, ["mean of the six", "acc", NONE, percent(run.evaluation.average), NONE]
-
-
-def _run_heading(runs: Sequence[FinishedRun]) -> list[str]:
-    """The heading of :attr:`FinishedRun.cell`."""
-    return ["run"] * (len(runs) > 1)
 
 
 def _against(other: str) -> str:
