@@ -20,6 +20,7 @@ from optima_tpu.models.family import FURTHER, Cut, Family, Positions
 from optima_tpu.models.layers import Linear, RMSNorm, Scores, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate, rotate_neighbours, rotate_neighbours_wide
 from optima_tpu.models.routers import Groups
+from optima_tpu.models.settings import supported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,10 @@ class DeepseekConfig(experts.MixtureConfig):
 
 def read_v2(config: Any) -> DeepseekConfig:
     """From ``transformers.DeepseekV2Config``. Raises UserError for a setting that is not supported."""
-    for name, expected in dict(mlp_bias=(False,), norm_topk_prob=(False, None)).items():
-        if (found := getattr(config, name)) not in expected:
-            raise UserError(
-                f"expected {name} {str(expected[0]).lower()} in a {config.model_type} model, got {found}: not supported"
-            )
+    supported(config, "mlp_bias", False)
+    supported(config, "norm_topk_prob", False, None)
     methods = {"greedy": (1, 1), "group_limited_greedy": (config.n_group or 1, config.topk_group or 1)}
-    if config.topk_method not in methods:
-        raise UserError(f"expected topk_method {' or '.join(methods)}, got {config.topk_method!r}: not supported")
-    total, chosen = methods[config.topk_method]
+    total, chosen = methods[supported(config, "topk_method", *methods)]
     groups = Groups(total=total, chosen=chosen, best=1, sigmoid=False, scale=config.routed_scaling_factor)
     settings = read_latent(config, dense_first(config), groups)
     return dataclasses.replace(settings, rotation=rotate_neighbours_wide, normalise=False)
@@ -67,11 +63,7 @@ def read_latent(config: Any, mixed: tuple[bool, ...], groups: Groups | None = No
       mixed: for every block whether it has a mixture.
       groups: how experts are chosen; None for what :func:`read_mixture` reads.
     """
-    if config.num_key_value_heads != config.num_attention_heads:
-        raise UserError(
-            f"expected num_key_value_heads {config.num_attention_heads}, as many as heads, in a {config.model_type} model, got "
-            f"{config.num_key_value_heads}: check config.json"
-        )
+    supported(config, "num_key_value_heads", config.num_attention_heads)
     parameters, scale = config.rope_parameters, (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     rope = Rope.from_hf(parameters)
     if parameters.get("rope_type", "default") != "default" and (share := parameters.get("mscale_all_dim")):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from optima_tpu.errors import UserError
 from optima_tpu.models import llama
 from optima_tpu.models.family import ReadTensor, text_half
-from optima_tpu.models.layers import ShiftedRMSNorm, read_activation
+from optima_tpu.models.layers import ACTIVATIONS, ShiftedRMSNorm
 from optima_tpu.models.rope import Rope, RopeByBlock
+from optima_tpu.models.settings import supported
 
 NORMS = llama.Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 """Those of Gemma 2 and later."""
@@ -22,9 +22,8 @@ NORMS = llama.Norms("input_layernorm", "post_attention_layernorm", "pre_feedforw
 
 def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.LlamaConfig:
     """``setting`` is the name of the activation."""
-    activation = read_activation(config, setting)
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UserError("expected use_bidirectional_attention false, got true: only causal models are supported")
+    activation = supported(config, setting, *ACTIVATIONS)
+    supported(config, "use_bidirectional_attention", False, None)  # only causal models
     return llama.LlamaConfig(
         **llama.named_sizes(config), rope=rope, activation=activation, **llama.attention_bias(config), norm=ShiftedRMSNorm
     )
@@ -54,8 +53,7 @@ def read_gemma2(config: Any) -> llama.LlamaConfig:
 
 def read_gemma3(config: Any) -> llama.LlamaConfig:
     """From ``transformers.Gemma3TextConfig``. Raises UserError, by name, for a setting that is not supported."""
-    if config.attn_logit_softcapping:  # transformers reads it and does not use it: no reference exists
-        raise UserError(f"expected attn_logit_softcapping null in a Gemma 3, got {config.attn_logit_softcapping}: not supported")
+    supported(config, "attn_logit_softcapping", None, 0)  # transformers reads it and does not use it: no reference exists
     return _read_capped(config, RopeByBlock.from_hf(config.rope_parameters, config.layer_types), qk_norm=llama.each_head)
 
 

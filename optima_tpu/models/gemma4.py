@@ -19,8 +19,9 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, gemma, llama
 from optima_tpu.models.family import Cut, Positions, Stack, text_half
-from optima_tpu.models.layers import GatedMLP, Linear, WideRMSNorm, over_rms, read_activation, scaled
+from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear, WideRMSNorm, over_rms, scaled
 from optima_tpu.models.rope import TYPES, RopeByBlock
+from optima_tpu.models.settings import supported
 
 
 class HeadSizes(NamedTuple):
@@ -59,7 +60,7 @@ class Gemma4Config(experts.MixtureConfig):
 def read_config(config: Any) -> Gemma4Config:
     """From ``transformers.Gemma4TextConfig``. Raises UserError, by name, for a setting that is not supported."""
     _check(config)
-    activation, windowed = read_activation(config), llama.windows_by_type(config)
+    activation, windowed = supported(config, "hidden_activation", *ACTIVATIONS), llama.windows_by_type(config)
     sizes = [llama.named_sizes(layer) for layer in config.per_layer_config]
     shared = llama.by_type(config, {"full_attention": config.attention_k_eq_v, "sliding_attention": False})
     mixture: dict[str, Any] = dict(experts=0, experts_per_token=0)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from optima_tpu.errors import UserError
 from optima_tpu.models import splash
 from optima_tpu.models.family import Positions
 from optima_tpu.models.splash import Scores
@@ -138,18 +136,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 """Activation functions, by the names that config.json uses."""
-
-
-def read_activation(config: Any, setting: str = "hidden_activation") -> str:
-    """The activation, a name in ``ACTIVATIONS``.
-
-    Raises:
-      UserError: it is another one.
-    """
-    activation: str = getattr(config, setting)
-    if activation not in ACTIVATIONS:
-        raise UserError(f"expected {setting} {', '.join(ACTIVATIONS)}, got {activation!r}: not supported")
-    return activation
 
 
 class GatedMLP(nnx.Module):

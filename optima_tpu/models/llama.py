@@ -19,6 +19,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, Residual
 from optima_tpu.models.layers import GatedMLP, Linear, RMSNorm, Scores, attention, scaled, split_heads
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
+from optima_tpu.models.settings import of_every_block, supported
 
 T = TypeVar("T")
 
@@ -107,10 +108,7 @@ def read_sizes(config: Any, activation: str = "silu", eps: str = "rms_norm_eps")
     Raises:
       UserError: the model has another activation.
     """
-    if config.hidden_act != activation:
-        raise UserError(
-            f"expected hidden_act {activation} in a {config.model_type} model, got {config.hidden_act!r}: not supported"
-        )
+    supported(config, "hidden_act", activation)
     return named_sizes(config, eps)
 
 
@@ -180,9 +178,7 @@ def by_type(config: Any, values: Mapping[str, T]) -> tuple[T, ...]:
     """
     if strange := set(config.layer_types) - set(values):
         raise UserError(f"expected layer_types of {' and '.join(values)}, got {', '.join(sorted(strange))}: not supported")
-    if len(config.layer_types) != config.num_hidden_layers:
-        raise UserError(f"expected {config.num_hidden_layers} layer_types in config.json, got {len(config.layer_types)}")
-    return tuple(values[kind] for kind in config.layer_types)
+    return tuple(values[kind] for kind in of_every_block(config, "layer_types"))
 
 
 def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.ndarray | None:

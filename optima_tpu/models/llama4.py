@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Positions, Stack, text_half
 from optima_tpu.models.layers import over_rms
 from optima_tpu.models.rope import Rope, rotate_neighbours_wide
 from optima_tpu.models.routers import Router, sigmoid
+from optima_tpu.models.settings import of_every_block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,12 @@ class Llama4Config(experts.MixtureConfig):
 def read_config(config: Any) -> Llama4Config:
     """From ``transformers.Llama4TextConfig``. Raises UserError for a setting that is not supported."""
     chunks = llama.by_type(config, {"full_attention": None, "chunked_attention": config.attention_chunk_size})
-    count = config.num_hidden_layers
-    if len(config.no_rope_layers) != count:
-        raise UserError(f"expected {count} no_rope_layers in config.json, got {len(config.no_rope_layers)}")
     return Llama4Config(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
         rotation=rotate_neighbours_wide,
         **llama.attention_bias(config),
-        turning=tuple(map(bool, config.no_rope_layers)),
+        turning=tuple(map(bool, of_every_block(config, "no_rope_layers"))),
         chunks=chunks,
         normed=config.use_qk_norm,
         temper=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None,
@@ -69,7 +66,7 @@ def read_config(config: Any) -> Llama4Config:
         router=router,
         share_first=True,
         shared_width=config.intermediate_size,
-        mixed=tuple(index in config.moe_layers for index in range(count)),
+        mixed=tuple(index in config.moe_layers for index in range(config.num_hidden_layers)),
         mlp_width=config.intermediate_size_mlp,
     )
 

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama, relatives
 from optima_tpu.models.rope import Rope, rotate_wide
+from optima_tpu.models.settings import supported
 
 
 def _read(config: Any, **settings: Any) -> experts.MixtureConfig:
@@ -32,8 +32,7 @@ MIXTRAL = experts.family(read_mixtral, MIXTRAL_NAMES)
 
 def read_olmoe(config: Any) -> experts.MixtureConfig:
     """From ``transformers.OlmoeConfig``. Raises UserError for a model that clips queries, keys and values."""
-    if config.clip_qkv is not None:
-        raise UserError(f"expected clip_qkv null, got {config.clip_qkv}: not supported")
+    supported(config, "clip_qkv", None)
     experts.check_given(config, "num_experts")
     return _read(
         config,

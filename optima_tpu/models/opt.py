@@ -9,7 +9,8 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
-from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, read_activation, split_heads
+from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, split_heads
+from optima_tpu.models.settings import supported
 
 EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
 OFFSET = 2
@@ -42,7 +43,7 @@ class OPTConfig(DecoderConfig):
 
 def read_config(config: Any) -> OPTConfig:
     """From ``transformers.OPTConfig``. Raises UserError for an activation that is not supported."""
-    activation = read_activation(config, "activation_function")
+    activation = supported(config, "activation_function", *ACTIVATIONS)
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"expected a hidden_size that num_attention_heads divides, got {config.hidden_size} and {config.num_attention_heads} in "

@@ -18,6 +18,7 @@ from optima_tpu.models.family import Cut, Family, ReadTensor
 from optima_tpu.models.layers import MLP, LayerNorm, ShiftedLayerNorm, UnbiasedLayerNorm, WideRMSNorm, scaled
 from optima_tpu.models.llama import NO_HEAD_DIM, LlamaConfig, Norms, attention_bias, each_head, same_windows, windows_by_type
 from optima_tpu.models.rope import Rope, RopeByBlock, rotate_neighbours, rotate_neighbours_wide, rotate_wide
+from optima_tpu.models.settings import supported
 
 Settings = Mapping[str, Any]
 """Arguments of :class:`~optima_tpu.models.llama.LlamaConfig`."""
@@ -90,8 +91,7 @@ _BESIDE = Norms(before_mlp="")
 
 
 def _stablelm(config: Any) -> Settings:
-    if config.qk_layernorm:
-        raise UserError("expected qk_layernorm false, got true: a norm for each head of queries and keys is not supported")
+    supported(config, "qk_layernorm", False)  # true is a norm for each head of queries and keys
     return dict(qkv_bias=config.use_qkv_bias, norm=LayerNorm, norms=_BESIDE if config.use_parallel_residual else Norms())
 
 
