@@ -13,7 +13,10 @@ from optima_tpu.runtime import command, signals
 from optima_tpu.runtime.program import Parser, program
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from optima_tpu.config.run_config import RunConfig
+    from optima_tpu.pipeline.plan.plan import Plan
 
 _PROGRAM = program("plan")
 _DESCRIPTION = f"""\
@@ -89,8 +92,7 @@ def run(asked: AskedPlan) -> int:
     options, config = asked
     import jax
 
-    from optima_tpu.pipeline.recover.config import as_run
-    from optima_tpu.report.progress import Terminal, say
+    from optima_tpu.report.progress import Terminal
     from optima_tpu.runtime.files import write_bytes, writing
     from optima_tpu.runtime.mesh import simulate_devices
     from optima_tpu.runtime.records import encoded
@@ -98,33 +100,11 @@ def run(asked: AskedPlan) -> int:
     simulate_devices(config.cpu_devices)
     if options.topology:  # its devices need not be attached, and an attached TPU stays free for other programs
         jax.config.update("jax_platforms", "cpu")
-    # Imported only now: the imports of these modules query the devices.
-    from optima_tpu.pipeline.inputs import on_model
-    from optima_tpu.pipeline.plan.model import open_declared
-    from optima_tpu.pipeline.plan.plan import make_plan
-    from optima_tpu.pipeline.plan.table import greeting, print_plan
-    from optima_tpu.pipeline.plan.topology import local_machine, topology_machine
+    from optima_tpu.pipeline.plan.table import print_plan  # only now: the import queries the devices
 
     console = Terminal()
-    model, compiling = open_declared(config.model, config.dtype, config.batch, config.family == "general"), not options.no_compile
-    machine = (
-        topology_machine(options.topology, config.mesh, compiling, options.quick)
-        if options.topology
-        else local_machine(config.mesh, model.dtype, compiling)
-    )
-    config = on_model(config, model.config, console)
-    recovering = options.recover is not None
-    if recovering:
-        config = as_run(config, options.recover)
-    model = model.on(machine.mesh)
-    say(console, "\n".join([*greeting(config, model, machine, recovering), ""]))
-
-    def tell(line: str) -> None:
-        signals.check()
-        say(console, line)
-
-    plan = make_plan(config, model, machine, tell, recovering)
-    if machine.compiles:
+    plan = _made(options, config, console)
+    if plan.machine.compiles:
         console.print()
     print_plan(console, plan)
     if options.json:
@@ -134,6 +114,35 @@ def run(asked: AskedPlan) -> int:
     if options.json:
         signals.ended(status)
     return status
+
+
+def _made(options: argparse.Namespace, config: "RunConfig", console: "Console") -> "Plan":
+    """The plan of a command whose devices are known. Prints what is planned, and each compilation before it begins."""
+    from optima_tpu.pipeline.inputs import on_model
+    from optima_tpu.pipeline.plan.model import open_declared
+    from optima_tpu.pipeline.plan.plan import make_plan
+    from optima_tpu.pipeline.plan.table import greeting
+    from optima_tpu.pipeline.plan.topology import local_machine, topology_machine
+    from optima_tpu.pipeline.recover.config import as_run
+    from optima_tpu.report.progress import say
+
+    model, compiling = open_declared(config.model, config.dtype, config.batch, config.family == "general"), not options.no_compile
+    machine = (
+        topology_machine(options.topology, config.mesh, compiling, options.quick)
+        if options.topology
+        else local_machine(config.mesh, model.dtype, compiling)
+    )
+    config, recovering = on_model(config, model.config, console), options.recover is not None
+    if recovering:
+        config = as_run(config, options.recover)
+    model = model.on(machine.mesh)
+    say(console, "\n".join([*greeting(config, model, machine, recovering), ""]))
+
+    def tell(line: str) -> None:
+        signals.check()
+        say(console, line)
+
+    return make_plan(config, model, machine, tell, recovering)
 
 
 def _is_plan(data: bytes) -> bool:

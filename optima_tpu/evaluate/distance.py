@@ -79,21 +79,27 @@ def distance(
     last = scores[-1]
     check_finite(dense, tokens, last.dense_nll, "dense model")
     check_finite(pruned, tokens, last.pruned_nll, "pruned model")
-    predictions = tokens.shape[1] - 1
+    errors = tuple(_ratios(streams[0].rows, squares, len(tokens))[-1 if left_out else 0 :])
+    apart = _apart(scores, errors, tokens, per_block)
+    return Comparison(apart, perplexity_of(last.dense_nll, tokens), perplexity_of(last.pruned_nll, tokens))
+
+
+def _apart(scores: Sequence["DistanceSums"], hidden_errors: tuple[float, ...], tokens: np.ndarray, per_block: bool) -> Distance:
+    """The means over the predictions, of the last of these sums and with ``per_block`` of each."""
+    last, predictions = scores[-1], tokens.shape[1] - 1
     kls, agreements = ([_mean(getattr(score, name) / predictions) for score in scores] for name in ("kl", "agreement"))
     (kl, kl_stderr), (agreement, agreement_stderr) = kls[-1], agreements[-1]
-    apart = Distance(
+    return Distance(
         kl=kl,
         kl_stderr=kl_stderr,
         agreement=agreement,
         agreement_stderr=agreement_stderr,
         tokens=len(tokens) * predictions,
-        hidden_errors=tuple(_ratios(streams[0].rows, squares, len(tokens))[-1 if left_out else 0 :]),
+        hidden_errors=hidden_errors,
         kls=tuple(mean for mean, _ in kls) if per_block else None,
         agreements=tuple(mean for mean, _ in agreements) if per_block else None,
         log_ratio_stderr=_mean((last.pruned_nll - last.dense_nll) / predictions)[1],
     )
-    return Comparison(apart, perplexity_of(last.dense_nll, tokens), perplexity_of(last.pruned_nll, tokens))
 
 
 class DistanceSums(NamedTuple):

@@ -12,7 +12,7 @@ or to another form of it; see ``forms.py``.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from msgspec import structs
 
 from optima_tpu.errors import UserError, plural
 from optima_tpu.models.checkpoints.exported import Exported
-from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, PackedForm, Plain
+from optima_tpu.models.checkpoints.forms import FORMS, Form, MaxText, Options, PackedForm, Plain
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import INDEX, MASKS, SHAPE
 from optima_tpu.models.checkpoints.source import total_bytes
@@ -77,6 +77,29 @@ def export(
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out, run_directory = as_path(out).resolve(), as_path(run_directory)
+    written_as, packed = _asked(form, options, out), form == PackedForm.name
+    refuse_damaged_checkpoint(run_directory.absolute())
+    run, directory = Exported.open(run_directory), run_directory.resolve()
+    if out.is_relative_to(directory) and out != directory / FOLDER:
+        raise UserError(
+            f"expected a folder outside of the run directory {directory} to export to, got {out}; choose another folder"
+        )
+    writer, dense, manifest = FORMS[form](run, written_as), total_bytes(run.source), run.source.run.manifest
+    with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
+        if _is_whole(out, manifest, packed, written_as):
+            say(f"{out} holds this export already, whole by its checksums: nothing is left to do")
+            return ExportOutcome(dense, False)
+        remove_if(out, lambda folder: _is_damaged_export(folder, manifest, own=out.parent == directory))
+        refuse_occupied(out, "export to")
+        for line in _announced(run, form, dense):
+            say(line)
+        with making(out) as partial:
+            _write(partial, writer, written_as, report or _facts(run_directory))
+    return ExportOutcome(dense, True)
+
+
+def _asked(form: str, options: Options, out: Path) -> ExportForm:
+    """The form as its record names it. Raises UserError for a form that cannot be written so."""
     if form not in FORMS:
         raise UserError(f"expected the format to be one of {', '.join(FORMS)}, got {form!r}")
     if not options.scan_layers and form != MaxText.name:
@@ -84,47 +107,36 @@ def export(
     if in_bucket(out) and not FORMS[form].buckets:
         raise UserError(f"expected a folder on a disk for a {form} export, got {out}: export to a disk, then copy the folder")
     # A packed folder is written as the plain one, which it is unpacked to byte for byte.
-    plain, shard = Plain.name if form == PackedForm.name else form, byte_count("a shard size", options.max_shard_size)
-    written_as = ExportForm(plain, shard, options.scan_layers)
-    refuse_damaged_checkpoint(run_directory.absolute())
-    run, directory = Exported.open(run_directory), run_directory.resolve()
-    if out.is_relative_to(directory) and out != directory / FOLDER:
-        raise UserError(
-            f"expected a folder outside of the run directory {directory} to export to, got {out}; choose another folder"
-        )
-    writer, dense = FORMS[form](run, written_as), total_bytes(run.source)
-    with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _is_whole(out, run.source.run.manifest, form == PackedForm.name, written_as):
-            say(f"{out} holds this export already, whole by its checksums: nothing is left to do")
-            return ExportOutcome(dense, False)
-        remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run.manifest, own=out.parent == directory))
-        refuse_occupied(out, "export to")
-        say(
-            f"writing and checking {plural(len(run.source.names()), 'tensor')} of {dense:,} bytes as {form}, which takes minutes for a large "
-            "model"
-        )
-        if run.cuts.deleted:
-            say(f"{parts_left(run.cuts.deleted)} are left, and the others are not written")
-        if run.cuts.further:
-            say(
-                f"{plural(len(run.cuts.further), 'tensor')} for predicting tokens behind the next one did not lose these parts, and leave"
-            )
-        for why in run.cuts.zeros_stay:
-            say(why)
-        with making(out) as partial:
-            for name, data in run.assets.items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                (partial / name).write_bytes(data)
-            zeros = writer.write(partial)
-            sidecar = _sidecar(run, zeros, written_as)
-            card = model_card(Card(sidecar, run.assets, report or _facts(run_directory), writer.library))
-            (partial / CARD).write_text(card, encoding="utf-8")
-            others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
-            files = sorted({*writer.shards, *([MASKS] if list(run.source.pruned()) else []), *others})
-            (partial / SIDECAR).write_bytes(encoded(structs.replace(sidecar, files=tuple(files)), indent=2))
-            writer.finish({SIDECAR, *others})
-            write_sums(partial)
-    return ExportOutcome(dense, True)
+    plain = Plain.name if form == PackedForm.name else form
+    return ExportForm(plain, byte_count("a shard size", options.max_shard_size), options.scan_layers)
+
+
+def _announced(run: Exported, form: str, dense: int) -> Iterator[str]:
+    """Lines about what is written."""
+    tensors = plural(len(run.source.names()), "tensor")
+    yield f"writing and checking {tensors} of {dense:,} bytes as {form}, which takes minutes for a large model"
+    if run.cuts.deleted:
+        yield f"{parts_left(run.cuts.deleted)} are left, and the others are not written"
+    if run.cuts.further:
+        further = plural(len(run.cuts.further), "tensor")
+        yield f"{further} for predicting tokens behind the next one did not lose these parts, and leave"
+    yield from run.cuts.zeros_stay
+
+
+def _write(folder: Path, writer: Form, written_as: ExportForm, facts: RunFacts | None) -> None:
+    """Writes assets, weights, masks, record, model card and checksums into an empty folder."""
+    run = writer.run
+    for name, data in run.assets.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    zeros = writer.write(folder)
+    sidecar = _sidecar(run, zeros, written_as)
+    (folder / CARD).write_text(model_card(Card(sidecar, run.assets, facts, writer.library)), encoding="utf-8")
+    others = {str(path.relative_to(folder)) for path in files_in(folder) if path.suffix != ".safetensors"}
+    files = sorted({*writer.shards, *([MASKS] if list(run.source.pruned()) else []), *others})
+    (folder / SIDECAR).write_bytes(encoded(structs.replace(sidecar, files=tuple(files)), indent=2))
+    writer.finish({SIDECAR, *others})
+    write_sums(folder)
 
 
 def _facts(run_directory: Path) -> RunFacts | None:

@@ -1,7 +1,9 @@
 """One recovery, from a pruned model to the same model trained on more text: a run whose blocks are pruned already."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -63,14 +65,8 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     source, evaluation = _sources(config, start)
     length = window_length(start.dense.pretrained.config, "--length", config.length or start.window_length)
     say(console, f"reading      {' and '.join(dict.fromkeys((evaluation, source)))}")
-    try:
+    with _naming_options(config):
         drawn, scored = _texts(config, start, source, evaluation, length)
-    except UserError as error:
-        taken = {"--source": config.source, "--evaluation": config.evaluation or config.source}
-        named = " and ".join(name for name, given in taken.items() if given is None)
-        raise UserError(
-            f"{error}" + (f"; {named} would replace the text that the record of {config.model} names" if named else "")
-        ) from None
     windows = config.distill.filled(max(0, len(drawn.ids) - config.held_out))
     if windows < 1:
         raise UserError(
@@ -93,6 +89,18 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     opened = Opened(run_config, start.dense, texts, manifest, configuration, directory)
     say(console, "\n".join(_greeting(config, opened, start, drawn)))
     return finish(opened, functools.partial(recovering, run_config, start), console)
+
+
+@contextlib.contextmanager
+def _naming_options(config: RecoverConfig) -> Iterator[None]:
+    """Adds to an error the options that would replace a text of the model's record."""
+    taken = {"--source": config.source, "--evaluation": config.evaluation or config.source}
+    named = " and ".join(name for name, given in taken.items() if given is None)
+    try:
+        yield
+    except UserError as error:
+        more = f"; {named} would replace the text that the record of {config.model} names" if named else ""
+        raise UserError(f"{error}{more}") from None
 
 
 def recovering(config: RunConfig, start: Start, keep: Keep) -> Report:

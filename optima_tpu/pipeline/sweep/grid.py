@@ -101,19 +101,7 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
         raise UserError(f"expected output to be a directory, got {chosen!r}")
 
-    Bound(1, MOST_CELLS).refuse("cells in the table of a sweep", math.prod(map(len, (*axes.values(), *counts.values()))))
-    places = [
-        dict(zip(("seeds", "windows", *_AXES), values, strict=True))
-        for values in itertools.product(counts["seeds"], counts["windows"], *axes.values())
-    ]
-    for number, rule in enumerate(_rules(document.get("leave_out")), 1):
-        wanted = list(_known(number, rule, axes, counts))
-        left = [place for place in places if not all(place[key] == value for key, value in wanted)]
-        if len(left) == len(places):
-            raise UserError(f"leave_out {number} matches no remaining cell; correct or delete it")
-        places = left
-    if not places:
-        raise UserError("leave_out leaves no cell to run")
+    places = _places(axes, counts, _rules(document.get("leave_out")))
     _refuse_collapse(counts, argv)
     # Cells with the same labels differ only in numbers: reading the settings takes longest and is done once for all of them.
     first = {key: counts[key][0] for key in _COUNTS}
@@ -130,6 +118,26 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     refuse_twins(cells)
     refuse_idle_seeds(cells)
     return CellGrid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
+
+
+def _places(
+    axes: Mapping[str, Mapping[str, Any]], counts: Mapping[str, list[Any]], rules: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The labels and numbers of every cell that the rules of ``leave_out`` leave."""
+    Bound(1, MOST_CELLS).refuse("cells in the table of a sweep", math.prod(map(len, (*axes.values(), *counts.values()))))
+    places = [
+        dict(zip(("seeds", "windows", *_AXES), values, strict=True))
+        for values in itertools.product(counts["seeds"], counts["windows"], *axes.values())
+    ]
+    for number, rule in enumerate(rules, 1):
+        wanted = list(_known(number, rule, axes, counts))
+        left = [place for place in places if not all(place[key] == value for key, value in wanted)]
+        if len(left) == len(places):
+            raise UserError(f"leave_out {number} matches no remaining cell; correct or delete it")
+        places = left
+    if not places:
+        raise UserError("leave_out leaves no cell to run")
+    return places
 
 
 def _settings(name: str, value: Any) -> dict[str, Any]:
