@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -31,8 +32,7 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
       UserError: one of them is wrong, or there is no such model.
     """
     chosen = make_parser().parse_args(arguments)
-    if not 2 <= chosen.length <= 1 << 20:
-        raise UserError(f"expected --length of at least 2 and at most {1 << 20}, got {chosen.length}")
+    Bound(2, 1 << 20).refuse("--length", chosen.length)
     from optima_tpu.config.model_spec import refuse_missing  # imports JAX, except in a rehearsal
 
     refuse_missing(chosen.model)

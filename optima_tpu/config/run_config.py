@@ -18,7 +18,7 @@ from optima_tpu.method.experts import SCORES, ExpertScore
 from optima_tpu.method.layer_rules import layers_text
 from optima_tpu.method.patterns import WholeParts, parse_pattern
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
+from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded, Filled
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.own_classes import import_class, is_import_path, outside_code
@@ -202,7 +202,7 @@ class CutStructures(Bounded):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sinks:
+class Sinks(Bounded):
     """Where else the records of layers are sent, block by block, besides the run directory.
 
     Attributes:
@@ -210,12 +210,10 @@ class Sinks:
       wandb: send the records to this project of Weights & Biases; with WANDB_MODE=offline they stay in RUN/wandb.
     """
 
-    tensorboard: bool = False
-    wandb: str | None = None
+    setting: ClassVar[str] = "sinks"
 
-    def __post_init__(self):
-        if self.wandb is not None and not self.wandb.strip():
-            raise UserError("expected sinks.wandb to be the name of a project, got an empty text")
+    tensorboard: bool = False
+    wandb: Annotated[str | None, Filled("the name of a project")] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,10 +241,10 @@ class RunConfig(Devices):
       sinks: where else the records of layers are sent.
     """
 
-    model: str
+    model: Annotated[str, Filled("a folder, a hub id, a .gguf file or wheel:NAME")]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     family: Literal["declared", "general"] = "declared"
-    output: str | None = None
+    output: Annotated[str | None, Filled("a directory", "leave it out for one in runs/")] = None
     recipe: Recipe = Recipe()
     cut: CutStructures = CutStructures()
     allocation: Allocation = Uniform()
@@ -260,10 +258,6 @@ class RunConfig(Devices):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model.strip():
-            raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
-        if self.output is not None and not self.output.strip():
-            raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
         for method in filter(None, (self.allocation, self.distill)):
             method.needs(self.recipe)
         for method in filter(None, self.methods.values()):

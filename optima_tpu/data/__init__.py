@@ -31,7 +31,7 @@ from optima_tpu.data.source import (
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
 from optima_tpu.errors import UserError, did_you_mean, panics_refused
-from optima_tpu.runtime.bounds import MOST
+from optima_tpu.runtime.bounds import MOST, Bound
 
 if TYPE_CHECKING:  # importing it takes seconds and warns that torch is missing, also in programs that tokenise nothing
     from transformers import PreTrainedTokenizerBase
@@ -133,12 +133,6 @@ def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", dra
     Raises:
       UserError: the source can't be read or holds too few tokens, or its ids do not fit the tokenizer.
     """
-    if draw.windows < 1 or draw.length < 1:
-        raise UserError(f"expected at least one calibration window of at least one token, got {draw.windows} of {draw.length}")
-    if draw.seed < 0:
-        raise UserError(f"expected a seed of at least 0, got {draw.seed}")
-    if draw.held_out < 0:
-        raise UserError(f"expected at least 0 held-out windows, got {draw.held_out}")
     if isinstance(source, Mix):
         return source.windows(draw, "calibration windows", lambda text, own: calibration_tokens(text, tokenizer, own, over))
     if isinstance(source, TokenSource):
@@ -203,8 +197,8 @@ def evaluation_tokens(
     Raises:
       UserError: the source can't be read or holds less than one window, or its ids do not fit the tokenizer.
     """
-    if length < 1 or (windows is not None and windows < 1):
-        raise UserError(f"expected at least one evaluation window of at least one token, got {windows} of {length}")
+    Bound(1).refuse("windows", 1 if windows is None else windows)
+    Bound(1).refuse("length", length)
     if isinstance(source, TokenSource):
         return _replacing(source.tokens("evaluation", vocabulary=len(tokenizer), windows=windows, length=length, seed=0), bos)
     return _preceded(
@@ -257,9 +251,10 @@ def shared(calibration: Source, evaluation: Source) -> Part | None:
 
 def _text_length(length: int, bos: int | None) -> int:
     """The number of text tokens in a window."""
-    if bos is not None and length < 2:
-        raise UserError(f"expected windows of at least two tokens for a model that needs a BOS token, got {length}")
-    return length if bos is None else length - 1
+    if bos is None:
+        return length
+    Bound(2, hint="the model needs a BOS token in each window").refuse("length", length)
+    return length - 1
 
 
 def _of_text(draw: Draw) -> Draw:

@@ -20,6 +20,7 @@ from optima_tpu.data.file import File
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.errors import UserError, plural
 from optima_tpu.runtime import command, signals
+from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.program import Parser, program
 
 VERSION = "1.0.0"
@@ -49,8 +50,7 @@ def build(
     """
     from optima_tpu.runtime.files import making, writing  # imports JAX, and arguments are refused without it
 
-    if not 0 <= validation_share < 1:
-        raise UserError(f"expected a validation share from 0 to below 1, got {validation_share}")
+    Bound(0, below=1).refuse("a validation share", validation_share)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name):
         raise UserError(f"expected a name of lower-case letters, digits and _, with a letter first, got {target.name!r}")
     final = target.directory / target.name / VERSION

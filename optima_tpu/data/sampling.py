@@ -6,11 +6,13 @@ longer than a window. Texts whose documents are too short for that are packed, a
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated
 
 import numpy as np
 
 from optima_tpu.data.source import Tokens
 from optima_tpu.errors import UserError, plural
+from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
 
 Encode = Callable[[str], np.ndarray]
 """Text to [tokens] int32 ids, special tokens included."""
@@ -26,7 +28,7 @@ _ATTEMPTS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class Draw(Bounded):
     """Which windows are drawn from a text.
 
     Attributes:
@@ -36,10 +38,10 @@ class Draw:
         In the windows of a :class:`~optima_tpu.data.source.TokenSource` it replaces the first token.
     """
 
-    windows: int
-    length: int
-    seed: int
-    held_out: int = 0
+    windows: Annotated[int, Bound(1)]
+    length: Annotated[int, Bound(1)]
+    seed: Annotated[int, Bound(0, MOST_SEED)]
+    held_out: Annotated[int, Bound(0)] = 0
     bos: int | None = None
 
     @property

@@ -9,7 +9,7 @@ from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.task_settings import Asking
-from optima_tpu.runtime.bounds import Bound
+from optima_tpu.runtime.bounds import Bound, Filled
 from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.program import program
 
@@ -70,7 +70,7 @@ class EvaluateConfig(Devices):
         answers are written gets up to 16 times as many of them at once, if the memory of the devices allows.
     """
 
-    model: str
+    model: Annotated[str, Filled("a run directory, a folder, a hub id, a .gguf file or wheel:NAME")]
     against: str | None = None
     against_results: str | None = None
     perplexity: str | None = None
@@ -94,8 +94,6 @@ class EvaluateConfig(Devices):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model.strip():
-            raise UserError("expected a model: a run directory, a folder, a hub id, a .gguf file or wheel:NAME, got nothing")
         few_tokens("--perplexity", self.windows, self.length)
         if unused := sorted(set(self.folders) - set(self.task_names)):
             raise UserError(

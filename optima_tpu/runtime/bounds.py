@@ -1,11 +1,12 @@
-"""Bounds of the numbers that a person types. What is beyond them is refused in one line, before anything is made of it.
+"""Bounds of what a person types. What is beyond them is refused in one line, before anything is made of it.
 
-A number's bound stands beside its type::
+A bound stands beside the type::
 
     rounds: Annotated[int, Bound(1)] = 4
     share: Annotated[float, Bound(above=0, most=0.5)] = 0.025
+    output: Annotated[str | None, Filled("a directory")] = None
 
-in a dataclass that is :class:`Bounded`. Whatever has no bound is below :data:`MOST`, by :func:`refuse_beyond`.
+in a dataclass that is :class:`Bounded`. A number without a bound is below :data:`MOST`, by :func:`refuse_beyond`.
 """
 
 import dataclasses
@@ -88,6 +89,24 @@ class Bound:
         return words if -math.inf < value < math.inf else f"to be a finite number {words}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A text that has more than blanks.
+
+    Attributes:
+      what: the text names it.
+      hint: what to type, or what is usual, behind the message.
+    """
+
+    what: str
+    hint: str = ""
+
+    def refuse(self, name: str, value: str) -> None:
+        """Raises UserError for an empty text, by the name of its setting."""
+        if not value.strip():
+            raise UserError(f"expected {name} to be {self.what}, got an empty text{self.hint and f'; {self.hint}'}")
+
+
 class Bounded:
     """A dataclass that refuses what is out of the bounds of its fields. In a field of several numbers each has the bound.
 
@@ -107,10 +126,11 @@ class Bounded:
 
 
 @functools.cache
-def _bounds(cls: type) -> Mapping[str, Bound]:
+def _bounds(cls: type) -> Mapping[str, Any]:
     """The bound of every field that has one."""
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {name: each for name, hint in hints.items() for each in getattr(hint, "__metadata__", ()) if isinstance(each, Bound)}
+    metadata = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: each for name, own in metadata.items() for each in own if isinstance(each, Bound | Filled)}
 
 
 def refuse_beyond(values: Mapping[str, Any]) -> None:

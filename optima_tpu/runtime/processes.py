@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from optima_tpu.errors import UserError, refusing
 from optima_tpu.runtime import signals
-from optima_tpu.runtime.bounds import whole
+from optima_tpu.runtime.bounds import Bound, whole
 from optima_tpu.runtime.mesh import has_devices
 
 S = TypeVar("S")
@@ -81,8 +81,7 @@ def refuse_incomplete(coordinator: str | None, count: int | None, index: int | N
             "expected --coordinator HOST:PORT, --num_processes N and --process_id K with 0 <= K < N together, "
             f"with a port from 1 to 65535, got {coordinator}, {count} and {index}"
         )
-    if count > MOST:
-        raise UserError(f"expected num_processes of at most {MOST}, got {count}")
+    Bound(most=MOST).refuse("num_processes", count)
 
 
 def may_join(coordinator: str | None) -> bool:

@@ -130,8 +130,7 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise UserError(f"expected a pattern N:M with 0 < N < M, got {self.n}:{self.m}")
-        if self.stride < 1:
-            raise UserError(f"expected a stride of at least 1 in a pattern N:M@STRIDE, got {self.stride}")
+        Bound(1).refuse("the stride in a pattern N:M@STRIDE", self.stride)
         Bound(1, MOST_INPUTS).refuse("the inputs that a group spans, M times the stride,", self.m * self.stride)
 
     def __str__(self) -> str:

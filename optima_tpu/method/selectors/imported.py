@@ -1,12 +1,12 @@
 """Masks that another program or another run made."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors.base import Selector
+from optima_tpu.runtime.bounds import Filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,9 @@ class Imported(Selector):
     hessians: ClassVar[int] = 0
     chooses: ClassVar[bool] = False
 
-    path: str | None = None
+    # None until the user gives a path; open_masks refuses None.
+    path: Annotated[str | None, Filled("the path of masks", "see --selector imported --help")] = None
     weights: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # None until the user gives a path; open_masks refuses None.
-        if self.path is not None and not self.path.strip():
-            raise UserError("expected selector.path to name masks, got an empty text; see --selector imported --help")
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         raise ValueError("imported masks are given as arrays, not chosen")

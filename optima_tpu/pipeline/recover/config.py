@@ -15,7 +15,7 @@ from optima_tpu.method.distillation import KL, Distillation
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
-from optima_tpu.runtime.bounds import MOST_SEED, Bound
+from optima_tpu.runtime.bounds import MOST_SEED, Bound, Filled
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.program import program
@@ -68,7 +68,7 @@ class RecoverConfig(Devices):
       batch: windows in one forward and backward pass, on each device; fewer need less memory.
     """
 
-    model: str
+    model: Annotated[str, Filled("a pruned model: a run directory, a folder or a hub id")]
     tokens: str | None = None
     against: str | None = None
     source: str | None = None
@@ -79,15 +79,11 @@ class RecoverConfig(Devices):
     evaluation: str | None = None
     windows: Annotated[int | None, Bound(1)] = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    output: str | None = None
+    output: Annotated[str | None, Filled("a directory", "leave it out for one in runs/")] = None
     token_cache: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model.strip():
-            raise UserError("expected a pruned model: a run directory, a folder or a hub id, got nothing")
-        if self.output is not None and not self.output.strip():
-            raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
         few_tokens("--evaluation", self.windows, self.length)
         few_tokens("--source", self.held_out, self.length)
         Bound(1, MOST_TOKENS * self.distill.passes).refuse("tokens", self.token_count)
