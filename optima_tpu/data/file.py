@@ -6,13 +6,13 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
-from optima_tpu.data.source import Part, Split, TextSource, split_options
+from optima_tpu.data.source import Part, Split, TextSource, check_field, split_options, text_of
 from optima_tpu.errors import UserError, one_line, refusing
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -127,13 +127,13 @@ class File(TextSource):
                 raise UserError(
                     f"expected a JSON object on every line of {self.path}, line {number} is a {type(record).__name__}"
                 )
-            self._check_field(record)
+            check_field(self.field, record, self.path)
             yield self._checked(record[self.field], f"line {number}")
 
     def _parquet(self) -> Iterator[str]:
         most, found = self._most(), 0
         schema = pyarrow.parquet.read_schema(self.path)
-        self._check_field(schema.names)
+        check_field(self.field, schema.names, self.path)
         if pyarrow.types.is_nested(kind := schema.field(self.field).type):
             raise UserError(f"expected text in field {self.field!r} of {self.path}, it holds {kind}: choose another field")
         # As a dictionary: a file of some kilobytes may repeat a long text a billion times.
@@ -150,20 +150,10 @@ class File(TextSource):
                     raise self._refuse_longer(most)
                 yield text
 
-    def _check_field(self, fields: Collection[str]) -> None:
-        if self.field not in fields:
-            raise UserError(
-                f"{self.path} has no field {self.field!r}, it has {', '.join(fields) or 'none'}: write file:PATH?field=NAME"
-            )
-
     def _checked(self, value: object, place: str) -> str:
-        if not isinstance(value, str):
-            raise UserError(
-                f"expected text in field {self.field!r} of {self.path}, {place} holds "
-                f"{type(value).__name__}: correct or drop that record"
-            )
-        value.encode()  # raises UnicodeError for half a surrogate pair, which JSON can spell but which is not text
-        return value
+        text = text_of(value, self.field, self.path, place)
+        text.encode()  # raises UnicodeError for half a surrogate pair, which JSON can spell but which is not text
+        return text
 
 
 def _values(batch: pyarrow.RecordBatch) -> Iterator[object]:

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from optima_tpu.data.source import Documents, Part, Split, TextSource, split_options
+from optima_tpu.data.source import Documents, Part, Split, TextSource, check_field, split_options, text_of
 from optima_tpu.errors import UserError, refusing
 
 _FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], optionally with ?field=NAME"
@@ -65,7 +65,7 @@ class Hub(TextSource):
         columns = rows.column_names
         if columns is None:  # a stream does not know its columns before its first row is read
             return map(self._text, self._guarded(rows))
-        self._check_field(columns)
+        check_field(self.field, columns, self.repository)
         if self.first:
             return map(self._text, self._guarded(rows))
         column = rows.select_columns([self.field])
@@ -103,17 +103,8 @@ class Hub(TextSource):
             yield from rows
 
     def _text(self, row: dict) -> str:
-        self._check_field(row)
-        if not isinstance(row[self.field], str):
-            raise UserError(
-                f"expected text in column {self.field!r} of {self.repository}, a row holds "
-                f"{type(row[self.field]).__name__}: write ?field=NAME for another one"
-            )
-        return row[self.field]
-
-    def _check_field(self, columns: Iterable[str]) -> None:
-        if self.field not in columns:
-            raise UserError(f"{self.repository} has no column {self.field!r}, it has {', '.join(columns)}: write ?field=NAME")
+        check_field(self.field, row, self.repository)
+        return text_of(row[self.field], self.field, self.repository, "a row")
 
     def _reading(self) -> AbstractContextManager[None]:
         # Exception, because those of pyarrow, of fsspec and of the HTTP library come here too.

@@ -2,7 +2,7 @@
 
 import abc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, overload
 
 import numpy as np
@@ -130,6 +130,22 @@ class Documents(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return map(self._read, self._numbers)
+
+
+def check_field(name: str, fields: Collection[str], where: object) -> None:
+    """Raises UserError if records have no field of this name. ``where`` names the data set."""
+    if name not in fields:
+        raise UserError(f"{where} has no field {name!r}, it has {', '.join(fields) or 'none'}: name another one by ?field=NAME")
+
+
+def text_of(value: object, name: str, where: object, place: str) -> str:
+    """Returns the value of a field. Raises UserError if it is not text; ``place`` names the record."""
+    if not isinstance(value, str):
+        raise UserError(
+            f"expected text in field {name!r} of {where}, {place} holds {type(value).__name__}: correct or drop that record, or "
+            "name another field by ?field=NAME"
+        )
+    return value
 
 
 def split_options(text: str, names: Sequence[str], form: str) -> tuple[str, dict[str, str]]:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optima_tpu.data.source import Documents, Part, Split, TextSource, split_options
+from optima_tpu.data.source import Documents, Part, Split, TextSource, check_field, split_options, text_of
 from optima_tpu.errors import UserError, refusing
 from optima_tpu.runtime.inside import below, inside
 from optima_tpu.runtime.program import program
@@ -64,11 +64,7 @@ class TFDS(TextSource):
             text or can't be read.
         """
         builder = self._builder()
-        if self.field not in builder.info.features:
-            raise UserError(
-                f"{self.name} in {self.directory} has no field {self.field!r}, it has "
-                f"{', '.join(builder.info.features)}: write ?field=NAME"
-            )
+        check_field(self.field, builder.info.features, f"{self.name} in {self.directory}")
         self._paths(builder, split)
         with self._reading():  # NotImplementedError for a format, whatever array_record raises for a missing file
             records = builder.as_data_source(self._spec(builder, split))
@@ -148,13 +144,10 @@ class TFDS(TextSource):
     def _text(self, records: Sequence[Mapping[str, Any]], number: int) -> str:
         with self._reading():  # array_record has no exceptions of its own for a damaged file
             value = records[number][self.field]
-        if not isinstance(value, bytes):
-            raise UserError(
-                f"expected text in field {self.field!r} of {self.name}, document {number} holds "
-                f"{type(value).__name__}: write ?field=NAME for another one"
-            )
-        with self._reading():
-            return value.decode()
+        if isinstance(value, bytes):
+            with self._reading():
+                return value.decode()
+        return text_of(value, self.field, self.name, f"document {number}")
 
     def _reading(self) -> AbstractContextManager[None]:
         return refusing(Exception, f"{self} can't be read", "make the data set again, in the format array_record")

@@ -290,7 +290,7 @@ def test_a_hub_data_set_has_the_documents_of_its_files(hub_folder):
     for text, message in (
         ("hub:org/name@test", "test"),
         ("hub:org/name@train?field=page", "'page'.*id, text"),
-        ("hub:org/name@train[:5]?field=id", "text in column 'id'.*int"),
+        ("hub:org/name@train[:5]?field=id", "text in field 'id'.*int"),
         ("hub:org/none@train", "org/none"),
     ):
         with pytest.raises(UserError, match=message) as raised:
