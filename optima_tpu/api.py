@@ -37,7 +37,7 @@ from optima_tpu.report.facts import facts
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.published import change
 from optima_tpu.report.runs import read_report
-from optima_tpu.report.table import plain
+from optima_tpu.report.summary import plain
 from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import take_devices

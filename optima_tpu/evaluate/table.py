@@ -9,7 +9,7 @@ from optima_tpu.evaluate.tasks import PAPER
 from optima_tpu.report.evaluation import Distance, EvaluationRecord, TaskScore
 from optima_tpu.report.numbers import interval, number
 from optima_tpu.report.progress import plain_table, show
-from optima_tpu.report.table import labelled
+from optima_tpu.report.summary import labelled
 
 
 def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[str, str], strange: Iterable[str] = ()) -> None:

@@ -26,7 +26,7 @@ from optima_tpu.report.contents import Allocated, Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.sinks import Steps, check_sinks
-from optima_tpu.report.table import print_summary
+from optima_tpu.report.summary import print_summary
 from optima_tpu.runtime.files import complete, only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
 from optima_tpu.runtime.records import known_record

@@ -30,7 +30,7 @@ def run(asked: tuple[argparse.Namespace, Path]) -> None:
     chosen, path = asked
     from optima_tpu.report.page import is_page, write_page
     from optima_tpu.report.progress import Terminal, say
-    from optima_tpu.report.table import print_summary
+    from optima_tpu.report.summary import print_summary
 
     console = Terminal()
     if chosen.output is not None or len(chosen.runs) > 1:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from optima_tpu.method.layer_rules import kind_name
+from optima_tpu.report.layer_means import mean, sparsity
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import mean, sparsity
 from optima_tpu.report.view import NONE
 
 Layers = Sequence[LayerReport]
@@ -36,7 +36,7 @@ class Column(NamedTuple):
 
 
 def mean_error(layers: Layers, error: str) -> str:
-    """The mean of an error, see :func:`summary.mean`."""
+    """The mean of an error, see :func:`layer_means.mean`."""
     value = mean(layers, error)
     return NONE if value is None else percent(value)
 

@@ -10,10 +10,10 @@ from optima_tpu.errors import UserError, plural
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.averages import averages
 from optima_tpu.report.contents import CellResult
+from optima_tpu.report.layer_means import short_names
 from optima_tpu.report.numbers import number
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import names, read_report
-from optima_tpu.report.summary import short_names
 from optima_tpu.runtime.checksums import read_intact
 
 MADE_BY = "OPTIMA-TPU, optima_tpu.figures"

@@ -12,8 +12,8 @@ from optima_tpu.errors import plural
 from optima_tpu.report.columns import mean_error
 from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
+from optima_tpu.report.layer_means import exchanged, mean, measured, quantized_line
 from optima_tpu.report.numbers import became, direction, number, percent, times
-from optima_tpu.report.summary import exchanged, mean, measured, quantized_line
 from optima_tpu.report.view import without_folders
 
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from optima_tpu.report.contents import Environment, MemoryPeaks, Report
 from optima_tpu.report.findings import unusual
+from optima_tpu.report.layer_means import by_kind, sparsity
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import by_kind, sparsity
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
 from optima_tpu.runtime.processes import everyones

@@ -11,11 +11,11 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.columns import EVERY, KINDS, ROWS, Layers, page_columns, steps
 from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines, unusual_count
+from optima_tpu.report.layer_means import gap_meaning, held_out_caveat, named_kinds, quantized_line, short_names, sparsity
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import FinishedRun
-from optima_tpu.report.summary import gap_meaning, held_out_caveat, named_kinds, quantized_line, short_names, sparsity
 from optima_tpu.report.view import Key, Plots, Section, Table
 
 _BEFORE, _AFTER = 6, 0  # grey, blue

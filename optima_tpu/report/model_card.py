@@ -13,10 +13,10 @@ from optima_tpu.config.flat import flat, typed
 from optima_tpu.errors import legible, plural
 from optima_tpu.method.patterns import WholeParts, parse_pattern
 from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount, Outcome, RunFacts, Sidecar, only_experts, parts_left
+from optima_tpu.report.layer_means import held_out_caveat, mean, sparsity
 from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.settings import RecipeSettings
-from optima_tpu.report.summary import held_out_caveat, mean, sparsity
 from optima_tpu.report.view import template, without_folders
 
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")

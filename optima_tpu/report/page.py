@@ -9,6 +9,7 @@ from typing import Any
 
 from optima_tpu.errors import plural
 from optima_tpu.report.distillation import distillation
+from optima_tpu.report.layer_means import measured
 from optima_tpu.report.layers import layer_errors, maps, solver, strange
 from optima_tpu.report.origin import cost, origin
 from optima_tpu.report.plots import MARKERS, SERIES
@@ -16,7 +17,6 @@ from optima_tpu.report.published import result
 from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.run_files import run_files
 from optima_tpu.report.runs import FinishedRun, read_runs
-from optima_tpu.report.summary import measured
 from optima_tpu.report.view import template, without_folders
 from optima_tpu.report.writing import continuations, tokens
 from optima_tpu.runtime.files import write_bytes, writing

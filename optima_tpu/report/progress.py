@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from optima_tpu.errors import legible
+from optima_tpu.report.layer_means import mean, sparsity
 from optima_tpu.report.numbers import duration, hms, percent
 from optima_tpu.report.pace import Pace, Remaining, Step, remaining
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import mean, sparsity
 from optima_tpu.runtime.processes import check_signals
 
 _QUIET, _QUIETEST = 10.0, 60.0

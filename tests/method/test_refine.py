@@ -26,8 +26,8 @@ from optima_tpu.method.solvers import CG, Exact
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.memory_plan import GroupLoad
-from optima_tpu.report.summary import exchanged
-from optima_tpu.report.table import print_summary
+from optima_tpu.report.layer_means import exchanged
+from optima_tpu.report.summary import print_summary
 from tests.support import fake_reports
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, solve, wide

@@ -15,7 +15,7 @@ from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.method.quantization import Int4
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
-from optima_tpu.report import table
+from optima_tpu.report import summary
 from optima_tpu.report.contents import Check, CutCount, FileSizes, Outcome, Perplexities, Report
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.facts import size
@@ -84,7 +84,7 @@ def test_rows_that_did_not_converge_come_with_a_remedy():
 
 def printed(report) -> str:
     out = Console(file=io.StringIO(), width=80)
-    table.print_summary(out, report, Path("runs/x"))
+    summary.print_summary(out, report, Path("runs/x"))
     return out.file.getvalue()
 
 

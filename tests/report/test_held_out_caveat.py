@@ -13,7 +13,7 @@ from optima_tpu.report.contents import ExportedLayer, ExportForm, Sidecar
 from optima_tpu.report.model_card import Card, model_card
 from optima_tpu.report.page import render
 from optima_tpu.report.runs import read_runs
-from optima_tpu.report.table import print_summary
+from optima_tpu.report.summary import print_summary
 from tests.support.fake_reports import MANIFEST, write_run
 
 SAID = "also chose {}, so its error is slightly too low."

@@ -29,12 +29,12 @@ from optima_tpu.report import plots
 from optima_tpu.report.__main__ import main
 from optima_tpu.report.contents import CutCount, FileSizes
 from optima_tpu.report.evaluation import EvaluationRecord
+from optima_tpu.report.layer_means import by_kind
 from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.page import write_page
 from optima_tpu.report.results import tiles
 from optima_tpu.report.runs import read_report, read_runs
-from optima_tpu.report.summary import by_kind
-from optima_tpu.report.table import print_summary
+from optima_tpu.report.summary import print_summary
 from optima_tpu.report.view import without_folders
 from optima_tpu.runtime.records import encoded, json_values, read_record
 from tests.support.fake_reports import ENVIRONMENT, MANIFEST, layers, write_other_places, write_run

@@ -17,7 +17,7 @@ from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.errors import legible
 from optima_tpu.method.outcomes import RowOutcomes
-from optima_tpu.report import file, summary
+from optima_tpu.report import file, layer_means
 from optima_tpu.report.contents import Perplexities
 from optima_tpu.report.findings import unusual
 from optima_tpu.report.numbers import duration, hms, number, percent
@@ -25,7 +25,7 @@ from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress, Terminal, show
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import layer_report
-from optima_tpu.report.table import print_summary
+from optima_tpu.report.summary import print_summary
 from optima_tpu.runtime.records import check_record, encoded, json_values, parse_record
 from tests.support.fake_reports import ENTRIES, TEXT, blocks_of, layer, report_of
 from tests.support.meshes import mesh
@@ -120,7 +120,7 @@ def test_a_number_that_json_cannot_hold_is_null():
 
 
 def test_summary_by_layer_kind():
-    query, down = summary.by_kind(LAYERS)
+    query, down = layer_means.by_kind(LAYERS)
     assert (query.name, down.name) == ("self_attn.q_proj", "mlp.down_proj")
     assert query.error_before == pytest.approx((0.1234 + 0.2) / 2)
     assert (query.layers, query.rows, query.rows_not_converged, query.rows_refused) == (2, 8, 3, 3)
@@ -132,12 +132,12 @@ def test_experts_that_no_token_reached_are_in_no_mean():
     errors = dict(error_before=0.2, error_after=0.1, held_out_before=0.4, held_out_after=0.3)
     seen = layer(**errors, tokens=9, dense_before=0.5, dense_after=0.4, dense_drift=0.2)
     unseen, never = structs.replace(layer(tokens=9), error_before=0.4, error_after=0.3), layer(error_after=0.9, tokens=0)
-    (kind,) = summary.by_kind([seen, unseen, never])
+    (kind,) = layer_means.by_kind([seen, unseen, never])
     assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
     assert (kind.held_out, kind.dense_before, kind.dense_after, kind.dense_drift) == (0.3, 0.5, 0.4, 0.2)
-    assert summary.mean([seen, structs.replace(seen, held_out_after=None)], "held_out_after") == 0.3
-    assert math.isnan(summary.mean([seen, structs.replace(seen, held_out_after=math.inf)], "held_out_after"))
-    (lonely,) = summary.by_kind([never])
+    assert layer_means.mean([seen, structs.replace(seen, held_out_after=None)], "held_out_after") == 0.3
+    assert math.isnan(layer_means.mean([seen, structs.replace(seen, held_out_after=math.inf)], "held_out_after"))
+    (lonely,) = layer_means.by_kind([never])
     assert lonely.error_after == 0.9 and lonely.held_out is None
 
 
@@ -152,8 +152,8 @@ def test_a_layer_without_held_out_tokens_has_no_error_on_them():
 
 
 def test_sparsity_counts_weights_not_layers():
-    assert summary.sparsity([layer(shape=(1, 10), pruned=10), layer(shape=(9, 10), pruned=0)]) == 0.1
-    assert summary.sparsity([]) == 0
+    assert layer_means.sparsity([layer(shape=(1, 10), pruned=10), layer(shape=(9, 10), pruned=0)]) == 0.1
+    assert layer_means.sparsity([]) == 0
 
 
 def test_unusual_is_named_and_only_unusual_is():

@@ -36,7 +36,7 @@ from optima_tpu.report.curves import windows
 from optima_tpu.report.page import render
 from optima_tpu.report.run_record import read_run, write_run
 from optima_tpu.report.runs import read_runs
-from optima_tpu.report.table import print_summary
+from optima_tpu.report.summary import print_summary
 from optima_tpu.runtime.checksums import ALL, damage, keep, known
 from optima_tpu.runtime.records import encoded, json_values
 from tests.support import fake_reports

@@ -15,8 +15,8 @@ from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.averages import averages
 from optima_tpu.report.contents import CellName, CellResult, Report
+from optima_tpu.report.layer_means import mean
 from optima_tpu.report.numbers import number
-from optima_tpu.report.summary import mean
 from optima_tpu.report.view import Table
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.records import encoded, json_values, known_record
