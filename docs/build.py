@@ -861,8 +861,8 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
                 ("calibration-size", "few-tokens", "few-tokens-wide", "written-choice"),
             ),
             "Training after pruning": Group(
-                ("distillation", "recovery-tokens"),
-                ("recovery", "recovery-starts", "one-text", "learning-rate", "training-units"),
+                ("distillation", "one-text", "recovery-tokens"),
+                ("recovery", "recovery-starts", "learning-rate", "training-units"),
             ),
         },
     ),
