@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Heads, Pattern, Unstructured, WholeInputs
-from optima_tpu.method.problem import LayerProblem, Pruned
+from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.selectors import ADMM, Magnitude, Price, Selector, SparseGPT, Thanos, Wanda
 from optima_tpu.runtime.mesh import ROWS, make_mesh
-from tests.support.problems import ALIKE, PATTERNS, layer, select
+from tests.support.problems import ALIKE, PATTERNS, assert_obeys, groups, layer, select
 
 COUNT, SIZE = 8, 32
 # Blocks of 12 leave a last one of 8, and divide no N:M group of 8.
@@ -61,29 +61,6 @@ def four_bits(seed: int) -> np.ndarray:
     """Weights of 15 levels, zero with either sign among them: most of them tie with others of their row."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 8, (COUNT, SIZE)) * rng.choice([-0.25, 0.25], (COUNT, SIZE))
-
-
-def groups(array, pattern: Pattern) -> np.ndarray:
-    """The comparison groups as rows."""
-    array = np.asarray(array)
-    if isinstance(pattern, NM):
-        return pattern.groups(array).reshape(-1, pattern.m)
-    return array if pattern.group == "row" else array.reshape(1, -1)
-
-
-def assert_obeys(pruned: Pruned, pattern: Pattern):
-    """The exact number of zeros in every comparison group, none of them negative, and numbers everywhere else."""
-    weight, keep = np.asarray(pruned.weight), np.asarray(pruned.keep)
-    assert weight.dtype == np.float32 and keep.dtype == bool and weight.shape == keep.shape == (COUNT, SIZE)
-    if isinstance(pattern, WholeInputs):
-        assert (keep == keep[0]).all()
-    else:
-        lost = ~groups(keep, pattern)
-        share = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(lost.shape[1])
-        assert (lost.sum(axis=1) == share).all()
-    assert np.sum(~keep) == pattern.pruned_count(weight.shape)
-    assert np.isfinite(weight).all()
-    assert (weight[~keep] == 0).all() and not np.signbit(weight[~keep]).any()
 
 
 def assert_prunes_the_smallest(scores: np.ndarray, keep: np.ndarray, selector: Selector, pattern: Pattern, by_index: bool = True):

@@ -10,12 +10,12 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned
+from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Thanos, Wanda
 from tests.support import ports
 from tests.support.meshes import mesh
-from tests.support.problems import layer, oracle, select
+from tests.support.problems import assert_obeys, layer, oracle, select
 from tests.support.pruning import prune_matrices
 
 ROW, LAYER = Unstructured(0.6, "row"), Unstructured(0.5, "layer")
@@ -31,23 +31,6 @@ def problem_of(rows, columns, dead=(), seed=0, **settings) -> LayerProblem:
     problem = layer(np.random.default_rng(seed), rows, columns, **settings)
     index = jnp.array(dead, int)
     return LayerProblem(problem.weight, problem.hessian.at[index].set(0.0).at[:, index].set(0.0))
-
-
-def groups(array, pattern):
-    """The comparison groups as rows."""
-    array = np.asarray(array)
-    if isinstance(pattern, NM):
-        return array.reshape(-1, pattern.m)
-    return array if pattern.group == "row" else array.reshape(1, -1)
-
-
-def assert_obeys(pruned: Pruned, pattern):
-    """The exact number of zeros in every comparison group, none of them negative."""
-    lost = ~groups(pruned.keep, pattern)
-    expected = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(lost.shape[1])
-    assert (lost.sum(axis=1) == expected).all()
-    gone = np.asarray(pruned.weight)[~np.asarray(pruned.keep)]
-    assert (gone == 0).all() and not np.signbit(gone).any()
 
 
 @pytest.mark.parametrize("shape, pattern", [(shape, pattern) for shape, some in SHAPES for pattern in some], ids=str)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optima_tpu.method.patterns import NM, Unstructured, WholeInputs
+from optima_tpu.method.patterns import NM, Pattern, Unstructured, WholeInputs
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.method.solvers import Solver
 
@@ -57,6 +57,29 @@ def solve(solver: Solver, problem: LayerProblem, pruned: Pruned, damping: float 
 def select(selector, problem: LayerProblem, pattern) -> Pruned:
     """Runs a selector, compiled once for each choice, pattern and shape."""
     return selector(problem, pattern)
+
+
+def groups(array, pattern: Pattern) -> np.ndarray:
+    """The comparison groups as rows."""
+    array = np.asarray(array)
+    if isinstance(pattern, NM):
+        return pattern.groups(array).reshape(-1, pattern.m)
+    return array if pattern.group == "row" else array.reshape(1, -1)
+
+
+def assert_obeys(pruned: Pruned, pattern: Pattern):
+    """The exact number of zeros in every comparison group, none of them negative, and numbers everywhere else."""
+    weight, keep = np.asarray(pruned.weight), np.asarray(pruned.keep)
+    assert weight.dtype == np.float32 and keep.dtype == bool and weight.shape == keep.shape
+    if isinstance(pattern, WholeInputs):
+        assert (keep == keep[0]).all()
+    else:
+        lost = ~groups(keep, pattern)
+        share = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(lost.shape[1])
+        assert (lost.sum(axis=1) == share).all()
+    assert np.sum(~keep) == pattern.pruned_count(weight.shape)
+    assert np.isfinite(weight).all()
+    assert (weight[~keep] == 0).all() and not np.signbit(weight[~keep]).any()
 
 
 def wide(problem: LayerProblem, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
