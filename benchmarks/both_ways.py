@@ -31,8 +31,7 @@ from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.records import read_record
-from tests.support.references import REFERENCES, tiny
-from tests.support.tiny_models import byte_tokenizer
+from tests.support.references import BY_MODEL, save
 
 MODELS = "LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"
 WAYS = "declared", "general"
@@ -60,22 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(argv)
     for name in chosen.models:
         with tempfile.TemporaryDirectory() as folder:
-            source = random_model(name, Path(folder, "model")) if name in _REFERENCES else name
+            source = random_model(name, Path(folder, "model")) if name in BY_MODEL else name
             row = [f"`{name}`", *of_runs(source, Path(folder), shlex.split(chosen.settings)), *of_block(source, chosen.turns)]
         print(*row, sep="\t", flush=True)
         if chosen.record:
             write_rows(chosen.record, facts(), [row])
 
 
-_REFERENCES = {reference.model: reference for reference in REFERENCES}
-
-
 def random_model(name: str, folder: Path) -> str:
     """Saves a random model of a class. Returns its folder."""
-    reference = _REFERENCES[name]
-    _, model, _ = tiny(reference, next(iter(reference.variants.values())) | SIZES)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save(folder, BY_MODEL[name], BY_MODEL[name].first | SIZES)
     return str(folder)
 
 

@@ -7,7 +7,7 @@ import pytest
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.pipeline.inputs import read_texts
-from tests.support.references import REFERENCES, SIZES, tiny
+from tests.support.references import BY_MODEL, SIZES, tiny
 from tests.support.runs import opened
 from tests.support.texts import save
 from tests.support.tiny_models import byte_tokenizer, with_bos
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
 
     @functools.cache
     def saved_family(family: str):
-        reference = next(reference for reference in REFERENCES if reference.model == family)
+        reference = BY_MODEL[family]
         _, model, _ = tiny(reference, SIZES)
         model.save_pretrained(root / family)
         save(with_bos(root / family) / "text.jsonl", DOCUMENTS)

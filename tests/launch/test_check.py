@@ -5,15 +5,15 @@ import pytest
 from optima_tpu import check
 from optima_tpu.models.general import block
 from optima_tpu.models.layers import project
-from tests.support.references import GENERAL, REFERENCES, tiny
+from tests.support.references import BY_MODEL, tiny
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchax")
 
 
 def checked(folder, name: str, capsys) -> tuple[int, str]:
-    reference = next(each for each in [*GENERAL, *REFERENCES] if each.model == name)
-    tiny(reference, next(iter(reference.variants.values())))[1].save_pretrained(folder)
+    reference = BY_MODEL[name]
+    tiny(reference, reference.first)[1].save_pretrained(folder)
     capsys.readouterr()
     return check.run(check.read([str(folder), "--length", "24"])), capsys.readouterr().out
 

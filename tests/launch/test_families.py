@@ -25,9 +25,8 @@ from optima_tpu.unpack import unpack
 from tests.support.fake_run import assert_same, begun, block_report, on_host, write_checkpoint
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, tiny
+from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, MULTIMODAL, QWEN_IMAGES, REFERENCES, SIZES, save
 from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
-from tests.support.tiny_models import byte_tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -49,7 +48,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
 
     @functools.cache
-    def save(family: str) -> Path:
+    def folder(family: str) -> Path:
         reference = REFERENCE[family]
         sizes = {
             "OPTForCausalLM": dict(vocab_size=258, ffn_dim=48),
@@ -63,14 +62,13 @@ def saved(tmp_path_factory):
             "Glm4MoeForCausalLM": SIZES
             | dict(moe_intermediate_size=48, n_routed_experts=3, n_group=1, topk_group=1, n_shared_experts=1),
         }.get(family, SIZES)
-        _, model, _ = tiny(reference, next(iter(reference.variants.values())) | sizes, torch.bfloat16)
         # The Qwen is published with all experts of a block in one tensor, as transformers holds them.
-        model.save_pretrained(root / family, max_shard_size="60KB", save_original_format=family != QWEN_IMAGES.model)
-        byte_tokenizer().save_pretrained(root / family)
+        options = dict(max_shard_size="60KB", save_original_format=family != QWEN_IMAGES.model)
+        save(root / family, reference, reference.first | sizes, torch.bfloat16, **options)
         assert len(list((root / family).glob("*.safetensors"))) > 1
         return root / family
 
-    return save
+    return folder
 
 
 def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> Path:
@@ -279,10 +277,7 @@ def test_windows_begin_with_bos_where_the_family_needs_it(saved, family, source)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    reference = REFERENCES[0]
-    _, model, _ = tiny(reference, {})
-    model.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, REFERENCES[0], {})
     config = RunConfig(model=str(tmp_path), calibration=Calibration("pydoc", windows=4, length=12))
     with pytest.raises(UserError, match="below 64"):
         read_texts(config, opened(config, (1, 1)))

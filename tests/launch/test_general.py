@@ -22,7 +22,7 @@ from optima_tpu.report.file import REPORT
 from optima_tpu.runtime.records import read_record
 from tests.launch.test_families import HALF, assert_bit_for_bit, assert_loads, configured, linears_of, pruned, slow_where
 from tests.support.meshes import mesh
-from tests.support.references import GENERAL, MIXED, REFERENCES, SIZES, tiny
+from tests.support.references import BY_MODEL, GENERAL, MIXED, SIZES, save
 from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer
 
@@ -51,15 +51,13 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("general")
 
     @functools.cache
-    def save(name: str) -> Path:
+    def folder(name: str) -> Path:
         reference = REFERENCE[name]
-        _, model, _ = tiny(reference, next(iter(reference.variants.values())) | dict(vocab_size=258), torch.bfloat16)
-        model.save_pretrained(root / name, max_shard_size="60KB")
-        byte_tokenizer().save_pretrained(root / name)
+        save(root / name, reference, reference.first | dict(vocab_size=258), torch.bfloat16, max_shard_size="60KB")
         assert len(list((root / name).glob("*.safetensors"))) > 1
         return root / name
 
-    return save
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +184,8 @@ BOTH = "LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssFo
 
 @pytest.mark.parametrize("name", slow_where(BOTH, set(BOTH) - {"Gemma3ForCausalLM"}))
 def test_both_ways_give_the_same_masks_and_the_same_perplexity(tmp_path, name):
-    reference = next(each for each in REFERENCES if each.model == name)
-    _, model, _ = tiny(reference, next(iter(reference.variants.values())) | SIZES, torch.float32)
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    reference = BY_MODEL[name]
+    save(tmp_path / "model", reference, reference.first | SIZES)
     runs = [pruned(tmp_path / "model", tmp_path / way, (1, 1), family=way, **HALF) for way in ("declared", "general")]
     reports = [read_record(run / REPORT, Report) for run in runs]
     masks = [read_masks(run / "hf") for run in runs]

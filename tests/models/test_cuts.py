@@ -37,7 +37,7 @@ from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, REFERENCES, Reference, tiny
+from tests.support.references import BESIDE_IMAGES, BY_MODEL, LLAMA_IMAGES, REFERENCES, Reference, tiny
 from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
@@ -63,11 +63,7 @@ def cases():
             if (not index or any(word in name for word in ("bias", "head"))) and cuts(reference, settings):
                 yield pytest.param(reference, settings, id=f"{reference.model.removesuffix('ForCausalLM')}-{name}")
     for model, number, name in (("Llama", 1, "one key"), ("Llama", 2, "one key left"), ("Phi3", 1, "one key")):
-        yield pytest.param(reference_of(f"{model}ForCausalLM"), dict(num_key_value_heads=number), id=f"{model}-{name}")
-
-
-def reference_of(model: str) -> Reference:
-    return next(reference for reference in REFERENCES if reference.model == model)
+        yield pytest.param(BY_MODEL[f"{model}ForCausalLM"], dict(num_key_value_heads=number), id=f"{model}-{name}")
 
 
 def test_every_family_says_of_each_pattern_what_it_cuts_or_why_not():
@@ -141,13 +137,13 @@ def test_the_exported_model_computes_what_zeros_do(reference: Reference, setting
 def test_what_a_family_cannot_lose_is_refused_by_name(model, pattern, why):
     said = rf"expected a model whose .*s can be cut where the pattern is {pattern}, got {model}, {why}; take another pattern, such as 2:4"
     with pytest.raises(UserError, match=f"^{said}$"):
-        on_model(RunConfig(model="here").changed(pattern=parse_pattern(pattern)), reference_of(model).configuration({}))
+        on_model(RunConfig(model="here").changed(pattern=parse_pattern(pattern)), BY_MODEL[model].configuration({}))
 
 
 @pytest.mark.parametrize("model", ["Cohere2ForCausalLM", "OPTForCausalLM"])
 def test_a_width_of_heads_that_config_json_cannot_say_is_seen_when_it_is_read_again(model, monkeypatch):
     """So that a family which says wrongly that its heads can be cut is refused too."""
-    config = reference_of(model).configuration({})
+    config = BY_MODEL[model].configuration({})
     cut = Cut("heads", 6, 8, ("self_attn.o_proj",), {}, {"num_attention_heads": 1}, {"head_dim": 8})
     family = FAMILIES[model][config.model_type]
 
@@ -289,7 +285,7 @@ def test_what_cannot_be_cut_stays_as_zeros_and_the_export_says_why(pattern, laye
 
 def test_blocks_for_further_tokens_leave_with_the_parts_that_they_did_not_lose(tmp_path):
     """They have as many neurons as before, which config.json no longer says."""
-    config, _, source = tiny(reference_of("Glm4MoeForCausalLM"), {})
+    config, _, source = tiny(BY_MODEL["Glm4MoeForCausalLM"], {})
     further = {f"model.layers.46.mlp.experts.0.{name}.weight": np.ones((24, 36), np.float32) for name in ("up_proj", "gate_proj")}
     source.arrays.update(further)
     said, run = [], pruned_run(tmp_path / "run", config, source, "0.25/neuron@4")

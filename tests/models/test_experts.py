@@ -17,7 +17,7 @@ from optima_tpu.models.grouped import Stretches, grouped_dot, grouped_outer
 from optima_tpu.runtime.mesh import place
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import MIXTURES, REFERENCES, tiny
+from tests.support.references import BY_MODEL, MIXTURES, REFERENCES, tiny
 
 FEW = {reference.model: reference for reference in REFERENCES if reference.model in MIXTURES}
 
@@ -100,7 +100,7 @@ def test_more_experts_for_a_token_than_there_are_is_refused(model):
 
 def test_blocks_that_differ_write_what_a_pass_through_them_says():
     """The first of two blocks has linear attention, which must not read the same tokens twice; prompts are read in chunks."""
-    reference = next(reference for reference in REFERENCES if reference.model == "Qwen3_5ForCausalLM")
+    reference = BY_MODEL["Qwen3_5ForCausalLM"]
     config, _, tensors = tiny(reference, {})
     decoder, prompts = Decoder.open(config, tensors, mesh(1, 1)), [Prompt((3, 1, 4), 8), Prompt((1, 5, 9, 2, 6, 5), 5)]
     assert [len(blocks) for _, blocks in decoder.stretches] == [1, 1]

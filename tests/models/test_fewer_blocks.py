@@ -18,7 +18,7 @@ from optima_tpu.runtime.processes import fetch
 from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
 from tests.support.meshes import mesh
-from tests.support.references import BESIDE_IMAGES, LLAMA_IMAGES, REFERENCES, Reference, tiny
+from tests.support.references import BESIDE_IMAGES, BY_MODEL, LLAMA_IMAGES, REFERENCES, tiny
 from tests.support.runs import folder_tensors
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
@@ -26,10 +26,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 TOKENS = np.arange(40)[None] * 7 % 60
-
-
-def reference_of(model: str) -> Reference:
-    return next(reference for reference in (*REFERENCES, *BESIDE_IMAGES) if reference.model == model)
 
 
 def all_cases():
@@ -115,8 +111,8 @@ def test_the_exported_model_computes_what_the_identity_in_their_place_does(refer
 )
 def test_our_own_pass_through_the_export_skips_these_blocks(model, shape, tmp_path):
     """To the same bits on the same mesh, since the same programs run."""
-    reference = reference_of(model)
-    config, _, source = tiny(reference, next(iter(reference.variants.values())))
+    reference = BY_MODEL[model]
+    config, _, source = tiny(reference, reference.first)
     run = pruned_run(tmp_path / "run", config, source, "dense", left_out=(0,))
     export(run, tmp_path / "out")
     small = open_model(str(tmp_path / "out"))
@@ -156,8 +152,8 @@ def logits(decoder, blocks):
     ],
 )
 def test_settings_of_each_block_follow_the_blocks(model, settings, left_out, expected):
-    reference = reference_of(model)
-    config = reference.configuration(next(iter(reference.variants.values())) | settings)
+    reference = BY_MODEL[model]
+    config = reference.configuration(reference.first | settings)
     changed = settings_without(config, left_out)
     assert changed["num_hidden_layers"] == config.num_hidden_layers - len(left_out)
     assert {name: changed[name] for name in expected} == expected
@@ -193,9 +189,9 @@ def test_tensors_behind_the_last_block_stay_behind_it():
     ],
 )
 def test_blocks_that_cannot_be_left_out_are_refused_before_anything_is_computed(model, blocks, said):
-    reference = reference_of(model)
+    reference = BY_MODEL[model]
     settings = dict(decoder_sparse_step=2, num_hidden_layers=4) if "Moe" in model else {}
-    config = reference.configuration(next(iter(reference.variants.values())) | settings)
+    config = reference.configuration(reference.first | settings)
     run = RunConfig(model="here", cut=CutStructures(blocks))
     with pytest.raises(UserError) as refused:
         on_model(run, config)

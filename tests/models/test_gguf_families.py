@@ -13,7 +13,7 @@ from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_of
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import REFERENCES, tiny
+from tests.support.references import BY_MODEL, tiny
 from tests.support.tiny_models import NEW_READER
 
 torch = pytest.importorskip("torch")
@@ -33,7 +33,7 @@ CASES = {
 def write(path, arch: str, change=lambda writer: None, without: tuple[str, ...] = ()):
     """Returns the model that the file holds."""
     name, settings = CASES[arch]
-    reference = next(reference for reference in REFERENCES if reference.model == name)
+    reference = BY_MODEL[name]
     config, model, tensors = tiny(reference._replace(base=reference.base | settings), {})
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("tiny")

@@ -12,7 +12,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.language_model import LanguageModel
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import REFERENCES, tiny
+from tests.support.references import BY_MODEL, tiny
 from tests.support.runs import folder_tensors
 
 TOKENS = np.random.default_rng(0).integers(1, 64, (2, 12)).astype(np.int32)
@@ -22,7 +22,7 @@ FAMILIES = {"LlamaForCausalLM": "gqa", "Gemma2ForCausalLM": "caps", "OPTForCausa
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_the_decoder_and_every_tensor_keeps_its_name(name):
-    reference = next(reference for reference in REFERENCES if reference.model == name)
+    reference = BY_MODEL[name]
     config, _, tensors = tiny(reference, reference.variants[FAMILIES[name]])
     decoder = Decoder.open(config, tensors, mesh(2, 2))
     model = LanguageModel(decoder)

@@ -22,7 +22,7 @@ from optima_tpu.models.rope import Rope
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of, logits_of
 from tests.support.pruning import compiled_forward
-from tests.support.references import BASE, LLAMA3, MIXTURES, REFERENCES, Reference, apart, tiny
+from tests.support.references import BASE, BY_MODEL, LLAMA3, MIXTURES, REFERENCES, Reference, apart, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -62,14 +62,14 @@ def test_logits_agree_with_transformers(reference, settings):
 def test_logits_do_not_depend_on_the_mesh(reference):
     """Three key-value heads do not divide two or four slices of the model axis, six heads do not divide four."""
     for shape in ((4, 2), (2, 4)) if reference is REFERENCES[0] else ((4, 2),):
-        assert (compared(reference, next(iter(reference.variants.values())), shape=shape) < 1e-4).all()
+        assert (compared(reference, reference.first, shape=shape) < 1e-4).all()
 
 
 # The named ones scale or normalise otherwise than the families whose layers they have.
 @pytest.mark.parametrize("reference", apart(*(f"{name}ForCausalLM" for name in ("Gemma", "Granite", "Nemotron", "DeepseekV3"))))
 def test_bfloat16_logits_agree_within_its_rounding(reference):
     """Measured: 0.008 to 0.018, some roundings of 2^-9 on both sides."""
-    near = compared(reference, next(iter(reference.variants.values())), dtype=torch.bfloat16) < 16 * 2**-9
+    near = compared(reference, reference.first, dtype=torch.bfloat16) < 16 * 2**-9
     # Rounding sends a token to another expert where two are nearly equal; the others must agree.
     assert near.mean() > 0.8 if reference.model in MIXTURES else near.all()
 
@@ -115,7 +115,7 @@ def test_every_tensor_of_the_checkpoint_is_read_and_no_other(reference, settings
 
 
 def test_blocks_that_predict_further_tokens_may_stand_behind_the_last_one():
-    config, _, tensors = tiny(next(reference for reference in REFERENCES if reference.model == "Glm4MoeForCausalLM"), {})
+    config, _, tensors = tiny(BY_MODEL["Glm4MoeForCausalLM"], {})
     tensors.arrays["model.layers.46.eh_proj.weight"] = np.ones((2, 2), np.float32)
     check_checkpoint(Decoder.open(config, tensors, mesh(1, 1)))
     tensors.arrays["model.layers.2.eh_proj.weight"] = np.ones((2, 2), np.float32)
@@ -134,7 +134,7 @@ WIRINGS = [
 @pytest.mark.parametrize("reference", WIRINGS)
 def test_a_block_goes_on_from_the_output_of_attention(reference):
     """With the input of ``Decoder.attended`` known, everything behind it is as before, and nothing before it matters."""
-    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    config, _, tensors = tiny(reference, reference.first)
     decoder = Decoder.open(config, tensors, mesh(1, 1)).at(1)
     parameters, attended = next(decoder.blocks([1])), decoder.attended
     hidden = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
@@ -202,7 +202,7 @@ def test_an_unsupported_rope_type_is_refused_by_name():
     ],
 )
 def test_an_unsupported_setting_is_refused_by_name(model, setting, value):
-    config, *_ = tiny(next(reference for reference in REFERENCES if reference.model == model), {})
+    config, *_ = tiny(BY_MODEL[model], {})
     setattr(config, setting, value)
     name = "partial_rotary_factor" if "partial_rotary_factor" in str(value) else setting
     with pytest.raises(UserError, match=name):

@@ -23,15 +23,15 @@ from optima_tpu.pipeline.run import run
 from tests.support.fake_run import assert_same
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import REFERENCES, tiny
+from tests.support.references import BY_MODEL, save
 from tests.support.runs import folder_tensors, opened
-from tests.support.tiny_models import MemoryTensors, byte_tokenizer
+from tests.support.tiny_models import MemoryTensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
 
-GPT_OSS = next(reference for reference in REFERENCES if reference.model == "GptOssForCausalLM")
+GPT_OSS = BY_MODEL["GptOssForCausalLM"]
 SIZES = dict(vocab_size=258, hidden_size=64, intermediate_size=32, num_local_experts=3, num_hidden_layers=1)
 NAME = "model.layers.0.mlp.experts.down_proj"
 
@@ -52,9 +52,7 @@ def expanded_by_transformers(blocks: np.ndarray, scales: np.ndarray) -> np.ndarr
 def folder(tmp_path_factory) -> Path:
     """A tiny gpt-oss as it is published: experts in MXFP4, what else there is in bfloat16, no dtype in config.json."""
     path = tmp_path_factory.mktemp("mxfp4") / "model"
-    _, model, _ = tiny(GPT_OSS, SIZES, torch.bfloat16)
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    save(path, GPT_OSS, SIZES, torch.bfloat16)
     arrays, rng = folder_tensors(path), np.random.default_rng(0)
     for name in [name for name in arrays if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, d_in, d_out = arrays.pop(name).shape

@@ -15,18 +15,17 @@ from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import LLAMA3, LONG, MULTIMODAL, REFERENCES, tiny
+from tests.support.references import BY_MODEL, LLAMA3, LONG, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-REFERENCE = {reference.model: reference for reference in [*REFERENCES, MULTIMODAL]}
 BARE = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
 
 
 def saved(folder: Path, model: str, settings: dict, change: Callable[[dict], None]) -> Path:
     """A random model as transformers saves it, its config.json changed."""
-    tiny(REFERENCE[model], settings)[1].save_pretrained(folder)
+    tiny(BY_MODEL[model], settings)[1].save_pretrained(folder)
     record = json.loads((folder / "config.json").read_text())
     change(record)
     (folder / "config.json").write_text(json.dumps(record))

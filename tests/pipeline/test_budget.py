@@ -8,7 +8,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import layers_text, parse_layers
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.pipeline.inputs import on_model
-from tests.support.references import REFERENCES
+from tests.support.references import BY_MODEL
 
 WIDTH, NEURONS, HEADS, BLOCKS, VOCABULARY = 576, 1536, 3, 4, 6553
 LIKE_SMOLLM2 = LlamaConfig(
@@ -98,7 +98,7 @@ def test_a_number_of_heads_that_transformers_does_not_read_is_no_choice(to, left
 
 
 def test_parts_that_a_family_cannot_lose_are_refused_with_others():
-    model = next(each for each in REFERENCES if each.model == "Olmo2ForCausalLM").configuration({})
+    model = BY_MODEL["Olmo2ForCausalLM"].configuration({})
     said = "expected a model whose heads can be cut where cut.by is head, got Olmo2.*, whose heads are .*; take --cut.by neuron$"
     with pytest.raises(UserError, match=said):
         on_model(asked(0.9, by="head"), model)

@@ -37,7 +37,7 @@ from optima_tpu.runtime.records import json_values
 from optima_tpu.runtime.signals import Stopped
 from tests.support.fake_run import begun, block_report, on_host
 from tests.support.meshes import mesh
-from tests.support.references import REFERENCES
+from tests.support.references import BY_MODEL
 from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import MemoryTensors, tiny_folder
 
@@ -282,7 +282,7 @@ def test_only_what_is_asked_for_moves(pruned, windows, train, moved):
     ],
 )
 def test_a_training_of_routers_moves_the_parameters_that_have_a_row_for_each_expert(model, routers):
-    reference = next(each for each in REFERENCES if each.model == model)
+    reference = BY_MODEL[model]
     trainer = Trainer(Decoder.open(reference.configuration({}), MemoryTensors({}), mesh(1, 1)), KL(train="routers"), ROOM)
     if routers:
         assert [set(trainer.at(index).factors) for index in range(2)] == routers

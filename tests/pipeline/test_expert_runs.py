@@ -21,9 +21,8 @@ from optima_tpu.pipeline.repair import verified
 from optima_tpu.recover import main as recover
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
-from tests.support.references import REFERENCES, SIZES, tiny
+from tests.support.references import BY_MODEL, SIZES, save
 from tests.support.runs import SMALL, folder_tensors, only_error, stop_after_the_first_block
-from tests.support.tiny_models import byte_tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -42,10 +41,7 @@ REAP = ["--cut.score", "reap"]  # compiles less than the default, of which tests
 
 def folder(model: str, path: Path, **settings: int) -> Path:
     """A tiny model as ``transformers`` saves it."""
-    reference = next(each for each in REFERENCES if each.model == model)
-    _, saved, _ = tiny(reference, SIZES | MODELS[model] | settings)
-    saved.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    save(path, BY_MODEL[model], SIZES | MODELS[model] | settings)
     return path
 
 

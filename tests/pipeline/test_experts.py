@@ -26,12 +26,10 @@ from tests.support.fake_run import run_without
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of, run_head
 from tests.support.pruning import compiled_forward
-from tests.support.references import BESIDE_IMAGES, GEMMA4_IMAGES, GEMMA4_MIXTURE, LLAMA_IMAGES, REFERENCES, tiny
+from tests.support.references import BY_MODEL, GEMMA4_IMAGES, GEMMA4_MIXTURE, LLAMA_IMAGES, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-MODELS = {reference.model: reference for reference in (*REFERENCES, *BESIDE_IMAGES)}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +42,7 @@ MODELS = {reference.model: reference for reference in (*REFERENCES, *BESIDE_IMAG
 )
 def test_the_statistics_of_experts_are_those_of_each_expert_on_its_tokens(model, shape):
     """Against every expert on its own rows of the input, in float64."""
-    config, _, tensors = tiny(MODELS[model], {})
+    config, _, tensors = tiny(BY_MODEL[model], {})
     decoder = Decoder.open(config, tensors, mesh(*shape), batch=1)
     names, index, windows = decoder.family.experts, 1, 5
     assert isinstance(names, ExpertNames)
@@ -80,7 +78,7 @@ def sown_inputs(decoder: Decoder, index: int, values: np.ndarray):
 
 def opened(model: str, shape: tuple[int, int]) -> tuple[Model, ExpertCut]:
     """A tiny model that loses half of its experts, or fewer where a token is sent to more."""
-    reference, settings = MODELS[model], {}
+    reference, settings = BY_MODEL[model], {}
     if "n_group" in reference.base:
         settings = dict(n_routed_experts=12)
     elif model == GEMMA4_IMAGES.model:
@@ -274,4 +272,4 @@ def test_a_removal_goes_on_behind_the_blocks_that_are_done(steps, tmp_path):
 )
 def test_experts_that_cannot_be_removed_are_refused_by_name(name, experts, why):
     with pytest.raises(UserError, match=re.escape(why)):
-        expert_cut(experts, MODELS[name].configuration({}))
+        expert_cut(experts, BY_MODEL[name].configuration({}))

@@ -14,7 +14,6 @@ from optima_tpu.launch import main as prune
 from optima_tpu.method.distillation import KL, CrossEntropy
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
-from optima_tpu.pipeline import inputs
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import read_outcome
 from optima_tpu.pipeline.distill.windows import Feed
@@ -27,24 +26,16 @@ from optima_tpu.runtime import signals
 from optima_tpu.runtime.records import json_values
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
-from tests.support.tiny_models import byte_tokenizer, tiny_folder
+from tests.support.tiny_models import tiny_folder
 
 TEXT = ["--source", "random", "--windows", "8", "--distill.batch", "4"]
 TEXT += ["--distill.learning_rate", "1e-3", "--distill.checks", "2"]
 TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Compiling for one device is quick."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (recovering, inputs):
-            patch.setattr(module, "make_mesh", lambda spec: mesh(1, 1))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
+def pruned(one_device, tmp_path_factory):
     """A pruned run, and the recovery from it with the command's defaults."""
     root = tmp_path_factory.mktemp("pruned")
     model = tiny_folder(root / "model", num_hidden_layers=2)
@@ -109,12 +100,10 @@ def folder_of(path, family, change):
     """A tiny folder in bfloat16: of a Llama without torch, or as transformers saves another family."""
     if family == "Llama":
         return tiny_folder(path, dtype="bfloat16", change=change, num_hidden_layers=2)
-    from tests.support.references import REFERENCES, tiny, torch
+    from tests.support.references import BY_MODEL, save, torch
 
-    reference = next(each for each in REFERENCES if each.model == family + "ForCausalLM")
-    _, model, _ = tiny(reference, next(iter(reference.variants.values())) | dict(vocab_size=258), torch.bfloat16)
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    reference = BY_MODEL[family + "ForCausalLM"]
+    save(path, reference, reference.first | dict(vocab_size=258), torch.bfloat16)
     arrays = safetensors.numpy.load_file(path / "model.safetensors")
     change(arrays)
     safetensors.numpy.save_file(arrays, path / "model.safetensors", metadata={"format": "pt"})

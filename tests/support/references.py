@@ -1,6 +1,7 @@
 """Tiny random models of transformers (torch): a reference for every family."""
 
 import copy
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints.stacks import stacks_of, unstacked
 from tests.support.ecosystem import SIZES as BASE
-from tests.support.tiny_models import MemoryTensors, tiny_llama
+from tests.support.tiny_models import MemoryTensors, byte_tokenizer, tiny_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -112,6 +113,11 @@ class Reference(NamedTuple):
     base: dict
     variants: dict[str, dict]
     relative: bool = False
+
+    @property
+    def first(self) -> dict:
+        """The settings of the first variant."""
+        return next(iter(self.variants.values()))
 
     def configuration(self, settings: dict, **options):
         """The configuration with these settings. It gets copies: transformers writes into dictionaries that it is given."""
@@ -691,6 +697,17 @@ GEMMA4_UNIFIED = Reference(
 )
 BESIDE_IMAGES = (MULTIMODAL, GEMMA4_IMAGES, GEMMA4_UNIFIED, QWEN_IMAGES, LLAMA_IMAGES)
 """Checkpoints of which the text half is pruned."""
+
+
+BY_MODEL = {reference.model: reference for reference in (*REFERENCES, *BESIDE_IMAGES, *GENERAL, MIXED)}
+
+
+def save(path: Path, reference: Reference, settings: dict, dtype=torch.float32, **options):
+    """Saves a random model as transformers does, with a tokenizer of bytes. Returns the model."""
+    _, model, _ = tiny(reference, settings, dtype)
+    model.save_pretrained(path, **options)
+    byte_tokenizer().save_pretrained(path)
+    return model
 
 
 def small(architecture: str, **settings):
