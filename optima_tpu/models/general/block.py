@@ -22,7 +22,8 @@ from optima_tpu.errors import some
 from optima_tpu.models.decoder import layer_of
 from optima_tpu.models.experts import Routed, Sending, Way, mixed
 from optima_tpu.models.family import Positions, ReadTensor, Shape
-from optima_tpu.models.general.shell import TRACING, Shell, experts_of, replaced
+from optima_tpu.models.general.modules import experts_of, replaced
+from optima_tpu.models.general.shell import TRACING, Shell
 from optima_tpu.models.layers import project
 
 

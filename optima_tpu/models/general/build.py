@@ -16,7 +16,8 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models.experts import Routed
 from optima_tpu.models.family import DecoderConfig, Family, Positions
 from optima_tpu.models.general.block import Block, Final, embed, expert_layers, to_numpy, windows
-from optima_tpu.models.general.shell import BY_VALUES, Shell, computed, experts_of, stored
+from optima_tpu.models.general.modules import computed, experts_of, stored
+from optima_tpu.models.general.shell import BY_VALUES, Shell
 
 _LENGTH = 8
 """Tokens of the window by which blocks are told apart."""
@@ -99,25 +100,7 @@ def general_family(config: Any) -> Family:
     shell = Shell(config)
     layers = [_layers(shell, index) for index in range(len(shell.blocks))]
     alike = _alike(shell, layers)
-    kinds = sorted(set(alike))
-    table, head = shell.model.get_parameter(shell.embedding), shell.model.get_parameter(shell.head)
-    if table.shape != head.shape:
-        raise shell.refusal(f"its embedding is {list(table.shape)} and its head is {list(head.shape)}")
-    read = GeneralConfig(
-        d_model=shell.width,
-        d_embedding=head.shape[1],
-        blocks=len(shell.blocks),
-        vocab=table.shape[0],
-        tied=shell.tied,
-        logit_cap=shell.logits.cap,
-        logit_scale=shell.logits.scale,
-        head_bias=shell.head_bias,
-        generates=False,
-        shell=shell,
-        alike=alike,
-        checked={},
-        reaches={name: share for each in layers for name, share in each.reaches.items()},
-    )
+    kinds, read = sorted(set(alike)), _config(shell, layers, alike)
     linears = tuple(dict.fromkeys(kind_name(name) for kind in kinds for name in layers[kind].order))
     attended = tuple(dict.fromkeys(_attended(shell, kind, layers[kind].order) for kind in kinds))
     shapes = {shell.outer(name): tuple(shell.model.get_parameter(name).shape) for name in shell.before}
@@ -142,6 +125,27 @@ def general_family(config: Any) -> Family:
         # As lm-eval decides it too (lm_eval/models/huggingface.py): no configuration says it.
         needs_bos="gemma" in config.model_type,
         note=_note(shell, kinds, linears),
+    )
+
+
+def _config(shell: Shell, layers: Sequence[Layers], alike: tuple[int, ...]) -> GeneralConfig:
+    table, head = shell.model.get_parameter(shell.embedding), shell.model.get_parameter(shell.head)
+    if table.shape != head.shape:
+        raise shell.refusal(f"its embedding is {list(table.shape)} and its head is {list(head.shape)}")
+    return GeneralConfig(
+        d_model=shell.width,
+        d_embedding=head.shape[1],
+        blocks=len(shell.blocks),
+        vocab=table.shape[0],
+        tied=shell.tied,
+        logit_cap=shell.logits.cap,
+        logit_scale=shell.logits.scale,
+        head_bias=shell.head_bias,
+        generates=False,
+        shell=shell,
+        alike=alike,
+        checked={},
+        reaches={name: share for each in layers for name, share in each.reaches.items()},
     )
 
 

@@ -5,25 +5,20 @@ All parameters of the blocks stay on the meta device. The other parameters are z
 
 import collections
 import contextlib
-import copy
 import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch.utils import _pytree
-from transformers.pytorch_utils import Conv1D
 
-from optima_tpu.errors import UserError, one_line, refusing, some
+from optima_tpu.errors import UserError, one_line, some
 from optima_tpu.models.family import Shape, Stack
 from optima_tpu.models.general.kept import Joined, Names
-
-LAYERS = (torch.nn.Linear, Conv1D)
-"""The classes of the layers that are pruned. The weight of a Conv1D is [d_in, d_out]."""
+from optima_tpu.models.general.modules import blocks_of, experts_of, multiplies, refusal, replaced, stored, without_weights
 
 
 class BlockCall(NamedTuple):
@@ -83,12 +78,12 @@ class Shell:
 
     def __init__(self, config: Any):
         self.name = (config.architectures or [type(config).__name__])[0]
-        self.model = _without_weights(self.name, config)
+        self.model = without_weights(self.name, config)
         self.names, self._kept = Names(self.model), dict[int, dict[str, Joined]]()
         self.dense: dict[int, set[str]] = collections.defaultdict(set)
-        self.path, self.blocks = _blocks(self.name, self.model)
+        self.path, self.blocks = blocks_of(self.name, self.model)
         self._multiply = {
-            kind for kind, layer in {type(each): each for each in self.blocks.modules()}.items() if _multiplies(layer)
+            kind for kind, layer in {type(each): each for each in self.blocks.modules()}.items() if multiplies(layer)
         }
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if not isinstance(table, torch.nn.Embedding) or not isinstance(head, torch.nn.Linear):
@@ -113,7 +108,7 @@ class Shell:
 
     def refusal(self, why: str) -> UserError:
         """The error for a model that the general way cannot run."""
-        return _refusal(self.name, why)
+        return refusal(self.name, why)
 
     def stored_as(self, name: str) -> str:
         """The name of a parameter behind or before the blocks in a checkpoint.
@@ -414,88 +409,6 @@ class _Stop(Exception):
     """Ends a pass of the model when all that is wanted of it is known."""
 
 
-@contextlib.contextmanager
-def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module computes something else."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-
-
 def _entering(args: Any, kwargs: Any) -> Any:
     """The hidden states among the arguments of a block."""
     return args[0] if args else kwargs["hidden_states"]
-
-
-def _multiplies(layer: Any) -> bool:
-    """Whether a module computes what ``torch.nn.Linear`` does, from which its class may be derived, or ``Conv1D``."""
-    if not isinstance(layer, LAYERS) or type(layer) in LAYERS:
-        return isinstance(layer, LAYERS)
-    held = {name: torch.rand(parameter.shape) for name, parameter in layer.named_parameters()}
-    x = torch.rand((1, layer.weight.shape[1]))
-    try:
-        given = torch.func.functional_call(layer, held, (x,))
-    except Exception:  # the code of any model
-        return False
-    expected = torch.nn.functional.linear(x, held["weight"], held.get("bias"))
-    return isinstance(given, torch.Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-4)
-
-
-def experts_of(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules of a block that hold all experts of a mixture, by their path in it: those of transformers' experts interface."""
-    return {name: module for name, module in block.named_modules() if hasattr(module, "is_concatenated")}
-
-
-def stored(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a module that a checkpoint holds, by name: parameters, and buffers that do not follow from the configuration."""
-    return {
-        **dict(module.named_parameters()),
-        **{name: each for name, each in module.named_buffers() if name not in computed(module)},
-    }
-
-
-def computed(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers of a module that follow from the configuration, by name."""
-    owned = ((path, name, inner) for path, inner in module.named_modules() for name in inner._non_persistent_buffers_set)
-    return {f"{path}.{name}".lstrip("."): inner._buffers[name] for path, name, inner in owned if inner._buffers[name] is not None}
-
-
-def _refusal(name: str, why: str) -> UserError:
-    return UserError(f"the general way cannot run a {name}: {why}; give a model of another architecture")
-
-
-def _without_weights(name: str, config: Any) -> Any:
-    made = getattr(transformers, name, None)
-    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
-        raise UserError(
-            f"expected an architecture of the installed transformers {transformers.__version__}, got {name}: install the release "
-            "that has it"
-        )
-    # The code of any model raises anything.
-    with refusing(Exception, f"transformers cannot make a {name} of this config.json", "check the file"):
-        with torch.device("meta"):
-            model = made._from_config(
-                copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
-            ).eval()
-        for full, buffer in [*model.named_buffers()]:
-            owner, _, leaf = full.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = torch.zeros_like(buffer, device="cpu")
-        model.initialize_weights()  # fills the buffers, as from_pretrained does
-    path, _ = _blocks(name, model)
-    for full, parameter in [*model.named_parameters(remove_duplicate=False)]:
-        owner, _, leaf = full.rpartition(".")
-        if not full.startswith(f"{path}."):
-            # They have a gradient: what depends on them is seen by its own.
-            model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(torch.zeros(()).expand(parameter.shape))
-    return model
-
-
-def _blocks(name: str, model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """The longest list of modules that is in no other list, and its name."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
-    outer = {path: module for path, module in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}
-    if not outer:
-        raise _refusal(name, "it has no list of blocks")
-    return max(outer.items(), key=lambda item: (len(item[1]), sum(parameter.numel() for parameter in item[1].parameters())))
