@@ -23,8 +23,9 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline import walk
-from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.inputs import Texts
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.pipeline.sweep.runner import Shared
 from optima_tpu.runtime.host_memory import keep_freed_memory
 

@@ -24,7 +24,7 @@ from benchmarks.mixture import LENGTH
 from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.evaluate.perplexity import perplexity, token_nll
-from optima_tpu.pipeline.calibrate import groups_of_blocks
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.sweep.runner import Shared
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 

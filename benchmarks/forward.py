@@ -30,8 +30,10 @@ from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.method.distillation import KL
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
+from optima_tpu.pipeline.calibrate import Stream, accumulate
 from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.layer_groups import linear_groups
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.runtime.mesh import make_mesh
 
 

@@ -27,8 +27,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.perplexity import perplexity_of, token_nll
 from optima_tpu.method.acceptance import PerRow
 from optima_tpu.method.solvers import CG, Exact
-from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 from optima_tpu.report.records import LayerReport
 

@@ -27,8 +27,9 @@ from optima_tpu.evaluate.distance import check_same_shape
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import project
-from optima_tpu.pipeline.calibrate import inverse_norm, linear_groups
 from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
+from optima_tpu.pipeline.layer_groups import linear_groups
+from optima_tpu.pipeline.sums import inverse_norm
 from optima_tpu.report.runs import read_report
 from tests.support.oracles import input_of
 

@@ -29,7 +29,9 @@ from optima_tpu.method.selectors import ADMM, Wanda, admm
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
+from optima_tpu.pipeline.calibrate import Stream, accumulate
+from optima_tpu.pipeline.layer_groups import linear_groups
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.runtime.mesh import make_mesh
 
 BITS = {"full": 24, "three passes": 16, "TF32": 11, "one pass": 8}

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import LlamaConfig
 
     from optima_tpu.models.activations import Activations
-    from optima_tpu.pipeline.calibrate import groups_of_blocks
+    from optima_tpu.pipeline.layer_groups import groups_of_blocks
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan
     from optima_tpu.pipeline.plan.topology import local_machine

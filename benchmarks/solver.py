@@ -34,7 +34,9 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, MPAX, Exact
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
+from optima_tpu.pipeline.calibrate import Stream, accumulate
+from optima_tpu.pipeline.layer_groups import linear_groups
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.runtime.mesh import make_mesh
 
 PAPER, REFERENCE = "mpax", "exact"

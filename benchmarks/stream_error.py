@@ -26,8 +26,8 @@ from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.sweep.runner import Shared
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 

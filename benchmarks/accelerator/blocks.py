@@ -11,8 +11,8 @@ from benchmarks.accelerator.parts import Sizes
 from benchmarks.plan_memory import resident, settle
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.models.activations import Activations
-from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.inputs import on_model
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.plan import make_plan

@@ -24,8 +24,9 @@ from optima_tpu.method.solvers import CG
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
+from optima_tpu.pipeline.calibrate import Stream, accumulate
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.pipeline.walk import Walk, prune_groups
 from optima_tpu.report.contents import Allocated
 from optima_tpu.runtime.kept import KeptRecord

@@ -30,7 +30,7 @@ from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.experts import expert_of
-from optima_tpu.pipeline.calibrate import stages
+from optima_tpu.pipeline.layer_groups import in_sequence
 from optima_tpu.runtime.device_memory import GIB
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, on_cpu, struct_on
 
@@ -156,7 +156,7 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
 
 def _parts(groups: Groups, recipe: Recipe, prefix: str) -> list[Groups]:
     """The pruned layers of a block that one pass is enough for if there is room: all, or with ``recapture`` those of one stage."""
-    parts = (recipe.pruned_groups(part, prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
+    parts = (recipe.pruned_groups(part, prefix) for part in (in_sequence(groups) if recipe.recapture else (groups,)))
     return [part for part in parts if part]
 
 

@@ -11,12 +11,12 @@ from optima_tpu.method.selectors import Imported
 from optima_tpu.models.masks import open_given
 from optima_tpu.models.model import Model, without_last
 from optima_tpu.pipeline.allocate import allocation_steps
-from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.inputs import Texts, manifest_of
 from optima_tpu.pipeline.journal import prepare_directory
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.walk import Walk
 from optima_tpu.runtime.device_memory import device_budget

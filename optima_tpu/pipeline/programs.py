@@ -16,17 +16,9 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowLayout, RowSharding
 from optima_tpu.method.statistics import TokenSets
 from optima_tpu.models.decoder import Decoder, forward, head_logits, run_block
-from optima_tpu.pipeline.calibrate import (
-    Capture,
-    SumsProgram,
-    add_batch,
-    pass_batch,
-    pass_programs,
-    residual_names,
-    statistics_of,
-    sums_of,
-)
+from optima_tpu.pipeline.calibrate import pass_batch, pass_programs
 from optima_tpu.pipeline.memory_plan import Kept
+from optima_tpu.pipeline.sums import Capture, SumsProgram, add_batch, residual_names, statistics_of, sums_of
 from optima_tpu.runtime.mesh import DATA, ROWS, struct_on
 
 

@@ -25,7 +25,6 @@ from optima_tpu.models.checkpoints.source import layered, total_bytes, weight_co
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
-from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.cut_blocks import TRIED, choices, expected_passes, kept_by, pruned_model, read_left_out, write_left_out
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
@@ -36,6 +35,7 @@ from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import block_bytes, kept_of_mixture
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import (
@@ -493,23 +493,15 @@ PROMPTS = Stage(
 
 def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: MemoryPeaks, prompts: Continuations | None) -> Report:
     opened = work.opened
-    (pretrained, decoder), directory, config = opened.model, opened.directory, opened.config
-    files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | (
-        {"transformers": directory / FOLDER} if config.export else {}
-    )
-    weights = weight_count(pretrained.tensors)
+    directory = opened.directory
+    exports = {"transformers": directory / FOLDER} if opened.config.export else {}
+    files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | exports
+    facts = _model_facts(opened.model)
     entries = structs.asdict(_facts(opened, results)) | {
         "manifest": opened.manifest,
         "configuration": opened.configuration,
-        "environment": environment(decoder.mesh),
-        "model": ModelFacts(
-            origin=pretrained.origin,
-            fingerprint=pretrained.fingerprint,
-            architecture=next(iter(pretrained.config.architectures or ()), None),
-            blocks=decoder.config.blocks,
-            weights=weights,
-            active=weights - decoder.idle_weights,
-        ),
+        "environment": environment(opened.model.decoder.mesh),
+        "model": facts,
         "left_out": read_left_out(directory),
         "allocation": results.allocation,
         "weighed_layers": tuple(_weighed_layers(opened)),
@@ -520,7 +512,7 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
     }
 
     # Every process asks what was left out; inside of write, process 0 is alone.
-    left_out = weights - weight_count(pruned_model(opened).decoder.tensors)
+    left_out = facts.weights - weight_count(pruned_model(opened).decoder.tensors)
 
     def write() -> Report:
         exported = Exported.open(directory, pruned.checkpoint)
@@ -537,6 +529,18 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
 
 
 REPORTING = Stage("reporting", _report, steps=lambda opened: [Step("reporting", 0)])
+
+
+def _model_facts(model: Model) -> ModelFacts:
+    (pretrained, decoder), weights = model, weight_count(model.pretrained.tensors)
+    return ModelFacts(
+        origin=pretrained.origin,
+        fingerprint=pretrained.fingerprint,
+        architecture=next(iter(pretrained.config.architectures or ()), None),
+        blocks=decoder.config.blocks,
+        weights=weights,
+        active=weights - decoder.idle_weights,
+    )
 
 
 def _facts(opened: Opened, results: Results) -> RunFacts:

@@ -27,10 +27,11 @@ from optima_tpu.method.statistics import Groups, TokenSets, TokenStatistics
 from optima_tpu.models.activations import HiddenStates
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.ahead import Ahead, compiled_ahead
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
+from optima_tpu.pipeline.calibrate import Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
 from optima_tpu.pipeline.programs import Call, pruning_call
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
@@ -47,7 +48,7 @@ class Walk:
     Attributes:
       decoder: the dense model, without the blocks that are left out.
       recipe: what is done to every layer.
-      groups: for every block the layers that read the same input, from ``calibrate.groups_of_blocks``.
+      groups: for every block the layers that read the same input, from ``layer_groups.groups_of_blocks``.
       windows: the number of calibration windows; the windows after them are held out.
       budget: bytes that may be used of each device, beside hidden states that stay there.
       given: masks, and optionally weights, for a recipe without a selector.
@@ -236,7 +237,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
 
     The Hessians come from the dense block, which reads the output of the pruned blocks before it, as in the paper. One pass
     accumulates them, or several passes if not all Hessians fit on the devices. With ``recapture`` each part of
-    ``calibrate.stages`` has its own passes, through the block as pruned so far. A pass may keep inputs of layers, which no later layer
+    ``layer_groups.in_sequence`` has its own passes, through the block as pruned so far. A pass may keep inputs of layers, which no later layer
     changes: the passes behind it and the pruned block go on from there (``memory_plan.Kept``).
 
     Args:

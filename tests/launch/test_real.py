@@ -19,7 +19,9 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, Exact
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
+from optima_tpu.pipeline.calibrate import Stream, accumulate
+from optima_tpu.pipeline.layer_groups import linear_groups
+from optima_tpu.pipeline.sums import Capture
 from tests.support.meshes import mesh
 from tests.support.problems import row_objective, solve, wide
 from tests.support.pruning import prune_calibrated

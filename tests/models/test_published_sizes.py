@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from optima_tpu.models.decoder import Decoder, forward
-from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.runtime.mesh import divisible
 from tests.support.ecosystem import LLAMA31
 from tests.support.meshes import mesh

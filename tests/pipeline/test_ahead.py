@@ -12,7 +12,7 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline import ahead
 from optima_tpu.pipeline.ahead import compiled_ahead, side_by_side
-from optima_tpu.pipeline.calibrate import groups_of_blocks
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.programs import Call
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block, solver_calls
 from tests.support.meshes import mesh

@@ -23,7 +23,9 @@ from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.allocate import allocated, allocation_rules
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups
+from optima_tpu.pipeline.calibrate import Stream, accumulate
+from optima_tpu.pipeline.layer_groups import groups_of_blocks, linear_groups
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.pipeline.walk import Walk
 from optima_tpu.report.contents import Allocated
 from tests.support.meshes import mesh

@@ -30,7 +30,7 @@ from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline import memory_plan
-from optima_tpu.pipeline.calibrate import groups_of_blocks
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes, described
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE
 from optima_tpu.runtime.device_memory import GIB, device_budget, host_memory

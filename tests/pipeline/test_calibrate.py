@@ -6,12 +6,14 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups
+from optima_tpu.pipeline.calibrate import Stream, accumulate
 from optima_tpu.pipeline.grams import whole
+from optima_tpu.pipeline.layer_groups import groups_of_blocks, linear_groups
+from optima_tpu.pipeline.sums import Capture
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of
 from tests.support.pruning import compiled_forward
-from tests.support.references import MIXTURES, REFERENCES, small, tiny
+from tests.support.references import BY_MODEL, MIXTURES, REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
 
 
@@ -34,7 +36,7 @@ def test_layers_that_read_one_input_are_found():
 
 def test_blocks_whose_heads_differ_in_width_have_groups_of_their_own():
     """Where the first block has the wider heads, so that its rotary tables fit no other; its keys are its values."""
-    reference = next(reference for reference in REFERENCES if reference.model == "Gemma4ForCausalLM")
+    reference = BY_MODEL["Gemma4ForCausalLM"]
     config, _, tensors = tiny(reference, reference.variants["no window first"])
     found = groups_of_blocks(Decoder.open(config, tensors, mesh(1, 1)))
     queries = [tuple(name.removeprefix("self_attn.") for name in groups[0]) for groups in found]

@@ -29,9 +29,9 @@ from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline import stages, walk
-from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.cut_blocks import TRIED, choices
 from optima_tpu.pipeline.greeting import greet
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.repair import verified

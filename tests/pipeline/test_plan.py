@@ -30,9 +30,10 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, Solver, Unchanged
 from optima_tpu.method.targets import DenseTarget, SelfTarget
 from optima_tpu.pipeline import memory_plan
-from optima_tpu.pipeline.calibrate import Capture, PassProgram, linear_groups, pass_batch, pass_programs
+from optima_tpu.pipeline.calibrate import PassProgram, pass_batch, pass_programs
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
+from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes, kept_of_mixture
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, compiler
@@ -48,6 +49,7 @@ from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
 from optima_tpu.pipeline.programs import Call, Entering
 from optima_tpu.pipeline.recover.config import as_run
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.plan import main
 from optima_tpu.report.numbers import number
 from tests.support import ROOT

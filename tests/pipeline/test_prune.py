@@ -21,7 +21,7 @@ from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Exact
 from optima_tpu.method.statistics import Drift, TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
 from optima_tpu.report.findings import unusual
 from tests.support.meshes import mesh

@@ -31,13 +31,15 @@ from optima_tpu.models import family_of
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.layers import scaled
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups, stages
+from optima_tpu.pipeline.calibrate import Stream, accumulate
 from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.journal import DENSE, Journal, open_journal
+from optima_tpu.pipeline.layer_groups import groups_of_blocks, in_sequence, linear_groups
 from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block, prune_model, repeat_block
 from optima_tpu.report.progress import Progress
 from tests.support import ports
@@ -148,7 +150,7 @@ ADDING = ("Starcoder2ForCausalLM", "Qwen2MoeForCausalLM", "GraniteForCausalLM", 
 
 @pytest.mark.parametrize("reference", [each for each in apart(*ADDING) if family_of(each.values[0].configuration({})).residuals])
 def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
-    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    config, _, tensors = tiny(reference, reference.first)
     decoder = Decoder.open(config, tensors, mesh(1, 1))
     residuals = decoder.family.residuals
     x = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
@@ -168,7 +170,7 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
 @pytest.mark.parametrize("architecture, told", [("Llama", True), ("Gemma2", False)])
 def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(architecture, told, tmp_path):
     reference = next(reference for reference in REFERENCES if reference.model.startswith(architecture))
-    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    config, _, tensors = tiny(reference, reference.first)
     model = SimpleNamespace(
         decoder=Decoder.open(config, tensors, mesh(1, 1)), pretrained=SimpleNamespace(origin="a model", config=config)
     )
@@ -470,7 +472,7 @@ def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 def test_experts_that_are_alike_are_captured_together():
     experts = tuple((f"mlp.experts.{expert}.{name}_proj",) for expert in (0, 1) for name in ("gate", "down"))
     groups = (("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.o_proj",), *experts)
-    assert stages(groups) == (groups[:1], groups[1:2], (groups[2], groups[4]), (groups[3], groups[5]))
+    assert in_sequence(groups) == (groups[:1], groups[1:2], (groups[2], groups[4]), (groups[3], groups[5]))
 
 
 def test_the_matrices_of_a_dense_target_are_counted():

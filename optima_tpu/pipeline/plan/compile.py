@@ -10,10 +10,10 @@ import jax
 
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import statistics_of
 from optima_tpu.pipeline.plan.hlo import collectives, moved
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.programs import CalibrationCalls, Call, parameter
+from optima_tpu.pipeline.sums import statistics_of
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.mesh import bytes_on_device
 

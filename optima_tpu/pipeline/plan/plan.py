@@ -17,9 +17,9 @@ from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.whole_model import windows_at_once
 from optima_tpu.pipeline.ahead import side_by_side
-from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, compiler, joined, resident
@@ -33,6 +33,7 @@ from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import refusal, training_programs
 from optima_tpu.pipeline.programs import Call, block_call, calibration_calls, head_call, pruning_call, windows_of_step
 from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
+from optima_tpu.pipeline.sums import Capture
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import DATA, MODEL
 

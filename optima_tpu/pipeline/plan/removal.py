@@ -14,7 +14,7 @@ from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.experts import PRICE_ROWS, PRICE_STEPS
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
 from optima_tpu.models.decoder import Decoder, forward, run_block
-from optima_tpu.pipeline.calibrate import linear_groups, pass_batch
+from optima_tpu.pipeline.calibrate import pass_batch
 from optima_tpu.pipeline.experts import (
     attention_program,
     expert_outputs,
@@ -26,6 +26,7 @@ from optima_tpu.pipeline.experts import (
     refit_sums,
 )
 from optima_tpu.pipeline.grams import Sent
+from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.pipeline.memory_plan import kept_of_mixture
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, resident

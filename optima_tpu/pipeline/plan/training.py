@@ -14,9 +14,9 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.predictions import STRETCH
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.decoder import Head
-from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
 from optima_tpu.pipeline.distill.train import refuse_large
+from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile
 from optima_tpu.pipeline.plan.counting import counted
