@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from optima_tpu.config.run_config import LENGTH
 from optima_tpu.errors import UserError
+from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints import Pretrained
 from optima_tpu.models.checkpoints.fewer_blocks import assets_without, last_blocks, renumbered
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, assets_with, fewer_experts
@@ -33,7 +34,7 @@ def without_experts(model: Model, cut: ExpertCut, kept: Sequence[Sequence[int]],
     pretrained, decoder = model
     stay = {decoder.prefix(index): experts for index, experts in enumerate(kept) if experts}
     tensors = fewer_experts(pretrained.tensors, cut.names, stay, solved)
-    return _smaller(model, assets_with(pretrained.assets, cut.kept), tensors)
+    return smaller(model, assets_with(pretrained.assets, cut.kept), tensors)
 
 
 def without_blocks(model: Model, left_out: Collection[int]) -> Model:
@@ -42,7 +43,7 @@ def without_blocks(model: Model, left_out: Collection[int]) -> Model:
         return model
     pretrained, decoder = model
     tensors = renumbered(pretrained.tensors, decoder.root + decoder.family.layers, left_out)
-    return _smaller(model, assets_without(pretrained.assets, left_out), tensors)
+    return smaller(model, assets_without(pretrained.assets, left_out), tensors)
 
 
 def without_last(model: Model, count: int) -> Model:
@@ -50,11 +51,12 @@ def without_last(model: Model, count: int) -> Model:
     return without_blocks(model, last_blocks(model.pretrained.config, count))
 
 
-def _smaller(model: Model, assets: Mapping[str, bytes], tensors: TensorSource) -> Model:
+def smaller(model: Model, assets: Mapping[str, bytes], tensors: TensorSource) -> Model:
     """The model that other tensors and another config.json among the assets describe."""
-    config, _ = read_config(assets["config.json"], model.pretrained.origin)
-    smaller = dataclasses.replace(model.pretrained, config=config, tensors=tensors, assets=assets)
-    return Model(smaller, dataclasses.replace(model.decoder, config=model.decoder.family.read_config(config), tensors=tensors))
+    (pretrained, decoder), (config, _) = model, read_config(assets["config.json"], model.pretrained.origin)
+    by_torch = decoder.family is not family_of(pretrained.config)  # such a family is made anew, since it has the model's sizes
+    opened = Decoder.open(config, tensors, decoder.mesh, decoder.batch, by_torch)
+    return Model(dataclasses.replace(pretrained, config=config, tensors=tensors, assets=assets), opened)
 
 
 def window_length(model: PretrainedConfig, name: str, given: int | None) -> int:

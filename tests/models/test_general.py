@@ -10,15 +10,17 @@ from benchmarks.general_models import tiny_config, tiny_model
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.check import check_checkpoint
+from optima_tpu.models.checkpoints import Pretrained
 from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of, unstacked
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.general import block
 from optima_tpu.models.layers import project
+from optima_tpu.models.model import Model, without_blocks
 from tests.models.test_models import compared
 from tests.support.meshes import mesh
-from tests.support.oracles import input_of
+from tests.support.oracles import input_of, logits_of
 from tests.support.pruning import compiled_forward
-from tests.support.references import GENERAL, MIXED, REFERENCES, Reference, revert_weight_conversion, tiny
+from tests.support.references import BY_MODEL, GENERAL, MIXED, Reference, revert_weight_conversion, tiny
 from tests.support.tiny_models import MemoryTensors
 
 torch = pytest.importorskip("torch")
@@ -46,14 +48,6 @@ def some(first: int):
     )
 
 
-def first(reference: Reference) -> dict:
-    return next(iter(reference.variants.values()))
-
-
-def named(model: str) -> Reference:
-    return next(reference for reference in GENERAL if reference.model == model)
-
-
 @pytest.mark.parametrize(("reference", "settings"), CASES)
 def test_logits_agree_with_transformers(reference, settings):
     assert (compared(reference, settings) < 1e-5).all()
@@ -67,13 +61,13 @@ def test_logits_agree_where_layers_stand_between_the_last_block_and_the_head():
 
 @some(0)
 def test_logits_do_not_depend_on_the_mesh(reference):
-    assert (compared(reference, first(reference), shape=(4, 2)) < 1e-5).all()
+    assert (compared(reference, reference.first, shape=(4, 2)) < 1e-5).all()
 
 
 @some(1)
 def test_bfloat16_logits_agree_within_its_rounding(reference):
     """Measured: 0.007 to 0.022."""
-    assert (compared(reference, first(reference), dtype=torch.bfloat16) < 16 * 2**-9).all()
+    assert (compared(reference, reference.first, dtype=torch.bfloat16) < 16 * 2**-9).all()
 
 
 @pytest.mark.parametrize(("reference", "settings"), CASES)
@@ -112,25 +106,25 @@ def test_every_tensor_of_the_checkpoint_is_read_and_no_other(reference, settings
 
 def test_blocks_that_compute_the_same_are_one_kind():
     kinds = {
-        reference.model: family_of(reference.configuration(first(reference))).read_config(None).kinds for reference in GENERAL
+        reference.model: family_of(reference.configuration(reference.first)).read_config(None).kinds for reference in GENERAL
     }
     assert kinds.pop("GPTNeoForCausalLM") == (0, 1)
     assert set(kinds.values()) == {(0,)}
-    scaled = named("GPT2LMHeadModel").configuration(dict(scale_attn_by_inverse_layer_idx=True))
+    scaled = BY_MODEL["GPT2LMHeadModel"].configuration(dict(scale_attn_by_inverse_layer_idx=True))
     assert family_of(scaled).read_config(None).kinds == (0, 1, 2)
 
 
 @pytest.mark.parametrize("reference", GENERAL, ids=lambda reference: reference.model)
 def test_the_output_of_attention_is_known_by_the_layer_that_reads_it(reference):
     """The first layer whose input at a token depends on an earlier token."""
-    config, _, tensors = tiny(reference, first(reference))
+    config, _, tensors = tiny(reference, reference.first)
     decoder = Decoder.open(config, tensors, mesh(1, 1))
     assert decoder.attended.rpartition(".")[2] in ("c_proj", "dense", "out_proj", "o_proj") and "mlp" not in decoder.attended
 
 
 def test_experts_read_the_tokens_that_torch_sends_them():
     """On a mesh whose slices have tokens of their own, which are sorted by themselves."""
-    config, model, tensors = tiny(MIXED, first(MIXED))
+    config, model, tensors = tiny(MIXED, MIXED.first)
     decoder = Decoder.open(config, tensors, mesh(2, 2), batch=2)
     check_checkpoint(decoder)
     assert (decoder.config.reach("mlp.experts.3.up_proj"), decoder.config.reach("mlp.shared_experts.up_proj")) == (1 / 4, 1)
@@ -165,11 +159,11 @@ def test_without_torchax_the_refusal_says_what_to_install(monkeypatch):
         UserError,
         match=r"^a GPT2LMHeadModel without a family of its own .* torchax: pip install '.\[any\]' in the directory of the repo",
     ):
-        family_of(named("GPT2LMHeadModel").configuration({}))
+        family_of(BY_MODEL["GPT2LMHeadModel"].configuration({}))
 
 
 def test_a_model_that_transformers_has_not_is_refused():
-    config = named("GPT2LMHeadModel").configuration({})
+    config = BY_MODEL["GPT2LMHeadModel"].configuration({})
     config.architectures = ["NoSuchModel"]
     with pytest.raises(UserError, match="^expected an architecture of the installed transformers .*, got NoSuchModel: "):
         family_of(config)
@@ -185,7 +179,7 @@ def test_a_model_that_sees_later_tokens_is_refused():
 
 
 def test_a_block_that_differs_from_torch_is_refused_by_the_name_of_its_layer(monkeypatch):
-    config, _, tensors = tiny(named("GPTJForCausalLM"), dict(rotary_dim=2))
+    config, _, tensors = tiny(BY_MODEL["GPTJForCausalLM"], dict(rotary_dim=2))
     decoder = Decoder.open(config, tensors, mesh(1, 1))
     decoder.positions(0, 40)
     monkeypatch.setattr(block, "project", lambda x, weight: project(x, weight) * 1.001)
@@ -198,7 +192,7 @@ def test_a_block_that_differs_from_torch_is_refused_by_the_name_of_its_layer(mon
 
 
 def test_what_is_not_pruned_is_said():
-    note = family_of(named("PhiForCausalLM").configuration({})).note
+    note = family_of(BY_MODEL["PhiForCausalLM"].configuration({})).note
     assert "PhiForCausalLM" in note and "self_attn.q_proj" in note and "It cannot write text" in note
 
 
@@ -226,8 +220,8 @@ def test_values_that_the_configuration_gives_to_a_stored_buffer_are_kept_in_the_
 
 
 def test_experts_whose_gates_lie_between_their_other_outputs_are_pruned_as_the_family_prunes_them():
-    reference = next(each for each in REFERENCES if each.model == "GptOssForCausalLM")
-    config, model, tensors = tiny(reference, first(reference))
+    reference = BY_MODEL["GptOssForCausalLM"]
+    config, model, tensors = tiny(reference, reference.first)
     tokens = np.random.default_rng(0).integers(1, 64, (1, 24))
     declared, general = (Decoder.open(config, tensors, mesh(1, 1), general=general) for general in (False, True))
     assert [sorted(declared.at(index).linears) for index in range(2)] == [sorted(general.at(index).linears) for index in range(2)]
@@ -252,3 +246,13 @@ def test_a_kimi_linear_is_read_and_written_by_the_names_that_it_is_published_wit
         check_checkpoint(decoder)
         assert np.abs(logits(decoder, tokens) - expected).max() < 1e-5 * np.abs(expected).max()
         assert Stacked(tensors, stacks_among(files, stacks_of([name]))).names() == tuple(sorted(files))
+
+
+def test_blocks_leave_a_model_that_is_run_by_torch_though_it_has_a_family():
+    config, _, tensors = tiny(BY_MODEL["LlamaForCausalLM"], {})
+    pretrained = Pretrained(config, tensors, {"config.json": config.to_json_string(use_diff=False).encode()}, "", "")
+    decoders = [Decoder.open(config, tensors, mesh(1, 1), general=general) for general in (False, True)]
+    declared, general = (without_blocks(Model(pretrained, decoder), (0,)).decoder for decoder in decoders)
+    assert (general.config.blocks, general.config.generates) == (declared.config.blocks, False) == (1, False)
+    tokens = np.random.default_rng(0).integers(1, 64, (1, 24)).astype(np.int32)
+    np.testing.assert_allclose(logits_of(general, tokens), logits_of(declared, tokens), rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -19,14 +19,14 @@ from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
 from optima_tpu.models.checkpoints.cuts import cuts_of
-from optima_tpu.models.checkpoints.fewer_blocks import last_blocks, renumbered, settings_without, with_settings
-from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, assets_with, fewer_experts
+from optima_tpu.models.checkpoints.fewer_blocks import with_settings
+from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
 from optima_tpu.models.checkpoints.folder import assets_in
 from optima_tpu.models.checkpoints.quantized import without_quantization
-from optima_tpu.models.checkpoints.source import DTYPES, Index, TensorSource, parse_dtype, read_config
-from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
+from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import Cut
+from optima_tpu.models.model import Model, smaller, without_experts, without_last
 from optima_tpu.models.whole_model import cache_bytes
 from optima_tpu.pipeline.experts import mixed_blocks
 from optima_tpu.runtime.mesh import DATA, MODEL
@@ -72,25 +72,36 @@ class DeclaredModel(NamedTuple):
     """A decoder whose weights are not read.
 
     Attributes:
-      origin: what the user typed.
-      decoder: with the batch of the run.
-      config: the contents of config.json.
-      pretrained: the model as a run opens it, if it has a tokenizer here; its weights may be missing.
+      opened: as a run opens it, with the batch of the run. Its weights may be missing, and its tokenizer.
     """
 
-    origin: str
-    decoder: Decoder
-    config: PretrainedConfig
-    pretrained: Pretrained | None = None
+    opened: Model
+
+    @property
+    def origin(self) -> str:
+        """What the user typed."""
+        return self.opened.pretrained.origin
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The contents of config.json."""
+        return self.opened.pretrained.config
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.opened.decoder
+
+    def _by(self, decoder: Decoder) -> "DeclaredModel":
+        return DeclaredModel(self.opened._replace(decoder=decoder))
 
     def on(self, mesh: Mesh | AbstractMesh) -> "DeclaredModel":
         """The model on another mesh."""
         # A decoder needs only the sizes of the mesh as long as nothing is placed or compiled.
-        return self._replace(decoder=dataclasses.replace(self.decoder, mesh=cast(Mesh, mesh)))
+        return self._by(dataclasses.replace(self.decoder, mesh=cast(Mesh, mesh)))
 
     def at(self, index: int) -> "DeclaredModel":
         """The same model, of which ``decoder`` describes the blocks like block ``index``."""
-        return self._replace(decoder=self.decoder.at(index))
+        return self._by(self.decoder.at(index))
 
     @property
     def dtype(self) -> np.dtype:
@@ -112,21 +123,15 @@ class DeclaredModel(NamedTuple):
         for kind in itertools.chain.from_iterable(kinds for kinds in cuts_of(self.config).values() if not isinstance(kinds, str)):
             left = {left_in(kind, index, name) for index, name in layers if kind_name(name) in kind.read_by}
             settings |= kind.config(*left) if len(left) == 1 and kind.total not in left else {}
-        return self._smaller(settings, decoder.tensors) if settings else self
+        if not settings:
+            return self
+        assets = self.opened.pretrained.assets
+        changed = {**assets, "config.json": with_settings(assets["config.json"], settings)}
+        return DeclaredModel(smaller(self.opened, changed, decoder.tensors))
 
     def without_last(self, count: int) -> "DeclaredModel":
         """The model without so many of its last blocks: the size of the model whose blocks a run prunes."""
-        left_out = last_blocks(self.config, count)
-        if not left_out:
-            return self
-        decoder = self.decoder
-        tensors = renumbered(decoder.tensors, decoder.root + decoder.family.layers, left_out)
-        return self._smaller(settings_without(self.config, left_out), tensors)
-
-    def _smaller(self, settings: Mapping[str, Any], tensors: TensorSource) -> "DeclaredModel":
-        """The model that has other settings in its config.json."""
-        config, _ = read_config(with_settings(self.config.to_json_string(use_diff=False).encode(), settings), self.origin)
-        return self._replace(config=config, decoder=Decoder.open(config, tensors, self.decoder.mesh, self.decoder.batch))
+        return DeclaredModel(without_last(self.opened, count))
 
     @property
     def weights(self) -> int:
@@ -137,12 +142,8 @@ class DeclaredModel(NamedTuple):
 
     def without_experts(self, cut: ExpertCut) -> "DeclaredModel":
         """The model whose mixtures keep the first experts: as large as with those that a run keeps."""
-        decoder = self.decoder
-        prefixes = [decoder.prefix(index) for index, there in enumerate(mixed_blocks(decoder, cut)) if there]
-        tensors = fewer_experts(decoder.tensors, cut.names, dict.fromkeys(prefixes, range(cut.kept)))
-        assets = assets_with({"config.json": self.config.to_json_string(use_diff=False).encode()}, cut.kept)
-        config, _ = read_config(assets["config.json"], self.origin)
-        return self._replace(config=config, decoder=Decoder.open(config, tensors, decoder.mesh, decoder.batch))
+        kept = [range(cut.kept if mixed else 0) for mixed in mixed_blocks(self.decoder, cut)]
+        return DeclaredModel(without_experts(self.opened, cut, kept))
 
     def block_bytes(self) -> int:
         """Size of the weights of a block of the decoder's kind."""
@@ -151,7 +152,7 @@ class DeclaredModel(NamedTuple):
 
     def all_blocks_bytes(self) -> int:
         """Size of the weights of all blocks."""
-        return sum(len(indices) * self._replace(decoder=alike).block_bytes() for alike, indices in self.decoder.stretches)
+        return sum(len(indices) * self._by(alike).block_bytes() for alike, indices in self.decoder.stretches)
 
     def end_bytes(self) -> int:
         """Size of the weights outside the blocks."""
@@ -187,9 +188,14 @@ NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
 
 
 def declared(
-    config: PretrainedConfig, dtype: np.dtype = DTYPES["float32"], batch: int = 1, general: bool = False, origin: str = ""
+    config: PretrainedConfig,
+    dtype: np.dtype = DTYPES["float32"],
+    batch: int = 1,
+    general: bool = False,
+    origin: str = "",
+    assets: Mapping[str, bytes] | None = None,
 ) -> DeclaredModel:
-    """The model that a configuration describes, with all weights in one dtype."""
+    """The model that a configuration describes, with all weights in one dtype. ``assets`` are its files."""
     opened = functools.partial(Decoder.open, config, mesh=NOWHERE, batch=batch, general=general)
     decoder = opened(DeclaredTensors({}, dtype))
     blocks = {
@@ -197,7 +203,9 @@ def declared(
         for index in range(decoder.config.blocks)
         for name, shape in decoder.at(index).block_shapes.items()
     }
-    return DeclaredModel(origin, opened(DeclaredTensors(decoder.end_shapes | blocks, dtype)), config)
+    tensors = DeclaredTensors(decoder.end_shapes | blocks, dtype)
+    assets = {"config.json": config.to_json_string(use_diff=False).encode(), **(assets or {})}
+    return DeclaredModel(Model(Pretrained(config, tensors, assets, "", origin), opened(tensors)))
 
 
 def config_apart(spec: str) -> bool:
@@ -224,17 +232,15 @@ def open_declared(spec: str, dtype: str | None, batch: int, general: bool = Fals
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
         decoder = Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch, general)
-        return DeclaredModel(spec, decoder, pretrained.config, pretrained)
+        return DeclaredModel(Model(pretrained, decoder))
     if not config_apart(spec):
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
     if not path.exists():
         path = hub.download(spec, ("config.json",))
     assets = assets_in(path)
     assets["config.json"], _ = without_quantization(assets["config.json"], spec)
-    config, _ = read_config(assets["config.json"], spec, dtype)
-    model = declared(config, DTYPES[dtype or _named_dtype(config)], batch, general, spec)
-    has_tokenizer = assets.keys() & set(VOCABULARIES)
-    return model._replace(pretrained=Pretrained(config, model.decoder.tensors, assets, "", spec) if has_tokenizer else None)
+    config, assets["config.json"] = read_config(assets["config.json"], spec, dtype)
+    return declared(config, DTYPES[dtype or _named_dtype(config)], batch, general, spec, assets)
 
 
 def _named_dtype(config: PretrainedConfig) -> str:

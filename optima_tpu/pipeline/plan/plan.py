@@ -175,24 +175,14 @@ def make_plan(
         config = dataclasses.replace(config, cut=dataclasses.replace(config.cut, blocks=0))
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
-    refused, writing = walk.refused, 0.0
-    if written_windows(config) and not recovering:
-        try:
-            at_once = windows_at_once(dense.decoder, written_windows(config), text.window_length, budget, ADVICE)
-            writing = estimate.writing_seconds(dense, config, machine, at_once)
-        except UserError as error:
-            refused = str(error)  # a run writes its text first
-    training: tuple[Program, ...] = ()
+    writing, unwritable = (0.0, "") if recovering else _writing(config, dense, machine, budget)
+    refused, training = unwritable or walk.refused, tuple[Program, ...]()
     if config.distill:
         trainer = Trainer(decoder, config.distill, budget)
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
         training = training_programs(model, trainer, text.window_length, machine, compile_call)
     removing = removal_programs(dense, cut, config, machine, budget, compile_call) if cut else ()
     programs = (*removing, *_walk_programs(config, model, machine, walk, compile_call), *training)
-    unknown = frozenset[str]().union(*(program.unknown for program in programs))
-    took = [(program.stage == "pruning", program.compiled.seconds) for program in programs if program.compiled]
-    ahead = side_by_side([seconds for pruning, seconds in took if pruning], os.cpu_count() if machine.here else None)
-    compiling = ahead + sum(seconds for pruning, seconds in took if not pruning)
     forward = _forward_passes(model, machine, config, walk.kinds)
     stored = estimate.storage(model, config, machine, patterns, forward.kept, bool(patterns) and not recovering)
     beside = Beside.of(dense, cut, config, machine, budget) if cut else Beside()
@@ -202,7 +192,6 @@ def make_plan(
     running[REMOVING] += beside.seconds
     running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
     timed = estimate.RunTime(model, config, machine, stored, forward, dense)
-    seconds = timed.stages(running, compiling if machine.compiles else None)
     narrow = model.narrow(config.recipe)
     return Plan(
         dense,
@@ -210,11 +199,29 @@ def make_plan(
         programs,
         windows_of_step(decoder, config.distill.batch if recovering and config.distill else text.fitted),
         stored,
-        seconds,
-        estimate.assumptions(config, machine, unknown),
+        timed.stages(running, _compiling(programs, machine) if machine.compiles else None),
+        estimate.assumptions(config, machine, frozenset[str]().union(*(program.unknown for program in programs))),
         refused,
-        None if narrow is dense else (dense.serving(text.window_length), narrow.serving(text.window_length)),
+        None if narrow.opened is dense.opened else (dense.serving(text.window_length), narrow.serving(text.window_length)),
     )
+
+
+def _writing(config: RunConfig, model: DeclaredModel, machine: Machine, budget: float) -> tuple[float, str]:
+    """Seconds in which the model writes calibration text; and why it cannot, empty if it can."""
+    if not (count := written_windows(config)):
+        return 0.0, ""
+    try:
+        at_once = windows_at_once(model.decoder, count, config.calibration.window_length, budget, ADVICE)
+    except UserError as error:
+        return 0.0, str(error)
+    return estimate.writing_seconds(model, config, machine, at_once), ""
+
+
+def _compiling(programs: Iterable[Program], machine: Machine) -> float:
+    """Seconds of compiling: programs of the pruning side by side, the others one after the other."""
+    took = [(program.stage == "pruning", program.compiled.seconds) for program in programs if program.compiled]
+    ahead = side_by_side([seconds for pruning, seconds in took if pruning], os.cpu_count() if machine.here else None)
+    return ahead + sum(seconds for pruning, seconds in took if not pruning)
 
 
 class _Walk(NamedTuple):

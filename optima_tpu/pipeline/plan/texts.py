@@ -7,7 +7,8 @@ from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import TFDS, File, Npy, PyDoc
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import load_tokenizer
-from optima_tpu.models.model import Model, window_bos
+from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
+from optima_tpu.models.model import window_bos
 from optima_tpu.pipeline.plan.model import DeclaredModel
 
 CHARACTERS = 4
@@ -31,9 +32,10 @@ def _windows(source: PyDoc | File | Npy | TFDS, config: RunConfig, model: Declar
     if isinstance(source, Npy):
         vocabulary = model.decoder.config.vocab
         return len(source.tokens("evaluation", vocabulary=vocabulary, windows=most, length=length, seed=0).ids)
-    if model.pretrained is None:
+    pretrained = model.opened.pretrained
+    if not pretrained.assets.keys() & set(VOCABULARIES):
         windows = sum(map(len, source.documents("evaluation"))) // (CHARACTERS * length)
         return max(1, windows if most is None else min(windows, most))
-    tokenizer = load_tokenizer(model.pretrained)
-    bos = window_bos(Model(model.pretrained, model.decoder), tokenizer, config.evaluation.bos)
+    tokenizer = load_tokenizer(pretrained)
+    bos = window_bos(model.opened, tokenizer, config.evaluation.bos)
     return len(data.evaluation_tokens(source, tokenizer, length=length, windows=most, bos=bos).ids)
