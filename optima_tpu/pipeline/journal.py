@@ -224,10 +224,10 @@ class Journal:
         Raises:
           UserError: the disk is full or not writable, and the earlier blocks are intact; or something has removed earlier blocks.
         """
-        if stray := set(masks) - set(weights):
-            raise ValueError(f"masks without weights: {sorted(stray)}")
-        if stray := set(scales) - set(masks):
-            raise ValueError(f"scales without masks: {sorted(stray)}")
+        if not scales.keys() <= masks.keys() <= weights.keys():
+            raise ValueError(
+                f"masks without weights, or scales without masks: {sorted(weights)}, {sorted(masks)}, {sorted(scales)}"
+            )
         entry, states = self.entry(index), self._states(index)
         remedy = f"what is finished, {plural(len(self.finished), 'block')}, is intact; make room and repeat the command"
 
