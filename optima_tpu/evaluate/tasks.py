@@ -1,12 +1,13 @@
 """Loads the tasks of the Language Model Evaluation Harness with their data, runs them, and collects their metrics."""
 
+import contextlib
 import difflib
 import importlib.metadata
 import math
 import random
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,9 @@ def load_tasks(
         if task.get_config("num_fewshot") and name in data and task.OUTPUT_TYPE != "loglikelihood_rolling":
             _check_examples(manager, name, data[name])
         # The harness runs these steps for all tasks, and its errors do not say which task failed.
-        task.build_all_requests = _named(task.build_all_requests, name, "made from")
-        task.apply_filters = _named(task.apply_filters, name, "scored on")
-        task.process_results = _named(task.process_results, name, "scored on")
+        task.build_all_requests = _fitting(name, "made from")(task.build_all_requests)
+        task.apply_filters = _fitting(name, "scored on")(task.apply_filters)
+        task.process_results = _fitting(name, "scored on")(task.process_results)
         _check_number(task, name)
         _check_documents(task, name, lm, asking)
     return found
@@ -106,38 +107,32 @@ def _configure(task: Task, name: str, asking: Asking) -> None:
 
 
 def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
+    with _fitting(name, "made from"):
+        try:
+            if folder is None:
+                return manager.load(name)
+            # The harness lets a group override the settings of its tasks; there is no other way to change them.
+            loaded = manager.load({"group": "local", "task": [{"task": name, **_local(manager, name, folder)}]})
+            return TaskDict(tasks=loaded["tasks"], groups={}, group_map={})
+        except OSError as error:  # no network, an unknown or gated data set, a missing file
+            raise UserError(
+                f"the data set of task {name} is not on this machine and can't be downloaded ({one_line(error)}): fill the Hugging "
+                f"Face cache on a machine with a network{_or_files(manager, name)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _fitting(name: str, what: str) -> Iterator[None]:
+    """Names the task in the errors of a step, or of a function that it wraps; ``what`` describes the step in the message."""
     try:
-        if folder is None:
-            return manager.load(name)
-        # The harness lets a group override the settings of its tasks; there is no other way to change them.
-        loaded = manager.load({"group": "local", "task": [{"task": name, **_local(manager, name, folder)}]})
-        return TaskDict(tasks=loaded["tasks"], groups={}, group_map={})
+        yield
     except UserError:
         raise
-    except OSError as error:  # no network, an unknown or gated data set, a missing file
-        raise UserError(
-            f"the data set of task {name} is not on this machine and can't be downloaded ({one_line(error)}): fill the Hugging "
-            f"Face cache on a machine with a network{_or_files(manager, name)}"
-        ) from error
     except Exception as error:  # a template that does not fit its data can raise any type
-        raise _unfit(name, error) from error
+        raise _unfit(name, error, what) from error
 
 
-def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]:
-    """Wraps a step of a task so that its errors name the task; ``what`` describes the step in the message."""
-
-    def step(*arguments, **options):
-        try:
-            return work(*arguments, **options)
-        except UserError:
-            raise
-        except Exception as error:  # as in _load
-            raise _unfit(name, error, what) from error
-
-    return step
-
-
-def _unfit(name: str, error: Exception, what: str = "made from") -> UserError:
+def _unfit(name: str, error: Exception, what: str) -> UserError:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return UserError(
             f"task {name} needs the package {error.name}, which is not installed: pip install {_package(error.name)}"
