@@ -16,6 +16,7 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG
+from optima_tpu.method.solvers.cg import usual_steps
 from optima_tpu.method.statistics import TokenStatistics
 from optima_tpu.models import splash
 from optima_tpu.models.experts import Routed
@@ -242,15 +243,24 @@ def test_every_loop_of_every_method_says_how_often_it_runs(pattern):
 
 
 def test_a_solve_counts_its_usual_steps_on_every_device():
-    """Of the default solver 12: two products each, two more after every fourth, one at the start; others measure the result."""
+    """Two products in each step of the default solver, two more after every fourth, one at the start; others measure the result."""
     rows, size = 4096, 256
+    steps = usual_steps(size, CG().damping)
     for on, devices in ((machine(), 1), (machine(4, 2), 8)):
         product = 2 * rows * size**2 / devices
         one, solved = (pruning(Recipe(Unstructured(0.5), Wanda(), solver), rows, size, on).work for solver in (None, CG()))
-        assert solved.rough - one.rough == pytest.approx(12 * product + 2 * size**3)  # and R'R, on each device
+        assert solved.rough - one.rough == pytest.approx(steps * product + 2 * size**3)  # and R'R, on each device
         # Without a solver the weights before and after it are one.
-        assert solved.wide - one.wide == pytest.approx((12 + 6 + 1 + 1) * product)
+        assert solved.wide - one.wide == pytest.approx((steps + steps / 2 + 1 + 1) * product)
         assert solved.factor == pytest.approx(4 / 3 * size**3)
+
+
+def test_a_wider_layer_takes_more_usual_steps_and_never_more_than_the_solver_may_take():
+    size = 256
+    few, more = (pruning(Recipe(Unstructured(0.5), Wanda(), CG(max_steps=most)), size, size, machine()).work for most in (8, 96))
+    assert usual_steps(4 * size, 0.01) > usual_steps(size, 0.01) > 8
+    assert usual_steps(4 * size, 0.01) > usual_steps(4 * size, 0.3)
+    assert few.rough < more.rough
 
 
 def test_inverses_are_shared_by_the_tpus_that_make_them():
