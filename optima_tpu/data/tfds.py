@@ -129,9 +129,8 @@ class TFDS(TextSource):
 
         asked = self._spec(builder, split)
         has = f"it has {', '.join(builder.info.splits)}: write ?split=NAME"
-        with refusing(
-            Exception, f"{self.name} in {self.directory} has no split {asked!r}, {has}"
-        ):  # ValueError, AssertionError, KeyError
+        # Exception, because ValueError, AssertionError and KeyError come.
+        with refusing(Exception, f"{self.name} in {self.directory} has no split {asked!r}, {has}"):
             return splits.AbstractSplit.from_spec(asked).to_absolute(builder.info.splits)
 
     def _paths(self, builder: "ReadOnlyBuilder", split: Split) -> list[Path]:

@@ -12,7 +12,7 @@ from optima_tpu.config.run_config import Calibration, CutStructures, Evaluation,
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.pipeline.recover.config import RecoverConfig
-from optima_tpu.runtime.bounds import MOST, Bound, Bounded
+from optima_tpu.runtime.bounds import MOST, Bound, Bounded, Filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +54,25 @@ COMMANDS = {("", RunConfig), ("", EvaluateConfig), ("", RecoverConfig), ("calibr
 COMMANDS |= {("cut", CutStructures)}
 
 
+def beyond_of(bound: Bound | Filled) -> list[tuple[float | str, str]]:
+    """Values that a bound refuses, and what the message calls them."""
+    if isinstance(bound, Filled):
+        return [("", "an empty text"), (" ", "an empty text")]
+    low = bound.least - 1 if bound.above is None else bound.above
+    return [(low, str(low)), (math.nan, "nan")]
+
+
 @pytest.mark.parametrize(
     ("setting", "cls"), sorted(METHODS | COMMANDS, key=str), ids=lambda each: getattr(each, "__name__", each)
 )
-def test_every_number_of_the_settings_is_held_to_its_bound(setting, cls):
+def test_every_setting_is_held_to_its_bound(setting, cls):
     needed = {"model": "org/model", "tokens": "1k"} if setting == "" else {}
     needed = {name: value for name, value in needed.items() if name in {field.name for field in dataclasses.fields(cls)}}
     hints = typing.get_type_hints(cls, include_extras=True)
     bounds = {name: each for name, hint in hints.items() for each in getattr(hint, "__metadata__", ())}
     for name, bound in bounds.items():
-        low = bound.least - 1 if bound.above is None else bound.above
         several = "tuple" in str(hints[name])
-        for beyond in (low, math.nan):
+        for beyond, told in beyond_of(bound):
             with pytest.raises(UserError, match=f"expected {setting and setting + '.'}{name} ") as refused:
-                cls(**needed, **{name: (beyond,) if several else beyond})
-            assert f"got {beyond}" in str(refused.value)
+                cls(**needed | {name: (beyond,) if several else beyond})
+            assert f"got {told}" in str(refused.value)

@@ -25,6 +25,7 @@ from optima_tpu.models.checkpoints.export import MASKS, read_masks
 from optima_tpu.models.checkpoints.export import export as export_run
 from optima_tpu.models.checkpoints.folder import INDEX
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.checkpoints.packing import sealed
 from optima_tpu.models.masks import open_masks
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.repair import mend, verified
@@ -85,8 +86,8 @@ def change(path: Path, add: Callable[[dict], object]) -> None:
     """Changes the record in a JSON file; the index of a packed folder is sealed again."""
     record = json.loads(path.read_text())
     add(record)
-    sealed = record.pop("sha256", None)
-    path.write_bytes(packed._sealed(record) if sealed else json.dumps(record).encode())
+    was_sealed = record.pop("sha256", None)
+    path.write_bytes(sealed(record) if was_sealed else json.dumps(record).encode())
 
 
 def names_a_part(run: Path, name: str) -> None:
