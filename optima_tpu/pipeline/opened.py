@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig, to_dict
@@ -63,3 +64,8 @@ class Opened:
         directory = prepare_directory(config.run_directory, manifest, to_dict(config))
         greet(console, config, model, texts, directory, fit.told)
         return cls(config, model, texts, manifest, to_dict(config), directory, walk, dense)
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """The windows behind those that weights are fitted to, [windows, length] int32."""
+        return self.texts.calibration.ids[self.config.calibration.fitted :]

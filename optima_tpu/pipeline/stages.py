@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 from msgspec import structs
 
 from optima_tpu.config.run_config import RunConfig
@@ -164,14 +163,10 @@ def _open_sinks(work: StageWork, journal: Journal) -> Steps:
 SINKS = Stage("opening the sinks", _open_sinks)
 
 
-def _held_out(opened: Opened) -> np.ndarray:
-    return opened.texts.calibration.ids[opened.config.calibration.fitted :]
-
-
 def _cut_steps(opened: Opened) -> list[Step]:
     """The work of each choice, in that of the text which the dense model read before: it runs the same programs."""
     decoder, chosen = opened.model.decoder, read_left_out(opened.directory).blocks
-    text, blocks = text_steps(decoder, _held_out(opened), both=False), decoder.config.blocks
+    text, blocks = text_steps(decoder, opened.held_out, both=False), decoder.config.blocks
     head = sum(step.work for step in text if step.like)  # it stands in for nothing, and a block for it
     block = (sum(step.work for step in text) - head) / blocks
     passes = expected_passes(blocks, opened.config.cut.blocks, len(chosen))
@@ -187,7 +182,7 @@ def _cut(work: StageWork, journal: Journal) -> LeftOut:
     opened, progress = work.opened, work.progress
     before = chosen = read_left_out(opened.directory)
     missing = opened.config.cut.blocks - len(before.blocks)
-    for chosen in itertools.islice(choices(opened.model, _held_out(opened), before), missing):
+    for chosen in itertools.islice(choices(opened.model, opened.held_out, before), missing):
         write_left_out(opened.directory, chosen)
         progress.advance()
         divergence = f"the predictions diverge by {number(chosen.divergences[-1])} nats on held-out windows"
@@ -326,12 +321,11 @@ def _train(work: StageWork, journal: Journal) -> Outcome:
     opened = work.opened
     method, texts, config = opened.config.distill, opened.texts, opened.config
     assert method is not None and texts.distillation is not None, "a run without training has no such stage"
-    held_out = texts.calibration.ids[config.calibration.fitted :]
     inputs = Inputs(
         opened.model.decoder,
         journal,
         method,
-        Windows(texts.distillation, held_out),
+        Windows(texts.distillation, opened.held_out),
         device_budget(config.device_memory),
         pruned_model(opened).decoder,
         kept_by(opened),
