@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import printing, signals
+from optima_tpu.runtime.host_memory import keep_freed_memory
 from optima_tpu.runtime.light import lightly, real, rehearsed
 from optima_tpu.runtime.program import COMMANDS, refuse_undecodable
 from optima_tpu.runtime.version import code_version
@@ -46,6 +47,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
       argv: its arguments; None takes those of the process.
     """
     command, words = COMMANDS[name], list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()  # before the arguments are read: some of them load libraries that start threads
 
     def work() -> int | None:
         asked = rehearsed(command.reader, words, first=lambda asked: announce(command.opens(asked)))
@@ -83,7 +85,6 @@ def take_devices(config: "Devices", alone: bool = False) -> None:
 
     from optima_tpu.runtime import processes
     from optima_tpu.runtime.compiled import keep_compiled_programs
-    from optima_tpu.runtime.host_memory import keep_freed_memory
     from optima_tpu.runtime.mesh import simulate_devices
     from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 

@@ -4,6 +4,7 @@ import platform
 
 import pytest
 
+from optima_tpu.runtime import command
 from tests.support.processes import python
 
 FREED = """
@@ -37,3 +38,13 @@ GLIBC = platform.libc_ver()
 def test_memory_that_one_thread_has_freed_serves_the_next_one():
     first, second = map(int, python("-c", FREED).stdout.split())
     assert first > 32 > second
+
+
+def test_a_command_keeps_memory_before_it_reads_arguments(monkeypatch):
+    """Reading them may load a library that starts threads, whose arenas would then serve the devices."""
+    done = []
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: done.append("kept"))
+    monkeypatch.setattr(command, "rehearsed", lambda *_, **__: done.append("read"))
+    monkeypatch.setattr(command, "real", lambda _: lambda asked: 0)
+    assert command.main("plan", []) == 0
+    assert done == ["kept", "read"]
