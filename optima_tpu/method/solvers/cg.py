@@ -18,7 +18,6 @@ a few numbers per row. The check after a cycle costs two all-gathers and two all
 """
 
 import dataclasses
-import math
 from typing import Annotated, NamedTuple
 
 import jax
@@ -45,14 +44,14 @@ _ROUGH_STEPS = 2
 
 
 def usual_steps(inputs: int, damping: float) -> float:
-    """Steps until the slowest row of a layer has usually converged, for plans: they grow with the inputs, less with more damping.
+    """Steps of one solve until the slowest row of a layer has usually converged, for plans: they grow with the inputs, less with damping.
 
-    A power of the inputs between means over all blocks of whole runs. Damping 0.01: 14 for 576 inputs and 26 for 1,536 (SmolLM2-135M),
-    18 for 1,536 and 48 for 8,960 (Qwen2.5-Coder-1.5B). Damping 0.3: 16 to 18 and 18 to 22 (SmolLM2-135M). ``o_proj``, whose rows are few,
-    took 20 to 34. Other widths and dampings are extrapolated.
+    A product of powers of both, between means over all blocks of whole runs. Damping 0.01: 14 for 576 inputs and 16 to 26 for 1,536
+    (SmolLM2-135M), 18 for 1,536 and 48 for 8,960 (Qwen2.5-Coder-1.5B). Damping 0.3: 4 to 5 for 576 and 7 for 1,536 (SmolLM2-135M; half
+    of what the two solves around exchanges take). ``o_proj``, whose rows are few, took half as many again. Other widths and dampings are
+    extrapolated.
     """
-    growth = max(0.0, 0.45 - 0.09 * math.log(max(damping, 0.01) / 0.01))
-    return 15 * (inputs / 576) ** growth
+    return 15 * (inputs / 576) ** 0.45 * (max(damping, 0.01) / 0.01) ** (-1 / 3)
 
 
 @dataclasses.dataclass(frozen=True)
