@@ -48,7 +48,7 @@ class _Staying:
     @functools.cached_property
     def left(self) -> DeclaredModel:
         """The model without the blocks that leave."""
-        return self.dense.without_last(self.config.cut.blocks)
+        return self.dense.left_by(self.config.cut)
 
     def leaving(self, kept: int) -> RunConfig:
         """The run with a rule that keeps so many."""

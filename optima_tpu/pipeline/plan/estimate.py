@@ -1,28 +1,20 @@
 """Counts memory and time without a compiler."""
 
 import collections
+import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.errors import plural
 from optima_tpu.evaluate.predictions import stretch_of
-from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.patterns import Pattern, WholeParts
-from optima_tpu.method.statistics import Groups
-from optima_tpu.pipeline.cut_blocks import TRIED, expected_passes
-from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.distill.train import SHARE
-from optima_tpu.pipeline.distill.windows import TrainingParts
 from optima_tpu.pipeline.inputs import linear_shapes
-from optima_tpu.pipeline.memory_plan import on_model_axis
 from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import DeclaredModel
-from optima_tpu.pipeline.plan.program import REMOVING
+from optima_tpu.pipeline.plan.share import Planned, Share, Storage
 from optima_tpu.pipeline.plan.topology import GIB, Machine
-from optima_tpu.pipeline.self_calibration import written_windows
-from optima_tpu.runtime.mesh import MODEL
+from optima_tpu.pipeline.plan.walk import ForwardPasses
 
 EVALUATION_TOKENS = 300_000
 """Tokens of the perplexity text if ``evaluation.windows`` is null and the text is not on this machine."""
@@ -35,74 +27,6 @@ _PROGRAM = GIB
 _COMPRESSED, _MASK = 0.5, 0.2
 """The share of the bytes of zeros that Orbax's compression saves at least: random weights in bfloat16, float16 and float32 lost 0.77 and
 more of them, from a quarter of zeros to three quarters. And bytes of a compressed entry of a mask: random masks took 0.19."""
-
-
-class ForwardPasses(NamedTuple):
-    """The forward passes of one window: through a block on average over the blocks, and through the head.
-
-    Attributes:
-      whole: work of a device in the whole block.
-      pruned: the same of the pruned block, which may know the inputs of some layers.
-      head: the same of the head.
-      passes: number of passes of the calibration.
-      moved: the size of the kept inputs of layers, every time that they leave or enter the devices, in sizes of the hidden states.
-      kept: the size of the kept inputs of layers, in sizes of the hidden states.
-    """
-
-    whole: Work
-    pruned: Work
-    head: Work
-    passes: float
-    moved: float
-    kept: float
-
-
-def writing_seconds(model: DeclaredModel, config: RunConfig, machine: Machine, at_once: int) -> float:
-    """Seconds in which the dense model writes its windows, ``at_once`` of them together: every token of them reads all weights."""
-    windows, stored = written_windows(config), model.bytes
-    flops = 2.0 * stored / model.dtype.itemsize * at_once / machine.mesh.size
-    token = Work(**{"wide" if model.dtype.itemsize == 4 else "narrow": flops}, traffic=stored / machine.mesh.shape[MODEL])
-    return -(-windows // at_once) * (config.calibration.window_length - 1) * token.seconds(machine)
-
-
-def calibration_memory(model: DeclaredModel, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
-    """Bytes of a step of ``calibrate.accumulate`` on a device: a forward pass, and the sums twice."""
-    sizes = [model.decoder.input_width(name) for name, *_ in groups]
-    sums = sum(4 * size * on_model_axis(model.decoder.mesh, size) for size in sizes)
-    return forward_memory(model, groups, length, batch, streams) + streams * 2 * sums
-
-
-def forward_memory(model: DeclaredModel, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
-    """Bytes of a forward pass on a device: the block, the inputs of all layers and two arrays of attention scores."""
-    decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
-    inputs = sum(decoder.input_width(name) * decoder.config.reach(name) for name, *_ in groups)
-    read = round(tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * inputs))
-    scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
-    return streams * (model.block_bytes() // axis + read) + scores // axis
-
-
-_STATES = "states of the training"
-
-
-class Storage(NamedTuple):
-    """Upper bounds in bytes: Orbax compresses what it writes.
-
-    Attributes:
-      hidden: hidden states of all calibration windows.
-      host: memory of one host, by use.
-      disk: size of the run directory, by use; hidden states and states of the training are removed.
-      resident: whether hidden states stay on the devices while the model is pruned.
-    """
-
-    hidden: int
-    host: dict[str, int]
-    disk: dict[str, int]
-    resident: bool = False
-
-    @property
-    def left(self) -> int:
-        """Bytes on the disk at the end."""
-        return sum(size for use, size in self.disk.items() if use not in ("hidden states", _STATES))
 
 
 def storage(
@@ -136,26 +60,30 @@ def storage(
             if served is model or not isinstance(patterns[path], WholeParts)  # what is cut needs no mask
         )
         disk["export for transformers"] = served.bytes + masked // 8
-    if config.distill:
-        one = _saved_bytes(model, config.distill)
-        # While a state is written, the one before is there; at the end one state and all trained blocks.
-        disk |= {"trained blocks": saved, _STATES: max(2 * one - saved, one)}
-    return Storage(hidden, _host_memory(model, config, machine, hidden, masks + scales, kept), disk)
+    left = sum(disk.values()) - disk["hidden states"]
+    return Storage(hidden, _host_memory(model, machine, hidden, masks + scales, kept), disk, False, left)
 
 
-def _host_memory(
-    model: DeclaredModel, config: RunConfig, machine: Machine, hidden: int, beside: int, kept: float
-) -> dict[str, int]:
+def with_shares(stored: Storage, shares: Sequence[Share]) -> Storage:
+    """The storage of a run with what its powers add."""
+    for share in shares:
+        left = stored.left + sum(share.disk.values())
+        host, disk = {**stored.host, **share.host}, {**stored.disk, **share.disk, **share.removed}
+        stored = stored._replace(host=host, disk=disk, left=left)
+    return stored
+
+
+def _host_memory(model: DeclaredModel, machine: Machine, hidden: int, beside: int, kept: float) -> dict[str, int]:
     """Bytes of the memory of one host, by use.
 
     Args:
       hidden, kept: as in :func:`storage`; the hosts share the hidden states.
       beside: of masks and scales that are saved with all blocks.
     """
-    decoder, text, hosts, on_cpu = model.decoder, config.calibration, machine.hosts, machine.platform == "cpu"
+    decoder, hosts, on_cpu = model.decoder, machine.hosts, machine.platform == "cpu"
     block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
-    share, state = -(-hidden // hosts), text.window_length * model.state_bytes
+    share = -(-hidden // hosts)
     # Devices that use the memory of the host hold the head three times, in a file, as read and on a device, and the logits at once.
     logits = decoder.batch * stretch_of(decoder.batch, decoder.config.vocab) * decoder.config.vocab
     head = on_cpu * (3 * table + 4 * logits)
@@ -172,31 +100,7 @@ def _host_memory(
     }
     if kept:
         host["inputs of layers"] = round(share * kept)
-    chosen = config.cut.blocks
-    # The held-out windows before every block, behind all blocks, and of the tries. The walk has no hidden states yet.
-    entering = (chosen > 0) * text.held_out * state * (decoder.config.blocks + chosen + 1 + TRIED) // hosts
-    if entering > share:
-        host["choosing blocks"] = entering - share
-    if config.distill:
-        batch, _, at_once = TrainingParts.of(config.distill, config.distill.pass_windows, state)
-        waiting = 2 * (at_once * batch + text.held_out) * state
-        host["text of the training"] = -(-waiting // hosts)
-        host["weights of the best check"] = -(-_moving(model, config.distill) * model.end_itemsize // hosts)
     return host
-
-
-def _moving(model: DeclaredModel, method: Distillation) -> int:
-    """How many numbers a training moves."""
-    return sum(
-        len(indices) * math.prod(alike.block_shapes[name])
-        for alike, indices in model.decoder.stretches
-        for name in Trainer(alike, method).factors
-    )
-
-
-def _saved_bytes(model: DeclaredModel, method: Distillation) -> int:
-    """Bytes of a saved state of a training: of what moves, weights and two moments in float32, and the best weights."""
-    return (12 + model.end_itemsize) * _moving(model, method)
 
 
 def evaluation_tokens(config: RunConfig) -> int:
@@ -205,158 +109,89 @@ def evaluation_tokens(config: RunConfig) -> int:
     return config.evaluation.windows * length if config.evaluation.windows else EVALUATION_TOKENS
 
 
-class TextPass(NamedTuple):
-    """Text that passes through a whole model, beside the walk over the blocks.
-
-    Attributes:
-      tokens: how many pass through all blocks of the model that is pruned, or would in the same time.
-      scored: how many the head computes logits of.
-      moves: whether hidden states leave and enter the devices at every block.
-      dense: how often the weights of the dense model are read for it.
-    """
-
-    stage: str
-    tokens: float
-    scored: float = 0.0
-    moves: bool = True
-    dense: float = 0.0
-
-
-_CHOOSING, _BESIDE = "blocks that are left out", "dense model and checks of the training"
-
-
 class RunTime(NamedTuple):
     """What the time of a run depends on.
 
     Attributes:
-      model: the one whose blocks it prunes.
-      stored: what it keeps, and where.
       forward: the forward passes.
-      dense: the model that it begins with, which may have more blocks.
+      before, walk, behind: the shares of the powers before the walk over the blocks, of the walk, and of the powers behind it.
     """
 
-    model: DeclaredModel
-    config: RunConfig
-    machine: Machine
-    stored: Storage
+    run: Planned
     forward: ForwardPasses
-    dense: DeclaredModel
+    before: Sequence[Share]
+    walk: Share
+    behind: Sequence[Share]
 
-    def stages(self, running: Mapping[str, float], compiling: float | None) -> dict[str, float]:
+    def stages(self, compiling: float | None) -> dict[str, float]:
         """Seconds of a run, by stage.
 
         Args:
-          running: seconds of all calls of the programs of each stage, the calibration, the pruning, the steps of a training; of
-            their communication; and of the "text" that the model writes.
           compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
         """
+        machine, shares = self.run.machine, (*self.before, self.walk, *self.behind)
         moved, read = self._transfers()
-        walk = {
-            "calibration": running["calibration"],
-            "pruning": running["pruning"],
-            "pruned blocks forward": self._blocks * self._seconds(self.forward.pruned, self._calibrated),
-            "hidden states to and from the devices": moved / (TRANSFER * self.machine.hosts),
+        walk = self._seconds_of(self.walk) | {
+            "pruned blocks forward": self.run.blocks * self._seconds(self.forward.pruned, self.run.calibrated),
+            "hidden states to and from the devices": moved / (TRANSFER * machine.hosts),
         }
-        text = collections.defaultdict[str, float](float)
-        for each in self._passes:
-            text[each.stage] += self._blocks * self._seconds(self.forward.whole, each.tokens)
-            text[each.stage] += self._seconds(self.forward.head, each.scored)
-        stages = {
-            "compiling (as here)": compiling,
-            "text that the model writes": running["text"],
-            "perplexity, dense and pruned": text["perplexity, dense and pruned"],
-            _CHOOSING: text[_CHOOSING],
-            REMOVING: running[REMOVING],
-            **walk,
-            "training": running["training"],
-            _BESIDE: text[_BESIDE],
-            "communication of these programs": running["communication"],
-            "reading weights": read / (READING * self.machine.hosts),
-            "writing": self._written(walk, running["training"] + text[_BESIDE]) / WRITING,
+        before, behind = ([self._seconds_of(share) for share in each] for each in (self.before, self.behind))
+        stages = {"compiling (as here)": compiling or 0.0}
+        for each in (*before, walk, *behind):
+            stages |= each
+        stages |= {
+            "communication of these programs": sum(each.communication(machine) for share in shares for each in share.programs),
+            "reading weights": read / (READING * machine.hosts),
+            "writing": self._written(walk, behind) / WRITING,
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
 
-    @property
-    def _passes(self) -> list[TextPass]:
-        """All text that passes through whole models."""
-        config, text, method = self.config, self.config.calibration, self.config.distill
-        choices, streams, evaluated = config.cut.blocks, config.recipe.target.streams, evaluation_tokens(config)
-        held_out, blocks = text.held_out * text.window_length, self.dense.decoder.config.blocks
-        deeper = blocks / self._blocks
-        passes = [TextPass("perplexity, dense and pruned", (1 + deeper) * evaluated, 2 * evaluated, dense=1)]
-        if choices:
-            tried = sum(expected_passes(blocks, choices))
-            scored = choices * (1 + TRIED) * held_out
-            # It reads the dense model for all choices, and half of it for each twice, but for the first once.
-            passes.append(TextPass(_CHOOSING, tried / self._blocks * held_out, scored, dense=choices + 1 / 2))
-            passes.append(TextPass(_CHOOSING, (streams - 1) * choices * self._calibrated / self._blocks, moves=False))
-        if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
-            parts, windows = _dense_passes(method, self.model.state_bytes * text.window_length)
-            passes.append(TextPass(_BESIDE, deeper * (windows + text.held_out) * text.window_length, dense=parts))
-        if method:  # the perplexity text measures the pruned model before it is trained, too
-            checked = (len(method.check_steps()) + 1 + method.trials) * held_out
-            scored = (1 + method.reads_dense) * checked + evaluated
-            passes.append(TextPass(_BESIDE, checked + evaluated, scored, moves=False))
-        return passes
-
-    @property
-    def _blocks(self) -> int:
-        return self.model.decoder.config.blocks
-
-    @property
-    def _calibrated(self) -> float:
-        """Tokens that pass through the blocks to calibrate them."""
-        return self.stored.hidden / self.config.recipe.target.streams / self.model.state_bytes
+    def _seconds_of(self, share: Share) -> dict[str, float]:
+        """Seconds of a share, by stage."""
+        seconds = collections.defaultdict[str, float](float)
+        for program in share.programs:
+            seconds[program.stage] += program.seconds(self.run.machine)
+        for stage, beside in share.seconds.items():
+            seconds[stage] += beside
+        for each in share.passes:
+            seconds[each.stage] += self.run.blocks * self._seconds(self.forward.whole, each.tokens)
+            seconds[each.stage] += self._seconds(self.forward.head, each.scored)
+        return seconds
 
     def _seconds(self, window: Work, tokens: float) -> float:
         """Seconds of so many tokens, by the work of a window."""
-        return window.seconds(self.machine) * tokens / self.config.calibration.window_length
+        return window.seconds(self.run.machine) * tokens / self.run.config.calibration.window_length
 
     def _transfers(self) -> tuple[float, float]:
         """The bytes of hidden states that enter and leave the devices, and the bytes of weights that are read."""
-        forward, passes = self.forward, self._passes
+        forward, run, stored = self.forward, self.run, self.run.stored
+        passes = [each for share in (*self.before, *self.behind) for each in share.passes]
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
-        states = 0 if self.stored.resident else forward.passes + 1 + 1 / self.config.recipe.target.streams + forward.moved
-        moved = states * self.stored.hidden + 2 * self.model.state_bytes * sum(each.tokens for each in passes if each.moves)
+        states = 0 if stored.resident else forward.passes + 1 + 1 / run.config.recipe.target.streams + forward.moved
+        moved = states * stored.hidden + 2 * run.model.state_bytes * sum(each.tokens for each in passes if each.moves)
         # The pruned model is read for its perplexity, the walk, the checkpoint.
-        own = (3 if self._calibrated else 2) * self.model.bytes
-        return self._blocks * moved, own + sum(each.dense for each in passes) * self.dense.bytes
+        own = (3 if run.calibrated else 2) * run.model.bytes
+        return run.blocks * moved, own + sum(each.dense for each in passes) * run.dense.bytes
 
-    def _written(self, walk: Mapping[str, float], training: float) -> float:
-        """Bytes that are written: what is left at the end, hidden states that a resume would need, and states of the training.
+    def _written(self, walk: Mapping[str, float], behind: Iterable[Mapping[str, float]]) -> float:
+        """Bytes that are written: what is left at the end, hidden states that a resume would need, and what powers replace.
 
         Args:
-          walk: seconds of the walk's stages.
-          training: seconds of the training and of what runs beside it.
+          walk, behind: seconds by stage, of the walk and of each power behind it.
         """
-        config, stored, blocks = self.config, self.stored, self._blocks
+        run, stored, recompute = self.run, self.run.stored, self.run.config.recompute
         # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
-        streams = config.recipe.target.streams
-        moved = 0 if stored.resident else streams * blocks * 2 * self._calibrated * self.model.state_bytes
-        passes = moved / (TRANSFER * self.machine.hosts) + walk["pruned blocks forward"]
+        streams = run.config.recipe.target.streams
+        moved = 0 if stored.resident else streams * run.blocks * 2 * run.calibrated * run.model.state_bytes
+        passes = moved / (TRANSFER * run.machine.hosts) + walk["pruned blocks forward"]
         passes += walk["calibration"] if streams > 1 else 0
-        saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
-        written = stored.left + saves * stored.hidden
-        if config.distill:  # a state every now and then; what is left at the end has the trained blocks
-            one = _saved_bytes(self.model, config.distill)
-            written += one * int(training / ((SHARE + 1) * one / WRITING))
-        return written
+        saves = int(min(run.blocks - 1, passes / (60 * recompute))) if recompute else run.blocks - 1
+        replaced = (share.rewritten(sum(seconds.values())) for share, seconds in zip(self.behind, behind))
+        return stored.left + saves * stored.hidden + sum(replaced)
 
 
-def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
-    """How often training reads the dense model, and how many windows pass through it.
-
-    Args:
-      state: bytes of the hidden states of a window.
-    """
-    batch, steps, at_once = TrainingParts.of(method, method.pass_windows, state)
-    parts = -(-steps // at_once)
-    times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
-    return parts * times, steps * batch * times
-
-
-def assumptions(config: RunConfig, machine: Machine, unknown: Collection[str] = ()) -> list[str]:
+def assumptions(config: RunConfig, machine: Machine, shares: Iterable[Share], unknown: Collection[str]) -> list[str]:
     """The assumptions behind the time, in words.
 
     Args:
@@ -375,16 +210,7 @@ def assumptions(config: RunConfig, machine: Machine, unknown: Collection[str] = 
     words += [f"the loop at {loop} does not say how often it usually runs, and counts once" for loop in sorted(unknown)]
     unknown_text = "" if config.evaluation.windows else " (evaluation.windows is null, and the text is not on this machine)"
     words.append(f"a perplexity text of {evaluation_tokens(config):,} tokens{unknown_text}")
-    if written_windows(config):
-        words.append(
-            "for each token of the windows that the model writes at once a device reads its weights; attention is not counted"
-        )
-    if config.cut.blocks:
-        words.append(
-            f"each choice of --cut.blocks tries {plural(TRIED, 'block')}, and each try passes half of those that are left"
-        )
-    if config.allocation.measures:
-        words.append("measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity")
+    words += itertools.chain.from_iterable(share.assumptions for share in shares)
     words.append(
         f"a host moves {TRANSFER / 1e9:g} GB/s to its devices and reads {READING / 1e9:g} GB/s of "
         f"weights; all hosts together write {WRITING / 1e9:g} GB/s to the run directory; nothing overlaps"

@@ -13,14 +13,16 @@ from jax.sharding import AbstractMesh, Mesh
 from transformers import PretrainedConfig
 
 from optima_tpu.config.model_spec import is_hub_id, refuse_missing
+from optima_tpu.config.run_config import CutStructures
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.statistics import Groups
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
 from optima_tpu.models.checkpoints.cuts import cuts_of
 from optima_tpu.models.checkpoints.fewer_blocks import with_settings
-from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
+from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.checkpoints.folder import assets_in
 from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
@@ -129,9 +131,13 @@ class DeclaredModel(NamedTuple):
         changed = {**assets, "config.json": with_settings(assets["config.json"], settings)}
         return DeclaredModel(smaller(self.opened, changed, decoder.tensors))
 
-    def without_last(self, count: int) -> "DeclaredModel":
-        """The model without so many of its last blocks: the size of the model whose blocks a run prunes."""
-        return DeclaredModel(without_last(self.opened, count))
+    def left_by(self, cut: CutStructures) -> "DeclaredModel":
+        """The model as large as the one whose blocks a run prunes: without its last blocks, or with the first experts of mixtures."""
+        if not cut.experts:
+            return DeclaredModel(without_last(self.opened, cut.blocks))
+        experts = expert_cut(cut.experts, self.config)
+        kept = [range(experts.kept if mixed else 0) for mixed in mixed_blocks(self.decoder, experts)]
+        return DeclaredModel(without_experts(self.opened, experts, kept))
 
     @property
     def weights(self) -> int:
@@ -140,15 +146,18 @@ class DeclaredModel(NamedTuple):
         blocks = sum(len(indices) * sum(map(math.prod, alike.block_shapes.values())) for alike, indices in decoder.stretches)
         return blocks + sum(map(math.prod, decoder.end_shapes.values()))
 
-    def without_experts(self, cut: ExpertCut) -> "DeclaredModel":
-        """The model whose mixtures keep the first experts: as large as with those that a run keeps."""
-        kept = [range(cut.kept if mixed else 0) for mixed in mixed_blocks(self.decoder, cut)]
-        return DeclaredModel(without_experts(self.opened, cut, kept))
-
     def block_bytes(self) -> int:
         """Size of the weights of a block of the decoder's kind."""
         decoder, prefix = self.decoder, self.decoder.prefix(self.decoder.config.kind)
         return sum(math.prod(shape) * self.itemsize(prefix + name) for name, shape in decoder.block_shapes.items())
+
+    def forward_bytes(self, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
+        """Bytes of a forward pass on a device: the block, the inputs of all layers and two arrays of attention scores."""
+        decoder, axis, tokens = self.decoder, self.decoder.mesh.shape[MODEL], batch * length
+        inputs = sum(decoder.input_width(name) * decoder.config.reach(name) for name, *_ in groups)
+        read = round(tokens * self.dtype.itemsize * (4 * decoder.config.d_model + 2 * inputs))
+        scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
+        return streams * (self.block_bytes() // axis + read) + scores // axis
 
     def all_blocks_bytes(self) -> int:
         """Size of the weights of all blocks."""

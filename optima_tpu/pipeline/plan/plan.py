@@ -1,41 +1,34 @@
 """The plan of a run: what each of its programs needs, and what the whole run needs."""
 
-import collections
 import dataclasses
-import functools
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.errors import UserError, plural
-from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
-from optima_tpu.method.statistics import Groups
-from optima_tpu.models.checkpoints.fewer_experts import expert_cut
-from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.whole_model import windows_at_once
 from optima_tpu.pipeline.ahead import side_by_side
-from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
-from optima_tpu.pipeline.layer_groups import groups_of_blocks
-from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Compile, compiler, joined, resident
-from optima_tpu.pipeline.plan.counting import Work, counted
-from optima_tpu.pipeline.plan.estimate import Storage
+from optima_tpu.pipeline.plan.compile import Compile, compiler
 from optima_tpu.pipeline.plan.model import DeclaredModel, Serving
-from optima_tpu.pipeline.plan.program import REMOVING, STAGES, Program
-from optima_tpu.pipeline.plan.removal import Beside, removal_programs
+from optima_tpu.pipeline.plan.program import Program
+from optima_tpu.pipeline.plan.removal import allocating, choosing, removing
+from optima_tpu.pipeline.plan.share import Planned, Share, Storage
 from optima_tpu.pipeline.plan.texts import counted as with_windows
+from optima_tpu.pipeline.plan.texts import perplexity, writing
 from optima_tpu.pipeline.plan.topology import Machine
-from optima_tpu.pipeline.plan.training import refusal, training_programs
-from optima_tpu.pipeline.programs import Call, block_call, calibration_calls, head_call, pruning_call, windows_of_step
-from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
-from optima_tpu.pipeline.sums import Capture
+from optima_tpu.pipeline.plan.training import training
+from optima_tpu.pipeline.plan.walk import BlockWalk, forward_passes, walk_of, walk_programs
+from optima_tpu.pipeline.programs import windows_of_step
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.mesh import DATA, MODEL
+
+Powers = Sequence[Callable[[Planned], Share]]
+
+RUN: tuple[Powers, Powers] = (writing, perplexity, choosing, removing, allocating), (training,)
+"""What a run does before the walk over its blocks and behind it, in this order. A new power is a function in one of them."""
+RECOVERY: tuple[Powers, Powers] = (perplexity,), (training,)
+"""The same of `optima recover`, whose blocks are pruned already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,50 +96,10 @@ class Plan:
             "fits": not self.too_large and not self.refused,
             "refused": self.refused,
             "serving": self.serving and dict(zip(("dense", "cut"), (each._asdict() for each in self.serving))),
-            "storage": self.storage._asdict() | {"left": self.storage.left, "written": self.written},
+            "storage": self.storage._asdict() | {"written": self.written},
             "seconds": self.seconds,
             "assumptions": self.assumptions,
         }
-
-
-class _Shape(NamedTuple):
-    """All that decides the program of a group of layers."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    patterns: tuple[Pattern, ...]
-    layout: RowLayout
-    residual: bool  # whether the target includes the residual-drift correction
-
-
-class _Layers(NamedTuple):
-    """The layers that share a :class:`_Shape`."""
-
-    block: int  # one of those that have them
-    names: tuple[str, ...]
-    others: Groups  # groups whose Hessians are on the devices at the same time
-    calls: int = 0
-
-
-class _Kind(NamedTuple):
-    """All that decides the program of a calibration pass.
-
-    Attributes:
-      block: the first block of its kind.
-      known: the inputs that earlier passes have kept.
-      kept: the inputs that this pass keeps.
-      last: whether it is the last pass of its block.
-    """
-
-    block: int
-    groups: Groups
-    known: Kept
-    kept: Kept
-    last: bool
-
-    @property
-    def after(self) -> Kept:
-        """The inputs that are known behind the pass."""
-        return Kept(*(tuple(dict.fromkeys((*old, *new))) for old, new in zip(self.known, self.kept)))
 
 
 def make_plan(
@@ -167,31 +120,19 @@ def make_plan(
     Raises:
       UserError: pattern or layer rules do not fit the model.
     """
-    config, compile_call = with_windows(config, model), compile_call or compiler(machine, tell)
-    dense, cut = model, expert_cut(config.cut.experts, model.config) if config.cut.experts else None
-    model = dense.without_experts(cut) if cut else dense.without_last(config.cut.blocks)
+    config, dense, model = with_windows(config, model), model, model.left_by(config.cut)
     decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
-    if recovering:  # the blocks are chosen already
-        config = dataclasses.replace(config, cut=dataclasses.replace(config.cut, blocks=0))
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
-    walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
-    writing, unwritable = (0.0, "") if recovering else _writing(config, dense, machine, budget)
-    refused, training = unwritable or walk.refused, tuple[Program, ...]()
-    if config.distill:
-        trainer = Trainer(decoder, config.distill, budget)
-        refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
-        training = training_programs(model, trainer, text.window_length, machine, compile_call)
-    removing = removal_programs(dense, cut, config, machine, budget, compile_call) if cut else ()
-    programs = (*removing, *_walk_programs(config, model, machine, walk, compile_call), *training)
-    forward = _forward_passes(model, machine, config, walk.kinds)
+    walk = BlockWalk({}, {}) if recovering else walk_of(config, decoder, patterns, budget)
+    forward = forward_passes(model, machine, config, walk.kinds)
     stored = estimate.storage(model, config, machine, patterns, forward.kept, bool(patterns) and not recovering)
-    beside = Beside.of(dense, cut, config, machine, budget) if cut else Beside()
-    solved = {"solved experts": beside.solved} if beside.solved else {}
-    stored = stored._replace(resident=walk.states > 0, disk=stored.disk | solved)
-    running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
-    running[REMOVING] += beside.seconds
-    running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
-    timed = estimate.RunTime(model, config, machine, stored, forward, dense)
+    planned = Planned(config, dense, model, machine, budget, compile_call or compiler(machine, tell), stored, recovering)
+    before, behind = ([power(planned) for power in powers] for powers in (RECOVERY if recovering else RUN))
+    blocks = Share(tuple(walk_programs(config, model, machine, walk, planned.compile_call)), refused=walk.refused)
+    shares = [*before, blocks, *behind]
+    programs = tuple(itertools.chain.from_iterable(share.programs for share in shares))
+    stored = estimate.with_shares(stored, shares)._replace(resident=walk.states > 0)
+    timed = estimate.RunTime(planned._replace(stored=stored), forward, before, blocks, behind)
     narrow = model.narrow(config.recipe)
     return Plan(
         dense,
@@ -199,22 +140,11 @@ def make_plan(
         programs,
         windows_of_step(decoder, config.distill.batch if recovering and config.distill else text.fitted),
         stored,
-        timed.stages(running, _compiling(programs, machine) if machine.compiles else None),
-        estimate.assumptions(config, machine, frozenset[str]().union(*(program.unknown for program in programs))),
-        refused,
+        timed.stages(_compiling(programs, machine) if machine.compiles else None),
+        estimate.assumptions(config, machine, shares, frozenset[str]().union(*(program.unknown for program in programs))),
+        next((share.refused for share in shares if share.refused), ""),
         None if narrow.opened is dense.opened else (dense.serving(text.window_length), narrow.serving(text.window_length)),
     )
-
-
-def _writing(config: RunConfig, model: DeclaredModel, machine: Machine, budget: float) -> tuple[float, str]:
-    """Seconds in which the model writes calibration text; and why it cannot, empty if it can."""
-    if not (count := written_windows(config)):
-        return 0.0, ""
-    try:
-        at_once = windows_at_once(model.decoder, count, config.calibration.window_length, budget, ADVICE)
-    except UserError as error:
-        return 0.0, str(error)
-    return estimate.writing_seconds(model, config, machine, at_once), ""
 
 
 def _compiling(programs: Iterable[Program], machine: Machine) -> float:
@@ -222,165 +152,3 @@ def _compiling(programs: Iterable[Program], machine: Machine) -> float:
     took = [(program.stage == "pruning", program.compiled.seconds) for program in programs if program.compiled]
     ahead = side_by_side([seconds for pruning, seconds in took if pruning], os.cpu_count() if machine.here else None)
     return ahead + sum(seconds for pruning, seconds in took if not pruning)
-
-
-class _Walk(NamedTuple):
-    """What a run does with all blocks.
-
-    Attributes:
-      kinds: the calibration passes that differ -> how many of each.
-      layers: the groups of layers whose programs differ.
-      states: bytes of hidden states that stay on each device.
-      refused: why a run would refuse it; empty if it would not.
-    """
-
-    kinds: Mapping[_Kind, int]
-    layers: Mapping[_Shape, _Layers]
-    states: int = 0
-    refused: str = ""
-
-
-def _walk(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern], budget: float) -> _Walk:
-    recipe, text = config.recipe, config.calibration
-    residuals, groups = aimed_residuals(decoder, recipe), groups_of_blocks(decoder)
-    blocks: Iterable[tuple[Pass, ...]]
-    states, refused = 0, ""
-    try:
-        blocks, _, states = fitted(decoder, groups, recipe, (text.fitted + text.held_out, text.window_length), budget)
-    except UserError as error:
-        blocks, refused = _fitting(decoder, groups, recipe, budget), str(error)
-    kinds: dict[_Kind, int] = collections.Counter()
-    layers: dict[_Shape, _Layers] = {}
-    for index, parts in enumerate(blocks):
-        prefix, alike, known = decoder.prefix(index), decoder.at(index), Kept()
-        for position, part in enumerate(parts):
-            kind = _Kind(alike.config.kind, part.groups, known, part.kept, position == len(parts) - 1)
-            kinds[kind] += 1
-            known = kind.after
-            for group, layout in zip(part.groups, part.layouts):
-                for together in recipe.solved_together(group, prefix):
-                    shape = _Shape(
-                        tuple(alike.block_shapes[name + ".weight"] for name in together),
-                        tuple(patterns[prefix + name] for name in together),
-                        layout,
-                        any(name in residuals for name in together),
-                    )
-                    if shape not in layers:
-                        others = tuple(other for other in part.groups if other != group)
-                        layers[shape] = _Layers(alike.config.kind, together, others)
-                    layers[shape] = layers[shape]._replace(calls=layers[shape].calls + 1)
-    return _Walk(kinds, layers, states, refused)
-
-
-def _walk_programs(
-    config: RunConfig, model: DeclaredModel, machine: Machine, walk: _Walk, compile_call: Compile
-) -> Iterable[Program]:
-    """The calibration and the pruning of all blocks."""
-    programs = [
-        _calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in walk.kinds.items()
-    ]
-    if len(programs) == 1:  # otherwise a block is calibrated in several passes, each for some of its layers
-        programs = [programs[0]._replace(name="calibration step")]
-    programs += [
-        _pruning(config, model.at(found.block), machine, shape, found, compile_call) for shape, found in walk.layers.items()
-    ]
-    return [program._replace(memory=program.memory + walk.states) for program in programs]
-
-
-def _fitting(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: float) -> Iterator[tuple[Pass, ...]]:
-    """The passes of every block; of a block that does not fit a single one, as with enough memory."""
-    for index, each in enumerate(groups):
-        try:
-            yield block_passes(decoder, index, each, recipe, budget)
-        except UserError:
-            pruned = recipe.pruned_groups(each, decoder.prefix(index))
-            yield (Pass(pruned, (ON_EVERY_DEVICE,) * len(pruned)),)
-
-
-def _forward_passes(
-    model: DeclaredModel, machine: Machine, config: RunConfig, kinds: Mapping[_Kind, int]
-) -> estimate.ForwardPasses:
-    """The forward passes of a window, with the passes of all blocks as found."""
-    decoder, streams, text = model.decoder, config.recipe.target.streams, config.calibration
-    sizes = text.window_length, text.fitted
-    step = windows_of_step(decoder, text.fitted) * machine.mesh.shape[DATA]
-    blocks = decoder.config.blocks
-    shares = collections.Counter(map(decoder.config.kind_of, range(blocks)))
-    last = {kind.block: kind.after.pruned for kind in kinds if kind.last}
-    alike = [(count / blocks, model.at(block), last.get(block, ())) for block, count in shares.items()]
-
-    def width(kind: _Kind, names: Iterable[str]) -> float:
-        return sum(map(decoder.at(kind.block).input_width, names)) / decoder.config.d_model
-
-    def of_streams(kind: _Kind, inputs: Kept) -> float:
-        return sum(width(kind, names) for names in inputs[:streams]) / streams
-
-    # Every stream moves what a pass keeps once, and what a pass reads once; the pruned block reads what is known of its own stream.
-    moved = sum(
-        count
-        * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)
-        for kind, count in kinds.items()
-    )
-
-    def of_window(*calls: tuple[float, Call]) -> Work:
-        return functools.reduce(Work.plus, (counted(call, machine).work.times(share / step) for share, call in calls), Work())
-
-    whole = of_window(*((share, block_call(each.decoder, *sizes)) for share, each, _ in alike))
-    knows = any(known for *_, known in alike)
-    return estimate.ForwardPasses(
-        whole,
-        of_window(*((share, block_call(each.decoder, *sizes, known)) for share, each, known in alike)) if knows else whole,
-        of_window((1.0, head_call(decoder, *sizes))),
-        sum(kinds.values()) / blocks,
-        moved / blocks,
-        max((of_streams(kind, kind.after) for kind in kinds), default=0.0),
-    )
-
-
-def _calibration(
-    config: RunConfig, model: DeclaredModel, machine: Machine, kind: _Kind, blocks: int, compile_call: Compile
-) -> Program:
-    decoder, text, groups = model.decoder, config.calibration, kind.groups
-    batch = windows_of_step(decoder, text.fitted)
-    steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
-    # While the held-out windows pass through the block, the Hessians of the calibration windows are on the devices.
-    streams, target = config.recipe.target.streams, config.recipe.target
-    capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.recipe.borrow)
-    beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
-    memory = beside + estimate.calibration_memory(model, groups, text.window_length, batch, streams)
-    calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted)
-    where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
-    name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window_length} tokens a device"
-    sums, found = compile_call(f"{name}, sums: {tokens}", calls.sums), None
-    if sums:
-        passes = [compile_call(f"{name}, pass: {tokens}", calls.passes[0])]
-        if len(calls.distinct) > 1:
-            passes.append(compile_call(f"{name}, pass of the dense stream: {tokens}", calls.passes[1]))
-        found = joined(calls, [each for each in passes if each], sums)
-    if found and found.memory:
-        memory = beside + found.memory
-    passes_work, sums_work = [counted(call, machine).work for call in calls.distinct], counted(calls.sums, machine).work
-    work = functools.reduce(Work.plus, (passes_work[calls.distinct.index(call)] for call in calls.passes), sums_work)
-    return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
-
-
-def _pruning(
-    config: RunConfig, model: DeclaredModel, machine: Machine, shape: _Shape, layers: _Layers, compile_call: Compile
-) -> Program:
-    recipe, held_out = config.recipe, config.calibration.held_out > 0
-    decoder, layout, mesh = model.decoder, shape.layout, machine.mesh
-    load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
-    rows = -(-load.rows * parts // mesh.size)
-    name = f"{_short((layers.names,))} [{load.rows:,}, {load.d_in:,}]"
-    call = pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout)
-    work, unknown = counted(call, machine)
-    memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
-    found = compile_call(f"solver for {name}: {plural(rows, 'row')} a device", call)
-    if found and found.memory:
-        memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
-    return Program(name, "pruning", layers.calls, rows, layout, work, memory, found, unknown)
-
-
-def _short(groups: Groups) -> str:
-    """ "q, k, v" for the layers of one group, the first group and "..." for those of several."""
-    return ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in groups[0]) + ", ..." * (len(groups) > 1)

@@ -8,16 +8,13 @@ from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.hlo import sent
 from optima_tpu.pipeline.plan.topology import Machine
 
-REMOVING = "removing experts"
-STAGES = REMOVING, "calibration", "pruning", "training"
-
 
 class Program(NamedTuple):
     """One program of a run.
 
     Attributes:
       name: what it does.
-      stage: of :data:`STAGES`.
+      stage: of the run, to which its seconds belong.
       calls: number of calls in the whole run.
       rows: number of the layers' rows on each device; None for the programs that solve no rows.
       layout: layout of the solve; None as ``rows``.

@@ -1,4 +1,4 @@
-"""The programs that remove experts before the walk, for ``--cut.experts``."""
+"""What a run does with whole blocks before the walk over them: leaves some out, removes experts, allocates the sparsity."""
 
 import functools
 import math
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import plural
 from optima_tpu.method.experts import PRICE_ROWS, PRICE_STEPS
-from optima_tpu.models.checkpoints.fewer_experts import ExpertCut
+from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, expert_cut
 from optima_tpu.models.decoder import Decoder, forward, run_block
 from optima_tpu.pipeline.calibrate import pass_batch
+from optima_tpu.pipeline.cut_blocks import TRIED, expected_passes
 from optima_tpu.pipeline.experts import (
     attention_program,
     expert_outputs,
@@ -28,12 +29,11 @@ from optima_tpu.pipeline.experts import (
 from optima_tpu.pipeline.grams import Sent
 from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.pipeline.memory_plan import kept_of_mixture
-from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Compile, resident
+from optima_tpu.pipeline.plan.compile import resident
 from optima_tpu.pipeline.plan.counting import Work, counted
-from optima_tpu.pipeline.plan.model import DeclaredModel
-from optima_tpu.pipeline.plan.program import REMOVING, Program
-from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.plan.estimate import READING, TRANSFER
+from optima_tpu.pipeline.plan.program import Program
+from optima_tpu.pipeline.plan.share import Planned, Share, TextPass
 from optima_tpu.pipeline.programs import Call, Entering, parameter, windows_of_step
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
@@ -79,45 +79,72 @@ class _Mixture(NamedTuple):
         )
 
 
-class Beside(NamedTuple):
-    """What the removal takes beside its programs.
+def choosing(run: Planned) -> Share:
+    """The choice of the blocks for ``--cut.blocks``."""
+    choices, streams = run.config.cut.blocks, run.config.recipe.target.streams
+    if not choices:
+        return Share()
+    stage, tried = "blocks that are left out", sum(expected_passes(run.dense_blocks, choices))
+    passes = (
+        # It reads the dense model for all choices, and half of it for each twice, but for the first once.
+        TextPass(stage, tried / run.blocks * run.held_out, choices * (1 + TRIED) * run.held_out, dense=choices + 1 / 2),
+        TextPass(stage, (streams - 1) * choices * run.calibrated / run.blocks, moves=False),
+    )
+    # The held-out windows before every block, behind all blocks, and of the tries. The walk has no hidden states yet.
+    entering = run.held_out * run.model.state_bytes * (run.dense_blocks + 1 + TRIED) // run.machine.hosts
+    share = -(-run.stored.hidden // run.machine.hosts)
+    return Share(
+        passes=passes,
+        host={"choosing blocks": entering - share} if entering > share else {},
+        assumptions=(
+            f"each choice of --cut.blocks tries {plural(TRIED, 'block')}, and each try passes half of those that are left",
+        ),
+    )
 
-    Attributes:
-      seconds: in which the dense weights are read, and hidden states move to and from the devices.
-      solved: bytes of the solved weights in the run directory.
+
+def allocating(run: Planned) -> Share:
+    """The measuring of blocks for ``--allocation``."""
+    assumed = "measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity"
+    return Share(assumptions=(assumed,) * run.config.allocation.measures)
+
+
+_REMOVING = "removing experts"
+
+
+def removing(run: Planned) -> Share:
+    """The removal of experts for ``--cut.experts``.
+
+    Beside its programs it reads the dense weights, and moves hidden states to and from the devices.
     """
+    if not run.config.cut.experts:
+        return Share()
+    cut, text, refit = expert_cut(run.config.cut.experts, run.dense.config), run.config.calibration, run.config.cut.refit
+    decoder, itemsize = run.dense.decoder, run.dense.dtype.itemsize
+    mixed, widths = mixed_blocks(decoder, cut), [decoder.config.d_model]
+    kept = kept_of_mixture(decoder, cut.names.down, (text.fitted, text.window_length), run.budget)
+    if not kept:
+        # Into and out of every block; of one with a mixture into the pass through attention, and with its output into each other.
+        priced, refitted = run.config.cut.expert_score.priced * (PRICE_STEPS + 2), (2 + refit) * bool(refit)
+        both = [decoder.config.d_model, decoder.input_width(decoder.attended)]
+        widths = 2 * len(mixed) * widths + sum(mixed) * (both + (1 + priced + refitted) * both + both[1:])
+    moved = sum(widths) * text.fitted * text.window_length * itemsize
+    seconds = (run.dense.all_blocks_bytes() / READING + moved / TRANSFER) / run.machine.hosts
+    down = decoder.at(mixed.index(True)).block_shapes[cut.names.down.replace("*", "0") + ".weight"]
+    solved = sum(mixed) * cut.kept * math.prod(down) * itemsize
+    programs = tuple(_removal_programs(run, cut, kept))
+    return Share(programs, seconds={_REMOVING: seconds}, disk={"solved experts": solved} if refit else {})
 
-    seconds: float = 0.0
-    solved: int = 0
 
-    @classmethod
-    def of(cls, dense: DeclaredModel, cut: ExpertCut, config: RunConfig, machine: Machine, budget: float) -> "Beside":
-        text, refit, decoder = config.calibration, config.cut.refit, dense.decoder
-        mixed, widths = mixed_blocks(decoder, cut), [decoder.config.d_model]
-        if not kept_of_mixture(decoder, cut.names.down, (text.fitted, text.window_length), budget):
-            # Into and out of every block; of one with a mixture into the pass through attention, and with its output into each other.
-            priced, refitted = config.cut.expert_score.priced * (PRICE_STEPS + 2), (2 + refit) * bool(refit)
-            both = [decoder.config.d_model, decoder.input_width(decoder.attended)]
-            widths = 2 * len(mixed) * widths + sum(mixed) * (both + (1 + priced + refitted) * both + both[1:])
-        moved = sum(widths) * text.fitted * text.window_length * dense.dtype.itemsize
-        seconds = dense.all_blocks_bytes() / estimate.READING + moved / estimate.TRANSFER
-        down = decoder.at(mixed.index(True)).block_shapes[cut.names.down.replace("*", "0") + ".weight"]
-        return cls(seconds / machine.hosts, bool(refit) * sum(mixed) * cut.kept * math.prod(down) * dense.dtype.itemsize)
-
-
-def removal_programs(
-    dense: DeclaredModel, cut: ExpertCut, config: RunConfig, machine: Machine, budget: float, compile_call: Compile
-) -> Iterator[Program]:
+def _removal_programs(run: Planned, cut: ExpertCut, kept: int) -> Iterator[Program]:
     """What scores the experts of a block, and solves those that stay.
 
     Args:
-      budget: bytes of a device, from ``device_memory.device_budget``.
-      compile_call: takes every program.
+      kept: bytes of a device that hold the inputs of mixtures from one pass to the next; 0 where every pass computes them.
     """
+    config, dense, left, machine = run.config, run.dense, run.model, run.machine
     mesh, length, windows = dense.decoder.mesh, config.calibration.window_length, config.calibration.fitted
-    left, mixed, batch = dense.without_experts(cut), mixed_blocks(dense.decoder, cut), windows_of_step(dense.decoder, windows)
+    mixed, batch = mixed_blocks(dense.decoder, cut), windows_of_step(dense.decoder, windows)
     count, size = -(-windows // (batch * mesh.shape[DATA])), f"{batch} x {length} tokens a device"
-    kept = kept_of_mixture(dense.decoder, cut.names.down, (windows, length), budget)
     priced, refit = config.cut.expert_score.priced, config.cut.refit
     for kind in dense.decoder.config.kinds:
         if not mixed[kind]:
@@ -147,11 +174,11 @@ def removal_programs(
         grams = 2 * 4 * cut.kept * inner**2
         states = _STATES * bytes_on_device(struct_on(mesh, (sketch if priced else fewer.down).shape, jnp.float32, P(None, MODEL)))
         held = resident(model.decoder, (), False) + states + grams + kept
-        rough = held + estimate.forward_memory(model, linear_groups(model.decoder), length, batch)
+        rough = held + model.forward_bytes(linear_groups(model.decoder), length, batch)
         for name, times, call, beside in parts:
             if times:
                 name += f" (as in block {kind})" * (len(dense.decoder.config.kinds) > 1)
-                found = compile_call(f"{name}: {size}", call)
+                found = run.compile_call(f"{name}: {size}", call)
                 work = functools.reduce(Work.plus, (counted(each, machine).work for each in (call, *beside)))
                 memory = max(rough, held + (found.memory if found and found.memory else 0))
-                yield Program(name, REMOVING, blocks * count * times, None, None, work, memory, found)
+                yield Program(name, _REMOVING, blocks * count * times, None, None, work, memory, found)

@@ -1,4 +1,4 @@
-"""How much text a planned run would measure perplexity on."""
+"""The texts of a planned run: how much it measures perplexity on, and what the model writes itself."""
 
 import dataclasses
 
@@ -9,7 +9,13 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.model import window_bos
+from optima_tpu.models.whole_model import windows_at_once
+from optima_tpu.pipeline.plan.counting import Work
+from optima_tpu.pipeline.plan.estimate import evaluation_tokens
 from optima_tpu.pipeline.plan.model import DeclaredModel
+from optima_tpu.pipeline.plan.share import Planned, Share, TextPass
+from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
+from optima_tpu.runtime.mesh import MODEL
 
 CHARACTERS = 4
 """Characters of English for each token, where the tokenizer is not at hand."""
@@ -39,3 +45,26 @@ def _windows(source: PyDoc | File | Npy | TFDS, config: RunConfig, model: Declar
     tokenizer = load_tokenizer(pretrained)
     bos = window_bos(model.opened, tokenizer, config.evaluation.bos)
     return len(data.evaluation_tokens(source, tokenizer, length=length, windows=most, bos=bos).ids)
+
+
+def perplexity(run: Planned) -> Share:
+    """The perplexities of the dense and the pruned model."""
+    evaluated, deeper = evaluation_tokens(run.config), run.dense_blocks / run.blocks
+    return Share(passes=(TextPass("perplexity, dense and pruned", (1 + deeper) * evaluated, 2 * evaluated, dense=1),))
+
+
+def writing(run: Planned) -> Share:
+    """The windows that the dense model writes: every token of those that it writes together reads all weights."""
+    count, length, model = written_windows(run.config), run.config.calibration.window_length, run.dense
+    if not count:
+        return Share()
+    assumed = "for each token of the windows that the model writes at once a device reads its weights; attention is not counted"
+    try:
+        at_once = windows_at_once(model.decoder, count, length, run.budget, ADVICE)
+    except UserError as error:
+        return Share(assumptions=(assumed,), refused=str(error))
+    flops = 2.0 * model.bytes / model.dtype.itemsize * at_once / run.machine.mesh.size
+    width = "wide" if model.dtype.itemsize == 4 else "narrow"
+    token = Work(**{width: flops}, traffic=model.bytes / run.machine.mesh.shape[MODEL])
+    seconds = -(-count // at_once) * (length - 1) * token.seconds(run.machine)
+    return Share(seconds={"text that the model writes": seconds}, assumptions=(assumed,))

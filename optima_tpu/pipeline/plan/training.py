@@ -15,25 +15,77 @@ from optima_tpu.evaluate.predictions import STRETCH
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.decoder import Head
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
-from optima_tpu.pipeline.distill.train import refuse_large
+from optima_tpu.pipeline.distill.train import SHARE, refuse_large
+from optima_tpu.pipeline.distill.windows import TrainingParts
 from optima_tpu.pipeline.layer_groups import linear_groups
-from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile
 from optima_tpu.pipeline.plan.counting import counted
+from optima_tpu.pipeline.plan.estimate import WRITING, evaluation_tokens
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
+from optima_tpu.pipeline.plan.share import Planned, Share, TextPass
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.programs import Call, Entering, windows_of_step
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 
-def refusal(trainer: Trainer, *otherwise: str) -> str:
-    """Why the training would refuse to begin; empty if it would begin."""
+def training(run: Planned) -> Share:
+    """The training of the pruned model: its steps, the dense model that they are compared with, and the checks on held-out text."""
+    method, text = run.config.distill, run.config.calibration
+    if method is None:
+        return Share()
+    trainer, refused = Trainer(run.model.decoder, method, run.budget), ""
     try:
-        refuse_large(trainer, *otherwise)
+        refuse_large(trainer, *([] if run.recovering else ["--distill null"]))
     except UserError as error:
-        return str(error)
-    return ""
+        refused = str(error)
+    state, evaluated, hosts = text.window_length * run.model.state_bytes, evaluation_tokens(run.config), run.machine.hosts
+    checked = (len(method.check_steps()) + 1 + method.trials) * run.held_out
+    # The perplexity text measures the pruned model before it is trained, too.
+    scored = (1 + method.reads_dense) * checked + evaluated
+    passes = [TextPass(_BESIDE, checked + evaluated, scored, moves=False)]
+    if method.reads_dense:  # the dense model's states are computed before the steps that read them
+        parts, windows = _dense_passes(method, state)
+        through = run.dense_blocks / run.blocks * (windows + text.held_out) * text.window_length
+        passes = [TextPass(_BESIDE, through, dense=parts), *passes]
+    batch, _, at_once = TrainingParts.of(method, method.pass_windows, state)
+    waiting, moving = 2 * (at_once * batch + text.held_out) * state, _moving(run.model, method)
+    # A saved state: of what moves, weights and two moments in float32, and the best weights.
+    one, blocks = (12 + run.model.end_itemsize) * moving, run.stored.disk["journal"]
+    return Share(
+        training_programs(run.model, trainer, text.window_length, run.machine, run.compile_call),
+        tuple(passes),
+        host={
+            "text of the training": -(-waiting // hosts),
+            "weights of the best check": -(-moving * run.model.end_itemsize // hosts),
+        },
+        disk={"trained blocks": blocks},
+        # While a state is written, the one before is there; at the end one state and all trained blocks.
+        removed={"states of the training": max(2 * one - blocks, one)},
+        rewritten=lambda seconds: one * int(seconds / ((SHARE + 1) * one / WRITING)),
+        refused=refused,
+    )
+
+
+def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
+    """How often training reads the dense model, and how many windows pass through it.
+
+    Args:
+      state: bytes of the hidden states of a window.
+    """
+    batch, steps, at_once = TrainingParts.of(method, method.pass_windows, state)
+    parts = -(-steps // at_once)
+    times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
+    return parts * times, steps * batch * times
+
+
+def _moving(model: DeclaredModel, method: Distillation) -> int:
+    """How many numbers a training moves."""
+    return sum(
+        len(indices) * math.prod(alike.block_shapes[name])
+        for alike, indices in model.decoder.stretches
+        for name in Trainer(alike, method).factors
+    )
 
 
 class _Step(NamedTuple):
@@ -54,6 +106,7 @@ class _Step(NamedTuple):
     hidden: Array
 
 
+_BESIDE = "dense model and checks of the training"
 _Part = tuple[str, int, int, Call]
 """Name and number of calls of a program, the bytes that it takes on a device besides its arguments by a simple model, and the program."""
 
@@ -106,7 +159,7 @@ def _of_block(model: DeclaredModel, trainer: Trainer, step: _Step) -> list[_Part
     decoder, block, kinds = model.decoder, trainer.struct(), model.decoder.config.kinds
     axis, kind = decoder.mesh.shape[MODEL], decoder.config.kind
     blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
-    memory = estimate.forward_memory(model, linear_groups(decoder), step.length, step.batch)
+    memory = model.forward_bytes(linear_groups(decoder), step.length, step.batch)
     share = bytes_on_device(*block.masters.values())
     gradient = 4 * sum(math.prod(array.shape) for array in block.masters.values()) // axis
     positions = Entering.of(decoder, step.length, len(step.hidden)).positions
