@@ -27,7 +27,6 @@ from optima_tpu.pipeline.inputs import Texts
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.sums import Capture
 from optima_tpu.pipeline.sweep.runner import Shared
-from optima_tpu.runtime.host_memory import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpu", action="store_true", help="count the CPU seconds of the process, not the time that passes")
     arguments = parser.parse_args(argv)
     clock = time.process_time if arguments.cpu else time.perf_counter
-    keep_freed_memory()  # as a run does
     variants, shared = arguments.variant or [""], Shared()
     try:
         configs = [parse([*arguments.settings, *shlex.split(variant)]) for variant in variants]
