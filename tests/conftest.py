@@ -118,7 +118,7 @@ def unmeasured_speed(request):
 
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "TIMES", False):
-            patch.setattr("optima_tpu.pipeline.stages.speed", lambda *given: Speed("", reason="this is a test"))
+            patch.setattr("optima_tpu.pipeline.speed.speed", lambda *given: Speed("", reason="this is a test"))
         yield
 
 

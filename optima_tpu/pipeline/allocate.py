@@ -25,10 +25,15 @@ from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Stream, accumulate
+from optima_tpu.pipeline.cutting import walk_of
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
+from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.sums import Capture
 from optima_tpu.pipeline.walk import Walk, prune_groups
 from optima_tpu.report.contents import Allocated
+from optima_tpu.report.pace import Step
 from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import fetch, from_first
 from optima_tpu.runtime.records import read_record
@@ -37,15 +42,6 @@ ALLOCATION = "allocation.json"
 
 
 _KEPT = KeptRecord(ALLOCATION, Allocated)
-
-
-def allocation_rules(allocation: Allocated, decoder: Decoder, pattern: Pattern) -> tuple[LayerRule, ...]:
-    """Layer rules with these sparsities. They go before the recipe's own rules, since the last rule that matches decides."""
-    return tuple(
-        LayerRule(decoder.prefix(index) + "*", pattern.at(sparsity))
-        for index, sparsity in enumerate(allocation.sparsity)
-        if sparsity is not None
-    )
 
 
 def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: Callable[[], None] = lambda: None) -> Allocated:
@@ -191,3 +187,42 @@ def _outlier_share(weights: tuple[Array, ...], norms: tuple[Array, ...], outlier
     # Counted matrix by matrix: a block of a large model has more weights than an int32 can count.
     share = sum(jnp.sum(score > outlier * mean, dtype=jnp.int32).astype(jnp.float32) for score in scores) / count
     return cast(Array, share)  # the sum of no matrices would be an int
+
+
+def allocation_rules(allocation: Allocated, decoder: Decoder, pattern: Pattern) -> tuple[LayerRule, ...]:
+    """Layer rules with these sparsities. They go before the recipe's own rules, since the last rule that matches decides."""
+    return tuple(
+        LayerRule(decoder.prefix(index) + "*", pattern.at(sparsity))
+        for index, sparsity in enumerate(allocation.sparsity)
+        if sparsity is not None
+    )
+
+
+def with_sparsities(walk: Walk, allocation: Allocated | None) -> Walk:
+    """The walk with the sparsities that were allocated."""
+    if allocation is None:
+        return walk
+    layers = allocation_rules(allocation, walk.decoder, walk.recipe.pattern) + walk.recipe.layers
+    return dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
+
+
+def _allocation_steps(opened: Opened) -> list[Step]:
+    config = walk_of(opened).decoder.config
+    return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
+
+
+def _read_allocation(work: StageWork, journal: Journal) -> Allocated | None:
+    if allocation := read_allocation(work.opened.directory):
+        work.progress.note(allocation.told)
+    return allocation
+
+
+def _allocate(work: StageWork, journal: Journal) -> Allocated:
+    opened = work.opened
+    allocation = allocated(walk_of(opened), opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
+    write_allocation(opened.directory, allocation)
+    work.progress.note(allocation.told)
+    return allocation
+
+
+ALLOCATING = Stage("allocating", _allocate, _read_allocation, _allocation_steps)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import tokenizing
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.token_changes import pieces, readable
@@ -9,8 +10,12 @@ from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from optima_tpu.models.model import Model
+from optima_tpu.pipeline.cutting import PrunedModel
+from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.report.contents import Continuation, Continuations
+from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
+from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import together
 
@@ -69,3 +74,23 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
         common = next((index for index, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
         texts.append(Continuation(readable(text), parted(prompt, first, common), parted(prompt, second, common)))
     return Continuations(tuple(texts))
+
+
+def continues(config: RunConfig) -> bool:
+    """Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning."""
+    return config.export and "random" not in config.texts
+
+
+def _continue(work: StageWork, pruned: PrunedModel) -> Continuations:
+    opened = work.opened
+    texts = continuations(opened.model, pruned.decoder, device_budget(opened.config.device_memory), work.progress)
+    CONTINUED.write(opened.directory, texts)
+    return texts
+
+
+CONTINUING = Stage(
+    "continuing prompts with both models",
+    _continue,
+    lambda work, pruned: CONTINUED.read(work.opened.directory),
+    lambda opened: [] if CONTINUED.read(opened.directory) else [Step("continuing prompts", 0)] * 2,
+)

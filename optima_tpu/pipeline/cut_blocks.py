@@ -13,7 +13,6 @@ blocks behind the one that was left out.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -21,47 +20,13 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import divergences
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.fewer_blocks import kept_blocks, why_unreadable
-from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.model import Model, without_blocks
-from optima_tpu.pipeline.experts import done_blocks, without_those
-from optima_tpu.pipeline.opened import Opened
+from optima_tpu.models.model import Model
 from optima_tpu.report.contents import LeftOut
-from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import everyones
 
-LEFT_OUT = "left_out.json"
 TRIED = 8
 """How many blocks are tried for each choice."""
-
-_KEPT = KeptRecord(LEFT_OUT, LeftOut)
-
-
-def read_left_out(directory: Path) -> LeftOut:
-    """The blocks that a run has chosen so far. Every process calls it."""
-    return _KEPT.read(directory) or LeftOut()
-
-
-def write_left_out(directory: Path, chosen: LeftOut) -> None:
-    """Keeps what was chosen so far: a stopped run goes on behind it."""
-    _KEPT.write(directory, chosen)
-
-
-def kept_by(opened: Opened) -> tuple[int, ...]:
-    """The indices of the dense model's blocks that a run keeps. Until they are chosen, others stand for those that it leaves out."""
-    blocks, chosen = range(opened.model.decoder.config.blocks), read_left_out(opened.directory).blocks
-    others = (index for index in reversed(blocks) if index not in chosen)
-    return kept_blocks(len(blocks), (*chosen, *itertools.islice(others, opened.config.cut.blocks - len(chosen))))
-
-
-def pruned_model(opened: Opened) -> Model:
-    """The model whose blocks a run prunes: the dense one, without the blocks and the experts that the run leaves out."""
-    kept = kept_by(opened)
-    model = without_blocks(opened.model, [index for index in range(opened.model.decoder.config.blocks) if index not in kept])
-    if not opened.config.cut.experts:
-        return model
-    chosen = done_blocks(opened.directory, read_left_out(opened.directory).experts)
-    return without_those(opened.directory, model, expert_cut(opened.config.cut.experts, model.pretrained.config), chosen)
 
 
 def choices(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIED) -> Iterator[LeftOut]:

@@ -15,7 +15,7 @@ from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
 from optima_tpu.models.checkpoints.packed import INDEX
 from optima_tpu.pipeline.allocate import ALLOCATION
 from optima_tpu.pipeline.continuations import CONTINUED
-from optima_tpu.pipeline.cut_blocks import LEFT_OUT
+from optima_tpu.pipeline.cutting import LEFT_OUT
 from optima_tpu.pipeline.distill.outcome import OUTCOME
 from optima_tpu.pipeline.experts import EXPERTS
 from optima_tpu.pipeline.journal import finished_blocks

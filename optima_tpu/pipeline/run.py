@@ -3,30 +3,43 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 from rich.console import Console
 
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
+from optima_tpu.method.selectors import Imported
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT
+from optima_tpu.models.masks import open_given
 from optima_tpu.models.model import Model, without_last
 from optima_tpu.pipeline import stages
-from optima_tpu.pipeline.inputs import Texts, on_model, open_model_on_mesh, pruned_layers, read_texts, token_digest
-from optima_tpu.pipeline.journal import Journal, refuse_unusable
+from optima_tpu.pipeline.allocate import ALLOCATING, allocation_steps
+from optima_tpu.pipeline.continuations import CONTINUING, continues
+from optima_tpu.pipeline.cutting import cutting
+from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.distill.stages import TRAINING, UNTRAINED
+from optima_tpu.pipeline.distill.train import refuse_large
+from optima_tpu.pipeline.greeting import greet
+from optima_tpu.pipeline.inputs import Texts, manifest_of, on_model, open_model_on_mesh, pruned_layers, read_texts, token_digest
+from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
+from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import TextPerplexity
 from optima_tpu.pipeline.plan.model import config_apart, open_declared
 from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows
-from optima_tpu.pipeline.stages import Results, continues, cuts
+from optima_tpu.pipeline.speed import SPEED, cuts
+from optima_tpu.pipeline.stages import Results
+from optima_tpu.pipeline.walk import Walk
 from optima_tpu.report.contents import Allocated, Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.sinks import Steps, check_sinks
 from optima_tpu.report.summary import print_summary
+from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete, only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
 from optima_tpu.runtime.records import known_record
@@ -71,8 +84,30 @@ def run(
     together(lambda: pruned_layers(config, without_last(model, config.cut.blocks).decoder))
     for kind in model.decoder.config.kinds:
         model.decoder.positions(kind, config.calibration.window_length)
-    opened = Opened.of(config, model, texts or read_texts(config, model, console), console, dense)
+    opened = _opened(config, model, texts or read_texts(config, model, console), console, dense)
     return finish(opened, functools.partial(pruning, config), console)
+
+
+def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, dense: float | None = None) -> Opened:
+    """Checks that all inputs fit together and fit the devices, and prints what the run will do.
+
+    Raises:
+      UserError: pattern, rules, masks or allocation do not fit the model, a layer does not fit the devices, or the directory
+        holds something else.
+    """
+    decoder, recipe, left = model.decoder, config.recipe, without_last(model, config.cut.blocks).decoder
+    manifest = manifest_of(config, model, texts)
+    if config.allocation.measures:
+        allocation_steps(left, recipe, config.allocation)
+    given = open_given(config.recipe.selector) if isinstance(config.recipe.selector, Imported) else None
+    budget, groups = device_budget(config.device_memory), groups_of_blocks(decoder)
+    fit = fitted(decoder, groups, recipe, texts.calibration.ids.shape, budget)
+    walk = Walk(decoder, recipe, groups, config.calibration.fitted, budget - fit.states, given, fit.states > 0)
+    if config.distill:
+        refuse_large(Trainer(left, config.distill, budget), "--distill null")
+    directory = prepare_directory(config.run_directory, manifest, to_dict(config))
+    greet(console, config, model, texts, directory, fit.told)
+    return Opened(config, model, texts, manifest, to_dict(config), directory, walk, dense)
 
 
 def pruning(config: RunConfig, keep: Keep) -> Report:
@@ -81,42 +116,33 @@ def pruning(config: RunConfig, keep: Keep) -> Report:
     dense = keep(stages.DENSE)
     journal = keep(stages.JOURNAL, dense, text)
     sinks = keep(stages.SINKS, journal)
-    if config.cut.blocks:
-        keep(stages.CUTTING, journal)
-    if config.cut.experts:
-        keep(stages.REMOVING, journal)
-    allocation = keep(stages.ALLOCATION, journal) if config.allocation.measures else None
+    for choice in cutting(config):
+        keep(choice, journal)
+    allocation = keep(ALLOCATING, journal) if config.allocation.measures else None
     blocks = keep(stages.PRUNING, journal, sinks, allocation)
-    return measuring(config, keep, PrunedRun(dense, blocks, sinks, allocation))
+    return measuring(config, keep, dense, blocks, sinks, allocation)
 
 
-class PrunedRun(NamedTuple):
-    """What a run and a recovery have when every block is pruned.
+def measuring(
+    config: RunConfig, keep: Keep, dense: TextPerplexity, blocks: Journal, sinks: Steps, allocation: Allocated | None = None
+) -> Report:
+    """The stages of a run and of a recovery behind the last block.
 
-    Attributes:
+    Args:
       dense: what the dense model makes of the evaluation text.
       blocks: the journal with every block.
       sinks: the services that receive records, in addition to the run directory.
       allocation: the sparsity of every block; None where all blocks have the pattern's.
     """
-
-    dense: TextPerplexity
-    blocks: Journal
-    sinks: Steps
-    allocation: Allocated | None = None
-
-
-def measuring(config: RunConfig, keep: Keep, run: PrunedRun) -> Report:
-    """The stages behind the last block."""
-    outcome = keep(stages.UNTRAINED, run.blocks, keep(stages.TRAINING, run.blocks)) if config.distill else None
-    pruned = keep(stages.CHECKPOINTING, run.blocks, outcome, run.allocation)
+    outcome = keep(UNTRAINED, blocks, keep(TRAINING, blocks)) if config.distill else None
+    pruned = keep(stages.CHECKPOINTING, blocks, outcome, allocation)
     perplexity, memory = keep(stages.PERPLEXITY, pruned), keep(stages.MEMORY)
-    speed = keep(stages.SPEED, pruned) if cuts(config) else None
-    results = Results(run.dense, perplexity, outcome, run.allocation, speed)
-    keep(stages.SENDING, run.sinks, results)
+    speed = keep(SPEED, pruned) if cuts(config) else None
+    results = Results(dense, perplexity, outcome, allocation, speed)
+    keep(stages.SENDING, sinks, results)
     if config.export:
         keep(stages.EXPORTING, results)
-    prompts = keep(stages.PROMPTS, pruned) if continues(config) else None
+    prompts = keep(CONTINUING, pruned) if continues(config) else None
     return keep(stages.REPORTING, results, pruned, memory, prompts)
 
 
@@ -127,7 +153,7 @@ def finish(opened: Opened, body: Callable[[Keep], Report], console: Console) -> 
       body: the stages.
     """
     check_signals()
-    if from_first(lambda: complete(opened.directory / CHECKPOINT)):
+    if opened.checkpointed:
         say(console, "checking     the files that an earlier start of this run wrote, by their checksums")
     report = from_first(lambda: finished_report(opened))
     if report is not None:

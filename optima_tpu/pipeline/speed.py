@@ -8,12 +8,19 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import WholeParts
+from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.models.whole_model import empty_cache, load, step, windows_at_once
+from optima_tpu.pipeline.cutting import PrunedModel
+from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.report.contents import Rates, Speed
 from optima_tpu.report.file import environment
+from optima_tpu.report.pace import Step
+from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.mesh import DATA, place
 
@@ -72,3 +79,29 @@ def _turn(decoder: Decoder, windows: int, length: int, written: int) -> Callable
         return Rates(float(prompt.size / read), float(windows / min(steps)))
 
     return turn
+
+
+def cuts(config: RunConfig) -> bool:
+    """Whether the exported model may be without parts of the dense one."""
+    parts = any(isinstance(pattern, WholeParts) for pattern in config.recipe.patterns)
+    return config.export and (parts or bool(config.cut.counts))
+
+
+def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
+    opened = work.opened
+    exported = Exported.open(opened.directory, pruned.checkpoint)
+    if not exported.cuts.deleted:
+        return None
+    dense = opened.model.decoder
+    narrow = Decoder.open(exported.config(), exported.source, dense.mesh, dense.batch)
+    found = speed(opened.model, narrow, device_budget(opened.config.device_memory))
+    MEASURED.write(opened.directory, found)
+    return found
+
+
+SPEED = Stage(
+    "measuring the speed",
+    _measure_speed,
+    lambda work, pruned: MEASURED.read(work.opened.directory),
+    lambda opened: [] if MEASURED.read(opened.directory) else [Step("measuring the speed", 0)],
+)

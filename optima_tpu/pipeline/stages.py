@@ -1,41 +1,30 @@
-"""The stages of a run and of a recovery, see :mod:`optima_tpu.pipeline.keeping`.
+"""The stages that every run has, see :mod:`optima_tpu.pipeline.keeping`. Those of a power are in the files of that power.
 
-Inside of PRUNING, which is the walk, the journal keeps block by block; inside of TRAINING, states of the training are kept.
+Inside of PRUNING, which is the walk, the journal keeps block by block.
 """
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import Tokens, unigram_perplexity
 from optima_tpu.errors import plural
-from optima_tpu.evaluate.perplexity import text_steps
-from optima_tpu.method.patterns import WholeParts
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
-from optima_tpu.models.checkpoints.fewer_experts import expert_cut
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
-from optima_tpu.models.checkpoints.source import layered, total_bytes, weight_count
-from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.checkpoints.source import total_bytes, weight_count
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.allocate import allocated, allocation_rules, read_allocation, write_allocation
-from optima_tpu.pipeline.continuations import CONTINUED, continuations
-from optima_tpu.pipeline.cut_blocks import TRIED, choices, expected_passes, kept_by, pruned_model, read_left_out, write_left_out
-from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
-from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
-from optima_tpu.pipeline.distill.windows import Inputs, Windows
-from optima_tpu.pipeline.experts import ExpertRemoval, done_blocks, keep_block
+from optima_tpu.pipeline.allocate import read_allocation, with_sparsities
+from optima_tpu.pipeline.cutting import PrunedModel, kept_by, pruned_model, read_left_out, walk_of
+from optima_tpu.pipeline.distill.outcome import trained_block
 from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
-from optima_tpu.pipeline.layer_groups import groups_of_blocks
-from optima_tpu.pipeline.memory_plan import block_bytes, kept_of_mixture
+from optima_tpu.pipeline.memory_plan import block_bytes
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.perplexities import (
     TextPerplexity,
@@ -47,14 +36,11 @@ from optima_tpu.pipeline.perplexities import (
     read_perplexity,
 )
 from optima_tpu.pipeline.self_calibration import keep_calibration
-from optima_tpu.pipeline.speed import MEASURED, speed
-from optima_tpu.pipeline.walk import WRITING, Walk, WholeDense, block_steps, prune_model
+from optima_tpu.pipeline.walk import WRITING, block_steps, prune_model
 from optima_tpu.report.contents import (
     Allocated,
     Continuations,
-    ExpertsLeft,
     FileSizes,
-    LeftOut,
     MemoryPeaks,
     ModelFacts,
     Outcome,
@@ -66,24 +52,10 @@ from optima_tpu.report.contents import (
 )
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
-from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.pace import Step
 from optima_tpu.report.sinks import Steps, open_sinks
 from optima_tpu.runtime.buckets import in_bucket
-from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.processes import first_only, from_first
-
-
-class PrunedModel(NamedTuple):
-    """The model in RUN/checkpoint.
-
-    Attributes:
-      checkpoint: its tensors, and the report of every block.
-    """
-
-    decoder: Decoder
-    checkpoint: CheckpointTensors
 
 
 class Results(NamedTuple):
@@ -163,112 +135,10 @@ def _open_sinks(work: StageWork, journal: Journal) -> Steps:
 SINKS = Stage("opening the sinks", _open_sinks)
 
 
-def _cut_steps(opened: Opened) -> list[Step]:
-    """The work of each choice, in that of the text which the dense model read before: it runs the same programs."""
-    decoder, chosen = opened.model.decoder, read_left_out(opened.directory).blocks
-    text, blocks = text_steps(decoder, opened.held_out, both=False), decoder.config.blocks
-    head = sum(step.work for step in text if step.like)  # it stands in for nothing, and a block for it
-    block = (sum(step.work for step in text) - head) / blocks
-    passes = expected_passes(blocks, opened.config.cut.blocks, len(chosen))
-    return [Step("choosing a block to leave out", each * block + (1 + TRIED) * head, text[0].kind) for each in passes]
-
-
-def _read_cut(work: StageWork, journal: Journal) -> LeftOut | None:
-    chosen = read_left_out(work.opened.directory)
-    return chosen if len(chosen.blocks) == work.opened.config.cut.blocks else None
-
-
-def _cut(work: StageWork, journal: Journal) -> LeftOut:
-    opened, progress = work.opened, work.progress
-    before = chosen = read_left_out(opened.directory)
-    missing = opened.config.cut.blocks - len(before.blocks)
-    for chosen in itertools.islice(choices(opened.model, opened.held_out, before), missing):
-        write_left_out(opened.directory, chosen)
-        progress.advance()
-        divergence = f"the predictions diverge by {number(chosen.divergences[-1])} nats on held-out windows"
-        progress.note(", ".join(filter(None, (f"block {chosen.blocks[-1]} is left out: {divergence}", progress.left()))))
-    return chosen
-
-
-CUTTING = Stage("leaving out blocks", _cut, _read_cut, _cut_steps)
-
-
-def _removal_steps(opened: Opened) -> list[Step]:
-    done = done_blocks(opened.directory, read_left_out(opened.directory).experts)
-    return [Step("removing the experts of a block")] * (opened.model.decoder.config.blocks - len(done))
-
-
-def _read_removal(work: StageWork, journal: Journal) -> LeftOut | None:
-    return None if _removal_steps(work.opened) else read_left_out(work.opened.directory)
-
-
-def _remove(work: StageWork, journal: Journal) -> LeftOut:
-    opened, progress, directory = work.opened, work.progress, work.opened.directory
-    choice, decoder = opened.config.cut, opened.model.decoder
-    cut, chosen = expert_cut(choice.experts, opened.model.pretrained.config), read_left_out(directory)
-    done = done_blocks(directory, chosen.experts)
-    tokens = opened.texts.calibration.ids[: opened.config.calibration.fitted]
-    kept = kept_of_mixture(decoder, cut.names.down, tokens.shape, device_budget(opened.config.device_memory))
-    removal = ExpertRemoval(opened.model, cut, choice.expert_score, choice.refit, kept > 0)
-    for block in removal.blocks(tokens, done, directory):
-        done += (keep_block(directory, len(done), decoder.prefix(len(done)), block),)
-        chosen = structs.replace(chosen, experts=ExpertsLeft(cut.total, done))
-        write_left_out(directory, chosen)
-        progress.advance()
-        if block.error_before is not None and block.error_after is not None:
-            progress.note(
-                f"block {len(done) - 1} keeps {cut.kept} of {cut.total} experts; the error of their output falls from "
-                f"{percent(block.error_before)} to {percent(block.error_after)}"
-            )
-    return chosen
-
-
-REMOVING = Stage("removing experts", _remove, _read_removal, _removal_steps)
-
-
-def _allocation_steps(opened: Opened) -> list[Step]:
-    config = _walk(opened).decoder.config
-    return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
-
-
-def _read_allocation(work: StageWork, journal: Journal) -> Allocated | None:
-    if allocation := read_allocation(work.opened.directory):
-        work.progress.note(allocation.told)
-    return allocation
-
-
-def _allocate(work: StageWork, journal: Journal) -> Allocated:
-    opened = work.opened
-    allocation = allocated(_walk(opened), opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
-    write_allocation(opened.directory, allocation)
-    work.progress.note(allocation.told)
-    return allocation
-
-
-ALLOCATION = Stage("allocating", _allocate, _read_allocation, _allocation_steps)
-
-
-def _walk(opened: Opened) -> Walk:
-    """The walk over the blocks that are not left out."""
-    if opened.walk is None:
-        raise ValueError("the blocks of a recovery are pruned already")
-    walk, decoder, kept = opened.walk, pruned_model(opened).decoder, kept_by(opened)
-    groups = groups_of_blocks(decoder) if opened.config.cut.experts else tuple(walk.groups[index] for index in kept)
-    return dataclasses.replace(walk, decoder=decoder, groups=groups, whole=WholeDense(walk.decoder, kept))
-
-
-def _with_sparsities(walk: Walk, allocation: Allocated | None) -> Walk:
-    """The walk with the sparsities that were allocated."""
-    if allocation is None:
-        return walk
-    layers = allocation_rules(allocation, walk.decoder, walk.recipe.pattern) + walk.recipe.layers
-    return dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
-
-
 def unfinished(opened: Opened) -> list[int]:
     """The blocks that are still to be pruned, by what is in the run directory."""
     done = from_first(lambda: finished_blocks(opened.directory))
-    blocks = [] if _checkpointed(opened) else range(len(kept_by(opened)))
+    blocks = [] if opened.checkpointed else range(len(kept_by(opened)))
     return [index for index in blocks if index not in done]
 
 
@@ -282,15 +152,9 @@ def count_finished(opened: Opened) -> int:
     return count_blocks(opened) - len(unfinished(opened))
 
 
-def _checkpointed(opened: Opened) -> bool:
-    """Whether the run directory has the pruned model."""
-    done: bool = from_first(lambda: complete(opened.directory / CHECKPOINT))
-    return done
-
-
 def _pruning_steps(opened: Opened) -> list[Step]:
     allocation = read_allocation(opened.directory) if opened.config.allocation.measures else None
-    walk = _with_sparsities(_walk(opened), allocation)
+    walk = with_sparsities(walk_of(opened), allocation)
     return [step for index in unfinished(opened) for step in block_steps(walk, index)]
 
 
@@ -301,7 +165,7 @@ def read_pruned(work: StageWork, journal: Journal, *inputs: Any) -> Journal | No
 
 def _prune(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocated | None) -> Journal:
     opened, progress = work.opened, work.progress
-    walk = _with_sparsities(_walk(opened), allocation)
+    walk = with_sparsities(walk_of(opened), allocation)
     walk = dataclasses.replace(walk, tell=progress.layer, begin=progress.begin)
     prune_model(walk, opened.texts.calibration.ids, journal, progress, sinks.follow)
     return journal
@@ -311,57 +175,8 @@ PRUNING = Stage("pruning", _prune, read_pruned, _pruning_steps, count_blocks, do
 """Its result is the journal with every block."""
 
 
-def _training_steps(opened: Opened) -> list[Step]:
-    method = opened.config.distill
-    blocks = len(kept_by(opened)), opened.model.decoder.config.blocks
-    return [] if method is None or _checkpointed(opened) else training_steps(method, *blocks)
-
-
-def _train(work: StageWork, journal: Journal) -> Outcome:
-    opened = work.opened
-    method, texts, config = opened.config.distill, opened.texts, opened.config
-    assert method is not None and texts.distillation is not None, "a run without training has no such stage"
-    inputs = Inputs(
-        opened.model.decoder,
-        journal,
-        method,
-        Windows(texts.distillation, opened.held_out),
-        device_budget(config.device_memory),
-        pruned_model(opened).decoder,
-        kept_by(opened),
-    )
-    outcome = distill(inputs, work.progress)
-    keep_outcome(opened.directory, outcome)
-    return outcome
-
-
-def _read_training(work: StageWork, journal: Journal) -> Outcome | None:
-    directory = work.opened.directory
-    return read_outcome(directory, used=_checkpointed(work.opened))
-
-
-TRAINING = Stage("training", _train, _read_training, _training_steps, counted=TRAINING_STEP)
-
-
-def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:
-    dense = pruned_model(work.opened).decoder
-    untrained = dataclasses.replace(dense, tensors=layered(journal.tensors(), dense.tensors))
-    outcome = structs.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
-    keep_outcome(work.opened.directory, outcome)
-    return outcome
-
-
-UNTRAINED = Stage(
-    "perplexity without the training",
-    _compare,
-    lambda work, journal, outcome: None if outcome.perplexity_before is None else outcome,
-    lambda opened: [] if _checkpointed(opened) else perplexity_steps(opened, pruned_model(opened).decoder),
-)
-"""Its result is the outcome of the training with the perplexity of the model as it was pruned."""
-
-
 def _checkpoint_steps(opened: Opened) -> list[Step]:
-    if _checkpointed(opened):
+    if opened.checkpointed:
         return []
     decoder = pruned_model(opened).decoder
     blocks = sum(block_bytes(decoder, index) for index in range(decoder.config.blocks))
@@ -420,32 +235,6 @@ MEMORY = Stage("measuring the memory", lambda work: memory_peaks())
 """Peaks before whole models are on the devices, from all processes."""
 
 
-def cuts(config: RunConfig) -> bool:
-    """Whether the exported model may be without parts of the dense one."""
-    parts = any(isinstance(pattern, WholeParts) for pattern in config.recipe.patterns)
-    return config.export and (parts or bool(config.cut.counts))
-
-
-def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
-    opened = work.opened
-    exported = Exported.open(opened.directory, pruned.checkpoint)
-    if not exported.cuts.deleted:
-        return None
-    dense = opened.model.decoder
-    narrow = Decoder.open(exported.config(), exported.source, dense.mesh, dense.batch)
-    found = speed(opened.model, narrow, device_budget(opened.config.device_memory))
-    MEASURED.write(opened.directory, found)
-    return found
-
-
-SPEED = Stage(
-    "measuring the speed",
-    _measure_speed,
-    lambda work, pruned: MEASURED.read(work.opened.directory),
-    lambda opened: [] if MEASURED.read(opened.directory) else [Step("measuring the speed", 0)],
-)
-
-
 def _export_steps(opened: Opened) -> list[Step]:
     return [Step(WRITING, total_bytes(pruned_model(opened).decoder.tensors))]
 
@@ -463,26 +252,6 @@ def _export(work: StageWork, results: Results) -> bool:
 
 
 EXPORTING = Stage("exporting for transformers", _export, _read_export, _export_steps)
-
-
-def continues(config: RunConfig) -> bool:
-    """Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning."""
-    return config.export and "random" not in config.texts
-
-
-def _continue(work: StageWork, pruned: PrunedModel) -> Continuations:
-    opened = work.opened
-    texts = continuations(opened.model, pruned.decoder, device_budget(opened.config.device_memory), work.progress)
-    CONTINUED.write(opened.directory, texts)
-    return texts
-
-
-PROMPTS = Stage(
-    "continuing prompts with both models",
-    _continue,
-    lambda work, pruned: CONTINUED.read(work.opened.directory),
-    lambda opened: [] if CONTINUED.read(opened.directory) else [Step("continuing prompts", 0)] * 2,
-)
 
 
 def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: MemoryPeaks, prompts: Continuations | None) -> Report:

@@ -171,7 +171,7 @@ def test_a_run_loses_as_many_weights_as_without(one_device, tmp_path, monkeypatc
     # Stopped before its first block, a run goes on with the blocks' sparsities that it had made.
     for file in ("report.json", "journal", "hf", "checkpoint"):
         (output / file).rename(tmp_path / ("old " + file))
-    monkeypatch.setattr("optima_tpu.pipeline.stages.allocated", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("optima_tpu.pipeline.allocate.allocated", lambda *_: pytest.fail("made again"))
     assert main(command) == 0
     assert json.loads((output / "report.json").read_text())["allocation"] == report["allocation"]
 

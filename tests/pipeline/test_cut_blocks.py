@@ -28,7 +28,7 @@ from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.models.model import Model, without_blocks
-from optima_tpu.pipeline import stages, walk
+from optima_tpu.pipeline import cutting, stages, walk
 from optima_tpu.pipeline.cut_blocks import TRIED, choices
 from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
@@ -95,7 +95,7 @@ def test_only_the_blocks_that_turn_the_stream_least_are_tried():
 def test_the_time_of_the_choices_follows_from_the_text_that_the_dense_model_read(tmp_path):
     config, texts = SimpleNamespace(cut=SimpleNamespace(blocks=3)), SimpleNamespace(evaluation=SimpleNamespace(ids=TOKENS[:3]))
     opened = SimpleNamespace(model=dense_model(), directory=tmp_path, config=config, texts=texts, held_out=TOKENS[2:])
-    read, ahead = stages.DENSE.steps(opened), stages.CUTTING.steps(opened)
+    read, ahead = stages.DENSE.steps(opened), cutting.CUTTING.steps(opened)
     pace = functools.reduce(lambda pace, step: pace.after(step, step.work), read, Pace())
     first, second, third = (pace.left([step]) for step in ahead)
     assert first > second > third and pace.left(ahead) == pytest.approx(first + second + third)
@@ -182,7 +182,7 @@ def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_pat
         yield next(choices(*arguments))
         raise KeyboardInterrupt
 
-    for chosen, stop in ((1, lambda patch: patch.setattr(stages, "choices", once)), (2, stop_after_the_first_block)):
+    for chosen, stop in ((1, lambda patch: patch.setattr(cutting, "choices", once)), (2, stop_after_the_first_block)):
         with monkeypatch.context() as patch:
             stop(patch)
             assert main([*words, "--output", str(tmp_path / "run")]) != 0

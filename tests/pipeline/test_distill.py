@@ -27,7 +27,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
 from optima_tpu.pipeline.distill.model import TrainedBlocks
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome, trained_block
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, Training, distill, refuse_large, training_steps
-from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream, Windows
+from optima_tpu.pipeline.distill.windows import Inputs, TrainingStream
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.contents import Outcome
 from optima_tpu.report.numbers import trained_on
@@ -63,7 +63,7 @@ def pruned(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def windows():
     rng = np.random.default_rng(0)
-    return Windows(*(rng.integers(0, 60, (count, 32)).astype(np.int32) for count in (16, 8)))
+    return tuple(rng.integers(0, 60, (count, 32)).astype(np.int32) for count in (16, 8))
 
 
 class Trained(NamedTuple):
@@ -104,7 +104,7 @@ def run(pruned, windows, shape=(2, 2), method=METHOD, advance=lambda: None) -> t
     """A distillation over the journal of a run, in the run's directory."""
     arguments, directory = pruned
     journal = Journal(directory)
-    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows, ROOM)
+    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, *windows, ROOM)
     found = distill(inputs, Counted(advance))
     keep_outcome(directory, found)
     return found, journal
@@ -136,7 +136,7 @@ def result(journal: Journal) -> dict[str, np.ndarray]:
 def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
     """Block by block, in batches, on a mesh, against one ``jax.grad`` through all blocks on one device."""
     arguments, directory = pruned
-    journal, tokens, rate = Journal(directory), windows.training[:8], jnp.float32(1e-3)
+    journal, tokens, rate = Journal(directory), windows[0][:8], jnp.float32(1e-3)
     dense = dataclasses.replace(opened(parse(arguments), (4, 2)).decoder, batch=1)
     trainer = Trainer(dataclasses.replace(dense, tensors=journal.tensors()), METHOD, budget)
     blocks, others = ([trainer.open(parameters, {}) for parameters in trainer.decoder.blocks(range(3))] for _ in range(2))
@@ -252,7 +252,7 @@ def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, win
 def test_what_does_not_help_is_refused_and_nothing_is_written(pruned, windows, monkeypatch):
     """Trained on one token over and over, held out on others. No state either: the training is much shorter than a save."""
     monkeypatch.setattr(states, "_save", lambda path, *rest: pytest.fail(f"wrote {path}"))
-    one = windows._replace(training=np.full_like(windows.training, 7))
+    one = np.full_like(windows[0], 7), windows[1]
     outcome, _ = run(pruned, one, method=dataclasses.replace(METHOD, learning_rate=0.05))
     assert outcome.kept == 0 and outcome.after == outcome.before == outcome.checks[0].held_out
     assert min(check.held_out for check in outcome.checks[1:]) > outcome.before
@@ -341,7 +341,7 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
         progress.waiting, progress.stop = [], stop
         steps = training_steps(METHOD, 3)
         progress.stage("training", len(steps), steps, TRAINING_STEP)
-        inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), METHOD, windows, ROOM)
+        inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), METHOD, *windows, ROOM)
         distill(inputs, progress)
         return progress.waiting
 

@@ -11,8 +11,8 @@ from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.launch import main
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
-from optima_tpu.pipeline import stages
-from optima_tpu.pipeline.cut_blocks import read_left_out
+from optima_tpu.pipeline import cutting
+from optima_tpu.pipeline.cutting import read_left_out
 from optima_tpu.pipeline.experts import done_blocks
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.pipeline.recover.config import RecoverConfig
@@ -104,14 +104,14 @@ def test_transformers_loads_a_run_that_pruned_and_trained_too(whole_run):
 def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
     """Behind the first block that lost experts, and behind the first one that was pruned."""
     words, expected = whole_run
-    run, keep = tmp_path / "run", stages.keep_block
+    run, keep = tmp_path / "run", cutting.keep_block
 
     def once(directory, index, *rest):
         if index == 1:
             raise KeyboardInterrupt
         return keep(directory, index, *rest)
 
-    for done, stop in ((1, lambda patch: patch.setattr(stages, "keep_block", once)), (2, stop_after_the_first_block)):
+    for done, stop in ((1, lambda patch: patch.setattr(cutting, "keep_block", once)), (2, stop_after_the_first_block)):
         with monkeypatch.context() as patch:
             stop(patch)
             assert main([*words, "--output", str(run)]) != 0

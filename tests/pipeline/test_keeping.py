@@ -7,6 +7,9 @@ import pytest
 
 from optima_tpu.config.parse import parse
 from optima_tpu.pipeline import run, stages
+from optima_tpu.pipeline.allocate import ALLOCATING
+from optima_tpu.pipeline.cutting import CUTTING
+from optima_tpu.pipeline.distill.stages import TRAINING, UNTRAINED
 from optima_tpu.pipeline.keeping import Keeper, Stage, StageWork, traced
 from optima_tpu.report.pace import Step
 
@@ -84,13 +87,13 @@ def test_tracing_does_nothing():
     ("settings", "expected"),
     [
         ([], set()),
-        (["--allocation", "owl"], {stages.ALLOCATION}),
-        (["--distill", "kl"], {stages.TRAINING, stages.UNTRAINED}),
+        (["--allocation", "owl"], {ALLOCATING}),
+        (["--distill", "kl"], {TRAINING, UNTRAINED}),
         (["--calibration.written", "4"], {stages.WRITTEN_TEXT}),
-        (["--cut.blocks", "2"], {stages.CUTTING}),
+        (["--cut.blocks", "2"], {CUTTING}),
     ],
 )
 def test_a_run_has_the_stages_that_its_settings_ask_for(settings, expected):
-    optional = {stages.ALLOCATION, stages.CUTTING, stages.TRAINING, stages.UNTRAINED, stages.WRITTEN_TEXT}
+    optional = {ALLOCATING, CUTTING, TRAINING, UNTRAINED, stages.WRITTEN_TEXT}
     config = parse(["org/model", "--pattern", "0.5/row", *settings])
     assert set(traced(lambda keep: run.pruning(config, keep))) & optional == expected

@@ -20,24 +20,14 @@ AT_ONCE = 1 << 32
 """Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
 
 
-class Windows(NamedTuple):
-    """Token windows of a distillation.
-
-    Attributes:
-      training: [windows, length] int32.
-      held_out: [windows, length] int32, from the same text, which no weight is fitted to.
-    """
-
-    training: np.ndarray
-    held_out: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What a training begins with.
 
     Attributes:
       journal: the finished blocks of the pruned one.
+      training: [windows, length] int32.
+      held_out: [windows, length] int32, from the same text, which no weight is fitted to.
       budget: bytes that may be used of each device.
       fewer: reads the blocks that the pruned model has, where it is without some.
       kept: the indices of these blocks in the dense model.
@@ -46,7 +36,8 @@ class Inputs:
     dense: Decoder
     journal: Journal
     method: Distillation
-    windows: Windows
+    training: np.ndarray
+    held_out: np.ndarray
     budget: float
     fewer: Decoder | None = None
     kept: tuple[int, ...] = ()
@@ -115,7 +106,7 @@ class Feed:
     """
 
     def __init__(self, inputs: Inputs, progress: Progress):
-        self._inputs, self._progress, dense, training = inputs, progress, inputs.dense, inputs.windows.training
+        self._inputs, self._progress, dense, training = inputs, progress, inputs.dense, inputs.training
         state = training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
         self._batch, self._steps, self._at_once = TrainingParts.of(inputs.method, len(training), state)
         self._held = -1
@@ -123,7 +114,7 @@ class Feed:
     def begin(self, step: int) -> TrainingStream:
         """Gets the windows of a step ready, and returns the held-out ones."""
         self._held, training = self._place(step)
-        self._part, found = _streams(self._inputs, (training, self._inputs.windows.held_out), self._progress)
+        self._part, found = _streams(self._inputs, (training, self._inputs.held_out), self._progress)
         return found
 
     def step(self, step: int) -> TrainingStream:
@@ -140,7 +131,7 @@ class Feed:
     def _place(self, step: int) -> tuple[int, np.ndarray]:
         """The part that the windows of a step are in: its number, and its windows."""
         number, size = step % self._steps // self._at_once, self._at_once * self._batch
-        used = self._inputs.windows.training[: self._steps * self._batch]
+        used = self._inputs.training[: self._steps * self._batch]
         return number, used[number * size : (number + 1) * size]
 
 

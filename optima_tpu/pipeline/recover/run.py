@@ -20,7 +20,7 @@ from optima_tpu.errors import UserError, plural
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.arguments import recovery_texts
-from optima_tpu.pipeline.cut_blocks import pruned_model, write_left_out
+from optima_tpu.pipeline.cutting import pruned_model, take_left_out
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.greeting import training_words
@@ -30,8 +30,8 @@ from optima_tpu.pipeline.keeping import Keep, Stage, StageWork
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
-from optima_tpu.pipeline.run import PrunedRun, finish, measuring
-from optima_tpu.report.contents import BlockExperts, ExpertsLeft, LeftOut, Report
+from optima_tpu.pipeline.run import finish, measuring
+from optima_tpu.report.contents import Report
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Terminal, say
 from optima_tpu.runtime.device_memory import device_budget
@@ -109,13 +109,12 @@ def recovering(config: RunConfig, start: Start, keep: Keep) -> Report:
     journal = keep(stages.JOURNAL, dense, None)
     sinks = keep(stages.SINKS, journal)
     blocks = keep(_taking(start), journal)
-    return measuring(config, keep, PrunedRun(dense, blocks, sinks))
+    return measuring(config, keep, dense, blocks, sinks)
 
 
 def _taking(start: Start) -> Stage[[Journal], Journal]:
     def take(work: StageWork, journal: Journal) -> Journal:
-        if (left_out := start.record.left_out) != LeftOut():
-            write_left_out(work.opened.directory, _without_errors(left_out))
+        take_left_out(work.opened.directory, start.record.left_out)
         decoder = pruned_model(work.opened).decoder
         missing = [index for index in range(decoder.config.blocks) if index not in journal.finished]
         for index, parameters in zip(missing, start.decoder.blocks(missing)):
@@ -131,14 +130,6 @@ def _taking(start: Start) -> Stage[[Journal], Journal]:
         stages.count_blocks,
         done=stages.count_finished,
     )
-
-
-def _without_errors(left_out: LeftOut) -> LeftOut:
-    """The same, of a run that solved no weights of experts: they come with the pruned blocks."""
-    if left_out.experts is None:
-        return left_out
-    blocks = tuple(BlockExperts(block.stay) for block in left_out.experts.blocks)
-    return LeftOut(left_out.blocks, left_out.divergences, ExpertsLeft(left_out.experts.total, blocks))
 
 
 def _take_block(journal: Journal, start: Start, index: int, parameters: dict[str, jax.Array], prefix: str) -> None:

@@ -1,0 +1,156 @@
+"""What the model of a run loses before the walk over its blocks: the stages that choose it, and the model that is left."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import structs
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.evaluate.perplexity import text_steps
+from optima_tpu.models.checkpoints.fewer_blocks import kept_blocks
+from optima_tpu.models.checkpoints.fewer_experts import expert_cut
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model, without_blocks
+from optima_tpu.pipeline.cut_blocks import TRIED, choices, expected_passes
+from optima_tpu.pipeline.experts import ExpertRemoval, done_blocks, keep_block, without_those
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.layer_groups import groups_of_blocks
+from optima_tpu.pipeline.memory_plan import kept_of_mixture
+from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.walk import Walk, WholeDense
+from optima_tpu.report.contents import BlockExperts, ExpertsLeft, LeftOut
+from optima_tpu.report.numbers import number, percent
+from optima_tpu.report.pace import Step
+from optima_tpu.runtime.device_memory import device_budget
+from optima_tpu.runtime.kept import KeptRecord
+
+LEFT_OUT = "left_out.json"
+_KEPT = KeptRecord(LEFT_OUT, LeftOut)
+
+
+def read_left_out(directory: Path) -> LeftOut:
+    """The blocks that a run has chosen so far. Every process calls it."""
+    return _KEPT.read(directory) or LeftOut()
+
+
+def write_left_out(directory: Path, chosen: LeftOut) -> None:
+    """Keeps what was chosen so far: a stopped run goes on behind it."""
+    _KEPT.write(directory, chosen)
+
+
+def take_left_out(directory: Path, taken: LeftOut) -> None:
+    """Keeps what another run chose. Weights of experts that it solved come with the pruned blocks, and have no errors here."""
+    if taken.experts:
+        blocks = tuple(BlockExperts(block.stay) for block in taken.experts.blocks)
+        taken = structs.replace(taken, experts=ExpertsLeft(taken.experts.total, blocks))
+    if taken != LeftOut():
+        write_left_out(directory, taken)
+
+
+def kept_by(opened: Opened) -> tuple[int, ...]:
+    """The indices of the dense model's blocks that a run keeps. Until they are chosen, others stand for those that it leaves out."""
+    blocks, chosen = range(opened.model.decoder.config.blocks), read_left_out(opened.directory).blocks
+    others = (index for index in reversed(blocks) if index not in chosen)
+    return kept_blocks(len(blocks), (*chosen, *itertools.islice(others, opened.config.cut.blocks - len(chosen))))
+
+
+def pruned_model(opened: Opened) -> Model:
+    """The model whose blocks a run prunes: the dense one, without the blocks and the experts that the run leaves out."""
+    kept = kept_by(opened)
+    model = without_blocks(opened.model, [index for index in range(opened.model.decoder.config.blocks) if index not in kept])
+    if not opened.config.cut.experts:
+        return model
+    chosen = done_blocks(opened.directory, read_left_out(opened.directory).experts)
+    return without_those(opened.directory, model, expert_cut(opened.config.cut.experts, model.pretrained.config), chosen)
+
+
+class PrunedModel(NamedTuple):
+    """The model in RUN/checkpoint.
+
+    Attributes:
+      checkpoint: its tensors, and the report of every block.
+    """
+
+    decoder: Decoder
+    checkpoint: CheckpointTensors
+
+
+def walk_of(opened: Opened) -> Walk:
+    """The walk over the blocks that are not left out."""
+    if opened.walk is None:
+        raise ValueError("the blocks of a recovery are pruned already")
+    walk, decoder, kept = opened.walk, pruned_model(opened).decoder, kept_by(opened)
+    groups = groups_of_blocks(decoder) if opened.config.cut.experts else tuple(walk.groups[index] for index in kept)
+    return dataclasses.replace(walk, decoder=decoder, groups=groups, whole=WholeDense(walk.decoder, kept))
+
+
+def _cut_steps(opened: Opened) -> list[Step]:
+    """The work of each choice, in that of the text which the dense model read before: it runs the same programs."""
+    decoder, chosen = opened.model.decoder, read_left_out(opened.directory).blocks
+    text, blocks = text_steps(decoder, opened.held_out, both=False), decoder.config.blocks
+    head = sum(step.work for step in text if step.like)  # it stands in for nothing, and a block for it
+    block = (sum(step.work for step in text) - head) / blocks
+    passes = expected_passes(blocks, opened.config.cut.blocks, len(chosen))
+    return [Step("choosing a block to leave out", each * block + (1 + TRIED) * head, text[0].kind) for each in passes]
+
+
+def _read_cut(work: StageWork, journal: Journal) -> LeftOut | None:
+    chosen = read_left_out(work.opened.directory)
+    return chosen if len(chosen.blocks) == work.opened.config.cut.blocks else None
+
+
+def _cut(work: StageWork, journal: Journal) -> LeftOut:
+    opened, progress = work.opened, work.progress
+    before = chosen = read_left_out(opened.directory)
+    missing = opened.config.cut.blocks - len(before.blocks)
+    for chosen in itertools.islice(choices(opened.model, opened.held_out, before), missing):
+        write_left_out(opened.directory, chosen)
+        progress.advance()
+        divergence = f"the predictions diverge by {number(chosen.divergences[-1])} nats on held-out windows"
+        progress.note(", ".join(filter(None, (f"block {chosen.blocks[-1]} is left out: {divergence}", progress.left()))))
+    return chosen
+
+
+CUTTING = Stage("leaving out blocks", _cut, _read_cut, _cut_steps)
+
+
+def _removal_steps(opened: Opened) -> list[Step]:
+    done = done_blocks(opened.directory, read_left_out(opened.directory).experts)
+    return [Step("removing the experts of a block")] * (opened.model.decoder.config.blocks - len(done))
+
+
+def _read_removal(work: StageWork, journal: Journal) -> LeftOut | None:
+    return None if _removal_steps(work.opened) else read_left_out(work.opened.directory)
+
+
+def _remove(work: StageWork, journal: Journal) -> LeftOut:
+    opened, progress, directory = work.opened, work.progress, work.opened.directory
+    choice, decoder = opened.config.cut, opened.model.decoder
+    cut, chosen = expert_cut(choice.experts, opened.model.pretrained.config), read_left_out(directory)
+    done = done_blocks(directory, chosen.experts)
+    tokens = opened.texts.calibration.ids[: opened.config.calibration.fitted]
+    kept = kept_of_mixture(decoder, cut.names.down, tokens.shape, device_budget(opened.config.device_memory))
+    removal = ExpertRemoval(opened.model, cut, choice.expert_score, choice.refit, kept > 0)
+    for block in removal.blocks(tokens, done, directory):
+        done += (keep_block(directory, len(done), decoder.prefix(len(done)), block),)
+        chosen = structs.replace(chosen, experts=ExpertsLeft(cut.total, done))
+        write_left_out(directory, chosen)
+        progress.advance()
+        if block.error_before is not None and block.error_after is not None:
+            progress.note(
+                f"block {len(done) - 1} keeps {cut.kept} of {cut.total} experts; the error of their output falls from "
+                f"{percent(block.error_before)} to {percent(block.error_after)}"
+            )
+    return chosen
+
+
+REMOVING = Stage("removing experts", _remove, _read_removal, _removal_steps)
+
+
+def cutting(config: RunConfig) -> list[Stage[[Journal], LeftOut]]:
+    """The stages that choose what the model loses."""
+    return [stage for wanted, stage in ((config.cut.blocks, CUTTING), (config.cut.experts, REMOVING)) if wanted]

@@ -1,0 +1,68 @@
+"""The stages of a run that train its pruned model."""
+
+import dataclasses
+
+from msgspec import structs
+
+from optima_tpu.models.checkpoints.source import layered
+from optima_tpu.pipeline.cutting import kept_by, pruned_model
+from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome
+from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
+from optima_tpu.pipeline.distill.windows import Inputs
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.perplexities import measured, perplexity_steps
+from optima_tpu.report.contents import Outcome
+from optima_tpu.report.pace import Step
+from optima_tpu.runtime.device_memory import device_budget
+
+
+def _training_steps(opened: Opened) -> list[Step]:
+    method = opened.config.distill
+    blocks = len(kept_by(opened)), opened.model.decoder.config.blocks
+    return [] if method is None or opened.checkpointed else training_steps(method, *blocks)
+
+
+def _train(work: StageWork, journal: Journal) -> Outcome:
+    opened = work.opened
+    method, texts, config = opened.config.distill, opened.texts, opened.config
+    assert method is not None and texts.distillation is not None, "a run without training has no such stage"
+    inputs = Inputs(
+        opened.model.decoder,
+        journal,
+        method,
+        texts.distillation,
+        opened.held_out,
+        device_budget(config.device_memory),
+        pruned_model(opened).decoder,
+        kept_by(opened),
+    )
+    outcome = distill(inputs, work.progress)
+    keep_outcome(opened.directory, outcome)
+    return outcome
+
+
+def _read_training(work: StageWork, journal: Journal) -> Outcome | None:
+    directory = work.opened.directory
+    return read_outcome(directory, used=work.opened.checkpointed)
+
+
+TRAINING = Stage("training", _train, _read_training, _training_steps, counted=TRAINING_STEP)
+
+
+def _compare(work: StageWork, journal: Journal, outcome: Outcome) -> Outcome:
+    dense = pruned_model(work.opened).decoder
+    untrained = dataclasses.replace(dense, tensors=layered(journal.tensors(), dense.tensors))
+    outcome = structs.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
+    keep_outcome(work.opened.directory, outcome)
+    return outcome
+
+
+UNTRAINED = Stage(
+    "perplexity without the training",
+    _compare,
+    lambda work, journal, outcome: None if outcome.perplexity_before is None else outcome,
+    lambda opened: [] if opened.checkpointed else perplexity_steps(opened, pruned_model(opened).decoder),
+)
+"""Its result is the outcome of the training with the perplexity of the model as it was pruned."""
