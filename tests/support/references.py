@@ -576,6 +576,13 @@ MIXTURES = tuple(reference.model for reference in REFERENCES if {"num_experts_pe
 """The models of mixtures of experts."""
 
 
+def far_from(model, logits: np.ndarray, tokens: np.ndarray, **options) -> np.ndarray:
+    """At every position the largest difference of logits from those of a torch model, relative to its largest logit."""
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(tokens).long(), **options).logits.float().numpy()
+    return np.abs(logits - expected).max(axis=-1) / np.abs(expected).max()
+
+
 def tiny(reference: Reference, settings: dict, dtype=torch.float32):
     """A random model of transformers, with biases and norms that matter, and its tensors as a checkpoint has them."""
     torch.manual_seed(0)
