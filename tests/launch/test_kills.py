@@ -72,10 +72,10 @@ def whole(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fewer_experts(tmp_path_factory):
     """A run that removes experts, solves and prunes the others, and trains the routers."""
-    from tests.pipeline.test_expert_runs import folder  # needs torch
+    from tests.pipeline.test_cut_runs import mixture_folder  # needs torch
 
     root = tmp_path_factory.mktemp("experts")
-    model = folder("Qwen3MoeForCausalLM", root / "model", num_hidden_layers=4)
+    model = mixture_folder(root / "model", num_hidden_layers=4)
     return unstopped(root, 1, ["--model", str(model), "--cut.experts", "0.5", "--cut.score", "reap", *SMALL, *ROUTERS])
 
 

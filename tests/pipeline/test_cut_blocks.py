@@ -17,14 +17,12 @@ from optima_tpu.config.run_config import CutStructures, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import distance
 from optima_tpu.evaluate.model import open_evaluated
-from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.launch import main
 from optima_tpu.method.patterns import NM
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.method.targets import DenseTarget
-from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.models.model import Model, without_blocks
@@ -34,14 +32,12 @@ from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import open_start
-from optima_tpu.pipeline.repair import verified
 from optima_tpu.pipeline.walk import Streams, Walk, WholeDense, _pass_left_out, prune_block
-from optima_tpu.recover import main as recover
 from optima_tpu.report.contents import LeftOut
 from optima_tpu.report.pace import Pace
 from optima_tpu.runtime.processes import fetch
 from tests.support.meshes import mesh
-from tests.support.runs import SMALL, assert_same_weights, folder_tensors, only_error, stop_after_the_first_block
+from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
 TOKENS = np.random.default_rng(1).integers(0, 64, (6, 24)).astype(np.int32)
@@ -146,99 +142,12 @@ def test_a_run_says_which_weights_it_prunes_and_which_it_moves_alone(words, told
     assert told.format(f"{left * of_block:,}") in said and ("prunes no weight, and nothing moves one" in said) == idle
 
 
-WORDS = ["--preset", "fast", "--cut.blocks", "2", "--target", "dense"]
-
-
-@pytest.fixture(scope="module")
-def whole_run(one_device, tmp_path_factory):
-    """(words of the command without its output, directory) of a run that nothing stopped. The choice on a mesh is above."""
-    root = tmp_path_factory.mktemp("cut")
-    words = ["--model", str(tiny_folder(root / "model", num_hidden_layers=4)), *WORDS, "--pattern", "2:4", *SMALL]
-    assert main([*words, "--output", str(root / "run")]) == 0
-    return words, root / "run"
-
-
-def test_a_run_says_everywhere_what_it_left_out(whole_run):
-    _, run = whole_run
-    report, kept = (json.loads((run / name).read_text()) for name in ("report.json", "left_out.json"))
-    assert report["cuts"] == {"blocks": {"left": [2], "total": 4}} and report["left_out"] == kept
-    assert len(set(kept["blocks"])) == len(kept["divergences"]) == 2
-    assert report["model"]["blocks"] == 4 and [block["index"] for block in report["blocks"]] == [0, 1]
-    small, dense = folder_tensors(run / "hf"), folder_tensors(run.parent / "model")
-    weights, left = (sum(weight.size for weight in tensors.values()) for tensors in (dense, small))
-    assert report["removed"] == weights - left and report["model"]["weights"] == weights
-    for name in ("README.md", "optima_tpu.json"):
-        text = (run / "hf" / name).read_text()
-        assert all(str(block) in text for block in kept["blocks"])
-    assert "Blocks left out" in (run / "report.html").read_text()
-    assert not verified(run).damaged
-
-
-def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(whole_run, tmp_path, monkeypatch):
-    """Behind the first choice, and behind the first block that was pruned."""
-    words, expected = whole_run
-
-    def once(*arguments):
-        yield next(choices(*arguments))
-        raise KeyboardInterrupt
-
-    for chosen, stop in ((1, lambda patch: patch.setattr(cutting, "choices", once)), (2, stop_after_the_first_block)):
-        with monkeypatch.context() as patch:
-            stop(patch)
-            assert main([*words, "--output", str(tmp_path / "run")]) != 0
-        assert len(json.loads((tmp_path / "run" / "left_out.json").read_text())["blocks"]) == chosen
-    assert main([*words, "--output", str(tmp_path / "run")]) == 0
-    assert_same_weights(tmp_path / "run", expected)
-    assert (tmp_path / "run" / "left_out.json").read_bytes() == (expected / "left_out.json").read_bytes()
-
-
-def test_the_exported_model_has_the_perplexity_of_the_run(whole_run):
-    """The checkpoint, which is what the run measured, and the folder are one model."""
-    _, run = whole_run
-    opened = [open_evaluated(str(each), mesh(1, 1), None, 2) for each in (run, run / "hf")]
-    assert [each.run.left_out for each in opened] == [2, 2]
-    both = [each.model.decoder for each in opened]
-    assert [each.config.blocks for each in both] == [2, 2]
-    assert perplexity(both[0], TOKENS) == perplexity(both[1], TOKENS)
-
-
 def test_the_distance_from_the_dense_model_is_that_of_the_predictions():
     model = dense_model()
     found = distance(model.decoder, without_blocks(model, (1, 3)).decoder, TOKENS, left_out=2).distance
     assert abs(found.kl - divergence(model, (1, 3))) < 1e-5 * found.kl and len(found.hidden_errors) == 1
     with pytest.raises(UserError, match="expected a model of 4 blocks, as in the dense model, got 3"):
         distance(model.decoder, without_blocks(model, (1, 3)).decoder, TOKENS, left_out=1)
-
-
-def test_training_goes_on_from_a_model_of_fewer_blocks(whole_run, tmp_path):
-    """Toward the dense model of all blocks, and with the zeros held."""
-    _, run = whole_run
-    out = tmp_path / "out"
-    words = [str(run), "--tokens", "256", "--source", "random", "--evaluation", "random", "--windows", "4", "--length", "32"]
-    assert recover([*words, "--held_out", "2", "--output", str(out)]) == 0
-    report, before = (json.loads((each / "report.json").read_text()) for each in (out, run))
-    assert report["left_out"] == before["left_out"] and report["cuts"] == before["cuts"]
-    assert json.loads((out / "hf" / "config.json").read_text())["num_hidden_layers"] == 2
-    masks, trained = read_masks(out / "hf"), folder_tensors(out / "hf")
-    assert len(masks) == 14 and all(not trained[name][~keep].any() for name, keep in masks.items())
-
-
-def test_training_begins_from_the_exported_folder_too(whole_run):
-    """Its record names the blocks that it is without, and its masks are those of the run."""
-    _, run = whole_run
-    both = [
-        open_start(RecoverConfig(str(each), tokens="256"), mesh(4, 2), lambda spec: None).record for each in (run, run / "hf")
-    ]
-    assert both[0].left_out == both[1].left_out and both[0].dense == both[1].dense
-    assert len(both[1].layers) == 14 and both[0].layers.keys() == both[1].layers.keys()
-
-
-def test_a_run_trains_the_blocks_that_are_left(whole_run, tmp_path):
-    words, _ = whole_run
-    trained = ["--distill", "kl", "--distill.windows", "4", "--distill.batch", "2", "--output", str(tmp_path / "run")]
-    assert main([*words, *trained]) == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert len(report["blocks"]) == 2 and report["distillation"]["checks"]
 
 
 def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
@@ -248,7 +157,9 @@ def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
     words = ["--model", str(model), "--output", str(tmp_path / "run"), "--cut.blocks", "2", "--pattern", "dense"]
     assert main([*words, *SMALL]) == 0
     dense, small = folder_tensors(model), folder_tensors(tmp_path / "run" / "hf")
-    left_out = json.loads((tmp_path / "run" / "left_out.json").read_text())["blocks"]
+    chosen = json.loads((tmp_path / "run" / "left_out.json").read_text())
+    left_out = chosen["blocks"]
+    assert len(set(left_out)) == len(chosen["divergences"]) == 2
     kept = [index for index in range(4) if index not in left_out]
     for name, tensor in small.items():
         old = (
@@ -262,31 +173,15 @@ def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
     assert report["weights"] == report["pruned"] == 0 and report["removed"] > 0 and report["recipe"] == "dense, 2 blocks cut"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Anything unusual" in page and "Layer errors" not in page and "Solver</h2>" not in page
+    assert "Blocks left out" in page and report["model"]["blocks"] == 4 and [each["index"] for each in report["blocks"]] == [0, 1]
     printed, card = capsys.readouterr().out, (tmp_path / "run" / "hf" / "README.md").read_text()
     assert "\nNo layer was pruned.\n" in printed and "error   " not in printed and "Layer errors" not in card
+    for name in ("README.md", "optima_tpu.json"):
+        assert all(str(block) in (tmp_path / "run" / "hf" / name).read_text() for block in left_out)
     for trained in (tmp_path / "run", tmp_path / "run" / "hf"):
+        assert open_evaluated(str(trained), mesh(1, 1)).run.left_out == 2
         start = open_start(RecoverConfig(str(trained), tokens="256"), mesh(1, 1), lambda spec: None)
         assert not start.names and start.record.left_out.blocks == tuple(left_out)
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--cut.blocks", "3"], "expected cut.blocks below 3, the blocks of LlamaForCausalLM, got 3"),
-        (["--cut.blocks", "-1"], "expected cut.blocks of at least 0, got -1"),
-        (["--cut.blocks", "many"], "expected cut.blocks to be a whole number, got many; as in --cut.blocks 0"),
-        (
-            ["--cut.blocks", "1", "--calibration.held_out", "0"],
-            "expected calibration.held_out of at least 1 where cut.blocks is 1",
-        ),
-        (["--pattern", "dense"], "expected a layer to prune, but the pattern dense leaves all of them dense"),
-    ],
-)
-def test_what_cannot_be_left_out_is_one_line(words, said, tmp_path, capsys):
-    model = tiny_folder(tmp_path / "model")
-    assert main(["--model", str(model), "--output", str(tmp_path / "run"), *SMALL, *words]) == 2
-    assert said in only_error(capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
 
 
 def test_masks_of_the_dense_model_do_not_go_with_fewer_blocks():
