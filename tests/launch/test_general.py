@@ -1,6 +1,5 @@
-"""Models without a family of their own, from a folder that transformers saved to one that transformers loads."""
+"""Models without a family of their own in whole runs; test_families.py has what they share with every family."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +9,14 @@ from benchmarks import general_models
 from benchmarks.general_models import tiny_config, tiny_model
 from benchmarks.records import recorded
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.targets import DenseTarget
-from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
-from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.inputs import read_texts
 from optima_tpu.pipeline.run import run
 from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.runtime.records import read_record
-from tests.launch.test_families import HALF, assert_bit_for_bit, assert_loads, configured, linears_of, pruned, slow_where
-from tests.support.meshes import mesh
-from tests.support.references import BY_MODEL, GENERAL, MIXED, SIZES, save
+from tests.launch.test_families import BEST, BY_TORCH, HALF, configured, pruned, slow_where
+from tests.support.references import BY_MODEL, SIZES, save
 from tests.support.runs import folder_tensors, opened, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer
 
@@ -31,64 +25,8 @@ pytest.importorskip("torchax")
 transformers = pytest.importorskip("transformers")
 against_torch = pytest.importorskip("optima_tpu.models.general.against_torch")
 
-REFERENCE = {reference.model: reference for reference in [*GENERAL, MIXED]}
 # Turned matrices and learned positions; a fused matrix and arguments that depend on the number of windows.
 LAYOUTS = {"GPT2LMHeadModel", "BloomForCausalLM"}
-MODELS = slow_where(list(REFERENCE), REFERENCE.keys() - LAYOUTS)
-
-
-def alone(name: str) -> list:
-    """All models, of which one is not slow."""
-    return slow_where(list(REFERENCE), REFERENCE.keys() - {name})
-
-
-BEST = HALF | dict(recapture=True, target=DenseTarget())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Gives the folder of a model's first variant as transformers saves it: several files, bfloat16."""
-    root = tmp_path_factory.mktemp("general")
-
-    @functools.cache
-    def folder(name: str) -> Path:
-        reference = REFERENCE[name]
-        save(root / name, reference, reference.first | dict(vocab_size=258), torch.bfloat16, max_shard_size="60KB")
-        assert len(list((root / name).glob("*.safetensors"))) > 1
-        return root / name
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def halved(saved, tmp_path_factory):
-    """Gives the run of a model with two of four weights left, pruned with the dense stream and recapture."""
-    root = tmp_path_factory.mktemp("halved")
-    return functools.cache(lambda name: pruned(saved(name), root / name, (1, 1), **BEST))
-
-
-# What is not pruned the next test compares, and what is pruned by the logits of transformers.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REFERENCE)
-def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, name):
-    source = saved(name)
-    folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
-    assert_bit_for_bit(source, folder)
-
-
-@pytest.mark.parametrize("name", alone("GPT2LMHeadModel"))
-def test_a_pruned_model_of_torch_loads_in_transformers(saved, halved, name):
-    folder = halved(name) / "hf"
-    dense, found = open_model(str(saved(name)), "float32"), open_model(str(folder))
-    linears, masks = linears_of(Decoder.open(dense.config, dense.tensors, mesh(1, 1))), read_masks(folder)
-    assert masks.keys() == set(linears)
-    for tensor in found.tensors.names():
-        array = found.tensors.read(tensor)
-        if tensor in linears:
-            assert (masks[tensor].reshape(-1, 4).sum(axis=1) == 2).all() and (array[~masks[tensor]] == 0).all(), tensor
-        else:
-            assert np.array_equal(array, dense.tensors.read(tensor)), tensor
-    assert_loads(folder, name, (1, 1))
 
 
 def assert_perplexity_of_torch(directory: Path, name: str, config: RunConfig) -> None:
@@ -101,9 +39,10 @@ def assert_perplexity_of_torch(directory: Path, name: str, config: RunConfig) ->
     assert read_record(directory / REPORT, Report).perplexity.pruned == pytest.approx(float(losses.exp()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_where(list(BY_TORCH), BY_TORCH.keys() - LAYOUTS))
 def test_the_perplexity_is_that_of_transformers(saved, halved, name):
-    assert_perplexity_of_torch(halved(name), name, configured(saved(name), halved(name), **BEST))
+    directory = halved(name).parent
+    assert_perplexity_of_torch(directory, name, configured(saved(name), directory, **BEST))
 
 
 KINDS = {
@@ -157,24 +96,13 @@ def test_the_table_has_every_class_and_no_error():
     assert {way for _, way, _ in record.values()} == {"declared", "general", "refused"}
 
 
-# models/test_general.py compares each model's forward pass on several meshes, and what a solver gives does not depend on the model.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REFERENCE)
-def test_a_pruned_model_is_the_same_on_any_mesh(saved, halved, tmp_path, name):
-    one, others = (folder_tensors(run / "hf") for run in (halved(name), pruned(saved(name), tmp_path, (4, 2), **BEST)))
-    dense = open_model(str(saved(name)), "float32")
-    for tensor in linears_of(Decoder.open(dense.config, dense.tensors, mesh(1, 1))):
-        same = ((one[tensor] != 0) == (others[tensor] != 0)).mean()
-        assert same > 0.9, tensor
-
-
 def test_a_stopped_run_goes_on_to_the_same_bits(saved, halved, tmp_path):
     config = configured(saved("GPT2LMHeadModel"), tmp_path, **BEST)
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_after_the_first_block(patched)
         run(config, model=opened(config, (1, 1)))
     run(config, model=opened(config, (1, 1)))
-    whole, again = (folder_tensors(each / "hf") for each in (halved("GPT2LMHeadModel"), tmp_path))
+    whole, again = (folder_tensors(each) for each in (halved("GPT2LMHeadModel"), tmp_path / "hf"))
     assert all(np.array_equal(again[name].view(np.uint8), array.view(np.uint8)) for name, array in whole.items())
 
 
