@@ -13,8 +13,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
 
 from optima_tpu import data
 from optima_tpu.data import hub
@@ -22,6 +21,7 @@ from optima_tpu.data.pydoc import words
 from optima_tpu.data.sampling import calibration_windows, evaluation_windows
 from optima_tpu.errors import UserError
 from tests.support.texts import save
+from tests.support.tiny_models import byte_tokenizer
 
 BOS, EOS = 256, 257
 
@@ -29,13 +29,10 @@ BOS, EOS = 256, 257
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token a byte, a BOS before every text, and a context so short that every text here is too long for it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<s>", "</s>"])
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", model_max_length=4)
+    found = byte_tokenizer()
+    found.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    found.model_max_length = 4
+    return found
 
 
 def encode(text: str) -> np.ndarray:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 import optima_tpu
 from optima_tpu.errors import UserError
@@ -34,7 +33,7 @@ from tests.support.records import put_json
 from tests.support.runs import only_error, snapshot
 from tests.support.tiny_models import tiny_folder
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "own_tasks_only")
 
 CHOICE = """
 task: tiny_choice
@@ -105,23 +104,6 @@ def tasks(tmp_path_factory):
     for name, text in {"tiny_choice": CHOICE, "tiny_rolling": ROLLING, **OTHERS}.items():
         (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_tasks_only(tasks):
-    """The thousands of task files that come with the harness take seconds to read, at every call. Its bars are off as in main."""
-    import lm_eval.api.task
-    import lm_eval.tasks
-
-    from optima_tpu.evaluate import tasks as module
-
-    def manager(include_path=None):
-        return lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=include_path is None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TaskManager", manager)
-        patch.setattr(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from optima_tpu.errors import UserError
@@ -25,6 +24,8 @@ from optima_tpu.report.progress import Progress
 from tests.support.meshes import mesh
 from tests.support.runs import only_error
 from tests.support.tiny_models import tiny_folder
+
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
 
 CONTEXT = 1024
 CHAT = (
@@ -124,23 +125,6 @@ def test_prompts_of_a_chat_are_those_of_the_harness(folder, reference, capsys):
         assert lm.chat_template(True) == theirs.chat_template(True) == template
     assert capsys.readouterr().out.count("its chat template takes no system message, so the prompts have none") == 1
     theirs.tokenizer.chat_template = CHAT
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_task_files():
-    """As in test_evaluate: the harness reads only the task files that a test names."""
-    import lm_eval.api.task
-    import lm_eval.tasks
-
-    from optima_tpu.evaluate import tasks as module
-
-    def manager(include_path=None):
-        return lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=False)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TaskManager", manager)
-        patch.setattr(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True))
-        yield
 
 
 QUESTIONS = [

@@ -19,19 +19,17 @@ from optima_tpu.method.linalg.traces import inverse_traces
 from optima_tpu.method.mask_swaps import Exchanging, Swaps, schur_diagonal
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import Errors, Pruned, Solution, pull_of
-from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG, Exact
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.memory_plan import GroupLoad
 from optima_tpu.report.layer_means import exchanged
 from optima_tpu.report.summary import print_summary
 from tests.support import fake_reports
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, solve, wide
-from tests.support.pruning import group_arguments, prune_calibrated, prune_matrices
+from tests.support.pruning import prune_calibrated, prune_matrices
 from tests.support.tiny_models import tiny_llama
 
 ROUNDS = 4
@@ -236,22 +234,6 @@ def test_a_layer_with_another_pattern_keeps_it():
     gate, up = (np.asarray(keeps[name + ".weight"]) for name in groups[0])
     assert (up.reshape(-1, 4).sum(axis=1) == 2).all() and (gate.sum(axis=1) == 18).all()
     assert (gate.reshape(-1, 4).sum(axis=1) != 2).any() and all(report.exchanged > 0 for report in reports)
-
-
-def test_its_memory_is_counted():
-    rows, size = 320, 192
-    recipe = Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps())
-    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
-    found = (
-        prune_group.lower(
-            *group_arguments((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, recipe, mesh(1, 1), held_out=hessian)
-        )
-        .compile()
-        .memory_analysis()
-    )
-    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    told = GroupLoad(size, rows, recipe.footprint()).bytes(mesh(1, 1), False, rows)
-    assert total < told < 1.6 * total
 
 
 def test_the_summary_tells_how_much_came_in(tmp_path):

@@ -24,10 +24,13 @@ from optima_tpu.method.linalg.inverses import ROUGH_RIDGE, inverse, inverse_chol
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
+from optima_tpu.method.quantization import Int4
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowLayout, RowSharding
 from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
+from optima_tpu.method.statistics import Drift
+from optima_tpu.method.targets import DenseTarget
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline import memory_plan
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
@@ -244,6 +247,27 @@ def test_the_memory_model_bounds_what_xla_reports(where, shape):
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     told = GroupLoad(SIZE, ROWS, RECIPE.footprint()).bytes(mesh(*shape), where.split, where.rows or ROWS // shape[0])
     assert total < told < 1.6 * total
+
+
+DENSE_TARGETS = DenseTarget(0.5), DenseTarget(0.5, 0.5)
+
+
+@pytest.mark.parametrize("change", [dict(refine=Swaps()), dict(quantize=Int4()), *(dict(target=each) for each in DENSE_TARGETS)])
+def test_the_memory_model_bounds_what_xla_reports_with_held_out_tokens(change):
+    rows, size = 320, 192
+    recipe = dataclasses.replace(Recipe(Unstructured(0.5), Wanda(), CG()), **change)
+    weight, hessian = jax.ShapeDtypeStruct((rows, size), jnp.bfloat16), jax.ShapeDtypeStruct((size, size), jnp.float32)
+    dense, drifts = recipe.target.dense_stream, recipe.target in DENSE_TARGETS[1:]
+    residual = dict(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),)) if drifts else {}
+    both = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),), **residual)
+    drift = dict.fromkeys(("drift", "held_out_drift"), both) if dense else {}
+    found = prune_group.lower(*group_arguments((weight,), hessian, recipe, mesh(1, 1), held_out=hessian, **drift))
+    analysis = found.compile().memory_analysis()
+    total = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    told = GroupLoad(size, rows, recipe.footprint(), streams=1 + dense, residual=drifts).bytes(mesh(1, 1), False, rows)
+    assert total < told < 1.6 * total
+    # Exchanges compare all inputs of a row, and integers are rounded one input after the other.
+    assert recipe.footprint().split == (recipe.refine is None and recipe.quantize is None)
 
 
 def test_the_layout_follows_from_the_budget():
