@@ -24,6 +24,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.source import cast, whole_slices
+from tests.support.gguf_files import add_bpe, gguf_name, writing
 from tests.support.tiny_models import MemoryTensors, tiny_folder
 
 HEADS, KV_HEADS, D_HEAD, D_MODEL, D_FF, LAYERS = 4, 2, 8, 32, 64, 2
@@ -367,24 +368,6 @@ def test_a_missing_or_damaged_tokenizer_is_a_user_error(folder):
 # GGUF
 
 Q = gguf.GGMLQuantizationType
-PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def gguf_name(name):
-    if name.startswith("model.layers."):
-        _, _, block, part = name.removesuffix(".weight").split(".", 3)
-        return f"blk.{block}.{PARTS[part]}.weight"
-    return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
 
 
 def interleaved(weight, heads):
@@ -394,37 +377,22 @@ def interleaved(weight, heads):
 
 def write_gguf(path, tensors, kinds=lambda name: Q.F32, arch="llama", split="smollm", theta=10000.0, extra=lambda writer: None):
     """Writes the file as llama.cpp's converter does; returns what a reader should find, under Hugging Face names."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(128)
-    writer.add_embedding_length(D_MODEL)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(D_FF)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(theta)
-    writer.add_rope_dimension_count(D_HEAD)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 2))
-    writer.add_token_merges(["Ġ t", "t h", "Ġt h", "1 2"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    extra(writer)
     expected = {}
-    for name, weight in tensors.items():
-        kind = kinds(name)
-        heads = HEADS if ".q_proj." in name else KV_HEADS if ".k_proj." in name else None
-        stored = interleaved(weight, heads) if heads else weight
-        writer.add_tensor(gguf_name(name), gguf.quantize(stored, kind), raw_dtype=kind)
-        # Blocks lie within rows, so the order of rows and quantising commute.
-        expected[name] = gguf.dequantize(gguf.quantize(weight, kind), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with writing(path, arch, SimpleNamespace(**CONFIG, max_position_embeddings=128)) as writer:
+        writer.add_rope_freq_base(theta)
+        writer.add_rope_dimension_count(D_HEAD)
+        writer.add_vocab_size(len(TOKENS))
+        add_bpe(writer, split, TOKENS, ["Ġ t", "t h", "Ġt h", "1 2"], control=2)
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        extra(writer)
+        for name, weight in tensors.items():
+            kind = kinds(name)
+            heads = HEADS if ".q_proj." in name else KV_HEADS if ".k_proj." in name else None
+            stored = interleaved(weight, heads) if heads else weight
+            writer.add_tensor(gguf_name(name), gguf.quantize(stored, kind), raw_dtype=kind)
+            # Blocks lie within rows, so the order of rows and quantising commute.
+            expected[name] = gguf.dequantize(gguf.quantize(weight, kind), kind)
     return expected
 
 

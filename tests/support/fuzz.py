@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -41,6 +40,7 @@ from optima_tpu.runtime.checksums import ALL, damage, keep, known
 from optima_tpu.runtime.records import encoded, json_values
 from tests.support import fake_reports
 from tests.support.fake_run import MANIFEST, SMALL
+from tests.support.gguf_files import add_bpe, gguf_name, writing
 from tests.support.meshes import mesh
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
@@ -83,36 +83,13 @@ def tiny_gguf(path: Path) -> None:
     words = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "th"]
     sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
     config, tensors = tiny_llama(vocab_size=len(words), num_hidden_layers=1, **sizes)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list(words)
-    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(words) - 1))
-    writer.add_token_merges(["Ġ t", "t h"])
-    writer.add_add_bos_token(False)
-    writer.add_eos_token_id(0)
-    ours = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm",
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
-    for name, array in tensors.arrays.items():
-        stem = name.removesuffix(".weight")
-        block = stem.removeprefix("model.layers.0.")
-        writer.add_tensor(f"{'blk.0.' if block != stem else ''}{ours[block]}.weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with writing(path, "llama", config) as writer:
+        writer.add_rope_freq_base(1e4)
+        add_bpe(writer, "llama-bpe", words, ["Ġ t", "t h"])
+        writer.add_add_bos_token(False)
+        writer.add_eos_token_id(0)
+        for name, array in tensors.arrays.items():
+            writer.add_tensor(gguf_name(name), array)
 
 
 def _masks(folder: Path) -> Any:
