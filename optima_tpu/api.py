@@ -356,8 +356,9 @@ def prune_layer(
     """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
 
     For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
-    where ``H = X'X / n`` (OPTIMA, equation 6). All matrix products are float32 at full precision. On
-    accelerators those that only choose a direction or a mask are rougher.
+    where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs to that
+    problem, the errors to this one. All matrix products are float32 at full precision. On accelerators those that only choose a
+    direction or a mask are rougher.
 
     Arrays are of numpy or JAX, or tensors of PyTorch, such as the ``layer.weight`` of a ``torch.nn.Linear``.
 
@@ -374,7 +375,7 @@ def prune_layer(
       Weights, mask and the certificate of every row.
 
     Raises:
-      UserError: shapes that do not fit, a mask that violates the pattern, or a setting that needs a whole model.
+      UserError: shapes that do not fit, values that are not finite, a mask that violates the pattern, or a setting that needs a whole model.
     """
     config = chosen_run({"preset": "fast", **settings, "model": _LAYER})
     _refuse_of_model(config, settings)

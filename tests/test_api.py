@@ -221,6 +221,10 @@ def test_a_setting_that_needs_a_model_is_mended_where_it_was_chosen():
         ({"inputs": np.zeros((4, 32)), "selector": "imported"}, "expected mask=ARRAY"),
         ({"inputs": np.zeros((4, 32)), "mask": np.ones((3, 3))}, "expected a mask of the weight's shape"),
         ({"inputs": np.zeros((0, 32))}, r"expected inputs \[tokens, 32\]"),
+        ({"inputs": np.diag([np.nan, *[1.0] * 31])}, "expected finite inputs, got NaN or an infinity in 1 of 32 rows"),
+        ({"inputs": np.full((4, 32), 1e30)}, "expected finite products of the inputs in float32"),
+        ({"hessian": np.diag([np.inf, *[1.0] * 31])}, "expected finite hessian"),
+        ({"hessian": -np.eye(32)}, "whose diagonal is at least 0, got -1 on it"),
         (MODEL_SETTING | {"preset": "best"}, "got target, which needs a whole model, as do .*recapture"),
         (MODEL_SETTING | {"borrow": 2.0, "recapture": True}, "got recapture, which needs a whole model, as does borrow;"),
         (MODEL_SETTING | {"distill": "kl"}, "got distill, which"),
@@ -241,3 +245,8 @@ def test_a_setting_that_needs_a_model_is_mended_where_it_was_chosen():
 def test_what_one_layer_cannot_have_is_said(arguments, said):
     with pytest.raises(UserError, match=said):
         optima_tpu.prune_layer(layer()[0], **arguments)
+
+
+def test_weights_that_are_not_finite_have_no_certificate():
+    with pytest.raises(UserError, match="expected finite weight, got NaN or an infinity in 2 of 3 rows"):
+        optima_tpu.prune_layer(np.array([[np.nan, 1.0], [0.0, 1.0], [np.inf, 0.0]]), inputs=np.ones((4, 2)))

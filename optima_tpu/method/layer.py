@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import ArrayLike
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, plural
 from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.problem import Given
 from optima_tpu.method.prune_group import prune_group
@@ -71,8 +71,9 @@ def prune_layer(
     """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
 
     For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
-    where ``H = X'X / n`` (OPTIMA, equation 6). All matrix products are float32 at full precision. On
-    accelerators those that only choose a direction or a mask are rougher.
+    where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs to that
+    problem, the errors to this one. All matrix products are float32 at full precision. On accelerators those that only choose a
+    direction or a mask are rougher.
 
     Args:
       weight: [d_out, d_in], dense.
@@ -82,9 +83,10 @@ def prune_layer(
       recipe: pattern, selector, solver, acceptance, exchanges and quantizer. What only means something for a model has no effect.
 
     Raises:
-      UserError: shapes that do not fit.
+      UserError: shapes that do not fit, or values that are not finite; a Hessian with a negative diagonal.
     """
     dense = as_array("weight", weight)
+    _refuse_infinite("weight", dense)
     statistics = _statistics(dense, inputs, hessian)
     given = None
     if mask is not None:
@@ -117,11 +119,23 @@ def _statistics(weight: Array, inputs: ArrayLike | Tensor | None, hessian: Array
         if x.ndim < 2 or x.shape[-1] != size or not x.size:
             raise UserError(f"expected inputs [tokens, {size}] for a weight {weight.shape}, got {x.shape}")
         x = x.reshape(-1, size)
-        return TokenStatistics(matmul(x.T, x) / len(x), jnp.asarray(len(x), dtype=jnp.int32))
+        _refuse_infinite("inputs", x)
+        products = matmul(x.T, x) / len(x)
+        _refuse_infinite("products of the inputs in float32", products)
+        return TokenStatistics(products, jnp.asarray(len(x), dtype=jnp.int32))
     assert hessian is not None, "refused above"
     matrix = as_array("hessian", hessian).astype(jnp.float32)
     if matrix.shape != (size, size):
         raise UserError(f"expected a Hessian [{size}, {size}] for a weight {weight.shape}, got {matrix.shape}")
+    _refuse_infinite("hessian", matrix)
     if not np.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(matrix)))):
         raise UserError("expected a symmetric Hessian X'X / n, got one that differs from its transpose")
+    if (least := float(jnp.min(jnp.diagonal(matrix)))) < 0:
+        raise UserError(f"expected a Hessian X'X / n, whose diagonal is at least 0, got {least:.3g} on it")
     return TokenStatistics(matrix, jnp.asarray(0, dtype=jnp.int32))
+
+
+def _refuse_infinite(name: str, matrix: Array) -> None:
+    """Raises UserError where a row of a matrix holds NaN or an infinity: every certificate would be of nothing."""
+    if broken := int(jnp.sum(~jnp.all(jnp.isfinite(matrix), axis=1))):
+        raise UserError(f"expected finite {name}, got NaN or an infinity in {broken} of {plural(len(matrix), 'row')}")
