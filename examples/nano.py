@@ -2,7 +2,7 @@
 
     python examples/nano.py MODEL_FOLDER CALIBRATION.txt OUT_FOLDER
 
-MODEL_FOLDER is a dense model in the format of Hugging Face; of one that is pruned already every error is 0.
+MODEL_FOLDER is a dense model in the format of Hugging Face; of one that is pruned already every objective is 0.
 
 Half of the weights of every linear layer go. Which half, Wanda's score says (Sun et al., 2023). Then the weights that stay move, so
 that the layer's output on the calibration text changes least: one small quadratic program for each output row (OPTIMA, 2025,
@@ -169,9 +169,9 @@ def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
     In variables that give the Hessian a unit diagonal, ``D = (v - w) sqrt(H_jj)``, with ``A`` the scaled Hessian plus the damping,
     every row minimises ``f(D) = D A D'`` over its kept coordinates; pruned ones are fixed at ``D_j = -w_j sqrt(H_jj)``.
 
-    The inverse ``X`` of the whole ``A`` preconditions every row, whatever its mask. It also bounds what is left to gain: with ``r``
-    the residual on kept coordinates, ``f - f* = r A_KK^-1 r' <= r X r'``, since a principal block of an inverse dominates the
-    inverse of the block.
+    The inverse ``P`` of the whole ``A`` preconditions every row, whatever its mask. It also bounds what is left to gain: with ``r``
+    the residual on kept coordinates, ``f - f* = r A_KK^-1 r' <= r P r'``, since a principal block of an inverse dominates the
+    inverse of the block. The gap is this bound as a share of the least that ``f*`` can be.
     """
     diagonal = jnp.diagonal(hessian)
     live = diagonal > 1e-12 * jnp.max(diagonal)  # an input that is always 0 says nothing about its weights
@@ -187,6 +187,7 @@ def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
         residual = -path.change @ matrix
         value = -jnp.sum(path.change * residual, axis=1)
         bound = jnp.sum((jnp.where(free, residual, 0.0) @ root.T) ** 2, axis=1)
+        # Float32 leaves this much of a row that loses nothing, whose f* is 0.
         floor = 1e-8 * jnp.sum((weight * scale) ** 2, axis=1) + 1e-30
         return path._replace(residual=residual, gap=bound / jnp.maximum(value - bound, floor))
 
@@ -220,7 +221,7 @@ def objective(weight: Array, hessian: Array, dense: Array) -> Array:
 
 @jax.jit
 def pruned_layer(stored: Array, hessian: Array) -> tuple[Array, Array, Array]:
-    """Prunes one matrix [d_out, d_in]. Returns (weights in its dtype, error before the solve [d_out], error after)."""
+    """Prunes one matrix [d_out, d_in]. Returns (weights in its dtype, objective before the solve [d_out], objective after)."""
     dense = stored.astype(jnp.float32)
     keep = wanda_mask(dense, hessian)
     masked = jnp.where(keep, dense, 0.0)
@@ -232,7 +233,7 @@ def pruned_layer(stored: Array, hessian: Array) -> tuple[Array, Array, Array]:
 
 
 def pruned(weights: Mapping[str, Array], shape: Shape, tokens: np.ndarray) -> Iterator[tuple[str, Array, float, float]]:
-    """Yields (name, weights, error before the solve, error after) of every linear layer, block by block.
+    """Yields (name, weights, objective before the solve, objective after) of every linear layer, block by block.
 
     A block's Hessians are those of the dense block, on what the pruned blocks before it give.
     """
@@ -286,7 +287,7 @@ def main(source: Path, text: Path, out: Path) -> None:
     dense = perplexity(weights, shape, held_out)
     for name, matrix, before, after in pruned(weights, shape, calibration):
         weights[name] = matrix
-        print(f"{name}: error {before:.4g} -> {after:.4g}", flush=True)
+        print(f"{name}: objective {before:.4g} -> {after:.4g}", flush=True)
     save(weights, source, out)
     print(f"perplexity on {len(held_out)} windows that were not read: {dense:.2f} -> {perplexity(weights, shape, held_out):.2f}")
 
