@@ -42,8 +42,11 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
 
-class Stream(nnx.Module):
-    """A place of the residual stream in a block: sows what passes, or gives a :class:`Known` one in its stead, as a :class:`Linear` does."""
+class ResidualStream(nnx.Module):
+    """A place of the residual stream in a block.
+
+    Sows what passes as ``x``, or gives what is set as its attribute ``known`` in its stead, as :class:`Linear` does.
+    """
 
     def __call__(self, x: Array) -> Array:
         if hasattr(self, "known"):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, Residual
-from optima_tpu.models.layers import GatedMLP, Linear, RMSNorm, Scores, Stream, attention, scaled, split_heads
+from optima_tpu.models.layers import GatedMLP, Linear, ResidualStream, RMSNorm, Scores, attention, scaled, split_heads
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
 from optima_tpu.models.settings import of_every_block, supported
 
@@ -244,7 +244,7 @@ class DecoderBlock(nnx.Module):
     def __init__(self, config: LlamaConfig, attention: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
         self.branch_scale, self.attention, self.name, self.norms = config.branch_scale, config.attention, name, config.norms
         setattr(self, self.attention, attention)
-        self.attended_stream = Stream()
+        self.attended_stream = ResidualStream()
         setattr(self, name, mlp)
         for norm in filter(None, config.norms):
             setattr(self, norm, config.norm(config.d_model, eps=config.eps))

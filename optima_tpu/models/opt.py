@@ -9,7 +9,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
-from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, Stream, attention, project, split_heads
+from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, ResidualStream, Scores, attention, project, split_heads
 from optima_tpu.models.settings import supported
 
 EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
@@ -105,7 +105,7 @@ class OPTBlock(nnx.Module):
         self.self_attn = OPTAttention(config)
         self.self_attn_layer_norm = LayerNorm(config.d_model, affine=config.affine)
         self.fc1 = Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.attended_stream = Stream()
+        self.attended_stream = ResidualStream()
         self.fc2 = Linear(config.d_ff, config.d_model, bias=config.bias)
         self.final_layer_norm = LayerNorm(config.d_model, affine=config.affine)
 
