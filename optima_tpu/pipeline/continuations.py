@@ -12,6 +12,7 @@ from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generati
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.cutting import PrunedModel
 from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.opened import Opened
 from optima_tpu.report.contents import Continuation, Continuations
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
@@ -88,9 +89,11 @@ def _continue(work: StageWork, pruned: PrunedModel) -> Continuations:
     return texts
 
 
+def _steps(opened: Opened) -> list[Step]:
+    left = opened.model.decoder.config.generates and not CONTINUED.read(opened.directory)
+    return [Step("continuing prompts", 0)] * 2 if left else []
+
+
 CONTINUING = Stage(
-    "continuing prompts with both models",
-    _continue,
-    lambda work, pruned: CONTINUED.read(work.opened.directory),
-    lambda opened: [] if CONTINUED.read(opened.directory) else [Step("continuing prompts", 0)] * 2,
+    "continuing prompts with both models", _continue, lambda work, pruned: CONTINUED.read(work.opened.directory), _steps
 )

@@ -48,7 +48,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     if weights[False] and not weights[True] and not moves_alone(config):
         idle = "prunes no weight, and nothing moves one: take a larger --pattern, or cut something with --target dense"
         lines.append(f"unusual      {config.recipe.pattern} {idle}")
-    if few := short_text(config.calibration, max(d_in for _, d_in in shapes.values())):
+    if few := short_text(config.calibration, max(d_in for _, d_in in shapes.values()), decoder.config.generates):
         lines.insert(4, f"             {few}")
     for which, tokens in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
         lines += [f"unusual      {told}"] if (told := poor_text(which, unigram_perplexity(tokens.ids))) else []
@@ -80,13 +80,17 @@ def training_words(method: Distillation, length: int) -> str:
     return f"{method.words}, {method.train}: {amount}, {batch} of {length} in a step, each read {times}{wrote}"
 
 
-def short_text(text: Calibration, widest: int) -> str:
-    """What to do about a calibration text that is short for layers of ``widest`` inputs; empty if it is not."""
+def short_text(text: Calibration, widest: int, writes: bool) -> str:
+    """What to do about a calibration text that is short for layers of ``widest`` inputs; empty if it is not.
+
+    Args:
+      writes: whether the model can write text.
+    """
     tokens, more = text.fitted * text.window_length, -(-_ENOUGH * widest // text.window_length) - text.fitted
     if tokens >= _FEW * widest:
         return ""
     said = f"{tokens:,} tokens are few for layers of {widest:,} inputs: take --calibration.windows {text.windows + more}"
-    if isinstance(parse_source(text.source), SelfGenerated):
+    if not writes or isinstance(parse_source(text.source), SelfGenerated):
         return said
     return f"{said}, or let the model write more by --calibration.written {text.written + more}"
 

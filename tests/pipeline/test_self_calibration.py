@@ -285,14 +285,15 @@ def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monke
 
 def test_a_text_that_is_short_for_wide_layers_is_told_with_what_to_do():
     text = Calibration("file:a.txt", windows=16, length=512)
-    assert short_text(text, 1536) == (
+    assert short_text(text, 1536, writes=True) == (
         "8,192 tokens are few for layers of 1,536 inputs: take --calibration.windows 48, or let the model write more by "
         "--calibration.written 32"
     )
-    assert short_text(dataclasses.replace(text, written=4), 1536).endswith("--calibration.written 32")
-    assert short_text(dataclasses.replace(text, source="self"), 1536).endswith("take --calibration.windows 48")
+    assert short_text(dataclasses.replace(text, written=4), 1536, writes=True).endswith("--calibration.written 32")
+    assert short_text(dataclasses.replace(text, source="self"), 1536, writes=True).endswith("take --calibration.windows 48")
+    assert short_text(text, 1536, writes=False).endswith("take --calibration.windows 48")
     enough = [dataclasses.replace(text, written=32), dataclasses.replace(text, windows=48), Calibration()]
-    assert not any(short_text(each, 1536) for each in enough)
+    assert not any(short_text(each, 1536, writes=True) for each in enough)
 
 
 def test_a_text_that_the_model_writes_as_a_whole_has_nothing_written_beside_it():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,12 @@ def test_a_model_that_does_not_fit_is_not_asked(words, tmp_path, monkeypatch):
     assert main([*words[0], "--output", str(tmp_path / "run")]) == 0
     reason = record(tmp_path / "run")["continuations"]["reason"]
     assert reason.startswith("The models were not asked to continue prompts: the whole model and its cache take ")
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_a_model_that_cannot_write_has_no_step_of_writing(generates, tmp_path):
+    model = SimpleNamespace(decoder=SimpleNamespace(config=SimpleNamespace(generates=generates)))
+    assert bool(writing.CONTINUING.steps(SimpleNamespace(model=model, directory=tmp_path))) == generates
 
 
 @pytest.mark.slow
