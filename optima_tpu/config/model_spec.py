@@ -15,6 +15,14 @@ def is_hub_id(spec: str) -> bool:
     )
 
 
+def opening(spec: str) -> str:
+    """The line before a model is opened: what may take long, and is true of a model that turns out to be missing."""
+    path = Path(spec).expanduser()
+    if is_hub_id(spec) and not path.exists():
+        return f"opening      {spec}: looked up on the Hugging Face hub, then its files are compared with their checksums"
+    return f"opening      {spec}" + ": its files are compared with their checksums" * path.is_dir()
+
+
 def refuse_missing(spec: str) -> None:
     """Raises UserError for a model that is not on the disk, and that no hub and no package can have."""
     path = Path(spec).expanduser()

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from optima_tpu import data
 from optima_tpu.config.flat import flat
+from optima_tpu.config.model_spec import opening
 from optima_tpu.data import Tokens, token_digest, unigram_perplexity
 from optima_tpu.errors import UserError, plural
 from optima_tpu.evaluate.config import EvaluateConfig
@@ -186,7 +187,7 @@ def _open(config: EvaluateConfig, mesh: Mesh, console: Console) -> dict[str, Eva
     models = {}
     for name, spec in (("model", config.model), ("against", config.against)):
         if spec is not None:
-            say(console, f"opening      {spec}: its files are compared with their checksums")
+            say(console, opening(spec))
             models[name] = open_evaluated(spec, mesh, config.dtype, config.batch)
     if config.against is not None:
         check_pair(**models)

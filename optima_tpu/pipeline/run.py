@@ -7,9 +7,11 @@ from collections.abc import Callable
 from rich.console import Console
 
 from optima_tpu.config.flat import flat
+from optima_tpu.config.model_spec import opening
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
+from optima_tpu.models.checkpoints.hub import WANTED
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT
 from optima_tpu.models.masks import open_given
 from optima_tpu.models.model import Model, without_last
@@ -72,10 +74,10 @@ def run(
     refuse_unusable(together(lambda: config.run_directory))
     check_signals()
     if model is None:
-        say(console, f"opening      {config.model}: its files are compared with their checksums")
+        say(console, opening(config.model))
         if config_apart(config.model):
             # What config.json alone refuses is refused before weights are downloaded, and compared with their checksums.
-            together(lambda: on_model(config, open_declared(config.model, config.dtype, config.batch).config))
+            together(lambda: on_model(config, open_declared(config.model, config.dtype, config.batch, needed=WANTED).config))
         model = open_model_on_mesh(config)
     check_signals()
     found = model.pretrained.config

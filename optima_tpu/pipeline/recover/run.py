@@ -13,6 +13,7 @@ from rich.console import Console
 
 from optima_tpu import data
 from optima_tpu.config.flat import flat
+from optima_tpu.config.model_spec import opening
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import kept_tokens
@@ -55,11 +56,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     directory = together(lambda: config.run_directory)
     refuse_unusable(directory)
     check_signals()
-    start = open_start(
-        config,
-        make_mesh(config.mesh),
-        lambda spec: say(console, f"opening      {spec}: its files are compared with their checksums"),
-    )
+    start = open_start(config, make_mesh(config.mesh), lambda spec: say(console, opening(spec)))
     dense = config.against or start.record.dense
     assert dense is not None, "open_start opened it"
     source, evaluation = _sources(config, start)
