@@ -128,6 +128,19 @@ def test_transformers_loads_a_run_as_the_same_model(run, tmp_path):
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in stored.values())
 
 
+def test_layers_that_were_cut_and_then_quantised_are_integers_too(tmp_path):
+    model, run = tiny_folder(tmp_path / "model", **SIZES | dict(intermediate_size=64)), tmp_path / "run"
+    settings = ["--pattern", "2:4", "--layers", "*=0.25/neuron@16", "--quantize", "int8", "--preset", "fast"]
+    assert launch.main([str(model), *SMALL, *settings, "--output", str(run)]) == 0
+    for form in ("compressed-tensors", "compressed-tensors-w8a8"):
+        export(run, tmp_path / form, form=form)
+    stored = folder_tensors(tmp_path / "compressed-tensors")
+    assert stored["model.layers.0.mlp.down_proj.weight_shape"].tolist() == [32, 48]
+    assert "model.layers.0.mlp.down_proj.weight" not in read_masks(tmp_path / "compressed-tensors")
+    assert torch.equal(logits(tmp_path / "compressed-tensors"), logits(run / "hf"))
+    assert folder_tensors(tmp_path / "compressed-tensors-w8a8")["model.layers.0.mlp.down_proj.weight"].dtype == np.int8
+
+
 @pytest.mark.parametrize(("bits", "dtype"), [(8, "bfloat16"), pytest.param(8, "float32", marks=pytest.mark.slow), (4, "float16")])
 def test_every_width_and_dtype_comes_back(tmp_path, capsys, bits, dtype):
     model = tiny_folder(tmp_path / "model", dtype=dtype, **SIZES)

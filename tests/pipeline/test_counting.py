@@ -256,7 +256,7 @@ def test_a_solve_counts_its_usual_steps_on_every_device():
 
 
 def test_a_wider_layer_takes_more_usual_steps_and_never_more_than_the_solver_may_take():
-    size = 256
+    size = 1024
     few, more = (pruning(Recipe(Unstructured(0.5), Wanda(), CG(max_steps=most)), size, size, machine()).work for most in (8, 96))
     assert usual_steps(4 * size, 0.01) > usual_steps(size, 0.01) > 8
     assert usual_steps(4 * size, 0.01) > usual_steps(4 * size, 0.3)

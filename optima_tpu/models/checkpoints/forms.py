@@ -149,7 +149,8 @@ class Plain(Form):
             tensors = {name: tensor.reshape(stacked.shape(name)) for name, tensor in whole.items()}
             if self.quantizer is not None:
                 for name, scale in self.run.source.scales(names).items():
-                    zeros[name] = self.run.zeros(name, tensors[name] == 0, loaded.masks[name])
+                    if name in loaded.masks:  # a layer that was only cut has none left
+                        zeros[name] = self.run.zeros(name, tensors[name] == 0, loaded.masks[name])
                     tensors |= compressed(name, tensors.pop(name), scale, self.quantizer.bits, self.activations)
             weight_map |= dict.fromkeys(tensors, file_name)
             size += sum(array.nbytes for array in tensors.values())
