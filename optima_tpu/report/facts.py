@@ -118,9 +118,11 @@ def _sparsity(report: Report) -> Fact:
     if not report.layers:
         note = f"of all {report.model.weights:,} weights of the model, which left with what was cut; no layer was pruned"
         return Fact("Sparsity", [percent(report.model_sparsity)], note, "sparsity", rows=rows)
+    # Rows that leave with what was cut are no zeros of a mask.
+    width, left = (" at their full width", ", zero or cut") if _deleted(report) else ("", "")
     note = (
-        f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}, {percent(report.model_sparsity)} of all "
-        f"{report.model.weights:,} weights of the model"
+        f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}{width}, "
+        f"{percent(report.model_sparsity)} of all {report.model.weights:,} weights of the model{left}"
     )
     return Fact("Sparsity", [percent(report.sparsity)], note, "sparsity", rows=rows)
 
@@ -202,16 +204,22 @@ def sizes(report: Report) -> str:
 def _why_not_smaller(report: Report) -> str:
     """Why the pruned files are as large as the dense ones, and which command writes smaller ones."""
     if report.settings.quantize:
+        why = "smaller by what was cut alone" if _deleted(report) else "not smaller"
         return (
-            "not smaller because it holds integers times scales in the source's dtype; optima export --format "
-            "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
+            f"{why} because it holds integers times scales in the source's dtype; optima export --format compressed-tensors stores "
+            "the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
         )
-    if any(cut.deleted for cut in report.cuts.values()):
+    if _deleted(report):
         return "what was cut is in no file"
     return (
         "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and "
         "prints its size, a smaller share of bfloat16 (--dtype) than of float32"
     )
+
+
+def _deleted(report: Report) -> bool:
+    """Whether something was cut that the exported model is without."""
+    return any(cut.deleted for cut in report.cuts.values())
 
 
 def size(count: int) -> str:
