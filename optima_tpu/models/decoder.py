@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,8 +131,8 @@ class Decoder:
         return _shapes(self._block[1])
 
     def input_width(self, name: str) -> int:
-        """Width of the input of a linear layer of a block, or of its residual stream behind attention."""
-        return self.config.d_model if name == self.family.attended_stream else self.block_shapes[name + ".weight"][1]
+        """Width of the input of a linear layer of a block."""
+        return self.block_shapes[name + ".weight"][1]
 
     @functools.cached_property
     def linears(self) -> tuple[str, ...]:
@@ -146,11 +146,6 @@ class Decoder:
     def attended(self) -> str:
         """The layer of a block that reads the output of attention."""
         return next(name for name in self.family.attended if name in self.linears)
-
-    def still_read(self, known: Iterable[str]) -> tuple[str, ...]:
-        """The known inputs that a pass reads: the residual stream behind attention stands for attention's output."""
-        names = tuple(dict.fromkeys(known))
-        return tuple(name for name in names if name != self.attended or self.family.attended_stream not in names)
 
     def sharding(self, name: str) -> P:
         """The wanted sharding of a block's parameter; dimensions that the mesh does not divide are replicated."""

@@ -236,8 +236,6 @@ class Family:
       head_bias: full name of its bias, [vocab]; read where ``DecoderConfig.head_bias`` says so.
       attended: the layers that read the output of attention; each block has one of them. Its input is kept while the block is
         pruned part by part, so that attention is computed once.
-      attended_stream: the ``layers.ResidualStream`` of a block behind attention, which is kept in the place of that input once no layer
-        of attention is to be pruned any more: then the last of them is computed once, too. None where blocks have none.
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
@@ -268,7 +266,6 @@ class Family:
     head: str = "lm_head.weight"
     head_bias: str = "lm_head.bias"
     attended: tuple[str, ...] = ("self_attn.o_proj",)
-    attended_stream: str | None = None
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     cuts: Mapping[str, tuple[Callable[[Any], Cut | None], ...] | str] = dataclasses.field(default_factory=dict)
     experts: ExpertNames | str = "which has no experts"

@@ -17,7 +17,7 @@ from optima_tpu.models.splash import Scores
 
 
 class Known(nnx.Variable):
-    """The input of a layer, or the residual stream, from an earlier pass of the same tokens through its block."""
+    """The input of a layer, from an earlier pass of the same tokens through its block."""
 
 
 class Linear(nnx.Module):
@@ -40,19 +40,6 @@ class Linear(nnx.Module):
         self.sow(nnx.Intermediate, "x", x)
         y = project(x, self.weight[...])
         return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
-
-
-class ResidualStream(nnx.Module):
-    """A place of the residual stream in a block.
-
-    Sows what passes as ``x``, or gives what is set as its attribute ``known`` in its stead, as :class:`Linear` does.
-    """
-
-    def __call__(self, x: Array) -> Array:
-        if hasattr(self, "known"):
-            x = self.known[...]
-        self.sow(nnx.Intermediate, "x", x)
-        return x
 
 
 def project(x: Array | np.ndarray, weight: Array | np.ndarray, dtype: DTypeLike | None = None) -> Array:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, Residual
-from optima_tpu.models.layers import GatedMLP, Linear, ResidualStream, RMSNorm, Scores, attention, scaled, split_heads
+from optima_tpu.models.layers import GatedMLP, Linear, RMSNorm, Scores, attention, scaled, split_heads
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
 from optima_tpu.models.settings import of_every_block, supported
 
@@ -244,7 +244,6 @@ class DecoderBlock(nnx.Module):
     def __init__(self, config: LlamaConfig, attention: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
         self.branch_scale, self.attention, self.name, self.norms = config.branch_scale, config.attention, name, config.norms
         setattr(self, self.attention, attention)
-        self.attended_stream = ResidualStream()
         setattr(self, name, mlp)
         for norm in filter(None, config.norms):
             setattr(self, norm, config.norm(config.d_model, eps=config.eps))
@@ -254,7 +253,7 @@ class DecoderBlock(nnx.Module):
         self._sow("before_attention", x)
         normed = self._normed(norms.before_attention, x)
         mixed = getattr(self, self.attention)(normed, positions)
-        x = self.attended_stream(x + scaled(self._normed(norms.behind_attention, mixed), self.branch_scale))
+        x = x + scaled(self._normed(norms.behind_attention, mixed), self.branch_scale)
         self._sow("after_attention", x)
         added = self.behind_attention(x if norms.before_mlp or norms.behind_mlp else normed)
         x = x + scaled(self._normed(norms.behind_mlp, added), self.branch_scale)
@@ -332,7 +331,6 @@ FAMILY = Family(
     linears=LINEARS,
     narrow=("self_attn.o_proj", "mlp.down_proj"),
     final=LlamaFinal,
-    attended_stream="attended_stream",
     residuals={
         "self_attn.o_proj": Residual("before_attention", "after_attention"),
         "mlp.down_proj": Residual("after_attention", "after_mlp"),

@@ -9,7 +9,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import Cut, DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
-from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, ResidualStream, Scores, attention, project, split_heads
+from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, split_heads
 from optima_tpu.models.settings import supported
 
 EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
@@ -105,13 +105,12 @@ class OPTBlock(nnx.Module):
         self.self_attn = OPTAttention(config)
         self.self_attn_layer_norm = LayerNorm(config.d_model, affine=config.affine)
         self.fc1 = Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.attended_stream = ResidualStream()
         self.fc2 = Linear(config.d_ff, config.d_model, bias=config.bias)
         self.final_layer_norm = LayerNorm(config.d_model, affine=config.affine)
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         self.sow(nnx.Intermediate, "before_attention", x)
-        x = self.attended_stream(x + self.self_attn(self.self_attn_layer_norm(x) if self.norm_first else x, positions))
+        x = x + self.self_attn(self.self_attn_layer_norm(x) if self.norm_first else x, positions)
         self.sow(nnx.Intermediate, "after_attention", x)
         x = x if self.norm_first else self.self_attn_layer_norm(x)
         self.sow(nnx.Intermediate, "before_mlp", x)
@@ -151,7 +150,6 @@ FAMILY = Family(
     embedding_extras=embedding_extras,
     embed=embed,
     attended=("self_attn.out_proj",),
-    attended_stream="attended_stream",
     residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"), "fc2": Residual("before_mlp", "after_mlp")},
     cuts={
         "neuron": (lambda config: Cut("neurons", config.d_ff, 1, ("fc2",), {"fc1": ()}, {"ffn_dim": 1}),),

@@ -163,9 +163,7 @@ def _parts(groups: Groups, recipe: Recipe, prefix: str) -> list[Groups]:
 def _kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tuple[Kept, ...]:
     """What each pass through the decoder's block keeps; nothing where inputs come from the block before it was pruned.
 
-    The first pass behind attention, through the block as pruned so far, keeps the output of attention: no later layer changes it. Where
-    the layer that reads it does not change either, it keeps the residual stream behind this layer; where the pass is for this layer, the
-    next one does, for the dense stream's layer never changes.
+    The first pass behind attention, through the block as pruned so far, keeps the output of attention: no later layer changes it.
     The last pass keeps the input of its layer, if it is one layer, for the pruned block. It does so on CPU devices only, which share
     the memory of the host: on others the input, often the widest of the block, takes longer to move than to compute.
     """
@@ -176,11 +174,7 @@ def _kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tu
     first = decoder.linears.index(attended)
     behind = (all(decoder.linears.index(name) >= first for names in part.groups for name in names) for part in passes)
     if (keeping := next((position for position, found in enumerate(behind) if found), None)) is not None:
-        stream = decoder.family.attended_stream or attended
-        changes = any(attended in names for names in passes[keeping].groups)
-        kept[keeping] = Kept((attended if changes else stream,), (stream,))
-        if changes and stream != attended and keeping + 1 < len(kept):
-            kept[keeping + 1] = Kept((stream,))
+        kept[keeping] = Kept((attended,), (attended,))
     if not others and len(names) == 1 and expert_of(names[0]) is None and on_cpu(decoder.mesh):
         kept[-1] = kept[-1]._replace(pruned=tuple(dict.fromkeys((*kept[-1].pruned, *names))))
     return tuple(kept)
@@ -340,15 +334,11 @@ def _states_on_devices(decoder: Decoder, recipe: Recipe, windows: tuple[int, int
 
     So they do on CPU devices, whose memory is that of the host, and where they would take more than a quarter of the budget.
     """
-    widths, streams = [decoder.config.d_model], recipe.target.streams
-    attended = max(decoder.at(kind).input_width(decoder.at(kind).attended) for kind in decoder.config.kinds)
-    if recipe.recapture and decoder.family.attended_stream:
-        widths += widths  # behind attention; and one pass of the pruned stream goes from attention's output to it
-    elif recipe.recapture:
-        widths.append(attended)
+    widths = [decoder.config.d_model]
+    if recipe.recapture:
+        widths.append(max(decoder.at(kind).input_width(decoder.at(kind).attended) for kind in decoder.config.kinds))
     dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    beside = attended if len(widths) > 1 and decoder.family.attended_stream else 0
-    token = sum(on_model_axis(decoder.mesh, width) for width in (*widths * streams, beside)) * dtype.itemsize
+    token = recipe.target.streams * sum(on_model_axis(decoder.mesh, width) for width in widths) * dtype.itemsize
     return 0 if on_cpu(decoder.mesh) else _of_windows(decoder, windows, budget, token)
 
 

@@ -261,7 +261,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         tokens = _calibrate(walk, index, capture, entering)
         if capture.advance or any(part.kept):  # a run that goes on makes the pass again for what it leaves
             seconds += time.monotonic() - started
-        known = [_still_read(walk, index, stream.found) for stream in entering]
+        known = [stream.found for stream in entering]
         found = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
@@ -288,11 +288,6 @@ def _entering(walk: Walk, index: int, stream: Stream, kept: Sequence[str]) -> St
     return stream._replace(kept={name: stream.hidden.room(walk.decoder.at(index).input_width(name)) for name in kept})
 
 
-def _still_read(walk: Walk, index: int, known: Mapping[str, HiddenStates]) -> dict[str, HiddenStates]:
-    """The known inputs that passes behind these read."""
-    return {name: known[name] for name in walk.decoder.at(index).still_read(known)}
-
-
 def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden: HiddenStates, dense: bool) -> None:
     """Passes one stream through a block as :func:`prune_block` did, in place.
 
@@ -307,7 +302,7 @@ def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden
         stream = _entering(walk, index, Stream(parameters, hidden, known), part.kept[dense])
         for each, first, last in _sets(walk, capture, len(hidden)):
             repeat(walk.decoder, index, each, stream.part(first, last), dense)
-        known = _still_read(walk, index, stream.found)
+        known = stream.found
     if not dense or not passes:
         walk.decoder.apply(index, parameters, hidden, known=known)
 

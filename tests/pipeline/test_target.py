@@ -368,19 +368,16 @@ def test_recapture_is_a_walk_from_input_to_input():
 
 
 def test_what_a_pass_keeps_for_those_behind_it():
-    """Attention's output, then the stream behind it; and the last layer's input, where the devices share the memory of the host."""
+    """The output of attention; and the last layer's input, where the devices share the memory of the host."""
 
     def kept(decoder, recipe):
         return [part.kept for part in block_passes(decoder, 0, linear_groups(decoder), recipe, math.inf)]
 
     decoder, recipe = decoder_on((1, 1)), parse(["--preset", "best"]).recipe
-    nothing, attended, stream = Kept(), Kept(("self_attn.o_proj",), ("attended_stream",)), Kept(("attended_stream",))
-    assert kept(decoder, recipe) == [nothing, attended, stream, Kept(("mlp.down_proj",))]
+    nothing, attended = Kept(), Kept(("self_attn.o_proj",), ("self_attn.o_proj",))
+    assert kept(decoder, recipe) == [nothing, attended, nothing, Kept(("mlp.down_proj",))]
     elsewhere = dataclasses.replace(decoder, mesh=AbstractMesh((1, 1), ("data", "model")))
-    assert kept(elsewhere, recipe) == [nothing, attended, stream, nothing]
-    bare = dataclasses.replace(decoder, family=dataclasses.replace(decoder.family, attended_stream=None))
-    attended = Kept(("self_attn.o_proj",), ("self_attn.o_proj",))
-    assert kept(bare, recipe) == [nothing, attended, nothing, Kept(("mlp.down_proj",))]
+    assert kept(elsewhere, recipe) == [nothing, attended, nothing, nothing]
     assert kept(decoder, dataclasses.replace(recipe, recapture=False)) == [nothing]
 
 

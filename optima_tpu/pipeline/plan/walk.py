@@ -59,13 +59,9 @@ class _Kind(NamedTuple):
     last: bool
 
     @property
-    def held(self) -> Kept:
-        """The inputs that are known while it runs, or that it keeps."""
-        return Kept(*((*old, *new) for old, new in zip(self.known, self.kept)))
-
-    def after(self, decoder: Decoder) -> Kept:
-        """The inputs that are known behind the pass and read there; the decoder is that of the block."""
-        return Kept(*map(decoder.still_read, self.held))
+    def after(self) -> Kept:
+        """The inputs that are known behind the pass."""
+        return Kept(*(tuple(dict.fromkeys((*old, *new))) for old, new in zip(self.known, self.kept)))
 
 
 class BlockWalk(NamedTuple):
@@ -120,7 +116,7 @@ def walk_of(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern]
         for position, part in enumerate(parts):
             kind = _Kind(alike.config.kind, part.groups, known, part.kept, position == len(parts) - 1)
             kinds[kind] += 1
-            known = kind.after(alike)
+            known = kind.after
             for group, layout in zip(part.groups, part.layouts):
                 for together in recipe.solved_together(group, prefix):
                     shape = _Shape(
@@ -153,7 +149,7 @@ def forward_passes(model: DeclaredModel, machine: Machine, config: RunConfig, ki
     step = windows_of_step(decoder, text.fitted) * machine.mesh.shape[DATA]
     blocks = decoder.config.blocks
     shares = collections.Counter(map(decoder.config.kind_of, range(blocks)))
-    last = {kind.block: kind.after(decoder.at(kind.block)).pruned for kind in kinds if kind.last}
+    last = {kind.block: kind.after.pruned for kind in kinds if kind.last}
     alike = [(count / blocks, model.at(block), last.get(block, ())) for block, count in shares.items()]
 
     def width(kind: _Kind, names: Iterable[str]) -> float:
@@ -164,7 +160,8 @@ def forward_passes(model: DeclaredModel, machine: Machine, config: RunConfig, ki
 
     # Every stream moves what a pass keeps once, and what a pass reads once; the pruned block reads what is known of its own stream.
     moved = sum(
-        count * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, last[kind.block]) / streams)
+        count
+        * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)
         for kind, count in kinds.items()
     )
 
@@ -179,7 +176,7 @@ def forward_passes(model: DeclaredModel, machine: Machine, config: RunConfig, ki
         of_window((1.0, head_call(decoder, *sizes))),
         sum(kinds.values()) / blocks,
         moved / blocks,
-        max((of_streams(kind, kind.held) for kind in kinds), default=0.0),
+        max((of_streams(kind, kind.after) for kind in kinds), default=0.0),
     )
 
 
