@@ -28,7 +28,7 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.method.targets import SelfTarget
-from tests.support import ROOT
+from tests.support import ROOT, refusals
 
 CONFIGS = ROOT / "configs"
 LAYER = Unstructured(0.6, "layer")
@@ -63,11 +63,7 @@ def file(tmp_path):
 
 
 def refusal(*argv: str) -> str:
-    with pytest.raises(UserError) as caught:
-        config = parse(argv)
-        check_sources(config.calibration.source, config.evaluation.source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusals.refusal(lambda: check_sources(*parse(argv).texts))
 
 
 def test_a_setting_without_a_value_is_refused(file):

@@ -6,7 +6,6 @@ import pytest
 
 from optima_tpu.config.parse import chosen_run, parse
 from optima_tpu.data import parse_source
-from optima_tpu.errors import UserError
 from optima_tpu.evaluate.answers import read_rules
 from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.export import main as export
@@ -16,17 +15,10 @@ from optima_tpu.pipeline.recover.config import parse as parse_recover
 from optima_tpu.pipeline.sweep.grid import read_grid
 from optima_tpu.runtime import processes
 from optima_tpu.runtime.mesh import parse_mesh
+from tests.support.refusals import refusal
 from tests.support.runs import only_error
 
 HUGE = ("9" * 19, "9" * 60, "9" * 5000)
-
-
-def refusal(read, *given):
-    """The one line by which something is refused."""
-    with pytest.raises(UserError) as caught:
-        read(*given)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("number", HUGE, ids=len)

@@ -14,6 +14,7 @@ from optima_tpu.models.decoder import run_block
 from optima_tpu.report.progress import Progress
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
+from tests.support.refusals import refusal
 from tests.support.tiny_models import MemoryTensors, tiny_folder, tiny_llama, with_bos
 
 CONTEXT, SHORT = 128, 64
@@ -164,25 +165,19 @@ def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path):
     folder = tiny_folder(tmp_path / "model", max_position_embeddings=CONTEXT)
     lm = opened(folder)
 
-    def said(call, *arguments):
-        with pytest.raises(UserError) as error:
-            call(*arguments)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "document 0 of task a_task: expected a text to score, got an empty document" in said(
+    assert "document 0 of task a_task: expected a text to score, got an empty document" in refusal(
         lm.loglikelihood_rolling, instances("loglikelihood_rolling", [("",)])
     )
-    assert "document 1 of task a_task: expected a text to score, got an empty one" in said(
+    assert "document 1 of task a_task: expected a text to score, got an empty one" in refusal(
         lm.loglikelihood, instances("loglikelihood", [("a", "b"), ("a", "")])
     )
-    assert "expected a context of at least one token before 'b', got '  '; correct the data set" in said(
+    assert "expected a context of at least one token before 'b', got '  '; correct the data set" in refusal(
         lm.loglikelihood, instances("loglikelihood", [("  ", "b")])
     )
-    assert "of at most 128 tokens, the context (--context, at most the model's limit), got 'yyyy" in said(
+    assert "of at most 128 tokens, the context (--context, at most the model's limit), got 'yyyy" in refusal(
         lm.loglikelihood, instances("loglikelihood", [("x", "y" * 129)])
     )
-    assert "expected --context of at most 128, the model's context, got 129" in said(opened, folder, (1, 1), 129)
+    assert "expected --context of at most 128, the model's context, got 129" in refusal(opened, folder, (1, 1), 129)
 
 
 def test_an_overflow_names_its_layer(decoder):

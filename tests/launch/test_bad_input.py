@@ -22,6 +22,7 @@ from optima_tpu.pipeline.inputs import on_model, open_model_on_mesh, read_texts
 from optima_tpu.runtime.files import LOCK, only_program
 from optima_tpu.runtime.mesh import _between_hosts, make_mesh
 from tests.support.processes import process_environment, python
+from tests.support.refusals import refusal
 from tests.support.runs import SMALL, only_error, snapshot
 from tests.support.tiny_models import tiny_folder
 
@@ -377,9 +378,7 @@ def test_any_mesh_of_gpus_on_several_hosts(monkeypatch, data, model):
 )
 def test_the_devices_to_simulate_are_those_of_each_process(monkeypatch, processes, needed, hint):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    with pytest.raises(UserError) as error:
-        make_mesh(needed)
-    assert str(error.value).endswith(f"choose a mesh whose product is 8{hint}")
+    assert refusal(make_mesh, needed).endswith(f"choose a mesh whose product is 8{hint}")
 
 
 def test_only_the_data_axis_of_a_mesh_goes_over_tpu_slices(monkeypatch):

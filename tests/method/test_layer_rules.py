@@ -9,6 +9,7 @@ from optima_tpu.launch import main
 from optima_tpu.method.layer_rules import LayerRule, check_layers, kind_name, layers_text, parse_layers, pattern_of
 from optima_tpu.method.patterns import NM, Neurons, Place, Unstructured
 from optima_tpu.models.checkpoints.export import read_masks
+from tests.support.refusals import refusal
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder
 
@@ -90,9 +91,7 @@ WIDE = [(f"model.layers.{index}.{name}", name, (16, size)) for index in range(2)
 )
 def test_a_pattern_that_does_not_fit_is_refused_with_what_to_type(pattern, given, named, stride):
     rules = parse_layers(given)
-    with pytest.raises(UserError) as refused:
-        check_layers(rules, pattern, WIDE)
-    text = str(refused.value)
+    text = refusal(check_layers, rules, pattern, WIDE)
     assert f"got {named}" in text
     other = stride and NM(pattern.n, pattern.m, stride)
     assert ("take --pattern" in text) == (other is not None)

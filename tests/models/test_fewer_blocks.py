@@ -19,6 +19,7 @@ from optima_tpu.unpack import unpack
 from tests.support.fake_run import pruned_run
 from tests.support.meshes import mesh
 from tests.support.references import BESIDE_IMAGES, BY_MODEL, LLAMA_IMAGES, REFERENCES, tiny
+from tests.support.refusals import refusal
 from tests.support.runs import folder_tensors
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
@@ -193,9 +194,7 @@ def test_blocks_that_cannot_be_left_out_are_refused_before_anything_is_computed(
     settings = dict(decoder_sparse_step=2, num_hidden_layers=4) if "Moe" in model else {}
     config = reference.configuration(reference.first | settings)
     run = RunConfig(model="here", cut=CutStructures(blocks))
-    with pytest.raises(UserError) as refused:
-        on_model(run, config)
-    assert str(refused.value) == said
+    assert refusal(on_model, run, config) == said
     on_model(RunConfig(model="here"), config)
 
 

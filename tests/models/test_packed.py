@@ -31,6 +31,7 @@ from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedErro
 from optima_tpu.models.checkpoints.packing import Packer
 from optima_tpu.runtime import checksums
 from optima_tpu.runtime.files import begin
+from tests.support import refusals
 from tests.support.fake_run import finished_run, small_model
 from tests.support.runs import assert_same_weights, only_error, snapshot
 from tests.support.tiny_models import tiny_folder
@@ -240,11 +241,9 @@ def copy(small, tmp_path) -> Path:
 
 def refusal(folder: Path) -> str:
     """The one line with which a folder is refused; nothing may be left of an unpacking that failed."""
-    with pytest.raises(UserError) as error:
-        unpacking.unpack(folder, folder.with_name("out"))
+    line = refusals.refusal(unpacking.unpack, folder, folder.with_name("out"))
     assert not list(folder.parent.glob("out*"))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return line
 
 
 def test_no_byte_of_a_tensor_can_change_unseen(copy, small):

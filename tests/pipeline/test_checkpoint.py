@@ -37,6 +37,7 @@ from tests.support.fake_run import (
     write_checkpoint,
 )
 from tests.support.meshes import mesh
+from tests.support.refusals import refusal
 from tests.support.tiny_models import MemoryTensors
 
 
@@ -179,13 +180,11 @@ def test_a_resume_that_differs_is_refused_and_says_in_what(tmp_path):
     started(tmp_path, 1)
     before = contents(tmp_path)
     other = MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": "0.6", "damping": 0.01}, "tokens": "ef" * 32}
-    with pytest.raises(UserError) as refusal:
-        open_journal(tmp_path, other, ASSETS)
-    message = str(refusal.value)
+    message = refusal(open_journal, tmp_path, other, ASSETS)
     assert "recipe.pattern: 0.5 there, 0.6 here" in message
     assert "recipe.damping: absent there, 0.01 here" in message
     assert "tokens: cdcdcdcdcdcd there, efefefefefef here" in message
-    assert "selector" not in message and "model" not in message and "\n" not in message
+    assert "selector" not in message and "model" not in message
     assert contents(tmp_path) == before
 
 

@@ -13,6 +13,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.runtime.bounds import MOST, Bound, Bounded, Filled
+from tests.support.refusals import refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,7 @@ class Example(Bounded):
     ],
 )
 def test_what_is_out_of_bounds_is_refused_by_name(values, message):
-    with pytest.raises(UserError) as refused:
-        Example(**values)
-    assert str(refused.value) == message
+    assert refusal(Example, **values) == message
 
 
 def test_what_is_in_bounds_is_taken():

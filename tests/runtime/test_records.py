@@ -9,6 +9,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.records import Count, check_record, encoded, read_record
+from tests.support.refusals import refusal
 
 
 class Record(TypedDict):
@@ -27,9 +28,7 @@ class Record(TypedDict):
     ],
 )
 def test_the_file_and_the_field_are_named(values, inside, message):
-    with pytest.raises(UserError) as raised:
-        check_record(values, Record, "a.json", inside=inside)
-    assert str(raised.value).startswith(message)
+    assert refusal(check_record, values, Record, "a.json", inside=inside).startswith(message)
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/nowhere/a.json", "/dev"])
