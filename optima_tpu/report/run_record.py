@@ -146,8 +146,8 @@ def _differences(
     record: RunRecord, manifest: Mapping[str, Any], configuration: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
     """Settings that differ, name -> (there, here), and what else differs between two manifests, in words."""
-    was, now = _named(record.configuration), _named(configuration)
     old: Mapping[str, Any] = record.manifest
+    was, now = _settings(record.configuration, old), _settings(configuration, manifest)
     other = {name: (was[name], now[name]) for name in sorted(was.keys() & now.keys()) if was[name] != now[name]}
     methods = {name for name in other if name in CHOICES}  # whose options are those of different methods
     settings: dict[str, tuple[Any, Any]] = {}
@@ -170,8 +170,10 @@ def _differences(
     return settings, [each for each in dict.fromkeys(words) if not (another and each == _TEXT)]
 
 
-def _named(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names, a method by the name of its setting."""
+def _settings(configuration: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names, a method by the name of its setting, and patterns with their comparison group as in manifests."""
+    recipe = manifest.get("recipe", {})
+    configuration = {**configuration, **{name: recipe[name] for name in ("pattern", "layers") if name in recipe}}
     return options({name: method_settings(value) if name in CHOICES else value for name, value in configuration.items()})
 
 

@@ -137,7 +137,7 @@ def test_a_damaged_record_is_no_traceback(finished, tmp_path, capsys, record):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--pattern", "0.6"], "pattern is 0.5 there, 0.6 here"),
+        (["--pattern", "0.6"], "pattern is 0.5/row there, 0.6/row here"),
         (["--solver.damping", "0.5"], "solver.damping is 0.01 there, 0.5 here"),
         (["--solver", "exact"], "solver is cg there, exact here"),
         (["--solver", "null"], "solver is cg there, null here"),

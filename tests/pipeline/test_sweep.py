@@ -441,7 +441,10 @@ def test_only_with_a_name_of_no_cell_is_an_error(sweep, stand_in, capsys):
 def test_a_dry_run_lists_the_cells_and_runs_none(sweep, stand_in, tmp_path, capsys):
     assert sweep("--dry-run") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:2] == ["cell 1 of 4: wanda + none, 50%, 4 windows, seed 0: to run", "    selector wanda, solver null"]
+    assert printed[:2] == [
+        "cell 1 of 4: wanda + none, 50%, 4 windows, seed 0: to run",
+        "    pattern 0.5/row, selector wanda, solver null",
+    ]
     assert not stand_in.counts and not (tmp_path / "out").exists()  # the model is not even opened
     assert sweep("--only", "wanda + cg") == 0
     before = snapshot(tmp_path / "out")

@@ -152,7 +152,7 @@ def test_the_output_is_the_command_line_s_then_the_file_s_then_the_name(file):
 def test_differences_tell_what_varies_and_nothing_else(file):
     masks = {"wanda": {"selector": {"name": "wanda", "shift_zero": True}}, "magnitude": {"selector": "magnitude"}}
     told = differences(read_grid(file(masks=masks, seeds=[0, 1])).cells)
-    assert told[1] == "pattern 0.5, selector wanda, selector.shift_zero True, solver cg, solver.damping 0.25"
+    assert told[1] == "pattern 0.5/row, selector wanda, selector.shift_zero True, solver cg, solver.damping 0.25"
     assert told[-2] == "pattern 2:4, layers self_attn.*=dense, selector magnitude, solver null"
 
 

@@ -150,7 +150,10 @@ def test_a_run_in_a_bucket_that_is_killed_anywhere_goes_on_to_the_bits_of_one_in
     assert "which is not empty" in capsys.readouterr().err
 
     assert main([*command, "--pattern", "0.6"]) == 2
-    assert f"error: {directory} holds another run: pattern is 0.5 there, 0.6 here. To resume it, type " in capsys.readouterr().err
+    assert (
+        f"error: {directory} holds another run: pattern is 0.5/row there, 0.6/row here. To resume it, type "
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from optima_tpu.config.choices import CHOICES, default_options
-from optima_tpu.config.run_config import RunConfig, to_dict
+from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.report.contents import CellName
 
@@ -75,7 +75,7 @@ def refuse_idle_seeds(cells: Sequence[Cell]) -> None:
 
 def _told(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """The settings that describe a cell, without those in its name and without the defaults of its methods."""
-    values = to_dict(config)
+    values = to_dict(config) | weights_settings(config)  # which has every pattern with its comparison group
     for name in ("windows", "seed"):
         del values["calibration"][name]
     for key, value in values.items():
