@@ -141,7 +141,7 @@ def test_a_damaged_record_is_no_traceback(finished, tmp_path, capsys, record):
         (["--solver.damping", "0.5"], "solver.damping is 0.01 there, 0.5 here"),
         (["--solver", "exact"], "solver is cg there, exact here"),
         (["--solver", "null"], "solver is cg there, null here"),
-        (["--selector", "magnitude"], "selector is wanda there, magnitude here"),
+        (["--selector", "magnitude"], "pattern is 0.5/row there, 0.5/layer here; selector is wanda there, magnitude here"),
         (["--dtype", "bfloat16"], "dtype is null there, bfloat16 here"),
         (["--calibration.seed", "1"], "calibration.seed is 0 there, 1 here"),
         (["--calibration.windows", "9"], "calibration.windows is 8 there, 9 here"),
