@@ -269,11 +269,12 @@ class Progress:
             return
         self._quiet = min(2 * self._quiet, _QUIETEST)
         unknown = "time left not known yet" if self._remaining().stage is None else ""
-        at = (
-            f"{self._stage}, step {self._done} of {self._total} is done"
-            if self._block is None
-            else f"block {self._block} ({self._block + 1} of {self._total})"
-        )
+        if self._block is not None:
+            at = f"block {self._block} ({self._block + 1} of {self._total})"
+        elif self._total > 1:
+            at = f"{self._stage}, step {self._done} of {self._total} is done"
+        else:
+            at, unknown = f"{self._stage}, {hms(self._clock() - self._stage_start)} elapsed", ""
         self._say(", ".join(filter(None, [at, self._doing(), self.left() or unknown])))
 
     def _say(self, text: str) -> None:
@@ -316,5 +317,5 @@ def _outcome(layers: list[LayerReport]) -> str:
     """The error that the update minimises, and the sparsity."""
     own, dense = ("calibration error", "error_before", "error_after"), ("error against dense", "dense_before", "dense_after")
     told, *errors = own if mean(layers, "dense_after") is None else dense
-    before, after = (percent(mean(layers, error)) for error in errors)
-    return f"{told} {before} -> {after}, sparsity {percent(sparsity(layers))}"
+    means = dict.fromkeys(mean(layers, error) for error in errors)  # one where no update changed it
+    return f"{told} {' -> '.join(map(percent, means))}, sparsity {percent(sparsity(layers))}"

@@ -355,6 +355,28 @@ def test_a_long_step_says_what_is_done_before_its_end(clock):
     ]
 
 
+def test_a_stage_of_one_step_says_how_long_it_goes_on(clock):
+    out = console()
+    progress = Progress(out, clock)
+    progress.stage("measuring the speed", total=1)
+    for _ in range(2):
+        clock.now += 20
+        progress._tell_if_quiet()
+    assert out.file.getvalue().splitlines()[1:] == [
+        "   0:20  measuring the speed, 0:20 elapsed",
+        "   0:40  measuring the speed, 0:40 elapsed",
+    ]
+
+
+def test_without_an_update_a_block_has_one_error(clock):
+    out = console()
+    progress = Progress(out, clock)
+    progress.block(0, 2)
+    progress.layer(layer(error_before=0.3, error_after=0.3))
+    progress.advance()
+    assert "calibration error 30.0%, sparsity" in out.file.getvalue()
+
+
 def test_a_resumed_walk_begins_where_the_earlier_start_ended_and_says_what_it_does_before_its_first_block(clock):
     out = console()
     progress = Progress(out, clock)
