@@ -137,7 +137,7 @@ def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", dra
         return source.windows(draw, "calibration windows", lambda text, own: calibration_tokens(text, tokenizer, own, over))
     if isinstance(source, TokenSource):
         tokens = _token_windows(source, tokenizer, draw)
-        return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(draw.held_out)), draw.bos)
+        return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(draw.windows, draw.held_out)), draw.bos)
     documents = source.documents("calibration")
     return _preceded(
         sampling.calibration_windows(

@@ -88,7 +88,7 @@ def calibration_windows(
 
     windows, more, drawn = (
         f"{plural(count, 'window')} of {length} tokens",
-        held_out_text(draw.held_out),
+        held_out_text(draw.windows, draw.held_out),
         f"drawn with seed {draw.seed}",
     )
     sizes = np.array([ids.size for ids in long], np.int64)
@@ -176,9 +176,9 @@ def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, sepa
     return Tokens(ids, how, total)
 
 
-def held_out_text(held_out: int) -> str:
-    """The end of the sentence that says where the windows come from."""
-    return f", the last {held_out} of them held out" if held_out else ""
+def held_out_text(windows: int, held_out: int) -> str:
+    """The end of the sentence that says where the windows come from: how many of them are fitted to, and how many are not."""
+    return f" ({windows} to fit to, {held_out} held out)" if held_out else ""
 
 
 def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int, windows: int | None, origin: str) -> Tokens:

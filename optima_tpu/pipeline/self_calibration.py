@@ -90,7 +90,8 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
             progress.note(f"{ids.size / (time.monotonic() - began):,.0f} tokens a second")
     how = (
         f"{plural(_calibration_windows(config), 'window')} of {text.window_length} tokens that the model wrote itself, from "
-        f"{tokenizer.decode([start])} at temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)
+        f"{tokenizer.decode([start])} at temperature {temperature:g}"
+        + held_out_text(text.windows, 0 if text.written else text.held_out)
     )
     return Tokens(ids, how, ids.size)
 

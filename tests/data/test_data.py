@@ -122,7 +122,7 @@ def test_held_out_windows_share_no_token_with_the_others(documents, windows, hel
             most = data.Draw(fit - held_out, length, seed, held_out)
             assert len(calibration_windows(documents, encode, most, separator=None, origin="test").ids) == fit
         return
-    assert result.ids.shape == (windows + held_out, length) and f"the last {held_out} of them held out" in result.how
+    assert result.ids.shape == (windows + held_out, length) and f" ({windows} to fit to, {held_out} held out)" in result.how
     seen = set(result.ids[:windows].ravel()) - {BOS}
     assert not seen & set(result.ids[windows:].ravel())
 

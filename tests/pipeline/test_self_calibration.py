@@ -206,7 +206,7 @@ def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys)
     assert snapshot(run) == before
 
     assert main(command) == 0
-    assert "from <s> at temperature 1, the last 8 of them held out" in capsys.readouterr().out
+    assert "from <s> at temperature 1 (8 to fit to, 8 held out)" in capsys.readouterr().out
     assert (np.load(run / "calibration.npy") == kept).all()
     weights = folder_tensors(run / "hf")["model.layers.0.mlp.up_proj.weight"]
     assert ((weights == 0).sum(axis=1) == weights.shape[1] // 2).all()
