@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from optima_tpu.pipeline.sweep.grid import CellGrid
 
 _PROGRAM = program("sweep")
+_TOLD = 8
+"""Unusual findings that the terminal lists; table.md has all of them."""
 
 
 class AskedSweep(NamedTuple):
@@ -58,6 +60,7 @@ def run(asked: AskedSweep) -> int:
     from optima_tpu.pipeline.sweep.runner import Sweep
     from optima_tpu.pipeline.sweep.tables import failure_lines, layout
     from optima_tpu.report.progress import Terminal, plain_table, say, show
+    from optima_tpu.report.summary import labelled
 
     quiet_orbax()
     sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints, options.force)
@@ -75,7 +78,10 @@ def run(asked: AskedSweep) -> int:
     console.print()
     table = layout(grid, sweep.results)
     show(console, plain_table(table.head, table.rows, table.names))
-    say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
+    remarks = sweep.remarks
+    more = [f"{len(remarks) - _TOLD} more in {files['table.md']}"] * (len(remarks) > _TOLD)
+    unusual = labelled("unusual", remarks[:_TOLD] + more)
+    say(console, "\n".join([table.caption, "", *unusual, *(f"failed  {line}" for line in failures), *map(str, files.values())]))
     return 1 if failures else 0
 
 

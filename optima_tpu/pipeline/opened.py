@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,17 @@ from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.processes import from_first
 
 
+class TextPerplexity(NamedTuple):
+    """What a model makes of the evaluation text.
+
+    Attributes:
+      losses: [windows, length - 1] float32, of the tokens of the first windows; None where only the perplexity is known.
+    """
+
+    perplexity: float
+    losses: np.ndarray | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A run whose inputs are open and checked. Nothing of it is written yet.
@@ -23,7 +34,7 @@ class Opened:
       manifest: all that decides the pruned weights; see ``inputs.manifest_of``.
       configuration: the settings as they are recorded.
       walk: what is done to every block, with the pattern's sparsity; None where the blocks are pruned already.
-      dense: the perplexity of the dense model on the evaluation text, if the caller knows it.
+      dense: what the dense model makes of the evaluation text, if the caller knows it.
     """
 
     config: RunConfig
@@ -33,7 +44,7 @@ class Opened:
     configuration: dict[str, Any]
     directory: Path
     walk: Walk | None = None
-    dense: float | None = None
+    dense: TextPerplexity | None = None
 
     @property
     def held_out(self) -> np.ndarray:

@@ -8,7 +8,6 @@ RUN/pruned.json, RUN/pruned_losses.npy    the same of the pruned model
 import hashlib
 import io
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from optima_tpu.evaluate.token_changes import token_changes
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.keeping import StageWork
-from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.opened import Opened, TextPerplexity
 from optima_tpu.pipeline.repair import perplexity_files
 from optima_tpu.report.contents import TokenChanges
 from optima_tpu.report.pace import Step
@@ -44,17 +43,6 @@ class KeptPerplexity(Record, frozen=True):
     losses: str | None
 
 
-class TextPerplexity(NamedTuple):
-    """What a model makes of the evaluation text.
-
-    Attributes:
-      losses: [windows, length - 1] float32, of the tokens of the first windows; None where only the perplexity is known.
-    """
-
-    perplexity: float
-    losses: np.ndarray | None = None
-
-
 def perplexity_steps(opened: Opened, decoder: Decoder) -> list[Step]:
     """The steps of :func:`measured`, the same for every model of this shape."""
     return text_steps(decoder, opened.texts.evaluation.ids, both=False)
@@ -68,18 +56,18 @@ def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
     return TextPerplexity(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
 
 
-def kept_perplexity(opened: Opened, model: str) -> KeptPerplexity | None:
-    """The record of an earlier start of the run on this text; None if nothing was kept. Every process calls it."""
-    record = _kept(model).read(opened.directory)
-    return record if record and record.tokens == token_digest(opened.texts.evaluation.ids) else None
+def kept_perplexity(directory: Path, ids: np.ndarray, model: str) -> KeptPerplexity | None:
+    """The record of an earlier start of a run on the text ``ids``; None if nothing was kept. Every process calls it."""
+    record = _kept(model).read(directory)
+    return record if record and record.tokens == token_digest(ids) else None
 
 
-def read_perplexity(opened: Opened, model: str) -> TextPerplexity | None:
+def read_perplexity(directory: Path, ids: np.ndarray, model: str) -> TextPerplexity | None:
     """As :func:`kept_perplexity`, with the losses. Every process calls it."""
-    record = kept_perplexity(opened, model)
+    record = kept_perplexity(directory, ids, model)
     if record is None:
         return None
-    path = opened.directory / perplexity_files(model)[1]
+    path = directory / perplexity_files(model)[1]
     return TextPerplexity(record.perplexity, from_first(lambda: _losses(path, record.losses)))
 
 
@@ -89,7 +77,8 @@ def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> Non
     Raises:
       UserError: the disk is full or not writable.
     """
-    kept = kept_perplexity(opened, model)
+    ids = opened.texts.evaluation.ids
+    kept = kept_perplexity(opened.directory, ids, model)
     if kept and kept.perplexity == measured.perplexity and (kept.losses or measured.losses is None):
         return
     name, losses = perplexity_files(model)[1], None
@@ -99,7 +88,7 @@ def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> Non
         data = file.getvalue()
         losses = hashlib.sha256(data).hexdigest()
         first_only(lambda: keep(opened.directory, {name: data}))  # the losses come first: the record holds their digest
-    _kept(model).write(opened.directory, KeptPerplexity(token_digest(opened.texts.evaluation.ids), measured.perplexity, losses))
+    _kept(model).write(opened.directory, KeptPerplexity(token_digest(ids), measured.perplexity, losses))
 
 
 def changes(opened: Opened, dense: TextPerplexity, pruned: TextPerplexity) -> TokenChanges | None:

@@ -28,8 +28,7 @@ from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusa
 from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import fitted
-from optima_tpu.pipeline.opened import Opened
-from optima_tpu.pipeline.perplexities import TextPerplexity
+from optima_tpu.pipeline.opened import Opened, TextPerplexity
 from optima_tpu.pipeline.plan.model import config_apart, open_declared
 from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows
@@ -40,7 +39,7 @@ from optima_tpu.report.contents import Allocated, Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.sinks import Steps, check_sinks
-from optima_tpu.report.summary import print_summary
+from optima_tpu.report.summary import print_summary, without_model
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete, only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
@@ -53,7 +52,8 @@ def run(
     console: Console | None = None,
     model: Model | None = None,
     texts: Texts | None = None,
-    dense: float | None = None,
+    dense: TextPerplexity | None = None,
+    keeps: bool = True,
 ) -> Report:
     """Prunes a model as ``config`` says, or resumes the same run where it was stopped.
 
@@ -63,7 +63,8 @@ def run(
     Args:
       model: from :func:`open_model_on_mesh`, if several runs share it.
       texts: from :func:`read_texts`.
-      dense: the perplexity of the dense model on these texts, if it is known.
+      dense: what the dense model makes of the evaluation text, if it is known.
+      keeps: whether the pruned model stays; if the caller removes it, the summary does not name it.
 
     Raises:
       UserError: a mistake that the user can correct. Nothing of an earlier run was overwritten.
@@ -87,10 +88,10 @@ def run(
     for kind in model.decoder.config.kinds:
         model.decoder.positions(kind, config.calibration.window_length)
     opened = _opened(config, model, texts or read_texts(config, model, console), console, dense)
-    return finish(opened, functools.partial(pruning, config), console)
+    return finish(opened, functools.partial(pruning, config), console, keeps)
 
 
-def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, dense: float | None = None) -> Opened:
+def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, dense: TextPerplexity | None = None) -> Opened:
     """Checks that all inputs fit together and fit the devices, and prints what the run will do.
 
     Raises:
@@ -148,11 +149,12 @@ def measuring(
     return keep(stages.REPORTING, results, pruned, memory, prompts)
 
 
-def finish(opened: Opened, body: Callable[[Keep], Report], console: Console) -> Report:
+def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, keeps: bool = True) -> Report:
     """Does what is left of an opened run, prints the summary, and returns the report.
 
     Args:
       body: the stages.
+      keeps: see :func:`run`.
     """
     check_signals()
     if opened.checkpointed:
@@ -169,7 +171,7 @@ def finish(opened: Opened, body: Callable[[Keep], Report], console: Console) -> 
             progress.note(f"stages: {', '.join(keep.names)}")
             report = body(keep)
         console.print()
-    print_summary(console, report, opened.directory)
+    print_summary(console, report if keeps else without_model(report), opened.directory)
     return report
 
 

@@ -25,9 +25,8 @@ from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.pipeline.memory_plan import block_bytes
-from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.opened import Opened, TextPerplexity
 from optima_tpu.pipeline.perplexities import (
-    TextPerplexity,
     changes,
     keep_perplexity,
     kept_perplexity,
@@ -95,9 +94,12 @@ WRITTEN_TEXT = Stage("keeping the text", _open)
 """Keeps calibration text that the model wrote. It took minutes, and to write it shows that the model works in its dtype."""
 
 
+def _read(model: str, opened: Opened) -> TextPerplexity | None:
+    return read_perplexity(opened.directory, opened.texts.evaluation.ids, model)
+
+
 def _read_dense(work: StageWork) -> TextPerplexity | None:
-    given = work.opened.dense
-    return read_perplexity(work.opened, "dense") if given is None else TextPerplexity(given)
+    return work.opened.dense or _read("dense", work.opened)
 
 
 def _measure_dense(work: StageWork) -> TextPerplexity:
@@ -108,7 +110,11 @@ def _measure_dense(work: StageWork) -> TextPerplexity:
 
 
 def _steps_of(model: str, read: Callable[[Opened], Model]) -> Callable[[Opened], list[Step]]:
-    return lambda opened: [] if kept_perplexity(opened, model) else perplexity_steps(opened, read(opened).decoder)
+    def steps(opened: Opened) -> list[Step]:
+        kept = kept_perplexity(opened.directory, opened.texts.evaluation.ids, model)
+        return [] if kept else perplexity_steps(opened, read(opened).decoder)
+
+    return steps
 
 
 DENSE = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense", lambda opened: opened.model))
@@ -216,10 +222,7 @@ def _measure_pruned(work: StageWork, pruned: PrunedModel) -> TextPerplexity:
 
 
 PERPLEXITY = Stage(
-    "pruned perplexity",
-    _measure_pruned,
-    lambda work, pruned: read_perplexity(work.opened, "pruned"),
-    _steps_of("pruned", pruned_model),
+    "pruned perplexity", _measure_pruned, lambda work, pruned: _read("pruned", work.opened), _steps_of("pruned", pruned_model)
 )
 
 

@@ -553,6 +553,7 @@ class CellResult(CellName, frozen=True):
     Attributes:
       state: "missing" if the cell was not run yet.
       perplexity, dense: of the pruned and of the dense model on the same text.
+      log_ratio_stderr: standard error of the logarithm of their ratio, paired by window.
       error_before, error_after, held_out_before, held_out_after: means over layers, see :class:`LayerReport`.
       seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
       rows_not_converged, rows_refused: of all layers together.
@@ -564,6 +565,7 @@ class CellResult(CellName, frozen=True):
     state: Literal["finished", "failed", "missing"] = "missing"
     perplexity: Positive | None = None
     dense: Positive | None = None
+    log_ratio_stderr: float | None = None
     error_before: float | None = None
     error_after: float | None = None
     held_out_before: float | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.report.columns import terminal_columns
@@ -21,7 +22,8 @@ from optima_tpu.report.view import NONE
 def print_summary(console: Console, report: Report, directory: Path) -> None:
     """Prints the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
-    A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from.
+    A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from. A run without
+    its model, see :func:`without_model`, has no line about the model's size.
     """
     layers, settings = report.layers, report.settings
     # People open the page, report.html, which the command names when it is drawn.
@@ -35,12 +37,17 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
     else:
         lines, notes = _layer_lines(console, report), finding_lines([TRADED], layers)
         strange += finding_lines(FINDINGS, layers)
-    lines += ["", *(plain(fact.line) for fact in facts(report))]
+    lines += ["", *(plain(fact.line) for fact in facts(report) if "checkpoint" in files or fact.name != "size")]
     lines += labelled("unusual", strange or ["nothing"] * bool(layers)) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
     lines += ["", f"result      {plain(result(report))}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def without_model(report: Report) -> Report:
+    """A report that names no file of the pruned model, which is removed."""
+    return structs.replace(report, files={"report": report.files["report"]})
 
 
 def _layer_lines(console: Console, report: Report) -> list[str]:

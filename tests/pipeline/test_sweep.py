@@ -16,12 +16,15 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.selectors import Magnitude
 from optima_tpu.pipeline.inputs import Texts, token_digest
 from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.perplexities import KeptPerplexity
+from optima_tpu.pipeline.repair import perplexity_files
 from optima_tpu.pipeline.sweep import runner
 from optima_tpu.report.contents import Perplexities
 from optima_tpu.report.file import write_report
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.run_record import refuse_another, write_run
 from optima_tpu.runtime.files import in_turn
+from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.sweep import main
 from tests.support.fake_reports import ENTRIES, TEXT, layer
 from tests.support.processes import python
@@ -66,11 +69,11 @@ class StandIn:
     def faults(self, directory):
         return {}
 
-    def run(self, config, console, model, texts, dense):
+    def run(self, config, console, model, texts, dense, keeps):
         directory, manifest = config.run_directory, self.manifest_of(config, model, texts)
         self.ran.append(directory.name)
         self.counts["dense"] += dense is None
-        assert dense in (None, 10.0) and model.name == config.model
+        assert dense in (None, (10.0, None)) and model.name == config.model
         if directory.exists():
             refuse_another(directory, manifest, to_dict(config))
         else:
@@ -78,6 +81,8 @@ class StandIn:
             write_run(directory, manifest, to_dict(config))
         if error := self.stop.get(directory.name):
             raise error
+        kept = KeptPerplexity(token_digest(texts.evaluation.ids), 10.0, None)
+        KeptRecord(perplexity_files("dense")[0], KeptPerplexity).write(directory, kept)
         for folder in ("journal", "checkpoint", "assets"):
             (directory / folder / "inner").mkdir(parents=True, exist_ok=True)
         counts = {"rows": 4, "rows_converged": 3, "rows_refused": 2, "held_out_before": None, "held_out_after": 0.5}
@@ -167,6 +172,7 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
         "state": "finished",
         "perplexity": 27,
         "dense": 10.0,
+        "log_ratio_stderr": None,
         "error_before": pytest.approx((0.2 + 0.4 + 1.2 + 0.4) / 4),
         "error_after": None,
         "held_out_before": None,
@@ -183,6 +189,9 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
     assert "| magnitude | none | 26.50 ± 0.71 (n=2) |" in text and "| dense |  | 10.00 |" in text
     command = f"python -m optima_tpu.sweep {tmp_path / 'small.yaml'} --batch 3 --output {tmp_path / 'out'}"
     about = ("model: org/name, 2 blocks", "calibration: random windows", "evaluation: other windows, 16 tokens", "code: 0+1")
+    methods = "wanda + cg: preset fast", "magnitude + none: preset fast --selector magnitude --solver null"
+    assert all(f"- {line}" in text for line in methods) and "solver.damping 0.25" in text
+    assert "\nUnusual:\n" in text and "all cells: rows not converged: block 0 self_attn.q_proj (1 row)" in text
     for line in (*about, "hardware: 8 x cpu (cpu), mesh 4x2, jax 1", f"command: {command}"):
         assert f"- {line}\n" in text
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 6
@@ -303,7 +312,13 @@ def test_a_damaged_results_json_is_replaced_and_another_s_only_by_force(sweep, s
 def test_the_pruned_models_of_finished_cells_are_removed(sweep, stand_in, tmp_path):
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-windows_seed-0"
-    assert sorted(path.name for path in cell.iterdir()) == ["report.json", "run.json", "run.lock", "sha256-all.json"]
+    assert sorted(path.name for path in cell.iterdir()) == [
+        "dense.json",
+        "report.json",
+        "run.json",
+        "run.lock",
+        "sha256-all.json",
+    ]
     assert json.loads((cell / "report.json").read_text())["files"] == {"report": str(cell / "report.json")}
     (cell / "checkpoint").mkdir()  # as if that had been interrupted
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0
@@ -315,7 +330,7 @@ def test_kept_checkpoints_stay(sweep, stand_in, tmp_path):
     assert sweep("--keep-checkpoints", **one) == 0
     assert sweep(**one) == 0  # also when the table is made again without the option
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-windows_seed-0"
-    left = {"report.json", "run.json", "sha256-all.json", "journal", "checkpoint", "assets"}
+    left = {"dense.json", "report.json", "run.json", "sha256-all.json", "journal", "checkpoint", "assets"}
     assert {path.name for path in cell.iterdir()} == left
 
 
@@ -506,13 +521,16 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
     assert main([path, "--output", str(out)]) == 0
     names = [f"{cell}_50_8-windows_seed-0" for cell in ("wanda_none", "wanda_cg", "magnitude_none")]
     assert saved == [(name, index) for name in names for index in range(3)]  # every block of every cell once
-    assert capsys.readouterr().out.count("dense perplexity\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("dense perplexity\n") == 1
+    assert "\nrecord  " in printed and "\ncheckpoint " not in printed and "\nsize  " not in printed  # of models that are removed
 
     results = json.loads((out / "results.json").read_text())
     assert [entry["state"] for entry in results] == ["finished"] * 3
     alone = json.loads((finished.directory / "report.json").read_text())
     report = json.loads((out / results[1]["report"]).read_text())
     assert report["perplexity"] == alone["perplexity"] and report["manifest"] == alone["manifest"]
+    assert report["tokens"] == alone["tokens"]  # from the losses of single tokens, which the first cell measured for all
     assert [block["layers"] for block in report["blocks"]] == [block["layers"] for block in alone["blocks"]]
     none, cg, magnitude = results
     assert none["dense"] == cg["dense"] == magnitude["dense"] == alone["perplexity"]["dense"]

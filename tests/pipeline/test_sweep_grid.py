@@ -278,6 +278,13 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(file):
     )
 
 
+def test_one_seed_has_the_standard_error_of_its_run(file):
+    results = [structs.replace(RESULTS[0], log_ratio_stderr=0.05), RESULTS[4]]
+    table = layout(read_grid(file()), results)
+    assert table.rows[1] == ("wanda", "none", "20.00 ± 1.00")
+    assert table.caption.startswith("Perplexity, lower is better; ± one standard error against the dense model")
+
+
 def test_window_counts_are_columns_and_one_seed_has_no_spread(file):
     results = [
         CellResult("wanda", "cg", "50%", windows, 0, "finished", perplexity=20.0 + windows, dense=dense, report="x/report.json")
@@ -290,12 +297,14 @@ def test_window_counts_are_columns_and_one_seed_has_no_spread(file):
 
 def test_markdown_has_the_header_the_rows_and_the_failures(file):
     grid = read_grid(file())
-    text = markdown("small", {"model": "org/name", "command": "python x"}, layout(grid, RESULTS), RESULTS)
+    text = markdown("small", {"model": "org/name", "command": "python x"}, layout(grid, RESULTS), RESULTS, ["all cells: strange"])
     lines = text.splitlines()
     assert lines[0] == "# small" and "- model: org/name" in lines and "- command: python x" in lines
     assert "| mask | update | 50% | 2:4 MLP |" in lines and "| --- | --- | ---: | ---: |" in lines
     assert "| wanda | none | 21.50 ± 2.12 (n=2) | - |" in lines
     assert "- wanda + cg, 50%, 4 windows, seed 1: it | diverged" in lines
+    assert "\nUnusual:\n\n- all cells: strange\n" in text
+    assert "Perplexity, lower is better; mean ± sample standard deviation over n seeds. Seeds: 0, 1. " in text
     assert "5 of 10 cells finished" in text and "Seeds: 0, 1" in text
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 

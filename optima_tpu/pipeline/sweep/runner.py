@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig, to_dict
@@ -14,16 +13,30 @@ from optima_tpu.errors import UserError, naming, one_line
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, manifest_of, on_model, open_model_on_mesh, read_texts, token_digest
+from optima_tpu.pipeline.opened import TextPerplexity
+from optima_tpu.pipeline.perplexities import read_perplexity
 from optima_tpu.pipeline.repair import faults
 from optima_tpu.pipeline.run import run
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
-from optima_tpu.pipeline.sweep.tables import REMEDY, CellResult, describe, failed, finished, missing, refuse_loss, write_tables
+from optima_tpu.pipeline.sweep.tables import (
+    REMEDY,
+    CellResult,
+    describe,
+    failed,
+    finished,
+    missing,
+    refuse_loss,
+    settings,
+    unusual,
+    write_tables,
+)
 from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import say
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
+from optima_tpu.report.summary import without_model
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import in_turn, remove, writing
@@ -39,7 +52,7 @@ class Shared:
     def __init__(self):
         self._models: dict[tuple, Model] = {}
         self._texts: dict[tuple, Texts] = {}
-        self._dense: dict[tuple, float] = {}
+        self._dense: dict[tuple, TextPerplexity] = {}
 
     def model(self, config: RunConfig) -> Model:
         """The model of a cell."""
@@ -58,13 +71,14 @@ class Shared:
             self._texts[key] = read_texts(config, self.model(config))
         return self._texts[key]
 
-    def dense(self, config: RunConfig) -> float | None:
-        """The perplexity of the dense model on a cell's text, if it is known."""
+    def dense(self, config: RunConfig) -> TextPerplexity | None:
+        """What the dense model makes of a cell's text, if it is known."""
         return self._dense.get(self._dense_key(config))
 
-    def learn_dense(self, config: RunConfig, value: float) -> None:
-        """Remembers the perplexity of the dense model on a cell's text."""
-        self._dense[self._dense_key(config)] = value
+    def learn_dense(self, config: RunConfig) -> None:
+        """Remembers what the dense model made of a finished cell's text: its losses too, which standard errors need."""
+        if dense := read_perplexity(config.run_directory, self.texts(config).evaluation.ids, "dense"):
+            self._dense[self._dense_key(config)] = dense
 
     def _dense_key(self, config: RunConfig) -> tuple:
         return *_model_key(config), token_digest(self.texts(config).evaluation.ids)
@@ -115,6 +129,11 @@ class Sweep:
 
         return [result(cell) for cell in self.grid.cells]
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is unusual in the finished cells, one line for each finding."""
+        return unusual(self._reports)
+
     def write(self, command: str) -> dict[str, Path]:
         """Writes the tables as they are now, and returns their paths by name.
 
@@ -128,7 +147,8 @@ class Sweep:
         """
         with writing(self.grid.output, REMEDY), in_turn(self.grid.output):
             self._look_again()
-            return write_tables(self.grid, self.results, describe(list(self._reports.values())) | {"command": command})
+            header = describe(list(self._reports.values())) | settings(self._reports) | {"command": command}
+            return write_tables(self.grid, self.results, header, self.remarks)
 
     def run(self, console: Console, command: str) -> None:
         """Runs the chosen cells that are not finished, and writes the tables after each.
@@ -155,9 +175,8 @@ class Sweep:
             say(console, f"\ncell {number} of {len(cells)}: {cell}")
             shared, config = self._shared, cell.config
             try:
-                report = run(
-                    config, console=console, model=shared.model(config), texts=shared.texts(config), dense=shared.dense(config)
-                )
+                model, texts, dense = shared.model(config), shared.texts(config), shared.dense(config)
+                report = run(config, console=console, model=model, texts=texts, dense=dense, keeps=self._keep_checkpoints)
                 if not self._keep_checkpoints:
                     report = _lighten(cell.directory, report)
                     say(console, "removed the pruned model; --keep-checkpoints would keep it")
@@ -217,7 +236,7 @@ class Sweep:
 
     def _know(self, cell: Cell, report: Report) -> None:
         self._reports[cell] = report
-        self._shared.learn_dense(cell.config, report.perplexity.dense)
+        self._shared.learn_dense(cell.config)
 
 
 def _model_key(config: RunConfig) -> tuple:
@@ -226,7 +245,7 @@ def _model_key(config: RunConfig) -> tuple:
 
 def _lighten(directory: Path, report: Report) -> Report:
     """Removes the names of the pruned model's files from the report, then the files."""
-    report = structs.replace(report, files={"report": report.files["report"]})
+    report = without_model(report)
     with in_turn(directory):
         keep(directory, {REPORT: encoded(report, indent=2)})
     _remove_heavy(directory)

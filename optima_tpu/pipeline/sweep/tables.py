@@ -10,12 +10,17 @@ from typing import Any
 
 from msgspec import structs
 
+from optima_tpu.config.run_config import to_dict
+from optima_tpu.config.written import on_preset
 from optima_tpu.errors import UserError, plural
+from optima_tpu.pipeline.greeting import short_text
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.averages import averages
 from optima_tpu.report.contents import CellName, CellResult, Report
+from optima_tpu.report.findings import FINDINGS, finding_lines
 from optima_tpu.report.layer_means import mean
+from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import number
 from optima_tpu.report.view import Table
 from optima_tpu.runtime.checksums import keep
@@ -47,6 +52,7 @@ def finished(cell: Cell, report: Report, output: Path) -> CellResult:
         state="finished",
         perplexity=report.perplexity.pruned,
         dense=report.perplexity.dense,
+        log_ratio_stderr=report.log_ratio_stderr,
         **{error: value if value is not None and math.isfinite(value) else None for error, value in errors.items()},
         seconds=sum(block.seconds for block in report.blocks),
         rows_not_converged=sum(layer.rows - layer.rows_converged for layer in layers),
@@ -78,8 +84,29 @@ def describe(reports: Sequence[Report]) -> dict[str, str]:
     }
 
 
+def settings(cells: Iterable[Cell]) -> dict[str, str]:
+    """What the cells of each mask and update have as settings: the nearest preset, what differs from it, and the damping."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        damping = (to_dict(cell.config)["solver"] or {}).get("damping")
+        words = f"preset {on_preset(cell.config)}" + (f", solver.damping {damping:g}" if damping is not None else "")
+        found.setdefault(f"{cell.mask} + {cell.update}", {})[words] = None
+    return {methods: "; or ".join(each) for methods, each in found.items()}
+
+
+def unusual(reports: Mapping[Cell, Report]) -> list[str]:
+    """What the runs of cells found that needs a look, each sentence once, behind the cells that it is true of."""
+    found: dict[str, list[str]] = {}
+    for cell, report in reports.items():
+        widest = max((layer.shape[1] for layer in report.layers), default=0)
+        few = short_text(cell.config.calibration, widest, writes=False)
+        for line in filter(None, (*meaningless_lines(report), few, *finding_lines(FINDINGS, report.layers))):
+            found.setdefault(line, []).append(str(cell))
+    return [f"{'all cells' if len(reports) == len(cells) > 1 else '; '.join(cells)}: {line}" for line, cells in found.items()]
+
+
 def layout(grid: CellGrid, results: Sequence[CellResult]) -> Table:
-    """Perplexity of every cell, the mean over seeds with the sample standard deviation.
+    """Perplexity of every cell: of one seed with its standard error, of several their mean with the sample standard deviation.
 
     It has a row for each mask and update, the dense model's first, and a column for each pattern and number of windows. "-" means that nothing was run yet, or that the grid has no such cell.
     """
@@ -100,22 +127,38 @@ def layout(grid: CellGrid, results: Sequence[CellResult]) -> Table:
             ]
             if any(groups):
                 rows.append((mask, update, *map(_entry, groups)))
-    return Table("Perplexity", ("mask", "update", *headings), tuple(rows), names=2)
+    return Table(_caption(results), ("mask", "update", *headings), tuple(rows), names=2)
 
 
-def markdown(title: str, header: Mapping[str, str], table: Table, results: Sequence[CellResult]) -> str:
-    """The table and the origin of its numbers, as a page of Markdown."""
+def _caption(results: Sequence[CellResult]) -> str:
+    """What the numbers of the table are."""
+    if len({result.seed for result in results}) > 1:
+        spread = "; mean ± sample standard deviation over n seeds"
+    elif any(result.log_ratio_stderr is not None for result in results):
+        spread = "; ± one standard error against the dense model, over the windows of the evaluation text"
+    else:
+        spread = ""
+    return f"Perplexity, lower is better{spread}."
+
+
+def markdown(
+    title: str, header: Mapping[str, str], table: Table, results: Sequence[CellResult], remarks: Sequence[str] = ()
+) -> str:
+    """The table and the origin of its numbers, as a page of Markdown.
+
+    Args:
+      remarks: from :func:`unusual`.
+    """
     lines = [f"# {title}", ""]
     lines += [f"- {key}: {value}" for key, value in header.items()] + [""]
     done = sum(result.state == "finished" for result in results)
     seeds = sorted({result.seed for result in results})
-    spread = ", mean ± sample standard deviation over n seeds" if len(seeds) > 1 else ""
-    lines += [f"Perplexity{spread}. Seeds: {', '.join(map(str, seeds))}. {done} of {plural(len(results), 'cell')} finished.", ""]
+    lines += [f"{table.caption} Seeds: {', '.join(map(str, seeds))}. {done} of {plural(len(results), 'cell')} finished.", ""]
     sides = ["---", "---", *["---:"] * (len(table.head) - 2)]
     for row in (table.head, sides, *table.rows):
         lines.append("| " + " | ".join(text.replace("|", r"\|") for text in row) + " |")
-    if failures := failure_lines(results):
-        lines += ["", "Failed:", "", *(f"- {line}" for line in failures)]
+    for label, listed in (("Failed", failure_lines(results)), ("Unusual", remarks)):
+        lines += ["", f"{label}:", "", *(f"- {line}" for line in listed)] if listed else []
     return "\n".join(lines) + "\n"
 
 
@@ -133,12 +176,14 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write_tables(grid: CellGrid, results: Sequence[CellResult], header: Mapping[str, str]) -> dict[str, Path]:
+def write_tables(
+    grid: CellGrid, results: Sequence[CellResult], header: Mapping[str, str], remarks: Sequence[str] = ()
+) -> dict[str, Path]:
     """Writes the table and its results, each file in one step. The folder must exist.
 
     table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`CellResult`.
     """
-    texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
+    texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results, remarks)}
     for name, records in (("table", averages(results)), ("results", [json_values(result) for result in results])):
         texts |= {f"{name}.csv": csv_text(records), f"{name}.json": encoded(records, indent=2).decode()}
     keep(grid.output, {name: text.encode() for name, text in texts.items()}, REMEDY)
@@ -183,7 +228,9 @@ def _entry(group: Sequence[CellResult]) -> str:
     mean = number(statistics.fmean(values), 4)
     notes = [f"n={len(values)}"] if len(group) > 1 else []
     notes += [f"{failures} failed"] if failures else []
-    spread = f" ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}" if len(values) > 1 else ""
+    errors = [result.log_ratio_stderr for result in group if result.log_ratio_stderr is not None]
+    error = statistics.stdev(values) if len(values) > 1 else values[0] * errors[0] if errors and len(group) == 1 else None
+    spread = f" ± {error:.{len(mean.partition('.')[2])}f}" if error is not None else ""
     return mean + spread + (f" ({', '.join(notes)})" if notes else "")
 
 
