@@ -400,7 +400,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
       weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
       unusual: what needs a look, by layer.
       layer_kinds: a summary for each kind of layer.
-      seconds: by stage, of the last start of the run.
+      seconds, memory: of the last start of the run; the seconds by stage.
       tokens: the tokens of the evaluation text that the pruned model predicts worse; None if the losses were not saved.
       continuations: the texts that both models write after a few prompts; None if nobody would read them.
       files: label -> path of each file that the run wrote.
@@ -453,6 +453,11 @@ class Report(RunFacts, frozen=True, kw_only=True):
         """Name of the solver; None if the weights are the selector's own."""
         solver = self.settings.solver
         return solver.name if solver else None
+
+    @property
+    def earlier(self) -> float:
+        """Least number of seconds spent on blocks before the last resume; 0 if the report knows of no resume."""
+        return max(0.0, sum(block.seconds for block in self.blocks) - self.seconds.get("pruning", 0.0))
 
     @property
     def layers(self) -> list[LayerReport]:

@@ -118,11 +118,11 @@ def _sparsity(report: Report) -> Fact:
     if not report.layers:
         note = f"of all {report.model.weights:,} weights of the model, which left with what was cut; no layer was pruned"
         return Fact("Sparsity", [percent(report.model_sparsity)], note, "sparsity", rows=rows)
-    # Rows that leave with what was cut are no zeros of a mask.
-    width, left = (" at their full width", ", zero or cut") if _deleted(report) else ("", "")
+    # What leaves with a cut besides zeros, such as the rows that made a neuron, is in the second share alone.
+    others = f"; with the {report.removed:,} other weights that leave with what was cut" if report.removed else ""
     note = (
-        f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}{width}, "
-        f"{percent(report.model_sparsity)} of all {report.model.weights:,} weights of the model{left}"
+        f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}{others}, {percent(report.model_sparsity)} of all "
+        f"{report.model.weights:,} weights of the model"
     )
     return Fact("Sparsity", [percent(report.sparsity)], note, "sparsity", rows=rows)
 
@@ -202,24 +202,20 @@ def sizes(report: Report) -> str:
 
 
 def _why_not_smaller(report: Report) -> str:
-    """Why the pruned files are as large as the dense ones, and which command writes smaller ones."""
+    """Why the pruned files are no smaller than without what was cut, and which command writes smaller ones."""
+    cut = any(cut.deleted for cut in report.cuts.values())
     if report.settings.quantize:
-        why = "smaller by what was cut alone" if _deleted(report) else "not smaller"
+        how = "smaller by what was cut, not by the integers," if cut else "not smaller"
         return (
-            f"{why} because it holds integers times scales in the source's dtype; optima export --format compressed-tensors stores "
-            "the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
+            f"{how} because it holds integers times scales in the source's dtype; optima export --format "
+            "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
         )
-    if _deleted(report):
+    if cut:
         return "what was cut is in no file"
     return (
         "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and "
         "prints its size, a smaller share of bfloat16 (--dtype) than of float32"
     )
-
-
-def _deleted(report: Report) -> bool:
-    """Whether something was cut that the exported model is without."""
-    return any(cut.deleted for cut in report.cuts.values())
 
 
 def size(count: int) -> str:
@@ -232,7 +228,8 @@ def _memory(report: Report) -> Fact:
     host, on_device = report.memory.host_peak, report.memory.device_peak
     device = f", {number(on_device / 2**30)} GiB on a device" if on_device else ""
     peak = f"{number(host / 2**30)} GiB"
-    return Fact("Memory", [peak], f"on the host{device} at the peak", "memory", rows={"host memory, peak": peak})
+    since = " since the last resume; earlier peaks were not recorded" if report.earlier else ""
+    return Fact("Memory", [peak], f"on the host{device} at the peak{since}", "memory", rows={"host memory, peak": peak})
 
 
 def _trained(report: Report) -> Fact | None:

@@ -34,7 +34,7 @@ def tiles(run: FinishedRun) -> list[Fact]:
         average, asked = percent(run.evaluation.average), run.evaluation.asked
         rows = {f"mean accuracy of six tasks, {asked}": average}
         evaluated.append(Fact("Six tasks", [average], f"mean accuracy, {asked}", rows=rows))
-    again = ", including the parts before it was resumed" if run.earlier else ""
+    again = ", including the parts before it was resumed" if run.report.earlier else ""
     time = Fact("Time", [run.time], f"on {run.report.environment.words}{again}")
     return [first, *evaluated, *others, time, *[_unusual(run)] * bool(run.report.layers)]
 

@@ -83,15 +83,10 @@ class FinishedRun(NamedTuple):
         return "dense" if same or against is None or against == self.report.settings.model else against
 
     @property
-    def earlier(self) -> float:
-        """Least number of seconds spent on blocks before the last resume; 0 if the run was never resumed."""
-        return max(0.0, sum(block.seconds for block in self.report.blocks) - self.report.seconds.get("pruning", 0.0))
-
-    @property
     def time(self) -> str:
         """Time of the stages and of blocks before a resume, as text. "at least", since other earlier work was not recorded."""
-        told = duration(sum(self.report.seconds.values()) + self.earlier)
-        return f"at least {told}" if self.earlier else told
+        told = duration(sum(self.report.seconds.values()) + self.report.earlier)
+        return f"at least {told}" if self.report.earlier else told
 
 
 def read_runs(places: Sequence[str | Path]) -> tuple[str, list[FinishedRun]]:

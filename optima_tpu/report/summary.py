@@ -37,7 +37,10 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
     else:
         lines, notes = _layer_lines(console, report), finding_lines([TRADED], layers)
         strange += finding_lines(FINDINGS, layers)
-    lines += ["", *(plain(fact.line) for fact in facts(report) if "checkpoint" in files or fact.name != "size")]
+    lines += [
+        "",
+        *(plain(fact.line) for fact in facts(report) if fact.name != "size" or files.keys() & {"checkpoint", "transformers"}),
+    ]
     lines += labelled("unusual", strange or ["nothing"] * bool(layers)) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]

@@ -172,7 +172,7 @@ SIZES = FileSizes(None, 538_060_032, 538_090_000, {"hf": 555_000_000, "journal":
 
 
 def with_sizes(run: Path, **changes) -> Report:
-    changes |= {"sizes": SIZES, "files": {"transformers": "elsewhere/hf"}}
+    changes = {"sizes": SIZES, "files": {"transformers": "elsewhere/hf"}} | changes
     report = structs.replace(read_report(str(run)), **changes)
     put(run / "report.json", encoded(report).decode())
     return report
@@ -201,6 +201,25 @@ def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unp
     settings = to_dict(EMBEDDED.changed(quantize=Int4()))
     text = printed(with_sizes(write_run(tmp_path / "run"), configuration=settings))
     assert "optima export --format compressed-tensors stores the integers" in text and "--packed" not in text
+
+
+def test_a_cut_run_with_integers_is_smaller_and_says_which_share_counts_what_left(tmp_path, unplotted):  # noqa: F811
+    cut, settings = {"neurons": CutCount((1152,), 1536)}, to_dict(EMBEDDED.changed(quantize=Int4()))
+    sizes, weights = structs.replace(SIZES, transformers=458_000_000), structs.replace(ENTRIES["model"], weights=2100)
+    changes = {"sizes": sizes, "configuration": settings, "cuts": cut, "removed": 210, "model": weights, "model_sparsity": 0.3}
+    text = printed(with_sizes(write_run(tmp_path / "run"), **changes))
+    said = "smaller by what was cut, not by the integers, because it holds integers times scales"
+    assert f"size        dense weights 538 MB, pruned in hf/ 458 MB, {said}" in text and "not smaller" not in text
+    shares = (
+        "50.0% of the 840 weights in 21 matrices; with the 210 other weights that leave with what was cut, 30.0% of all 2,100"
+    )
+    assert f"sparsity    {shares} weights of the model\n" in text
+
+
+def test_the_memory_of_a_resumed_run_is_that_since_the_resume(tmp_path, unplotted):  # noqa: F811
+    whole, resumed = (read_report(str(write_run(tmp_path / str(pruning), pruning=pruning))) for pruning in (70.0, 1.0))
+    assert " at the peak\n" in printed(whole)
+    assert " at the peak since the last resume; earlier peaks were not recorded\n" in printed(resumed)
 
 
 @pytest.mark.parametrize(
