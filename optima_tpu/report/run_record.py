@@ -173,7 +173,10 @@ def _differences(
 def _settings(configuration: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their dotted names, a method by the name of its setting, and patterns with their comparison group as in manifests."""
     recipe = manifest.get("recipe", {})
-    configuration = {**configuration, **{name: recipe[name] for name in ("pattern", "layers") if name in recipe}}
+    configuration = {
+        **configuration,
+        **{name: recipe[name] for name in ("pattern", "layers") if name in recipe and name in configuration},
+    }
     return options({name: method_settings(value) if name in CHOICES else value for name, value in configuration.items()})
 
 
