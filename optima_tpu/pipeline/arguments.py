@@ -29,16 +29,11 @@ def texts_of(config: RunConfig) -> tuple[data.Source, data.Source]:
     """The texts that a run calibrates and evaluates on.
 
     Raises:
-      UserError: both are the same, or the run needs another one.
+      UserError: both are the same.
     """
     source = data.parse_source(config.calibration.source)
     other = data.parse_source(config.evaluation.source or config.calibration.source)
     data.refuse_overlap(source, other, config.evaluation.source is not None)
-    if config.distill and isinstance(source, data.SelfGenerated):
-        raise UserError(
-            "expected a stored calibration text for --distill kl, which draws more windows from it, got self, which the model "
-            "writes window by window; choose c4, wikitext2, pydoc or file:PATH"
-        )
     return source, other
 
 

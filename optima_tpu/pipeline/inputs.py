@@ -75,6 +75,13 @@ class Texts(NamedTuple):
             written.ids if written else None,
         )
 
+    @classmethod
+    def of_written(cls, config: RunConfig, written: Tokens, evaluation: Tokens) -> "Texts":
+        """Splits what the model wrote where there is no other text: calibration and held-out windows, then those of the training."""
+        read = config.calibration.windows + config.calibration.held_out
+        training = written.ids[read:] if config.distill else None
+        return cls(written._replace(ids=written.ids[:read]), evaluation, training, written.ids)
+
 
 def open_model_on_mesh(config: RunConfig) -> Model:
     """Opens and checks the model of a run. Reads no weight yet.
@@ -133,8 +140,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     write = functools.partial(self_calibration, config, *model, console)
     if isinstance(source, data.SelfGenerated):
         together(lambda: check_ids([evaluation.ids], model))
-        drawn = write()
-        return Texts(drawn, evaluation, written=drawn.ids)
+        return Texts.of_written(config, write(), evaluation)
     drawn = calibration(source)
     together(lambda: check_ids([drawn.ids, evaluation.ids], model))
     return Texts.of(config, drawn, evaluation, write() if written_windows(config) else None)

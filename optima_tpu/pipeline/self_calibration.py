@@ -46,7 +46,10 @@ def _calibration_windows(config: RunConfig) -> int:
 
 def _training_windows(config: RunConfig) -> int:
     """How many of them are trained on: the last ones."""
-    return config.distill.written if config.distill else 0
+    if config.distill is None:
+        return 0
+    whole = isinstance(parse_source(config.calibration.source), SelfGenerated)
+    return config.distill.pass_windows if whole else config.distill.written
 
 
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:

@@ -249,6 +249,10 @@ def test_what_the_model_writes_beside_a_text_stands_between_the_drawn_and_the_he
     alone = texts(dataclasses.replace(training, written=2))
     assert (alone.calibration.ids == without.calibration.ids).all() and alone.calibration.how == without.calibration.how
 
+    no_text, one_more = texts(training, source="self"), texts(dataclasses.replace(training, written=1), source="self")
+    assert (no_text.calibration.ids == no_text.written[:6]).all() and (no_text.distillation == no_text.written[6:]).all()
+    assert len(no_text.distillation) == 5 and (one_more.written[:11] == no_text.written).all() and len(one_more.distillation) == 6
+
 
 def test_a_training_reads_what_the_model_wrote_for_it_and_a_stopped_run_keeps_it(tmp_path, monkeypatch, capsys):
     folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
