@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -19,6 +20,7 @@ from optima_tpu.method.problem import Errors, Given, LayerProblem, Pruned, Solut
 from optima_tpu.method.quantization import Quantized
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowSharding
+from optima_tpu.method.selectors import Selector
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.method.targets import LinearTerm, Target
 
@@ -37,7 +39,7 @@ def prune_group(
     """Prunes the matrices that read one input, on the mesh, and quantises them if the recipe says so.
 
     Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, sharded over every device, and so does the
-    quantizer.
+    quantizer. A matrix that loses no weight begins with its dense weights: there is no mask to choose or to exchange.
 
     Args:
       weights: each [d_out, d_in], dense, in the checkpoint's dtype.
@@ -49,6 +51,8 @@ def prune_group(
     """
     group = _Group.of(weights, tokens, recipe.target, sharding)
     pruned = group.choose(recipe, patterns, given)
+    if not any(group.losing(patterns)):
+        recipe = dataclasses.replace(recipe, refine=None)
     if recipe.refine and len(set(patterns)) > 1:
         raise ValueError("masks are exchanged for one pattern at a time")
     solve = sharding.solve(recipe.update(patterns[0]))
@@ -172,9 +176,13 @@ class _Group(NamedTuple):
                 spread = (self.spread(index, each) for index, each in enumerate(given))
                 choices = tuple(_taken(each, problem.weight) for each, problem in zip(spread, problems))
             else:
-                choices = recipe.selector.choose(problems, patterns)
+                choices = _chosen(recipe.selector, problems, patterns, self.losing(patterns))
         # Constrain the sharding again: otherwise every device would choose the masks of all rows.
         return tuple(self.spread(index, choice) for index, choice in enumerate(choices))
+
+    def losing(self, patterns: tuple[Pattern, ...]) -> list[bool]:
+        """Whether each matrix loses a weight."""
+        return [pattern.pruned_count(matrix.shape) > 0 for pattern, matrix in zip(patterns, self.matrices)]
 
     def own(self, index: int, problem: LayerProblem) -> LayerProblem:
         """The rows of one matrix, out of the problem of all rows."""
@@ -195,6 +203,16 @@ class _Group(NamedTuple):
         """Shards arrays [d_out, d_in] of one matrix by rows over all devices."""
         sharding = self.sharding.rows(self.matrices[index])
         return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, sharding), arrays)
+
+
+def _chosen(
+    selector: Selector, problems: Sequence[LayerProblem], patterns: Sequence[Pattern], losing: Sequence[bool]
+) -> tuple[Pruned, ...]:
+    """The selector's choice for the matrices that lose weights; the dense weights of the others."""
+    asked = [tuple(itertools.compress(each, losing)) for each in (problems, patterns)]
+    chosen = iter(selector.choose(*asked) if any(losing) else ())
+    dense = (Pruned(problem.weight, jnp.ones_like(problem.weight, bool)) for problem in problems)
+    return tuple(next(chosen) if loses else whole for loses, whole in zip(losing, dense))
 
 
 def _taken(given: Given[Array], dense: Array) -> Pruned:

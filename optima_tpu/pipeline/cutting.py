@@ -80,12 +80,33 @@ class PrunedModel(NamedTuple):
 
 
 def walk_of(opened: Opened) -> Walk:
-    """The walk over the blocks that are not left out."""
+    """The walk over the blocks that are not left out. Those before the first gap stay as they are, unless they lose weights."""
     if opened.walk is None:
         raise ValueError("the blocks of a recovery are pruned already")
     walk, decoder, kept = opened.walk, pruned_model(opened).decoder, kept_by(opened)
     groups = groups_of_blocks(decoder) if opened.config.cut.experts else tuple(walk.groups[index] for index in kept)
+    same = _same_as_dense(opened)
+    groups = ((),) * same + groups[same:]
     return dataclasses.replace(walk, decoder=decoder, groups=groups, whole=WholeDense(walk.decoder, kept))
+
+
+def _same_as_dense(opened: Opened) -> int:
+    """How many blocks of the smaller model, from the first, are the dense model's: a re-fit has nothing to make up for there.
+
+    0 until the blocks that leave are chosen.
+    """
+    cut, chosen = opened.config.cut, read_left_out(opened.directory).blocks
+    if not cut.blocks or cut.experts or opened.config.recipe.quantize or len(chosen) < cut.blocks:
+        return 0
+    decoder, recipe = opened.model.decoder, opened.config.recipe
+    losing = (
+        index
+        for index in range(min(chosen))
+        for name in decoder.at(index).linears
+        if (pattern := recipe.pattern_of(decoder.prefix(index) + name, name))
+        and pattern.pruned_count(decoder.at(index).block_shapes[name + ".weight"])
+    )
+    return next(losing, min(chosen))
 
 
 def _cut_steps(opened: Opened) -> list[Step]:

@@ -35,7 +35,8 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     weights = {True: 0, False: 0}  # by whether the layer loses some
     for path, pattern in pruned_layers(config, decoder).items():
         weights[pattern.pruned_count(shapes[path]) > 0] += math.prod(shapes[path])
-    refitted = f", {weights[False]:,} to re-fit" if weights[False] else ""
+    # Which blocks leave is not chosen yet, and those before the first of them stay as they are.
+    refitted = f", {'up to ' * bool(config.cut.blocks)}{weights[False]:,} to re-fit" if weights[False] else ""
     lines = [
         f"model        {model.pretrained.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, {weights[True]:,} weights to prune{refitted}",
         f"preset       {on_preset(config)}",

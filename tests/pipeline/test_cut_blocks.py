@@ -125,8 +125,8 @@ def test_the_dense_stream_passes_what_the_pruned_stream_skips():
     "words, told, idle",
     [
         ([], "0 weights to prune, {} to re-fit", True),
-        (["--cut.blocks", "2"], "0 weights to prune, {} to re-fit", True),
-        (["--cut.blocks", "2", "--target", "dense"], "0 weights to prune, {} to re-fit", False),
+        (["--cut.blocks", "2"], "0 weights to prune, up to {} to re-fit", True),
+        (["--cut.blocks", "2", "--target", "dense"], "0 weights to prune, up to {} to re-fit", False),
         (["--quantize", "int4", "--quantize.group", "null"], "0 weights to prune, {} to re-fit", False),
         (["--pattern", "0.5/row"], "{} weights to prune\n", False),
     ],
@@ -182,6 +182,24 @@ def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
         assert open_evaluated(str(trained), mesh(1, 1)).run.left_out == 2
         start = open_start(RecoverConfig(str(trained), tokens="256"), mesh(1, 1), lambda spec: None)
         assert not start.names and start.record.left_out.blocks == tuple(left_out)
+
+
+def test_a_re_fit_begins_behind_the_first_gap_and_with_the_dense_weights(one_device, tmp_path, monkeypatch):
+    monkeypatch.setattr(cutting, "choices", lambda *arguments: iter([LeftOut((2,), (0.1,))]))
+    model, run = tiny_folder(tmp_path / "model", num_hidden_layers=5), tmp_path / "run"
+    words = ["--model", str(model), "--output", str(run), "--preset", "best", "--cut.blocks", "1", "--pattern", "0/row"]
+    assert main([*words, *SMALL]) == 0
+    dense, small = folder_tensors(model), folder_tensors(run / "hf")
+    for name, tensor in small.items():
+        if "layers.0." in name or "layers.1." in name:
+            assert tensor.tobytes() == dense[name].tobytes(), name
+    blocks = json.loads((run / "report.json").read_text())["blocks"]
+    assert [len(block["layers"]) for block in blocks] == [0, 0, 7, 7]
+    layers = [layer for block in blocks for layer in block["layers"]]
+    assert all(layer["error_before"] == 0 and layer["error_after"] > 0 for layer in layers)
+    # o_proj and down_proj also make up for what the hidden states lost before them.
+    own = [layer for layer in layers if layer["name"] not in ("self_attn.o_proj", "mlp.down_proj")]
+    assert all(layer["dense_after"] < layer["dense_before"] for layer in own)
 
 
 def test_masks_of_the_dense_model_do_not_go_with_fewer_blocks():
