@@ -54,8 +54,8 @@ class Distillation(Method, abc.ABC):
     """Training of the pruned model, with gradients through blocks and the masks held.
 
     Attributes:
-      windows: number of training windows of calibration.length tokens, drawn in addition to the calibration windows. More tokens
-        help most.
+      windows: number of training windows of calibration.length tokens, from the calibration text, or written by the model where that
+        is self; in addition to the calibration windows. More tokens help most.
       written: number of further training windows that the dense model writes itself, which need no text. The whole model must fit the
         devices.
       passes: how often training reads each window. A second and a third pass over few windows still lower the held-out loss a little.

@@ -182,7 +182,7 @@ class _Group(NamedTuple):
 
     def losing(self, patterns: tuple[Pattern, ...]) -> list[bool]:
         """Whether each matrix loses a weight."""
-        return [pattern.pruned_count(matrix.shape) > 0 for pattern, matrix in zip(patterns, self.matrices)]
+        return [pattern.pruned_count((len(matrix), matrix.shape[1])) > 0 for pattern, matrix in zip(patterns, self.matrices)]
 
     def own(self, index: int, problem: LayerProblem) -> LayerProblem:
         """The rows of one matrix, out of the problem of all rows."""
@@ -209,7 +209,7 @@ def _chosen(
     selector: Selector, problems: Sequence[LayerProblem], patterns: Sequence[Pattern], losing: Sequence[bool]
 ) -> tuple[Pruned, ...]:
     """The selector's choice for the matrices that lose weights; the dense weights of the others."""
-    asked = [tuple(itertools.compress(each, losing)) for each in (problems, patterns)]
+    asked = tuple(itertools.compress(problems, losing)), tuple(itertools.compress(patterns, losing))
     chosen = iter(selector.choose(*asked) if any(losing) else ())
     dense = (Pruned(problem.weight, jnp.ones_like(problem.weight, bool)) for problem in problems)
     return tuple(next(chosen) if loses else whole for loses, whole in zip(losing, dense))

@@ -99,13 +99,15 @@ def _same_as_dense(opened: Opened) -> int:
     if not cut.blocks or cut.experts or opened.config.recipe.quantize or len(chosen) < cut.blocks:
         return 0
     decoder, recipe = opened.model.decoder, opened.config.recipe
-    losing = (
-        index
-        for index in range(min(chosen))
-        for name in decoder.at(index).linears
-        if (pattern := recipe.pattern_of(decoder.prefix(index) + name, name))
-        and pattern.pruned_count(decoder.at(index).block_shapes[name + ".weight"])
-    )
+
+    def loses(index: int, name: str) -> bool:
+        pattern, (d_out, d_in) = (
+            recipe.pattern_of(decoder.prefix(index) + name, name),
+            decoder.at(index).block_shapes[f"{name}.weight"],
+        )
+        return pattern is not None and pattern.pruned_count((d_out, d_in)) > 0
+
+    losing = (index for index in range(min(chosen)) if any(loses(index, name) for name in decoder.at(index).linears))
     return next(losing, min(chosen))
 
 

@@ -12,8 +12,9 @@ from optima_tpu.errors import plural
 from optima_tpu.report.columns import mean_error
 from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
-from optima_tpu.report.layer_means import exchanged, mean, measured, quantized_line
+from optima_tpu.report.layer_means import aimed_at_dense, exchanged, mean, measured, quantized_line
 from optima_tpu.report.numbers import became, direction, number, percent, times
+from optima_tpu.report.records import LayerReport
 from optima_tpu.report.view import without_folders
 
 
@@ -81,11 +82,11 @@ def _perplexity(report: Report) -> Fact:
 def _error(report: Report) -> Fact | None:
     if not report.layers or not measured(report.layers):
         return None
-    held_out = _both(report, "held_out_before", "held_out_after")
+    held_out = _both(report, report.layers, "held_out_before", "held_out_after")
     unseen = f"on held-out text {' → '.join(held_out)}" if report.has_held_out else "none was held out"
     aim = "; a dense target lowers the error against dense instead" if report.aims_at_dense else ""
     errors, judged = ("error_before", "error_after"), not report.aims_at_dense
-    fact = _change("error", "Layer error", errors, f"on the calibration text; {unseen}{aim}", report, judged)
+    fact = _change("error", "Layer error", errors, f"on the calibration text; {unseen}{aim}", report, report.layers, judged)
     solved = ("layer error after", "error_after"), ("on held-out text after", "held_out_after")
     rows = [
         ("layer error before the update", "error_before"),
@@ -98,19 +99,28 @@ def _error(report: Report) -> Fact | None:
 def _against_dense(report: Report) -> Fact | None:
     if not report.aims_at_dense:
         return None
-    return _change("to dense", "Layer error against dense", ("dense_before", "dense_after"), "on held-out text", report)
+    return _change(
+        "to dense",
+        "Layer error against dense",
+        ("dense_before", "dense_after"),
+        "on held-out text",
+        report,
+        aimed_at_dense(report.layers),
+    )
 
 
-def _change(name: str, title: str, errors: tuple[str, str], text: str, report: Report, judged: bool = True) -> Fact:
-    before, after = (mean(report.layers, error) for error in errors)
+def _change(
+    name: str, title: str, errors: tuple[str, str], text: str, report: Report, layers: Sequence[LayerReport], judged: bool = True
+) -> Fact:
+    before, after = (mean(layers, error) for error in errors)
     better = became(before, after, percent) if report.solver and judged else ""
-    note = ", ".join(filter(None, (better, f"mean of {plural(len(report.layers), 'matrix')}", text)))
-    return Fact(title, _both(report, *errors), note, name, ("before", "after the update") if report.solver else ())
+    note = ", ".join(filter(None, (better, f"mean of {plural(len(layers), 'matrix')}", text)))
+    return Fact(title, _both(report, layers, *errors), note, name, ("before", "after the update") if report.solver else ())
 
 
-def _both(report: Report, before: str, after: str) -> list[str]:
+def _both(report: Report, layers: Sequence[LayerReport], before: str, after: str) -> list[str]:
     """The two errors of an update; without a solver the second alone."""
-    return [mean_error(report.layers, error) for error in ((before, after) if report.solver else (after,))]
+    return [mean_error(layers, error) for error in ((before, after) if report.solver else (after,))]
 
 
 def _sparsity(report: Report) -> Fact:

@@ -65,6 +65,8 @@ def _raised(before: float | None, after: float | None) -> Errors | None:
 
 def _worsened(layer: LayerReport) -> Errors | None:
     """The error that the update minimises: with a dense target the one against the dense model."""
+    if layer.corrects_stream:
+        return None
     aims = layer.dense_after is not None
     return _raised(layer.dense_before, layer.dense_after) if aims else _raised(layer.held_out_before, layer.held_out_after)
 
@@ -74,7 +76,7 @@ def _traded(layer: LayerReport) -> tuple[Errors, Errors] | None:
 
     Without pruned weights the first begins at 0: it always rises, and says nothing.
     """
-    own = _raised(layer.held_out_before, layer.held_out_after) if layer.pruned else None
+    own = _raised(layer.held_out_before, layer.held_out_after) if layer.pruned and not layer.corrects_stream else None
     before, after = layer.dense_before, layer.dense_after
     return (own, (before, after)) if own and before is not None and after is not None and not _worsened(layer) else None
 

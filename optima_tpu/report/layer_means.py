@@ -86,6 +86,11 @@ def gap_meaning(solvers: Sequence[str]) -> str:
             return f"{distance}, by the measures of {' and '.join(several)}, which are not comparable"
 
 
+def aimed_at_dense(layers: Sequence[LayerReport]) -> Sequence[LayerReport]:
+    """The layers that aim at the dense model's output alone, or all if there are none: the others also make up for the stream's drift."""
+    return [layer for layer in layers if not layer.corrects_stream] or layers
+
+
 def mean(layers: Iterable[Record], error: str) -> float | None:
     """The mean of an error over the layers, or blocks, that have it; NaN if one is not finite, None if none has it.
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optima_tpu.errors import legible
-from optima_tpu.report.layer_means import mean, sparsity
+from optima_tpu.report.layer_means import aimed_at_dense, mean, sparsity
 from optima_tpu.report.numbers import duration, hms, percent
 from optima_tpu.report.pace import Pace, Remaining, Step, remaining
 from optima_tpu.report.records import LayerReport
@@ -317,5 +317,6 @@ def _outcome(layers: list[LayerReport]) -> str:
     """The error that the update minimises, and the sparsity."""
     own, dense = ("calibration error", "error_before", "error_after"), ("error against dense", "dense_before", "dense_after")
     told, *errors = own if mean(layers, "dense_after") is None else dense
-    means = dict.fromkeys(mean(layers, error) for error in errors)  # one where no update changed it
+    judged = layers if told == own[0] else aimed_at_dense(layers)
+    means = dict.fromkeys(mean(judged, error) for error in errors)  # one where no update changed it
     return f"{told} {' -> '.join(map(percent, means))}, sparsity {percent(sparsity(layers))}"
