@@ -12,6 +12,7 @@ from gguf import TokenType
 from msgspec import structs
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
+from transformers.tokenization_utils_base import generate_merges
 
 from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
@@ -186,19 +187,10 @@ def _index(tokens: list[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The merges that a vocabulary implies: each way to put a token together from two others, the best score first.
-
-    SentencePiece merges the pair whose token has the best score. Among the pairs of one token, the one with the longest
-    left part comes first; tokens with equal scores stay in the order of the file.
-    """
-    pairs = [
-        (token[:cut], token[cut:])
-        for token in scores
-        for cut in range(1, len(token))
-        if token[:cut] in scores and token[cut:] in scores
-    ]
-    return sorted(pairs, key=lambda pair: (scores[pair[0] + pair[1]], len(pair[0]), len(pair[1])), reverse=True)
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Each way to put a token together from two others, the best score first, then the longest left part, then as in the file."""
+    merges: list[tuple[str, str]] = generate_merges(scores, scores)
+    return merges
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, special: Mapping[str, str]) -> None:
