@@ -19,7 +19,7 @@ from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.texts import perplexity, writing
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import training
-from optima_tpu.pipeline.plan.walk import BlockWalk, forward_passes, walk_of, walk_programs
+from optima_tpu.pipeline.plan.walk import BlockWalk, forward_passes, walk_of, walking
 from optima_tpu.pipeline.programs import windows_of_step
 from optima_tpu.runtime.device_memory import device_budget
 
@@ -128,7 +128,7 @@ def make_plan(
     stored = estimate.storage(model, config, machine, patterns, forward.kept, bool(patterns) and not recovering)
     planned = Planned(config, dense, model, machine, budget, compile_call or compiler(machine, tell), stored, recovering)
     before, behind = ([power(planned) for power in powers] for powers in (RECOVERY if recovering else RUN))
-    blocks = Share(tuple(walk_programs(config, model, machine, walk, planned.compile_call)), refused=walk.refused)
+    blocks = walking(planned, walk)
     shares = [*before, blocks, *behind]
     programs = tuple(itertools.chain.from_iterable(share.programs for share in shares))
     stored = estimate.with_shares(stored, shares)._replace(resident=walk.states > 0)

@@ -14,10 +14,11 @@ from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load, on_model_axis
-from optima_tpu.pipeline.plan.compile import Compile, joined, resident
+from optima_tpu.pipeline.plan.compile import joined, resident
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
+from optima_tpu.pipeline.plan.share import Planned, Share
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.programs import Call, block_call, calibration_calls, head_call, pruning_call, windows_of_step
 from optima_tpu.pipeline.sums import Capture
@@ -180,24 +181,18 @@ def forward_passes(model: DeclaredModel, machine: Machine, config: RunConfig, ki
     )
 
 
-def walk_programs(
-    config: RunConfig, model: DeclaredModel, machine: Machine, walk: BlockWalk, compile_call: Compile
-) -> Iterable[Program]:
+def walking(run: Planned, walk: BlockWalk) -> Share:
     """The calibration and the pruning of all blocks."""
-    programs = [
-        _calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in walk.kinds.items()
-    ]
+    programs = [_calibration(run, run.model.at(kind.block), kind, count) for kind, count in walk.kinds.items()]
     if len(programs) == 1:  # otherwise a block is calibrated in several passes, each for some of its layers
         programs = [programs[0]._replace(name="calibration step")]
-    programs += [
-        _pruning(config, model.at(found.block), machine, shape, found, compile_call) for shape, found in walk.layers.items()
-    ]
-    return [program._replace(memory=program.memory + walk.states) for program in programs]
+    programs += [_pruning(run, run.model.at(layers.block), shape, layers) for shape, layers in walk.layers.items()]
+    own = (program._replace(memory=program.memory + walk.states) for program in programs)
+    return Share(tuple(own), refused=walk.refused)
 
 
-def _calibration(
-    config: RunConfig, model: DeclaredModel, machine: Machine, kind: _Kind, blocks: int, compile_call: Compile
-) -> Program:
+def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -> Program:
+    config, machine, compile_call = run.config, run.machine, run.compile_call
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     batch = windows_of_step(decoder, text.fitted)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
@@ -229,18 +224,16 @@ def _calibration_memory(model: DeclaredModel, groups: Groups, length: int, batch
     return model.forward_bytes(groups, length, batch, streams) + streams * 2 * sums
 
 
-def _pruning(
-    config: RunConfig, model: DeclaredModel, machine: Machine, shape: _Shape, layers: _Layers, compile_call: Compile
-) -> Program:
-    recipe, held_out = config.recipe, config.calibration.held_out > 0
-    decoder, layout, mesh = model.decoder, shape.layout, machine.mesh
+def _pruning(run: Planned, model: DeclaredModel, shape: _Shape, layers: _Layers) -> Program:
+    recipe, held_out = run.config.recipe, run.config.calibration.held_out > 0
+    decoder, layout, mesh = model.decoder, shape.layout, run.machine.mesh
     load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
     rows = -(-load.rows * parts // mesh.size)
     name = f"{_short((layers.names,))} [{load.rows:,}, {load.d_in:,}]"
     call = pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout)
-    work, unknown = counted(call, machine)
+    work, unknown = counted(call, run.machine)
     memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
-    found = compile_call(f"solver for {name}: {plural(rows, 'row')} a device", call)
+    found = run.compile_call(f"solver for {name}: {plural(rows, 'row')} a device", call)
     if found and found.memory:
         memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
     return Program(name, "pruning", layers.calls, rows, layout, work, memory, found, unknown)
