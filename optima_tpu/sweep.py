@@ -80,8 +80,12 @@ def run(asked: AskedSweep) -> int:
     show(console, plain_table(table.head, table.rows, table.names))
     remarks = sweep.remarks
     more = [f"{len(remarks) - _TOLD} more in {files['table.md']}"] * (len(remarks) > _TOLD)
-    unusual = labelled("unusual", remarks[:_TOLD] + more)
-    say(console, "\n".join([table.caption, "", *unusual, *(f"failed  {line}" for line in failures), *map(str, files.values())]))
+    found = [
+        *labelled("published", sweep.published),
+        *labelled("unusual", remarks[:_TOLD] + more),
+        *(f"failed  {line}" for line in failures),
+    ]
+    say(console, "\n".join([table.caption, "", *found, *map(str, files.values())]))
     return 1 if failures else 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
@@ -39,12 +40,14 @@ from optima_tpu.report.contents import Allocated, Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.sinks import Steps, check_sinks
-from optima_tpu.report.summary import print_summary, without_model
+from optima_tpu.report.summary import print_summary
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete, only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
 from optima_tpu.runtime.records import known_record
 from optima_tpu.runtime.version import code_version
+
+Summary = Callable[[Console, Report, Path], None]
 
 
 def run(
@@ -53,7 +56,7 @@ def run(
     model: Model | None = None,
     texts: Texts | None = None,
     dense: TextPerplexity | None = None,
-    keeps: bool = True,
+    summary: Summary = print_summary,
 ) -> Report:
     """Prunes a model as ``config`` says, or resumes the same run where it was stopped.
 
@@ -64,7 +67,7 @@ def run(
       model: from :func:`open_model_on_mesh`, if several runs share it.
       texts: from :func:`read_texts`.
       dense: what the dense model makes of the evaluation text, if it is known.
-      keeps: whether the pruned model stays; if the caller removes it, the summary does not name it.
+      summary: prints the report, and the directory that it is in.
 
     Raises:
       UserError: a mistake that the user can correct. Nothing of an earlier run was overwritten.
@@ -88,7 +91,7 @@ def run(
     for kind in model.decoder.config.kinds:
         model.decoder.positions(kind, config.calibration.window_length)
     opened = _opened(config, model, texts or read_texts(config, model, console), console, dense)
-    return finish(opened, functools.partial(pruning, config), console, keeps)
+    return finish(opened, functools.partial(pruning, config), console, summary)
 
 
 def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, dense: TextPerplexity | None = None) -> Opened:
@@ -149,12 +152,12 @@ def measuring(
     return keep(stages.REPORTING, results, pruned, memory, prompts)
 
 
-def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, keeps: bool = True) -> Report:
+def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, summary: Summary = print_summary) -> Report:
     """Does what is left of an opened run, prints the summary, and returns the report.
 
     Args:
       body: the stages.
-      keeps: see :func:`run`.
+      summary: see :func:`run`.
     """
     check_signals()
     if opened.checkpointed:
@@ -171,7 +174,7 @@ def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, kee
             progress.note(f"stages: {', '.join(keep.names)}")
             report = body(keep)
         console.print()
-    print_summary(console, report if keeps else without_model(report), opened.directory)
+    summary(console, report, opened.directory)
     return report
 
 

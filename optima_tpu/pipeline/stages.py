@@ -111,8 +111,9 @@ def _measure_dense(work: StageWork) -> TextPerplexity:
 
 def _steps_of(model: str, read: Callable[[Opened], Model]) -> Callable[[Opened], list[Step]]:
     def steps(opened: Opened) -> list[Step]:
-        kept = kept_perplexity(opened.directory, opened.texts.evaluation.ids, model)
-        return [] if kept else perplexity_steps(opened, read(opened).decoder)
+        given = model == "dense" and opened.dense  # as by a sweep, whose cells share it
+        known = given or kept_perplexity(opened.directory, opened.texts.evaluation.ids, model)
+        return [] if known else perplexity_steps(opened, read(opened).decoder)
 
     return steps
 

@@ -72,17 +72,19 @@ def comparable(report: Report) -> list[Published]:
 
 
 def result(report: Report) -> str:
-    """What pruning cost in perplexity, how sure that is, and the range of published results, in a few sentences.
+    """What pruning cost in perplexity, how sure that is, and the range of published results, in a few sentences."""
+    return f"{change(report)} {published_range(report)}".rstrip()
+
+
+def published_range(report: Report) -> str:
+    """The range of published results, and where a run is in it; or why there is none. Empty if no result is comparable.
 
     Nothing is called good or poor: published results are of other models and texts, and an evaluation has few windows. What is said
     of the range, "above all of them", holds by two standard errors of the loss, paired by window, and only on the same texts.
     """
-    first, note = change(report), _beyond_pruning(report)
-    if note:
-        return f"{first} {note}"
     rows = comparable(report)
     if not rows:
-        return first
+        return _beyond_pruning(report) or ""
     best, worst, ends = rows[0], rows[-1], interval(report.perplexity.ratio, report.log_ratio_stderr)
     text = report.settings.evaluation_source
     place = ""
@@ -97,7 +99,7 @@ def result(report: Report) -> str:
     elif text not in TEXTS:
         place = " This run was measured on another text, so compare with care."
     ranges = "; ".join(_range([row for row in rows if row.model == model]) for model in sorted({row.model for row in rows}))
-    return f"{first} Published methods at {best.pattern} with models of about this size: {ranges}.{place}"
+    return f"Published methods at {best.pattern} with models of about this size: {ranges}.{place}"
 
 
 def _range(rows: Sequence[Published]) -> str:

@@ -1,6 +1,6 @@
 """Prints the summary at the end of a run to the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from msgspec import structs
@@ -19,11 +19,14 @@ from optima_tpu.report.published import result
 from optima_tpu.report.view import NONE
 
 
-def print_summary(console: Console, report: Report, directory: Path) -> None:
+def print_summary(console: Console, report: Report, directory: Path, sentence: Callable[[Report], str] = result) -> None:
     """Prints the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
     A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from. A run without
     its model, see :func:`without_model`, has no line about the model's size.
+
+    Args:
+      sentence: what the result is, in words.
     """
     layers, settings = report.layers, report.settings
     # People open the page, report.html, which the command names when it is drawn.
@@ -44,7 +47,7 @@ def print_summary(console: Console, report: Report, directory: Path) -> None:
     lines += labelled("unusual", strange or ["nothing"] * bool(layers)) + labelled("note", notes)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
-    lines += ["", f"result      {plain(result(report))}"]
+    lines += ["", f"result      {plain(sentence(report))}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

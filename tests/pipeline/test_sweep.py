@@ -18,7 +18,8 @@ from optima_tpu.pipeline.inputs import Texts, token_digest
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.pipeline.perplexities import KeptPerplexity
 from optima_tpu.pipeline.repair import perplexity_files
-from optima_tpu.pipeline.sweep import runner
+from optima_tpu.pipeline.sweep import runner, tables
+from optima_tpu.report import published
 from optima_tpu.report.contents import Perplexities
 from optima_tpu.report.file import write_report
 from optima_tpu.report.records import BlockReport
@@ -69,7 +70,7 @@ class StandIn:
     def faults(self, directory):
         return {}
 
-    def run(self, config, console, model, texts, dense, keeps):
+    def run(self, config, console, model, texts, dense, summary):
         directory, manifest = config.run_directory, self.manifest_of(config, model, texts)
         self.ran.append(directory.name)
         self.counts["dense"] += dense is None
@@ -517,12 +518,16 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "save", stopped)
+    for module in (published, tables):
+        monkeypatch.setattr(module, "published_range", lambda report: "Published methods reach this.")
     assert main([path, "--output", str(out)]) == 130
     assert main([path, "--output", str(out)]) == 0
     names = [f"{cell}_50_8-windows_seed-0" for cell in ("wanda_none", "wanda_cg", "magnitude_none")]
     assert saved == [(name, index) for name in names for index in range(3)]  # every block of every cell once
     printed = capsys.readouterr().out
-    assert printed.count("dense perplexity\n") == 1
+    assert printed.count("dense perplexity\n") == 1 and printed.count("stages: dense perplexity") == 1
+    assert printed.count("Published methods reach this.") == 1
+    assert "\npublished   all cells: Published methods reach this.\n" in printed
     assert "\nrecord  " in printed and "\ncheckpoint " not in printed and "\nsize  " not in printed  # of models that are removed
 
     results = json.loads((out / "results.json").read_text())

@@ -27,6 +27,7 @@ from optima_tpu.pipeline.sweep.tables import (
     failed,
     finished,
     missing,
+    published,
     refuse_loss,
     settings,
     unusual,
@@ -35,8 +36,9 @@ from optima_tpu.pipeline.sweep.tables import (
 from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import say
+from optima_tpu.report.published import change
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
-from optima_tpu.report.summary import without_model
+from optima_tpu.report.summary import print_summary, without_model
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import in_turn, remove, writing
@@ -134,6 +136,11 @@ class Sweep:
         """What is unusual in the finished cells, one line for each finding."""
         return unusual(self._reports)
 
+    @property
+    def published(self) -> list[str]:
+        """What published methods reach, one line for each sentence about finished cells."""
+        return published(self._reports)
+
     def write(self, command: str) -> dict[str, Path]:
         """Writes the tables as they are now, and returns their paths by name.
 
@@ -176,7 +183,7 @@ class Sweep:
             shared, config = self._shared, cell.config
             try:
                 model, texts, dense = shared.model(config), shared.texts(config), shared.dense(config)
-                report = run(config, console=console, model=model, texts=texts, dense=dense, keeps=self._keep_checkpoints)
+                report = run(config, console=console, model=model, texts=texts, dense=dense, summary=self._summary)
                 if not self._keep_checkpoints:
                     report = _lighten(cell.directory, report)
                     say(console, "removed the pruned model; --keep-checkpoints would keep it")
@@ -188,6 +195,10 @@ class Sweep:
                 traceback.print_exc()
                 self._fail(console, cell, f"{type(error).__name__}: {one_line(error)}")
             self.write(command)
+
+    def _summary(self, console: Console, report: Report, directory: Path) -> None:
+        """Prints the summary of a cell: of published results the sweep prints each sentence once, and no file that is removed."""
+        print_summary(console, report if self._keep_checkpoints else without_model(report), directory, change)
 
     def _fail(self, console: Console, cell: Cell, reason: str) -> None:
         self._failures[cell] = reason

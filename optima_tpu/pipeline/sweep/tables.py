@@ -22,6 +22,8 @@ from optima_tpu.report.findings import FINDINGS, finding_lines
 from optima_tpu.report.layer_means import mean
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import number
+from optima_tpu.report.published import published_range
+from optima_tpu.report.summary import plain
 from optima_tpu.report.view import Table
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.records import encoded, json_values, known_record
@@ -95,12 +97,26 @@ def settings(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def unusual(reports: Mapping[Cell, Report]) -> list[str]:
-    """What the runs of cells found that needs a look, each sentence once, behind the cells that it is true of."""
-    found: dict[str, list[str]] = {}
-    for cell, report in reports.items():
+    """What the runs of cells found that needs a look; see :func:`_each_once`."""
+
+    def lines(cell: Cell, report: Report) -> list[str]:
         widest = max((layer.shape[1] for layer in report.layers), default=0)
         few = short_text(cell.config.calibration, widest, writes=False)
-        for line in filter(None, (*meaningless_lines(report), few, *finding_lines(FINDINGS, report.layers))):
+        return [*meaningless_lines(report), few, *finding_lines(FINDINGS, report.layers)]
+
+    return _each_once(reports, lines)
+
+
+def published(reports: Mapping[Cell, Report]) -> list[str]:
+    """What published methods reach, and where the cells are in it; see :func:`_each_once`."""
+    return _each_once(reports, lambda cell, report: [plain(published_range(report))])
+
+
+def _each_once(reports: Mapping[Cell, Report], lines: Callable[[Cell, Report], Iterable[str]]) -> list[str]:
+    """Each sentence about cells once, behind the cells that it is true of."""
+    found: dict[str, list[str]] = {}
+    for cell, report in reports.items():
+        for line in filter(None, lines(cell, report)):
             found.setdefault(line, []).append(str(cell))
     return [f"{'all cells' if len(reports) == len(cells) > 1 else '; '.join(cells)}: {line}" for line, cells in found.items()]
 
