@@ -3,7 +3,7 @@
 The commands call these functions by ``runtime.light``, first without the libraries that a run needs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from optima_tpu import data
 from optima_tpu.config.parse import parse
@@ -13,13 +13,13 @@ from optima_tpu.evaluate.arguments import refuse_wrong
 from optima_tpu.pipeline.recover import config as recover
 
 
-def read_run(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
+def read_run(argv: Sequence[str]) -> RunConfig:
     """The run that a command line asks for, see :func:`parse`.
 
     Raises:
       UserError: a setting is wrong; the model or a file of text is missing; the texts, or mesh and devices, contradict each other.
     """
-    config = parse(argv, beside)
+    config = parse(argv)
     if refuse_wrong(config, [config.model], config.texts):
         texts_of(config)
     return config

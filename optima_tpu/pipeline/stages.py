@@ -128,7 +128,7 @@ def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> 
 
 
 JOURNAL = Stage("recording", _record)
-"""The first that writes into the run directory: every weight was read then, and the model works in opened dtype."""
+"""The first that writes into the run directory: every weight was read then, and the model works in its dtype."""
 
 
 def _open_sinks(work: StageWork, journal: Journal) -> Steps:

@@ -100,11 +100,16 @@ class Counted(Progress):
         self._counts()
 
 
+def inputs_of(dense, journal, windows, method=METHOD) -> Inputs:
+    trainer = Trainer(dataclasses.replace(dense, tensors=journal.tensors()), method, ROOM)
+    return Inputs(dense, trainer, journal, *windows)
+
+
 def run(pruned, windows, shape=(2, 2), method=METHOD, advance=lambda: None) -> tuple[Outcome, Journal]:
     """A distillation over the journal of a run, in the run's directory."""
     arguments, directory = pruned
     journal = Journal(directory)
-    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, *windows, ROOM)
+    inputs = inputs_of(opened(parse(arguments), shape).decoder, journal, windows, method)
     found = distill(inputs, Counted(advance))
     keep_outcome(directory, found)
     return found, journal
@@ -341,7 +346,7 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
         progress.waiting, progress.stop = [], stop
         steps = training_steps(METHOD, 3)
         progress.stage("training", len(steps), steps, TRAINING_STEP)
-        inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), METHOD, *windows, ROOM)
+        inputs = inputs_of(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), windows)
         distill(inputs, progress)
         return progress.waiting
 

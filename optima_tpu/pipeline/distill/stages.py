@@ -6,6 +6,7 @@ from msgspec import structs
 
 from optima_tpu.models.checkpoints.source import layered
 from optima_tpu.pipeline.cutting import kept_by, pruned_model
+from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.train import TRAINING_STEP, distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs
@@ -26,19 +27,11 @@ def _training_steps(opened: Opened) -> list[Step]:
 
 def _train(work: StageWork, journal: Journal) -> Outcome:
     opened = work.opened
-    method, texts, config = opened.config.distill, opened.texts, opened.config
-    assert method is not None and texts.distillation is not None, "a run without training has no such stage"
-    inputs = Inputs(
-        opened.model.decoder,
-        journal,
-        method,
-        texts.distillation,
-        opened.held_out,
-        device_budget(config.device_memory),
-        pruned_model(opened).decoder,
-        kept_by(opened),
-    )
-    outcome = distill(inputs, work.progress)
+    method, training = opened.config.distill, opened.texts.distillation
+    assert method is not None and training is not None, "a run without training has no such stage"
+    pruned = dataclasses.replace(pruned_model(opened).decoder, tensors=journal.tensors())
+    trainer = Trainer(pruned, method, device_budget(opened.config.device_memory))
+    outcome = distill(Inputs(opened.model.decoder, trainer, journal, training, opened.held_out), work.progress)
     keep_outcome(opened.directory, outcome)
     return outcome
 

@@ -59,7 +59,7 @@ def distill(inputs: Inputs, progress: Progress) -> Outcome:
     Raises:
       UserError: the disk is full; a loss is not finite.
     """
-    method, journal, length = inputs.method, inputs.journal, inputs.training.shape[1]
+    method, journal, length = inputs.trainer.method, inputs.journal, inputs.training.shape[1]
     model = TrainedBlocks.open(inputs.trainer, journal, inputs.dense.head(), length)
     training = Training(model, States(journal.directory / FOLDER), progress, method.learning_rate)
     training.resume()

@@ -1,6 +1,5 @@
 """The windows of tokens that a training reads, on their way through both models."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,43 +19,21 @@ AT_ONCE = 1 << 32
 """Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What a training begins with.
 
     Attributes:
-      journal: the finished blocks of the pruned one.
+      trainer: of the pruned model's blocks, which its decoder reads.
+      journal: these blocks, with their masks.
       training: [windows, length] int32.
       held_out: [windows, length] int32, from the same text, which no weight is fitted to.
-      budget: bytes that may be used of each device.
-      fewer: reads the blocks that the pruned model has, where it is without some.
-      kept: the indices of these blocks in the dense model.
     """
 
     dense: Decoder
+    trainer: Trainer
     journal: Journal
-    method: Distillation
     training: np.ndarray
     held_out: np.ndarray
-    budget: float
-    fewer: Decoder | None = None
-    kept: tuple[int, ...] = ()
-
-    @property
-    def pruned(self) -> Decoder:
-        """Reads as many blocks as the pruned model has."""
-        return self.fewer or self.dense
-
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer of the pruned model's blocks."""
-        return Trainer(dataclasses.replace(self.pruned, tensors=self.journal.tensors()), self.method, self.budget)
-
-    def dense_blocks(self, index: int) -> range:
-        """The dense model's blocks that stand for one of the pruned model's: its own, those left out before it and behind the last."""
-        kept = self.kept or range(self.dense.config.blocks)
-        last = self.dense.config.blocks - 1 if index == len(kept) - 1 else kept[index]
-        return range(kept[index - 1] + 1 if index else 0, last + 1)
 
 
 class TrainingStream(NamedTuple):
@@ -108,7 +85,7 @@ class Feed:
     def __init__(self, inputs: Inputs, progress: Progress):
         self._inputs, self._progress, dense, training = inputs, progress, inputs.dense, inputs.training
         state = training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
-        self._batch, self._steps, self._at_once = TrainingParts.of(inputs.method, len(training), state)
+        self._batch, self._steps, self._at_once = TrainingParts.of(inputs.trainer.method, len(training), state)
         self._held = -1
 
     def begin(self, step: int) -> TrainingStream:
@@ -122,7 +99,7 @@ class Feed:
         number, training = self._place(step)
         if number != self._held:
             # Not a step of the progress: how many parts there are depends on the width of the model.
-            if self._inputs.method.reads_dense:
+            if self._inputs.trainer.method.reads_dense:
                 self._progress.note("the dense model reads the next part of the text")
             self._held, (self._part,) = number, _streams(self._inputs, (training,))
         first = (step % self._steps - number * self._at_once) * self._batch
@@ -143,7 +120,7 @@ def _streams(inputs: Inputs, sets: Sequence[np.ndarray], progress: Progress | No
     """
     dense = inputs.dense
     embedded = [dense.embed(tokens) for tokens in sets]
-    if not inputs.method.reads_dense:
+    if not inputs.trainer.method.reads_dense:
         return tuple(map(TrainingStream, sets, embedded, embedded))
     finals = [hidden.copy() for hidden in embedded]
     for index, parameters in enumerate(dense.blocks(range(dense.config.blocks))):

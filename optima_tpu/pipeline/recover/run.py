@@ -160,21 +160,14 @@ def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, le
     bos = together(lambda: window_bos(model, tokenizer))
     parsed, other = data.parse_source(source), data.parse_source(evaluation)
     windows = config.held_out + config.training_windows(length)
-    score = {"length": length, "windows": config.windows, "bos": bos}
+    score: dict[str, Any] = {"length": length, "windows": config.windows, "bos": bos}
     draw = Draw(windows, length, config.seed, bos=bos)
     # The text to measure on first: an error in it should appear before millions of tokens are read.
-    measure = functools.partial(data.evaluation_tokens, other, tokenizer, length=length, windows=config.windows, bos=bos)
-    scored = kept_tokens(config.token_cache, other, "evaluation", model.pretrained, lambda: from_first(measure), **score)
+    measure = functools.partial(data.evaluation_tokens, other, tokenizer, **score)
+    kept = functools.partial(kept_tokens, config.token_cache)
+    scored = kept(other, "evaluation", model.pretrained, lambda: from_first(measure), **score)
     read = functools.partial(data.stream_tokens, parsed, tokenizer, draw)
-    drawn = kept_tokens(
-        config.token_cache,
-        parsed,
-        "calibration",
-        model.pretrained,
-        lambda: from_first(read),
-        stream=1,
-        **dataclasses.asdict(draw),
-    )
+    drawn = kept(parsed, "calibration", model.pretrained, lambda: from_first(read), stream=1, **dataclasses.asdict(draw))
     together(lambda: check_ids([drawn.ids, scored.ids], model))
     return drawn, scored
 
