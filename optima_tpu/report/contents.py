@@ -7,7 +7,7 @@ import msgspec
 
 from optima_tpu.errors import plural
 from optima_tpu.report.numbers import number, percent, trained_on
-from optima_tpu.report.records import BlockReport, LayerKind, LayerReport
+from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.settings import ManifestEntries, RunSettings
 from optima_tpu.runtime.records import Block, Count, Positive, Record, Share, Size, check_record, within
 
@@ -399,7 +399,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
       removed: how many weights the exported model is without, beside those that masks prune.
       weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
       unusual: what needs a look, by layer.
-      layer_kinds: a summary for each kind of layer.
+      layer_kinds: empty; version 0.2.0 had means over each kind of layer, which follow from the blocks.
       seconds, memory: of the last start of the run; the seconds by stage.
       tokens: the tokens of the evaluation text that the pruned model predicts worse; None if the losses were not saved.
       continuations: the texts that both models write after a few prompts; None if nobody would read them.
@@ -420,7 +420,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
     removed: Count
     weighed_layers: tuple[str, ...]
     unusual: dict[str, dict[str, Any]]
-    layer_kinds: tuple[LayerKind, ...]
+    layer_kinds: tuple[Any, ...] = ()
     seconds: dict[str, float]
     memory: MemoryPeaks
     sizes: FileSizes

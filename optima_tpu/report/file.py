@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from optima_tpu.report.contents import Environment, MemoryPeaks, Report
 from optima_tpu.report.findings import unusual
-from optima_tpu.report.layer_means import by_kind, sparsity
+from optima_tpu.report.layer_means import sparsity
 from optima_tpu.report.records import BlockReport
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
@@ -92,7 +92,6 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         weights=weights,
         pruned=pruned,
         unusual=unusual(layers),
-        layer_kinds=by_kind(layers),
         blocks=tuple(blocks),
     )
     data = encoded(report, indent=2)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.records import LayerKind, LayerReport
+from optima_tpu.report.records import LayerReport
 from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.runtime.records import Record
 
@@ -16,22 +16,11 @@ def measured(layers: Sequence[LayerReport]) -> bool:
     return not layers or any(math.isfinite(error) for layer in layers for error in (layer.error_before, layer.error_after))
 
 
-def by_kind(layers: Iterable[LayerReport]) -> tuple[LayerKind, ...]:
-    """One summary for each kind of layer, in the order of first occurrence."""
-    return tuple(_kind(name, own) for name, own in layers_by_kind(layers).items())
-
-
-def layers_by_kind(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """The layers of each kind, in the order of first occurrence."""
+def named_kinds(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+    """The layers of each kind by its short name, in the order of first occurrence."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault(kind_name(layer.name), []).append(layer)
-    return kinds
-
-
-def named_kinds(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """As :func:`layers_by_kind`, by short names."""
-    kinds = layers_by_kind(layers)
     return {short: kinds[kind] for kind, short in short_names(list(kinds)).items()}
 
 
@@ -108,19 +97,3 @@ def held_out_caveat(settings: RecipeSettings) -> str:
     """What the held-out text chose, as a caveat for its error; empty if nothing."""
     chosen = settings.allocation.name == "measured"
     return "also chose the sparsities, so its error is slightly too low" if chosen else ""
-
-
-def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
-    errors = ("error_before", "error_after", "dense_before", "dense_after", "dense_drift")
-    return LayerKind(
-        name=name,
-        layers=len(layers),
-        **{error: mean(layers, error) for error in errors},
-        held_out=mean(layers, "held_out_after"),
-        sparsity=sparsity(layers),
-        gap_max=max(layer.gap_max for layer in layers),
-        steps_median=statistics.median(layer.steps_median for layer in layers),
-        rows=sum(layer.rows for layer in layers),
-        rows_not_converged=sum(layer.rows - layer.rows_converged for layer in layers),
-        rows_refused=sum(layer.rows_refused for layer in layers),
-    )

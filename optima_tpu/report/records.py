@@ -14,12 +14,6 @@ else:
     Unbounded = float | None
 
 
-def _read_infinite(record: Record, *names: str) -> None:
-    for name in names:
-        if getattr(record, name) is None:
-            structs.force_setattr(record, name, math.inf)
-
-
 class LayerReport(Record, frozen=True):
     """The record of one pruned matrix.
 
@@ -95,7 +89,9 @@ class LayerReport(Record, frozen=True):
     dense_quantized: float | None = None
 
     def __post_init__(self) -> None:
-        _read_infinite(self, "error_before", "error_after", "gap_median", "gap_max")
+        for name in ("error_before", "error_after", "gap_median", "gap_max"):
+            if getattr(self, name) is None:
+                structs.force_setattr(self, name, math.inf)
 
 
 class BlockReport(Record, frozen=True):
@@ -109,37 +105,3 @@ class BlockReport(Record, frozen=True):
     index: Block
     seconds: float
     layers: tuple[LayerReport, ...]
-
-
-class LayerKind(Record, frozen=True):
-    """All layers of one kind.
-
-    Attributes:
-      name: "self_attn.q_proj", for experts "mlp.experts.*.up_proj".
-      layers: number of layers: one for each block, or one for each expert of each block.
-      error_before: mean error of the selector's weights, over layers that calibration tokens reached; None if it is not finite.
-      error_after: mean error of the final weights, over the same layers.
-      held_out: mean error of the final weights on held-out tokens, over layers that these tokens reached; None if there are none.
-      dense_before, dense_after, dense_drift: mean errors against the dense model on held-out tokens, of the selector's, the final
-        and the dense weights; None if they were not measured.
-      sparsity: share of pruned weights among all weights of these layers.
-      steps_median: median over layers of the median over rows.
-    """
-
-    name: str
-    layers: Count
-    error_before: float | None
-    error_after: float | None
-    held_out: float | None
-    dense_before: float | None
-    dense_after: float | None
-    dense_drift: float | None
-    sparsity: Share
-    gap_max: Unbounded
-    steps_median: float
-    rows: Count
-    rows_not_converged: Count
-    rows_refused: Count
-
-    def __post_init__(self) -> None:
-        _read_infinite(self, "gap_max")

@@ -29,7 +29,7 @@ from optima_tpu.report import plots
 from optima_tpu.report.__main__ import main
 from optima_tpu.report.contents import CutCount, FileSizes
 from optima_tpu.report.evaluation import EvaluationRecord
-from optima_tpu.report.layer_means import by_kind
+from optima_tpu.report.layer_means import named_kinds
 from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.page import write_page
 from optima_tpu.report.results import tiles
@@ -37,7 +37,7 @@ from optima_tpu.report.runs import read_report, read_runs
 from optima_tpu.report.summary import print_summary
 from optima_tpu.report.view import without_folders
 from optima_tpu.runtime.records import encoded, json_values, read_record
-from tests.support.fake_reports import ENVIRONMENT, MANIFEST, layers, write_other_places, write_run
+from tests.support.fake_reports import ENVIRONMENT, MANIFEST, NAMES, layers, write_other_places, write_run
 from tests.support.pages import leave_plots_empty
 from tests.support.records import put
 from tests.support.runs import only_error
@@ -152,18 +152,15 @@ def drawn(*runs: Path, to: Path) -> Page:
 def test_the_page_says_the_numbers_of_the_report(tmp_path):
     run = write_run(tmp_path / "run", reports=layers(3))
     page = drawn(run, to=tmp_path / "x.html")
-    report = json.loads((run / "report.json").read_text())
     assert tuple(name for name in page.sections if name) == SECTIONS
     assert page.tables["Perplexity, lower is better"][1] == ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "2,048"]
     kinds = {row[0]: row[1:] for row in page.tables["Mean over blocks"][1:]}
     every = layers(3)
-    for kind in report["layer_kinds"]:
-        held_before = np.mean([layer.held_out_before for layer in every if layer.name == kind["name"]])
-        shares = (kind["error_before"], kind["error_after"], held_before, kind["held_out"], kind["sparsity"])
-        assert kinds[kind["name"].partition(".")[2]] == ["3", *map(percent, shares)]
     errors = ("error_before", "error_after", "held_out_before", "held_out_after")
-    means = [np.mean([getattr(layer, name) for layer in every]) for name in errors]
-    assert kinds["all"] == ["21", *map(percent, means), "50.0%"]
+    for name, count in {**dict.fromkeys(NAMES, "3"), "all": "21"}.items():
+        own = [layer for layer in every if name in ("all", layer.name)]
+        means = [np.mean([getattr(layer, error) for layer in own]) for error in errors]
+        assert kinds[name.rpartition(".")[2]] == [count, *map(percent, means), "50.0%"]
     listed = page.tables["Every layer"]
     assert len(listed) == 1 + len(every)
     for row, layer in zip(listed[1:], every, strict=True):
@@ -469,8 +466,7 @@ def test_experts_are_one_kind_of_layer(tmp_path):
         for layer in layers(expert)
         if layer.name == "mlp.up_proj"
     ]
-    (kind,) = by_kind(reports)
-    assert (kind.name, kind.layers, kind.rows) == ("mlp.experts.*.up_proj", 9, 36)
+    assert named_kinds(reports) == {"up_proj": reports}
     page = drawn(write_run(tmp_path / "run", reports=reports), to=tmp_path / "x.html")
     mean = np.mean([layer.held_out_after for layer in reports if layer.block == 1])
     assert f"block 1, up_proj: {percent(mean)}" in page.sections["maps"]

@@ -119,26 +119,21 @@ def test_a_number_that_json_cannot_hold_is_null():
     assert check_record(values, LayerReport, "a layer").gap_max == math.inf
 
 
-def test_summary_by_layer_kind():
-    query, down = layer_means.by_kind(LAYERS)
-    assert (query.name, down.name) == ("self_attn.q_proj", "mlp.down_proj")
-    assert query.error_before == pytest.approx((0.1234 + 0.2) / 2)
-    assert (query.layers, query.rows, query.rows_not_converged, query.rows_refused) == (2, 8, 3, 3)
-    assert (query.gap_max, query.steps_median) == (math.inf, 9)
-    assert down.sparsity == 0.5
-
-
 def test_experts_that_no_token_reached_are_in_no_mean():
     errors = dict(error_before=0.2, error_after=0.1, held_out_before=0.4, held_out_after=0.3)
     seen = layer(**errors, tokens=9, dense_before=0.5, dense_after=0.4, dense_drift=0.2)
     unseen, never = structs.replace(layer(tokens=9), error_before=0.4, error_after=0.3), layer(error_after=0.9, tokens=0)
-    (kind,) = layer_means.by_kind([seen, unseen, never])
-    assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
-    assert (kind.held_out, kind.dense_before, kind.dense_after, kind.dense_drift) == (0.3, 0.5, 0.4, 0.2)
-    assert layer_means.mean([seen, structs.replace(seen, held_out_after=None)], "held_out_after") == 0.3
+    means = {
+        "error_before": 0.3,
+        "error_after": 0.2,
+        "held_out_after": 0.3,
+        "dense_before": 0.5,
+        "dense_after": 0.4,
+        "dense_drift": 0.2,
+    }
+    assert {name: layer_means.mean([seen, unseen, never], name) for name in means} == pytest.approx(means)
     assert math.isnan(layer_means.mean([seen, structs.replace(seen, held_out_after=math.inf)], "held_out_after"))
-    (lonely,) = layer_means.by_kind([never])
-    assert lonely.error_after == 0.9 and lonely.held_out is None
+    assert layer_means.mean([never], "error_after") == 0.9 and layer_means.mean([never], "held_out_after") is None
 
 
 def test_a_layer_without_held_out_tokens_has_no_error_on_them():
@@ -531,7 +526,7 @@ def test_report_json_holds_it_all(tmp_path):
     assert read["unusual"] == unusual(LAYERS)
     assert read["environment"]["mesh"] == {"data": 4, "model": 2}
     assert read["environment"]["packages"]["jax"] == jax.__version__
-    assert read["layer_kinds"][0]["gap_max"] is None
+    assert read["blocks"][1]["layers"][0]["gap_max"] is None
     assert read["perplexity"] == {"dense": 2.0, "pruned": 3.0} and read["configuration"] == to_dict(EMBEDDED)
 
 
