@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 SPARSITY = 0.5
 DAMPING = 0.01  # without a pull toward the dense weights, a nearly singular layer fits the calibration text with huge weights
 GAP = 1e-3  # the certified distance from the minimum, as a share of it
+STEPS, CYCLES = 4, 24  # conjugate-gradient steps between two certificates, and how often these are made at most
 WINDOWS, LENGTH, BATCH = 32, 512, 4  # calibration windows, tokens in each, windows at once
 
 # The inputs of a block's linear layers. Layers that read the same input share its Hessian.
@@ -194,22 +195,22 @@ def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
     def step(_: int, path: Descent) -> Descent:
         preconditioned = jnp.where(free, jnp.where(free, path.residual, 0.0) @ inverse, 0.0)
         overlap = jnp.sum(preconditioned * path.image, axis=1)
-        bend = -overlap / jnp.where(path.curvature > 0, path.curvature, jnp.inf)
-        direction = preconditioned + bend[:, None] * path.direction
+        momentum = -overlap / jnp.where(path.curvature > 0, path.curvature, jnp.inf)
+        direction = preconditioned + momentum[:, None] * path.direction
         image = direction @ matrix
         curvature = jnp.sum(direction * image, axis=1)
         moves = (path.gap > GAP) & (curvature > 0)
-        length = jnp.where(moves, jnp.sum(path.residual * direction, axis=1) / jnp.where(moves, curvature, 1.0), 0.0)[:, None]
-        change, residual = path.change + length * direction, path.residual - length * image
+        stride = jnp.where(moves, jnp.sum(path.residual * direction, axis=1) / jnp.where(moves, curvature, 1.0), 0.0)[:, None]
+        change, residual = path.change + stride * direction, path.residual - stride * image
         return Descent(change, residual, direction, image, jnp.where(moves, curvature, 0.0), path.gap)
 
     def cycle(state: tuple[int, Descent]) -> tuple[int, Descent]:
-        return state[0] + 1, measured(jax.lax.fori_loop(0, 4, step, state[1]))
+        return state[0] + 1, measured(jax.lax.fori_loop(0, STEPS, step, state[1]))
 
     start = jnp.where(keep | ~live, 0.0, -weight * scale)
     zero, rows = jnp.zeros_like(start), jnp.zeros(len(start))
     path = Descent(start, -start @ matrix, zero, zero, rows, rows + jnp.inf)
-    _, path = jax.lax.while_loop(lambda state: (state[0] < 24) & jnp.any(state[1].gap > GAP), cycle, (0, path))
+    _, path = jax.lax.while_loop(lambda state: (state[0] < CYCLES) & jnp.any(state[1].gap > GAP), cycle, (0, path))
     return jnp.where(keep, weight + jnp.where(free, path.change / scale, 0.0), 0.0), path.gap
 
 

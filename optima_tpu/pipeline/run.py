@@ -118,9 +118,9 @@ def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, den
 
 def pruning(config: RunConfig, keep: Keep) -> Report:
     """The stages of a run."""
-    text = keep(stages.WRITTEN_TEXT) if written_windows(config) else None
+    opened = keep(stages.WRITTEN_TEXT) if written_windows(config) else None
     dense = keep(stages.DENSE)
-    journal = keep(stages.JOURNAL, dense, text)
+    journal = keep(stages.JOURNAL, dense, opened)
     sinks = keep(stages.SINKS, journal)
     for choice in cutting(config):
         keep(choice, journal)

@@ -1,4 +1,4 @@
-"""The stages that every run has, see :mod:`optima_tpu.pipeline.keeping`. Those of a power are in the files of that power.
+"""The stages that every run has, see :mod:`optima_tpu.pipeline.keeping`. Those of a training, of cuts and of an allocation are in their files.
 
 Inside of PRUNING, which is the walk, the journal keeps block by block.
 """
@@ -128,7 +128,7 @@ def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> 
 
 
 JOURNAL = Stage("recording", _record)
-"""The first that writes into the run directory: every weight was read then, and the model works in its dtype."""
+"""Writes into the run directory, as the first unless the model wrote text: every weight was read then, and the model works in its dtype."""
 
 
 def _open_sinks(work: StageWork, journal: Journal) -> Steps:

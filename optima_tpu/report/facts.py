@@ -13,7 +13,7 @@ from optima_tpu.report.columns import mean_error
 from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.layer_means import aimed_at_dense, exchanged, mean, measured, quantized_line
-from optima_tpu.report.numbers import became, direction, number, percent, times
+from optima_tpu.report.numbers import became, direction, interval, number, percent, times
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.view import without_folders
 
@@ -69,7 +69,8 @@ def _perplexity(report: Report) -> Fact:
     models, dense, last = report.perplexities, report.perplexity.dense, report.perplexity.pruned
     ratio = number(report.perplexity.ratio)
     # The result says what the text can show; a word here must not say more.
-    word = "" if ratio == number(1.0) else f" {direction(dense, last)},"
+    low, high = interval(report.perplexity.ratio, report.log_ratio_stderr) or (report.perplexity.ratio,) * 2
+    word = "" if ratio == number(1.0) or low <= 1 <= high else f" {direction(dense, last)},"
     note = f"{ratio} times,{word} on {without_folders(report.evaluation.how)}"
     rows = {
         "perplexity, dense": number(dense, 4),
@@ -82,10 +83,15 @@ def _perplexity(report: Report) -> Fact:
 def _error(report: Report) -> Fact | None:
     if not report.layers or not measured(report.layers):
         return None
-    held_out = _both(report, report.layers, "held_out_before", "held_out_after")
-    unseen = f"on held-out text {' → '.join(held_out)}" if report.has_held_out else "none was held out"
-    aim = "; a dense target lowers the error against dense instead" if report.aims_at_dense else ""
-    errors, judged = ("error_before", "error_after"), not report.aims_at_dense
+    judged, unseen = not report.aims_at_dense, "none was held out"
+    if report.has_held_out:
+        names = "held_out_before", "held_out_after"
+        before, after = (mean(report.layers, name) for name in names)
+        unseen = f"on held-out text {' → '.join(_both(report, report.layers, *names))}"
+        # The calibration text may show the opposite.
+        unseen += ", worse" * bool(judged and report.solver and became(before, after, percent) == "worse")
+    aim = "" if judged else "; a dense target lowers the error against dense instead"
+    errors = "error_before", "error_after"
     fact = _change("error", "Layer error", errors, f"on the calibration text; {unseen}{aim}", report, report.layers, judged)
     solved = ("layer error after", "error_after"), ("on held-out text after", "held_out_after")
     rows = [

@@ -59,8 +59,8 @@ class Card(NamedTuple):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether matrices are stored with zeros, and not only without what was cut."""
-        return bool(self.sidecar.masked) or not self.sidecar.cuts
+        """Whether matrices are stored with zeros that a pattern asked for, and not only without what was cut."""
+        return any(layer.pruned for layer in self.sidecar.masked) or not self.sidecar.cuts
 
 
 def model_card(card: Card) -> str:

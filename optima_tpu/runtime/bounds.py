@@ -37,7 +37,7 @@ def whole(text: str) -> int:
     ``int`` reads more, such as the digits of other scripts, 1_0, and numbers for which no machine has memory.
     """
     if not _WHOLE.fullmatch(text.strip()):
-        raise ValueError(f"expected a whole number, got {text:.40}")
+        raise ValueError(f"expected a whole number, written with digits alone, got {text:.40}")
     return int(text)
 
 
