@@ -636,9 +636,9 @@ _CUTS = """
 [packed {packed-sizes | 2:4 | packed}](docs/results/speed.md#packed-sizes) | as dense, until a kernel uses it |
 | `0.25/neuron` | – | {cut-neurons | the same, `down_proj` solved (`--pattern 0.25/neuron`) | C4} | \
 {SPEED `0.25/neuron`} |
-| `0/row`, with `--cut.blocks 4`, and `--target dense` if `fast` | – | \
+| `0/row --cut.blocks 4` | {cut-blocks | 26 blocks, re-fitted by `best` (`--pattern 0/row`) | C4} | \
 {cut-blocks | 26 blocks, re-fitted toward the dense model (`--pattern 0/row --target dense`) | C4} | {SPEED `4/block`} |
-| the same with `--cut.blocks 6` | {cut-blocks | 24 blocks, re-fitted by `best` (`--pattern 0/row`) | C4} | \
+| `0/row --cut.blocks 6` | {cut-blocks | 24 blocks, re-fitted by `best` (`--pattern 0/row`) | C4} | \
 {cut-blocks | 24 blocks, re-fitted likewise | C4} | {SPEED `6/block`} |
 | `0.25/neuron` and `0.33/head` | – | \
 {cut-neurons | neurons of Wanda's smallest sums, and heads (`--layers "*=0.33/head"`), solved | C4} | {SPEED `0.25/neuron,0.33/head`} |
@@ -862,7 +862,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Group]]] = {
                 ("calibration-size", "few-tokens", "few-tokens-wide", "written-choice"),
             ),
             "Training after pruning": Group(
-                ("distillation", "one-text", "recovery-tokens"),
+                ("distillation", "one-text", "no-text", "recovery-tokens"),
                 ("recovery", "recovery-starts", "learning-rate", "training-units"),
             ),
         },
