@@ -7,21 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import (
-    deepseek,
-    gemma,
-    gemma4,
-    general,
-    glm4_moe,
-    gpt_oss,
-    llama,
-    llama4,
-    mixtures,
-    opt,
-    phi3,
-    qwen_next,
-    relatives,
-)
+from optima_tpu.models import deepseek, gemma, gemma4, general, gpt_oss, llama, llama4, mixtures, opt, phi3, qwen_next, relatives
 from optima_tpu.models.family import Family
 
 FAMILIES: Mapping[str, Mapping[str, Family]] = {
@@ -48,8 +34,8 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     "OlmoeForCausalLM": {"olmoe": mixtures.OLMOE},
     "OPTForCausalLM": {"opt": opt.FAMILY},
     "Phi3ForCausalLM": {"phi3": phi3.FAMILY},
-    "Glm4MoeForCausalLM": {"glm4_moe": glm4_moe.GLM4_MOE},
-    "Glm4MoeLiteForCausalLM": {"glm4_moe_lite": glm4_moe.GLM4_MOE_LITE},
+    "Glm4MoeForCausalLM": {"glm4_moe": deepseek.GLM4_MOE},
+    "Glm4MoeLiteForCausalLM": {"glm4_moe_lite": deepseek.GLM4_MOE_LITE},
     "DeepseekV2ForCausalLM": {"deepseek_v2": deepseek.V2},
     "DeepseekV3ForCausalLM": {"deepseek_v3": deepseek.V3},
     "GptOssForCausalLM": {"gpt_oss": gpt_oss.FAMILY},

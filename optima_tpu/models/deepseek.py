@@ -1,4 +1,6 @@
-"""DeepSeek V2 and V3: latent attention, and mixtures with shared experts above a few blocks with an ordinary MLP.
+"""DeepSeek V2 and V3, and GLM-4.7 Flash: latent attention, and mixtures with shared experts above a few blocks with an ordinary MLP.
+
+GLM-4.5 to 4.7 have the mixtures alone.
 
 Latent attention projects the hidden states to narrow vectors, and these to queries, keys and values. A part of each query turns
 with the position, and one vector that turns is a part of the keys of all heads. The narrow projections are pruned as any layer.
@@ -18,7 +20,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import FURTHER, Cut, Family, Positions
 from optima_tpu.models.layers import Linear, RMSNorm, Scores, attention, split_heads
-from optima_tpu.models.rope import Rope, rotate, rotate_neighbours, rotate_neighbours_wide
+from optima_tpu.models.rope import rotate, rotate_neighbours, rotate_neighbours_wide
 from optima_tpu.models.routers import Groups
 from optima_tpu.models.settings import supported
 
@@ -40,37 +42,44 @@ class DeepseekConfig(experts.MixtureConfig):
     value_dim: int
 
 
-def read_v2(config: Any) -> DeepseekConfig:
-    """From ``transformers.DeepseekV2Config``. Raises UserError for a setting that is not supported."""
+def _v2(config: Any) -> llama.Settings:
     supported(config, "mlp_bias", False)
     supported(config, "norm_topk_prob", False, None)
     methods = {"greedy": (1, 1), "group_limited_greedy": (config.n_group or 1, config.topk_group or 1)}
     total, chosen = methods[supported(config, "topk_method", *methods)]
     groups = Groups(total=total, chosen=chosen, best=1, sigmoid=False, scale=config.routed_scaling_factor)
-    settings = read_latent(config, dense_first(config), groups)
-    return dataclasses.replace(settings, rotation=rotate_neighbours_wide, normalise=False)
+    return _latent(config, dense_first(config)) | dict(groups=groups, rotation=rotate_neighbours_wide, normalise=False)
 
 
-def read_v3(config: Any) -> DeepseekConfig:
-    """From ``transformers.DeepseekV3Config``."""
-    return read_latent(config, dense_first(config))
+def _v3(config: Any) -> llama.Settings:
+    return _latent(config, dense_first(config))
 
 
-def read_latent(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> DeepseekConfig:
-    """The settings of a model with latent attention.
+def _glm4_lite(config: Any) -> llama.Settings:
+    """Raises UserError for MLPs that are neither dense nor sparse."""
+    found, blocks = config.mlp_layer_types, config.num_hidden_layers
+    if len(found) != blocks or set(found) - {"dense", "sparse"}:
+        raise UserError(
+            f"expected {blocks} mlp_layer_types, dense or sparse, in config.json, got {', '.join(found)}: check the file"
+        )
+    return _latent(config, tuple(kind == "sparse" for kind in found))
 
-    Args:
-      mixed: for every block whether it has a mixture.
-      groups: how experts are chosen; None for what :func:`read_mixture` reads.
-    """
+
+def _glm4(config: Any) -> llama.Settings:
+    """Ordinary attention before the mixtures."""
+    qk_norm = llama.each_head if config.use_qk_norm else None
+    return _mixture(config, dense_first(config)) | dict(qkv_bias=config.attention_bias, qk_norm=qk_norm)
+
+
+def _latent(config: Any, mixed: tuple[bool, ...]) -> llama.Settings:
+    """The settings of a model with latent attention; ``mixed`` says for every block whether it has a mixture."""
     supported(config, "num_key_value_heads", config.num_attention_heads)
     parameters, scale = config.rope_parameters, (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
-    rope = Rope.from_hf(parameters)
     if parameters.get("rope_type", "default") != "default" and (share := parameters.get("mscale_all_dim")):
         scale *= (1 + 0.1 * share * math.log(max(parameters["factor"], 1.0))) ** 2
-    return DeepseekConfig(
-        **llama.read_sizes(config) | dict(head_dim=config.qk_rope_head_dim) | read_mixture(config, mixed, groups),
-        rope=rope,
+    return dict(
+        **_mixture(config, mixed),
+        head_dim=config.qk_rope_head_dim,
         rotation=rotate_neighbours if getattr(config, "rope_interleave", True) else rotate,
         **llama.attention_bias(config),
         scale=scale,
@@ -86,8 +95,8 @@ def dense_first(config: Any) -> tuple[bool, ...]:
     return tuple(index >= config.first_k_dense_replace for index in range(config.num_hidden_layers))
 
 
-def read_mixture(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> dict[str, Any]:
-    """The settings of the mixtures, as arguments of :class:`~optima_tpu.models.experts.MixtureConfig`."""
+def _mixture(config: Any, mixed: tuple[bool, ...]) -> llama.Settings:
+    """The settings of the mixtures."""
     experts.check_given(config, "num_experts_per_tok", "moe_intermediate_size")
     if not config.n_shared_experts:
         raise UserError(f"expected n_shared_experts of at least 1, got {config.n_shared_experts}: not supported")
@@ -96,7 +105,7 @@ def read_mixture(config: Any, mixed: tuple[bool, ...], groups: Groups | None = N
         experts=config.n_routed_experts,
         experts_per_token=config.num_experts_per_tok,
         normalise=config.norm_topk_prob,
-        groups=groups or Groups(total=config.n_group or 1, chosen=config.topk_group or 1, scale=config.routed_scaling_factor),
+        groups=Groups(total=config.n_group or 1, chosen=config.topk_group or 1, scale=config.routed_scaling_factor),
         shared_width=config.moe_intermediate_size * config.n_shared_experts,
         mixed=mixed,
         mlp_width=config.intermediate_size,
@@ -149,14 +158,14 @@ ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 """``Family.exact``: rounded, they would send tokens to other experts."""
 
 
-def _family(read_config: Callable[[Any], DeepseekConfig], **fields: Any) -> Family:
-    made = experts.family(read_config, attention=DeepseekAttention)
+def _family(settings: Callable[[Any], llama.Settings], **fields: Any) -> Family:
+    made = experts.family(settings, made=DeepseekConfig, attention=DeepseekAttention, exact=ROUTER, **fields)
     projections = ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "q_b_proj", "kv_b_proj")
     wide = tuple(f"self_attn.{name}" for name in projections)
-    return dataclasses.replace(
-        made, linears=(*wide, "self_attn.o_proj", *made.linears[4:]), exact=ROUTER, cuts={**made.cuts, "head": (heads,)}, **fields
-    )
+    return dataclasses.replace(made, linears=(*wide, "self_attn.o_proj", *made.linears[4:]), cuts={**made.cuts, "head": (heads,)})
 
 
-V2 = _family(read_v2)
-V3 = _family(read_v3, ignored=further_tokens(61))
+V2 = _family(_v2)
+V3 = _family(_v3, ignored=further_tokens(61))
+GLM4_MOE = experts.family(_glm4, rope=llama.partial_rope_of, exact=ROUTER, ignored=further_tokens(46, 92))
+GLM4_MOE_LITE = _family(_glm4_lite, ignored=further_tokens(47))

@@ -415,13 +415,17 @@ def mlp_neurons(config: MixtureConfig, layout: MixtureNames) -> Cut | None:
 
 
 def family(
-    read_config: Callable[[Any], MixtureConfig],
+    settings: Callable[[Any], llama.Settings],
     layout: MixtureNames = MixtureNames(),
+    *,
+    made: Callable[..., MixtureConfig] = MixtureConfig,
     attention: Callable[[Any], nnx.Module] = llama.RotaryAttention,
+    **row: Any,
 ) -> Family:
     """A family with Llama's blocks, of which all or some have a mixture in the place of the MLP.
 
     Args:
+      settings, made, row: see :func:`optima_tpu.models.llama.relative`.
       attention: makes the attention of a block.
     """
 
@@ -436,9 +440,7 @@ def family(
 
     *wide, narrow = layout.layers
     *_, down = layout.shared_layers
-    return dataclasses.replace(
-        llama.FAMILY,
-        read_config=read_config,
+    declared: dict[str, Any] = dict(
         block=block,
         linears=(*map(named, llama.LINEARS), *layout.shared_layers, *layout.layers),
         narrow=(*map(named, llama.FAMILY.narrow), down, narrow),
@@ -452,3 +454,4 @@ def family(
         experts=layout.experts,
         shared=tuple(wide),
     )
+    return llama.relative(settings, made=made, **{**declared, **row})

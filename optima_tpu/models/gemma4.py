@@ -61,7 +61,7 @@ def read_config(config: Any) -> Gemma4Config:
     """From ``transformers.Gemma4TextConfig``. Raises UserError, by name, for a setting that is not supported."""
     _check(config)
     activation, windowed = supported(config, "hidden_activation", *ACTIVATIONS), llama.windows_by_type(config)
-    sizes = [llama.named_sizes(layer) for layer in config.per_layer_config]
+    sizes = [llama.read_sizes(layer, None) for layer in config.per_layer_config]
     shared = llama.by_type(config, {"full_attention": config.attention_k_eq_v, "sliding_attention": False})
     mixture: dict[str, Any] = dict(experts=0, experts_per_token=0)
     if getattr(config, "enable_moe_block", False):  # 12B (gemma4_unified) has no such setting

@@ -10,7 +10,6 @@ from jax import Array
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Stack
 from optima_tpu.models.layers import WideRMSNorm
-from optima_tpu.models.rope import Rope
 from optima_tpu.models.routers import Router, softmax
 
 
@@ -31,11 +30,8 @@ class Clamped:
         return (up + 1) * (gate * jax.nn.sigmoid(gate * self.alpha))
 
 
-def read_config(config: Any) -> experts.MixtureConfig:
-    """From ``transformers.GptOssConfig``, of which ``hidden_act`` is not used."""
-    return experts.MixtureConfig(
-        **llama.named_sizes(config),
-        rope=Rope.from_hf(config.rope_parameters),
+def _settings(config: Any) -> llama.Settings:
+    return dict(
         windows=llama.windows_by_type(config),
         norm=WideRMSNorm,
         **llama.attention_bias(config),
@@ -58,9 +54,9 @@ STACKS = {
     for layer in ("gate_up", "down")
     for ending, what in (("", "weight"), ("_bias", "bias"))
 }
-FAMILY = dataclasses.replace(
-    experts.family(
-        read_config, experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, width="intermediate_size")
-    ),
+FAMILY = experts.family(
+    _settings,
+    experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, width="intermediate_size"),
+    activation=None,  # hidden_act is not used
     stacks=STACKS,
 )

@@ -23,6 +23,9 @@ from optima_tpu.models.settings import of_every_block, supported
 
 T = TypeVar("T")
 
+Settings = dict[str, Any]
+"""Arguments of :class:`LlamaConfig`."""
+
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -102,24 +105,15 @@ class LlamaConfig(DecoderConfig):
         return Positions(*self.rope.of(index).tables(length, self.head_dim), window_at(self.windows, index, length))
 
 
-def read_sizes(config: Any, activation: str = "silu", eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """As :func:`named_sizes`, for a model whose activation is known.
-
-    Raises:
-      UserError: the model has another activation.
-    """
-    supported(config, "hidden_act", activation)
-    return named_sizes(config, eps)
-
-
-def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """The settings that have the same names in many transformers configurations, as arguments of :class:`LlamaConfig`.
+def read_sizes(config: Any, activation: str | None = "silu", eps: str = "rms_norm_eps") -> Settings:
+    """The settings that have the same names in many configurations of ``transformers``.
 
     Args:
+      activation: the only one that the family has; None leaves it out.
       eps: the name of the norms' ``eps``.
 
     Raises:
-      UserError: the numbers of heads do not fit one another or the width.
+      UserError: the numbers of heads do not fit one another or the width, or the model has another activation.
     """
     heads = config.num_attention_heads
     kv_heads = heads if config.num_key_value_heads is None else config.num_key_value_heads
@@ -140,19 +134,32 @@ def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
         vocab=config.vocab_size,
         eps=getattr(config, eps),
         tied=config.tie_word_embeddings,
+        **({} if activation is None else {"activation": supported(config, "hidden_act", activation)}),
     )
 
 
-def attention_bias(config: Any) -> dict[str, Any]:
+def rope_of(config: Any, partial: bool = False) -> Rope:
+    """The rotary embedding of every block; ``partial`` as in :meth:`Rope.from_hf`."""
+    return Rope.from_hf(config.rope_parameters, partial=partial)
+
+
+partial_rope_of = functools.partial(rope_of, partial=True)
+"""The same of a family that may rotate a part of a head."""
+
+
+def rope_by_type(config: Any) -> RopeByBlock:
+    """The rotary embedding of each block, by its type in ``layer_types``."""
+    return RopeByBlock.from_hf(config.rope_parameters, config.layer_types)
+
+
+def attention_bias(config: Any) -> Settings:
     """The settings of a model whose ``attention_bias`` counts for all four projections."""
     return dict(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
 
 
-def read_config(config: Any) -> LlamaConfig:
-    """From ``transformers.LlamaConfig``."""
-    return LlamaConfig(
-        **read_sizes(config), rope=Rope.from_hf(config.rope_parameters), **attention_bias(config), mlp_bias=config.mlp_bias
-    )
+def all_biases(config: Any) -> Settings:
+    """The same, and those of the MLP."""
+    return dict(**attention_bias(config), mlp_bias=config.mlp_bias)
 
 
 def same_windows(config: Any) -> tuple[int, ...]:
@@ -325,8 +332,7 @@ def heads(config: LlamaConfig) -> Cut:
     )
 
 
-FAMILY = Family(
-    read_config=read_config,
+_LLAMA: dict[str, Any] = dict(
     block=block,
     linears=LINEARS,
     narrow=("self_attn.o_proj", "mlp.down_proj"),
@@ -337,6 +343,34 @@ FAMILY = Family(
     },
     cuts={"neuron": (neurons,), "head": (heads,)},
 )
+
+
+def relative(
+    settings: Callable[[Any], Settings],
+    *,
+    made: Callable[..., LlamaConfig] = LlamaConfig,
+    activation: str | None = "silu",
+    eps: str = "rms_norm_eps",
+    rope: Callable[[Any], Rope | RopeByBlock] = rope_of,
+    **declared: Any,
+) -> Family:
+    """A relative of Llama.
+
+    Args:
+      settings: what it reads of a ``transformers`` configuration beside the sizes.
+      made: makes its configuration of all settings.
+      activation, eps: see :func:`read_sizes`.
+      rope: reads the rotary embedding.
+      declared: what the family declares otherwise than Llama.
+    """
+
+    def read_config(config: Any) -> LlamaConfig:
+        return made(**{**read_sizes(config, activation, eps), "rope": rope(config), **settings(config)})
+
+    return Family(**{**_LLAMA, "read_config": read_config, **declared})
+
+
+FAMILY = relative(all_biases)
 
 NO_HEAD_DIM = "have the width of the model divided by their number"
 """Why the heads of a model cannot be cut whose configuration has no ``head_dim``."""

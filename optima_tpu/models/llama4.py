@@ -11,7 +11,7 @@ from jax import Array
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Positions, Stack, text_half
 from optima_tpu.models.layers import over_rms
-from optima_tpu.models.rope import Rope, rotate_neighbours_wide
+from optima_tpu.models.rope import rotate_neighbours_wide
 from optima_tpu.models.routers import Router, sigmoid
 from optima_tpu.models.settings import of_every_block
 
@@ -48,16 +48,12 @@ class Llama4Config(experts.MixtureConfig):
         return Positions(cos, sin, (place % chunk + 1).astype(np.int32))
 
 
-def read_config(config: Any) -> Llama4Config:
-    """From ``transformers.Llama4TextConfig``. Raises UserError for a setting that is not supported."""
-    chunks = llama.by_type(config, {"full_attention": None, "chunked_attention": config.attention_chunk_size})
-    return Llama4Config(
-        **llama.read_sizes(config),
-        rope=Rope.from_hf(config.rope_parameters),
+def _settings(config: Any) -> llama.Settings:
+    return dict(
         rotation=rotate_neighbours_wide,
         **llama.attention_bias(config),
         turning=tuple(map(bool, of_every_block(config, "no_rope_layers"))),
-        chunks=chunks,
+        chunks=llama.by_type(config, {"full_attention": None, "chunked_attention": config.attention_chunk_size}),
         normed=config.use_qk_norm,
         temper=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None,
         experts=config.num_local_experts,
@@ -94,14 +90,13 @@ def router(config: experts.MixtureConfig) -> Router:
 
 
 _EXPERT = "feed_forward.experts.*.{}_proj.weight"
-FAMILY = dataclasses.replace(
-    experts.family(
-        read_config,
-        experts.MixtureNames(
-            "feed_forward", router="router", shared="shared_expert", width="intermediate_size", mlp_width="intermediate_size_mlp"
-        ),
-        attention=Llama4Attention,
+FAMILY = experts.family(
+    _settings,
+    experts.MixtureNames(
+        "feed_forward", router="router", shared="shared_expert", width="intermediate_size", mlp_width="intermediate_size_mlp"
     ),
+    made=Llama4Config,
+    attention=Llama4Attention,
     stacks={
         "feed_forward.experts.gate_up_proj": Stack((_EXPERT.format("gate"), _EXPERT.format("up"))),
         "feed_forward.experts.down_proj": Stack((_EXPERT.format("down"),)),

@@ -3,7 +3,6 @@
 The rows of a fused matrix are independent problems too, so it is pruned as one layer.
 """
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -18,19 +17,14 @@ from optima_tpu.models.layers import Linear, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate
 
 
-def read_config(config: Any) -> llama.LlamaConfig:
-    """From ``transformers.Phi3Config``; every block has the same window, or none."""
+def _rope(config: Any) -> Rope:
     parameters = dict(config.rope_parameters)
     # The original length may be an attribute of the configuration only, and the factor may be missing: it is then the ratio of
     # the two lengths.
     original = parameters.setdefault("original_max_position_embeddings", config.original_max_position_embeddings)
     if parameters.get("factor") is None:
         parameters["factor"] = config.max_position_embeddings / original
-    return llama.LlamaConfig(
-        **llama.read_sizes(config),
-        windows=llama.same_windows(config),
-        rope=Rope.from_hf(parameters, ("default", "longrope"), partial=True),
-    )
+    return Rope.from_hf(parameters, ("default", "longrope"), partial=True)
 
 
 class Phi3Attention(nnx.Module):
@@ -68,14 +62,16 @@ def heads(config: llama.LlamaConfig) -> Cut:
     return cut._replace(made_by={"qkv_proj": tuple(itertools.chain(*rows))})
 
 
-GATE_UP = {"gate_up_proj": (1, 1)}
-"""The layer that makes the neurons of such an MLP, see :func:`~optima_tpu.models.llama.with_mlp`."""
-_LIKE_LLAMA = dataclasses.replace(llama.FAMILY, **llama.with_mlp(Phi3MLP, GATE_UP, "down_proj"))
-FAMILY = dataclasses.replace(
-    _LIKE_LLAMA,
-    read_config=read_config,
-    block=block,
-    # Slices of the model axis do not end at the borders of q, k and v; XLA moves the rows.
-    linears=("self_attn.qkv_proj", "self_attn.o_proj", *_LIKE_LLAMA.linears[4:]),
-    cuts={**_LIKE_LLAMA.cuts, "head": (heads,)},
+JOINED = llama.with_mlp(Phi3MLP, {"gate_up_proj": (1, 1)}, "down_proj")
+"""What a family declares with such an MLP."""
+FAMILY = llama.relative(
+    lambda config: dict(windows=llama.same_windows(config)),
+    rope=_rope,
+    **JOINED
+    | dict(
+        block=block,
+        # Slices of the model axis do not end at the borders of q, k and v; XLA moves the rows.
+        linears=("self_attn.qkv_proj", "self_attn.o_proj", *JOINED["linears"][4:]),
+        cuts={**JOINED["cuts"], "head": (heads,)},
+    ),
 )

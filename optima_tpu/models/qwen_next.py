@@ -11,7 +11,6 @@ from optima_tpu.models import experts, llama, mixtures
 from optima_tpu.models.delta_net import DeltaNet, Sizes
 from optima_tpu.models.family import FURTHER, Cut, Family, Stack, text_half
 from optima_tpu.models.layers import ShiftedRMSNorm
-from optima_tpu.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,41 +34,36 @@ class QwenNextConfig(experts.MixtureConfig):
         return list(zip(self.linear, self.mixed, strict=True))
 
 
-def read_next(config: Any) -> QwenNextConfig:
-    """From ``transformers.Qwen3NextConfig``."""
-    width = config.shared_expert_intermediate_size
-    mixture = mixtures.qwen_mixture(config) | mixtures.qwen_mixed(config) | dict(shared_width=width)
-    return _read(config, joined=True, normalise=config.norm_topk_prob, **mixture)
+def _next(config: Any) -> llama.Settings:
+    return _settings(config, joined=True, shared_width=config.shared_expert_intermediate_size, **mixtures.qwen_mixed(config))
 
 
-def read_mixture(config: Any) -> QwenNextConfig:
-    """From ``transformers.Qwen3_5MoeTextConfig``: a mixture in every block."""
+def _mixture(config: Any) -> llama.Settings:
+    """A mixture in every block."""
     mixed, width = (True,) * config.num_hidden_layers, config.shared_expert_intermediate_size
-    return _read(config, normalise=True, mixed=mixed, shared_width=width, **mixtures.qwen_mixture(config))
+    return _settings(config, normalise=True, mixed=mixed, shared_width=width, **mixtures.qwen_mixture(config))
 
 
-def read_dense(config: Any) -> QwenNextConfig:
-    """From ``transformers.Qwen3_5TextConfig``: no mixture in any block."""
+def _dense(config: Any) -> llama.Settings:
+    """No mixture in any block."""
     mixed, width = (False,) * config.num_hidden_layers, config.intermediate_size
-    return _read(config, experts=0, experts_per_token=0, normalise=False, mixed=mixed, mlp_width=width)
+    return _settings(config, experts=0, experts_per_token=0, normalise=False, mixed=mixed, mlp_width=width)
 
 
-def _read(config: Any, joined: bool = False, **settings: Any) -> QwenNextConfig:
-    linear = llama.by_type(config, {"linear_attention": True, "full_attention": False})
+def _settings(config: Any, joined: bool = False, **mixture: Any) -> llama.Settings:
     heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
     if heads % key_heads:
         raise UserError(
             f"expected linear_num_value_heads that linear_num_key_heads divides, got {heads} and {key_heads} in config.json: "
             "check the file"
         )
-    return QwenNextConfig(
-        **llama.read_sizes(config) | settings,
-        rope=Rope.from_hf(config.rope_parameters, partial=True),
+    return dict(
+        **mixture,
         norm=ShiftedRMSNorm,
         **llama.attention_bias(config),
         qk_norm=llama.each_head,
         gated=True,
-        linear=linear,
+        linear=llama.by_type(config, {"linear_attention": True, "full_attention": False}),
         delta=Sizes(
             heads, key_heads, config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, joined
         ),
@@ -93,8 +87,10 @@ def linear_heads(config: QwenNextConfig) -> Cut:
     return Cut("key heads of linear attention", sizes.key_heads, values, ("linear_attn.out_proj",), makers, settings)
 
 
-def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Family:
-    made = experts.family(read_config, mixtures.QWEN_NAMES, attention)
+def _family(settings: Callable[[Any], llama.Settings], **fields: Any) -> Family:
+    made = experts.family(
+        settings, mixtures.QWEN_NAMES, made=QwenNextConfig, attention=attention, rope=llama.partial_rope_of, **fields
+    )
     wide = tuple(f"linear_attn.in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a"))
     narrow = "linear_attn.out_proj"
     return dataclasses.replace(
@@ -105,7 +101,6 @@ def _family(read_config: Callable[[Any], QwenNextConfig], **fields: Any) -> Fami
         residuals={narrow: made.residuals["self_attn.o_proj"], **made.residuals},
         ignored={r"mtp\..*": FURTHER},
         cuts={**made.cuts, "head": (llama.heads, linear_heads)},
-        **fields,
     )
 
 
@@ -113,9 +108,9 @@ _GATE, _UP, _DOWN = (f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "u
 STACKS = {"mlp.experts.gate_up_proj": Stack((_GATE, _UP), turned=False), "mlp.experts.down_proj": Stack((_DOWN,), turned=False)}
 """Of the mixtures as they are published; transformers writes each expert by itself."""
 
-NEXT = _family(read_next)
-DENSE = _family(read_dense)
-MIXTURE = _family(read_mixture, stacks=STACKS)
+NEXT = _family(_next)
+DENSE = _family(_dense)
+MIXTURE = _family(_mixture, stacks=STACKS)
 _IMAGES = ("model.language_model.",), r"model\.visual\..*"
 DENSE_MULTIMODAL = text_half(DENSE, *_IMAGES)
 MIXTURE_MULTIMODAL = text_half(MIXTURE, *_IMAGES)

@@ -4,8 +4,7 @@ A row says what no configuration says: that Qwen 2 has biases, that ``attention_
 what it reads: a model that has a setting of a relative beside its own does not obey it.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,59 +15,34 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import llama, phi3
 from optima_tpu.models.family import Cut, Family, ReadTensor
 from optima_tpu.models.layers import MLP, LayerNorm, ShiftedLayerNorm, UnbiasedLayerNorm, WideRMSNorm, scaled
-from optima_tpu.models.llama import NO_HEAD_DIM, LlamaConfig, Norms, attention_bias, each_head, same_windows, windows_by_type
-from optima_tpu.models.rope import Rope, RopeByBlock, rotate_neighbours, rotate_neighbours_wide, rotate_wide
+from optima_tpu.models.llama import (
+    NO_HEAD_DIM,
+    LlamaConfig,
+    Norms,
+    Settings,
+    all_biases,
+    attention_bias,
+    each_head,
+    partial_rope_of,
+    relative,
+    rope_by_type,
+    rope_of,
+    same_windows,
+    windows_by_type,
+)
+from optima_tpu.models.rope import RopeByBlock, rotate_neighbours, rotate_neighbours_wide, rotate_wide
 from optima_tpu.models.settings import supported
 
-Settings = Mapping[str, Any]
-"""Arguments of :class:`~optima_tpu.models.llama.LlamaConfig`."""
 
-
-def _turned(config: Any) -> Rope:
-    return Rope.from_hf(config.rope_parameters)
-
-
-def _partly_turned(config: Any) -> Rope:
-    return Rope.from_hf(config.rope_parameters, partial=True)
-
-
-def relative(
-    settings: Callable[[Any], Settings],
-    *,
-    activation: str = "silu",
-    eps: str = "rms_norm_eps",
-    rope: Callable[[Any], Rope | RopeByBlock] = _turned,
-    **declared: Any,
-) -> Family:
-    """A relative of Llama.
-
-    Args:
-      settings: what it reads of a ``transformers`` configuration beside the sizes.
-      activation: the only one that it has.
-      eps: the name of the norms' ``eps``.
-      rope: reads the rotary embedding.
-      declared: what the family declares otherwise than Llama.
-    """
-
-    def read_config(config: Any) -> LlamaConfig:
-        return LlamaConfig(**{**llama.read_sizes(config, activation, eps), "rope": rope(config), **settings(config)})
-
-    return dataclasses.replace(llama.FAMILY, read_config=read_config, **declared)
-
-
-def _all_biases(config: Any) -> dict[str, Any]:
-    return dict(**attention_bias(config), mlp_bias=config.mlp_bias)
-
-
-def _use_bias(config: Any) -> dict[str, Any]:
+def _use_bias(config: Any) -> Settings:
     return dict(qkv_bias=config.use_bias, o_bias=config.use_bias, mlp_bias=config.use_bias)
 
 
-def _ungated(activation: str, up: str, down: str) -> dict[str, Any]:
+def _ungated(up: str, down: str) -> dict[str, Any]:
     """What a family declares whose MLP has no gate."""
 
     def mlp(config: LlamaConfig) -> MLP:
-        return MLP(config.d_model, config.d_ff, activation=activation, bias=config.mlp_bias, up=up, down=down)
+        return MLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias, up=up, down=down)
 
     return llama.with_mlp(mlp, {up: ()}, down)
 
@@ -77,7 +51,7 @@ def _rotated_smollm3(config: Any) -> RopeByBlock:
     rotated, blocks = config.no_rope_layers, config.num_hidden_layers
     if len(rotated) < blocks:
         raise UserError(f"expected {blocks} no_rope_layers in config.json, got {len(rotated)}")
-    return RopeByBlock.where(map(bool, rotated[:blocks]), _turned(config))
+    return RopeByBlock.where(map(bool, rotated[:blocks]), rope_of(config))
 
 
 def _scaled_embeddings(
@@ -100,7 +74,7 @@ def _rotate_cohere(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -
     return rotate_neighbours(x.astype(jnp.float32), cos.astype(x.dtype), sin.astype(x.dtype)).astype(x.dtype)
 
 
-def _cohere(config: Any) -> dict[str, Any]:
+def _cohere(config: Any) -> Settings:
     return dict(
         **attention_bias(config), rotation=_rotate_cohere, norm=UnbiasedLayerNorm, logit_scale=config.logit_scale, norms=_BESIDE
     )
@@ -119,7 +93,7 @@ def _cohere_heads(config: LlamaConfig) -> Cut:
 
 def _rotated_in_windows(config: Any) -> RopeByBlock:
     windows = windows_by_type(config) or (None,) * config.num_hidden_layers
-    return RopeByBlock.where((window is not None for window in windows), _turned(config))
+    return RopeByBlock.where((window is not None for window in windows), rope_of(config))
 
 
 _BEHIND = Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm")
@@ -135,20 +109,19 @@ ALL_HEADS = {"head": "are normalised all together"}
 """``Family.cuts`` of a model with such norms."""
 
 
-def _olmo2(config: Any) -> dict[str, Any]:
+def _olmo2(config: Any) -> Settings:
     return dict(**attention_bias(config), rotation=rotate_wide, norm=WideRMSNorm, norms=_BEHIND, qk_norm=all_heads)
 
 
 def _rotated_exaone4(config: Any) -> RopeByBlock:
     rotated = (config.sliding_window is None or kind == "sliding_attention" for kind in config.layer_types)
-    return RopeByBlock.where(rotated, _turned(config))
+    return RopeByBlock.where(rotated, rope_of(config))
 
 
-def _glm(config: Any) -> dict[str, Any]:
+def _glm(config: Any) -> Settings:
     return dict(rotation=rotate_neighbours, qkv_bias=config.attention_bias)
 
 
-_JOINED = llama.with_mlp(phi3.Phi3MLP, phi3.GATE_UP, "down_proj")
 _MINISTRAL = relative(lambda config: dict(windows=windows_by_type(config)))
 
 FAMILIES: Mapping[str, Mapping[str, Family]] = {
@@ -162,19 +135,19 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
         "qwen3": relative(lambda config: dict(windows=windows_by_type(config), **attention_bias(config), qk_norm=each_head))
     },
     # Seed-OSS: a setting of its own for the bias behind attention.
-    "SeedOssForCausalLM": {"seed_oss": relative(lambda config: {**_all_biases(config), "o_bias": config.attention_out_bias})},
+    "SeedOssForCausalLM": {"seed_oss": relative(lambda config: {**all_biases(config), "o_bias": config.attention_out_bias})},
     # ERNIE 4.5, the dense one: neighbouring dimensions are rotated as pairs, in float32.
     "Ernie4_5ForCausalLM": {"ernie4_5": relative(lambda config: dict(rotation=rotate_neighbours_wide, **_use_bias(config)))},
     # AFM (arcee): an MLP without a gate, whose activation is the square of ReLU. Nemotron and Minitron have it with LayerNorms
     # shifted by 1, and a part of each head still.
-    "ArceeForCausalLM": {"arcee": relative(_all_biases, activation="relu2", **_ungated("relu2", "up_proj", "down_proj"))},
+    "ArceeForCausalLM": {"arcee": relative(all_biases, activation="relu2", **_ungated("up_proj", "down_proj"))},
     "NemotronForCausalLM": {
         "nemotron": relative(
-            lambda config: dict(**_all_biases(config), norm=ShiftedLayerNorm),
+            lambda config: dict(**all_biases(config), norm=ShiftedLayerNorm),
             activation="relu2",
             eps="norm_eps",
-            rope=_partly_turned,
-            **_ungated("relu2", "up_proj", "down_proj"),
+            rope=partial_rope_of,
+            **_ungated("up_proj", "down_proj"),
         )
     },
     # StarCoder 2: LayerNorm, biases, and an MLP without a gate; otherwise a Mistral.
@@ -183,18 +156,18 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
             lambda config: dict(windows=same_windows(config), **_use_bias(config), norm=LayerNorm),
             activation="gelu_pytorch_tanh",
             eps="norm_epsilon",
-            **_ungated("gelu_pytorch_tanh", "c_fc", "c_proj"),
+            **_ungated("c_fc", "c_proj"),
         )
     },
     # SmolLM 3: some blocks do not rotate queries and keys (NoPE), and may have a window.
     "SmolLM3ForCausalLM": {
-        "smollm3": relative(lambda config: dict(**_all_biases(config), windows=windows_by_type(config)), rope=_rotated_smollm3)
+        "smollm3": relative(lambda config: dict(**all_biases(config), windows=windows_by_type(config)), rope=_rotated_smollm3)
     },
     # Granite 3: factors at the embedding, the products of queries and keys, the residual additions and the logits.
     "GraniteForCausalLM": {
         "granite": relative(
             lambda config: dict(
-                **_all_biases(config),
+                **all_biases(config),
                 scale=config.attention_multiplier,
                 branch_scale=config.residual_multiplier,
                 logit_scale=1 / config.logits_scaling,
@@ -206,7 +179,7 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     # StableLM 2 and 3B-4E1T: LayerNorm, and a part of each head still; some have attention and MLP side by side.
     "StableLmForCausalLM": {
         "stablelm": relative(
-            _stablelm, eps="layer_norm_eps", rope=_partly_turned, cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM}
+            _stablelm, eps="layer_norm_eps", rope=partial_rope_of, cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM}
         )
     },
     # Command R and Aya (cohere), Command R7B and Command A (cohere2): attention and MLP side by side, reading one norm, which has no
@@ -232,7 +205,7 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     "Olmo3ForCausalLM": {
         "olmo3": relative(
             lambda config: dict(**_olmo2(config), windows=windows_by_type(config)),
-            rope=lambda config: RopeByBlock.from_hf(config.rope_parameters, config.layer_types),
+            rope=rope_by_type,
             residuals={},
             cuts={**llama.FAMILY.cuts, **ALL_HEADS},
         )
@@ -247,15 +220,15 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     },
     # GLM-4: neighbouring dimensions are rotated as pairs, a part of each head is still, gate and up are one matrix. The first
     # release (glm) has Llama's norms, the second (glm4, GLM-4-0414) also a norm behind each sublayer.
-    "GlmForCausalLM": {"glm": relative(_glm, rope=_partly_turned, **_JOINED)},
+    "GlmForCausalLM": {"glm": relative(_glm, rope=partial_rope_of, **phi3.JOINED)},
     "Glm4ForCausalLM": {
         "glm4": relative(
             lambda config: dict(
                 **_glm(config),
                 norms=Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
             ),
-            rope=_partly_turned,
-            **{**_JOINED, "residuals": {}},
+            rope=partial_rope_of,
+            **{**phi3.JOINED, "residuals": {}},
         )
     },
 }
