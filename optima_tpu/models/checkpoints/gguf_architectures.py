@@ -1,10 +1,12 @@
 """llama.cpp's architectures: their names, and how they differ from Hugging Face's models; one declaration each."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LLAMA_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -52,6 +54,19 @@ class Architecture:
     optional: frozenset[str] = frozenset()
     interleaved: bool = False
     norm_shift: float = 0.0
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The layers by their names in a file -> Hugging Face's names, with ``*`` for the number of a block."""
+        return _TOP | {f"blk.*.{theirs}": f"model.layers.*.{ours}" for theirs, ours in self.block.items()}
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str | None:
+    """The other name of a tensor, by names of layers as in ``Architecture.names``; None if its layer is not among them."""
+    layer, _, kind = name.rpartition(".")
+    number = re.search(r"\d+", layer)
+    other = names.get(re.sub(r"\d+", "*", layer, count=1))
+    return other and f"{other.replace('*', number[0] if number else '*')}.{kind}"
 
 
 def _llama(own: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:

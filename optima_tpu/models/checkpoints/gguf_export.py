@@ -28,8 +28,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.compressed_tensors import integers
-from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
-from optima_tpu.models.checkpoints.gguf_file import ROPE_FACTORS, TOP, open_gguf, rope_row_order
+from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, renamed
+from optima_tpu.models.checkpoints.gguf_file import ROPE_FACTORS, open_gguf, rope_row_order
 from optima_tpu.models.checkpoints.gguf_metadata import SIZES, llama3_factors
 from optima_tpu.models.checkpoints.gguf_vocabulary import vocabulary
 from optima_tpu.models.checkpoints.source import Pretrained, TensorSource
@@ -195,14 +195,8 @@ class GGUFModel:
         return again.tensors
 
     def _name(self, name: str) -> str:
-        stem, _, kind = name.rpartition(".")
-        for theirs, ours in TOP.items():
-            if stem == ours:
-                return f"{theirs}.{kind}"
-        block, _, part = stem.removeprefix("model.layers.").partition(".")
-        for theirs, ours in self.architecture.block.items():
-            if part == ours:
-                return f"blk.{block}.{theirs}.{kind}"
+        if found := renamed(name, {ours: theirs for theirs, ours in self.architecture.names.items()}):
+            return found
         raise UserError(f"expected tensors of a {self.architecture.model} for a GGUF file, got {name}; {_INSTEAD}")
 
     def _blocks(self, stored: Stored) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Checkpoints in GGUF files: tensors dequantised on reading, under Hugging Face names."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, dequantize
 
 from optima_tpu.errors import UserError, refusing
-from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
+from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, renamed
 from optima_tpu.models.checkpoints.gguf_metadata import (
     INSTEAD,
     General,
@@ -26,20 +25,10 @@ from optima_tpu.report.licence import CARD, Licence
 from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.records import check_record
 
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _WILD = 1e4
 _ARRAY_HEAD = np.dtype([("kind", np.uint32), ("count", np.uint64)])  # packed: 12 bytes
 ROPE_FACTORS = "rope_freqs.weight"
 """Not a weight: the llama3 rope scaling, written out per frequency. It goes into the configuration."""
-
-
-def hf_name(name: str, architecture: Architecture) -> str | None:
-    """The Hugging Face name of a tensor; None if the architecture has no such tensor."""
-    stem, _, kind = name.rpartition(".")
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if block and block[2] in architecture.block:
-        return f"model.layers.{block[1]}.{architecture.block[block[2]]}.{kind}"
-    return f"{TOP[stem]}.{kind}" if stem in TOP else None
 
 
 def rope_row_order(rows: int, heads: int) -> np.ndarray:
@@ -66,7 +55,7 @@ class GGUFSource:
     """
 
     def __init__(self, reader: GGUFReader, architecture: Architecture, heads: tuple[int, int], dtype: np.dtype):
-        named = [(hf_name(tensor.name, architecture), tensor) for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
+        named = [(renamed(tensor.name, architecture.names), tensor) for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
         self._tensors = {name: tensor for name, tensor in named if name}
         self._heads = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]} if architecture.interleaved else {}
         self._norm_shift = np.float32(architecture.norm_shift)
