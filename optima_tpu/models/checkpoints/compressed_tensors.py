@@ -22,7 +22,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.quantization import Quantizer
-from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
+from optima_tpu.models.checkpoints.source import ComputedTensors, LazyTensor, TensorSource
 from optima_tpu.runtime.records import check_record
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -164,7 +164,7 @@ def dequantized(stored: TensorSource, bits: int) -> ComputedTensors:
     Raises:
       UserError: the tensors of a weight do not fit one another.
     """
-    computed, hidden, names = dict[str, ComputedTensor](), set[str](), set(stored.names())
+    computed, hidden, names = dict[str, LazyTensor](), set[str](), set(stored.names())
     for module in sorted(name.removesuffix(PACKED) for name in names if name.endswith("." + PACKED)):
         if missing := {module + SCALE, module + SHAPE} - names:
             raise UserError(f"expected {min(missing)} beside {module + PACKED}, got none: export the model again")
@@ -175,7 +175,7 @@ def dequantized(stored: TensorSource, bits: int) -> ComputedTensors:
                 f"{module}weight: expected integers and scales of {shape}, got {words} and {scales}: export the model again"
             )
         read = functools.partial(_read, stored, module, bits, shape[1])
-        computed[module + "weight"] = ComputedTensor(shape, stored.dtype(module + SCALE), read)
+        computed[module + "weight"] = LazyTensor(shape, stored.dtype(module + SCALE), read)
         hidden |= {module + PACKED, module + SCALE, module + SHAPE}
     return ComputedTensors(stored, computed, hidden)
 

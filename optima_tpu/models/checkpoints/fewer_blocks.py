@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from optima_tpu.config.run_config import CutStructures
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_named, family_of
-from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource, architecture_of, read_config
+from optima_tpu.models.checkpoints.source import ComputedTensors, LazyTensor, TensorSource, architecture_of, read_config
 from optima_tpu.models.family import DecoderConfig
 
 
@@ -165,5 +165,5 @@ def renumbered(tensors: TensorSource, prefix: str, left_out: Collection[int]) ->
         }
 
     names = renamed(tensors.names())
-    computed = {new: ComputedTensor.of(tensors, old) for new, old in names.items() if new != old}
+    computed = {new: LazyTensor.of(tensors, old) for new, old in names.items() if new != old}
     return ComputedTensors(tensors, computed, set(tensors.names()) - names.keys(), renamed(getattr(tensors, "stacks", ())))

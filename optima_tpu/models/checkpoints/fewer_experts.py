@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.checkpoints.fewer_blocks import assets_without, with_settings
-from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource, architecture_of
+from optima_tpu.models.checkpoints.source import ComputedTensors, LazyTensor, TensorSource, architecture_of
 from optima_tpu.models.experts import MixtureConfig
 from optima_tpu.models.family import ExpertNames
 from optima_tpu.models.routers import Groups
@@ -92,7 +92,7 @@ def fewer_experts(
       kept: the experts that stay, ascending, by the prefix of the names of their block.
       solved: tensors by their new names, in the place of those that are so called.
     """
-    computed, gone = dict[str, ComputedTensor](), set[str]()
+    computed, gone = dict[str, LazyTensor](), set[str]()
     of_experts = {prefix + names.each: {old: new for new, old in enumerate(stay)} for prefix, stay in kept.items()}
     for name in tensors.names():
         before, _, behind = name.partition(names.each)
@@ -101,15 +101,15 @@ def fewer_experts(
             gone.add(name)
             if int(number) in numbers:
                 new = f"{before}{names.each}{numbers[int(number)]}.{rest}"
-                computed[new] = ComputedTensor.of(tensors, name)
+                computed[new] = LazyTensor.of(tensors, name)
     present = set(tensors.names())
     for prefix, stay in kept.items():
         for name in present & {prefix + each for each in names.router}:
             shape = len(stay), *tensors.shape(name)[1:]
             read = functools.partial(_rows, tensors, name, np.array(stay))
-            computed[name] = ComputedTensor(shape, tensors.dtype(name), read)
+            computed[name] = LazyTensor(shape, tensors.dtype(name), read)
     if solved is not None:
-        computed |= {name: ComputedTensor.of(solved, name) for name in solved.names()}
+        computed |= {name: LazyTensor.of(solved, name) for name in solved.names()}
     return ComputedTensors(tensors, computed, gone - computed.keys(), getattr(tensors, "stacks", ()))
 
 

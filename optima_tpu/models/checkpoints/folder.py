@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face folders: config.json beside one or several safetensors files, plain or packed."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,14 +15,14 @@ from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import packed
 from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import (
-    Index,
+    LazyTensor,
     Pretrained,
+    Tensors,
     TensorSource,
     cast,
     fingerprint,
     parse_dtype,
     read_config,
-    whole_slices,
 )
 from optima_tpu.models.checkpoints.stacks import stacks_of, unstacked
 from optima_tpu.report.licence import CARD
@@ -69,7 +70,7 @@ _CONVERT = (
 )
 
 
-class SafetensorsSource:
+class SafetensorsSource(Tensors):
     """Tensors in memory-mapped safetensors files; a read touches only the bytes of its slice.
 
     Raises:
@@ -79,7 +80,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, shards: list[Path]):
-        self._slices: dict[str, Any] = {}
+        tensors: dict[str, LazyTensor] = {}
         holder: dict[str, str] = {}
         for path in shards:
             if not path.is_file():
@@ -91,30 +92,30 @@ class SafetensorsSource:
             for name in file.keys():
                 if name in holder:
                     raise UserError(f"{path} and {holder[name]} both hold the tensor {name}: keep one model in a folder")
-                self._slices[name], holder[name] = file.get_slice(name), path.name
-                if (kind := self._slices[name].get_dtype()) not in _STORED:
-                    raise UserError(f"{path} stores {name} as {kind}; expected one of {', '.join(_STORED)}")
+                stored, holder[name] = file.get_slice(name), path.name
+                dtype = _dtype(stored.get_dtype(), name, path)
+                tensors[name] = LazyTensor(tuple(stored.get_shape()), dtype, functools.partial(_read, stored, dtype))
+        super().__init__(tensors)
         self._holder = holder
 
     def holder(self, name: str) -> str | None:
         """The name of the file that holds a tensor; None if none does."""
         return self._holder.get(name)
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._slices))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
-
-    def dtype(self, name: str) -> np.dtype:
-        return np.dtype(_STORED[self._slices[name].get_dtype()])
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        part = self._slices[name][whole_slices(index, self.shape(name))]
-        return part.astype(self.dtype(name), copy=False)
+def _read(stored: Any, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    part: np.ndarray = stored[index]
+    return part.astype(dtype, copy=False)
 
 
-class PackedSource:
+def _dtype(stored: str, name: str, path: Path) -> np.dtype:
+    """The dtype that safetensors names so. Raises UserError if numpy can't represent it."""
+    if stored not in _STORED:
+        raise UserError(f"{path} stores {name} as {stored}; expected one of {', '.join(_STORED)}")
+    return np.dtype(_STORED[stored])
+
+
+class PackedSource(Tensors):
     """Tensors of a packed folder, decoded on demand. The last one is held, because a mesh requests a tensor slice by slice.
 
     Raises:
@@ -125,9 +126,12 @@ class PackedSource:
         with _user_error():
             self._packed = packed.Packed(folder)
         self._held: tuple[str, np.ndarray] | None = None
-        for name, tensor in self._packed.tensors.items():
-            if tensor.dtype not in _STORED:
-                raise UserError(f"{folder} stores {name} as {tensor.dtype}; expected one of {', '.join(_STORED)}")
+        super().__init__(
+            {
+                name: LazyTensor(tensor.shape, _dtype(tensor.dtype, name, folder), functools.partial(self._part, name))
+                for name, tensor in self._packed.tensors.items()
+            }
+        )
 
     def files(self) -> list[Path]:
         """The packed files of weights."""
@@ -139,21 +143,11 @@ class PackedSource:
             for name, data in assets.items():
                 self._packed.check_file(name, data)
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._packed.tensors))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._packed.tensors[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return np.dtype(_STORED[self._packed.tensors[name].dtype])
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+    def _part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if self._held is None or self._held[0] != name:
             with _user_error():
-                tensor = self._packed.tensors[name]
-                self._held = name, self._packed.read(name).view(_STORED[tensor.dtype]).reshape(tensor.shape)
-        return self._held[1][whole_slices(index, self.shape(name))].copy()
+                self._held = name, self._packed.read(name).view(self.dtype(name)).reshape(self.shape(name))
+        return self._held[1][index].copy()
 
     def kept(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Mask and kept elements of a tensor, see :meth:`packed.Packed.kept`; None if it is stored without a mask."""

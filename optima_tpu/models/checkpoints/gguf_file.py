@@ -1,11 +1,12 @@
 """Checkpoints in GGUF files: tensors dequantised on reading, under Hugging Face names."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor, dequantize
 
 from optima_tpu.errors import UserError, refusing
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, renamed
@@ -20,7 +21,7 @@ from optima_tpu.models.checkpoints.gguf_metadata import (
     own_fields,
 )
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
-from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint, named_dtype, read_config, whole_slices
+from optima_tpu.models.checkpoints.source import LazyTensor, Pretrained, Tensors, fingerprint, named_dtype, read_config
 from optima_tpu.report.licence import CARD, Licence
 from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.records import check_record
@@ -40,7 +41,7 @@ def rope_row_order(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).ravel()
 
 
-class GGUFSource:
+class GGUFSource(Tensors):
     """Tensors in a memory-mapped GGUF file, dequantised in float32 and then cast once.
 
     A read touches only the bytes of its rows. Rows of q_proj and k_proj are in Hugging Face's order, and norm weights are Hugging
@@ -56,10 +57,16 @@ class GGUFSource:
 
     def __init__(self, reader: GGUFReader, architecture: Architecture, heads: tuple[int, int], dtype: np.dtype):
         named = [(renamed(tensor.name, architecture.names), tensor) for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
-        self._tensors = {name: tensor for name, tensor in named if name}
+        super().__init__(
+            {
+                # GGUF lists the fastest axis first.
+                name: LazyTensor(tuple(map(int, tensor.shape[::-1])), dtype, functools.partial(self._part, tensor, name))
+                for name, tensor in named
+                if name
+            }
+        )
         self._heads = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]} if architecture.interleaved else {}
         self._norm_shift = np.float32(architecture.norm_shift)
-        self._dtype = dtype
         strange = [tensor.name for name, tensor in named if not name]
         if strange:
             raise UserError(
@@ -73,22 +80,12 @@ class GGUFSource:
             with refusing(NotImplementedError, unread):
                 dequantize(np.asarray(tensor.data[:1]) if tensor.data.ndim > 1 else np.asarray(tensor.data), kind)
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._tensors))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF lists the fastest axis first
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._dtype
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        tensor, shape = self._tensors[name], self.shape(name)
-        rows, *columns = whole_slices(index, shape)
-        order = np.arange(shape[0])
+    def _part(self, tensor: ReaderTensor, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, *columns = index
+        order = np.arange(self.shape(name)[0])
         for part, heads in self._heads.items():
             if f".{part}." in name:
-                order = rope_row_order(shape[0], heads)
+                order = rope_row_order(len(order), heads)
         if columns:
             values = dequantize(np.asarray(tensor.data[order[rows]]), tensor.tensor_type)[:, *columns]
             _refuse_wild(tensor.name, values)
@@ -96,7 +93,7 @@ class GGUFSource:
             values = dequantize(np.asarray(tensor.data), tensor.tensor_type)[order[rows]]
             if self._norm_shift and name.endswith("norm.weight"):
                 values = values - self._norm_shift
-        return np.array(values, self._dtype)
+        return np.array(values, self.dtype(name))
 
 
 class _Reader(GGUFReader):

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
+from optima_tpu.models.checkpoints.source import ComputedTensors, LazyTensor, TensorSource
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _INPUTS, _BYTES = 32, 16
@@ -42,7 +42,7 @@ def without_mxfp4(stored: TensorSource) -> ComputedTensors:
     Raises:
       UserError: the two tensors of a weight do not fit one another.
     """
-    computed, names = dict[str, ComputedTensor](), set(stored.names())
+    computed, names = dict[str, LazyTensor](), set(stored.names())
     halves = {name for name in names if name.endswith((BLOCKS, SCALES))}
     for name in sorted({half.removesuffix(BLOCKS).removesuffix(SCALES) for half in halves}):
         for half, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
@@ -58,7 +58,7 @@ def without_mxfp4(stored: TensorSource) -> ComputedTensors:
                 f"got {kinds[0]} {list(blocks)} and {kinds[1]} {list(scales)}: download the model again"
             )
         shape = blocks[0], blocks[2] * _INPUTS, blocks[1]
-        computed[name] = ComputedTensor(shape, np.dtype(ml_dtypes.bfloat16), functools.partial(_read, stored, name))
+        computed[name] = LazyTensor(shape, np.dtype(ml_dtypes.bfloat16), functools.partial(_read, stored, name))
     return ComputedTensors(stored, computed, halves)
 
 

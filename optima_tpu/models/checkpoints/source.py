@@ -47,11 +47,11 @@ class TensorSource(Protocol):
         """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as a new array."""
 
 
-class ComputedTensor(NamedTuple):
-    """A tensor that no file holds as it is.
+class LazyTensor(NamedTuple):
+    """A tensor of a checkpoint.
 
     Attributes:
-      read: computes a part of it, from one slice for each axis, see :func:`whole_slices`.
+      read: reads a part of it, from one slice for each axis, see :func:`whole_slices`.
     """
 
     shape: tuple[int, ...]
@@ -59,12 +59,32 @@ class ComputedTensor(NamedTuple):
     read: Callable[[tuple[slice, ...]], np.ndarray]
 
     @classmethod
-    def of(cls, source: TensorSource, name: str) -> "ComputedTensor":
+    def of(cls, source: TensorSource, name: str) -> "LazyTensor":
         """A tensor of another source as it is there, for another name or place."""
-        return cls(tuple(source.shape(name)), source.dtype(name), functools.partial(source.read, name))
+        return cls(tuple(source.shape(name)), source.dtype(name), lambda index: source.read(name, index or (...,)))
 
 
-class ComputedTensors:
+class Tensors:
+    """A ``TensorSource`` of tensors by their names."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]):
+        self._tensors = tensors
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._tensors))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        tensor = self._tensors[name]
+        return tensor.read(whole_slices(index, tensor.shape))
+
+
+class ComputedTensors(Tensors):
     """The tensors of a checkpoint, of which some are computed on reading.
 
     Args:
@@ -73,29 +93,11 @@ class ComputedTensors:
     """
 
     def __init__(
-        self,
-        stored: TensorSource,
-        computed: Mapping[str, ComputedTensor],
-        hidden: Collection[str] = (),
-        stacks: Iterable[str] = (),
+        self, stored: TensorSource, computed: Mapping[str, LazyTensor], hidden: Collection[str] = (), stacks: Iterable[str] = ()
     ):
-        self._stored, self._computed, self.stacks = stored, computed, tuple(sorted(stacks))
-        self._names = tuple(sorted({*stored.names(), *computed}.difference(hidden)))
-
-    def names(self) -> tuple[str, ...]:
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._computed[name].shape if name in self._computed else self._stored.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._computed[name].dtype if name in self._computed else self._stored.dtype(name)
-
-    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        if name not in self._computed:
-            return self._stored.read(name, index)
-        tensor = self._computed[name]
-        return tensor.read(whole_slices(index, tensor.shape))
+        others = {name: LazyTensor.of(stored, name) for name in {*stored.names()}.difference(hidden, computed)}
+        super().__init__({**others, **computed})
+        self.stacks = tuple(sorted(stacks))
 
 
 def cast(source: TensorSource, dtype: np.dtype, exact: tuple[str, ...] = ()) -> ComputedTensors:
@@ -110,14 +112,12 @@ def cast(source: TensorSource, dtype: np.dtype, exact: tuple[str, ...] = ()) -> 
 
     ends = tuple("." + name for name in exact)
     names = (name for name in source.names() if source.dtype(name) in _FLOATS and not name.endswith(ends))
-    return ComputedTensors(
-        source, {name: ComputedTensor(source.shape(name), dtype, functools.partial(read, name)) for name in names}
-    )
+    return ComputedTensors(source, {name: LazyTensor(source.shape(name), dtype, functools.partial(read, name)) for name in names})
 
 
 def layered(above: TensorSource, below: TensorSource) -> ComputedTensors:
     """The tensors of one source over those of another, which has every name: the blocks of a journal over the dense model."""
-    return ComputedTensors(below, {name: ComputedTensor.of(above, name) for name in above.names()})
+    return ComputedTensors(below, {name: LazyTensor.of(above, name) for name in above.names()})
 
 
 @dataclasses.dataclass(frozen=True)

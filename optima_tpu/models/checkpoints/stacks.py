@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from optima_tpu.models import family_named, general
-from optima_tpu.models.checkpoints.source import ComputedTensor, ComputedTensors, TensorSource
+from optima_tpu.models.checkpoints.source import ComputedTensors, LazyTensor, TensorSource
 from optima_tpu.models.family import Stack
 
 
@@ -38,7 +38,7 @@ def unstacked(stacked: TensorSource, stacks: Mapping[str, Stack]) -> ComputedTen
       stacks: ``Family.stacks``.
     """
     found = stacks_among(stacked.names(), stacks)
-    computed: dict[str, ComputedTensor] = {}
+    computed: dict[str, LazyTensor] = {}
     for name, stack in found.items():
         whole, dtype = stacked.shape(name), stacked.dtype(name)
         experts, (first, *rest) = whole[: stack.axes], stack.turn(whole[stack.axes :])
@@ -46,7 +46,7 @@ def unstacked(stacked: TensorSource, stacks: Mapping[str, Stack]) -> ComputedTen
         for expert in range(*experts or (1,)):
             for number, part in enumerate(stack.of(expert)):
                 read = functools.partial(_read, stacked, name, stack, expert, number * shape[0])
-                computed[part] = ComputedTensor(shape, dtype, read)
+                computed[part] = LazyTensor(shape, dtype, read)
     return ComputedTensors(stacked, computed, found.keys() - computed.keys(), found)
 
 
