@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from optima_tpu.errors import UserError, refusing
-from optima_tpu.models.checkpoints.export import MASKS
+from optima_tpu.models.checkpoints.packed import MASKS, SHAPE
 from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource, weight_names
 
 MASKLLM = "mask_compressed.npz"
 """The file that MaskLLM publishes beside or without a model."""
-
-_SHAPE = ".shape"  # as export.read_masks describes it
 
 Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -33,12 +31,12 @@ def open_npz(path: Path, origin: str) -> MaskSource:
       UserError: the file is damaged, or has none of these layouts.
     """
     entries = _entries(path)
-    if any(key.endswith(_SHAPE) for key in entries):
+    if any(key.endswith(SHAPE) for key in entries):
         for key in entries:
-            partner = key.removesuffix(_SHAPE) if key.endswith(_SHAPE) else key + _SHAPE
+            partner = key.removesuffix(SHAPE) if key.endswith(SHAPE) else key + SHAPE
             if partner not in entries:
                 raise UserError(f"{path} holds {key!r} without {partner!r}: it is not all of {MASKS}; export again")
-        keys = [key for key in entries if not key.endswith(_SHAPE)]
+        keys = [key for key in entries if not key.endswith(SHAPE)]
         how, unpack = f"{MASKS} of this program", _rows
     elif entries and all(len(shape) == 1 and dtype == np.uint8 for shape, dtype in entries.values()):
         how, keys, unpack = "MaskLLM npz", list(entries), _flat
@@ -50,7 +48,7 @@ def open_npz(path: Path, origin: str) -> MaskSource:
 
     def load(key: str, shape: tuple[int, int]) -> np.ndarray:
         most = max(8 * shape[0] * shape[1], 1 << 10)
-        for name in (key, key + _SHAPE):
+        for name in (key, key + SHAPE):
             size = entries.get(name, ((), np.dtype(bool)))
             if math.prod(size[0]) * size[1].itemsize > most:
                 raise UserError(
@@ -93,7 +91,7 @@ def _flat(file: np.lib.npyio.NpzFile, key: str, shape: tuple[int, int]) -> np.nd
 
 
 def _rows(file: np.lib.npyio.NpzFile, key: str, shape: tuple[int, int]) -> np.ndarray:
-    d_out, d_in = (int(size) for size in file[key + _SHAPE])
+    d_out, d_in = (int(size) for size in file[key + SHAPE])
     packed = file[key]
     if packed.shape != (d_out, -(-d_in // 8)):
         raise ValueError(f"packed bits {packed.shape} do not belong to a mask of shape {(d_out, d_in)}")
