@@ -67,9 +67,8 @@ def cases():
 
 
 def test_every_family_says_of_each_pattern_what_it_cuts_or_why_not():
-    for model, families in FAMILIES.items():
-        for family in families.values():
-            assert family.cuts.keys() == PATTERNS.keys(), model
+    for model, family in FAMILIES.items():
+        assert family.cuts.keys() == PATTERNS.keys(), model
 
 
 def of_inputs(model, name: str, columns: int):
@@ -145,12 +144,12 @@ def test_a_width_of_heads_that_config_json_cannot_say_is_seen_when_it_is_read_ag
     """So that a family which says wrongly that its heads can be cut is refused too."""
     config = BY_MODEL[model].configuration({})
     cut = Cut("heads", 6, 8, ("self_attn.o_proj",), {}, {"num_attention_heads": 1}, {"head_dim": 8})
-    family = FAMILIES[model][config.model_type]
+    family = FAMILIES[model, config.model_type]
 
     def heads(config):
         return cut._replace(total=config.heads, width=config.d_model // config.heads)
 
-    monkeypatch.setitem(FAMILIES[model], config.model_type, dataclasses.replace(family, cuts={"head": (heads,)}))
+    monkeypatch.setitem(FAMILIES, (model, config.model_type), dataclasses.replace(family, cuts={"head": (heads,)}))
     with pytest.raises(
         UserError, match=f"{model} .*, which leaves 3 of 6 heads: these are read as of another width than 8; take another pattern"
     ):

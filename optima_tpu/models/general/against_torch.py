@@ -11,7 +11,7 @@ import transformers
 
 from optima_tpu.errors import UserError, plural, some
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.models import FAMILIES
+from optima_tpu.models import family_named
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import hub, open_model
 from optima_tpu.models.decoder import Decoder, head_logits
@@ -46,7 +46,7 @@ def compared(model: str, length: int) -> Agreement:
     tokens = np.random.default_rng(0).integers(0, pretrained.config.get_text_config().vocab_size, (1, min(length, limit)))
     expected = _torch_logits(Path(model).expanduser() if Path(model).exists() else hub.download(model), name, tokens)
     lines, agrees = [f"model        {model}: {name}"], False
-    for way in ("family", "general") if name in FAMILIES else ("general",):
+    for way in ("family", "general") if family_named([name]) else ("general",):
         try:
             decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None), general=way == "general")
             check_checkpoint(decoder)
