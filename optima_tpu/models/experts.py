@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
-from optima_tpu.models.family import Cut, ExpertNames, Family, Residual
+from optima_tpu.models.family import Cut, ExpertNames, Family, Residual, Stack
 from optima_tpu.models.grouped import Stretches, grouped_dot
 from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear, project
 from optima_tpu.models.routers import GroupRouter, Groups, Router, of_sum_one, same, softmax
@@ -148,6 +148,16 @@ class MixtureNames:
         """The names of what the experts have, by their path in the block."""
         router = (self.inside(self.router, name) for name in self.rows)
         return ExpertNames(self.inside("experts."), tuple(router), self.inside("shares"), self.layers[-1])
+
+    def stacks(self, turned: bool) -> dict[str, Stack]:
+        """``Family.stacks`` where a tensor holds gate and up of all experts, or down; ``turned`` as in :class:`Stack`."""
+        *wide, narrow = self.layers
+        kinds = {"": ".weight"} | ({"_bias": ".bias"} if self.bias else {})
+        return {
+            self.inside("experts", name + ending): Stack(tuple(layer + kind for layer in layers), turned)
+            for name, layers in (("gate_up_proj", wide), ("down_proj", [narrow]))
+            for ending, kind in kinds.items()
+        }
 
     def inside(self, *names: str) -> str:
         """The path in the block of a part of the mixture."""

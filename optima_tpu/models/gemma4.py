@@ -18,7 +18,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, gemma, llama
-from optima_tpu.models.family import Cut, Positions, Stack, text_half
+from optima_tpu.models.family import Cut, Positions, text_half
 from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear, WideRMSNorm, over_rms, scaled
 from optima_tpu.models.rope import TYPES, RopeByBlock
 from optima_tpu.models.settings import supported
@@ -200,10 +200,7 @@ FAMILY = dataclasses.replace(
     narrow=(*llama.FAMILY.narrow, _NARROW),
     experts=LAYOUT.experts,
     shared=tuple(_WIDE),
-    stacks={
-        "experts.gate_up_proj": Stack(tuple(name + ".weight" for name in _WIDE), turned=False),
-        "experts.down_proj": Stack((_NARROW + ".weight",), turned=False),
-    },
+    stacks=LAYOUT.stacks(turned=False),
 )
 MULTIMODAL = text_half(
     FAMILY, ("model.language_model.",), r"model\.(vision_|audio_|embed_vision|embed_audio).*", "for images and sound"

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.models import experts, llama
-from optima_tpu.models.family import Stack
 from optima_tpu.models.layers import WideRMSNorm
 from optima_tpu.models.routers import Router, softmax
 
@@ -49,14 +48,5 @@ def router(config: experts.MixtureConfig) -> Router:
     return Router(config.d_model, config.experts, config.experts_per_token, shares=softmax, bias=True)
 
 
-STACKS = {
-    f"mlp.experts.{layer}_proj{ending}": Stack((f"mlp.experts.*.{layer}_proj.{what}",))
-    for layer in ("gate_up", "down")
-    for ending, what in (("", "weight"), ("_bias", "bias"))
-}
-FAMILY = experts.family(
-    _settings,
-    experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, width="intermediate_size"),
-    activation=None,  # hidden_act is not used
-    stacks=STACKS,
-)
+_NAMES = experts.MixtureNames(router="router", wide=("gate_up_proj",), bias=True, width="intermediate_size")
+FAMILY = experts.family(_settings, _NAMES, activation=None, stacks=_NAMES.stacks(turned=True))  # hidden_act is not used

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.models import experts, llama
-from optima_tpu.models.family import Positions, Stack, text_half
+from optima_tpu.models.family import Positions, text_half
 from optima_tpu.models.layers import over_rms
 from optima_tpu.models.rope import rotate_neighbours_wide
 from optima_tpu.models.routers import Router, sigmoid
@@ -89,19 +89,10 @@ def router(config: experts.MixtureConfig) -> Router:
     return Router(config.d_model, config.experts, config.experts_per_token, shares=sigmoid)
 
 
-_EXPERT = "feed_forward.experts.*.{}_proj.weight"
-FAMILY = experts.family(
-    _settings,
-    experts.MixtureNames(
-        "feed_forward", router="router", shared="shared_expert", width="intermediate_size", mlp_width="intermediate_size_mlp"
-    ),
-    made=Llama4Config,
-    attention=Llama4Attention,
-    stacks={
-        "feed_forward.experts.gate_up_proj": Stack((_EXPERT.format("gate"), _EXPERT.format("up"))),
-        "feed_forward.experts.down_proj": Stack((_EXPERT.format("down"),)),
-    },
+_NAMES = experts.MixtureNames(
+    "feed_forward", router="router", shared="shared_expert", width="intermediate_size", mlp_width="intermediate_size_mlp"
 )
+FAMILY = experts.family(_settings, _NAMES, made=Llama4Config, attention=Llama4Attention, stacks=_NAMES.stacks(turned=True))
 MULTIMODAL = text_half(
     FAMILY, ("language_model.model.",), r"(vision_model|multi_modal_projector)\..*", head="language_model.lm_head.weight"
 )

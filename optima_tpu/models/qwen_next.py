@@ -9,7 +9,7 @@ from flax import nnx
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama, mixtures
 from optima_tpu.models.delta_net import DeltaNet, Sizes
-from optima_tpu.models.family import FURTHER, Cut, Family, Stack, text_half
+from optima_tpu.models.family import FURTHER, Cut, Family, text_half
 from optima_tpu.models.layers import ShiftedRMSNorm
 
 
@@ -104,13 +104,10 @@ def _family(settings: Callable[[Any], llama.Settings], **fields: Any) -> Family:
     )
 
 
-_GATE, _UP, _DOWN = (f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
-STACKS = {"mlp.experts.gate_up_proj": Stack((_GATE, _UP), turned=False), "mlp.experts.down_proj": Stack((_DOWN,), turned=False)}
-"""Of the mixtures as they are published; transformers writes each expert by itself."""
-
 NEXT = _family(_next)
 DENSE = _family(_dense)
-MIXTURE = _family(_mixture, stacks=STACKS)
+# As the mixtures are published; transformers writes each expert by itself.
+MIXTURE = _family(_mixture, stacks=mixtures.QWEN_NAMES.stacks(turned=False))
 _IMAGES = ("model.language_model.",), r"model\.visual\..*"
 DENSE_MULTIMODAL = text_half(DENSE, *_IMAGES)
 MIXTURE_MULTIMODAL = text_half(MIXTURE, *_IMAGES)

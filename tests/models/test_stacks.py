@@ -37,7 +37,7 @@ def test_experts_are_read_one_by_one_and_put_together_again():
         "model.norm.weight": rng.standard_normal(4),
     }
     source = MemoryTensors(arrays)
-    parts = unstacked(source, gpt_oss.STACKS)
+    parts = unstacked(source, gpt_oss.FAMILY.stacks)
     assert len(parts.names()) == 2 * experts + 1
     for number in range(experts):
         matrix, bias = (f"{PREFIX}{number}.gate_up_proj.{what}" for what in ("weight", "bias"))
@@ -47,7 +47,7 @@ def test_experts_are_read_one_by_one_and_put_together_again():
         np.testing.assert_array_equal(parts.read(matrix, (..., slice(1, 3))), parts.read(matrix)[:, 1:3])
         np.testing.assert_array_equal(parts.read(bias), arrays[PREFIX + "gate_up_proj_bias"][number])
 
-    whole = Stacked(parts, stacks_among(parts.stacks, gpt_oss.STACKS))
+    whole = Stacked(parts, stacks_among(parts.stacks, gpt_oss.FAMILY.stacks))
     assert whole.names() == source.names()
     for name, array in arrays.items():
         assert (whole.shape(name), whole.dtype(name)) == (array.shape, array.dtype)
@@ -57,7 +57,7 @@ def test_experts_are_read_one_by_one_and_put_together_again():
 
 
 def test_only_models_that_stack_have_stacks():
-    assert stacks_of(["GptOssForCausalLM"]) == gpt_oss.STACKS
+    assert stacks_of(["GptOssForCausalLM"]) == gpt_oss.FAMILY.stacks
     assert not stacks_of(["LlamaForCausalLM"]) and not stacks_of(None)
     gate = "mlp.experts.*.gate_proj.weight"
     assert stacks_of(["Unknown"])["mlp.experts.gate_up_proj"] == Stack((gate, gate.replace("gate", "up")), turned=False)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from optima_tpu.errors import UserError
+from optima_tpu.models.experts import MixtureNames
 from optima_tpu.models.family import Family, Stack
 
 if TYPE_CHECKING:
@@ -19,19 +20,14 @@ _GPT2 = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_p
 _MLP = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
-def _experts(
-    path: str, wide: str = "experts.gate_up_proj", narrow: str = "experts.down_proj", turned: bool = False
-) -> dict[str, Stack]:
+def _experts(path: str, wide: str, narrow: str, turned: bool = False) -> dict[str, Stack]:
     gate, up, down = (f"{path}.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
     return {f"{path}.{wide}": Stack((gate, up), turned), f"{path}.{narrow}": Stack((down,), turned)}
 
 
+_PATHS = "mlp", "feed_forward", "mixer", "moe", "block_sparse_moe"
 _USUAL: Mapping[str, Stack] = {
-    **_experts("mlp"),
-    **_experts("feed_forward"),
-    **_experts("mixer"),
-    **_experts("moe"),
-    **_experts("block_sparse_moe"),
+    **{name: stack for path in _PATHS for name, stack in MixtureNames(path).stacks(turned=False).items()},
     **_experts("block_sparse_moe", "input_linear.weight", "output_linear.weight"),
 }
 _OWN: Mapping[str, Mapping[str, Stack]] = {
