@@ -30,6 +30,8 @@ class DeclaredStorage(DeclaredKind, total=False):
 
 
 class Declared(DeclaredStorage, total=False):
+    """The entries of config.json that decide what is computed and how much memory it takes, with the bounds of this program."""
+
     num_hidden_layers: _Blocks
     layer_types: Annotated[list[str], msgspec.Meta(max_length=1 << 11)] | None
     hidden_size: _Width
@@ -124,8 +126,6 @@ class Declared(DeclaredStorage, total=False):
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
 
-
-"""The entries of config.json that decide what is computed and how much memory it takes, with the bounds of this program."""
 
 DECIDING = tuple(set(Declared.__annotations__) - {"architectures", "dtype", "torch_dtype", "quantization_config"})
 """The entries that a configuration of transformers has as attributes of the same types."""
