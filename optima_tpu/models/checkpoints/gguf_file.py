@@ -21,7 +21,7 @@ from optima_tpu.models.checkpoints.gguf_metadata import (
     own_fields,
 )
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
-from optima_tpu.models.checkpoints.source import LazyTensor, Pretrained, Tensors, fingerprint, named_dtype, read_config
+from optima_tpu.models.checkpoints.source import DTYPES, LazyTensor, Pretrained, Tensors, fingerprint, read_config
 from optima_tpu.report.licence import CARD, Licence
 from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.records import check_record
@@ -177,7 +177,7 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
     factors = dequantize(stored[ROPE_FACTORS].data, stored[ROPE_FACTORS].tensor_type) if ROPE_FACTORS in stored else None
     config = config_json(own, vocabulary, architecture, set(stored), factors, dtype)
     parsed, config = read_config(config, str(path))
-    tensors = GGUFSource(reader, architecture, head_counts(own), named_dtype(dtype))
+    tensors = GGUFSource(reader, architecture, head_counts(own), DTYPES[dtype])
     rows = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
     if rows != parsed.vocab_size:
         raise UserError(

@@ -148,16 +148,13 @@ def architecture_of(config: PretrainedConfig) -> str:
 
 
 def parse_dtype(dtype: str | None) -> np.dtype | None:
-    """As :func:`named_dtype`; None stays None."""
-    return None if dtype is None else named_dtype(dtype)
-
-
-def named_dtype(dtype: str) -> np.dtype:
-    """The numpy dtype of a name in :data:`DTYPES`.
+    """The numpy dtype of a name in :data:`DTYPES`; None stays None.
 
     Raises:
       UserError: the name is another one.
     """
+    if dtype is None:
+        return None
     if dtype not in DTYPES:
         raise UserError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
