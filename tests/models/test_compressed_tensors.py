@@ -195,10 +195,6 @@ def test_the_report_has_the_errors_around_the_quantisation(run):
         (lambda said, weights: weights.update(actorder="group"), "actorder: expected null, got str"),
         (lambda said, weights: weights.update(num_bits=3), "num_bits: invalid enum value 3"),
         (lambda said, weights: weights.update(num_bits=8), "expected integers and scales of"),
-        (
-            lambda said, weights: said.update(quant_method="gptq"),
-            r"the weights are quantised \(gptq\): give the unquantised model",
-        ),
     ],
 )
 def test_integers_that_are_stored_otherwise_are_refused(run, tmp_path, change, message):

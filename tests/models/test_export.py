@@ -2,7 +2,6 @@ import collections
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,7 +37,6 @@ from tests.support.fake_run import (
     write_checkpoint,
 )
 from tests.support.meshes import mesh
-from tests.support.processes import process_environment
 from tests.support.runs import folder_tensors, only_error, snapshot
 from tests.support.tiny_models import MemoryTensors
 
@@ -310,19 +308,6 @@ def test_an_export_is_written_though_its_lines_find_no_room(run, tmp_path, monke
     assert is_export_of(run, tmp_path / "out")
     said = capfd.readouterr().err
     assert not said or said.startswith("all is written, but the output could not be printed: ")
-
-
-# tests/runtime/test_command.py holds it of a command that imports nothing.
-@pytest.mark.slow
-@pytest.mark.parametrize("output, buffer", [("> /dev/full", ""), ("> /dev/full", "PYTHONUNBUFFERED=1"), ("| true", "")])
-def test_an_export_is_written_though_its_lines_cannot_be_printed(output, buffer, run, tmp_path):
-    """In a shell, since what Python itself flushes at its end counts, too."""
-    command = (
-        f"{buffer} {sys.executable} -W ignore -m optima_tpu.export {run} {tmp_path / 'out'} {output}; exit ${{PIPESTATUS[0]}}"
-    )
-    done = subprocess.run(["bash", "-c", command], env=process_environment(), text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0 and is_export_of(run, tmp_path / "out")
-    assert not done.stderr or done.stderr.startswith("all is written, but the output could not be printed: ")
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):

@@ -252,7 +252,6 @@ def test_a_folder_with_weights_in_another_form_says_what_to_give(tmp_path, name,
     [
         ({"architectures": None}, "architectures"),
         ({"model_type": "no-such-model"}, "no-such-model"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised .fp8.: give the unquantised model$"),
     ],
 )
