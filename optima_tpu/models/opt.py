@@ -114,12 +114,9 @@ class OPTBlock(nnx.Module):
         self.sow(nnx.Intermediate, "after_attention", x)
         x = x if self.norm_first else self.self_attn_layer_norm(x)
         self.sow(nnx.Intermediate, "before_mlp", x)
-        x = x + self._feed_forward(self.final_layer_norm(x) if self.norm_first else x)
+        x = x + self.fc2(self.activation(self.fc1(self.final_layer_norm(x) if self.norm_first else x)))
         self.sow(nnx.Intermediate, "after_mlp", x)
         return x if self.norm_first else self.final_layer_norm(x)
-
-    def _feed_forward(self, x: Array) -> Array:
-        return self.fc2(self.activation(self.fc1(x)))
 
 
 class OPTFinal(nnx.Module):

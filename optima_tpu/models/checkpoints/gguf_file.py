@@ -18,7 +18,6 @@ from optima_tpu.models.checkpoints.gguf_metadata import (
     generation_config_json,
     head_counts,
     metadata,
-    own_fields,
 )
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
 from optima_tpu.models.checkpoints.source import DTYPES, LazyTensor, Pretrained, Tensors, fingerprint, read_config
@@ -173,7 +172,8 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         )
     if general.split_count > 1:
         raise UserError(f"{path} is one of {general.split_count} parts: join them with `llama-gguf-split --merge`")
-    own, stored, dtype = own_fields(fields, architecture), {tensor.name: tensor for tensor in reader.tensors}, dtype or "float32"
+    prefix, stored, dtype = f"{architecture.name}.", {tensor.name: tensor for tensor in reader.tensors}, dtype or "float32"
+    own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
     factors = dequantize(stored[ROPE_FACTORS].data, stored[ROPE_FACTORS].tensor_type) if ROPE_FACTORS in stored else None
     config = config_json(own, vocabulary, architecture, set(stored), factors, dtype)
     parsed, config = read_config(config, str(path))

@@ -140,12 +140,6 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def own_fields(fields: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The metadata of the architecture, without its name at the start of the keys."""
-    prefix = architecture.name + "."
-    return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
-
-
 def head_counts(own: dict[str, Any]) -> tuple[int, int]:
     """The numbers of query heads and of key-value heads."""
     heads = own[SIZES["num_attention_heads"]]
@@ -163,7 +157,7 @@ def config_json(
     """config.json of the Hugging Face model that computes what the file describes, in the layout all readers know.
 
     Args:
-      own: see :func:`own_fields`.
+      own: the metadata of the architecture, without its name at the start of the keys.
       tensors: GGUF names of the tensors in the file.
       rope_factors: float32[d_head / 2], the divisor of each rotary frequency; None without llama3 scaling.
       dtype: the dtype of the weights, for ``torch_dtype``.
