@@ -266,7 +266,7 @@ class Experts(nnx.Module):
 
 
 class Mixture(Experts):
-    """What takes the place of an MLP: experts, and a shared expert whose output is added, if the configuration has one."""
+    """What takes the place of an MLP: experts, and a shared expert, if the configuration has one."""
 
     def __init__(self, config: MixtureConfig, layout: MixtureNames):
         super().__init__(config, layout)
@@ -274,15 +274,6 @@ class Mixture(Experts):
             setattr(self, layout.shared, GatedMLP(config.d_model, config.shared_width, activation=config.activation))
         if layout.shared_gate:
             setattr(self, layout.shared_gate, Gate(config.d_model))
-
-    def __call__(self, x: Array) -> Array:
-        output = self.routed_output(x)
-        return output + self.shared_output(x) if self.shares else output
-
-    @property
-    def shares(self) -> bool:
-        """Whether there is a shared expert."""
-        return hasattr(self, self.layout.shared)
 
     def shared_output(self, x: Array) -> Array:
         """What the shared expert adds."""
@@ -305,9 +296,9 @@ class MixtureBlock(llama.DecoderBlock):
 
     def behind_attention(self, x: Array) -> Array:
         mixture, normed = getattr(self, self.name), self._normed(self.norms.before_mlp, x)
-        if not mixture.shares:
-            return mixture(normed)
-        routed = mixture.routed_output(normed)
+        routed: Array = mixture.routed_output(normed)
+        if not hasattr(mixture, mixture.layout.shared):
+            return routed
         self.sow(nnx.Intermediate, "before_shared", x + routed)
         return routed + mixture.shared_output(normed)
 
