@@ -1,6 +1,6 @@
-"""DeepSeek V2 and V3, and GLM-4.7 Flash: latent attention, and mixtures with shared experts above a few blocks with an ordinary MLP.
+"""DeepSeek V2 and V3, and GLM-4.7 Flash: latent attention, and mixtures with shared experts.
 
-GLM-4.5 to 4.7 have the mixtures alone.
+A few blocks below have an ordinary MLP. GLM-4.5 to 4.7 have the mixtures alone.
 
 Latent attention projects the hidden states to narrow vectors, and these to queries, keys and values. A part of each query turns
 with the position, and one vector that turns is a part of the keys of all heads. The narrow projections are pruned as any layer.

@@ -150,7 +150,10 @@ class MixtureNames:
         return ExpertNames(self.inside("experts."), tuple(router), self.inside("shares"), self.layers[-1])
 
     def stacks(self, turned: bool) -> dict[str, Stack]:
-        """``Family.stacks`` where a tensor holds gate and up of all experts, or down; ``turned`` as in :class:`Stack`."""
+        """``Family.stacks`` where tensors hold the layers of all experts.
+
+        Gate and up are one tensor, down is another; ``turned`` as in :class:`Stack`.
+        """
         *wide, narrow = self.layers
         kinds = {"": ".weight"} | ({"_bias": ".bias"} if self.bias else {})
         return {

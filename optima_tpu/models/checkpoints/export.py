@@ -62,7 +62,9 @@ def export(
     form: str = Plain.name,
     say: Callable[[str], object] = lambda text: None,
 ) -> ExportOutcome:
-    """Writes the folder, unless it holds this export already. It gets its name only after everything in it has been written, checked and flushed to disk.
+    """Writes the folder, unless it holds this export already.
+
+    It gets its name only after everything in it has been written, checked and flushed to disk.
 
     Args:
       run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.

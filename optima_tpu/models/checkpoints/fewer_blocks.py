@@ -98,7 +98,8 @@ def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
     """Reads config.json as it will be without each of the blocks.
 
     Raises:
-      UserError: the model has no family of this program, no block would be left, or without most blocks another one would be read as something else.
+      UserError: the model has no family of this program, no block would be left, or without most blocks another one would be read
+        as something else.
     """
     if not cut.blocks:
         return

@@ -84,7 +84,8 @@ def files_of(folder: Path) -> list[Path]:
 def refuse_damaged(files: Iterable[Path]) -> None:
     """Compares files in the hub's cache with the checksums by which the cache names them; leaves out other files.
 
-    Reads all of them, once: the user's cache remembers sizes and times of files that were whole. The hub names a large file by its SHA-256, a small one by the SHA-1 that git gives it.
+    Reads all of them, once: the user's cache remembers sizes and times of files that were whole. The hub names a large file by its
+    SHA-256, a small one by the SHA-1 that git gives it.
 
     Raises:
       UserError: a file has changed since it was downloaded, or on the way.

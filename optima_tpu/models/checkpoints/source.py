@@ -127,8 +127,8 @@ class Pretrained:
     Attributes:
       config: as ``transformers.AutoConfig`` reads config.json.
       assets: file name -> bytes of every file but the weights that an exported folder needs: config.json,
-        generation_config.json, tokenizer files, licence, and the model card, which may name it. The original bytes, except that config.json names the dtype that the
-        caller asked for. For a GGUF file all of them are made from its metadata.
+        generation_config.json, tokenizer files, licence, and the model card, which may name it. The original bytes, except that
+        config.json names the dtype that the caller asked for. For a GGUF file all of them are made from its metadata.
       fingerprint: see :func:`fingerprint`.
       origin: what the user typed.
       stored: bytes of the weight files; None if it is not known.
