@@ -8,7 +8,7 @@ from rich.table import Table
 from optima_tpu.evaluate.tasks import PAPER
 from optima_tpu.report.evaluation import Distance, EvaluationRecord, TaskScore
 from optima_tpu.report.numbers import interval, number
-from optima_tpu.report.progress import plain_table, show
+from optima_tpu.report.progress import plain_table, say, show
 from optima_tpu.report.summary import labelled
 
 
@@ -30,18 +30,13 @@ def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[
         )
     lines += labelled("unusual", list(strange))
     if lines:
-        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        say(console, "\n".join(lines))
     if record.tasks:
         show(console, task_table(record.scores, record.against is not None))
     if record.average is not None:
         console.print(f"average     {number(record.average, 4)}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
     width = max(map(len, files)) + 2
-    console.print(
-        "\n".join(["", *(f"{what:<{width}}{path}" for what, path in files.items())]),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, "\n".join(["", *(f"{what:<{width}}{path}" for what, path in files.items())]))
 
 
 def task_table(scores: Sequence[TaskScore], compared: bool) -> Table:

@@ -11,10 +11,10 @@ from optima_tpu.errors import plural
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.greeting import recipe_line, training_words
 from optima_tpu.pipeline.plan.model import DeclaredModel
-from optima_tpu.pipeline.plan.plan import Plan, Program
+from optima_tpu.pipeline.plan.plan import Plan
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.report.numbers import duration, number
-from optima_tpu.report.progress import say, show
+from optima_tpu.report.progress import plain_table, say, show
 from optima_tpu.runtime.mesh import DATA, MODEL
 
 
@@ -23,19 +23,9 @@ def print_plan(console: Console, plan: Plan) -> None:
     if plan.refused:
         say(console, f"the run would be refused: {plan.refused}\n")
     show(console, program_table(plan))
-    say(console, "\n".join(["", *_legend(plan), "", *summary(plan)]))
-    say(
-        console,
-        "\n".join(
-            [
-                "",
-                f"Time, about {duration(sum(plan.seconds.values()))} in all:",
-                *(f"  {duration(seconds):>11}  {stage}" for stage, seconds in plan.seconds.items()),
-                "assuming that",
-                *(f"  - {words}" for words in plan.assumptions),
-            ]
-        ),
-    )
+    lines = ["", *_legend(plan), "", *summary(plan), "", f"Time, about {duration(sum(plan.seconds.values()))} in all:"]
+    lines += [f"  {duration(seconds):>11}  {stage}" for stage, seconds in plan.seconds.items()]
+    say(console, "\n".join([*lines, "assuming that", *(f"  - {words}" for words in plan.assumptions)]))
 
 
 def greeting(config: RunConfig, model: DeclaredModel, machine: Machine, recovering: bool = False) -> list[str]:
@@ -60,29 +50,26 @@ def greeting(config: RunConfig, model: DeclaredModel, machine: Machine, recoveri
 
 def program_table(plan: Plan) -> Table:
     """One row for each program."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("program", vertical="bottom", no_wrap=True)
-    headings = ["calls", "rows on\na device", f"GiB of\n{_gib(plan.machine.chip.memory)}", "TFLOP", "GB", "seconds"]
+    headings = ["program", "calls", "rows on\na device", f"GiB of\n{_gib(plan.machine.chip.memory)}", "TFLOP", "GB", "seconds"]
     headings += ["collectives\nin loops", "and\noutside", "compiled\nin s"] if plan.machine.compiles else []
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for program in plan.programs:
         work = program.work
         cells = [
             program.name,
             f"{program.calls:,}",
             "-" if program.rows is None else f"{program.rows:,}",
-            _memory(program),
+            "does not fit" if program.refused else _gib(program.memory),
             number(work.flops / 1e12),
-            _traffic(program),
+            number(work.traffic / 1e9) if work.traffic else "-",
             number(work.seconds(plan.machine)),
         ]
         if program.compiled:
             found = program.compiled
             cells += ["-", "-"] if found.refused else [str(sum(kind.values())) for kind in (found.inside, found.outside)]
             cells += [f"{found.seconds:.0f}"]
-        table.add_row(*cells)
-    return table
+        rows.append(cells)
+    return plain_table(headings, rows)
 
 
 _LEAVING = 0.75
@@ -179,29 +166,19 @@ def _larger_model_axis(machine: Machine) -> str:
 def _legend(plan: Plan) -> list[str]:
     lines = ["Memory, FLOPs and bytes are for one call on one device; memory includes what else the run holds there."]
     if not plan.machine.compiles:
-        lines += [
-            "All numbers are counted by a simple model, and none is compiled. A compiled plan of the same run has other numbers."
-        ]
-    else:
-        lines += [
-            "Compiled: memory and collectives. Counted: FLOPs and bytes, in the run's own programs, host memory, disk and,",
-            "from all of these, seconds. The collectives:",
-        ]
-        lines += [
+        counted = "All numbers are counted by a simple model, and none is compiled."
+        return [*lines, f"{counted} A compiled plan of the same run has other numbers."]
+    return [
+        *lines,
+        "Compiled: memory and collectives. Counted: FLOPs and bytes, in the run's own programs, host memory, disk and,",
+        "from all of these, seconds. The collectives:",
+        *(
             f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
             + _moved(program.compiled.moved)
             for program in plan.programs
             if program.compiled is not None and not program.refused
-        ]
-    return lines
-
-
-def _memory(program: Program) -> str:
-    return "does not fit" if program.refused else _gib(program.memory)
-
-
-def _traffic(program: Program) -> str:
-    return number(program.work.traffic / 1e9) if program.work.traffic else "-"
+        ),
+    ]
 
 
 def _counts(found: Mapping[str, int]) -> str:
