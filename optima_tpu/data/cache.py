@@ -29,11 +29,6 @@ class TokenCache:
 
     directory: Path
 
-    @staticmethod
-    def of_user() -> "TokenCache":
-        """The token cache in the user's cache folder."""
-        return TokenCache(user_cache() / "tokens")
-
     def tokens(self, key: Callable[[], str | None], draw: Callable[[], Tokens]) -> Tokens:
         """The result of ``draw()``, from the cache if it is there; its ``cache`` says so. Every process calls it.
 
@@ -80,7 +75,8 @@ def kept_tokens(
     use: bool, source: Source, split: Split, pretrained: Pretrained, draw: Callable[[], Tokens], **settings: int | None
 ) -> Tokens:
     """Windows from the user's token cache, if ``use`` says so, else from ``draw``; see :meth:`TokenCache.tokens`, :func:`token_key`."""
-    return TokenCache.of_user().tokens(lambda: token_key(source, split, pretrained, **settings), draw) if use else draw()
+    cache = TokenCache(user_cache() / "tokens")
+    return cache.tokens(lambda: token_key(source, split, pretrained, **settings), draw) if use else draw()
 
 
 def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int | None) -> str | None:

@@ -39,9 +39,7 @@ from optima_tpu.runtime.processes import fetch, from_first
 from optima_tpu.runtime.records import read_record
 
 ALLOCATION = "allocation.json"
-
-
-_KEPT = KeptRecord(ALLOCATION, Allocated)
+KEPT = KeptRecord(ALLOCATION, Allocated)
 
 
 def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: Callable[[], None] = lambda: None) -> Allocated:
@@ -83,11 +81,6 @@ def read_allocation(directory: Path) -> Allocated | None:
     path = directory / ALLOCATION
     known: Allocated | None = from_first(lambda: read_record(path, Allocated) if path.exists() else None)
     return known
-
-
-def write_allocation(directory: Path, found: Allocated) -> None:
-    """Writes an allocation into the directory of its run."""
-    _KEPT.write(directory, found)
 
 
 def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> SparsitySteps:
@@ -220,7 +213,7 @@ def _read_allocation(work: StageWork, journal: Journal) -> Allocated | None:
 def _allocate(work: StageWork, journal: Journal) -> Allocated:
     opened = work.opened
     allocation = allocated(walk_of(opened), opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
-    write_allocation(opened.directory, allocation)
+    KEPT.write(opened.directory, allocation)
     work.progress.note(allocation.told)
     return allocation
 

@@ -33,13 +33,8 @@ _KEPT = KeptRecord(LEFT_OUT, LeftOut)
 
 
 def read_left_out(directory: Path) -> LeftOut:
-    """The blocks that a run has chosen so far. Every process calls it."""
+    """What a run has chosen so far, behind which it goes on after a stop. Every process calls it."""
     return _KEPT.read(directory) or LeftOut()
-
-
-def write_left_out(directory: Path, chosen: LeftOut) -> None:
-    """Keeps what was chosen so far: a stopped run goes on behind it."""
-    _KEPT.write(directory, chosen)
 
 
 def take_left_out(directory: Path, taken: LeftOut) -> None:
@@ -48,7 +43,7 @@ def take_left_out(directory: Path, taken: LeftOut) -> None:
         blocks = tuple(BlockExperts(block.stay) for block in taken.experts.blocks)
         taken = structs.replace(taken, experts=ExpertsLeft(taken.experts.total, blocks))
     if taken != LeftOut():
-        write_left_out(directory, taken)
+        _KEPT.write(directory, taken)
 
 
 def kept_by(opened: Opened) -> tuple[int, ...]:
@@ -131,7 +126,7 @@ def _cut(work: StageWork, journal: Journal) -> LeftOut:
     before = chosen = read_left_out(opened.directory)
     missing = opened.config.cut.blocks - len(before.blocks)
     for chosen in itertools.islice(choices(opened.model, opened.held_out, before), missing):
-        write_left_out(opened.directory, chosen)
+        _KEPT.write(opened.directory, chosen)
         progress.advance()
         divergence = f"the predictions diverge by {number(chosen.divergences[-1])} nats on held-out windows"
         progress.note(", ".join(filter(None, (f"block {chosen.blocks[-1]} is left out: {divergence}", progress.left()))))
@@ -161,7 +156,7 @@ def _remove(work: StageWork, journal: Journal) -> LeftOut:
     for block in removal.blocks(tokens, done, directory):
         done += (keep_block(directory, len(done), decoder.prefix(len(done)), block),)
         chosen = structs.replace(chosen, experts=ExpertsLeft(cut.total, done))
-        write_left_out(directory, chosen)
+        _KEPT.write(directory, chosen)
         progress.advance()
         if block.error_before is not None and block.error_after is not None:
             progress.note(

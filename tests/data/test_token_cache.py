@@ -14,6 +14,7 @@ from optima_tpu.data import build
 from optima_tpu.data.cache import TokenCache, _code, token_key
 from optima_tpu.data.source import Tokens
 from optima_tpu.pipeline.inputs import manifest_of, open_model_on_mesh, read_texts
+from optima_tpu.runtime.files import user_cache
 from tests.support.tiny_models import tiny_folder
 
 DRAW = dict(windows=4, length=20, held_out=2, seed=0, bos=None)
@@ -165,10 +166,10 @@ def test_programs_that_write_one_entry_at_once_do_not_harm_it(tmp_path):
 
 def test_the_directory_is_where_the_user_wants_it(monkeypatch, tmp_path):
     monkeypatch.setenv("OPTIMA_TPU_CACHE", str(tmp_path))
-    assert TokenCache.of_user().directory == tmp_path / "tokens"
+    assert user_cache() == tmp_path
     monkeypatch.delenv("OPTIMA_TPU_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert TokenCache.of_user().directory == tmp_path / "optima-tpu/tokens"
+    assert user_cache() == tmp_path / "optima-tpu"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert TokenCache.of_user().directory == tmp_path / ".cache/optima-tpu/tokens"
+    assert user_cache() == tmp_path / ".cache/optima-tpu"

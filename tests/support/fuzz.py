@@ -25,7 +25,7 @@ from optima_tpu.evaluate.earlier_results import read_known
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_masks
-from optima_tpu.pipeline.allocate import read_allocation, write_allocation
+from optima_tpu.pipeline.allocate import KEPT, read_allocation
 from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import keep_outcome, read_outcome
 from optima_tpu.pipeline.speed import MEASURED
@@ -209,7 +209,7 @@ def _table(folder: Path) -> None:
 
 
 def _allocation(folder: Path) -> None:
-    write_allocation(folder, Allocated((0.5, None), ((0.1,), None)))
+    KEPT.write(folder, Allocated((0.5, None), ((0.1,), None)))
 
 
 def _outcome(folder: Path) -> None:
