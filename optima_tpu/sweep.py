@@ -23,11 +23,13 @@ _TOLD = 8
 
 
 class AskedSweep(NamedTuple):
-    """Attributes:
-    options: the sweep's own.
-    settings: those of its runs.
-    grid: all cells.
-    cells: those that are run.
+    """The cells that a command line asks for.
+
+    Attributes:
+      options: the sweep's own.
+      settings: those of its runs.
+      grid: all cells.
+      cells: those that are run.
     """
 
     options: argparse.Namespace

@@ -16,9 +16,8 @@ def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
     then names the transfer in every computation that carries it. Such a transfer counts as one collective outside the loops: its
     channel and its origin identify it.
     """
-    loops = text_inside_loops(hlo)
-    inside, everywhere = _channels(loops), _channels(hlo)
-    beyond = everywhere.keys() - inside.keys() | {key for key, times in everywhere.items() if times > inside.get(key, 0)}
+    inside, everywhere = (collections.Counter(each.key for each in _named(text)) for text in (text_inside_loops(hlo), hlo))
+    beyond = everywhere.keys() - inside.keys() | {key for key, times in everywhere.items() if times > inside[key]}
     return (
         dict(collections.Counter(name for name, *_ in inside.keys() - beyond)),
         dict(collections.Counter(name for name, *_ in beyond)),
@@ -52,11 +51,6 @@ def _named(text: str) -> Iterator[_Named]:
             name = "reduce-scatter" if scatters else re.sub(r"(-start)?\($", "", match[0])
             key = (name, *re.findall(r'channel_id=\d+|op_name="[^"]*"', line))
             yield _Named(key, line[: match.start()].partition("=")[2], match[0].rstrip("("), line)
-
-
-def _channels(text: str) -> dict[tuple[str, ...], int]:
-    """How often the text names each collective."""
-    return collections.Counter(each.key for each in _named(text))
 
 
 def moved(hlo: str) -> dict[str, int]:

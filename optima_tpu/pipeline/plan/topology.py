@@ -170,6 +170,9 @@ QUICK: Mapping[str, Any] = MappingProxyType(
 With full effort, programs needed 0.65 to 1.27 times the memory."""
 
 
+_UNCOMPILED = "nothing was compiled (--no-compile): memory comes from a simple model"
+
+
 def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Machine:
     """A TPU slice that need not be attached. Without libtpu nothing is compiled for it, and a note says so.
 
@@ -188,7 +191,7 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
     if kind in ("v5e", "v6e") and count & (count - 1):
         notes.append(f"Google Cloud has {kind} slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips, and none of {count}")
     if not compiling:
-        notes.append("nothing was compiled (--no-compile): memory comes from a simple model")
+        notes.append(_UNCOMPILED)
     elif not has_libtpu():
         notes.append(
             "libtpu is not installed, so nothing was compiled: memory comes from a simple model; "
@@ -304,7 +307,7 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     narrow, wide, rough, bandwidth = (rate / sharing for rate in _measure(dtype, clock))
     chip = Chip(first.device_kind, memory, narrow, wide, rough, 0.3 * wide, bandwidth, None, "measured here")
     if not compiling:
-        notes.append("nothing was compiled (--no-compile): memory comes from a simple model")
+        notes.append(_UNCOMPILED)
     return Machine(where, chip, made if compiling else made.abstract_mesh, jax.process_count(), 0.8, tuple(notes), here=True)
 
 
