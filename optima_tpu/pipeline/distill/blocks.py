@@ -29,7 +29,7 @@ from optima_tpu.method.distillation import Distillation, Kind, cross_entropy, op
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import ExpertNames, Positions
-from optima_tpu.runtime.mesh import DATA, divisible, on_cpu, spread, struct_on
+from optima_tpu.runtime.mesh import DATA, bytes_on_device, divisible, on_cpu, spread, struct_on
 
 Tree = dict[str, Array]
 Pull = Callable[[Array], tuple[Tree, Array]]
@@ -135,15 +135,7 @@ class Trainer:
     @functools.cached_property
     def _bytes_of_a_block(self) -> int:
         """Without the gradient."""
-        decoder, total = self.decoder, 0
-        for name, shape in decoder.block_shapes.items():
-            if name in self.factors:
-                masked = name.removesuffix(".weight") in decoder.linears
-                total += (3 * 4 + masked) * math.prod(self.shards(name).shard_shape(shape))
-            else:
-                size = self.dtype(name).itemsize
-                total += size * math.prod(NamedSharding(decoder.mesh, decoder.sharding(name)).shard_shape(shape))
-        return total
+        return bytes_on_device(*jax.tree.leaves(self.struct()))
 
     def open(self, parameters: Mapping[str, Array], keep: Mapping[str, np.ndarray | Array]) -> TrainedBlock:
         """A block that nothing has moved yet.
