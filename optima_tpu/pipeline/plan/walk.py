@@ -13,7 +13,7 @@ from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, RowLayout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
-from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load, on_model_axis
+from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan.compile import joined, resident
 from optima_tpu.pipeline.plan.counting import Work, counted
 from optima_tpu.pipeline.plan.model import DeclaredModel
@@ -196,11 +196,12 @@ def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     batch = windows_of_step(decoder, text.fitted)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
-    # While the held-out windows pass through the block, the Hessians of the calibration windows are on the devices.
     streams, target = config.recipe.target.streams, config.recipe.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.recipe.borrow)
-    beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
-    memory = beside + _calibration_memory(model, groups, text.window_length, batch, streams)
+    hessians = resident(decoder, groups, False, streams) - resident(decoder, (), False)
+    # While the held-out windows pass through the block, the Hessians of the calibration windows are on the devices.
+    beside = hessians if text.held_out else 0
+    memory = beside + model.forward_bytes(groups, text.window_length, batch, streams) + 2 * hessians  # the sums, and a batch's
     calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted)
     where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
     name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window_length} tokens a device"
@@ -215,13 +216,6 @@ def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -
     passes_work, sums_work = [counted(call, machine).work for call in calls.distinct], counted(calls.sums, machine).work
     work = functools.reduce(Work.plus, (passes_work[calls.distinct.index(call)] for call in calls.passes), sums_work)
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
-
-
-def _calibration_memory(model: DeclaredModel, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
-    """Bytes of a step of ``calibrate.accumulate`` on a device: a forward pass, and the sums twice."""
-    sizes = [model.decoder.input_width(name) for name, *_ in groups]
-    sums = sum(4 * size * on_model_axis(model.decoder.mesh, size) for size in sizes)
-    return model.forward_bytes(groups, length, batch, streams) + streams * 2 * sums
 
 
 def _pruning(run: Planned, model: DeclaredModel, shape: _Shape, layers: _Layers) -> Program:
