@@ -101,11 +101,6 @@ def test_a_pattern_of_another_program_is_named_as_it_is_here(text, meant):
     assert parse_pattern(meant)
 
 
-def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
-    with pytest.raises(UserError, match="divisible by 4, got a layer with 6"):
-        NM(2, 4).keep_mask(jnp.ones((2, 6)))
-
-
 @pytest.mark.parametrize(
     "columns, advice",
     [(576, "by 512, got a layer with 576; 2:4@16 fits"), (36, "2:4@9 fits"), (37, "choose an M that divides it")],

@@ -1,4 +1,4 @@
-"""Prices and exchanges against solves in float64, and what they choose against other choosers and against all sets of inputs."""
+"""Prices and exchanges against solves in float64, and what they choose against all sets of inputs."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.selectors import Price
 from optima_tpu.method.selectors.price import _Priced
-from tests.support.problems import layer, row_objective, select, wide
+from tests.support.problems import layer, select, wide
 
 COUNT, SIZE, DAMPING = 8, 32, 0.05
 
@@ -114,68 +114,3 @@ def test_exchanges_end_where_none_lowers_the_objective_here_at_the_best_of_all_s
         gaps.append((found / objectives.min() - 1, least(problem, backward).sum() / objectives.min() - 1))
     ends, starts = np.transpose(gaps)
     assert ends.max() < 1e-5 and np.sum(starts > 0.2) >= 3 and starts.max() > 0.7
-
-
-def osscar(problem: LayerProblem, gone: int) -> np.ndarray:
-    """The inputs that OSSCAR leaves (arXiv:2403.12983): the cheapest goes, one after the other; then its local search.
-
-    A step of the search takes the cheapest away, some at once, and brings those back that win most beside what is left. Where the
-    objective has not fallen, half as many are exchanged.
-    """
-    weight, hessian, _ = wide(problem, DAMPING)
-    aim, size = weight @ hessian, hessian.shape[0]
-
-    def cheapest(left: np.ndarray, count: int) -> np.ndarray:
-        made = np.linalg.inv(hessian[np.ix_(left, left)])
-        prices = np.sum((aim[:, left] @ made) ** 2, axis=0) / np.diag(made)
-        return np.delete(left, np.argsort(prices)[:count])
-
-    def filled(left: np.ndarray, count: int) -> np.ndarray:
-        others = np.setdiff1d(np.arange(size), left)
-        along = np.linalg.solve(hessian[np.ix_(left, left)], hessian[np.ix_(left, others)])
-        residual = aim[:, others] - aim[:, left] @ along
-        wins = np.sum(residual**2, axis=0) / (np.diag(hessian)[others] - np.sum(hessian[np.ix_(left, others)] * along, axis=0))
-        return np.sort(np.append(left, others[np.argsort(-wins)[:count]]))
-
-    left = np.arange(size)
-    for _ in range(gone):
-        left = cheapest(left, 1)
-    count = gone
-    while count:
-        tried = filled(cheapest(left, count), count)
-        if least(problem, tried).sum() < least(problem, left).sum():
-            left = tried
-        else:
-            count //= 2
-    return left
-
-
-def test_no_other_chooser_leaves_a_lower_objective():
-    """Slicing by the norm of activations, by Wanda's score and by FLAP's, with the solve and without, and OSSCAR, with it.
-
-    Half of 48 neurons leave. They are correlated, so that the backward prices alone are not the best of these.
-    """
-    size, rows, depth, gone, below = 48, 24, 4, 24, 0
-    for seed in range(6):
-        rng = np.random.default_rng(seed)
-        gate, up = rng.standard_normal((2, depth, size)) / np.sqrt(depth)
-        hidden = rng.standard_normal((600, depth))
-        neurons = np.maximum(hidden @ gate - rng.random(size), 0) * (hidden @ up) + 0.1 * rng.standard_normal(size)
-        hessian = jnp.asarray(neurons.T @ neurons / len(neurons), jnp.float32)
-        weight = jnp.asarray(rng.standard_normal((rows, size)) * np.exp(0.5 * rng.standard_normal(size)), jnp.float32)
-        problem = unit_rows(LayerProblem(weight, hessian))
-        dense = np.abs(np.asarray(problem.weight, np.float64))
-        scores = {
-            "activations": np.abs(neurons).mean(axis=0),
-            "Wanda": dense.sum(axis=0) * np.sqrt(np.mean(neurons**2, axis=0)),
-            "FLAP": neurons.var(axis=0) * np.sum(dense**2, axis=0),
-        }
-        sets = {name: np.sort(np.argsort(score)[gone:]) for name, score in scores.items()}
-        sliced = [np.where(np.isin(np.arange(size), kept), problem.weight, 0) for kept in sets.values()]
-        sets["OSSCAR"] = osscar(problem, gone)
-        others = [least(problem, kept).sum() for kept in sets.values()]
-        others += [row_objective(problem, weights, DAMPING).sum() for weights in sliced]
-        found, backward = (least(problem, chosen(problem, gone / size, exchanges)).sum() for exchanges in (30, 0))
-        assert found <= min(others) * (1 + 1e-5) and found < min(others[:3]) and found <= 0.6 * min(others[4:])
-        below += found < backward
-    assert below == 6

@@ -12,9 +12,12 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Heads, Pattern, Unstructured, WholeInputs
 from optima_tpu.method.problem import LayerProblem
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Magnitude, Price, Selector, SparseGPT, Thanos, Wanda
-from optima_tpu.runtime.mesh import ROWS, make_mesh
+from optima_tpu.runtime.mesh import ROWS
+from tests.support.meshes import mesh
 from tests.support.problems import ALIKE, PATTERNS, assert_obeys, groups, layer, select
+from tests.support.pruning import prune_matrices
 
 COUNT, SIZE = 8, 32
 # Blocks of 12 leave a last one of 8, and divide no N:M group of 8.
@@ -32,6 +35,8 @@ BLIND = (Magnitude(), Wanda(shift_zero=True))
 contract = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
 # Sweeps choose a row part by part, and refuse to choose whole inputs.
 SWEEPS = {"sparsegpt", "thanos"}
+sweeps = pytest.mark.parametrize("name", sorted(SWEEPS))
+LAYER, SHAPES = Unstructured(0.6, "layer"), ((1, 1), (4, 2), (2, 4))
 
 
 def with_patterns(patterns, turns: bool = False):
@@ -173,11 +178,11 @@ def test_groups_that_lie_apart_are_chosen_like_the_same_inputs_side_by_side(sele
         np.testing.assert_allclose(found.weight[:, order], expected.weight, atol=1e-4)
 
 
-@with_patterns([Unstructured(0.6, "layer"), WholeInputs(0.3, multiple=8), Heads(0.4, total=4)], turns=True)
+@with_patterns([LAYER, WholeInputs(0.3, multiple=8), Heads(0.4, total=4)], turns=True)
 def test_the_mask_is_that_of_one_device_on_a_mesh(selector, pattern):
     """With one row on each of eight devices, all of them competing, also where ties have to be broken."""
-    mesh = make_mesh("4x2")
-    rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, P())
+    devices = mesh(4, 2)
+    rows, everywhere = NamedSharding(devices, ROWS), NamedSharding(devices, P())
     for problem in (problem_of(17), problem_of(17, four_bits(17), np.eye(SIZE))):
         once = select(selector, problem, pattern)
         again = select(selector, jax.device_put(problem, LayerProblem(rows, everywhere)), pattern)
@@ -185,7 +190,32 @@ def test_the_mask_is_that_of_one_device_on_a_mesh(selector, pattern):
         np.testing.assert_allclose(again.weight, once.weight, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(SWEEPS))
+@sweeps
+@pytest.mark.parametrize("pattern, rows", [(LAYER, 16), (Unstructured(0.6, "row"), 13), (NM(2, 4), 13)], ids=str)
+def test_a_sweep_over_rows_that_the_mesh_does_not_divide_is_that_of_one_device(name, pattern, rows):
+    """Of Thanos all devices factorise at once, and none waits for ever."""
+    problem, recipe = layer(np.random.default_rng(5), rows, SIZE), Recipe(pattern, SELECTORS[name], None)
+    made = (prune_matrices((problem.weight,), problem.hessian, recipe, mesh(*shape)) for shape in SHAPES)
+    (once, mask), *others = ((weight, keep) for (weight,), (keep,), _ in jax.device_get(list(made)))
+    for weight, keep in others:
+        np.testing.assert_array_equal(keep, mask)
+        assert np.abs(weight - once).max() <= 1e-5 * np.abs(once).max()
+
+
+@sweeps
+def test_a_sweep_does_not_read_the_target(name):
+    problem = layer(np.random.default_rng(4), COUNT, SIZE, target="other")
+    pruned, own = (select(SELECTORS[name], each, NM(2, 4)) for each in (problem, dataclasses.replace(problem, pull=None)))
+    assert (pruned.keep == own.keep).all() and (pruned.weight == own.weight).all()
+
+
+@contract
+def test_an_nm_group_that_does_not_divide_the_inputs_is_refused(selector):
+    with pytest.raises(UserError, match="divisible by 8, got a layer with 12"):
+        selector(layer(np.random.default_rng(7), 2, 12), NM(4, 8))
+
+
+@sweeps
 def test_sweeps_refuse_whole_inputs_and_name_another_selector(name):
     with pytest.raises(UserError, match=r"a part of a row loses, got 0.3 of the inputs .*; take --selector wanda$"):
         SELECTORS[name].check(WholeInputs(0.3))

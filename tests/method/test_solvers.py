@@ -180,6 +180,22 @@ def test_a_layer_that_sees_nothing_is_left_alone(solver, damping):
     assert (solve(solver, problem, pruned, damping).weight == pruned.weight).all()
 
 
+# A weight that is no number stays in its row behind CG: who reads a model refuses it.
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("array, name", [*(("pull", name) for name in SOLVERS), ("weight", "adam"), ("weight", "exact")])
+def test_a_row_that_is_not_finite_keeps_its_weights_and_says_so(name, bad, array):
+    solver, damping, _ = SOLVERS[name]
+    clean, pruned = problem_and_mask(8)
+    clean = dataclasses.replace(clean, pull=jnp.zeros_like(clean.weight))
+    problem = dataclasses.replace(clean, **{array: getattr(clean, array).at[3, 5].set(bad)})
+    solution, expected = (solve(solver, each, pruned, damping) for each in (problem, clean))
+    np.testing.assert_array_equal(solution.weight[3], pruned.weight[3])
+    assert not solution.converged[3] and np.isinf(solution.gap[3]) and solution.steps[3] < 100
+    others = np.arange(ROWS) != 3
+    np.testing.assert_array_equal(solution.weight[others], expected.weight[others])
+    np.testing.assert_array_equal(solution.converged[others], expected.converged[others])
+
+
 # With damping, whose minimiser may have more of the error that is counted.
 @pytest.mark.parametrize(
     "name, dtype",

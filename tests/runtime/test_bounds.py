@@ -11,6 +11,9 @@ from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.run_config import Calibration, CutStructures, Evaluation, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
+from optima_tpu.method.quantization import Int4, Int8
+from optima_tpu.method.selectors import ADMM, SparseGPT, Thanos
+from optima_tpu.method.solvers import Adam
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.runtime.bounds import MOST, Bound, Bounded, Filled
 from tests.support.refusals import refusal
@@ -51,6 +54,27 @@ def test_what_is_in_bounds_is_taken():
 METHODS = {(setting, cls) for setting, methods in CHOICES.items() for cls in methods.values() if cls}
 COMMANDS = {("", RunConfig), ("", EvaluateConfig), ("", RecoverConfig), ("calibration", Calibration), ("evaluation", Evaluation)}
 COMMANDS |= {("cut", CutStructures)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "setting", "value", "words"),
+    [
+        (ADMM, "damping", -0.1, "of at least 0"),
+        (ADMM, "inverses", 13, "of at most the number of levels"),
+        (ADMM, "levels", 0, "of at least 1"),
+        (ADMM, "rho_first", 2.0, "at most rho_last"),
+        (Adam, "learning_rates", (), "one number or more"),
+        (Adam, "learning_rates", (1e-2, 0.0), "above 0"),
+        (Adam, "steps", 0, "of at least 1"),
+        (Int4, "group", 0, "of at least 1"),
+        (Int8, "clip", 0.0, "above 0 and at most 1"),
+        (Int8, "sweeps", -1, "of at least 0"),
+        *((cls, *each) for cls in (SparseGPT, Thanos) for each in (("block", 0, "of at least 1"), ("damping", 0.0, "above 0"))),
+    ],
+)
+def test_a_method_refuses_what_means_nothing(cls, setting, value, words):
+    said = refusal(cls, **{setting: value})
+    assert f".{setting}" in said and words in said
 
 
 def beyond_of(bound: Bound | Filled) -> list[tuple[float | str, str]]:
