@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.accelerator.parts import FULL, PARTS, SMALL
+from benchmarks.accelerator.parts import PARTS
 from benchmarks.accelerator.results import Layer, Result, differences
 
 ROOT = Path(__file__).parents[1]
@@ -87,9 +87,3 @@ def test_no_weights_of_a_mask_are_better_than_the_optimum():
     assert (best[~keep] == 0).all()
     nearby = np.where(keep, best + 1e-3 * rng.standard_normal(best.shape), 0)
     assert (layer.objective(nearby) > layer.objective(best)).all()
-
-
-@pytest.mark.parametrize("sizes", [SMALL, FULL])
-def test_the_cases_of_a_part_are_its_shapes_with_each_preset(sizes):
-    blocks = next(part for part in PARTS if part.name == "blocks")
-    assert blocks.cases(sizes) == [(shape, preset) for shape in sizes.blocks for preset in ("fast", "best")]

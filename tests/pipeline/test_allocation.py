@@ -9,13 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optima_tpu.config.parse import configure, parse
-from optima_tpu.config.run_config import weights_settings
-from optima_tpu.config.written import flags
+from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import distance
 from optima_tpu.launch import main
-from optima_tpu.method.allocation import OWL, Measured, SparsitySteps, Uniform, allocate, grain, rounded, steps_of
+from optima_tpu.method.allocation import OWL, Measured, SparsitySteps, allocate, grain, rounded, steps_of
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.recipe import Recipe
@@ -210,12 +208,3 @@ def test_a_refused_run_leaves_no_directory(tmp_path, capsys):
     assert main([*command, "--pattern", "0.06/row"]) != 0
     assert "away from 0 and from 1" in capsys.readouterr().err
     assert not output.exists()
-
-
-def test_the_settings():
-    config = parse(["--preset", "fast", "--allocation", "owl", "--allocation.limit", "0.04", "--pattern", "0.7"])
-    assert config.allocation == OWL(limit=0.04)
-    assert configure({"allocation": {"name": "owl", "limit": 0.04}, "pattern": 0.7}) == config
-    assert configure({}, flags(config)[2:]) == config and "owl" in str(config.run_directory)
-    plain = parse(["--pattern", "0.7", "--preset", "fast"])
-    assert plain.allocation == Uniform() and weights_settings(config) != weights_settings(plain)
