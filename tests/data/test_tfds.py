@@ -239,31 +239,6 @@ def test_what_a_killed_program_left_is_no_data_set_and_in_nobodys_way(made, tmp_
     assert list(data.parse_source(f"tfds:mine@{tmp_path}").documents("evaluation")) == DOCUMENTS
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "tfds:mine@a/b",
-        "tfds:mine/config:1.2.3@a?split=train[:90%]&field=page",
-        "hub:org/name@train",
-        "hub:org/name/en@train[:20]?field=page",
-    ],
-)
-def test_a_source_is_written_as_it_is_read(text):
-    assert str(data.parse_source(text)) == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("tfds:mine", "tfds:@a", "tfds:mine@", "tfds:mine@a?page=1"),
-        *("hub:name@train", "hub:org/name", "hub:org/name@train[5:]", "hub:org/name@train?split=a"),
-    ],
-)
-def test_other_texts_are_refused(text):
-    with pytest.raises(UserError, match="tfds:NAME@DIR|hub:ORG/NAME"):
-        data.parse_source(text)
-
-
 # The datasets library
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from optima_tpu.errors import UserError
 from optima_tpu.export import main
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
+from optima_tpu.models.checkpoints.export import export, is_export_of
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.pipeline.journal import open_journal
@@ -113,20 +113,6 @@ def test_a_transposed_view_is_exported_as_it_looks(run, tmp_path, monkeypatch):
     )
     export(run, tmp_path / "out")
     assert_same(folder_tensors(tmp_path / "out")["model.embed_tokens.weight"], expected)
-
-
-def test_masks_come_back(run, tmp_path):
-    export(run, tmp_path / "out")
-    expected = {}
-    for block in range(BLOCKS):
-        expected |= pruned_block(small_model(), block)[1]
-    for path in (tmp_path / "out", tmp_path / "out" / "pruning_masks.npz"):
-        masks = read_masks(path)
-        assert set(masks) == set(expected)
-        for name, keep in masks.items():
-            assert_same(keep, expected[name])
-    packed = np.load(tmp_path / "out" / "pruning_masks.npz")["model.layers.0.mlp.down_proj.weight"]
-    assert packed.shape == (12, 3) and packed.dtype == np.uint8  # 20 inputs: bits, not bytes
 
 
 def test_the_folder_describes_itself(run, tmp_path):
@@ -257,12 +243,6 @@ def test_what_exists_is_not_overwritten(run, tmp_path):
     with pytest.raises(UserError, match="not empty"):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
-    (tmp_path / "out" / "thesis.tex").unlink()
-    (tmp_path / "out.partial").mkdir()  # of the user
-    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
-    export(run, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
-    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "packed"])
