@@ -20,7 +20,7 @@ from optima_tpu.method.targets import DenseTarget
 from optima_tpu.report import curves, figures
 from optima_tpu.report.contents import CellResult
 from optima_tpu.runtime.records import encoded
-from tests.support.fake_reports import NAMES, layers, write_other_places, write_run
+from tests.support.fake_reports import NAMES, layers, write_run
 from tests.support.records import put
 from tests.support.runs import only_error
 
@@ -271,12 +271,8 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["layer-errors", "nowhere"], ["nowhere", "No such file"]),
-        (["layer-errors", "empty"], ["empty", "no report.json"]),
-        (["layer-errors", "started"], ["started", "not finished"]),
         (["layer-errors", "none"], ["none", "with a solver", "--against"]),
         (["layer-errors", "zero"], ["zero", "expected layers with an error ratio"]),
-        (["layer-errors", "text"], ["text", "JSON"]),
         (["layer-errors", "sweep/results.json"], ["results.json", "report"]),
         (["layer-errors", "cg", "cg"], ["twice"]),
         (["layer-errors", "cg", "same"], ["cg and", "same"]),
@@ -293,7 +289,6 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_other_places()
     write_run(Path("cg"))
     write_run(Path("same"))
     write_run(Path("none"), EMBEDDED.changed(solver=None))
