@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import optima_tpu.models.masks
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.method.selectors.imported import Imported
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.masks import check_masks, open_masks
 from tests.support.fake_run import ASSETS, BLOCKS, MANIFEST, finished_run, open_journal, pruned_block, small_model
