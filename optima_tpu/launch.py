@@ -1,4 +1,9 @@
-"""The command line: ``python -m optima_tpu.launch``. Kept short: ``optima_tpu.pipeline.run`` does the work."""
+"""The command line: ``python -m optima_tpu.launch``, or ``optima prune``. ``optima_tpu.pipeline.run`` does the work.
+
+:mod:`optima_tpu.runtime.program` lists the commands. :func:`optima_tpu.runtime.command.main` turns signals and errors into an exit status.
+:mod:`optima_tpu.runtime.light` reads the arguments without the libraries of a run first, so that a mistake is told at once; then
+:func:`run` takes the devices, and calls ``pipeline.run.run``.
+"""
 
 import functools
 import shlex

@@ -100,8 +100,7 @@ def make_parser() -> Parser:
         usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
         description="Runs a table of masks x updates x patterns over one model, or resumes it, and writes it as "
         "Markdown, CSV and JSON.\n\n" + grids.__doc__.partition("\n\n")[2].rstrip(),
-        epilog="A setting of optima_tpu.launch that no label sets overrides the file's, in all cells: --model org/name "
-        "--mesh 4x2",
+        epilog="A setting of optima prune that no label sets overrides the file's, in all cells: --model org/name --mesh 4x2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

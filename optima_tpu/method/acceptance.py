@@ -113,21 +113,26 @@ class _HeldOutErrors(NamedTuple):
 
 
 def accept_rows(
-    tokens: TokenSets[LayerProblem], pruned: Pruned, found: Solution, accept: Acceptance | None, dtype: np.dtype, measure: Measure
+    problems: TokenSets[LayerProblem],
+    pruned: Pruned,
+    found: Solution,
+    accept: Acceptance | None,
+    dtype: np.dtype,
+    measure: Measure,
 ) -> tuple[Pruned, RowOutcomes]:
     """Takes the solver's weights, and its mask if it has one, in the rows that are accepted.
 
-    Weights are compared after the cast to the stored dtype, by the values of ``tokens.calibration``, damping included. The reported
+    Weights are compared after the cast to the stored dtype, by the values of ``problems.calibration``, damping included. The reported
     errors are without damping and without residual-drift correction; held-out tokens are only reported.
 
     Args:
-      tokens: the problem that was solved, and its rows on held-out tokens, without damping.
+      problems: the one that was solved, and its rows on held-out tokens, without damping.
       pruned: the selector's weights and mask.
       found: the solver's weights, for the selector's mask or with a new mask.
       accept: None takes all rows.
       dtype: the dtype in which the weights are stored.
     """
-    problem, unseen = tokens
+    problem, unseen = problems
     keep = pruned.keep if found.keep is None else found.keep
     old, new = (_stored(weight, mask, dtype) for weight, mask in (pruned, (found.weight, keep)))
     errors = measure(problem.hessian, problem.weight, old, new)

@@ -50,12 +50,12 @@ def prune_group(
       sharding: the sharding of all matrices [d_in, d_in], and how many rows a device solves at once.
     """
     group = _Group.of(weights, tokens, recipe.target, sharding)
-    pruned = group.choose(recipe, patterns, given)
     if not any(group.losing(patterns)):
         recipe = dataclasses.replace(recipe, refine=None)
     if recipe.refine and len(set(patterns)) > 1:
         raise ValueError("masks are exchanged for one pattern at a time")
-    solve = sharding.solve(recipe.update(patterns[0]))
+    pruned = group.choose(recipe, patterns, given)
+    solve = sharding.solve(recipe.update(patterns[0]))  # the pattern matters to exchanges alone
     errors = Errors._make([sharding.layout.vector] * 2)
     measure = sharding.map(row_errors, RowErrors._make([sharding.layout.vector, errors, errors]))
 
@@ -93,12 +93,12 @@ def _one_dtype(weights: tuple[Array, ...]) -> np.dtype:
 
 
 def _quantized(
-    matrix: PrunedMatrix, integers: Quantized, tokens: TokenSets[LayerProblem], dtype: np.dtype, measure: Measure
+    matrix: PrunedMatrix, integers: Quantized, problems: TokenSets[LayerProblem], dtype: np.dtype, measure: Measure
 ) -> PrunedMatrix:
     """The matrix with its quantised weights, and their errors beside those of the nearest integers."""
     outcomes, nearest = matrix.rows, Pruned(integers.nearest, matrix.keep)
     final = Solution(integers.weight, outcomes.gap, outcomes.steps, outcomes.converged)
-    rounded, errors = accept_rows(tokens, nearest, final, None, dtype, measure)
+    rounded, errors = accept_rows(problems, nearest, final, None, dtype, measure)
     rows = outcomes._replace(
         quantized=jnp.stack((errors.before, errors.after)),
         quantized_held_out=None if errors.held_out is None else errors.held_out[1:],

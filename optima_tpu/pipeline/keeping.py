@@ -2,7 +2,7 @@
 
 A run is a plain function of a ``keep``, which gives it the result of one stage after the other::
 
-    dense = keep(DENSE)
+    dense = keep(DENSE_PERPLEXITY)
     journal = keep(JOURNAL, dense)
     blocks = keep(PRUNING, journal)
 

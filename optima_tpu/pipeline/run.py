@@ -119,7 +119,7 @@ def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, den
 def pruning(config: RunConfig, keep: Keep) -> Report:
     """The stages of a run."""
     opened = keep(stages.WRITTEN_TEXT) if written_windows(config) else None
-    dense = keep(stages.DENSE)
+    dense = keep(stages.DENSE_PERPLEXITY)
     journal = keep(stages.JOURNAL, dense, opened)
     sinks = keep(stages.SINKS, journal)
     for choice in cutting(config):
@@ -142,7 +142,7 @@ def measuring(
     """
     outcome = keep(UNTRAINED, blocks, keep(TRAINING, blocks)) if config.distill else None
     pruned = keep(stages.CHECKPOINTING, blocks, outcome, allocation)
-    perplexity, memory = keep(stages.PERPLEXITY, pruned), keep(stages.MEMORY)
+    perplexity, memory = keep(stages.PRUNED_PERPLEXITY, pruned), keep(stages.MEMORY)
     speed = keep(SPEED, pruned) if cuts(config) else None
     results = Results(dense, perplexity, outcome, allocation, speed)
     keep(stages.SENDING, sinks, results)

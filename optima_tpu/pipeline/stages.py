@@ -118,7 +118,7 @@ def _steps_of(model: str, read: Callable[[Opened], Model]) -> Callable[[Opened],
     return steps
 
 
-DENSE = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense", lambda opened: opened.model))
+DENSE_PERPLEXITY = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense", lambda opened: opened.model))
 
 
 def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> Journal:
@@ -222,7 +222,7 @@ def _measure_pruned(work: StageWork, pruned: PrunedModel) -> TextPerplexity:
     return found
 
 
-PERPLEXITY = Stage(
+PRUNED_PERPLEXITY = Stage(
     "pruned perplexity", _measure_pruned, lambda work, pruned: _read("pruned", work.opened), _steps_of("pruned", pruned_model)
 )
 

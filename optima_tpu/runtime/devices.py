@@ -17,8 +17,8 @@ class Devices(Bounded):
       cpu_devices: simulate this many devices on the CPU, in every process.
       batch: windows in one step of the forward pass, on each device; a smaller batch needs less memory.
       device_memory: GiB of memory to use on each device; null takes 80% of what the device reports, or on CPUs half of the
-        machine's memory for all of them together. It decides how many rows are solved at once, and what is sharded over the
-        devices.
+        machine's memory for all of them together. It decides what is done at once, such as how many rows are solved, and what is
+        sharded over the devices.
       coordinator: HOST:PORT of process 0, for several processes on a platform that does not announce them itself (TPU
         slices, Slurm and Open MPI do). Give every process the same command except for process_id.
       num_processes: number of processes.

@@ -91,7 +91,7 @@ def test_only_the_blocks_that_turn_the_stream_least_are_tried():
 def test_the_time_of_the_choices_follows_from_the_text_that_the_dense_model_read(tmp_path):
     config, texts = SimpleNamespace(cut=SimpleNamespace(blocks=3)), SimpleNamespace(evaluation=SimpleNamespace(ids=TOKENS[:3]))
     opened = SimpleNamespace(model=dense_model(), directory=tmp_path, config=config, texts=texts, held_out=TOKENS[2:], dense=None)
-    read, ahead = stages.DENSE.steps(opened), cutting.CUTTING.steps(opened)
+    read, ahead = stages.DENSE_PERPLEXITY.steps(opened), cutting.CUTTING.steps(opened)
     pace = functools.reduce(lambda pace, step: pace.after(step, step.work), read, Pace())
     first, second, third = (pace.left([step]) for step in ahead)
     assert first > second > third and pace.left(ahead) == pytest.approx(first + second + third)

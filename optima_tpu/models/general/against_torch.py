@@ -56,7 +56,8 @@ def compared(model: str, length: int) -> Agreement:
             continue
         agrees |= apart < NEAR
         told = "agree with torch" if apart < NEAR else "DIFFER from torch"
-        lines.append(f"{way:<12} the logits {told}: {apart:.2g} of the largest apart, at {tokens.shape[1]} tokens in float32")
+        least = f"apart by at most {apart:.2g} of the largest logit, at {tokens.shape[1]} tokens in float32"
+        lines.append(f"{way:<12} the logits {told}: {least}")
         lines.append(f"             {_pruned(decoder)}")
     return Agreement(tuple(lines), agrees)
 

@@ -102,7 +102,7 @@ def _naming_options(config: RecoverConfig) -> Iterator[None]:
 
 def recovering(config: RunConfig, start: Start, keep: Keep) -> Report:
     """The stages of a recovery: those of a run, but for the blocks, which it takes from the pruned model."""
-    dense = keep(stages.DENSE)
+    dense = keep(stages.DENSE_PERPLEXITY)
     journal = keep(stages.JOURNAL, dense, None)
     sinks = keep(stages.SINKS, journal)
     blocks = keep(_taking(start), journal)
