@@ -130,8 +130,11 @@ def _add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Ma
         if name in CHOICES or name not in base:
             continue
         default = base[name]
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        text = f"{_plain(texts.get(name))} (default: {shown})".replace("%", "%%")
+        told = _plain(texts.get(name))
+        if "Must be given" not in told:  # the default only says that it was not
+            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            told += f" (default: {'none' if shown == '' else shown})"
+        text = told.replace("%", "%%")
         # JSON has no tuples, and jsonargparse does not convert defaults.
         default = tuple(default) if typing.get_origin(kind) is tuple else default
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)

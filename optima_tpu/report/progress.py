@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from optima_tpu.errors import legible
+from optima_tpu.errors import legible, plural
 from optima_tpu.report.layer_means import aimed_at_dense, mean, sparsity
 from optima_tpu.report.numbers import duration, hms, percent
 from optima_tpu.report.pace import Pace, Remaining, Step, remaining
@@ -272,7 +272,8 @@ class Progress:
         if self._block is not None:
             at = f"block {self._block} ({self._block + 1} of {self._total})"
         elif self._total > 1:
-            at = f"{self._stage}, step {self._done} of {self._total} is done"
+            done = f"step {self._done} of {self._total}" if self._done else f"none of {plural(self._total, 'step')}"
+            at = f"{self._stage}, {done} is done"
         else:
             at, unknown = f"{self._stage}, {hms(self._clock() - self._stage_start)} elapsed", ""
         self._say(", ".join(filter(None, [at, self._doing(), self.left() or unknown])))
