@@ -69,7 +69,7 @@ REFUSED = [
     ["prune", "--calibration.source", "wikitxt"],
     ["prune", "--calibration.source", "file:nowhere.txt"],
     ["prune", "configs", "--calibration.source", "hub:a/b@train", "--evaluation.source", "hub:a/b@train"],
-    ["prune", "configs", "--calibration.source", "self", "--distill", "kl", "--evaluation.source", "pydoc"],
+    ["prune", "configs", "--calibration.source", "self", "--calibration.written", "4", "--evaluation.source", "pydoc"],
     ["evaluate", "configs", "--lenght", "7"],
     ["evaluate", "configs", "--mesh", "4x2", "--cpu_devices", "4"],
     ["evaluate", "configs", "--perplexity", "file:nowhere.txt"],
