@@ -389,12 +389,12 @@ def _report(
         (jnp.diagonal(statistics.hessian), statistics.tokens, kept, [matrix.rows for matrix in found])
     )
     refuse_broken(walk.decoder.prefix(index), names, rows)
-    corrects = statistics.drift.residual if statistics.drift and statistics.drift.residual else (None,) * len(names)
+    corrected = walk.decoder.family.residuals if walk.recipe.target.gamma else ()
     reports = []
-    for name, matrix, left, happened, lost in zip(names, found, kept, rows, corrects, strict=True):
+    for name, matrix, left, happened in zip(names, found, kept, rows):
         (d_out, d_in), alive_inputs = matrix.keep.shape, int(live_diagonal(diagonal).sum())
         others = {"block": index, "name": name, "dead_inputs": d_in - alive_inputs, "tokens": int(tokens)}
-        others["corrects_stream"] = lost is not None
+        others["corrects_stream"] = name in corrected
         reports.append(layer_report(happened, (d_out, d_in), int(left), others))
         walk.tell(reports[-1])
     return reports

@@ -18,6 +18,7 @@ from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import PerLayer
 from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.recipe import Recipe
@@ -313,6 +314,19 @@ def test_a_selector_aims_at_the_target_too():
     new, keep, _, problem = group_of(weight, sets, recipe)
     best, kept = ports.admm(*map(np.asarray, (problem.weight, problem.hessian, linear_of(problem))), recipe.pattern, selector)
     assert (keep == kept).all() and np.abs(new - best).max() < 1e-3 * np.abs(best).max()
+
+
+@pytest.mark.parametrize("refine", [None, Swaps(2, 0.1)])
+def test_layers_of_one_input_may_each_have_a_pattern(refine):
+    """Also one that prunes nothing: it keeps all weights, and its error begins at 0."""
+    rules = parse_layers("self_attn.q_proj=0.25,self_attn.k_proj=0/row")
+    groups = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
+    found, *_ = walk(dataclasses.replace(DRIFTING, layers=rules, refine=refine), groups=groups)
+    for _, masks, reports in found:
+        assert {report.name: report.sparsity for report in reports} == dict(zip((*groups[0], *groups[1]), (0.25, 0, 0.5, 0.5)))
+        assert masks["self_attn.k_proj.weight"].all()
+        assert [report.name for report in reports if report.error_before == 0] == ["self_attn.k_proj"]
+        assert [report.name for report in reports if report.corrects_stream] == ["self_attn.o_proj"]
 
 
 def test_making_up_for_the_residual_stream_keeps_it_closer_to_the_dense_models():
