@@ -182,7 +182,7 @@ class _Group(NamedTuple):
 
     def losing(self, patterns: tuple[Pattern, ...]) -> list[bool]:
         """Whether each matrix loses a weight."""
-        return [pattern.pruned_count((len(matrix), matrix.shape[1])) > 0 for pattern, matrix in zip(patterns, self.matrices)]
+        return [pattern.prunes(matrix.shape) for pattern, matrix in zip(patterns, self.matrices)]
 
     def own(self, index: int, problem: LayerProblem) -> LayerProblem:
         """The rows of one matrix, out of the problem of all rows."""

@@ -96,11 +96,8 @@ def _same_as_dense(opened: Opened) -> int:
     decoder, recipe = opened.model.decoder, opened.config.recipe
 
     def loses(index: int, name: str) -> bool:
-        pattern, (d_out, d_in) = (
-            recipe.pattern_of(decoder.prefix(index) + name, name),
-            decoder.at(index).block_shapes[f"{name}.weight"],
-        )
-        return pattern is not None and pattern.pruned_count((d_out, d_in)) > 0
+        pattern = recipe.pattern_of(decoder.prefix(index) + name, name)
+        return pattern is not None and pattern.prunes(decoder.at(index).block_shapes[f"{name}.weight"])
 
     losing = (index for index in range(min(chosen)) if any(loses(index, name) for name in decoder.at(index).linears))
     return next(losing, min(chosen))

@@ -34,7 +34,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
     weights = {True: 0, False: 0}  # by whether the layer loses some
     for path, pattern in pruned_layers(config, decoder).items():
-        weights[pattern.pruned_count(shapes[path]) > 0] += math.prod(shapes[path])
+        weights[pattern.prunes(shapes[path])] += math.prod(shapes[path])
     # Which blocks leave is not chosen yet, and those before the first of them stay as they are.
     refitted = f", {'up to ' * bool(config.cut.blocks)}{weights[False]:,} to re-fit" if weights[False] else ""
     lines = [

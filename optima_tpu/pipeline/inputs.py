@@ -77,7 +77,7 @@ class Texts(NamedTuple):
 
     @classmethod
     def of_written(cls, config: RunConfig, written: Tokens, evaluation: Tokens) -> "Texts":
-        """Splits what the model wrote where there is no other text: calibration and held-out windows, then those of the training."""
+        """Splits what the model wrote where there is no other text: windows of the calibration, held-out ones, those of the training."""
         read = config.calibration.windows + config.calibration.held_out
         training = written.ids[read:] if config.distill else None
         return cls(written._replace(ids=written.ids[:read]), evaluation, training, written.ids)

@@ -137,9 +137,8 @@ def _remedy(folder: Path) -> str:
     if run := next((each for each in (folder, folder.parent) if (each / RUN).is_file()), None):
         record = known_record(run / RUN, RunRecord)
         # The folder may be a copy: the command must name the one that is damaged.
-        command = (
-            recorded_command({**record.configuration, "output": str(run)}) if record else ""
-        ) or "the command that made the run"
+        known = recorded_command({**record.configuration, "output": str(run)}) if record else ""
+        command = known or "the command that made the run"
         code = record.manifest.get("code") if record else None
         if code not in (None, code_version()):  # a run goes on with the code that began it
             return (

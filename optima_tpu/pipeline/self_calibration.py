@@ -41,15 +41,19 @@ def written_windows(config: RunConfig) -> int:
 def _calibration_windows(config: RunConfig) -> int:
     """How many of them are calibrated on or held out: the first ones."""
     text = config.calibration
-    return text.windows + text.held_out if isinstance(parse_source(text.source), SelfGenerated) else text.written
+    return text.windows + text.held_out if _writes_all(config) else text.written
 
 
 def _training_windows(config: RunConfig) -> int:
     """How many of them are trained on: the last ones."""
     if config.distill is None:
         return 0
-    whole = isinstance(parse_source(config.calibration.source), SelfGenerated)
-    return config.distill.pass_windows if whole else config.distill.written
+    return config.distill.pass_windows if _writes_all(config) else config.distill.written
+
+
+def _writes_all(config: RunConfig) -> bool:
+    """Whether there is no other text."""
+    return isinstance(parse_source(config.calibration.source), SelfGenerated)
 
 
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:

@@ -1,6 +1,7 @@
-"""The stages that every run has, see :mod:`optima_tpu.pipeline.keeping`. Those of a training, of cuts and of an allocation are in their files.
+"""The stages that every run has, see :mod:`optima_tpu.pipeline.keeping`.
 
-Inside of PRUNING, which is the walk, the journal keeps block by block.
+The stages of a training, of cuts and of an allocation are in files of their own. Inside of PRUNING, which is the walk, the
+journal keeps block by block.
 """
 
 import dataclasses
@@ -128,7 +129,7 @@ def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> 
 
 
 JOURNAL = Stage("recording", _record)
-"""Writes into the run directory, as the first unless the model wrote text: every weight was read then, and the model works in its dtype."""
+"""Writes into the run directory, as the first unless the model wrote text. By then every weight was read, and the model has computed in its dtype."""
 
 
 def _open_sinks(work: StageWork, journal: Journal) -> Steps:

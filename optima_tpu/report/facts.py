@@ -13,7 +13,7 @@ from optima_tpu.report.columns import mean_error
 from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.layer_means import aimed_at_dense, exchanged, mean, measured, quantized_line
-from optima_tpu.report.numbers import became, direction, interval, number, percent, times
+from optima_tpu.report.numbers import became, direction, number, percent, times, unsure
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.view import without_folders
 
@@ -69,8 +69,8 @@ def _perplexity(report: Report) -> Fact:
     models, dense, last = report.perplexities, report.perplexity.dense, report.perplexity.pruned
     ratio = number(report.perplexity.ratio)
     # The result says what the text can show; a word here must not say more.
-    low, high = interval(report.perplexity.ratio, report.log_ratio_stderr) or (report.perplexity.ratio,) * 2
-    word = "" if ratio == number(1.0) or low <= 1 <= high else f" {direction(dense, last)},"
+    same = ratio == number(1.0) or unsure(report.perplexity.ratio, report.log_ratio_stderr)
+    word = "" if same else f" {direction(dense, last)},"
     note = f"{ratio} times,{word} on {without_folders(report.evaluation.how)}"
     rows = {
         "perplexity, dense": number(dense, 4),

@@ -46,6 +46,12 @@ def became(before: float | None, after: float | None, show: Callable[[float], st
     return "unchanged" if show(before) == show(after) else direction(before, after)
 
 
+def unsure(ratio: float, error: float | None) -> bool:
+    """Whether two standard errors are more than what a ratio differs from 1 by."""
+    ends = interval(ratio, error)
+    return ends is not None and ends[0] <= 1 <= ends[1]
+
+
 def interval(ratio: float, error: float | None) -> tuple[float, float] | None:
     """A ratio less and more two standard errors of its logarithm; None if the error was not measured."""
     if error is None:

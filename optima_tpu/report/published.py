@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from optima_tpu.report.contents import Perplexities, Report
-from optima_tpu.report.numbers import direction, interval, number
+from optima_tpu.report.numbers import direction, interval, number, unsure
 
 _SIZES = 2.5
 """A model is compared with models of at most so many times, and at least one part in so many, of its weights."""
@@ -117,7 +117,8 @@ def change(report: Report) -> str:
     if ends is None:
         return f"{first}, {direction(dense, pruned)}; how sure that is was not measured."
     low, high = ends
-    sure = direction(dense, pruned) if not low <= 1 <= high else "no difference that this text can show"
+    unclear = unsure(perplexity.ratio, report.log_ratio_stderr)
+    sure = "no difference that this text can show" if unclear else direction(dense, pruned)
     return f"{first}, {sure} ({number(low)} to {number(high)} with two standard errors over its windows)."
 
 

@@ -70,6 +70,11 @@ class Pattern(abc.ABC):
     def pruned_count(self, shape: tuple[int, int]) -> int:
         """How many weights a [d_out, d_in] matrix loses. Raises UserError where the pattern does not fit the shape."""
 
+    def prunes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a [d_out, d_in] matrix loses a weight. Raises UserError as :meth:`pruned_count`."""
+        d_out, d_in = shape
+        return self.pruned_count((d_out, d_in)) > 0
+
     @abc.abstractmethod
     def keep_mask(self, scores: Scores) -> Mask:
         """The mask with the largest total score.
