@@ -104,7 +104,8 @@ def _title(card: Card) -> str:
     cut = f"cut to {parts_left(card.sidecar.cuts)}" if card.sidecar.cuts else ""
     # The zeros of other layers, or of parts that are not cut: the share of parts in the pattern is none of weights.
     zeros = f"to {percent(sparsity(card.sidecar.masked))} zeros" if isinstance(pattern, WholeParts) else str(pattern)
-    return " and ".join(filter(None, [cut, f"pruned {zeros}" if card.has_zeros else ""]))
+    refitted = "re-fitted" * bool(_refitted(card))
+    return " and ".join(filter(None, [cut, f"pruned {zeros}" if card.has_zeros else refitted]))
 
 
 def _made(card: Card) -> str:
@@ -158,7 +159,12 @@ def _zeros(card: Card) -> str:
     )
 
 
-_CHANGES: Sequence[Callable[[Card], str]] = (_left_out, _experts, _cuts, _zeros)
+def _refitted(card: Card) -> str:
+    count = 0 if card.has_zeros else len(card.sidecar.masked)
+    return f"the weights of {plural(count, 'matrix')} were re-fitted, and none of them was pruned" if count else ""
+
+
+_CHANGES: Sequence[Callable[[Card], str]] = (_left_out, _experts, _cuts, _refitted, _zeros)
 """What pruning did to the tensors, each in words; empty where it did no such thing."""
 
 

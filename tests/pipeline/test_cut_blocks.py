@@ -193,6 +193,9 @@ def test_a_re_fit_begins_behind_the_first_gap_and_with_the_dense_weights(one_dev
     for name, tensor in small.items():
         if "layers.0." in name or "layers.1." in name:
             assert tensor.tobytes() == dense[name].tobytes(), name
+    card = (run / "hf" / "README.md").read_text()
+    assert "# model, cut to 4 of 5 blocks and re-fitted\n" in card and "- sparse" not in card
+    assert "the weights of 14 matrices were re-fitted, and none of them was pruned" in card
     blocks = json.loads((run / "report.json").read_text())["blocks"]
     assert [len(block["layers"]) for block in blocks] == [0, 0, 7, 7]
     layers = [layer for block in blocks for layer in block["layers"]]
