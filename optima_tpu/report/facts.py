@@ -162,9 +162,10 @@ def _left_out(report: Report) -> Fact | None:
     chosen = report.left_out
     if not chosen.blocks:
         return None
-    told = [number(divergence) for divergence in chosen.divergences]
-    note = f"of the dense model, in this order; on held-out windows the predictions diverge by {', '.join(told)} nats, before the walk"
-    return Fact("Blocks left out", [", ".join(map(str, chosen.blocks))], note, "left out")
+    several = len(chosen.blocks) > 1
+    told = ", ".join(number(divergence) for divergence in chosen.divergences)
+    note = f"of the dense model{', in this order' * several}; on held-out windows the predictions diverge by {told} nats, before the walk"
+    return Fact("Blocks left out", [f"block{'s' * several} {', '.join(map(str, chosen.blocks))}"], note, "left out")
 
 
 def _refit(report: Report) -> Fact | None:

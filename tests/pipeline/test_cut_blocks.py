@@ -176,6 +176,7 @@ def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
     assert "Blocks left out" in page and report["model"]["blocks"] == 4 and [each["index"] for each in report["blocks"]] == [0, 1]
     printed, card = capsys.readouterr().out, (tmp_path / "run" / "hf" / "README.md").read_text()
     assert "\nNo layer was pruned.\n" in printed and "error   " not in printed and "Layer errors" not in card
+    assert f"\nleft out    blocks {left_out[0]}, {left_out[1]} of the dense model, in this order; on held-out windows" in printed
     for name in ("README.md", "optima_tpu.json"):
         assert all(str(block) in (tmp_path / "run" / "hf" / name).read_text() for block in left_out)
     for trained in (tmp_path / "run", tmp_path / "run" / "hf"):
