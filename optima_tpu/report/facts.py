@@ -13,7 +13,7 @@ from optima_tpu.report.columns import mean_error
 from optima_tpu.report.contents import Report, only_experts, parts_left
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.layer_means import aimed_at_dense, exchanged, mean, measured, quantized_line
-from optima_tpu.report.numbers import became, direction, number, percent, times, unsure
+from optima_tpu.report.numbers import became, direction, named_blocks, number, percent, times, unsure
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.view import without_folders
 
@@ -162,10 +162,10 @@ def _left_out(report: Report) -> Fact | None:
     chosen = report.left_out
     if not chosen.blocks:
         return None
-    several = len(chosen.blocks) > 1
+    order = ", in this order" if len(chosen.blocks) > 1 else ""
     told = ", ".join(number(divergence) for divergence in chosen.divergences)
-    note = f"of the dense model{', in this order' * several}; on held-out windows the predictions diverge by {told} nats, before the walk"
-    return Fact("Blocks left out", [f"block{'s' * several} {', '.join(map(str, chosen.blocks))}"], note, "left out")
+    note = f"of the dense model{order}; on held-out windows the predictions diverge by {told} nats, before the walk"
+    return Fact("Blocks left out", [named_blocks(chosen.blocks)], note, "left out")
 
 
 def _refit(report: Report) -> Fact | None:

@@ -15,7 +15,7 @@ from optima_tpu.method.patterns import WholeParts, parse_pattern
 from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount, Outcome, RunFacts, Sidecar, only_experts, parts_left
 from optima_tpu.report.layer_means import held_out_caveat, mean, sparsity
 from optima_tpu.report.licence import licence_of
-from optima_tpu.report.numbers import percent
+from optima_tpu.report.numbers import named_blocks, percent
 from optima_tpu.report.settings import RecipeSettings
 from optima_tpu.report.view import template, without_folders
 
@@ -121,11 +121,7 @@ def _made(card: Card) -> str:
 
 def _left_out(card: Card) -> str:
     blocks = sorted(card.sidecar.left_out.blocks)
-    return (
-        f"it is without the blocks {', '.join(map(str, blocks))} of the source, so that later blocks have lower numbers"
-        if blocks
-        else ""
-    )
+    return f"it is without the {named_blocks(blocks)} of the source, so that later blocks have lower numbers" if blocks else ""
 
 
 def _deleted(cuts: Mapping[str, CutCount], changed: str) -> str:

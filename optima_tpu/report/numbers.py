@@ -1,7 +1,7 @@
 """Formats numbers for people."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from optima_tpu.errors import plural
 
@@ -23,6 +23,11 @@ def number(value: float | None, digits: int = 3) -> str:
     # Rounding may add a digit before the point: 9.996 becomes 10.0, not 10.00.
     decimals = max(digits - 1 - math.floor(math.log10(abs(round(value, decimals)))), 0)
     return f"{value:.{decimals}f}"
+
+
+def named_blocks(indices: Sequence[int]) -> str:
+    """ "block 2", "blocks 17, 14": names blocks, in the order that came."""
+    return f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}"
 
 
 def percent(share: float | None) -> str:

@@ -185,7 +185,7 @@ def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
         assert not start.names and start.record.left_out.blocks == tuple(left_out)
 
 
-def test_a_re_fit_begins_behind_the_first_gap_and_with_the_dense_weights(one_device, tmp_path, monkeypatch):
+def test_a_re_fit_begins_behind_the_first_gap_and_with_the_dense_weights(one_device, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cutting, "choices", lambda *arguments: iter([LeftOut((2,), (0.1,))]))
     model, run = tiny_folder(tmp_path / "model", num_hidden_layers=5), tmp_path / "run"
     words = ["--model", str(model), "--output", str(run), "--preset", "best", "--cut.blocks", "1", "--pattern", "0/row"]
@@ -197,6 +197,8 @@ def test_a_re_fit_begins_behind_the_first_gap_and_with_the_dense_weights(one_dev
     card = (run / "hf" / "README.md").read_text()
     assert "# model, cut to 4 of 5 blocks and re-fitted\n" in card and "- sparse" not in card
     assert "the weights of 14 matrices were re-fitted, and none of them was pruned" in card
+    assert "it is without the block 2 of the source" in card
+    assert "\nleft out    block 2 of the dense model; on held-out windows" in capsys.readouterr().out
     blocks = json.loads((run / "report.json").read_text())["blocks"]
     assert [len(block["layers"]) for block in blocks] == [0, 0, 7, 7]
     layers = [layer for block in blocks for layer in block["layers"]]
