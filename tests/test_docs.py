@@ -203,7 +203,7 @@ def test_a_place_of_a_table_has_the_number_of_its_record():
 def test_the_first_screen_of_the_readme_says_what_has_run_on_what():
     first, _, rest = (ROOT / "README.md").read_text().partition("## Use it")
     opening = first.partition("<picture>")[0]
-    run = ("measured on CPUs", "simulated on CPU devices", "compiled for TPUs", "never run on one", "no faster until a kernel")
+    run = ("measured on CPUs", "simulated on CPU devices", "Nothing has run on a TPU or a GPU", "no faster until a kernel")
     assert [words for words in run if words not in opening.replace("\n", " ")] == []
     assert "`SmolLM2-135M-Instruct`" in first and "Q4_1 GGUF" in first
     assert "When is 2:4 usable?" in rest
