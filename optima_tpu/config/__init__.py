@@ -1,1 +1,1 @@
-"""The settings of a run: their types, defaults and presets, and how they are read from YAML and the command line."""
+"""The settings of a run: types, defaults, presets, and how they are read."""

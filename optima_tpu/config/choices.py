@@ -1,4 +1,4 @@
-"""Settings that choose one of several methods: ours by name, others by the import path of their class.
+"""Settings that choose a method: ours by name, others by their import path.
 
     --solver cg                                 a method of this package
     --selector my_lab.masks:MyMask              a class of the user's own, derived from ``Selector``
@@ -47,7 +47,7 @@ OPEN: Mapping[str, type] = MappingProxyType({"selector": Selector, "solver": Sol
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """A method of the user's own as a record of a run names it: its text, of which nothing is imported.
+    """A user's own method by its recorded text; nothing is imported.
 
     Attributes:
       path: the import path of its class.
@@ -70,7 +70,7 @@ class NamedSolver(Named, Solver):
 
     @property
     def damping(self) -> float:
-        """The damping of the objective, which every solver has among its options."""
+        """The damping of the objective, an option of every solver."""
         return self.options["damping"]
 
 
@@ -85,7 +85,9 @@ NAMED: Mapping[str, type[Named]] = MappingProxyType({"selector": NamedSelector, 
 
 
 def method_class(setting: str, name: str) -> type | None:
-    """The class of a method; None for "null". Imports nothing: :func:`canonical_name` has imported the user's own before.
+    """The class of a method; None for "null".
+
+    Imports nothing: :func:`canonical_name` has imported the user's own class before.
 
     Raises:
       UserError: the import path names no class that was imported.
@@ -94,7 +96,9 @@ def method_class(setting: str, name: str) -> type | None:
 
 
 def canonical_name(setting: str, text: str) -> str:
-    """The method's name from any spelling: per_layer, per-layer, PerLayer. An import path stays as it is, and is imported.
+    """The method's name from any spelling: per_layer, per-layer, PerLayer.
+
+    An import path stays as it is, and its class is imported.
 
     Args:
       text: as the person typed it, or wrote it in a file for ``--config``. Never from a record, see :class:`Named`.
@@ -114,7 +118,7 @@ def canonical_name(setting: str, text: str) -> str:
 
 
 def _as_option(setting: str, text: str) -> str:
-    """The end of a message about a text that is no method's name but a value of an option, as "norms" is of distill.train."""
+    """A hint that a text such as "norms" is a value of an option instead."""
     for cls in filter(None, CHOICES[setting].values()):
         for name, kind in typing.get_type_hints(cls).items():
             if text in typing.get_args(kind):
@@ -147,17 +151,19 @@ def options_of(method: Method) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
 
 
-def with_pattern_damping(options: Any, said: Mapping[str, Any]) -> Any:
-    """A solver's default options, with at least the damping of the patterns if the solver has some of its own.
+def with_pattern_damping(options: Any, texts: Mapping[str, Any]) -> Any:
+    """A solver's default options, with at least the damping of the patterns.
+
+    If the solver has no damping, the options stay as they are.
 
     Args:
-      said: the texts of ``pattern`` and ``layers``, as far as they are settings.
+      texts: the settings ``pattern`` and ``layers`` as texts, if they are given.
     """
     if not isinstance(options, dict) or not options.get("damping"):
         return options
     try:
-        rules = parse_layers(str(said.get("layers") or ""))
-        patterns = [parse_pattern(str(said.get("pattern", "0.5"))), *(rule.pattern for rule in rules if rule.pattern)]
+        rules = parse_layers(str(texts.get("layers") or ""))
+        patterns = [parse_pattern(str(texts.get("pattern", "0.5"))), *(rule.pattern for rule in rules if rule.pattern)]
     except UserError:  # it is raised again where the settings are read
         return options
     return options | {"damping": max(options["damping"], *(pattern.damping for pattern in patterns))}

@@ -1,4 +1,4 @@
-"""Settings in the layout of the YAML files, with every method in the form ``{"name": ..., options}``."""
+"""Settings in the layout of the YAML files, with methods in long form."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from optima_tpu.runtime.inside import refuse_special
 
 
 def load(text: str, origin: str) -> dict[str, Any]:
-    """A configuration file's settings, with every method in the form ``{"name": ..., options}``.
+    """A configuration file's settings, with every method in its long form.
 
     Args:
       origin: the source of the text, for messages.
@@ -31,7 +31,7 @@ def load(text: str, origin: str) -> dict[str, Any]:
 
 
 def long_form(document: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Settings with every method in its long form; a document in that form stays as it is."""
+    """Settings with every method in long form, ``{"name": ..., options}``."""
     for setting, value in document.items():
         if setting in CHOICES:
             document[setting] = method_settings(value)
@@ -45,7 +45,7 @@ def long_form(document: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def load_file(path: str | Path, what: str = "a YAML file") -> dict[str, Any]:
-    """As :func:`load`, from a file; ``what`` is expected of it.
+    """As :func:`load`, from a file; ``what`` names it in messages.
 
     Raises:
       UserError: as :func:`load`, or the file cannot be read, or is a pipe that this process was not started with.

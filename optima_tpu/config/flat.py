@@ -1,4 +1,4 @@
-"""Nested settings as flat ones with dotted names, and the order of settings."""
+"""Nested settings as flat ones with dotted names; the order of settings."""
 
 import dataclasses
 import inspect
@@ -9,10 +9,10 @@ from typing import Any
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots."""
-    found: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        joined |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return joined
 
 
 def options(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def field_names(cls: type) -> list[str]:
-    """The names of a dataclass's fields, its own before those that it inherits."""
+    """The names of a dataclass's fields, inherited ones last."""
     names = [field.name for field in dataclasses.fields(cls)]
     return sorted(names, key=lambda name: name not in inspect.get_annotations(cls))
 

@@ -1,4 +1,4 @@
-"""What a text names as a model. Imports no family and no transformers, so that a wrong path is refused at once."""
+"""What a text names as a model. Imports no family and no transformers."""
 
 import re
 from pathlib import Path
@@ -9,14 +9,17 @@ from optima_tpu.runtime.processes import may_join
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether a text has the form org/name or org/name@revision, and is not a path to a file or in ``runs/``."""
+    """Whether a text is a hub id, org/name or org/name@revision.
+
+    A path in ``runs/`` or to a model's file is none.
+    """
     return bool(re.fullmatch(r"(?!runs/)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", spec)) and not spec.endswith(
         (".gguf", ".safetensors", ".bin")
     )
 
 
 def opening(spec: str) -> str:
-    """The line before a model is opened: what may take long, and is true of a model that turns out to be missing."""
+    """The line before a model is opened, true even if the model is missing."""
     path = Path(spec).expanduser()
     if is_hub_id(spec) and not path.exists():
         return f"opening      {spec}: looked up on the Hugging Face hub, then its files are compared with their checksums"
@@ -24,7 +27,7 @@ def opening(spec: str) -> str:
 
 
 def refuse_missing(spec: str) -> None:
-    """Raises UserError for a model that is not on the disk, and that no hub and no package can have."""
+    """Raises UserError if no disk, hub or package can have the model."""
     path = Path(spec).expanduser()
     if not (spec.startswith("wheel:") or is_hub_id(spec) or (spec and path.exists())):
         near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")], str(path.parent / "_")[:-1])
@@ -32,7 +35,9 @@ def refuse_missing(spec: str) -> None:
 
 
 def refuse_early(coordinator: str | None, *specs: str | None) -> None:
-    """As :func:`refuse_missing`, before the slow imports, unless other processes may wait for this one.
+    """As :func:`refuse_missing`, unless other processes may wait for this one.
+
+    Call it before the slow imports.
 
     Args:
       coordinator: as given on the command line.

@@ -1,4 +1,4 @@
-"""Other names of settings: those that stand for a setting, and those of other programs, which a refusal translates."""
+"""Aliases of settings, and other programs' names that refusals translate."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -43,7 +43,7 @@ GONE: Mapping[str, tuple[Any, ...]] = MappingProxyType({"target.weigh_by_loss": 
 
 
 def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file or a record without those of :data:`GONE` that did nothing."""
+    """Settings without the ones of :data:`GONE` that had no effect."""
 
     def left(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value not in GONE.get(prefix + name, ())}
@@ -52,7 +52,7 @@ def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_own_names(part: str, settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The settings of a part, such as ``calibration``, each by its own name where an alias was given.
+    """The settings of a part such as ``calibration``, with aliases resolved.
 
     Raises:
       UserError: one setting comes by two names.

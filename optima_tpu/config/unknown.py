@@ -1,4 +1,4 @@
-"""Settings and values that do not exist: what is said, and what was probably meant."""
+"""Messages for settings and values that do not exist, with suggestions."""
 
 import argparse
 import difflib
@@ -16,10 +16,10 @@ from optima_tpu.config.words import settings_named, words_of
 from optima_tpu.errors import UserError, did_you_mean
 
 
-def check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:
+def check_known(names: Iterable[str], existing: set[str], chosen: Mapping[str, str], dashes: str) -> None:
     """Refuses a setting that does not exist, and suggests similar ones."""
     for name in names:
-        if name in known:
+        if name in existing:
             continue
         setting, _, option = name.partition(".")
         owners = [method for method, cls in CHOICES.get(setting, {}).items() if cls and option in fields(cls)]
@@ -28,17 +28,17 @@ def check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str]
                 f"{dashes}{name} is an option of {setting} {', '.join(owners)}, but {setting} is "
                 f"{chosen[setting]} here; choose {owners[0]} or leave the option out"
             )
-        refuse_unknown([name], known, dashes)
+        refuse_unknown([name], existing, dashes)
 
 
-def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
-    """Refuses a setting that is not known, and suggests similar ones."""
+def refuse_unknown(names: Iterable[str], existing: set[str], dashes: str) -> None:
+    """Refuses a setting that does not exist, and suggests similar ones."""
     for name in names:
-        if name in known:
+        if name in existing:
             continue
         if name in GONE or name.partition(".")[0] in GONE:
             raise UserError(f"there is no setting {dashes}{name} any more, since it earned next to nothing: leave it out")
-        candidates = {entry.removesuffix(".name") for entry in known}
+        candidates = {entry.removesuffix(".name") for entry in existing}
         elsewhere, value = ELSEWHERE.get(name.replace("-", "_"), ("", ""))
         if elsewhere in candidates:
             example = f"{dashes}{elsewhere}{' ' if dashes else ': '}{value}"
@@ -57,10 +57,10 @@ def refusal(
     parser: argparse.ArgumentParser | None = None,
     argv: Sequence[str] = (),
 ) -> str:
-    """The message of an argparse or jsonargparse error, in one line, with the default as an example of a value.
+    """The one-line message of an argparse or jsonargparse error.
 
-    The error has no other trace of the setting and its value than its text. Where another version words it otherwise, the text
-    itself is the message.
+    It gives the default as an example of a value. The error holds the setting and its value only in its text. If another
+    version words that text otherwise, the text itself is the message.
 
     Args:
       types: of the settings that ``parser`` has.

@@ -1,4 +1,4 @@
-"""The words of a command line: the spellings that mean one setting, and the words that a setting is typed as."""
+"""The words of a command line: spellings of settings, and how to type them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,11 @@ from optima_tpu.runtime.program import refuse_undecodable
 
 
 def spelled(argument: str) -> str:
-    """--cpu-devices as --cpu_devices, --solver NAME as --solver.name NAME, and a setting's other name as its own."""
+    """An argument in its setting's one spelling.
+
+    ``--cpu-devices`` becomes ``--cpu_devices``, ``--solver`` becomes ``--solver.name``, and an alias becomes its setting's
+    name.
+    """
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument.partition("=")
@@ -19,7 +23,11 @@ def spelled(argument: str) -> str:
 
 
 def as_spelled(argv: Sequence[str]) -> list[str]:
-    """The arguments, each :func:`spelled`. Raises UserError for one that is not UTF-8."""
+    """The arguments, each :func:`spelled`.
+
+    Raises:
+      UserError: an argument is not UTF-8.
+    """
     refuse_undecodable(argv)
     return [spelled(argument) for argument in argv]
 

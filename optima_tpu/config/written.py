@@ -1,4 +1,4 @@
-"""A run's configuration as a YAML file, as a command line, and as the preset that it is nearest to."""
+"""A run's configuration as YAML, as a command line, and as a preset."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,10 @@ def dump(config: RunConfig) -> str:
 
 
 def flags(config: RunConfig) -> list[str]:
-    """The command line that :func:`parse` reads back to the configuration: the model, and the changes to the defaults."""
+    """The command line of a configuration: the model and changed defaults.
+
+    :func:`parse` reads it back to the configuration.
+    """
     changes = {"model": config.model} | _changed(to_dict(config), to_dict(default_run(config.model)))
     if default_preset(changes.get("selector.name"), changes.get("solver.name")) != PLAIN:
         changes["preset"] = PLAIN
@@ -26,7 +29,7 @@ def flags(config: RunConfig) -> list[str]:
 
 
 def on_preset(config: RunConfig) -> str:
-    """The preset nearest to a run, and the methods and options that differ from it: ``best --solver mpax``."""
+    """The nearest preset and the differences, as in ``best --solver mpax``."""
     acting = (*CHOICES, "recapture", "borrow")
     values, plain = to_dict(config), to_dict(default_run(config.model))
     changes = {}
@@ -38,7 +41,7 @@ def on_preset(config: RunConfig) -> str:
 
 
 def _with_defaults(setting: str, value: Any) -> Any:
-    """A setting of a preset, with all options of its method where it is one."""
+    """A preset's setting, with all options of its method if it is one."""
     if setting not in CHOICES:
         return value
     method = method_settings(value)
@@ -46,9 +49,9 @@ def _with_defaults(setting: str, value: Any) -> Any:
 
 
 def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from those of ``base``, by dotted names; options of another method differ from its own defaults.
+    """The settings that differ from ``base``, by their dotted names.
 
-    A class of the user's own has all its options here.
+    The options of another method are compared with its own defaults. A class of the user's own has all its options here.
     """
     settings, defaults = dict(values), dict(base)
     for setting in CHOICES:

@@ -1,7 +1,7 @@
-"""YAML 1.2, in which 2:4 and no are text. In YAML 1.1, which PyYAML reads, they are 124 and False.
+"""YAML 1.2, in which 2:4 and no are text.
 
-ruamel.yaml's reading is kept, with one exception: a date stays text, because a run directory may be named by one. A file
-that begins with ``%YAML 1.1`` is read as that version.
+In YAML 1.1, which PyYAML reads, they are 124 and False. ruamel.yaml's reading is kept, with one exception: a date stays text,
+because a run directory may be named by one. A file that begins with ``%YAML 1.1`` is read as that version.
 """
 
 import io
@@ -54,24 +54,26 @@ def load(text: str, origin: str = "the text") -> Any:
         raise UserError(f"{origin}: expected YAML, got something else: {one_line(error)}") from None
 
 
-def _size(value: Any, known: dict[int, int]) -> int:
-    """The number of values in a document whose aliases are written out; ``known`` has the sizes of those that were counted.
+def _size(value: Any, sizes: dict[int, int]) -> int:
+    """The number of values in a document whose aliases are written out.
+
+    ``sizes`` has the sizes of the parts that were counted.
 
     Raises:
       ValueError: there are more than :data:`MOST_VALUES`.
     """
     if not isinstance(value, (dict, list)):
         return 1
-    if id(value) not in known:
-        size = 1 + sum(_size(each, known) for each in (value.values() if isinstance(value, dict) else value))
+    if id(value) not in sizes:
+        size = 1 + sum(_size(each, sizes) for each in (value.values() if isinstance(value, dict) else value))
         if size > MOST_VALUES:
             raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
-        known[id(value)] = size
-    return known[id(value)]
+        sizes[id(value)] = size
+    return sizes[id(value)]
 
 
 def dump(value: Any) -> str:
-    """Writes JSON types so that :func:`load` reads the same, keys in their order."""
+    """JSON types as YAML that :func:`load` reads back, keys in their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml declares it None

@@ -1,1 +1,4 @@
-"""The mathematics of pruning: problems, masks, solvers. Nothing here knows a model, a file or a report."""
+"""The mathematics of pruning: problems, masks, solvers.
+
+Nothing here knows a model, a file or a report.
+"""

@@ -28,7 +28,7 @@ Flags = Bool[Array, " rows"]
 
 
 class Acceptance(Method, abc.ABC):
-    """Chooses the rows of one matrix that take the solver's weights. A rule is a frozen dataclass."""
+    """Chooses the rows of one matrix that take the solver's weights."""
 
     setting: ClassVar[str] = "accept"
 
@@ -45,7 +45,7 @@ class Acceptance(Method, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class PerRow(Acceptance):
-    """Updates a row if its own objective, the solver's damping included, did not rise. So no row gets worse."""
+    """Updates a row if its damped objective did not rise: none gets worse."""
 
     def __call__(self, before: Numbers, after: Numbers, converged: Flags) -> Flags:
         return after <= before
@@ -53,12 +53,12 @@ class PerRow(Acceptance):
 
 @dataclasses.dataclass(frozen=True)
 class PerLayer(Acceptance):
-    """The paper's rule: updates a matrix as a whole if enough rows converged and its total objective fell.
+    """Updates a matrix if enough rows converged and its total objective fell.
 
-    The rows of a matrix are counted together. The paper's code (paramathic/optima ``optima/weight_update.py``) solves
-    ``12 * 2**27 / d_in**2`` rows at a time, and rejects the whole matrix at the first batch in which too few rows converged. Both
-    rules agree up to about 1,500 inputs, where one batch holds a whole matrix. At 14,336 inputs a batch has 7 rows, so a single
-    row that did not converge rejects the matrix.
+    This is the paper's rule. The rows of a matrix are counted together. The paper's code (paramathic/optima
+    ``optima/weight_update.py``) solves ``12 * 2**27 / d_in**2`` rows at a time, and rejects the whole matrix at the first batch
+    in which too few rows converged. Both rules agree up to about 1,500 inputs, where one batch holds a whole matrix. At 14,336
+    inputs a batch has 7 rows, so a single row that did not converge rejects the matrix.
 
     Attributes:
       min_converged: share of rows that must have converged, 0.95 in the paper's code.
@@ -91,7 +91,7 @@ Measure = Callable[[Array, Array, Array, Array], RowErrors]
 
 
 def row_errors(hessian: Float32[Array, "d_in d"], features: Features = WHOLE) -> Callable[[Array, Array, Array], RowErrors]:
-    """Returns a function that measures old and new weights against dense ones."""
+    """Returns a function that compares old and new weights to dense ones."""
 
     def measure(dense: Float32[Array, "rows d"], old: Float32[Array, "rows d"], new: Float32[Array, "rows d"]) -> RowErrors:
         problem = LayerProblem(dense, hessian)
@@ -115,12 +115,12 @@ class _HeldOutErrors(NamedTuple):
 def accept_rows(
     problems: TokenSets[LayerProblem],
     pruned: Pruned,
-    found: Solution,
+    solution: Solution,
     accept: Acceptance | None,
     dtype: np.dtype,
     measure: Measure,
 ) -> tuple[Pruned, RowOutcomes]:
-    """Takes the solver's weights, and its mask if it has one, in the rows that are accepted.
+    """Takes the solver's weights, and any new mask, in the accepted rows.
 
     Weights are compared after the cast to the stored dtype, by the values of ``problems.calibration``, damping included. The reported
     errors are without damping and without residual-drift correction; held-out tokens are only reported.
@@ -128,19 +128,19 @@ def accept_rows(
     Args:
       problems: the one that was solved, and its rows on held-out tokens, without damping.
       pruned: the selector's weights and mask.
-      found: the solver's weights, for the selector's mask or with a new mask.
+      solution: the solver's weights, for the selector's mask or with a new mask.
       accept: None takes all rows.
       dtype: the dtype in which the weights are stored.
     """
     problem, unseen = problems
-    keep = pruned.keep if found.keep is None else found.keep
-    old, new = (_stored(weight, mask, dtype) for weight, mask in (pruned, (found.weight, keep)))
+    keep = pruned.keep if solution.keep is None else solution.keep
+    old, new = (_stored(weight, mask, dtype) for weight, mask in (pruned, (solution.weight, keep)))
     errors = measure(problem.hessian, problem.weight, old, new)
     held_out = None if unseen is None else _held_out_errors(unseen, old, new, measure)
     accepted = jnp.ones(errors.energy.shape, bool)
     if accept is not None:
         aims = problem.value(old, errors.old), problem.value(new, errors.new)
-        accepted = accept(*aims, found.converged)
+        accepted = accept(*aims, solution.converged)
 
     def taken(values: tuple[Array, ...]) -> Array:
         return jnp.stack((*values[:2], jnp.where(accepted, values[2], values[1]), *values[3:]))
@@ -149,14 +149,14 @@ def accept_rows(
         errors.energy,
         errors.old.output,
         jnp.where(accepted, errors.new.output, errors.old.output),
-        found.gap,
-        found.steps,
-        found.converged,
+        solution.gap,
+        solution.steps,
+        solution.converged,
         ~accepted,
         held_out=None if held_out is None else taken(held_out.own),
         dense=None if held_out is None or held_out.dense is None else taken(held_out.dense),
     )
-    if found.keep is not None:
+    if solution.keep is not None:
         keep = jnp.where(accepted[:, None], keep, pruned.keep)
         outcomes = outcomes._replace(exchanged=jnp.sum(keep & ~pruned.keep, axis=1, dtype=jnp.int32))
     return Pruned(jnp.where(accepted[:, None], new, old), keep), outcomes
@@ -177,12 +177,12 @@ def _held_out_errors(
     if problem.offset is None:
         raise ValueError("a dense target needs the drift of the held-out tokens")
     # With v = 0 the error is the energy of the dense outputs.
-    whole = problem.value(jnp.zeros_like(old), Errors(energy, jnp.zeros_like(energy)))
-    return _HeldOutErrors(own, (whole, problem.value(old, old_errors), problem.value(new, new_errors), problem.offset))
+    zero_error = problem.value(jnp.zeros_like(old), Errors(energy, jnp.zeros_like(energy)))
+    return _HeldOutErrors(own, (zero_error, problem.value(old, old_errors), problem.value(new, new_errors), problem.offset))
 
 
 def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowOutcomes]) -> None:
-    """Refuses matrices for which the selector left weights that are not finite.
+    """Refuses matrices whose selector left weights that are not finite.
 
     Takes outcomes on the host, before any of them is saved.
 

@@ -1,4 +1,4 @@
-"""How much of each block is pruned: the same share everywhere, or more where pruning costs less.
+"""How much of each block is pruned: equal shares, or more where it is cheap.
 
 Every layer that no rule of ``--layers`` names has the sparsity ``s + k g`` of its block. ``s`` is the pattern's sparsity and
 ``k`` a whole number. The grain ``g`` is a step that removes a whole number of weights from every row of every layer. The sum of
@@ -51,11 +51,11 @@ class Allocation(Method):
 
     @property
     def reach(self) -> float:
-        """The largest difference between a block's sparsity and the pattern's."""
+        """The largest difference of a block's sparsity from the pattern's."""
         return self.limit
 
     def needs(self, recipe: "Recipe") -> None:
-        """Raises UserError if measured sparsities of blocks do not go with the pattern, or with masks from outside."""
+        """Raises UserError if pattern or masks fix what each block loses."""
         if self.measures and not recipe.pattern.free:
             raise UserError(
                 f"expected a pattern such as 0.6/row where {self.in_words}, got {recipe.pattern}, which fixes "
@@ -68,10 +68,13 @@ class Allocation(Method):
             )
 
     def wanted(self, scores: np.ndarray, steps: SparsitySteps) -> np.ndarray:
-        """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
+        """Wanted steps of blocks from the pattern's sparsity, of mean 0.
 
         Args:
           scores: [blocks, n], the measurements of every block.
+
+        Returns:
+          [blocks] float64.
         """
         return np.zeros(len(scores))
 
@@ -85,13 +88,13 @@ class Uniform(Allocation):
 
 @dataclasses.dataclass(frozen=True)
 class OWL(Allocation):
-    """Keeps more weights in blocks with more outliers (Yin et al., 2024, section 3).
+    """Keeps more weights in blocks with more outliers (Yin et al., 2024).
 
-    A block's outliers are the weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the block's mean, with the dense
-    model's inputs ``x``. The block with the largest share of outliers is denser by ``2 * limit`` than the block with the
-    smallest. This costs one pass of the calibration windows through the dense model. The published code uses each block's exact
-    density and balances all blocks together. Here densities are rounded to the steps of this module, and sparsity moves only
-    between blocks of equal size.
+    As in section 3 of the paper, a block's outliers are the weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the
+    block's mean, with the dense model's inputs ``x``. The block with the largest share of outliers is denser by ``2 * limit``
+    than the block with the smallest. This costs one pass of the calibration windows through the dense model. The published code
+    uses each block's exact density and balances all blocks together. Here densities are rounded to the steps of this module,
+    and sparsity moves only between blocks of equal size.
 
     Attributes:
       outlier: a weight is an outlier above this many times the block's mean; the paper's M.
@@ -107,7 +110,7 @@ class OWL(Allocation):
         return 2 * self.limit
 
     def wanted(self, scores: np.ndarray, steps: SparsitySteps) -> np.ndarray:
-        """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
+        """Wanted steps of blocks from the pattern's sparsity, of mean 0.
 
         Args:
           scores: [blocks, 1], shares of outliers.
@@ -120,7 +123,7 @@ class OWL(Allocation):
 
 @dataclasses.dataclass(frozen=True)
 class Measured(Allocation):
-    """Chooses each block's sparsity to minimise the total loss, as measured in two trial prunings of each block.
+    """Chooses block sparsities to minimise the total loss, by two trials each.
 
     Block by block, the dense model runs with only this block pruned, once below and once above the pattern's sparsity. The trials
     always use Wanda's masks and ``cg``, not the run's own methods: they are cheap, and runs that compare methods get the same
@@ -146,7 +149,7 @@ class Measured(Allocation):
         return self.limit
 
     def wanted(self, scores: np.ndarray, steps: SparsitySteps) -> np.ndarray:
-        """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
+        """Wanted steps of blocks from the pattern's sparsity, of mean 0.
 
         Args:
           scores: [blocks, 2], losses at ``-steps.most`` and at ``steps.most``.
@@ -158,7 +161,7 @@ class Measured(Allocation):
         middle = (high + low) / 2
 
         def at(price: float) -> np.ndarray:
-            """The steps of each block at which one more step costs ``exp(price)``, clipped to the limit."""
+            """Each block's steps at which one more costs ``exp(price)``."""
             return np.clip((price - middle - np.log(slope)) / slope, -steps.most, steps.most)
 
         # The mean rises with the price: between these two it crosses 0.
@@ -167,12 +170,12 @@ class Measured(Allocation):
         for _ in range(100):
             price = (lowest + highest) / 2
             lowest, highest = (price, highest) if at(price).sum() < 0 else (lowest, price)
-        found = at((lowest + highest) / 2)
-        return found - found.mean()
+        moves = at((lowest + highest) / 2)
+        return moves - moves.mean()
 
 
 def grain(inputs: Sequence[int]) -> float:
-    """The step between sparsities, near 2%: it is a whole number of weights in rows with any of these numbers of inputs."""
+    """The step between sparsities, near 2%, in whole weights of every row."""
     divisor = math.gcd(*inputs)
     return max(1, round(_GRAIN * divisor)) / divisor
 
@@ -211,7 +214,7 @@ def steps_of(allocation: Allocation, sparsity: float, inputs: Iterable[int]) -> 
 
 
 def allocate(allocation: Allocation, scores: np.ndarray, weights: Sequence[int], steps: SparsitySteps) -> np.ndarray:
-    """The difference between each block's sparsity and the pattern's in steps, [blocks] int.
+    """Each block's steps from the pattern's sparsity, [blocks] int.
 
     Sparsity moves only between blocks with equally many weights. Among these the numbers sum to 0, so the total number of pruned
     weights does not change.
@@ -220,15 +223,15 @@ def allocate(allocation: Allocation, scores: np.ndarray, weights: Sequence[int],
       scores: [blocks, trials], what ``allocation.wanted`` takes.
       weights: how many weights of each block take part; blocks with none stay at 0.
     """
-    counts, found = np.asarray(weights), np.zeros(len(weights), int)
+    counts, changes = np.asarray(weights), np.zeros(len(weights), int)
     for count in set(weights) - {0}:
-        mine = counts == count
-        found[mine] = rounded(allocation.wanted(scores[mine], steps))
-    return found
+        same_size = counts == count
+        changes[same_size] = rounded(allocation.wanted(scores[same_size], steps))
+    return changes
 
 
 def rounded(wanted: np.ndarray) -> np.ndarray:
-    """Rounds numbers with sum 0 to whole numbers with sum 0, each by less than 1.
+    """Rounds numbers with sum 0 to integers with sum 0, each by less than 1.
 
     All are rounded down; then those with the largest remainders are rounded up. Of equal remainders the first is rounded up.
     """

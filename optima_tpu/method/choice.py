@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Method(Bounded):
-    """One of the methods of a setting: a frozen dataclass, whose fields are its options.
+    """A method that a setting chooses: a frozen dataclass of its options.
 
     Attributes:
       setting: the setting that chooses the method.
@@ -23,8 +23,8 @@ class Method(Bounded):
 
     @property
     def in_words(self) -> str:
-        """The choice of this method in a message, such as "allocation is measured"."""
+        """The choice in words for a message: "allocation is measured"."""
         return f"{self.setting} is {re.sub('(?<=[a-z])(?=[A-Z])', '_', type(self).__name__).lower()}"
 
     def needs(self, recipe: "Recipe") -> None:  # most methods go with all others
-        """Raises UserError if this method does not go with another one of the recipe."""
+        """Raises UserError if another method of the recipe does not fit."""

@@ -1,4 +1,4 @@
-"""Distillation: the pruned model is trained, toward the dense one or on text alone, with its masks held."""
+"""Distillation: training of the pruned model with its masks held."""
 
 import abc
 import dataclasses
@@ -35,12 +35,12 @@ _FIRST, _APART, _LOWEST, _HIGHEST = 1e-4, 3.0, -9, 8
 
 
 def divergence(dense: Float32[Array, "*tokens vocab"], pruned: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
-    """``KL(p || q)`` in nats of each token, from the logits of ``p`` and ``q``."""
+    """``KL(p || q)`` of each token in nats, from logits of ``p`` and ``q``."""
     return log_divergence(jax.nn.log_softmax(dense, axis=-1), jax.nn.log_softmax(pruned, axis=-1))
 
 
 def log_divergence(p: Float32[Array, "*tokens vocab"], q: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
-    """``KL(p || q) = sum_v p_v log(p_v / q_v)`` in nats of each token, from the logarithms of both."""
+    """``KL(p || q) = sum_v p_v log(p_v / q_v)`` in nats, from logarithms."""
     return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
@@ -51,7 +51,7 @@ def cross_entropy(pruned: Float32[Array, "*tokens vocab"], targets: Int32[Array,
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Method, abc.ABC):
-    """Training of the pruned model, with gradients through blocks and the masks held.
+    """Trains the pruned model by gradients through blocks, with masks held.
 
     Attributes:
       windows: number of training windows of calibration.length tokens, from the calibration text, or written by the model where that
@@ -94,7 +94,10 @@ class Distillation(Method, abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def loss(dense: Array, pruned: Array, targets: Array) -> Array:
-        """The loss of each token [...] in nats, from logits [..., vocab] float32 and the next tokens [...] int32."""
+        """The loss of each token [...] in nats.
+
+        ``dense`` and ``pruned`` are logits [..., vocab] float32, ``targets`` the next tokens [...] int32.
+        """
 
     def needs(self, recipe: "Recipe") -> None:
         """Raises UserError for quantised weights."""
@@ -106,24 +109,24 @@ class Distillation(Method, abc.ABC):
 
     @property
     def pass_windows(self) -> int:
-        """The number of windows in a pass: those of the text and those that the model wrote."""
+        """The windows of a pass: from the text and written by the model."""
         return self.windows + self.written
 
     @property
     def steps(self) -> int:
-        """The number of Adam steps; the last windows of a pass are left out if they do not fill a batch."""
+        """The number of Adam steps. A pass drops windows that fill no step."""
         return self.passes * max(1, self.pass_windows // self.batch)
 
     def filled(self, windows: int) -> int:
-        """How many of so many windows a training reads: those that fill a step. Fewer than a batch are one step."""
+        """How many of ``windows`` are read: whole batches, or all if fewer."""
         return windows - windows % self.batch if windows > self.batch else windows
 
     def tokens(self, length: int) -> int:
-        """How many tokens the steps read, in all passes over windows of ``length``."""
+        """The number of tokens that all passes read, ``length`` a window."""
         return self.passes * self.filled(self.pass_windows) * length
 
     def check_steps(self) -> tuple[int, ...]:
-        """The steps after which the held-out loss is measured, the last one among them."""
+        """Steps after which held-out loss is measured, including the last."""
         count = min(self.checks or max(_FEWEST_CHECKS, min(self.steps // 128, _MOST_CHECKS)), self.steps)
         return tuple(round(self.steps * (index + 1) / count) for index in range(count))
 
@@ -133,7 +136,7 @@ class Distillation(Method, abc.ABC):
         return TRIALS if self.learning_rate is None else 0
 
     def rate(self, peak: float, step: int) -> float:
-        """The learning rate of kept weights in a step, counted from 0; ``peak`` is the highest."""
+        """The learning rate of kept weights in a step, counted from 0."""
         import optax  # here, as in :func:`optimizer`: pruning without a training needs no optax
 
         warmup = min(self.warmup, self.steps - 1)
@@ -141,9 +144,9 @@ class Distillation(Method, abc.ABC):
         return float(schedule(step))
 
     def factor(self, kind: Kind) -> float:
-        """The learning rate of a kind of parameters as a multiple of :meth:`rate`; 0 if it is not trained.
+        """The learning rate of a kind of parameters, relative to :meth:`rate`.
 
-        All vectors count as norms, also biases, sinks and decays.
+        0 if the kind is not trained. All vectors count as norms, also biases, sinks and decays.
         """
         trained = kind == self.train or (self.train == "all" and kind != "routers")
         return trained * (self.norm_factor if kind == "norms" else 1.0)
@@ -151,12 +154,13 @@ class Distillation(Method, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class KL(Distillation):
-    """Trains the whole pruned model toward the dense model's next-token distributions, on more windows of the calibration text.
+    """Trains the pruned model toward the dense one's next-token distributions.
 
-    The run is then no longer one-shot pruning: gradients pass through all blocks. Adam minimises the mean over tokens of
-    ``KL(p || q) = sum_v p(v) log(p(v) / q(v))``, with ``p`` the dense model's distribution and ``q`` the pruned one's (Hinton et
-    al., 2015, at temperature 1). Pruned weights stay zero; embedding and head stay as they are. Held-out windows decide which step
-    is kept; if their divergence never falls, the model stays as it was pruned.
+    Training reads more windows of the calibration text. The run is then no longer one-shot pruning: gradients pass through all
+    blocks. Adam minimises the mean over tokens of ``KL(p || q) = sum_v p(v) log(p(v) / q(v))``, with ``p`` the dense model's
+    distribution and ``q`` the pruned one's (Hinton et al., 2015, at temperature 1). Pruned weights stay zero; embedding and
+    head stay as they are. Held-out windows decide which step is kept; if their divergence never falls, the model stays as it
+    was pruned.
     """
 
     words, done = "divergence from the dense model", "distilled"
@@ -169,10 +173,10 @@ class KL(Distillation):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Distillation):
-    """Trains the whole pruned model on the next tokens of more windows of the calibration text, without the dense model.
+    """Trains the pruned model on the next tokens, without the dense model.
 
-    As ``kl``, but Adam minimises the mean of ``-log q(next token)``. It needs no pass through the dense model, and moves farther
-    from it.
+    Training reads more windows of the calibration text, as with ``kl``, but Adam minimises the mean of ``-log q(next token)``.
+    This needs no pass through the dense model, and moves the pruned model farther from it.
     """
 
     words, done = "cross-entropy", "trained"

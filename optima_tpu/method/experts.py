@@ -37,7 +37,7 @@ class ExpertStatistics(NamedTuple):
     prices: Float32[Array, " experts"] | None = None
 
     def mean(self, sums: Float32[Array, " experts"]) -> Float32[Array, " experts"]:
-        """The mean over the tokens of each expert; 0 for an expert without tokens."""
+        """Mean over each expert's tokens; 0 for an expert without tokens."""
         return sums / jnp.maximum(self.tokens.astype(sums.dtype), 1)
 
 
@@ -66,7 +66,10 @@ class Frequency(ExpertScore):
 
 @dataclasses.dataclass(frozen=True)
 class REAP(ExpertScore):
-    """The mean of ``g_e(t) |f_e(t)|`` over the expert's tokens. Source: arXiv:2510.13999, equation 9."""
+    """The mean of ``g_e(t) |f_e(t)|`` over the expert's tokens.
+
+    Source: arXiv:2510.13999, equation 9.
+    """
 
     def __call__(self, statistics: ExpertStatistics) -> Float32[Array, " experts"]:
         return statistics.mean(statistics.shared_norms)
@@ -74,7 +77,10 @@ class REAP(ExpertScore):
 
 @dataclasses.dataclass(frozen=True)
 class MAN(ExpertScore):
-    """The mean of ``|f_e(t)|`` over the expert's tokens: mean activation norm. Source: arXiv:2606.15716."""
+    """Mean activation norm: the mean of ``|f_e(t)|`` over the expert's tokens.
+
+    Source: arXiv:2606.15716.
+    """
 
     def __call__(self, statistics: ExpertStatistics) -> Float32[Array, " experts"]:
         return statistics.mean(statistics.norms)
@@ -82,7 +88,10 @@ class MAN(ExpertScore):
 
 @dataclasses.dataclass(frozen=True)
 class MSAN(ExpertScore):
-    """The mean of ``|f_e(t)|^2`` over the expert's tokens, ``tr(W_d A_e W_d') / N_e``. Source: arXiv:2606.15716."""
+    """The mean of ``|f_e(t)|^2`` over the expert's tokens.
+
+    Equals ``tr(W_d A_e W_d') / N_e`` for ``N_e`` tokens. Source: arXiv:2606.15716.
+    """
 
     def __call__(self, statistics: ExpertStatistics) -> Float32[Array, " experts"]:
         return statistics.mean(statistics.squares)
@@ -90,7 +99,9 @@ class MSAN(ExpertScore):
 
 @dataclasses.dataclass(frozen=True)
 class ExpertPrice(ExpertScore):
-    """The error of the mixture's output without the expert, where the weights of the others move and no other takes its tokens:
+    """The mixture's output error without this expert, the others refitted.
+
+    The weights of the other experts move, and no other expert takes the tokens:
 
         min_V 1/n sum_t |g_e(t) W_e h_e(t) - sum_{f != e} g_f(t) (V_f - W_f) h_f(t)|^2
 
@@ -106,7 +117,9 @@ class ExpertPrice(ExpertScore):
 
 
 class Passes(NamedTuple):
-    """Passes over the text with the outputs ``o_t = sum_e g_e(t) D_e h_e(t)`` of the mixture, where D takes the place of down.
+    """Passes over the text, with the mixture's weights ``down`` replaced by D.
+
+    The mixture's output for token t is then ``o_t = sum_e g_e(t) D_e h_e(t)``.
 
     Attributes:
       image: ``D -> 1/n sum_t g_e(t) o_t h_e(t)'``, [experts, d_out, d_in] float32.
@@ -132,7 +145,9 @@ def prices(
     rows: int = PRICE_ROWS,
     steps: int = PRICE_STEPS,
 ) -> Float32[Array, " experts"]:
-    """The prices of all experts, see :class:`ExpertPrice`; exact with ``rows`` of d_out and enough steps.
+    """The prices of all experts, see :class:`ExpertPrice`.
+
+    The prices are exact if ``rows`` is d_out and the steps are enough.
 
     Args:
       gram, passes, steps: as for :func:`refit`.
@@ -143,13 +158,17 @@ def prices(
     own = own.astype(passes.dtype)
     image = passes.image(own)
     moving = passes._replace(image=lambda change: others * passes.image(change))
-    found = refit(others * image, gram, jnp.sum(own.astype(jnp.float32) * image, axis=(0, 2)), moving, steps)
-    return jnp.sum(found.after.reshape(len(down), rows), axis=1)
+    refitted = refit(others * image, gram, jnp.sum(own.astype(jnp.float32) * image, axis=(0, 2)), moving, steps)
+    return jnp.sum(refitted.after.reshape(len(down), rows), axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _targets(down: Array, rows: int) -> tuple[Array, Array]:
-    """The summed outputs of every expert as weights [experts, experts * rows, d_in], and 1 where a row is of another expert's."""
+    """The summed outputs of each expert, and a mask of other experts' rows.
+
+    The sums are weights [experts, experts * rows, d_in]. The second array [experts, experts * rows, 1] is 1 where a row belongs
+    to another expert, else 0.
+    """
     experts, width, _ = down.shape
     signs = jax.random.rademacher(jax.random.key(0), (rows, width), jnp.float32) / rows**0.5
     sums = jnp.einsum("ro,eoi->eri", jnp.eye(width) if rows == width else signs, down, precision="highest")
@@ -164,7 +183,9 @@ SCORES: Mapping[str, type[ExpertScore]] = MappingProxyType(
 
 
 def kept_experts(scores: np.ndarray, kept: int, groups: int = 1) -> np.ndarray:
-    """The experts with the highest scores, ascending, [kept] int. Of equal scores the first expert stays.
+    """Indices of the experts with the highest scores, ascending, [kept] int.
+
+    Of equal scores, the expert with the lower index stays.
 
     Args:
       scores: [experts].
@@ -176,7 +197,7 @@ def kept_experts(scores: np.ndarray, kept: int, groups: int = 1) -> np.ndarray:
 
 
 class Refit(NamedTuple):
-    """The rows of ``down`` of the experts that stay, solved toward the output of the whole mixture.
+    """The kept experts' ``down``, solved toward the whole mixture's output.
 
     With the shares ``g_e(t)`` of the new routing and the inputs ``h_e(t)`` of down, the weights V minimise
 
@@ -207,10 +228,10 @@ def refit(
     passes: Passes,
     steps: int,
 ) -> Refit:
-    """Conjugate gradients over all experts, preconditioned by the exact solution of each expert alone.
+    """Solves for all experts jointly by preconditioned conjugate gradients.
 
-    Each step lowers the objective of each row: no row ends above its dense weights. The last step needs no new residual, so it takes
-    ``passes.squares`` alone.
+    The preconditioner is the exact solution of each expert alone. Each step lowers the objective of each row: no row ends above
+    its dense weights. The last step needs no new residual, so it takes ``passes.squares`` alone.
 
     Args:
       pull: ``1/n sum_t g_e(t) (y_t - yhat_t) h_e(t)'``.
@@ -245,13 +266,13 @@ class _Gradients(NamedTuple):
 
 
 def _diagonal(gram: Array) -> Array:
-    """[experts, 1, d_in]."""
+    """The diagonals [experts, 1, d_in] of the Gram matrices."""
     return jnp.diagonal(gram, axis1=1, axis2=2)[:, None]
 
 
 @jax.jit
 def _factor(gram: Array) -> Array:
-    """The Cholesky factors of ``A_e + d diag A_e``, with 1 for an input that no token has."""
+    """Cholesky factors of ``A_e + d diag A_e``, with 1 for dead inputs."""
     diagonal = _diagonal(gram)
     return jnp.linalg.cholesky(gram + jnp.eye(gram.shape[1]) * jnp.where(diagonal > 0, DAMPING * diagonal, 1))
 
@@ -284,7 +305,7 @@ def _moved(state: _Gradients, size: Array) -> _Gradients:
 
 @jax.jit
 def _turned(factor: Array, gram: Array, state: _Gradients, image: Array) -> _Gradients:
-    """The state behind a step, of whose direction the image is given."""
+    """The state after a step along its direction, whose image is given."""
     before = state.direction.astype(jnp.float32)
     image += DAMPING * _diagonal(gram) * before
     size = _ratio(_dot(state.residual, before), _dot(before, image))
@@ -299,5 +320,5 @@ def _turned(factor: Array, gram: Array, state: _Gradients, image: Array) -> _Gra
 def _last(gram: Array, before: Array, state: _Gradients, squares: Array) -> Refit:
     ridge, direction = DAMPING * _diagonal(gram), state.direction.astype(jnp.float32)
     curvature = squares[None, :, None] + _dot(ridge * direction, direction)
-    found = _moved(state, _ratio(_dot(state.residual, direction), curvature))
-    return Refit(found.change, before, before - (found.gain + _dot(ridge * found.change, found.change))[0, :, 0])
+    final = _moved(state, _ratio(_dot(state.residual, direction), curvature))
+    return Refit(final.change, before, before - (final.gain + _dot(ridge * final.change, final.change))[0, :, 0])

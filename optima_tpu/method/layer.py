@@ -1,4 +1,4 @@
-"""Prunes one weight matrix that is an array: the front door of the mathematics, for who has a layer and not a model.
+"""Prunes one weight matrix, for a caller who has a layer and no model.
 
     layer = prune_layer(weight, inputs=x, recipe=dataclasses.replace(FAST, pattern=NM(2, 4)))
 
@@ -68,7 +68,7 @@ def prune_layer(
     mask: ArrayLike | Tensor | None = None,
     recipe: Recipe = FAST,
 ) -> PrunedLayer:
-    """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
+    """Prunes one weight matrix: chooses a mask and solves for kept weights.
 
     For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
     where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs to that
@@ -78,8 +78,8 @@ def prune_layer(
     Args:
       weight: [d_out, d_in], dense.
       inputs: ``X`` [..., d_in], the layer's calibration inputs; every leading axis counts tokens.
-      hessian: [d_in, d_in], ``X'X / n`` in the place of ``inputs``.
-      mask: [d_out, d_in] bool, True where a weight stays; in the place of the recipe's selector, whatever its pattern.
+      hessian: [d_in, d_in], ``X'X / n`` instead of ``inputs``.
+      mask: [d_out, d_in] bool, True where a weight stays; instead of the recipe's selector, whatever its pattern.
       recipe: pattern, selector, solver, acceptance, exchanges and quantizer. What only means something for a model has no effect.
 
     Raises:
@@ -136,6 +136,6 @@ def _statistics(weight: Array, inputs: ArrayLike | Tensor | None, hessian: Array
 
 
 def _refuse_infinite(name: str, matrix: Array) -> None:
-    """Raises UserError where a row of a matrix holds NaN or an infinity: every certificate would be of nothing."""
+    """Raises UserError for NaN or infinities: no certificate would hold."""
     if broken := int(jnp.sum(~jnp.all(jnp.isfinite(matrix), axis=1))):
         raise UserError(f"expected finite {name}, got NaN or an infinity in {broken} of {plural(len(matrix), 'row')}")

@@ -1,4 +1,4 @@
-"""Layers that are not pruned like the rest: "self_attn.*=dense, mlp.down_proj=0.6"."""
+"""Rules for layers, such as "self_attn.*=dense, mlp.down_proj=0.6"."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from optima_tpu.method.patterns import DENSE, NM, NamedPattern, Pattern, parse_p
 
 
 def kind_name(name: str) -> str:
-    """A layer's name without the number of its expert: "mlp.experts.7.up_proj" as "mlp.experts.*.up_proj"."""
+    """A layer's name without its expert's number: "mlp.experts.*.up_proj"."""
     return re.sub(r"(^|\.)experts\.\d+(?=\.)", r"\1experts.*", name)
 
 
@@ -28,13 +28,15 @@ class LayerRule:
     pattern: Pattern | None
 
     def matches(self, path: str, name: str) -> bool:
-        """Whether the rule matches the layer ``path``, whose path inside its block is ``name``, and its pattern is for such layers."""
+        """Whether the rule matches the layer, and its pattern is for it."""
         named = fnmatchcase(path, self.path) or fnmatchcase(name, self.path)
         return named and (self.pattern is None or self.pattern.of(name) is not None)
 
 
 def parse_layers(text: str, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> tuple[LayerRule, ...]:
-    """Reads rules such as "PATH=PATTERN, PATH=dense". If several rules match a layer, the last one holds.
+    """Reads rules such as "PATH=PATTERN, PATH=dense".
+
+    If several rules match a layer, the last one holds.
 
     Args:
       group, own: as in ``parse_pattern``.
@@ -113,8 +115,8 @@ def check_layers(
             continue
         with naming(path):
             pattern.pruned_count(shape)
-    for nm, found in inputs.items():
-        _check_inputs(rules, default, nm, found)
+    for nm, named_inputs in inputs.items():
+        _check_inputs(rules, default, nm, named_inputs)
     if not patterns and not cut:
         by = f"--layers {layers_text(rules)}" if rules else f"the pattern {default.text()}"
         raise UserError(f"expected a layer to prune, but {by} leaves all of them dense")
@@ -122,7 +124,9 @@ def check_layers(
 
 
 def _check_inputs(rules: Sequence[LayerRule], default: Pattern, pattern: NM, layers: Sequence[tuple[str, int]]) -> None:
-    """Raises UserError if N:M does not divide the inputs of some layers: names their kinds, and what to type for all of them.
+    """Raises UserError if N:M does not divide the inputs of some layers.
+
+    The message names their kinds, and what to type for all of them.
 
     Args:
       layers: (path inside the block, d_in) of the layers with this pattern.
@@ -137,12 +141,12 @@ def _check_inputs(rules: Sequence[LayerRule], default: Pattern, pattern: NM, lay
     choose = f"take {other}" if other else "choose an M that divides them"
     if pattern == default:
         choose = f"take --pattern {other}" if other else choose
-        kinds = dict.fromkeys(kind for found in wrong.values() for kind in found)
+        kinds = dict.fromkeys(kind for names in wrong.values() for kind in names)
         if any(pattern.fits(d_in) for _, d_in in layers):
             # In front: the rules that were given go over these.
-            whole = (*(LayerRule(kind, other) for kind in kinds), *rules)
+            all_rules = (*(LayerRule(kind, other) for kind in kinds), *rules)
             way = "give these layers another pattern" if other else "leave these layers dense"
-            choose += f', or {way}: --layers "{layers_text(whole)}"'
+            choose += f', or {way}: --layers "{layers_text(all_rules)}"'
     else:
         choose += " in --layers"
     raise pattern.refusal(", and ".join(f"{d_in} in {', '.join(kinds)}" for d_in, kinds in wrong.items()), choose)

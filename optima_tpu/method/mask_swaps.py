@@ -1,4 +1,4 @@
-"""Improves the mask of every row by exchanging weights, with prices read from the solved problem.
+"""Improves masks by exchanging weights, at prices from the solved problem.
 
 The solution of a row prices every exchange. In unit-diagonal variables, let ``A`` be the damped Hessian, ``v`` the solved row,
 ``r`` its residual and ``K`` its kept inputs. The prices take each exchange alone, and assume that the other kept weights are
@@ -56,10 +56,10 @@ _LEAST_DAMPING = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Swaps(Method):
-    """Exchanges kept weights for pruned ones of the same row (for N:M, of the same M) where the row's objective gains.
+    """Exchanges kept weights of a row for pruned ones if its objective falls.
 
-    The number of kept weights stays the same in every row, and in every M. A round costs one rough solve that starts
-    from the last solution.
+    With N:M, both weights are of the same M. The number of kept weights stays the same in every row, and in every M. A round
+    costs one rough solve that starts from the last solution.
 
     Attributes:
       rounds: number of rounds of exchanges. More rounds may find better masks; each costs one more rough solve.
@@ -73,7 +73,7 @@ class Swaps(Method):
     share: Annotated[float, Bound(above=0, most=0.5)] = 0.025
 
     def needs(self, recipe: "Recipe") -> None:
-        """Raises UserError if there is no solver, or a pattern whose masks cannot be exchanged."""
+        """Raises UserError without a solver or a pattern with exchanges."""
         if recipe.solver is None:
             raise UserError(
                 "expected a solver where refine is swaps, got none: its solution says what to exchange; "
@@ -88,7 +88,7 @@ class Swaps(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Exchanging(Solver):
-    """Wraps a solver in rounds of exchanges, for the rows of one Hessian and one pattern.
+    """Wraps a solver in rounds of exchanges, for one Hessian and pattern.
 
     Attributes:
       solver: solves every mask; the solved objective decides.
@@ -124,24 +124,24 @@ class Exchanging(Solver):
         def of_rows(problem: LayerProblem) -> SolveMask:
             solve_mask = solve(problem)
 
-            def ended(found: Solution) -> tuple[Solution, Endpoint]:
-                return found, found.end or problem.endpoint(found.weight)
+            def ended(solution: Solution) -> tuple[Solution, Endpoint]:
+                return solution, solution.end or problem.endpoint(solution.weight)
 
             def solved(pruned: Pruned, rough: bool = False) -> Solution:
                 state = self._start(pruned.keep, *ended(solve_mask(pruned)))
                 state = self._exchanged(lambda pruned: ended(solve_mask(pruned, rough=True)), state, schur)
-                found = solve_mask(Pruned(state.weight, state.keep))
-                return found._replace(steps=state.steps + found.steps, keep=state.keep)
+                solution = solve_mask(Pruned(state.weight, state.keep))
+                return solution._replace(steps=state.steps + solution.steps, keep=state.keep)
 
             return solved
 
         return of_rows
 
-    def _start(self, keep: Array, found: Solution, end: Endpoint) -> "_State":
+    def _start(self, keep: Array, solution: Solution, end: Endpoint) -> "_State":
         """The state before the first round, from the solved mask."""
         rows, inputs = keep.shape
         most = jnp.full(rows, max(1, int(self.swaps.share * inputs)), jnp.int32)
-        return _State(found.weight, keep, end.value, end.residual, found.steps, most)
+        return _State(solution.weight, keep, end.value, end.residual, solution.steps, most)
 
     def _exchanged(
         self, compared: Callable[[Pruned], tuple[Solution, Endpoint]], state: "_State", schur: Float32[Array, " d_in"]
@@ -157,18 +157,18 @@ class Exchanging(Solver):
             keep, count = self.pattern.exchange(alone * state.residual, state.weight**2 * schur, state.keep, state.limit)
             # A weight that comes in starts where it would end if it came alone and all others were solved again.
             start = jnp.where(keep, jnp.where(state.keep, state.weight, alone), 0.0)
-            found, end = compared(Pruned(start, keep))
+            solution, end = compared(Pruned(start, keep))
             better = end.value < state.value
 
             def taken(new: Array, old: Array) -> Array:
                 return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
             return _State(
-                weight=taken(found.weight, state.weight),
+                weight=taken(solution.weight, state.weight),
                 keep=taken(keep, state.keep),
                 value=taken(end.value, state.value),
                 residual=taken(end.residual, state.residual),
-                steps=state.steps + found.steps,
+                steps=state.steps + solution.steps,
                 limit=jnp.where(better, state.limit, count // 2),
             )
 
@@ -197,7 +197,7 @@ def kept_share(pattern: Pattern, inputs: int) -> float:
 
 
 def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: float) -> Float32[Array, " d_in"]:
-    """``s`` of the module docstring times ``H_jj``, [d_in] float32; 0 for a dead input.
+    """``s`` of the module times ``H_jj``, [d_in] float32; 0 for a dead input.
 
     The factor ``H_jj`` makes it fit weights and residuals that are not scaled to a unit diagonal.
 
@@ -215,8 +215,8 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
 
     def newton(state: _Search) -> _Search:
         # Finds the root of size - t tr X - |K| in log t; the derivative is t^2 |X|^2 - t tr X < 0.
-        found, ridge = inverse(matrix + state.ridge * eye, damping), state.ridge
-        diagonal, squares = jnp.diagonal(found), jnp.sum(found * found, axis=0)
+        inverted, ridge = inverse(matrix + state.ridge * eye, damping), state.ridge
+        diagonal, squares = jnp.diagonal(inverted), jnp.sum(inverted * inverted, axis=0)
         trace = ridge * jnp.sum(diagonal)
         slope = trace - ridge**2 * jnp.sum(squares)
         step = jnp.clip((size * (1 - kept) - trace) / jnp.maximum(slope, 1e-6 * size), -2.0, 2.0)
@@ -227,8 +227,8 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
 
     start = _Search(0, _estimated_ridge(matrix, damping, kept), jnp.float32(jnp.inf), jnp.zeros_like(scale))
     with usual_turns(_USUAL_STEPS):
-        found = jax.lax.while_loop(lambda state: (state.steps < _MOST_STEPS) & (state.last > _SHORT_STEP), newton, start)
-    schur = jnp.maximum(found.schur, 0.0)
+        final = jax.lax.while_loop(lambda state: (state.steps < _MOST_STEPS) & (state.last > _SHORT_STEP), newton, start)
+    schur = jnp.maximum(final.schur, 0.0)
     # If there is no inverse in float32, everything is NaN and nothing is exchanged.
     return jnp.where(live & (schur > 0), scale**2 * schur, 0.0)
 

@@ -1,4 +1,4 @@
-"""What happened to the rows of a matrix."""
+"""The outcomes of pruning the rows of a matrix."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 
 class RowOutcomes(NamedTuple):
-    """What happened to each row of a matrix; every array is [d_out].
+    """The outcomes of each row of a matrix; every array is [d_out].
 
     Attributes:
       energy: float32, mean square of the dense output.
@@ -43,7 +43,7 @@ class RowOutcomes(NamedTuple):
 
 
 class PrunedMatrix(NamedTuple):
-    """A pruned matrix, and what happened to its rows.
+    """A pruned matrix, and the outcomes of its rows.
 
     Attributes:
       weight: [d_out, d_in] in the dtype of the dense weights.

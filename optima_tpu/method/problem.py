@@ -44,7 +44,7 @@ ReadGiven = Callable[[str, tuple[int, int]], Given[np.ndarray]]
 
 
 class Errors(NamedTuple):
-    """What a change of weights does to the rows of a layer, [rows] float32 each.
+    """What a change of weights does to a layer's rows, each [rows] float32.
 
     Attributes:
       output: ``(v - w) H (v - w)'``, the mean squared change of the output.
@@ -58,7 +58,7 @@ class Errors(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerProblem:
-    """The rows of one linear layer, or of several that read the same input: their whole objective on one set of tokens.
+    """The objective of the rows of layers with one input, on one token set.
 
     The objective of a row, counted so that the dense weights have the value ``offset``, is
 
@@ -89,11 +89,11 @@ class LayerProblem:
         return dataclasses.replace(self, weight=self.weight[:, order], hessian=self.hessian[order][:, order], pull=pull)
 
     def energy(self, features: Features = WHOLE) -> Float32[Array, " rows"]:
-        """Each row's ``w H w'``, [d_out] float32: the mean square of its output, the scale of a relative layer error."""
+        """Each row's ``w H w'``: the mean square of its output, [d_out]."""
         return features.sums(self.weight * features.product(self.weight, self.hessian))[0]
 
     def errors(self, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> Errors:
-        """The errors of the weights ``v``, [d_out, d_in] float32, by one product with the Hessian."""
+        """The errors of weights ``v``, by one product with the Hessian."""
         change = weight - self.weight
         return Errors(
             features.sums(change * features.product(change, self.hessian))[0],
@@ -105,7 +105,7 @@ class LayerProblem:
 
         Args:
           weight: [d_out, d_in] float32, the ``v`` of each row.
-          errors: of these weights, where they are known: the value then takes no product with the Hessian.
+          errors: the errors of these weights, if computed before: the value then takes no product with the Hessian.
         """
         if errors is None:
             return self.endpoint(weight).value + (0.0 if self.offset is None else self.offset)
@@ -115,7 +115,7 @@ class LayerProblem:
         return value if self.offset is None else value + self.offset
 
     def endpoint(self, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> "Endpoint":
-        """Value, without the offset, and residual of the weights ``v``, [d_out, d_in] float32, by one product with the Hessian."""
+        """Value without offset, and residual, by one product with ``H``."""
         change = weight - self.weight
         image = features.product(change, self.hessian)
         if self.damping:
@@ -171,15 +171,15 @@ class Solution(NamedTuple):
 
 
 def pull_of(problem: LayerProblem) -> Float32[Array, "rows d"]:
-    """The pull ``e``, [d_out, d_in] float32: zeros if the problem has none."""
+    """The pull ``e`` [d_out, d_in] float32; zeros if the problem has none."""
     return jnp.zeros_like(problem.weight) if problem.pull is None else problem.pull
 
 
 def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Float32[Array, "rows d_in"]) -> Float32[Array, " rows"]:
-    """Each row's relative residual of ``H_KK v_K = g_K`` in unit-diagonal variables, [d_out] float32.
+    """Each row's relative residual of ``H_KK v_K = g_K``, [d_out] float32.
 
-    ``max_K |r_j| / sqrt(H_jj)  /  sqrt(w H w')`` with ``r = g - v H``: dimensionless, unchanged when ``H`` or any single
-    feature is rescaled. Rows with no output energy, or with nothing kept, have residual 0.
+    In unit-diagonal variables, ``max_K |r_j| / sqrt(H_jj)  /  sqrt(w H w')`` with ``r = g - v H``: dimensionless, unchanged
+    when ``H`` or any single feature is rescaled. Rows with no output energy, or with nothing kept, have residual 0.
     """
     residual = problem.endpoint(weight).residual
     diagonal = jnp.diagonal(problem.hessian)

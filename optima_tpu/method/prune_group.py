@@ -1,4 +1,4 @@
-"""Prunes the matrices that read one input, on a mesh: masks, weights, acceptance."""
+"""Prunes matrices of one input on a mesh: masks, weights, acceptance."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def prune_group(
     patterns: tuple[Pattern, ...],
     sharding: RowSharding,
 ) -> tuple[PrunedMatrix, ...]:
-    """Prunes the matrices that read one input, on the mesh, and quantises them if the recipe says so.
+    """Prunes the matrices that read one input, and may quantise them.
 
     Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, sharded over every device, and so does the
     quantizer. A matrix that loses no weight begins with its dense weights: there is no mask to choose or to exchange.
@@ -45,7 +45,7 @@ def prune_group(
       weights: each [d_out, d_in], dense, in the checkpoint's dtype.
       tokens: the statistics of both sets of tokens. With a dense-model target they include the drift, for the held-out tokens
         with energies.
-      given: the imported mask of each matrix, and maybe its weights, in the place of the selector.
+      given: the imported mask of each matrix, and maybe its weights, instead of the selector's.
       patterns: the pattern of each matrix; all equal if the recipe refines masks.
       sharding: the sharding of all matrices [d_in, d_in], and how many rows a device solves at once.
     """
@@ -95,7 +95,7 @@ def _one_dtype(weights: tuple[Array, ...]) -> np.dtype:
 def _quantized(
     matrix: PrunedMatrix, integers: Quantized, problems: TokenSets[LayerProblem], dtype: np.dtype, measure: Measure
 ) -> PrunedMatrix:
-    """The matrix with its quantised weights, and their errors beside those of the nearest integers."""
+    """The quantised matrix, with its own and the nearest integers' errors."""
     outcomes, nearest = matrix.rows, Pruned(integers.nearest, matrix.keep)
     final = Solution(integers.weight, outcomes.gap, outcomes.steps, outcomes.converged)
     rounded, errors = accept_rows(problems, nearest, final, None, dtype, measure)
@@ -168,9 +168,9 @@ class _Group(NamedTuple):
         return LayerProblem(self.stack, hessian, pull, recipe.damping)
 
     def choose(self, recipe: Recipe, patterns: tuple[Pattern, ...], given: tuple[Given[Array], ...] | None) -> tuple[Pruned, ...]:
-        """The masks of all matrices, and their weights as the selector leaves them."""
-        whole = self.problem(recipe)
-        problems = [self.own(index, whole) for index in range(len(self.matrices))]
+        """The masks of all matrices, with the weights the selector leaves."""
+        all_rows = self.problem(recipe)
+        problems = [self.own(index, all_rows) for index in range(len(self.matrices))]
         with jax.sharding.use_abstract_mesh(self.sharding.mesh.abstract_mesh):  # for inverses, see linalg/inverses.py
             if given is not None:
                 spread = (self.spread(index, each) for index, each in enumerate(given))
@@ -200,7 +200,7 @@ class _Group(NamedTuple):
         return TokenSets(own, LayerProblem(own.weight, hessian, term.outputs[self.slices[index]], offset=self.drifts[index]))
 
     def spread(self, index: int, arrays: Tree) -> Tree:
-        """Shards arrays [d_out, d_in] of one matrix by rows over all devices."""
+        """Shards arrays of one matrix by rows over all devices."""
         sharding = self.sharding.rows(self.matrices[index])
         return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, sharding), arrays)
 
@@ -208,11 +208,11 @@ class _Group(NamedTuple):
 def _chosen(
     selector: Selector, problems: Sequence[LayerProblem], patterns: Sequence[Pattern], losing: Sequence[bool]
 ) -> tuple[Pruned, ...]:
-    """The selector's choice for the matrices that lose weights; the dense weights of the others."""
-    asked = tuple(itertools.compress(problems, losing)), tuple(itertools.compress(patterns, losing))
-    chosen = iter(selector.choose(*asked) if any(losing) else ())
+    """The selector's choices; dense weights where a matrix loses none."""
+    arguments = tuple(itertools.compress(problems, losing)), tuple(itertools.compress(patterns, losing))
+    chosen = iter(selector.choose(*arguments) if any(losing) else ())
     dense = (Pruned(problem.weight, jnp.ones_like(problem.weight, bool)) for problem in problems)
-    return tuple(next(chosen) if loses else whole for loses, whole in zip(losing, dense))
+    return tuple(next(chosen) if loses else unpruned for loses, unpruned in zip(losing, dense))
 
 
 def _taken(given: Given[Array], dense: Array) -> Pruned:

@@ -1,4 +1,4 @@
-"""Puts pruned rows on an integer grid by the objective that pruned them: scales, rounding, and descent over the integers.
+"""Rounds pruned rows to an integer grid by the objective that pruned them.
 
 A quantised row is ``v_j = s_g(j) q_j`` with integers ``q_j`` of ``b`` bits and one scale ``s`` for each group of inputs. The
 grid is symmetric: zero is an integer, so pruned weights stay zero. With ``A`` the damped Hessian, ``w`` the dense row and ``e``
@@ -58,7 +58,7 @@ _RIDGE = 0.01
 
 
 class Quantized(NamedTuple):
-    """Rows on an integer grid. All values are exact in the dtype in which they are stored.
+    """Rows on an integer grid, with values exact in the stored dtype.
 
     Attributes:
       weight: [rows, d_in] float32, ``scale * integer`` rounded to that dtype; zero wherever the mask is False.
@@ -76,7 +76,7 @@ QuantizeRows = Callable[[LayerProblem, Pruned], Quantized]
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer(Method):
-    """Stores the kept weights as integers, with a scale for each row or for each group of a row's inputs.
+    """Stores kept weights as integers, with a scale for each row or group.
 
     Attributes:
       group: inputs of a row that share a scale, such as 32 or 128; null takes one scale for the row. Smaller groups are more
@@ -109,7 +109,7 @@ class Quantizer(Method):
                 )
 
     def check(self, d_in: int) -> None:
-        """Raises UserError if the groups do not divide the inputs of a layer."""
+        """Raises UserError if the groups do not divide a layer's inputs."""
         if self.group is not None and d_in % self.group:
             fitting = [str(size) for size in (128, 64, 32, 16) if d_in % size == 0]
             raise UserError(
@@ -129,7 +129,9 @@ class Quantizer(Method):
     def prepare(
         self, hessian: Float32[Array, "d_in d_in"], damping: float, features: Features = WHOLE, *, dtype: np.dtype
     ) -> QuantizeRows:
-        """Returns a function that quantises any rows with this Hessian and damping: their solved weights, with their masks.
+        """Returns a function that quantises solved rows with this Hessian.
+
+        It takes the rows' problem, with this Hessian and damping, and their solved weights and masks.
 
         Args:
           dtype: the dtype in which weights and scales are stored.
@@ -147,10 +149,10 @@ class Quantizer(Method):
         scale = grid.scales(pruned.weight, jnp.diagonal(problem.hessian), self.clip)
         nearest = start = grid.nearest(pruned.weight, grid.spread(scale))
         if factor is not None:
-            found = _compensated(pruned, grid, grid.spread(scale), factor)
+            compensated = _compensated(pruned, grid, grid.spread(scale), factor)
             # A factor that float32 could not compute is NaN, which is not lower.
-            lower = problem.value(found) < problem.value(nearest)
-            start = jnp.where(lower[:, None], found, nearest)
+            lower = problem.value(compensated) < problem.value(nearest)
+            start = jnp.where(lower[:, None], compensated, nearest)
 
         def sweep(_: int | Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             weight, scale = _rescaled(*state, problem, grid)
@@ -177,9 +179,10 @@ class Int4(Quantizer):
 
 
 def _slope(problem: LayerProblem, weight: Array, first: Array, count: int) -> tuple[Array, Array]:
-    """Half the gradient by ``count`` inputs [rows, count], and their block of ``A`` [count, count].
+    """Half the gradient by ``count`` inputs, and their block of ``A``.
 
-    It is computed from the weights each time, and not carried along: updates would add their rounding up.
+    They are [rows, count] and [count, count]. The gradient is computed from the weights each time: updates would add up their
+    rounding.
     """
     columns = jax.lax.dynamic_slice_in_dim(problem.hessian, first, count, axis=1)
     pull = jax.lax.dynamic_slice_in_dim(pull_of(problem), first, count, axis=1)
@@ -201,17 +204,17 @@ class _Grid:
     dtype: np.dtype
 
     def stored(self, values: Array) -> Array:
-        """Values as they come back from the dtype, with 0.0 for -0.0: an integer has no other zero."""
+        """Values rounded to the stored dtype, with 0.0 instead of -0.0."""
         back = values.astype(self.dtype).astype(jnp.float32)
         return jnp.where(back == 0, 0.0, back)  # XLA would drop the addition of 0.0
 
     def nearest(self, weight: Array, scale: Array) -> Array:
-        """The numbers with the integers that are nearest to ``weight / scale``."""
+        """The numbers with the integers nearest to ``weight / scale``."""
         half = 2 ** (self.bits - 1)
         return self.stored(jnp.clip(jnp.round(weight / scale), -half, half - 1) * scale)
 
     def spread(self, scale: Array) -> Array:
-        """The scale of every input, [rows, d_in], from the scale of every group."""
+        """Each input's scale, [rows, d_in], from each group's scale."""
         return jnp.repeat(scale, self.group, axis=1)
 
     def scales(self, weight: Array, diagonal: Array, clip: float) -> Array:
@@ -245,42 +248,44 @@ def _compensated(pruned: Pruned, grid: _Grid, scale: Array, factor: Array) -> Ar
     starts, size = _blocks(len(factor))
 
     def block(weight: Array, first: Array) -> tuple[Array, Array]:
-        here, scales, keep = (jax.lax.dynamic_slice_in_dim(a, first, size, axis=1).T for a in (weight, scale, pruned.keep))
+        block_weight, scales, keep = (
+            jax.lax.dynamic_slice_in_dim(a, first, size, axis=1).T for a in (weight, scale, pruned.keep)
+        )
         across = jax.lax.dynamic_slice_in_dim(factor, first, size)
         inside = jax.lax.dynamic_slice_in_dim(across, first, size, axis=1)
 
         def step(j: int | Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             # U is zero before its diagonal: only the inputs from j on move.
-            here, errors = carry
-            fixed = jnp.where(keep[j], grid.nearest(here[j], scales[j]), 0.0)
-            error = (here[j] - fixed) / inside[j, j]
-            return (here - inside[j][:, None] * error).at[j].set(fixed), errors.at[j].set(error)
+            block_weight, errors = carry
+            fixed = jnp.where(keep[j], grid.nearest(block_weight[j], scales[j]), 0.0)
+            error = (block_weight[j] - fixed) / inside[j, j]
+            return (block_weight - inside[j][:, None] * error).at[j].set(fixed), errors.at[j].set(error)
 
         # Inputs are the first axis, so that the loop reads and writes contiguous memory.
-        here, errors = jax.lax.fori_loop(0, size, step, (here, jnp.zeros_like(here)))
-        return weight - matmul(errors.T, across), here.T
+        block_weight, errors = jax.lax.fori_loop(0, size, step, (block_weight, jnp.zeros_like(block_weight)))
+        return weight - matmul(errors.T, across), block_weight.T
 
-    found = jax.lax.scan(block, pruned.weight, starts)[1]
-    return jnp.moveaxis(found, 0, 1).reshape(pruned.weight.shape)
+    blocks = jax.lax.scan(block, pruned.weight, starts)[1]
+    return jnp.moveaxis(blocks, 0, 1).reshape(pruned.weight.shape)
 
 
 def _rescaled(weight: Array, scale: Array, problem: LayerProblem, grid: _Grid) -> tuple[Array, Array]:
-    """The scales of step 3, one group after the other, with the integers as they are: (weight, scale)."""
+    """Step 3 for scales, group by group, integers fixed: (weight, scale)."""
 
     def group(weight: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
         first, old = part
-        here = jax.lax.dynamic_slice_in_dim(weight, first, grid.group, axis=1)
+        group_weight = jax.lax.dynamic_slice_in_dim(weight, first, grid.group, axis=1)
         slope, inside = _slope(problem, weight, first, grid.group)
-        integers = jnp.round(here / old[:, None])
+        integers = jnp.round(group_weight / old[:, None])
         curvature = jnp.sum(matmul(integers, inside) * integers, axis=1)
         curved = curvature > 0
         step = jnp.where(curved, -jnp.sum(integers * slope, axis=1) / jnp.where(curved, curvature, 1.0), 0.0)
         new = grid.stored(jnp.maximum(old + step, old / 2))  # a scale stays above 0
         moved = grid.stored(integers * new[:, None])
-        change = moved - here
+        change = moved - group_weight
         fell = (jnp.sum(change * (2 * slope + matmul(change, inside)), axis=1) < 0) & (new > 0)
-        here = jnp.where(fell[:, None], moved, here)
-        return jax.lax.dynamic_update_slice_in_dim(weight, here, first, axis=1), jnp.where(fell, new, old)
+        group_weight = jnp.where(fell[:, None], moved, group_weight)
+        return jax.lax.dynamic_update_slice_in_dim(weight, group_weight, first, axis=1), jnp.where(fell, new, old)
 
     starts = jnp.arange(0, weight.shape[1], grid.group)
     weight, scale = jax.lax.scan(group, weight, (starts, scale.T))
@@ -288,24 +293,24 @@ def _rescaled(weight: Array, scale: Array, problem: LayerProblem, grid: _Grid) -
 
 
 def _descended(weight: Array, scale: Array, keep: Array, problem: LayerProblem, grid: _Grid) -> Array:
-    """The integers of step 3, one input after the other, with the scales as they are."""
+    """Step 3 for integers, one input after the other, scales fixed."""
     starts, size = _blocks(weight.shape[1])
 
     def block(weight: Array, first: Array) -> tuple[Array, None]:
         slope, inside = _slope(problem, weight, first, size)
-        here, scales, kept = (jax.lax.dynamic_slice_in_dim(a, first, size, axis=1).T for a in (weight, scale, keep))
+        block_weight, scales, kept = (jax.lax.dynamic_slice_in_dim(a, first, size, axis=1).T for a in (weight, scale, keep))
 
         def step(j: int | Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            here, slope = carry
+            block_weight, slope = carry
             curvature = inside[j, j]
-            best = here[j] - jnp.where(curvature > 0, slope[j] / jnp.where(curvature > 0, curvature, 1.0), 0.0)
+            best = block_weight[j] - jnp.where(curvature > 0, slope[j] / jnp.where(curvature > 0, curvature, 1.0), 0.0)
             new = grid.nearest(best, scales[j])
             # Along one input the objective is a parabola around ``best``.
-            closer = kept[j] & (jnp.abs(new - best) < jnp.abs(here[j] - best))
-            change = jnp.where(closer, new - here[j], 0.0)
-            return here.at[j].set(jnp.where(closer, new, here[j])), slope + inside[j][:, None] * change
+            closer = kept[j] & (jnp.abs(new - best) < jnp.abs(block_weight[j] - best))
+            change = jnp.where(closer, new - block_weight[j], 0.0)
+            return block_weight.at[j].set(jnp.where(closer, new, block_weight[j])), slope + inside[j][:, None] * change
 
-        here, _ = jax.lax.fori_loop(0, size, step, (here, slope.T))
-        return jax.lax.dynamic_update_slice_in_dim(weight, here.T, first, axis=1), None
+        block_weight, _ = jax.lax.fori_loop(0, size, step, (block_weight, slope.T))
+        return jax.lax.dynamic_update_slice_in_dim(weight, block_weight.T, first, axis=1), None
 
     return jax.lax.scan(block, weight, starts)[0]

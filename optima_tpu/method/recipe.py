@@ -1,4 +1,4 @@
-"""What is done to every linear layer, and which of them are pruned together."""
+"""What is done to each linear layer, and which are pruned together."""
 
 import dataclasses
 from typing import Annotated
@@ -69,7 +69,7 @@ class Recipe(Bounded):
 
     @property
     def patterns(self) -> list[Pattern]:
-        """The pattern, and those of the rules for layers."""
+        """The recipe's pattern and the patterns of its rules for layers."""
         return [self.pattern, *(rule.pattern for rule in self.layers if rule.pattern)]
 
     @property
@@ -78,13 +78,13 @@ class Recipe(Bounded):
         return self.solver.damping if self.solver else 0.0
 
     def update(self, pattern: Pattern) -> Solver:
-        """The solver for the layers of a pattern; it also changes masks if the recipe refines them."""
+        """The solver for a pattern; with ``refine`` it also changes masks."""
         if self.solver is None:
             return Unchanged()
         return Exchanging(self.solver, self.refine, pattern) if self.refine else self.solver
 
     def footprint(self) -> Footprint:
-        """The device memory of pruning a group of matrices, without the arrays that every method holds."""
+        """The device memory of the methods, beyond arrays common to all."""
         update = self.update(self.pattern).footprint()
         rounder = self.quantize.footprint() if self.quantize else Footprint(0, 0, split=True)
         return Footprint(
@@ -94,11 +94,14 @@ class Recipe(Bounded):
         )
 
     def pattern_of(self, path: str, name: str) -> Pattern | None:
-        """The pattern of a layer, from its whole path and its path inside the block; None if it stays dense."""
+        """The pattern of a layer; None if the layer stays dense.
+
+        ``path`` is the layer's whole path, ``name`` its path inside the block.
+        """
         return pattern_of(self.layers, self.pattern, path, name)
 
     def pruned_groups(self, groups: Groups, prefix: str) -> Groups:
-        """The groups without the layers that stay dense; groups that become empty are left out."""
+        """The groups without dense layers; groups left empty are dropped."""
         left = (tuple(name for name in names if self.pattern_of(prefix + name, name)) for names in groups)
         return tuple(filter(None, left))
 
@@ -109,8 +112,8 @@ class Recipe(Bounded):
         """
         if self.refine is None:
             return (names,)
-        found: dict[Pattern | None, tuple[str, ...]] = {}
+        calls: dict[Pattern | None, tuple[str, ...]] = {}
         for name in names:
             pattern = self.pattern_of(prefix + name, name)
-            found[pattern] = *found.get(pattern, ()), name
-        return tuple(found.values())
+            calls[pattern] = *calls.get(pattern, ()), name
+        return tuple(calls.values())

@@ -1,4 +1,4 @@
-"""The device memory that a method needs. Every method states it beside its ``__call__``."""
+"""The device memory that a method needs, as each method states it."""
 
 import dataclasses
 

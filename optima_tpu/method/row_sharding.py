@@ -21,7 +21,7 @@ Outputs = TypeVar("Outputs")
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """How the problems of one layer input are sharded over the mesh while they are solved.
+    """How Hessian and rows are sharded over the mesh while they are solved.
 
     Attributes:
       split: for Hessians that do not fit one device. The Hessian's columns and the features of all rows are sharded over the
@@ -71,22 +71,28 @@ class RowSharding:
     layout: RowLayout = ON_EVERY_DEVICE
 
     def rows(self, weight: Array) -> NamedSharding:
-        """The sharding of a matrix [d_out, d_in] while its mask is chosen: rows over all devices that divide them."""
+        """The sharding of a matrix [d_out, d_in] while its mask is chosen.
+
+        Its rows are sharded over all mesh axes that divide them.
+        """
         return NamedSharding(self.mesh, divisible(self.mesh, weight.shape, ROWS))
 
     def place(self, matrix: Float32[Array, "d_in d_in"]) -> Float32[Array, "d_in d_in"]:
-        """Constrains a matrix [d_in, d_in] to the layout's sharding of a Hessian."""
+        """Constrains [d_in, d_in] to the layout's sharding of a Hessian."""
         return jax.lax.with_sharding_constraint(matrix, NamedSharding(self.mesh, self.layout.hessian))
 
     def product(self, matrix: Float32[Array, "d_in d_in"], rows: Float32[Array, "rows d_in"]) -> Float32[Array, "rows d_in"]:
-        """``rows @ matrix`` in float32, of rows [d_out, d_in] and a matrix [d_in, d_in]."""
-        return self.map(lambda part, features: lambda mine: features.product(mine, part), self.layout.matrix)(matrix, rows)
+        """``rows @ matrix`` in float32, each device on its own rows."""
+        return self.map(lambda part, features: lambda own_rows: features.product(own_rows, part), self.layout.matrix)(
+            matrix, rows
+        )
 
     def map(self, prepare: Callable[[Array, Features], Callable[..., Outputs]], out_specs: Any) -> Callable[..., Outputs]:
-        """Runs a function of rows on the mesh: ``(hessian, *rows) -> outputs``, every array of rows [d_out, d_in].
+        """Returns ``(hessian, *rows) -> outputs``, which runs on the mesh.
 
-        Each device runs it on its own rows, in equal batches if the layout limits the rows at once. If the number of rows does
-        not divide evenly, rows of zeros are appended, and cut off the outputs.
+        Every array of rows is [d_out, d_in]. Each device runs the function on its own rows, in equal batches if the layout
+        limits the rows at once. If the number of rows does not divide evenly, rows of zeros are appended, and cut off the
+        outputs.
 
         Args:
           prepare: ``(hessian, features) -> (*rows -> outputs)``. Called once on every device, with the device's part of the
@@ -107,14 +113,14 @@ class RowSharding:
                 if batches == 1:
                     return run(*arrays)
                 parts = tuple(array.reshape(batches, -1, array.shape[1]) for array in arrays)
-                found = jax.lax.map(lambda part: run(*part), parts)
-                return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
+                outputs = jax.lax.map(lambda part: run(*part), parts)
+                return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), outputs)
 
             # check_vma: MPAX's loops carry values that vary over the mesh beside constants, which the checker refuses.
-            found = jax.shard_map(
+            outputs = jax.shard_map(
                 local, mesh=mesh, in_specs=(layout.hessian, *[layout.matrix] * len(arrays)), out_specs=out_specs, check_vma=False
             )(hessian, *(jnp.pad(array, ((0, extra), (0, 0))) if extra else array for array in arrays))
-            return jax.tree.map(lambda array: array[:count], found)
+            return jax.tree.map(lambda array: array[:count], outputs)
 
         return mapped
 
@@ -133,12 +139,12 @@ class RowSharding:
             def on_device(hessian: Array, features: Features) -> Callable[..., Outputs]:
                 ready = prepare(hessian, problem.damping, features)
 
-                def mine(weight: Array, *rest: Array) -> Outputs:
+                def run_rows(weight: Array, *rest: Array) -> Outputs:
                     *pull, start, keep = rest
                     part = LayerProblem(weight, hessian, pull[0] if pull else None, problem.damping)
                     return ready(part, Pruned(start, keep))
 
-                return mine
+                return run_rows
 
             pull = () if problem.pull is None else (problem.pull,)
             return self.map(on_device, out_specs)(problem.hessian, problem.weight, *pull, *pruned)

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of layers, from the tokens that ran through a block."""
+"""Statistics of layers' inputs, from tokens that ran through a block."""
 
 from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -11,10 +11,12 @@ Groups = tuple[tuple[str, ...], ...]
 
 
 class Drift(NamedTuple):
-    """The drift of the inputs ``X`` of a group of layers from the inputs ``X_d`` in the dense model: ``D = X_d - X``.
+    """The drift ``D = X_d - X`` of a group's inputs from the dense model's.
+
+    ``X`` are the inputs of a group of layers, ``X_d`` the same layers' inputs in the dense model.
 
     Attributes:
-      cross: ``B = D'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; None if ``outputs`` stands in its place.
+      cross: ``B = D'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; None if ``outputs`` replaces it.
       energy: for each layer of the group, each row's mean of ``(D w')^2`` with its dense weights ``w``, [d_out] float32; empty if
         it was not requested.
       residual: for each layer of the group ``Q = (R_d - R)'X / n_tokens`` [d_out, d_in] float32, columns over the model axis,
@@ -39,7 +41,7 @@ class Drift(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """The statistics of one set of tokens, for the inputs of a group of layers.
+    """Statistics of one set of tokens, for the inputs of a group of layers.
 
     Attributes:
       hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; a weighted mean over tokens if tokens are
@@ -53,7 +55,7 @@ class TokenStatistics(NamedTuple):
     drift: Drift | None = None
 
     def of(self, layers: Sequence[int]) -> "TokenStatistics":
-        """The statistics of some layers of the group, by their indices in it."""
+        """The statistics of some layers of the group, by their indices."""
         return self._replace(drift=None if self.drift is None else self.drift.of(layers))
 
 

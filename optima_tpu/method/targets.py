@@ -32,7 +32,7 @@ from optima_tpu.runtime.bounds import Bound
 
 
 class Target(Method, abc.ABC):
-    """What the outputs of a layer should match. A target is a frozen dataclass.
+    """What a layer's outputs should match. A target is a frozen dataclass.
 
     Attributes:
       dense_stream: whether the tokens also run through the dense blocks. If False, ``alpha``, ``gamma`` and ``weigh_tokens`` are
@@ -47,11 +47,11 @@ class Target(Method, abc.ABC):
 
     @property
     def streams(self) -> int:
-        """The number of streams of hidden states, and of matrices [d_in, d_in] for every set of tokens."""
+        """The number of streams, and of [d_in, d_in] matrices a token set."""
         return 1 + self.dense_stream
 
     def pull(self, term: "LinearTerm", alpha: float) -> Float32[Array, "rows d_in"]:
-        """``e``, [rows, d_in] float32: what the target asks for beyond the layer's own outputs.
+        """``e`` [rows, d_in]: what the target adds to the layer's own outputs.
 
         Args:
           term: the linear term of the rows.
@@ -62,7 +62,7 @@ class Target(Method, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class SelfTarget(Target):
-    """The layer's own outputs, on the inputs that it gets from the pruned blocks, as in the paper."""
+    """The layer's own outputs on inputs from pruned blocks, as in OPTIMA."""
 
     dense_stream: ClassVar[bool] = False
 

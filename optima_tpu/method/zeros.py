@@ -1,13 +1,13 @@
-"""Training that leaves pruned weights zero, with any optimizer of optax and in any layout of the parameters.
+"""Training that leaves pruned weights zero, with any optimizer of optax.
 
     masks = masks_of(parameters)
     optimizer = keep_zeros(optax.adamw(1e-4), masks)
     ...
     broken_zeros(parameters, masks)  # [] as long as every pruned weight is zero
 
-The masks are read from the zeros of the parameters themselves, so they have their layout: a pytree of any program, with matrices
-transposed, stacked over the layers or split over devices. A program that makes its optimizer before it has read the parameters, as
-MaxText does, leaves the masks out: ``keep_zeros(optimizer)`` reads them at every update.
+The masks are read from the zeros of the parameters and have the parameters' layout: a pytree of any program, with matrices
+transposed, stacked over the layers or split over devices. A program that makes its optimizer before it has read the parameters,
+as MaxText does, leaves the masks out: ``keep_zeros(optimizer)`` reads them at every update.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,13 @@ Tree = Any
 
 
 def masks_of(parameters: Tree, least: float = 0.1) -> Tree:
-    """The masks of pruned parameters, a pytree of their structure and sharding: bool, True where a weight stays.
+    """The masks of pruned parameters: bool, True where a weight stays.
+
+    The masks have the structure and the sharding of the parameters.
 
     Args:
       parameters: the parameters of a pruned model, in any layout.
-      least: an array with a smaller share of zeros was not pruned: all of its mask is True. So is that of an array with fewer than
-        two axes.
+      least: an array with a smaller share of zeros, or with fewer than two axes, was not pruned: its mask is True everywhere.
 
     Raises:
       UserError: no array has this share of zeros.
@@ -78,9 +79,9 @@ def keep_zeros(
 
 
 def broken_zeros(parameters: Tree, masks: Tree) -> list[str]:
-    """The paths of the arrays in which a pruned weight is not zero; empty if all zeros held."""
-    found = jax.tree.map(lambda array, keep: jnp.any((array != 0) & ~keep), parameters, masks)
-    broken: Sequence[tuple[Any, Array]] = jax.tree_util.tree_leaves_with_path(jax.device_get(found))
+    """The paths of arrays with a nonzero pruned weight; empty if none."""
+    any_nonzero = jax.tree.map(lambda array, keep: jnp.any((array != 0) & ~keep), parameters, masks)
+    broken: Sequence[tuple[Any, Array]] = jax.tree_util.tree_leaves_with_path(jax.device_get(any_nonzero))
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, any_left in broken if any_left]
 
 

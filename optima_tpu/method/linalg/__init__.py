@@ -1,1 +1,1 @@
-"""Linear algebra that selectors and solvers share: inverses, rankings, scaling, rows with sharded features."""
+"""Linear algebra for all methods: inverses, rankings, scaling, sharding."""

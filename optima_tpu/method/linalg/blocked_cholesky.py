@@ -1,7 +1,7 @@
-"""The inverse of a positive definite matrix by blocked Cholesky, in a loop; columns may be sharded over a mesh axis.
+"""The inverse of a positive definite matrix, by blocked Cholesky in a loop.
 
-With ``A = L L'`` and ``R = L^-1`` the inverse is ``X = R'R``. The loop takes one panel of columns after the other. If columns are
-sharded, the device that owns the panel broadcasts it, and every device updates its own columns.
+With ``A = L L'`` and ``R = L^-1`` the inverse is ``X = R'R``. The loop takes one panel of columns after the other. Columns may
+be sharded over a mesh axis: then the device that owns the panel broadcasts it, and every device updates its own columns.
 
     L_kk L_kk' = A_kk       L_ik = A_ik L_kk^-T         A_ij -= L_ik L_jk'          (right-looking Cholesky)
     R_k: = L_kk^-1 R_k:     R_i: -= L_ik R_k:           from R = I                  (forward substitution with the same panel)
@@ -24,9 +24,9 @@ from optima_tpu.method.linalg.features import Features, Product, matmul, rough_m
 def inverse_by_panels(
     columns: Float[Array, "d_in d"], features: Features, panel: int = 128, product: Product = matmul
 ) -> tuple[Float[Array, "d_in d"], Float[Array, "d_in d"]]:
-    """The columns of ``X = A^-1`` and of the lower triangular ``R`` with ``X = R'R``.
+    """Columns of ``X = A^-1``, and of the triangular ``R`` with ``X = R'R``.
 
-    If features are sharded, call this inside ``shard_map``.
+    ``R`` is lower triangular. If features are sharded, call this inside ``shard_map``.
 
     Args:
       columns: [d_in, d] float32, a device's ``d = d_in / n`` columns of ``A``.
@@ -44,7 +44,7 @@ def inverse_by_panels(
     width = -(-size // count)
     extra = count * width - size
     columns = _grown(columns, features, extra)
-    place = jnp.arange(columns.shape[0])
+    rows = jnp.arange(columns.shape[0])
 
     def broadcast(columns: Array, k: Array) -> Array:
         """Panel k [d_in, width], broadcast from its owner to all devices."""
@@ -56,7 +56,7 @@ def inverse_by_panels(
         column = broadcast(rest, k)
         corner = jnp.linalg.cholesky(jax.lax.dynamic_slice_in_dim(column, first, width))
         corner = jax.scipy.linalg.solve_triangular(corner, jnp.eye(width, dtype=corner.dtype), lower=True)
-        below = jnp.where((place >= first + width)[:, None], product(column, corner.T), 0.0)
+        below = jnp.where((rows >= first + width)[:, None], product(column, corner.T), 0.0)
         done = product(corner, jax.lax.dynamic_slice_in_dim(root, first, width))
         root = jax.lax.dynamic_update_slice_in_dim(root - product(below, done), done, first, axis=0)
         return rest - product(below, features.mine(below).T), root
@@ -72,7 +72,7 @@ def inverse_by_panels(
 
 
 def _grown(columns: Array, features: Features, extra: int) -> Array:
-    """Pads the columns with ``extra`` decoupled features per device, with 1 on the diagonal."""
+    """Adds ``extra`` decoupled features per device, with 1 on the diagonal."""
     if not extra:
         return columns
     size = columns.shape[1]

@@ -1,4 +1,4 @@
-"""Whether a device holds all features of a layer's rows, or they are sharded evenly over axes of the mesh.
+"""How the features of a layer's rows are held: whole, or sharded evenly.
 
 Code that uses :class:`Features` works in both cases. Inside ``shard_map``, with ``n`` devices on the axis, a device holds ``d =
 d_in / n`` features of its rows and the same ``d`` columns of every [d_in, d_in] matrix; without sharding ``d`` is ``d_in`` and no
@@ -15,15 +15,16 @@ from jaxtyping import Bool, Float, Shaped
 
 
 def matmul(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:
-    """``a @ b`` in full float32. On TPU and GPU the default would round the factors to bfloat16 or TF32."""
+    """``a @ b`` in full float32, without rounding to bfloat16 or TF32."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def rough_matmul(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:
-    """``a @ b`` where the product only chooses: the direction of a step, or which weights stay and, without a solver, how ADMM leaves them.
+    """``a @ b`` for choices, in less than full float32 on accelerators.
 
-    A TPU takes three passes of its matrix unit, with errors of some ``2^-16``, where :func:`matmul` takes six. A GPU rounds the
-    factors to TF32, with errors of some ``2^-11``. On CPUs it is the same as :func:`matmul`.
+    A choice is the direction of a step, or which weights stay and, without a solver, how ADMM leaves them. A TPU takes three
+    passes of its matrix unit, with errors of some ``2^-16``, where :func:`matmul` takes six. A GPU rounds the factors to TF32,
+    with errors of some ``2^-11``. On CPUs it is the same as :func:`matmul`.
     """
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGH)
 
@@ -34,7 +35,7 @@ Product = Callable[[Array, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The sharding of features, see the module. Call every method inside ``shard_map`` over ``axis``.
+    """The sharding of features. Call methods in ``shard_map`` over ``axis``.
 
     Attributes:
       axis: the mesh axis or axes over which features are sharded; None if a device holds all of them.
@@ -48,13 +49,13 @@ class Features:
         return 1 if self.axis is None else jax.lax.axis_size(self.axis)
 
     def from_owner(self, part: Array, owner: Array) -> Array:
-        """Broadcasts ``part`` from the device with the index ``owner`` to all devices, by one all-reduce."""
+        """Broadcasts ``part`` from the device ``owner``, by one all-reduce."""
         if self.axis is None:
             return part
         return jax.lax.psum(jnp.where(owner == jax.lax.axis_index(self.axis), part, 0.0), self.axis)
 
     def whole(self, part: Shaped[Array, "... d"]) -> Shaped[Array, "... d_in"]:
-        """[..., d] -> [..., d_in], by one all-gather."""
+        """Gathers all features: [..., d] -> [..., d_in], by one all-gather."""
         return part if self.axis is None else jax.lax.all_gather(part, self.axis, axis=part.ndim - 1, tiled=True)
 
     def mine(self, whole: Shaped[Array, "d_in ..."]) -> Shaped[Array, "d ..."]:
@@ -65,7 +66,7 @@ class Features:
         return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(self.axis) * size, size)
 
     def product(self, rows: Float[Array, "rows d"], columns: Float[Array, "d_in d"]) -> Float[Array, "rows d"]:
-        """``rows @ matrix`` of rows [r, d] and the matrix's columns [d_in, d]: [r, d] float32, by one all-gather of the rows."""
+        """``rows @ matrix`` from its columns, by one all-gather of rows."""
         return matmul(self.whole(rows), columns)
 
     def rough_product(self, rows: Float[Array, "rows d"], columns: Float[Array, "d_in d"]) -> Float[Array, "rows d"]:
@@ -73,7 +74,7 @@ class Features:
         return rough_matmul(self.whole(rows), columns)
 
     def sums(self, *parts: Float[Array, "rows d"]) -> tuple[Float[Array, " rows"], ...]:
-        """For each [r, d] the sum of each row over all features, [r]; one all-reduce for all of them."""
+        """Each array's row sums over all features, by a single all-reduce."""
         sums = tuple(jnp.sum(part, axis=1) for part in parts)
         return sums if self.axis is None else tuple(jax.lax.psum(jnp.stack(sums), self.axis))
 
@@ -86,15 +87,15 @@ class Features:
         return jnp.max(part) if self.axis is None else jax.lax.pmax(jnp.max(part), self.axis)
 
     def diagonal(self, columns: Float[Array, "d_in d"]) -> Float[Array, " d"]:
-        """This device's part [d] of the diagonal of a matrix, from its columns [d_in, d]."""
+        """This device's part [d] of a matrix's diagonal, from its columns."""
         return jnp.diagonal(self.mine(columns))
 
     def on_diagonal(self, columns: Float[Array, "d_in d"]) -> Bool[Array, "d_in d"]:
-        """[d_in, d] bool: which entries of a device's columns are on the diagonal."""
+        """Which entries of a device's columns are on the diagonal."""
         return self.mine(jnp.arange(columns.shape[0])) == jnp.arange(columns.shape[0])[:, None]
 
     def transpose(self, columns: Float[Array, "d_in d"]) -> Float[Array, "d_in d"]:
-        """The columns [d_in, d] of ``M'`` from the columns of ``M``, by one all-to-all."""
+        """The columns of ``M'`` from columns of ``M``, by one all-to-all."""
         if self.axis is None:
             return columns.T
         size = columns.shape[1]
@@ -111,5 +112,5 @@ _FEWEST_COLUMNS = 128
 
 
 def divided(size: int, devices: int) -> bool:
-    """Whether TPUs share the inverse of a [size, size] matrix, some columns each; see ``linalg.inverses``."""
+    """Whether TPUs share the inverse of a matrix, see ``linalg.inverses``."""
     return devices > 1 and size % devices == 0 and size >= _FEWEST_COLUMNS * devices

@@ -1,4 +1,4 @@
-"""Inverses of positive definite matrices by matrix products; on TPUs all devices of the mesh share the work."""
+"""Inverses of positive definite matrices; TPUs of a mesh share the work."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,16 +15,16 @@ from optima_tpu.method.linalg.features import WHOLE, Features, Product, divided,
 _LEAF = 256  # matrices up to this size are factorised in one call
 
 # From this ridge on, R too has rounded products on TPUs, where it only chooses. With factors of 16 bits, as three passes keep, the
-# inverses of SmolLM2's Hessians (576 and 1,536 inputs, among them those of massive activations) are then off by at most 5e-4; at 0.001
+# inverses of SmolLM2's Hessians (576 and 1,536 inputs, some with massive activations) are then off by at most 5e-4; at 0.001
 # by 1.3e-3.
 ROUGH_RIDGE = 0.01
 
 
 def inverse(matrix: Float[Array, "d d"], ridge: float) -> Float[Array, "d d"]:
-    """``M^-1`` where it only chooses: ADMM's mask, an exchange of weights. NaN where M is not positive definite in float32.
+    """``M^-1`` for choices only, such as ADMM's mask or a mask exchange.
 
-    The product ``R'R`` is always ``features.rough_matmul``. TPUs make ``R`` by it too if the ridge is far above what its rounding
-    can take from an eigenvalue; other platforms make ``R`` by full products.
+    NaN where M is not positive definite in float32. The product ``R'R`` is always ``features.rough_matmul``. TPUs make ``R`` by
+    it too if the ridge is far above what its rounding can take from an eigenvalue; other platforms make ``R`` by full products.
 
     Args:
       matrix: [d, d] float32, a Hessian of unit diagonal plus a ridge.
@@ -35,24 +35,24 @@ def inverse(matrix: Float[Array, "d d"], ridge: float) -> Float[Array, "d d"]:
 
 
 def inverse_cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """``L^-1`` where ``matrix = L L'``, of a [d, d] float32; NaN where it is not positive definite in float32."""
+    """``L^-1`` for ``matrix = L L'``; NaN if none exists in float32."""
     return inverse_and_root(matrix)[1]
 
 
 def inverse_and_root(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-    """``X = M^-1 = R'R`` by rough products, and ``R = L^-1`` in full, of a replicated matrix.
+    """``X = M^-1 = R'R`` by rough products, and ``R = L^-1`` in full float32.
 
-    TPUs share the work (:func:`together`) if the call is traced on a mesh: inside ``shard_map``, where all devices must call it,
-    or under ``jax.sharding.use_abstract_mesh``. Otherwise this would be the only cost of a layer that does not fall with the
-    number of devices. Each device computes the whole inverse if there is no mesh, if ``divided`` is False, and on other
-    platforms. CPU devices would wait for each other's threads at every panel. GPUs need less time alone, and their network may be
-    slow.
+    The matrix is replicated. TPUs share the work (:func:`together`) if the call is traced on a mesh: inside ``shard_map``,
+    where all devices must call it, or under ``jax.sharding.use_abstract_mesh``. Otherwise this would be the only cost of a
+    layer that does not fall with the number of devices. Each device computes the whole inverse if there is no mesh, if
+    ``divided`` is False, and on other platforms. CPU devices would wait for each other's threads at every panel. GPUs need less
+    time alone, and their network may be slow.
     """
     return _made(matrix, _both, together)
 
 
 def together(matrix: Float[Array, "d d"], product: Product = matmul) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-    """As :func:`inverse_and_root`: every device of the mesh computes its share of the columns, then all columns are gathered."""
+    """As :func:`inverse_and_root`, each device computing its own columns."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def share(matrix: Array) -> tuple[Array, Array]:
@@ -69,7 +69,7 @@ _Made = TypeVar("_Made", Array, tuple[Array, Array])
 
 
 def _made(matrix: Array, each: Callable[[Array], _Made], shared: Callable[[Array], _Made]) -> _Made:
-    """Calls ``shared`` on the TPUs of a mesh, ``each`` elsewhere; see :func:`inverse_and_root`."""
+    """Calls ``shared`` on the TPUs of a mesh, ``each`` elsewhere."""
     if not divided(len(matrix), jax.sharding.get_abstract_mesh().size):
         return each(matrix)
     return jax.lax.platform_dependent(matrix, tpu=shared, default=each)
@@ -82,11 +82,12 @@ def _both(matrix: Array) -> tuple[Array, Array]:
 
 
 def _root(matrix: Array, panels: Product) -> Array:
-    """``L^-1`` by halves: as many operations as a factorisation and a triangular solve, but as matrix products.
+    """``L^-1`` by halves, or on TPUs by panels.
 
-    On a CPU the threads of LAPACK and of XLA compete for cores, and accelerators have no fast factorisation of large matrices.
-    For a large matrix the halves become many operations of different shapes, which a TPU's compiler needs minutes for. So TPUs
-    use panels, in a loop with 3.6 times the operations.
+    Halves take as many operations as a factorisation and a triangular solve, but as matrix products. On a CPU the threads of
+    LAPACK and of XLA compete for cores, and accelerators have no fast factorisation of large matrices. For a large matrix the
+    halves become many operations of different shapes, which a TPU's compiler needs minutes for. So TPUs use panels, in a loop
+    with 3.6 times the operations.
     """
     if len(matrix) <= _LEAF:
         return _at_once(matrix)
@@ -115,7 +116,7 @@ def _square(root: Array) -> Array:
 
 
 def _square_by_halves(root: Array) -> Array:
-    """``R'R`` without multiplying zeros, and without computing symmetric blocks twice."""
+    """``R'R`` without multiplying zeros or computing a block twice."""
     size = len(root)
     if size <= _LEAF:
         return rough_matmul(root.T, root)

@@ -1,4 +1,7 @@
-"""Shared by the solvers: unit-diagonal variables (they make tolerances and damping independent of scale), checks, batch sizes."""
+"""Unit-diagonal variables, checks and batch sizes that the solvers share.
+
+In unit-diagonal variables, tolerances and damping are independent of scale.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ _BATCH_BYTES = 2**28
 
 
 def rows_at_once(size: int, dtype: jnp.dtype, *, alone: bool) -> int:
-    """How many rows with a [size, size] factorisation each may be solved in one batch, at least 1.
+    """How many rows with [size, size] factorisations fit in one batch.
 
     On the CPU, a LAPACK call for a batch waits for other threads of the one thread pool. Several such calls at once may use up
     all threads and wait for ever (jax 0.10): calls of several devices, of several matrices in one program, or of a batch and its
@@ -34,9 +37,10 @@ def rows_at_once(size: int, dtype: jnp.dtype, *, alone: bool) -> int:
 
 
 def live_features(hessian: Float[Array, "d_in d"], features: Features = WHOLE) -> Bool[Array, " d"]:
-    """[d_in] bool: inputs that carry any signal. Dead, negative and non-finite diagonals are excluded.
+    """Which inputs carry any signal, [d_in] bool.
 
-    With sharded features: takes a device's columns of the Hessian, returns its own part [d].
+    Inputs with a dead, negative or non-finite diagonal carry none. With sharded features, the function takes a device's columns
+    of the Hessian and returns the device's own part [d].
     """
     diagonal = features.diagonal(hessian)
     finite = jnp.isfinite(diagonal)
@@ -44,7 +48,7 @@ def live_features(hessian: Float[Array, "d_in d"], features: Features = WHOLE) -
 
 
 def live_diagonal(diagonal: np.ndarray) -> np.ndarray:
-    """As :func:`live_features`, [d_in] bool, on the host: jax would compile each of its operations for every d_in."""
+    """As :func:`live_features` on the host, with no compilation per d_in."""
     finite = np.isfinite(diagonal)
     return finite & (diagonal > diagonal.dtype.type(DEAD) * np.where(finite, diagonal, 0).max()) & (diagonal > 0)
 
@@ -52,10 +56,11 @@ def live_diagonal(diagonal: np.ndarray) -> np.ndarray:
 def unit_diagonal(
     hessian: Float[Array, "d_in d"], features: Features = WHOLE
 ) -> tuple[Float[Array, "d_in d"], Float[Array, " d"], Bool[Array, " d"]]:
-    """The Hessian in unit-diagonal variables: (matrix [d_in, d_in], scale [d_in], live [d_in]).
+    """The Hessian in unit-diagonal variables: (matrix, scale, live).
 
-    Dead features become rows and columns of the identity. With sharded features: takes a device's columns of the Hessian, returns
-    its own columns of the matrix [d_in, d], and its own parts [d] of scale and live.
+    They are [d_in, d_in], [d_in] and [d_in]. Dead features become rows and columns of the identity. With sharded features, the
+    function takes a device's columns of the Hessian. It returns the device's own columns of the matrix [d_in, d], and its own
+    parts [d] of scale and live.
     """
     live = live_features(hessian, features)
     scale = jnp.where(live, jnp.sqrt(jnp.where(live, features.diagonal(hessian), 1.0)), 1.0)

@@ -19,7 +19,9 @@ PASSES = 16
 def lowest(
     scores: Float[Array, "rows columns"], count: Int32[Array, "#rows 1"] | Int32[Array, ""] | int, group: str
 ) -> Bool[Array, "rows columns"]:
-    """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equal entries the lower index counts first.
+    """True at the ``count`` lowest entries of every row, or of the matrix.
+
+    Exactly ``count`` entries are True: of equal entries the lower index counts first.
 
     Args:
       scores: [rows, columns] float32; NaN counts as the smallest of all.
@@ -46,10 +48,11 @@ def lowest(
 
 
 def totals(scores: Float[Array, "rows columns"]) -> Float[Array, "1 columns"]:
-    """The sum of every column times one power of two, [1, columns] float32; NaN where a score is.
+    """The sum of every column, times one power of two, [1, columns] float32.
 
-    It is the same to the bit however rows are spread over devices. The rounding of a sum of floats depends on their order, so whole numbers are added: of each score, as a share of the largest,
-    a high and a low part that leave room for all rows in int32. Together they have at least 28 bits for up to 65,000 rows.
+    A column with a NaN has the sum NaN. The sums are the same to the bit however rows are sharded over devices. The rounding of
+    a sum of floats depends on their order, so whole numbers are added: of each score, as a share of the largest, a high and a
+    low part that leave room for all rows in int32. Together the parts have at least 28 bits for up to 65,000 rows.
     """
     unknown = jnp.isnan(scores)
     scores = jnp.clip(jnp.where(unknown, 0.0, scores), -jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).max)
@@ -65,10 +68,11 @@ def totals(scores: Float[Array, "rows columns"]) -> Float[Array, "1 columns"]:
 
 
 def pairs_that_pay(win: Float[Array, "rows columns"], cost: Float[Array, "rows columns"]) -> Int32[Array, " rows"]:
-    """Each row's largest ``k`` for which its ``k``-th largest win exceeds its ``k``-th smallest cost; 0 if there is none.
+    """How many pairs of each row's largest wins and smallest costs pay off.
 
-    This is the maximum of ``min(wins above x, costs up to x)`` over all values ``x``. The maximum is where the second count
-    overtakes the first.
+    This is the largest ``k`` for which the ``k``-th largest win exceeds the ``k``-th smallest cost; 0 if there is none. It is
+    the maximum of ``min(wins above x, costs up to x)`` over all values ``x``, reached where the second count overtakes the
+    first.
 
     Args:
       win, cost: [rows, columns] float32.
@@ -79,9 +83,9 @@ def pairs_that_pay(win: Float[Array, "rows columns"], cost: Float[Array, "rows c
     win, cost = order_of(win), order_of(cost)
 
     def numbers(values: list[Array]) -> list[tuple[Array, Array]]:
-        """For each value, the number of wins above it and of costs up to it."""
-        found = _counts([mask for value in values for mask in (win > value, cost <= value)], (1,))
-        return list(zip(found[::2], found[1::2]))
+        """For each value, the number of wins above and of costs up to it."""
+        counts = _counts([mask for value in values for mask in (win > value, cost <= value)], (1,))
+        return list(zip(counts[::2], counts[1::2]))
 
     value = _largest(win[:, :1], lambda values: [costs <= wins for wins, costs in numbers(values)])
     (_, before), (after, _) = numbers([value, value + 1])
@@ -89,9 +93,10 @@ def pairs_that_pay(win: Float[Array, "rows columns"], cost: Float[Array, "rows c
 
 
 def _largest(like: Array, holds: Callable[[list[Array]], list[Array]]) -> Array:
-    """The largest uint32 up to which ``holds`` is true, in the shape of ``like``; 0 if it is never true.
+    """The largest uint32 up to which ``holds`` is true; 0 if it never is.
 
     Args:
+      like: an array of the result's shape.
       holds: takes several values at once, each in the shape of ``like``.
     """
 
@@ -103,19 +108,22 @@ def _largest(like: Array, holds: Callable[[list[Array]], list[Array]]) -> Array:
 
 
 def _counts(masks: list[Array], axes: tuple[int, ...]) -> list[Array]:
-    """Counts the True entries of each mask along the axes, which stay with size 1, in one pass over the masks' inputs."""
-    found = jax.lax.reduce(
+    """Counts the True entries of each mask along axes, in one pass for all.
+
+    The axes stay, with size 1.
+    """
+    counts = jax.lax.reduce(
         [mask.astype(jnp.int32) for mask in masks],
         [jnp.int32(0)] * len(masks),
         lambda one, other: [a + b for a, b in zip(one, other)],
         axes,
     )
-    return [jnp.expand_dims(count, axes) for count in found]
+    return [jnp.expand_dims(count, axes) for count in counts]
 
 
 def order_of(scores: Float[Array, "rows columns"]) -> UInt32[Array, "rows columns"]:
-    """uint32 numbers in the order of the scores, each at least 1; NaN is the smallest."""
+    """uint32 numbers, at least 1, in the scores' order; NaN is smallest."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))  # one zero, without a sign
-    # The bits of positive floats are in the order of the floats, those of negative ones in the opposite order.
+    # The bits of positive floats are in the order of the floats, the bits of negative floats in the opposite order.
     bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

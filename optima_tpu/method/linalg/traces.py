@@ -1,4 +1,4 @@
-"""Traces of the inverse of a shifted matrix, estimated by products with a few random vectors."""
+"""Traces of a shifted matrix's inverse, estimated by random vectors."""
 
 from collections.abc import Callable
 
@@ -15,11 +15,12 @@ _STEPS = 12
 
 
 def inverse_traces(matrix: Float[Array, "d d"]) -> Callable[[Float[Array, ""]], Float[Array, ""]]:
-    """Estimates ``tr (M + t I)^-1 / d`` of a positive definite [d, d] float32 for any number of ``t``, by 12 products for all.
+    """Returns a function of ``t`` that estimates ``tr (M + t I)^-1 / d``.
 
-    The trace is the mean of ``d u (M + t I)^-1 u'`` over unit vectors ``u`` of random signs. Lanczos steps from ``u`` make a
-    tridiagonal ``T`` for which ``[(T + t I)^-1]_00`` is this form, by Gauss's quadrature (Golub and Meurant, Matrices, Moments and
-    Quadrature, 2010). A small matrix has as many vectors as rows, those of the identity: then only the steps are an approximation.
+    ``M`` is positive definite. All values of ``t`` share 12 products with ``M``. The trace is the mean of ``d u (M + t I)^-1
+    u'`` over unit vectors ``u`` of random signs. Lanczos steps from ``u`` make a tridiagonal ``T`` for which ``[(T + t
+    I)^-1]_00`` is this form, by Gauss's quadrature (Golub and Meurant, Matrices, Moments and Quadrature, 2010). For a small
+    matrix the vectors are the rows of the identity: then only the steps are an approximation.
     """
     size = len(matrix)
     count = -(-_ENTRIES // size)

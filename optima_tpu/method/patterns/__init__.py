@@ -1,4 +1,4 @@
-"""Patterns: the sets of weights that may stay, and the choice of the set with the best score."""
+"""All patterns, and :func:`parse_pattern`, which reads a pattern's text."""
 
 import re
 from collections.abc import Callable
@@ -29,11 +29,13 @@ __all__ = [
 
 
 def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> Pattern:
-    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "0.25/input" (a quarter of the inputs),
-    "0.25/neuron", "0.25/neuron@64", "0.5/head", "2:4", "2:4@128", "dense" or "my_lab.patterns:Banded?width=4".
+    """Reads a pattern from its text.
+
+    The forms are "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "0.25/input" (a quarter of the
+    inputs), "0.25/neuron", "0.25/neuron@64", "0.5/head", "2:4", "2:4@128", "dense" and "my_lab.patterns:Banded?width=4".
 
     Args:
-      group: the comparison group of a plain "0.5": that of the published selector.
+      group: the comparison group of a plain "0.5", as in the published selector.
       own: makes the pattern of an import path. :func:`import_pattern` for a text that the person typed; by default nothing is imported.
 
     Raises:
@@ -62,5 +64,5 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
 
 def _respelled(text: str) -> str:
     """ "2:4" for 2/4, and "0.2/row" for 20%/row; any other text as it is."""
-    share = re.sub(r"^(\d+(?:\.\d+)?)%", lambda found: f"{float(found[1]) / 100:g}", text)
+    share = re.sub(r"^(\d+(?:\.\d+)?)%", lambda percent: f"{float(percent[1]) / 100:g}", text)
     return re.sub(r"^(\d+)/(\d+)$", r"\1:\2", share)

@@ -1,4 +1,4 @@
-"""Patterns: the sets of weights that may stay, and the choice of the set with the best score.
+"""Patterns: which sets of weights may stay, and the choice of the best one.
 
 A pattern says how many weights are pruned and inside which comparison group; a score says which. Ties are broken by
 index: of two weights of one group with equal scores the one with the lower index is pruned first. The rule is part of
@@ -27,7 +27,9 @@ MOST_INPUTS = 1 << 24
 
 
 class Pattern(abc.ABC):
-    """How many weights of a matrix go, and inside which comparison groups. A pattern is a frozen dataclass.
+    """How many weights of a matrix are pruned, in which comparison groups.
+
+    A pattern is a frozen dataclass.
 
     Attributes:
       group: "row" where weights of different rows never compete, else "layer".
@@ -48,11 +50,14 @@ class Pattern(abc.ABC):
         return None
 
     def of(self, name: str) -> "Pattern | None":
-        """The pattern of the layer of that path inside a block; None if it is for others, and this one stays as it would be without it."""
+        """The pattern for a block's layer ``name``; None leaves it alone."""
         return self
 
     def order(self, columns: int) -> np.ndarray | None:
-        """The inputs [columns] int, sorted so that those of a group are consecutive; None if they are already."""
+        """Input indices [columns] int in which each group is consecutive.
+
+        None if the groups are consecutive already.
+        """
         return None
 
     def in_order(self) -> "Pattern":
@@ -60,7 +65,7 @@ class Pattern(abc.ABC):
         return self
 
     def at(self, sparsity: float) -> "Pattern":
-        """The same pattern with another sparsity, for patterns that are ``free``."""
+        """This pattern with another sparsity; raises if it is not ``free``."""
         raise ValueError(f"the sparsity of {self} is fixed")
 
     def __str__(self) -> str:
@@ -68,10 +73,14 @@ class Pattern(abc.ABC):
 
     @abc.abstractmethod
     def pruned_count(self, shape: tuple[int, int]) -> int:
-        """How many weights a [d_out, d_in] matrix loses. Raises UserError where the pattern does not fit the shape."""
+        """The number of weights that a [d_out, d_in] matrix loses.
+
+        Raises:
+          UserError: the pattern does not fit the shape.
+        """
 
     def prunes(self, shape: tuple[int, ...]) -> bool:
-        """Whether a [d_out, d_in] matrix loses a weight. Raises UserError as :meth:`pruned_count`."""
+        """Whether a matrix loses weights; raises as :meth:`pruned_count`."""
         d_out, d_in = shape
         return self.pruned_count((d_out, d_in)) > 0
 
@@ -87,7 +96,9 @@ class Pattern(abc.ABC):
         """
 
     def pruned_in(self, size: int) -> int:
-        """How many weights a comparison group of ``size`` loses, for methods that choose a row part by part.
+        """The number of weights that a comparison group of ``size`` loses.
+
+        For methods that choose a row part by part.
 
         Raises:
           UserError: the pattern fixes no such number.
@@ -100,10 +111,10 @@ class Pattern(abc.ABC):
         return type(self).exchange is not Pattern.exchange
 
     def exchange(self, win: Scores, cost: Scores, keep: Mask, limit: Counts) -> tuple[Mask, Counts]:
-        """Exchanges the best ``limit`` pairs of each row that win more than they cost. Returns the mask, and the number of pairs.
+        """Exchanges each row's best pairs that pay off, at most ``limit``.
 
-        The largest win is paired with the smallest cost, the second with the second, and so on. Of equal values the lower index
-        comes first.
+        A pair pays off if it wins more than it costs. The largest win is paired with the smallest cost, the second with the
+        second, and so on. Of equal values the lower index comes first.
 
         Args:
           win: [rows, d_in] float32, at least 0, read where a weight is pruned.
@@ -112,25 +123,26 @@ class Pattern(abc.ABC):
           limit: [rows] int32, at least 0.
 
         Returns:
-          [rows, d_in] bool and [rows] int32.
+          The new mask [rows, d_in] bool and the number of pairs [rows] int32.
         """
         raise NotImplementedError
 
     def holds(self, zero: np.ndarray) -> bool:
-        """Whether the comparison groups of a [d_out, d_in] bool matrix (True: zero) have the zeros that the pattern asks for."""
+        """Whether each comparison group has enough zeros, True in ``zero``."""
         return bool(zero.sum() >= self.pruned_count(zero.shape))
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
-        """How an imported mask [d_out, d_in] violates the pattern, as a text; None if it does not.
+        """How an imported mask violates the pattern, in words, or None.
 
         Args:
+          keep: the mask [d_out, d_in] bool.
           or_fewer: whether fewer weights may be kept. Masks made from a checkpoint's zeros need this, as a kept weight may be
             zero.
         """
-        expected, found = self.pruned_count(keep.shape), keep.size - np.count_nonzero(keep)
-        if found == expected or (or_fewer and found > expected):
+        expected, pruned = self.pruned_count(keep.shape), keep.size - np.count_nonzero(keep)
+        if pruned == expected or (or_fewer and pruned > expected):
             return None
-        return f"expected {expected:,} of {keep.size:,} weights pruned, got {found:,}"
+        return f"expected {expected:,} of {keep.size:,} weights pruned, got {pruned:,}"
 
     def text(self, group: str | None = None) -> str:
         """The text that :func:`parse_pattern` reads back.

@@ -1,4 +1,4 @@
-"""Patterns whose weights go one by one: a share of every comparison group, N of every M, or none."""
+"""Patterns that prune single weights: a share, N of every M, or none."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ _TPU_STRIDES = (128, 16, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Pattern):
-    """Prunes nothing: every layer that no rule names stays as it is, for a run that cuts whole structures alone."""
+    """Prunes nothing, for a run that only cuts whole structures."""
 
     sparsity: float = 0.0
 
@@ -73,7 +73,7 @@ class Unstructured(Pattern):
         return dataclasses.replace(self, sparsity=sparsity)
 
     def pruned_in(self, size: int) -> int:
-        """How many weights a group of ``size`` loses: ``floor(size * sparsity)`` in exact arithmetic."""
+        """How many weights a group loses: ``floor(size * sparsity)``."""
         return share_of(size, self.sparsity)
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
@@ -94,12 +94,12 @@ class Unstructured(Pattern):
         return bool(zero.sum() >= self.pruned_in(zero.size))
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
-        """Compares the sparsity of the layer, whatever the comparison group, with a tolerance."""
-        found = 1 - np.count_nonzero(keep) / keep.size
+        """Compares the whole layer's sparsity, with a tolerance."""
+        pruned = 1 - np.count_nonzero(keep) / keep.size
         fewest = self.pruned_count(keep.shape) / keep.size  # rounded down in every group
-        if fewest - _TOLERANCE <= found <= self.sparsity + _TOLERANCE:
+        if fewest - _TOLERANCE <= pruned <= self.sparsity + _TOLERANCE:
             return None
-        return f"expected {self.sparsity:.2%} of the weights pruned, got {found:.2%}"
+        return f"expected {self.sparsity:.2%} of the weights pruned, got {pruned:.2%}"
 
     def text(self, group: str | None = None) -> str:
         return repr(float(self.sparsity)) + ("" if self.group == group else f"/{self.group}")
@@ -107,11 +107,11 @@ class Unstructured(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class NM(Pattern):
-    """Keeps ``n`` of every ``m`` inputs of a row, consecutive ones as 2:4 hardware reads them, or ``stride`` apart.
+    """Keeps ``n`` of every ``m`` inputs of a row.
 
-    With a stride ``S``, inputs ``j, j + S, ..., j + (m - 1) S`` of every ``m S`` consecutive ones are a group, for ``0 <= j < S``.
-    This is how TPU kernels read N:M (vllm-project/tpu-inference ``kernels/structured_sparse_matmul/v1/spmm.py``): a group then lies
-    in one lane.
+    The ``m`` inputs are consecutive, as 2:4 hardware reads them, or ``stride`` apart. With a stride ``S``, inputs ``j, j + S,
+    ..., j + (m - 1) S`` of every ``m S`` consecutive ones are a group, for ``0 <= j < S``. This is how TPU kernels read N:M
+    (vllm-project/tpu-inference ``kernels/structured_sparse_matmul/v1/spmm.py``): a group then lies in one lane.
 
     Attributes:
       n: weights kept in a group, 0 < n < m.
@@ -149,7 +149,7 @@ class NM(Pattern):
         return columns % (self.m * self.stride) == 0
 
     def fitting(self, widths: Iterable[int]) -> "NM | None":
-        """The same N:M with a stride that fits layers of these numbers of inputs; None if there is none.
+        """This N:M with a stride that fits layers of all ``widths``, or None.
 
         Strides that a TPU kernel reads come first, then the largest below this one.
         """
@@ -159,9 +159,9 @@ class NM(Pattern):
         patterns = (NM(self.n, self.m, stride) for stride in strides)
         return next((pattern for pattern in patterns if all(map(pattern.fits, widths))), None)
 
-    def refusal(self, found: str, choose: str) -> UserError:
-        """The error for numbers of inputs that the groups do not divide: which were found, and what to choose."""
-        return UserError(f"pattern {self} needs a number of inputs divisible by {self.m * self.stride}, got {found}; {choose}")
+    def refusal(self, layers: str, choose: str) -> UserError:
+        """The error for layers whose inputs the groups do not divide."""
+        return UserError(f"pattern {self} needs a number of inputs divisible by {self.m * self.stride}, got {layers}; {choose}")
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
@@ -173,20 +173,20 @@ class NM(Pattern):
     def keep_mask(self, scores: Scores) -> Mask:
         rows, columns = scores.shape
         self.pruned_count((rows, columns))  # raises where the groups do not divide d_in
-        order, place = order_of(scores), jnp.arange(columns) // self.stride % self.m
+        order, index = order_of(scores), jnp.arange(columns) // self.stride % self.m
 
         # Not reshaped to [groups, m]: a TPU would pad the last axis to 128.
         def count(shift: Array, before: Array) -> Array:
-            """Adds the weights of the same group, ``shift`` to the left and to the right, that are pruned before this one."""
+            """Adds group members ``shift`` away that are pruned earlier."""
             left, right = (jnp.roll(order, way * shift * self.stride, axis=1) for way in (1, -1))
-            lower = (place >= shift) & (left <= order), (place < self.m - shift) & (right < order)
+            lower = (index >= shift) & (left <= order), (index < self.m - shift) & (right < order)
             return before + sum(side.astype(jnp.int32) for side in lower)
 
         before = jax.lax.fori_loop(1, self.m, count, jnp.zeros(scores.shape, jnp.int32))
         return before >= self.m - self.n
 
     def exchange(self, win: Scores, cost: Scores, keep: Mask, limit: Counts) -> tuple[Mask, Counts]:
-        """Exchanges at most one pair in each M, see :meth:`Pattern.exchange`."""
+        """Exchanges at most one pair in an M, see :meth:`Pattern.exchange`."""
         order = self.order(keep.shape[-1])
         if order is not None:
             sorted_keep, count = self.in_order().exchange(win[:, order], cost[:, order], keep[:, order], limit)

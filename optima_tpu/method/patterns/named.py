@@ -11,7 +11,7 @@ from optima_tpu.runtime.own_classes import import_class, only_named, read_option
 
 @dataclasses.dataclass(frozen=True)
 class NamedPattern(Pattern):
-    """A pattern of the user's own as a record names it: its text, of which nothing is imported.
+    """A user's own pattern by its recorded text; nothing is imported.
 
     It allows whatever the recorded run did. It chooses no mask.
 
@@ -43,6 +43,6 @@ class NamedPattern(Pattern):
 
 
 def import_pattern(text: str) -> Pattern:
-    """The pattern of the user's own that a text such as "my_lab.patterns:Banded?width=4" names, imported as by ``import_class``."""
+    """Imports a user's own pattern, such as "my_lab.patterns:Comb?every=3"."""
     path, _, options = text.partition("?")
     return read_options(import_class(path, Pattern), options)  # type: ignore[type-abstract]  # never instantiates Pattern itself

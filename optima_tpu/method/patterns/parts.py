@@ -1,4 +1,4 @@
-"""Patterns that cut whole structures: inputs, neurons and heads, which leave the model in all rows at once."""
+"""Patterns that cut inputs, neurons and heads in all rows at once."""
 
 import dataclasses
 import math
@@ -20,9 +20,10 @@ MULTIPLE = 128
 
 @dataclasses.dataclass(frozen=True)
 class WholeInputs(Pattern):
-    """Prunes whole inputs: one set of inputs is pruned in all rows, so that the matrix without them computes the same.
+    """Prunes whole inputs: the same inputs in all rows of a matrix.
 
-    Inputs leave in parts of equal width, one behind the other. A part's score is the sum of the scores of its weights.
+    The matrix without these inputs computes the same. Inputs leave in consecutive parts of equal width. A part's score is the
+    sum of the scores of its weights.
 
     Attributes:
       sparsity: share of parts pruned, in [0, 1).
@@ -65,18 +66,21 @@ class WholeInputs(Pattern):
         return padded(parts - self._pruned(parts), self.multiple)
 
     def _pruned(self, parts: int) -> int:
-        """How many of so many parts are pruned, before the others are rounded up to a multiple."""
+        """The number of parts pruned before the kept ones are rounded up."""
         return share_of(parts, self.sparsity)
 
     def leaving(self, kept: int, parts: int) -> "WholeInputs":
-        """The same pattern with the shortest share that leaves so many parts, a multiple of ``multiple``."""
+        """This pattern with the shortest share that keeps ``kept`` parts.
+
+        ``kept`` is a multiple of ``multiple``.
+        """
         share = (parts - kept) / parts
         shares = (math.ceil(share * 10**digits) / 10**digits for digits in range(2, 12))
         tried = (dataclasses.replace(self, sparsity=share) for share in shares if share < 1)
         return next(pattern for pattern in tried if pattern._rounded(parts) == kept)
 
     def _instead(self, parts: int) -> str:
-        """What to type for so many parts, of which this pattern would prune none, or all."""
+        """What to type instead of a pattern that prunes no part, or all."""
         most = (parts - 1) // self.multiple * self.multiple
         larger = [self.leaving(most if self._rounded(parts) else self.multiple, parts)] if most else []
         finer = (dataclasses.replace(self, multiple=self.multiple >> shift) for shift in range(1, self.multiple.bit_length()))
@@ -111,14 +115,14 @@ class WholeInputs(Pattern):
         return bool(self._whole(zero) >= self._lost(zero.shape[1]))
 
     def _whole(self, zero: np.ndarray) -> int:
-        """The number of parts that are True in all rows of [d_out, d_in] bool."""
+        """The number of parts that are True in all rows of ``zero``."""
         return int(zero.all(axis=0).reshape(self.parts_in(zero.shape[1]), -1).all(axis=1).sum())
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
         columns = keep.shape[1]
-        expected, whole = self._lost(columns), self._whole(~keep)
-        if whole < expected or (whole > expected and not or_fewer):
-            return f"expected {expected:,} of {self.parts_in(columns):,} {self.word}s pruned in all rows, got {whole:,}"
+        expected, pruned = self._lost(columns), self._whole(~keep)
+        if pruned < expected or (pruned > expected and not or_fewer):
+            return f"expected {expected:,} of {self.parts_in(columns):,} {self.word}s pruned in all rows, got {pruned:,}"
         parts = np.any(keep, axis=0).reshape(self.parts_in(columns), -1)
         ragged = np.flatnonzero((parts.any(axis=1, keepdims=True) | parts).ravel() != np.all(keep, axis=0))
         if or_fewer or not len(ragged):
@@ -145,7 +149,9 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WholeParts(WholeInputs):
-    """Prunes whole parts of every block. The model's family says which layers read them (``Family.cuts``).
+    """Prunes whole parts of every block, such as heads or neurons.
+
+    The model's family says which layers read the parts (``Family.cuts``).
 
     Attributes:
       places: the kinds of parts, each of which loses the share; it is no pattern for other layers. Empty until the model is known.
@@ -154,29 +160,30 @@ class WholeParts(WholeInputs):
     places: tuple[Place, ...] = ()
 
     def __str__(self) -> str:
-        """ "1 of 3 key-value heads cut", which the share of an odd number says only roughly; the share until the model is known."""
+        """Says "1 of 3 key-value heads cut", or the share without a model."""
         lost = (f"{max(total - self._rounded(total), 0):,} of {total:,} {called}" for _, total, called in self.places)
         return f"{', '.join(lost)} cut" if self.places else super().__str__()
 
     def of(self, name: str) -> Pattern | None:
         assert self.places, "the model says which layers read the parts, before any layer is asked for"
-        here = (place for place in self.places if any(fnmatchcase(name, layer) for layer in place.layers))
-        place = next(here, None)
-        return place and dataclasses.replace(self, places=(place,), total=place.total)
+        kinds = (kind for kind in self.places if any(fnmatchcase(name, layer) for layer in kind.layers))
+        kind = next(kinds, None)
+        return kind and dataclasses.replace(self, places=(kind,), total=kind.total)
 
 
 @dataclasses.dataclass(frozen=True)
 class Neurons(WholeParts):
-    """Prunes whole neurons of the MLPs: inputs of the layer that ends an MLP."""
+    """Prunes whole neurons of MLPs: inputs of the layer that ends an MLP."""
 
     word: ClassVar[str] = "neuron"
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads(WholeParts):
-    """Prunes whole heads of attention: all inputs of a head, or of the heads that share a key and a value.
+    """Prunes whole attention heads: all inputs of a head.
 
-    A block has few heads, so that the share is rounded to the nearest number, a half down.
+    Heads that share a key and a value leave together. A block has few heads, so the share is rounded to the nearest number, a
+    half down.
     """
 
     word: ClassVar[str] = "head"

@@ -1,4 +1,4 @@
-"""Choose which weights of a layer stay. One file per method; a selector is a frozen dataclass with a ``__call__``."""
+"""Selectors, which choose the weights of a layer that stay. One file each."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,7 @@
-"""ADMM: mask and weights together, by operator splitting (after ALPS, Meng et al., 2024, algorithm 1, and Boza, 2024)."""
+"""ADMM: mask and weights together, by operator splitting.
+
+After ALPS (Meng et al., 2024, algorithm 1) and Boza (2024).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -34,9 +37,10 @@ class ADMMStage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ADMM(Selector):
-    """Minimises the layer's error over mask and weights at once; the mask is revised in every iteration.
+    """Minimises a layer's error over mask and weights at once, iteratively.
 
-    In variables that give the Hessian a unit diagonal (``v_j sqrt(H_jj)``), with ``A`` the scaled Hessian, all rows minimise
+    Every iteration revises the mask. In variables that give the Hessian a unit diagonal (``v_j sqrt(H_jj)``), with ``A`` the
+    scaled Hessian, all rows minimise
 
         1/2 v A v' - v g' + damping/2 |v - w|^2  +  [z obeys the pattern]      subject to   v = z
 
@@ -112,7 +116,7 @@ class ADMM(Selector):
             raise UserError(f"expected selector.inverses of at most the number of levels, {self.levels}, got {self.inverses}")
 
     def stages(self) -> "tuple[ADMMStage, ...]":
-        """All levels in their order, those together that share an inverse."""
+        """All levels in order, grouped by the inverse that they share."""
         penalties, count = np.geomspace(self.rho_first, self.rho_last, self.levels), self.inverses or self.levels
         parts = [penalties] if count == 1 else [*np.array_split(penalties[:-1], count - 1), penalties[-1:]]
         return tuple(ADMMStage(tuple(part.tolist()), self.damping + float(part[0] + part[-1]) / 2) for part in parts)
@@ -150,7 +154,10 @@ class ADMM(Selector):
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
-    """One matrix in the scaled variables. Its states are differences from the dense weights, so that rounding moves no weight."""
+    """One matrix in the scaled variables.
+
+    Its states are differences from the dense weights, so that rounding moves no weight.
+    """
 
     weight: Array  # [d_out, d_in]
     pull: Array  # [d_out, d_in]
@@ -166,7 +173,7 @@ class _Matrix:
         return _State(zero, zero, zero, jnp.ones(zero.shape, bool))
 
     def iterated(self, state: "_State", rho: Array, slack: Array, solve: Array) -> "_State":
-        """One iteration; ``solve`` is the inverse of its stage, whose ridge exceeds ``damping + rho`` by ``slack``."""
+        """One iteration; ``solve`` has the ridge ``damping + rho + slack``."""
         solved = rough_matmul(self.pull + rho * state.move - state.dual + slack * state.solved, solve)
         move = solved + state.dual / rho
         # Squares: where rows lose the same inputs, the nearest z keeps the largest sums of squares.

@@ -38,16 +38,17 @@ class Selector(Method, abc.ABC):
         """
 
     def choose(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> tuple[Pruned, ...]:
-        """As a call for each matrix, for the matrices that read one input: their problems have one Hessian and one damping.
+        """Prunes all matrices that read one input, each as a call would.
 
-        A selector whose factorisations depend on the Hessian alone may make them once for all matrices.
+        Their problems have one Hessian and one damping. A selector whose factorisations depend on the Hessian alone may make
+        them once for all matrices.
         """
         return tuple(map(self, problems, patterns))
 
     def check(self, pattern: Pattern) -> None:  # most selectors take every pattern
-        """Raises UserError for a pattern that this selector does not support."""
+        """Raises UserError for a pattern that the selector cannot take."""
 
     def needs(self, recipe: "Recipe") -> None:
-        """Raises UserError as :meth:`check`, for the pattern of the recipe and those of its rules."""
+        """Raises UserError if :meth:`check` refuses a recipe's pattern."""
         for pattern in recipe.patterns:
             self.check(pattern)

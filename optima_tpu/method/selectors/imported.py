@@ -11,7 +11,7 @@ from optima_tpu.runtime.bounds import Filled
 
 @dataclasses.dataclass(frozen=True)
 class Imported(Selector):
-    """Keeps what a given mask keeps: MaskLLM, ProxSparse, another run, or the zeros of any pruned checkpoint.
+    """Keeps what a given mask keeps, from another method, run or checkpoint.
 
     It computes nothing: the masks are checked against model and pattern before the run (``optima_tpu.models.masks``), and the
     walk takes them as arrays. The kept weights are the dense ones; with ``weights`` they come from the pruned model. Without a

@@ -1,4 +1,4 @@
-"""Shared by the methods that sweep over the inputs as the optimal brain surgeon does."""
+"""The base of sweeps over inputs, as in the optimal brain surgeon."""
 
 import abc
 from typing import ClassVar, Literal
@@ -16,9 +16,10 @@ from optima_tpu.method.selectors.base import Selector
 
 
 class InputSweep(Selector):
-    """A selector that goes over the inputs from the first to the last, and chooses a row part by part.
+    """A selector that sweeps over the inputs and chooses a row part by part.
 
-    Where the inputs of a comparison group lie apart, it goes over them group by group.
+    It goes from the first input to the last. Where the inputs of a comparison group lie apart, it goes over them group by
+    group.
     """
 
     group: ClassVar[Literal["row", "layer"]] = "layer"
@@ -30,12 +31,12 @@ class InputSweep(Selector):
         if order is None:
             return self.sweep(problem, pattern)
         back = np.argsort(order)
-        found = self.sweep(problem.sorted(order), pattern.in_order())
-        return Pruned(found.weight[:, back], found.keep[:, back])
+        swept = self.sweep(problem.sorted(order), pattern.in_order())
+        return Pruned(swept.weight[:, back], swept.keep[:, back])
 
     @abc.abstractmethod
     def sweep(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
-        """As a call, for a pattern whose comparison groups are consecutive inputs."""
+        """Prunes by a pattern whose comparison groups are consecutive."""
 
     def check(self, pattern: Pattern) -> None:
         if not pattern.span:
@@ -43,7 +44,7 @@ class InputSweep(Selector):
 
 
 def inverse_factor(hessian: Float32[Array, "d_in d_in"], damping: float) -> Float32[Array, "d_in d_in"]:
-    """The upper triangular ``U`` with ``U'U = (H + damping * mean(diag H) * I)^-1``, [d_in, d_in] float32.
+    """The upper triangular ``U`` of ``U'U = (H + damping mean(diag H) I)^-1``.
 
     One factor holds every inverse that a sweep over the columns needs, after SparseGPT (Frantar and Alistarh, 2023,
     section 3.3): once the inputs before ``i`` are fixed, the inverse over the rest is ``U[i:, i:]' U[i:, i:]``.

@@ -1,4 +1,4 @@
-"""Price: what a layer's output loses with a part of its inputs, when the other inputs compensate."""
+"""Price: the output error of losing inputs when the others compensate."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,10 +26,10 @@ _LEAST_GAIN = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Price(Selector):
-    """Prunes what costs least when the weights that stay are moved to the optimum; the kept ones do not move here.
+    """Prunes what costs least after the kept weights move to the optimum.
 
-    With ``A = H + d diag H`` over the inputs that are left, and ``v`` the optimum of a row over them, a part ``G`` of the inputs costs
-    the row
+    The selector itself does not move the kept weights. With ``A = H + d diag H`` over the inputs that are left, and ``v`` the
+    optimum of a row over them, a part ``G`` of the inputs costs the row
 
         v_G ([A^-1]_GG)^-1 v_G'
 
@@ -92,7 +92,7 @@ class Price(Selector):
         return jnp.repeat(left, width)
 
     def _exchanged(self, left: Array, compared: Callable[[Array], tuple[Array, Array]]) -> Array:
-        """The parts that are left after all rounds of exchanges, [parts] bool.
+        """The parts left after all rounds of exchanges, [parts] bool.
 
         Args:
           compared: what :meth:`_Priced.exchanged` returns for parts that are left.
@@ -112,10 +112,10 @@ class Price(Selector):
             left, jnp.float32(jnp.inf), jnp.zeros(len(left), jnp.int32), jnp.full(len(left), jnp.inf), jnp.int32(len(left))
         )
         with usual_turns(self.exchanges + 1):
-            _, found = jax.lax.while_loop(
+            _, final = jax.lax.while_loop(
                 lambda state: (state[0] <= self.exchanges) & (state[1].most > 0), one_round, (jnp.int32(0), start)
             )
-        return found.left
+        return final.left
 
 
 class _Exchanges(NamedTuple):
@@ -137,14 +137,14 @@ class _Exchanges(NamedTuple):
 
     @classmethod
     def best(cls, left: Bool[Array, " parts"], value: Float[Array, ""], changes: Float[Array, "parts parts"]) -> "_Exchanges":
-        """All of them, from what :meth:`_Priced.exchanged` returns."""
+        """All exchanges, from the results of :meth:`_Priced.exchanged`."""
         goes = jnp.argmin(changes, axis=0).astype(jnp.int32)
         mutual = jnp.argmin(changes, axis=1)[goes] == jnp.arange(len(left))
         change = jnp.where(mutual, jnp.min(changes, axis=0), jnp.inf)
         return cls(left, value, goes, change, jnp.sum(change < 0, dtype=jnp.int32))
 
     def made(self) -> Bool[Array, " parts"]:
-        """The parts that are left with the best ``most`` of the exchanges."""
+        """The parts that are left after the best ``most`` exchanges."""
         comes = lowest(self.change[None], self.most, "row")[0] & (self.change < 0)
         gone = jnp.zeros_like(self.left).at[jnp.where(comes, self.goes, len(self.left))].set(True, mode="drop")
         return (self.left | comes) & ~gone
@@ -209,7 +209,7 @@ class _Priced:
         value = -jnp.sum(share * move * (self.pull + residual))
 
         def beside(part: Array) -> Array:
-            """The changes if this part comes in: its own price beside the others is what it wins."""
+            """The changes if ``part`` comes in; its own price is its win."""
             prices = jnp.sum(share * self.prices(inside | (jnp.arange(len(inside)) // width == part), width), axis=0)
             return prices - prices[part]
 
@@ -228,9 +228,12 @@ class _Priced:
         return value, jnp.where(left[:, None] & ~left & lower, changes, jnp.inf)
 
     def _solved(self, left: Bool[Array, " d_in"]) -> tuple[Float[Array, "d_in d_in"], Float[Array, "rows d_in"]]:
-        """The inverse over the inputs that are left, with a unit diagonal elsewhere, and the optimum of every row."""
+        """The inverse over the inputs left, and the optimum of every row.
+
+        Elsewhere the inverse has a unit diagonal.
+        """
         inside = jnp.where(left[:, None] & left, self.matrix, 0.0)
         made = inverse(jnp.where(left, inside, jnp.eye(len(left), dtype=inside.dtype)), min(self.damping, 1.0))
         # From the dense weights, so that rounding moves none where nothing asks for it.
-        asked = jnp.where(left, rough_matmul(jnp.where(left, 0.0, self.weight), self.matrix) + self.pull, 0.0)
-        return made, jnp.where(left, self.weight + rough_matmul(asked, made), 0.0)
+        right_side = jnp.where(left, rough_matmul(jnp.where(left, 0.0, self.weight), self.matrix) + self.pull, 0.0)
+        return made, jnp.where(left, self.weight + rough_matmul(right_side, made), 0.0)

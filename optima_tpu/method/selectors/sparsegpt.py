@@ -1,4 +1,4 @@
-"""SparseGPT: one sweep over the inputs that prunes and repairs as it goes (Frantar and Alistarh, 2023, algorithm 1)."""
+"""SparseGPT: a sweep over inputs (Frantar and Alistarh, 2023, algorithm 1)."""
 
 import dataclasses
 from typing import Annotated, ClassVar, NamedTuple
@@ -21,7 +21,7 @@ from optima_tpu.runtime.mesh import padded
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT(InputSweep):
-    """Prunes input by input, from the first to the last, and moves the weights of later inputs to compensate.
+    """Prunes input by input and moves later inputs' weights to compensate.
 
     With ``U'U`` the inverse of the damped Hessian (:func:`inverse_factor`) and ``w`` the weights as moved so far,
     the score is ``w_rj^2 / U_jj^2``, as for the optimal brain surgeon. When ``w_rj`` is pruned:
@@ -107,7 +107,7 @@ class _Swept(NamedTuple):
 
 
 def _pruned_in_blocks(pattern: Pattern, shape: tuple[int, int], starts: np.ndarray) -> np.ndarray:
-    """How many weights a comparison group loses in every block, [blocks] int32."""
+    """How many weights a group loses in each block, [blocks] int32."""
     if pattern.span:
         return np.zeros(len(starts), np.int32)
     rows = 1 if pattern.group == "row" else shape[0]
@@ -116,7 +116,7 @@ def _pruned_in_blocks(pattern: Pattern, shape: tuple[int, int], starts: np.ndarr
 
 
 def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
-    """Chooses and prunes in one block, [rows, size], and moves the weights inside it."""
+    """Chooses and prunes in a block [rows, size], and moves its weights."""
     rows, size = weight.shape
     width = pattern.span or size
     inside = jax.lax.dynamic_slice_in_dim(block.factor, block.start, size, axis=1)
@@ -129,11 +129,11 @@ def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
     def prune_group(index: int | Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         weight, errors, keep = carry
         first = index * width
-        here, diagonal, live, real = (
+        group_weight, diagonal, live, real = (
             jax.lax.dynamic_slice_in_dim(array, first, width) for array in (weight, block.diagonal, block.live, block.real)
         )
         # |w| / U gives the same order as its square, without overflow or underflow.
-        scores = jnp.where(live, jnp.abs(here.T) / diagonal, 0.0)
+        scores = jnp.where(live, jnp.abs(group_weight.T) / diagonal, 0.0)
         chosen = _choose(jnp.where(real, scores, jnp.inf), block.losing, pattern)
         keep = jax.lax.dynamic_update_slice_in_dim(keep, chosen.T, first, axis=0)
         with usual_turns(width):
@@ -145,5 +145,5 @@ def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
 
 
 def _choose(scores: Array, count: Array, pattern: Pattern) -> Array:
-    """Which weights of [rows, width] stay: all but the ``count`` lowest of every comparison group, or N of M."""
+    """Keeps all but each group's ``count`` lowest scores, or N of M."""
     return pattern.keep_mask(scores) if pattern.span else ~lowest(scores, count, pattern.group)

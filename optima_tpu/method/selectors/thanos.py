@@ -1,4 +1,4 @@
-"""Thanos: prunes one block of columns at a time, all of a row's weights in it at once (Ilin and Richtarik, 2025)."""
+"""Thanos: prunes a block of columns at a time (Ilin and Richtarik, 2025)."""
 
 import dataclasses
 from typing import Annotated, ClassVar, NamedTuple
@@ -19,12 +19,12 @@ from optima_tpu.runtime.mesh import padded
 
 @dataclasses.dataclass(frozen=True)
 class Thanos(InputSweep):
-    """Prunes block after block of columns, by ``|w_ij| * ||x_j||`` of the moved weights, and moves the rest of a row.
+    """Prunes block after block by Wanda's score, and moves the rest of a row.
 
-    Let ``k`` be the number of weights that the pattern still has to prune. A block of columns ``[i, i + block)`` loses its
-    weights that are among the ``k`` smallest of all columns from ``i`` on (of the matrix, or of each row). N:M compares inside
-    its groups, which never cross a block boundary. With ``P`` the inverse of the damped Hessian over the columns from ``i`` on, a
-    row that loses the set ``S`` moves by
+    The score is ``|w_ij| * ||x_j||`` of the weights as moved so far. Let ``k`` be the number of weights that the pattern still
+    has to prune. A block of columns ``[i, i + block)`` loses its weights that are among the ``k`` smallest of all columns from
+    ``i`` on (of the matrix, or of each row). N:M compares inside its groups, which never cross a block boundary. With ``P`` the
+    inverse of the damped Hessian over the columns from ``i`` on, a row that loses the set ``S`` moves by
 
         w[i:] -= w_S (P_SS)^-1 P[S, :]
 
@@ -60,7 +60,7 @@ class Thanos(InputSweep):
         norms = jnp.sqrt(jnp.where(live_features(problem.hessian), jnp.diagonal(problem.hessian), 0.0))
 
         def choose(scores: Array, first: int | Array, size: int, left: Array) -> Array:
-            """The weights that the block starting at ``first`` loses, [rows, size]."""
+            """The weights that the block at ``first`` loses, [rows, size]."""
             if pattern.span:
                 return ~pattern.keep_mask(_block(scores, first, size))
             residual = jnp.where(jnp.arange(columns) >= first, scores, jnp.inf)
@@ -96,7 +96,7 @@ class _Carry(NamedTuple):
 
 
 def _to_prune(pattern: Pattern, rows: int, columns: int) -> Array:
-    """``_Carry.left`` at the start: one group per row, or one in all; not used for N:M."""
+    """``_Carry.left`` at the start, per row or in all; unused for N:M."""
     if pattern.span:
         return jnp.zeros((1, 1), jnp.int32)
     groups, size = (rows, columns) if pattern.group == "row" else (1, rows * columns)
@@ -112,7 +112,9 @@ def _set_block(array: Array, part: Array, first: int | Array) -> Array:
 
 
 def _solve_rows(inverse: Array, lost: Array, target: Array) -> Array:
-    """``target_S (P_SS)^-1`` for every row's own set ``S``, [rows, size]; zero outside of ``S``, as ``target`` is.
+    """``target_S (P_SS)^-1`` of each row's own set ``S``, [rows, size].
+
+    Zero outside of ``S``, as ``target`` is.
 
     Args:
       inverse: [size, size] float32, ``P`` over the block.

@@ -12,7 +12,7 @@ from optima_tpu.method.selectors.base import Selector
 
 @dataclasses.dataclass(frozen=True)
 class Wanda(Selector):
-    """Keeps the weights with the largest ``|w_ij| * ||x_j||``; the kept ones do not move.
+    """Keeps the largest weights by ``|w_ij| * ||x_j||``, and moves none.
 
     ``||x_j||`` is read off the Hessian, ``sqrt(H_jj)``: Wanda's norm divided by ``sqrt(n_tokens)``, which scales every score
     alike. A dead input (``H_jj = 0``) scores zero and is pruned first, its weights in the order of their index.

@@ -1,4 +1,4 @@
-"""Move the kept weights of a layer. One file per method; a solver is a frozen dataclass with a ``__call__``."""
+"""Solvers, which move the kept weights of a layer. One file per method."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,5 +1,6 @@
-"""Adam, the baseline that the paper compares its solver with (OPTIMA, 2025, table 7; paramathic/optima,
-optima/weight_update.py: update_weights_learnable).
+"""Adam, the baseline of the paper (OPTIMA, 2025, table 7).
+
+Published code: paramathic/optima, optima/weight_update.py: update_weights_learnable.
 
 A row starts at the selector's weights ``u``. With ``s`` its change from there, every row minimises
 
@@ -27,11 +28,11 @@ from optima_tpu.runtime.bounds import Bound
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Solver):
-    """The paper's baseline: full-batch Adam from the selector's weights, the best of several learning rates.
+    """The paper's baseline: full-batch Adam, best of several learning rates.
 
-    Adam with betas 0.9 and 0.999 and a learning rate that falls linearly to 0, once for each of ``learning_rates``. A row takes
-    the best point that any of the runs visited, its start included, so no row gets worse. The default number of steps is too
-    small to reach the optimum. Differences from the published code:
+    Adam starts from the selector's weights, with betas 0.9 and 0.999 and a learning rate that falls linearly to 0, once for
+    each of ``learning_rates``. A row takes the best point that any of the runs visited, its start included, so no row gets
+    worse. The default number of steps is too small to reach the optimum. Differences from the published code:
 
     - A layer's bias is part of its output and of its target, so it cancels and the Hessian does not contain it. The published
       loss compares ``X V'`` with outputs that include the bias. If a layer has a bias, this pulls its weights away from the

@@ -18,7 +18,7 @@ from optima_tpu.runtime.bounds import Bound
 
 @runtime_checkable
 class SolveMask(Protocol):
-    """Solves rows whose problem is known, for a mask and the weights to start from."""
+    """Solves rows of a given problem, for a mask and starting weights."""
 
     def __call__(self, pruned: Pruned, rough: bool = False) -> Solution:
         """Returns the rows' new weights.
@@ -35,11 +35,12 @@ SolveRows = Callable[[LayerProblem], SolveMask]
 
 @dataclasses.dataclass(frozen=True)
 class Solver(Method, abc.ABC):
-    """Moves the kept weights to minimise every row's objective, starting from the pruned weights.
+    """Moves the kept weights to minimise every row's objective.
 
-    A solver is a frozen dataclass. Rows are independent: a solver may be given any subset of a layer's rows, or rows of several
-    layers with one input, and returns the same result for each row. It traces under ``jit`` and ``shard_map``. The problem
-    defines the objective: a recipe gives its solver's damping to every problem, and a solver reads it there.
+    A solver is a frozen dataclass, and starts from the pruned weights. Rows are independent: a solver may be given any subset
+    of a layer's rows, or rows of several layers with one input, and returns the same result for each row. It traces under
+    ``jit`` and ``shard_map``. The problem defines the objective: a recipe gives its solver's damping to every problem, and a
+    solver reads the damping of the problem.
 
     Attributes:
       damping: ridge of the objective that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. With 0, a
@@ -55,13 +56,13 @@ class Solver(Method, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
-        """Returns the rows' new weights, for the mask of ``pruned`` or for a new mask."""
+        """Returns the rows' new weights, for the given mask or a new one."""
 
     def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
-        """Returns a function that solves any rows with this Hessian and damping: ``prepare(...)(problem)(pruned)``.
+        """Returns a function that solves rows with this Hessian and damping.
 
-        Work that depends only on Hessian and damping is done here, once for all rows. Work that depends on the rows' problem and
-        not on their masks is done once for all solves of these rows.
+        Call it as ``prepare(...)(problem)(pruned)``. Work that depends only on Hessian and damping is done here, once for all
+        rows. Work that depends on the rows' problem and not on their masks is done once for all solves of these rows.
 
         Args:
           hessian: [d_in, d]: all of it, or a device's columns if ``footprint`` allows ``split``.
@@ -70,7 +71,7 @@ class Solver(Method, abc.ABC):
         return lambda problem: lambda pruned, rough=False: self(problem, pruned)
 
     def footprint(self) -> Footprint:
-        """The device memory of the solver. This default is a cautious guess."""
+        """The device memory of the solver; by default a cautious guess."""
         return Footprint(hessians=8, vectors=40)
 
     @property
@@ -80,7 +81,7 @@ class Solver(Method, abc.ABC):
 
 
 class Unchanged(Solver):
-    """Leaves the selector's weights as they are: the baseline of the paper's tables."""
+    """Leaves the selector's weights: the baseline of the paper's tables."""
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         rows = pruned.weight.shape[0]

@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients on all rows of a layer at once, stopped by a certificate. The default solver.
+"""The default solver: certified conjugate gradients on all rows at once.
 
 In variables that give the Hessian a unit diagonal (``v_j sqrt(H_jj)``), with ``A`` the scaled Hessian plus damping and ``D`` the
 change of a row against its dense weights, every row minimises
@@ -44,12 +44,13 @@ _ROUGH_STEPS = 2
 
 
 def usual_steps(inputs: int, damping: float) -> float:
-    """Steps of one solve until the slowest row of a layer has usually converged, for plans: they grow with the inputs, less with damping.
+    """The usual number of steps until the slowest row of a layer converges.
 
-    A product of powers of both, between means over all blocks of whole runs on 32 x 512 tokens of C4. Damping 0.01: 10 for 576 inputs and
-    11 for 1,536 (SmolLM2-135M), 18 for 1,536 and 48 for 8,960 (Qwen2.5-Coder-1.5B). Damping 0.3: 4 to 5 for 576 and 7 for 1,536
-    (SmolLM2-135M; half of what the two solves around exchanges take). ``o_proj``, whose rows are few, took nearly twice as many, and
-    Python's documentation in the place of C4 14 and 16. Other widths and dampings are extrapolated.
+    Plans use this estimate. It grows with the inputs and falls with the damping: a product of powers of both, which
+    interpolates means over all blocks of whole runs on 32 x 512 tokens of C4. Damping 0.01: 10 for 576 inputs and 11 for 1,536
+    (SmolLM2-135M), 18 for 1,536 and 48 for 8,960 (Qwen2.5-Coder-1.5B). Damping 0.3: 4 to 5 for 576 and 7 for 1,536
+    (SmolLM2-135M; half of what the two solves around exchanges take). ``o_proj``, whose rows are few, took nearly twice as many
+    steps. With Python's documentation instead of C4 they were 14 and 16. Other widths and dampings are extrapolated.
     """
     return 10 * (inputs / 576) ** 0.55 * (max(damping, 0.01) / 0.01) ** -0.22
 
@@ -177,7 +178,7 @@ class _Rows(NamedTuple):
         return pruned.keep & self.shared.live
 
     def start(self, pruned: Pruned) -> "_Path":
-        """The path at the weights that came."""
+        """The path at its start, the given weights."""
         shared = self.shared
         change = jnp.where(shared.live, (pruned.weight - self.weight) * shared.scale, 0.0)
         value, residual = self.measure(change)
@@ -209,7 +210,7 @@ class _Rows(NamedTuple):
         )
 
     def improved(self, pruned: Pruned, steps: int) -> Solution:
-        """The weights after a few steps; residual and objective follow from the recurrences, and nothing is certified."""
+        """The weights after ``steps`` steps, by recurrences, not certified."""
         start, free = self.start(pruned), self.free(pruned)
         path = jax.lax.fori_loop(0, steps, lambda _, path: self.step(path, free), start)
         return Solution(
@@ -221,12 +222,15 @@ class _Rows(NamedTuple):
         )
 
     def moved(self, pruned: Pruned, moves: Array) -> Array:
-        """The weights that came, moved by ``moves`` in the scaled variables: a row that did not move keeps its exact weights."""
+        """The weights of ``pruned`` plus ``moves`` in the scaled variables.
+
+        A row that does not move keeps its exact weights.
+        """
         weight = pruned.weight + moves / self.shared.scale
         return jnp.where(self.free(pruned), weight, jnp.where(pruned.keep, pruned.weight, 0.0))
 
     def measure(self, change: Array) -> Endpoint:
-        """The objective f, [rows], and the residual of all inputs, [rows, d]: here the dense weights are at 0."""
+        """The objective [rows] and the residual of all inputs [rows, d]."""
         return LayerProblem(jnp.zeros_like(change), self.shared.matrix, self.pull).endpoint(change, self.features)
 
     def gap(self, change: Array, residual: Array, value: Array, choices: Array, smallest: Array) -> Array:
@@ -250,7 +254,10 @@ class _Rows(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Depends only on the Hessian and the damping. A device holds d of the d_in features."""
+    """What all rows share, from the Hessian and the damping alone.
+
+    A device holds d of the d_in features.
+    """
 
     matrix: Array  # [d_in, d], A
     inverse: Array  # [d_in, d], X, for the iteration
@@ -262,7 +269,7 @@ class _Shared(NamedTuple):
 
 
 class _Path(NamedTuple):
-    """Where the iteration is, and how it came there."""
+    """The current point of the iteration, and the step that led to it."""
 
     change: Array  # [rows, d_in], D
     residual: Array  # [rows, d_in], of all inputs

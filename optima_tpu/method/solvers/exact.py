@@ -1,4 +1,7 @@
-"""One dense factorisation per row: the reference for the other solvers, and the simplest right choice for small layers."""
+"""One dense factorisation per row, the reference for other solvers.
+
+For small layers it is the simplest right choice.
+"""
 
 import dataclasses
 
@@ -14,7 +17,7 @@ from optima_tpu.method.solvers.base import Solver
 
 @dataclasses.dataclass(frozen=True)
 class Exact(Solver):
-    """Solves ``A_KK x = r_K`` for every row by Cholesky, in float64 where the platform has it.
+    """Solves ``A_KK x = r_K`` row by row by Cholesky, in float64 if possible.
 
     Costs ``d_in^3 / 3`` per row: minutes for a layer of 1,000 inputs, not practical for 10,000. ``gap`` is the exact remaining
     ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` (the Newton decrement through the row's own factor), up to rounding.

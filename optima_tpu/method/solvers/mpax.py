@@ -1,6 +1,7 @@
-"""The solver of the paper: MPAX's restarted, averaged primal-dual hybrid gradient (raPDHG), vmapped over rows.
+"""The paper's solver: MPAX's primal-dual hybrid gradient, vmapped over rows.
 
-In ``d = v - w``, the change of a row against its dense weights, every row is the box-constrained quadratic program
+MPAX restarts and averages the iteration (raPDHG). In ``d = v - w``, the change of a row against its dense weights, every row is
+the box-constrained quadratic program
 
     minimise  1/2 d H d' - e d'   subject to  d_j = -w_j  for pruned j      (e = g - w H; zero in OPTIMA, 2025, eq. 6)
 
@@ -44,7 +45,7 @@ _ITERATIONS = 500
 
 @dataclasses.dataclass(frozen=True)
 class MPAX(Solver):
-    """The paper's method, for comparison with it. The defaults are the paper's.
+    """The paper's method, for comparisons, with the paper's defaults.
 
     The published code (paramathic/optima ``optima/weight_update.py``) works in bfloat16 around the same call of MPAX.
     Differences: Here the Hessian is summed from float32 products, and the change is added in float32. The two bounds of a pruned
@@ -147,14 +148,14 @@ def _solve(
 
 
 class _Rows(NamedTuple):
-    """What differs by row in ``min 1/2 d H d' - slope d'`` with ``lower <= d <= upper``, each [rows, d_in]."""
+    """What differs by row in ``min 1/2 d H d' - slope d'``, [rows, d_in]."""
 
     slope: Array
     lower: Array
     upper: Array
 
 
-class _Found(NamedTuple):
+class _Result(NamedTuple):
     """The result of MPAX."""
 
     change: Array  # d [rows, d_in]
@@ -163,8 +164,8 @@ class _Found(NamedTuple):
     steps: Array  # [rows], iterations
 
 
-def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows, usual: int = _ITERATIONS) -> _Found:
-    """Solves all rows in rounds, so that the many rows that converge early do not wait for the few that do not.
+def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows, usual: int = _ITERATIONS) -> _Result:
+    """Solves all rows in rounds, so that early rows do not wait for late ones.
 
     A vmapped loop ends with its last row. In a real layer most rows need 73 or 137 iterations, and the last one thousands. So the
     first round solves all rows with a low limit. Each further round solves the rows that met the limit again, from the start and
@@ -175,33 +176,33 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows, usual: in
     count, last = len(rows.slope), jnp.asarray(options["iteration_limit"])
     at_a_time = min(count, max(count // _PARTS, _LEAST))
 
-    def one_round(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
-        before, found = state
+    def one_round(state: tuple[Array, _Result]) -> tuple[Array, _Result]:
+        before, results = state
         higher = jnp.where(before > last // _GROWTH, last, before * _GROWTH)  # compared first: the product could overflow
         limit = jnp.minimum(last, jnp.maximum(higher, _FIRST_LIMIT))
         # The indices of late rows first, then an index out of range, which a read clips and a write drops.
-        waiting = jnp.nonzero(found.late, size=count + at_a_time, fill_value=count)[0]
+        waiting = jnp.nonzero(results.late, size=count + at_a_time, fill_value=count)[0]
 
-        def one_part(state: tuple[int | Array, _Found]) -> tuple[int | Array, _Found]:
-            start, found = state
+        def one_part(state: tuple[int | Array, _Result]) -> tuple[int | Array, _Result]:
+            start, results = state
             part = jax.lax.dynamic_slice_in_dim(waiting, start, at_a_time)
             selected = jax.tree.map(lambda every: every.at[part].get(mode="clip"), rows)
             with usual_turns(-(-usual // _TESTED)):
                 some = solve(options | {"iteration_limit": limit}, matrix, selected)
-            return start + at_a_time, jax.tree.map(lambda every, new: every.at[part].set(new, mode="drop"), found, some)
+            return start + at_a_time, jax.tree.map(lambda every, new: every.at[part].set(new, mode="drop"), results, some)
 
-        first: tuple[int | Array, _Found] = (0, found)
+        first: tuple[int | Array, _Result] = (0, results)
         with usual_turns(-(-count // at_a_time)):
             return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, first)[1]
 
-    unsolved = _Found(jnp.zeros_like(rows.slope), jnp.zeros(count, bool), jnp.ones(count, bool), jnp.zeros(count, jnp.int32))
-    with usual_turns(1):  # the iterations of a plan are those of all rounds
+    unsolved = _Result(jnp.zeros_like(rows.slope), jnp.zeros(count, bool), jnp.ones(count, bool), jnp.zeros(count, jnp.int32))
+    with usual_turns(1):  # a plan counts the iterations of all rounds
         return jax.lax.while_loop(
             lambda state: (state[0] < last) & jnp.any(state[1].late), one_round, (jnp.zeros_like(last), unsolved)
         )[1]
 
 
-def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
+def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Result:
     """Solves one row: every array has one axis less."""
     # Imported where the solver runs: whoever takes another one needs no MPAX.
     from mpax import raPDHG
@@ -232,16 +233,16 @@ def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
     # MPAX's scale-invariant weight would multiply primal_importance by |e| / |_FLOOR|: it overflows where e is rounding
     # noise.
     with jax.numpy_dtype_promotion("standard"):  # MPAX multiplies by masks
-        found = raPDHG(**options, scale_invariant_initial_primal_weight=False).optimize(program)
+        result = raPDHG(**options, scale_invariant_initial_primal_weight=False).optimize(program)
     optimal, late = (
-        found.termination_status == status for status in (TerminationStatus.OPTIMAL, TerminationStatus.ITERATION_LIMIT)
+        result.termination_status == status for status in (TerminationStatus.OPTIMAL, TerminationStatus.ITERATION_LIMIT)
     )
-    return _Found(found.primal_solution, optimal, late, found.iteration_count)
+    return _Result(result.primal_solution, optimal, late, result.iteration_count)
 
 
 @contextlib.contextmanager
 def _root_logger_kept() -> Iterator[None]:
-    """Restores the root logger's handlers and level afterwards, because MPAX replaces them at each call."""
+    """Restores the root logger's handlers and level, which MPAX replaces."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
