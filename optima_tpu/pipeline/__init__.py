@@ -1,1 +1,1 @@
-"""One run, from a dense checkpoint to a pruned one; and plans and sweeps of runs."""
+"""Prunes a dense checkpoint in one run; also plans and sweeps of runs."""

@@ -1,4 +1,4 @@
-"""Compiles the solvers' programs in threads, while the walk reads the calibration text."""
+"""Compiles the solvers' programs in threads while the walk reads text."""
 
 import concurrent.futures
 import contextlib
@@ -15,24 +15,27 @@ _MOST = 8
 
 
 class Ahead(NamedTuple):
-    """Programs that are being compiled, by the kind of the step that calls them.
+    """The programs being compiled, by the kind of the step that calls them.
 
-    JAX finds a program that was compiled from structs where it is called with arrays of their shapes, dtypes and shardings.
+    A call whose arrays have the shapes, dtypes and shardings of the structs uses the compiled program.
     """
 
     compiling: Mapping[str, Sequence[concurrent.futures.Future[None]]] = {}
 
     def wait(self, kind: str) -> None:
-        """Returns when the programs of these steps are compiled. One that could not be is compiled again by its call, which raises."""
+        """Waits until the programs of these steps are compiled.
+
+        If a compilation failed, the program's call compiles it again and raises.
+        """
         concurrent.futures.wait(self.compiling.get(kind, ()))
 
 
 @contextlib.contextmanager
 def compiled_ahead(programs: Mapping[str, Sequence[Call]]) -> Iterator[Ahead]:
-    """Compiles programs side by side, each once, in the order in which they will be called.
+    """Compiles programs in parallel, each once, in the order of their calls.
 
-    The processes of a run on GPUs divide the tuning of a program among them and wait for each other, so all must compile one program
-    after the other: there each is compiled where it is called.
+    The processes of a run on GPUs share the tuning of a program and wait for each other, so all must compile in the same order,
+    one program at a time. For such a run each program is compiled where it is called.
 
     Args:
       programs: by the kind of the step that calls them.
@@ -44,8 +47,8 @@ def compiled_ahead(programs: Mapping[str, Sequence[Call]]) -> Iterator[Ahead]:
     started: list[tuple[Call, concurrent.futures.Future[None]]] = []
 
     def start(call: Call) -> concurrent.futures.Future[None]:
-        if (found := next((future for other, future in started if other == call), None)) is not None:
-            return found
+        if (earlier := next((future for other, future in started if other == call), None)) is not None:
+            return earlier
         started.append((call, threads.submit(_compile, call)))
         return started[-1][1]
 
@@ -56,10 +59,11 @@ def compiled_ahead(programs: Mapping[str, Sequence[Call]]) -> Iterator[Ahead]:
 
 
 def side_by_side(seconds: Sequence[float], cores: int | None) -> float:
-    """Seconds that :func:`compiled_ahead` takes at least for programs that take ``seconds`` one by one.
+    """The least number of seconds that :func:`compiled_ahead` takes.
 
     Args:
-      cores: of the host; None for the host of a TPU, which has more than are used.
+      seconds: of each program, compiled alone.
+      cores: of the host; None for the host of a TPU, which has more cores than are used.
     """
     return max(max(seconds, default=0.0), sum(seconds) / min(_MOST, cores or _MOST))
 

@@ -1,4 +1,4 @@
-"""Measures how much each block matters to the dense model, and chooses its sparsity; see ``method.allocation``."""
+"""Measures blocks to choose their sparsities; see ``method.allocation``."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ KEPT = KeptRecord(ALLOCATION, Allocated)
 
 
 def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: Callable[[], None] = lambda: None) -> Allocated:
-    """Measures the blocks of the dense model and allocates the sparsity of the recipe's pattern to them.
+    """Measures the dense blocks and distributes the pattern's sparsity.
 
     Args:
       walk: the run's. Of its recipe, the pattern and the layer rules are used.
@@ -60,31 +60,35 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
         scores = _outliers(walk, tokens[: walk.windows], allocation.outlier, free, advance)
     else:
         far = steps.most * steps.size
-        trials = tuple(recipe.pattern.at(there) for there in (sparsity - far, sparsity + far))
+        trials = tuple(recipe.pattern.at(trial) for trial in (sparsity - far, sparsity + far))
         scores = _losses(walk, tokens, trials, free, advance)
     weights = [
         sum(math.prod(decoder.at(index).block_shapes[name + ".weight"]) for name in names) for index, names in enumerate(free)
     ]
-    found = allocate(allocation, scores, weights, steps)
+    shifts = allocate(allocation, scores, weights, steps)
     return Allocated(
-        tuple(sparsity + int(count) * steps.size if names else None for count, names in zip(found, free)),
+        tuple(sparsity + int(count) * steps.size if names else None for count, names in zip(shifts, free)),
         tuple(tuple(row.tolist()) if names else None for row, names in zip(scores, free)),
     )
 
 
 def read_allocation(directory: Path) -> Allocated | None:
-    """The allocation that an earlier start of the run wrote, the same on all processes; None if there is none.
+    """The allocation of an earlier start, on all processes; None for none.
 
     Raises:
       UserError: the file has another shape. Finished blocks may have its sparsities, so it is not measured again.
     """
     path = directory / ALLOCATION
-    known: Allocated | None = from_first(lambda: read_record(path, Allocated) if path.exists() else None)
-    return known
+    saved: Allocated | None = from_first(lambda: read_record(path, Allocated) if path.exists() else None)
+    return saved
 
 
 def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> SparsitySteps:
-    """The sparsities that blocks may have. Raises UserError as ``allocation.steps_of``, or if rules name every layer."""
+    """The sparsities that blocks may have.
+
+    Raises:
+      UserError: as ``allocation.steps_of``, or rules name every layer.
+    """
     inputs = {
         decoder.at(index).block_shapes[name + ".weight"][1]
         for index in range(decoder.config.blocks)
@@ -108,31 +112,32 @@ def _free(decoder: Decoder, index: int, recipe: Recipe) -> tuple[str, ...]:
 def _outliers(
     walk: Walk, tokens: np.ndarray, outlier: float, free: list[tuple[str, ...]], advance: Callable[[], None]
 ) -> np.ndarray:
-    """The share of outliers among the weights of each block's free layers, [blocks, 1]; 0 for a block without free layers."""
+    """Outlier shares of free layers, [blocks, 1]; 0 for blocks without any."""
     decoder = walk.decoder
-    hidden, found = decoder.embed(tokens), np.zeros((decoder.config.blocks, 1))
+    hidden, shares = decoder.embed(tokens), np.zeros((decoder.config.blocks, 1))
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
-        mine = {
+        norms = {
             name: jnp.sqrt(jnp.diagonal(statistics.hessian))
             for part, every in _calibrated(walk, index, Stream(parameters, hidden))
             for names, statistics in zip(part.groups, every)
             for name in names
             if name in free[index]
         }
-        if mine:
-            weights = tuple(parameters[name + ".weight"] for name in mine)
-            found[index] = fetch(_outlier_share(weights, tuple(mine.values()), outlier))
+        if norms:
+            weights = tuple(parameters[name + ".weight"] for name in norms)
+            shares[index] = fetch(_outlier_share(weights, tuple(norms.values()), outlier))
         decoder.apply(index, parameters, hidden)
         advance()
-    return found
+    return shares
 
 
 def _losses(
     walk: Walk, tokens: np.ndarray, trials: tuple[Pattern, ...], free: list[tuple[str, ...]], advance: Callable[[], None]
 ) -> np.ndarray:
-    """``KL(dense || pruned)`` per prediction on the held-out windows if only one block is pruned, [blocks, trials] float64.
+    """``KL(dense || pruned)`` for each block if this block alone is pruned.
 
-    All these models pass through the blocks together, so every block is read once.
+    The result is [blocks, trials] float64, per prediction on the held-out windows. All these models pass through the blocks
+    together, so every block is read once.
     """
     decoder, windows = walk.decoder, walk.windows
     walks = [
@@ -156,16 +161,16 @@ def _losses(
                 decoder.apply(index, changed, stream)
         decoder.apply(index, parameters, hidden)
         advance()
-    head, found = decoder.head(), np.zeros((decoder.config.blocks, len(trials)))
+    head, losses = decoder.head(), np.zeros((decoder.config.blocks, len(trials)))
     dense = hidden.part(windows, len(tokens))
     for index, every in streams.items():
         sums = divergences(head, dense, every, tokens, decoder.batch)[:, windows:]
-        found[index] = sums.mean(axis=1, dtype=np.float64) / (tokens.shape[1] - 1)
-    return found
+        losses[index] = sums.mean(axis=1, dtype=np.float64) / (tokens.shape[1] - 1)
+    return losses
 
 
 def _calibrated(walk: Walk, index: int, stream: Stream) -> Iterator[tuple[Pass, tuple[TokenStatistics, ...]]]:
-    """The passes over a block's groups, each with the statistics of their inputs in the dense model."""
+    """The passes over a block's groups, with the dense inputs' statistics."""
     recipe = dataclasses.replace(walk.recipe, recapture=False)
     for part in block_passes(walk.decoder, index, walk.groups[index], recipe, walk.budget):
         yield part, accumulate(walk.decoder, index, Capture(part.groups), (stream,))
@@ -173,7 +178,10 @@ def _calibrated(walk: Walk, index: int, stream: Stream) -> Iterator[tuple[Pass, 
 
 @functools.partial(jax.jit, static_argnames="outlier")
 def _outlier_share(weights: tuple[Array, ...], norms: tuple[Array, ...], outlier: float) -> Array:
-    """The share of weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the mean over all weights, float32."""
+    """The share of outliers among the weights, float32.
+
+    An outlier's ``|w_ij| ||x_j||`` is more than ``outlier`` times the mean over all weights.
+    """
     scores = [jnp.abs(weight.astype(jnp.float32)) * norm for weight, norm in zip(weights, norms)]
     count = sum(score.size for score in scores)
     mean = sum(jnp.sum(score) for score in scores) / count
@@ -183,7 +191,7 @@ def _outlier_share(weights: tuple[Array, ...], norms: tuple[Array, ...], outlier
 
 
 def allocation_rules(allocation: Allocated, decoder: Decoder, pattern: Pattern) -> tuple[LayerRule, ...]:
-    """Layer rules with these sparsities. They go before the recipe's own rules, since the last rule that matches decides."""
+    """Layer rules with these sparsities, to go before the recipe's own."""
     return tuple(
         LayerRule(decoder.prefix(index) + "*", pattern.at(sparsity))
         for index, sparsity in enumerate(allocation.sparsity)

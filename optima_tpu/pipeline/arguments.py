@@ -1,6 +1,7 @@
-"""Reads the arguments of a run or a recovery, and refuses all that they and the paths in them show to be wrong.
+"""Reads the arguments of a run or a recovery and refuses wrong ones.
 
-The commands call these functions by ``runtime.light``, first without the libraries that a run needs.
+The checks read the arguments and the paths in them. The commands call these functions by ``runtime.light``, first without the
+libraries that a run needs.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def texts_of(config: RunConfig) -> tuple[data.Source, data.Source]:
 
 
 def read_recovery(argv: Sequence[str]) -> recover.RecoverConfig:
-    """The recovery that a command line asks for. Raises UserError as :func:`read_run`."""
+    """The recovery in a command line. Raises UserError as :func:`read_run`."""
     config = recover.parse(argv)
     if refuse_wrong(config, (config.model, config.against), config.texts) and config.source:
         recovery_texts(config.source, config.evaluation)
@@ -46,7 +47,10 @@ def read_recovery(argv: Sequence[str]) -> recover.RecoverConfig:
 
 
 def recovery_texts(source: str, evaluation: str | None) -> tuple[data.Source, data.Source]:
-    """The texts that a recovery trains on and measures on; None stands for the evaluation part of the first.
+    """The texts that a recovery trains on and measures on.
+
+    Args:
+      evaluation: None stands for the evaluation part of ``source``.
 
     Raises:
       UserError: both are the same, or nothing can be trained on the first.

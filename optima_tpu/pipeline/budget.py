@@ -1,4 +1,4 @@
-"""The number of parts with which a model has the share of its weights that a person asks for, given what else leaves it."""
+"""Finds how many parts stay for a wanted share of the weights."""
 
 import bisect
 import dataclasses
@@ -20,7 +20,7 @@ from optima_tpu.report.progress import say
 
 @dataclasses.dataclass(frozen=True)
 class _Staying:
-    """The parts of every block that ``cut.by`` names, of which some number stays.
+    """The parts of every block that ``cut.by`` names; some of them stay.
 
     Attributes:
       config: the run, without a rule for these parts.
@@ -51,7 +51,7 @@ class _Staying:
         return self.dense.left_by(self.config.cut)
 
     def leaving(self, kept: int) -> RunConfig:
-        """The run with a rule that keeps so many."""
+        """The run with a rule that keeps ``kept`` parts."""
         without = dataclasses.replace(self.config.cut, to=None)
         rules = (*self.config.recipe.layers, LayerRule("*", self.pattern(kept)))
         return self.config.changed(layers=rules, output=str(self.config.run_directory), cut=without)
@@ -60,7 +60,7 @@ class _Staying:
         return self.part.leaving(kept, self.total)
 
     def share(self, kept: int) -> float:
-        """The share of the dense model's weights that stays with so many; 0 for none."""
+        """Share of the dense weights with ``kept`` parts left; 0 for 0."""
         return kept and self.left.narrow(self.leaving(kept).recipe).weights / self.dense.weights
 
     def readable(self, counts: Iterable[int]) -> int:
@@ -68,27 +68,31 @@ class _Staying:
         return next((kept for kept in counts if not why_unreadable(self.pattern(kept), self.model)), 0)
 
     def most(self, share: float) -> int:
-        """The largest number with at most this share of the weights; 0 if there is none."""
+        """The largest number with at most this share; 0 if there is none."""
         counts = self.counts
-        fits = bisect.bisect_right(range(len(counts)), share, key=lambda place: self.share(self.readable(counts[place::-1])))
+        fits = bisect.bisect_right(range(len(counts)), share, key=lambda index: self.share(self.readable(counts[index::-1])))
         return self.readable(counts[fits - 1 :: -1]) if fits else 0
 
-    def refuse(self, asked: float) -> None:
-        """Raises UserError if no share below 1 can be asked, or what else is cut leaves no more than ``asked``."""
+    def refuse(self, wanted_share: float) -> None:
+        """Refuses a share that removing these parts cannot reach.
+
+        Raises:
+          UserError: no smaller number of parts may stay, or the other cuts leave no more than ``wanted_share`` of the weights.
+        """
         if not self.counts:
             raise UserError(
                 f"expected cut.by with a multiple below {self.total:,}, the {self.called} of a block, got {self.part.multiple}; take "
                 f"--cut.by {self.part.word}@{max(1, self.total // 8)}"
             )
         others = self.left.narrow(self.config.recipe).weights / self.dense.weights
-        if asked >= others:
+        if wanted_share >= others:
             raise UserError(
-                f"expected cut.to below {others:.3g}, the share that stays with what else is cut, got {asked:g}; leave out cut.to"
+                f"expected cut.to below {others:.3g}, the share that stays with what else is cut, got {wanted_share:g}; leave out cut.to"
             )
 
 
 def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:
-    """The run with a rule for the parts of ``cut.by`` in the place of ``cut.to``: as many stay as this share of the weights allows.
+    """Replaces ``cut.to`` by a rule that keeps as many parts as it allows.
 
     Args:
       config: its patterns are placed in the model.
@@ -97,23 +101,23 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
     Raises:
       UserError: the model has no such parts, another pattern cuts them too, or no number of them leaves this share.
     """
-    asked = config.cut.to
-    if asked is None:
+    wanted_share = config.cut.to
+    if wanted_share is None:
         return config
     part = placed(config.cut.part, model, "cut.by")
     assert isinstance(part, WholeParts), "cut.by names parts"
     if other := next((each for each in config.recipe.patterns if isinstance(each, type(part))), None):
         raise UserError(
-            f"expected no other share of {part.word}s where cut.to is {asked:g}, got {other.text()}; leave out one of the two"
+            f"expected no other share of {part.word}s where cut.to is {wanted_share:g}, got {other.text()}; leave out one of the two"
         )
     parts = _Staying(config, model, part, declared(model))
-    parts.refuse(asked)
-    kept = parts.most(asked)
+    parts.refuse(wanted_share)
+    kept = parts.most(wanted_share)
     if not kept:
         least = parts.readable(parts.counts)
         lowest = math.ceil(1000 * parts.share(least)) / 1000
         raise UserError(
-            f"expected cut.to of at least {lowest:g}, which {least:,} of {parts.total:,} {parts.called} leave, got {asked:g}; take it, "
+            f"expected cut.to of at least {lowest:g}, which {least:,} of {parts.total:,} {parts.called} leave, got {wanted_share:g}; take it, "
             "or leave out more blocks by --cut.blocks"
         )
     if console:

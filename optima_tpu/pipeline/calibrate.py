@@ -1,4 +1,4 @@
-"""Accumulates the Hessians of a block's linear layers from the activations that pass through the block."""
+"""Accumulates the Hessians of a block's layers from its activations."""
 
 import contextlib
 import dataclasses
@@ -27,12 +27,12 @@ Put = Callable[[np.ndarray, Array], None]
 
 
 class Stream(NamedTuple):
-    """One of the two streams of hidden states, and the block that it passes through.
+    """A stream of hidden states, and the block that it passes through.
 
     Attributes:
       parameters: the block's parameters by name: as pruned so far, or dense.
       hidden: the hidden states that enter the block.
-      known: inputs of layers for the same windows, by the layer's name, from an earlier pass. What they depend on is not computed.
+      known: inputs of layers for the same windows, by layer name, from an earlier pass. This pass does not compute them.
       kept: where this pass puts the inputs of layers, by the layer's name.
     """
 
@@ -53,7 +53,7 @@ class Stream(NamedTuple):
 
 
 def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream]) -> tuple[TokenStatistics, ...]:
-    """The statistics of each group's input, and its drift where the target needs it.
+    """The statistics of each group's input, and the drift a target needs.
 
     HiddenStates are multiplied in the model's dtype and accumulated in float32: each device sums over its own tokens, then one
     ``psum`` sums over the data axis. The two streams are subtracted in the model's dtype, in which the difference of two close
@@ -86,19 +86,19 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     count = np.float32(len(hidden) * hidden.length)
     totals = tuple(count if total is None else total for total in sums.weights)
     # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
-    divided = list(_divide(tuple(found.hessian for found in sums.statistics), totals))
+    divided = list(_divide(tuple(entry.hessian for entry in sums.statistics), totals))
     hessians = []
     for mean in sums.means:
         hessian = divided.pop(0)  # so that one Hessian at a time is there twice
         if halved(decoder.mesh) and hessian.ndim == 2:  # those of experts are whole
             hessian = whole(hessian)
         hessians.append(hessian if mean is None else _lent(hessian, mean, capture.borrow * len(mean) / count / count))
-    drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
-    tokens = [found.tokens for found in sums.statistics]
-    found = dict(_by_group(decoder, capture, adding, list(map(TokenStatistics, hessians, tokens, drifts))))
-    statistics = tuple(found[names] for names in capture.groups)
-    _refuse_infinite(decoder, index, capture.groups, [found.hessian for found in statistics])
-    if drifts := {names: found.drift for names, found in zip(capture.groups, statistics) if found.drift is not None}:
+    drifts = _divide(tuple(entry.drift for entry in sums.statistics), totals)
+    tokens = [entry.tokens for entry in sums.statistics]
+    by_names = dict(_by_group(decoder, capture, adding, list(map(TokenStatistics, hessians, tokens, drifts))))
+    statistics = tuple(by_names[names] for names in capture.groups)
+    _refuse_infinite(decoder, index, capture.groups, [entry.hessian for entry in statistics])
+    if drifts := {names: entry.drift for names, entry in zip(capture.groups, statistics) if entry.drift is not None}:
         products = [
             (names, each)
             for names, drift in drifts.items()
@@ -111,19 +111,21 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
 def _by_group(
     decoder: Decoder, capture: Capture, adding: "SumsProgram", statistics: list[TokenStatistics]
 ) -> Iterator[tuple[tuple[str, ...], TokenStatistics]]:
-    """The statistics of each group by its names, from those of groups that are alike."""
-    for groups, places, found in zip(adding.groups, adding.residuals, statistics):
+    """Yields the names and the statistics of each group of alike groups."""
+    for groups, places, entry in zip(adding.groups, adding.residuals, statistics):
         if expert_of(groups[0][0]) is None:
-            yield groups[0], found
+            yield groups[0], entry
         else:
             one = statistics_of(decoder, groups[0], places, capture.energy)
-            yield from zip(groups, _members(found, jax.tree.map(lambda struct: struct.sharding, one)))
+            yield from zip(groups, _members(entry, jax.tree.map(lambda struct: struct.sharding, one)))
 
 
 def repeat(decoder: Decoder, index: int, capture: Capture, stream: Stream, dense: bool = False) -> None:
-    """Passes one stream through a block once more, for what :func:`accumulate` writes: by the same program, so to the same bits.
+    """Passes one stream through a block again, as :func:`accumulate` did.
 
-    The parameters may be those of the whole block as pruned: what a pass keeps depends on no layer that is pruned after it.
+    The pass writes the kept inputs and, if the capture advances the dense stream, its output. It runs the same program and
+    gives the same bits. The parameters may be of the whole pruned block: what a pass keeps depends on no layer that is pruned
+    after it.
 
     Args:
       dense: whether the stream is the dense one.
@@ -135,7 +137,7 @@ def repeat(decoder: Decoder, index: int, capture: Capture, stream: Stream, dense
 
 
 def pass_stream(decoder: Decoder, index: int, program: "PassProgram", stream: Stream) -> None:
-    """Passes a stream through a block, for what the program returns and the stream keeps."""
+    """Passes a stream through a block; writes its output and kept inputs."""
     with contextlib.ExitStack() as stack:
         once = _StreamPass.open(stack, decoder.at(index), index, program, stream)
         for batch in once.batches():
@@ -143,7 +145,7 @@ def pass_stream(decoder: Decoder, index: int, program: "PassProgram", stream: St
 
 
 class _StreamPass(NamedTuple):
-    """The part of one stream in a pass: its batches go through the block one by one.
+    """One stream of a pass, whose batches go through the block one by one.
 
     Attributes:
       state: the block's parameters.
@@ -164,7 +166,7 @@ class _StreamPass(NamedTuple):
     def open(
         cls, stack: contextlib.ExitStack, decoder: Decoder, index: int, program: "PassProgram", stream: Stream
     ) -> "_StreamPass":
-        """What is put away is there when the stack is closed."""
+        """Opens the pass. All outputs are written when the stack closes."""
         kept = {name: stack.enter_context(every.put_behind()) for name, every in stream.kept.items()}
         behind = stack.enter_context(stream.hidden.put_behind()) if program.output else None
         positions = decoder.positions(index, stream.hidden.length)
@@ -176,7 +178,7 @@ class _StreamPass(NamedTuple):
         return zip(self.stream.hidden.batches(size), self.decoder.known(self.stream.known, size))
 
     def through(self, batch: Batch, known: Mapping[str, Array]) -> Mapping[str, Any]:
-        """Passes a batch through the block and returns the inputs that the program returns."""
+        """Passes a batch through the block and returns the named inputs."""
         output, inputs = pass_batch(self.program, self.state, batch.hidden, self.positions, known)
         if self.behind is not None:
             self.behind(batch.rows, output)
@@ -187,7 +189,7 @@ class _StreamPass(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PassProgram:
-    """The program that passes a batch of one stream through a block: the static part of :func:`pass_batch`.
+    """The static part of :func:`pass_batch`: the program of one stream.
 
     Attributes:
       graph: the graph of the block.
@@ -211,32 +213,35 @@ def pass_programs(decoder: Decoder, capture: Capture, kept: Sequence[Iterable[st
     around = [places for places in adding.residuals if places is not None]
     read = [groups[0][0] for groups in adding.groups] + [name for places in around for name in places.before if name is not None]
     weighing = [places.after for places in around if places.after is not None]
-    found = []
-    for place, names in zip(range(last + 1), kept):
-        dense = place == last  # tokens are weighed by the dense model's stream alone
+    programs = []
+    for index, names in zip(range(last + 1), kept):
+        dense = index == last  # tokens are weighed by the dense model's stream alone
         returned = tuple(dict.fromkeys((*read, *(weighing if dense else ()), *names)))
-        found.append(PassProgram(decoder.graph, decoder.mesh, returned, capture.advance and dense))
-    return tuple(found)
+        programs.append(PassProgram(decoder.graph, decoder.mesh, returned, capture.advance and dense))
+    return tuple(programs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def pass_batch(
     program: PassProgram, state: Any, hidden: Array, positions: Any, known: Mapping[str, Array]
 ) -> tuple[Any, dict[str, Any]]:
-    """Passes a batch through a block: the hidden states that leave it, or None, and the inputs ``program.names``.
+    """Passes a batch through a block.
 
-    One program for one stream, apart from the sums: what a run computes again after it was stopped then has the same bits.
+    A program passes one stream and adds no sums: what a run computes again after a stop then has the same bits.
 
     Args:
       state: the block's parameters.
       hidden: [batch, length, d_model].
       known: as for :func:`forward`.
+
+    Returns:
+      The hidden states that leave the block, or None, and the inputs ``program.names``.
     """
-    output, found = forward(program.graph, state, hidden, positions, known)
+    output, layer_inputs = forward(program.graph, state, hidden, positions, known)
     # Every process puts away whole windows, and Gram matrices read whole rows: the model axis holds copies.
-    whole = jax.NamedSharding(program.mesh, P(DATA))
-    inputs = {name: jax.lax.with_sharding_constraint(found[name], whole) for name in program.names}
-    return jax.lax.with_sharding_constraint(output, whole) if program.output else None, inputs
+    sharding = jax.NamedSharding(program.mesh, P(DATA))
+    inputs = {name: jax.lax.with_sharding_constraint(layer_inputs[name], sharding) for name in program.names}
+    return jax.lax.with_sharding_constraint(output, sharding) if program.output else None, inputs
 
 
 def _zeros(struct: Array) -> Array:
@@ -244,7 +249,7 @@ def _zeros(struct: Array) -> Array:
 
 
 def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Sequence[Array]) -> None:
-    """Raises UserError if the input of a group was not finite, which the diagonal of its products shows."""
+    """Raises UserError if the trace of a group's products is not finite."""
     for names, trace in zip(groups, fetch([jnp.trace(matrix) for matrix in matrices])):
         if not np.isfinite(trace):
             raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: {decoder.overflowed}")
@@ -252,16 +257,16 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _lent(hessians: Array, products: Array, share: float) -> Array:
-    """Adds a share of the products of all tokens to the Hessian of every expert."""
+    """Adds a share of all tokens' products to every expert's Hessian."""
     return hessians + share * products
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _members(statistics: TokenStatistics, shardings: TokenStatistics) -> tuple[TokenStatistics, ...]:
-    """The statistics of each expert, from arrays that have them along their first axis.
+    """The statistics of each expert, split along the arrays' first axis.
 
     Args:
-      shardings: those of the statistics of one.
+      shardings: of the statistics of one expert.
     """
 
     def member(index: int) -> TokenStatistics:

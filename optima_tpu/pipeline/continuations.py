@@ -1,4 +1,4 @@
-"""Continues a few prompts with the dense and with the pruned model, for a comparison side by side."""
+"""Continues prompts with the dense and the pruned model, to compare them."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ _SHARE = 0.5
 
 
 def continuations(model: Model, pruned: Decoder, budget: float, progress: Progress) -> Continuations:
-    """Continues :data:`PROMPTS` with both models, each token the likeliest one. Every process calls it.
+    """Continues :data:`PROMPTS` greedily. Every process calls it.
 
     Args:
       budget: bytes that a run may use of each device.
@@ -78,7 +78,10 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
 
 
 def continues(config: RunConfig) -> bool:
-    """Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning."""
+    """Whether a run continues prompts: if it exports and no text is random.
+
+    Without an export, as in sweeps, nobody uses the model. Random tokens have no meaning.
+    """
     return config.export and "random" not in config.texts
 
 

@@ -1,4 +1,4 @@
-"""Chooses the blocks that the model can be without, by what that does to its predictions.
+"""Chooses blocks to leave out by the change of the model's predictions.
 
 One block after the other is left out: the one without which ``KL(dense || without)`` of the next-token distribution on the held-out
 windows is smallest, given those that are left out already. Only the blocks that turn the stream least are tried, by
@@ -30,9 +30,10 @@ TRIED = 8
 
 
 def choices(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIED) -> Iterator[LeftOut]:
-    """Yields the blocks that are left out, each time with the one more whose loss changes the predictions least beside the others.
+    """Yields the blocks left out so far, after each choice of one more.
 
-    The hosts hold the hidden states of the windows before each block.
+    A choice takes the block without which the predictions change least, given the blocks left out already. The hosts hold
+    the hidden states of the windows before each block.
 
     Args:
       model: the dense one.
@@ -41,13 +42,13 @@ def choices(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIE
       tried: how many blocks are tried for each choice.
 
     Raises:
-      UserError: no predictions are finite, or without any other block config.json does not describe those that are left.
+      UserError: no predictions are finite, or config.json cannot describe the model without any other block.
     """
     decoder, count = model.decoder, model.decoder.config.blocks
     entering, turns, gone = dict[int, Activations](), dict[int, float](), before.blocks
 
     def through(blocks: Sequence[int], hidden: Activations) -> Activations:
-        """Passes the windows through blocks. Keeps what enters each, and how far it turns them."""
+        """Passes windows through blocks; keeps each input and its turn."""
         for index, parameters in zip(blocks, decoder.blocks(blocks)):
             entering[index] = hidden.copy()
             decoder.apply(index, parameters, hidden)
@@ -71,7 +72,7 @@ def choices(model: Model, tokens: np.ndarray, before: LeftOut, tried: int = TRIE
 
 
 def expected_passes(blocks: int, cut: int, before: int = 0) -> list[float]:
-    """For each choice how many passes of the windows through a block it takes, about: which blocks are tried is not known before.
+    """About how many passes of the windows through a block each choice takes.
 
     Args:
       before: how many blocks of the ``cut`` are chosen already.
@@ -103,27 +104,27 @@ def _best(
                 decoder.apply(index, parameters, stream)
     head = decoder.head()
     sums = divergences(head, dense, list(tries.values()), tokens, decoder.batch).sum(axis=1, dtype=np.float64)
-    found = dict(zip(tries, (sums / tokens[:, 1:].size).tolist()))
-    finite = [without for without in tries if np.isfinite(found[without])]
+    mean_divergence = dict(zip(tries, (sums / tokens[:, 1:].size).tolist()))
+    finite = [without for without in tries if np.isfinite(mean_divergence[without])]
     if not finite:
         raise UserError(
             f"the predictions are not finite without any of the blocks {', '.join(map(str, tries))}: {decoder.overflowed}"
         )
-    best = min(finite, key=lambda without: (found[without], without))
-    return best, found[best]
+    best = min(finite, key=lambda without: (mean_divergence[without], without))
+    return best, mean_divergence[best]
 
 
 def _turn(before: Activations, behind: Activations) -> float:
-    """How far a block turns the hidden states of a token: 1 - cos, mean over all tokens of all processes."""
-    found = np.array([_turns(*states) for states in zip(before.values, behind.values)])
-    whole = np.empty(len(before))
-    for theirs, part in everyones((before.rows, found)):  # processes may hold the same windows, with equal values
-        whole[theirs] = part
-    return float(whole.mean())
+    """The mean of 1 - cos before and behind a block, over all tokens."""
+    own = np.array([_turns(*states) for states in zip(before.values, behind.values)])
+    turns = np.empty(len(before))
+    for theirs, part in everyones((before.rows, own)):  # processes may hold the same windows, with equal values
+        turns[theirs] = part
+    return float(turns.mean())
 
 
 def _turns(before: np.ndarray, behind: np.ndarray) -> float:
-    """The same over the tokens of a window, [length, d_model]."""
+    """The mean of 1 - cos over the tokens of a window, [length, d_model]."""
     first, second = (states.astype(np.float32) for states in (before, behind))
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     return float(1 - np.mean(np.sum(first * second, axis=-1) / np.maximum(norms, np.finfo(np.float32).tiny), dtype=np.float64))

@@ -1,4 +1,4 @@
-"""What the model of a run loses before the walk over its blocks: the stages that choose it, and the model that is left."""
+"""Chooses what a model loses before the walk, and makes the smaller model."""
 
 import dataclasses
 import itertools
@@ -33,12 +33,15 @@ _KEPT = KeptRecord(LEFT_OUT, LeftOut)
 
 
 def read_left_out(directory: Path) -> LeftOut:
-    """What a run has chosen so far, behind which it goes on after a stop. Every process calls it."""
+    """What a run has left out so far. Every process calls it."""
     return _KEPT.read(directory) or LeftOut()
 
 
 def take_left_out(directory: Path, taken: LeftOut) -> None:
-    """Keeps what another run chose. Weights of experts that it solved come with the pruned blocks, and have no errors here."""
+    """Saves what another run chose, without the errors of its experts.
+
+    The experts' solved weights come with the pruned blocks.
+    """
     if taken.experts:
         blocks = tuple(BlockExperts(block.stay) for block in taken.experts.blocks)
         taken = structs.replace(taken, experts=ExpertsLeft(taken.experts.total, blocks))
@@ -47,14 +50,17 @@ def take_left_out(directory: Path, taken: LeftOut) -> None:
 
 
 def kept_by(opened: Opened) -> tuple[int, ...]:
-    """The indices of the dense model's blocks that a run keeps. Until they are chosen, others stand for those that it leaves out."""
+    """The indices of the dense model's blocks that a run keeps.
+
+    Until the run has chosen all blocks to leave out, its last blocks stand for the missing choices.
+    """
     blocks, chosen = range(opened.model.decoder.config.blocks), read_left_out(opened.directory).blocks
     others = (index for index in reversed(blocks) if index not in chosen)
     return kept_blocks(len(blocks), (*chosen, *itertools.islice(others, opened.config.cut.blocks - len(chosen))))
 
 
 def pruned_model(opened: Opened) -> Model:
-    """The model whose blocks a run prunes: the dense one, without the blocks and the experts that the run leaves out."""
+    """The dense model without the blocks and experts a run leaves out."""
     kept = kept_by(opened)
     model = without_blocks(opened.model, [index for index in range(opened.model.decoder.config.blocks) if index not in kept])
     if not opened.config.cut.experts:
@@ -75,7 +81,10 @@ class PrunedModel(NamedTuple):
 
 
 def walk_of(opened: Opened) -> Walk:
-    """The walk over the blocks that are not left out. Those before the first gap stay as they are, unless they lose weights."""
+    """The walk over the blocks that are not left out.
+
+    Blocks before the first gap stay as they are, up to the first block that loses weights.
+    """
     if opened.walk is None:
         raise ValueError("the blocks of a recovery are pruned already")
     walk, decoder, kept = opened.walk, pruned_model(opened).decoder, kept_by(opened)
@@ -86,9 +95,9 @@ def walk_of(opened: Opened) -> Walk:
 
 
 def _same_as_dense(opened: Opened) -> int:
-    """How many blocks of the smaller model, from the first, are the dense model's: a re-fit has nothing to make up for there.
+    """How many blocks, from the first, are the same as in the dense model.
 
-    0 until the blocks that leave are chosen.
+    A re-fit has nothing to make up for in these blocks. 0 until the blocks that leave are chosen.
     """
     cut, chosen = opened.config.cut, read_left_out(opened.directory).blocks
     if not cut.blocks or cut.experts or opened.config.recipe.quantize or len(chosen) < cut.blocks:
@@ -104,7 +113,10 @@ def _same_as_dense(opened: Opened) -> int:
 
 
 def _cut_steps(opened: Opened) -> list[Step]:
-    """The work of each choice, in that of the text which the dense model read before: it runs the same programs."""
+    """The work of each choice of a block to leave out.
+
+    The unit is the work of the dense model's pass over the text, which runs the same programs.
+    """
     decoder, chosen = opened.model.decoder, read_left_out(opened.directory).blocks
     text, blocks = text_steps(decoder, opened.held_out, both=False), decoder.config.blocks
     head = sum(step.work for step in text if step.like)  # it stands in for nothing, and a block for it

@@ -1,4 +1,4 @@
-"""Removes experts of mixtures before the walk: chooses those that stay, and solves their weights toward the whole mixture."""
+"""Chooses the experts that stay, and re-fits them to the whole mixture."""
 
 import dataclasses
 import functools
@@ -34,18 +34,23 @@ EXPERTS = "experts"
 
 
 def done_blocks(directory: Path, left: ExpertsLeft | None) -> tuple[BlockExperts, ...]:
-    """The first blocks of a run that have lost their experts, as far as their solved weights are there. Every process calls it."""
+    """The first blocks of a run that have lost their experts.
 
-    def there(index: int, block: BlockExperts) -> bool:
+    They end before the first block whose solved weights are missing or damaged. Every process calls it.
+    """
+
+    def intact(index: int, block: BlockExperts) -> bool:
         return block.error_after is None or (complete(_entry(directory, index)) and not damage(_entry(directory, index)))
 
     blocks = left.blocks if left else ()
-    count: int = from_first(lambda: len(list(itertools.takewhile(lambda each: there(*each), enumerate(blocks)))))
+    count: int = from_first(lambda: len(list(itertools.takewhile(lambda each: intact(*each), enumerate(blocks)))))
     return blocks[:count]
 
 
 def keep_block(directory: Path, index: int, prefix: str, block: "CutBlock") -> BlockExperts:
-    """Writes the solved weights of a block, and returns what is recorded of it. Every process calls it.
+    """Writes the solved weights of a block and returns its record.
+
+    Every process calls it.
 
     Raises:
       UserError: the disk is full or not writable.
@@ -67,7 +72,10 @@ def mixed_blocks(decoder: Decoder, cut: ExpertCut) -> list[bool]:
 
 
 def without_those(directory: Path, model: Model, cut: ExpertCut, blocks: Sequence[BlockExperts]) -> Model:
-    """The model of a run without the experts that it removes. In the blocks behind ``blocks`` the first experts stand for those that stay."""
+    """The model of a run without the experts that it removes.
+
+    In the blocks behind ``blocks`` the first experts stand for the experts that stay.
+    """
     mixed = mixed_blocks(model.decoder, cut)
     kept = [block.stay for block in blocks] + [range(cut.kept) if each else () for each in mixed[len(blocks) :]]
     entries = [_entry(directory, index) for index, block in enumerate(blocks) if block.error_after is not None]
@@ -92,7 +100,7 @@ class CutBlock(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExpertRemoval:
-    """What is done to every block.
+    """The removal of experts from every block.
 
     Attributes:
       model: the dense one.
@@ -109,9 +117,9 @@ class ExpertRemoval:
     keep: bool = True
 
     def blocks(self, tokens: np.ndarray, begun: Sequence[BlockExperts] = (), directory: Path = Path()) -> Iterator[CutBlock]:
-        """Every block from ``len(begun)`` on, without the experts that have the lowest scores.
+        """Yields each block from ``len(begun)`` on, with its best experts.
 
-        A block is scored, and solved, for what enters it behind the blocks before it, which have lost their experts.
+        A block is scored and solved for the output of the blocks before it, which have lost their experts.
 
         Args:
           tokens: [windows, length] int32, the calibration text.
@@ -140,7 +148,7 @@ class ExpertRemoval:
                 fewer.apply(index, parameters, hidden)
 
     def _cut(self, index: int, fewer: Decoder, parameters: Mapping[str, Array], text: "BlockText") -> CutBlock:
-        """Moves the text behind the block."""
+        """Removes experts of a block and moves the text behind the block."""
         names, length = self.cut.names, text.hidden.length
         scores, targets = self._scored(ExpertBlock.of(self.model.decoder, index, names, parameters, length), text)
         stay = tuple(kept_experts(fetch(scores), self.cut.kept, self.cut.groups).tolist())
@@ -157,22 +165,22 @@ class ExpertRemoval:
         """What the refit makes of the experts that stay."""
         sums = (refit_sums(left.mesh, *each, left.down, left.bias) for each in zip(targets(), sents()))
         pull, gram, before, energy = _mean(sums, tokens)
-        found = refit(pull, gram, before, left.passes(sents, tokens), self.steps)
+        solution = refit(pull, gram, before, left.passes(sents, tokens), self.steps)
         down = {}
         for number in range(len(left.down)):
             name = _part(self.cut.names.down, number) + ".weight"
             old = parameters[name]
-            down[name] = jax.device_put((old.astype(jnp.float32) + found.change[number]).astype(old.dtype), old.sharding)
-        first, last = fetch(tuple(jnp.sum(errors) / energy for errors in (found.before, found.after)))
+            down[name] = jax.device_put((old.astype(jnp.float32) + solution.change[number]).astype(old.dtype), old.sharding)
+        first, last = fetch(tuple(jnp.sum(errors) / energy for errors in (solution.before, solution.after)))
         return CutBlock((), down, float(first), float(last))
 
-    def _scored(self, whole: "ExpertBlock", text: "BlockText") -> tuple[Array, "Batches[Array]"]:
-        """The scores of a block's experts, and the output of its mixture for the refit."""
-        sents = kept(functools.partial(whole.sent, text), self.keep and self.score.priced)
-        outputs = kept(functools.partial(whole.outputs, sents), self.keep and self.steps > 0)
-        statistics = functools.reduce(add_statistics, (jax.block_until_ready(found) for found, _ in outputs()))
+    def _scored(self, block: "ExpertBlock", text: "BlockText") -> tuple[Array, "Batches[Array]"]:
+        """The scores of a block's experts, and the mixture's outputs."""
+        sents = kept(functools.partial(block.sent, text), self.keep and self.score.priced)
+        outputs = kept(functools.partial(block.outputs, sents), self.keep and self.steps > 0)
+        statistics = functools.reduce(add_statistics, (jax.block_until_ready(sums) for sums, _ in outputs()))
         if self.score.priced:
-            statistics = statistics._replace(prices=whole.prices(sents, text.tokens))
+            statistics = statistics._replace(prices=block.prices(sents, text.tokens))
         return self.score(statistics), lambda: (output for _, output in outputs())
 
 
@@ -182,11 +190,11 @@ Batches = Callable[[], Iterator[T]]
 
 
 def kept(batches: Batches[T], keep: bool) -> Batches[T]:
-    """The same, computed once if ``keep``, otherwise at each call."""
+    """The batches, computed once if ``keep``, otherwise at each call."""
     if not keep:
         return batches
-    found = [jax.block_until_ready(each) for each in batches()]  # see _mean
-    return lambda: iter(found)
+    computed = [jax.block_until_ready(each) for each in batches()]  # see _mean
+    return lambda: iter(computed)
 
 
 class BlockText(NamedTuple):
@@ -205,9 +213,9 @@ class BlockText(NamedTuple):
     def before(cls, decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: HiddenStates) -> "BlockText":
         """The text with the output of the block's attention."""
         alike = decoder.at(index)
-        found = {alike.attended: hidden.room(alike.input_width(alike.attended))}
-        pass_stream(decoder, index, attention_program(alike), Stream(parameters, hidden, kept=found))
-        return cls(decoder.batch, hidden, found)
+        attention = {alike.attended: hidden.room(alike.input_width(alike.attended))}
+        pass_stream(decoder, index, attention_program(alike), Stream(parameters, hidden, kept=attention))
+        return cls(decoder.batch, hidden, attention)
 
     @property
     def tokens(self) -> int:
@@ -224,7 +232,7 @@ def attention_program(decoder: Decoder) -> PassProgram:
 
 
 def mixture_program(decoder: Decoder, names: ExpertNames) -> PassProgram:
-    """The pass through a block that returns what the experts' down reads, and the shares."""
+    """The pass that returns the input of the experts' down, and the shares."""
     return PassProgram(decoder.graph, decoder.mesh, (_part(names.down, 0), names.shares))
 
 
@@ -258,8 +266,8 @@ class ExpertBlock(NamedTuple):
     def sent(self, text: BlockText) -> Iterator[Sent]:
         """What the experts read of each batch."""
         for batch, known in text.steps(self.decoder):
-            found = pass_batch(self.program, self.state, batch.hidden, self.positions, known)[1]
-            read, shares = (found[name] for name in self.program.names)
+            inputs = pass_batch(self.program, self.state, batch.hidden, self.positions, known)[1]
+            read, shares = (inputs[name] for name in self.program.names)
             yield jax.block_until_ready(Sent(read, shares, batch.valid))
 
     def advance(self, text: BlockText, sents: Batches[Sent]) -> None:
@@ -271,11 +279,11 @@ class ExpertBlock(NamedTuple):
                 put(batch.rows, run_block(self.program.graph, self.state, batch.hidden, self.positions, read))
 
     def outputs(self, sents: Batches[Sent]) -> Iterator[tuple[ExpertStatistics, Array]]:
-        """The sums over the outputs of the experts in each batch, and the output of the mixture."""
+        """Each batch's sums over expert outputs, and the mixture's output."""
         return (expert_outputs(self.mesh, sent, self.down, self.bias) for sent in sents())
 
     def passes(self, sents: Batches[Sent], tokens: int) -> Passes:
-        """For a system of all experts."""
+        """The passes that solve a system of all experts."""
 
         def over(program: Callable[[Mesh, Sent, Array], Array]) -> Callable[[Array], Array]:
             return lambda weights: _mean((program(self.mesh, sent, weights) for sent in sents()), tokens)
@@ -283,7 +291,7 @@ class ExpertBlock(NamedTuple):
         return Passes(over(refit_product), over(refit_squares), self.down.dtype)
 
     def prices(self, sents: Batches[Sent], tokens: int, rows: int = PRICE_ROWS, steps: int = PRICE_STEPS) -> Array:
-        """What :func:`~optima_tpu.method.experts.prices` finds. The biases of down do not count."""
+        """The prices of all experts. The biases of down do not count."""
         gram = _mean((refit_gram(self.mesh, sent) for sent in sents()), tokens)
         return prices(self.down, gram, self.passes(sents, tokens), rows, steps)
 
@@ -298,8 +306,8 @@ def _with_only(parameters: Mapping[str, Array], names: ExpertNames, stay: Sequen
 
 
 @jax.jit
-def add_statistics(before: ExpertStatistics, found: ExpertStatistics) -> ExpertStatistics:
-    return jax.tree.map(jnp.add, before, found)
+def add_statistics(before: ExpertStatistics, added: ExpertStatistics) -> ExpertStatistics:
+    return jax.tree.map(jnp.add, before, added)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -310,7 +318,7 @@ def expert_outputs(mesh: Mesh, sent: Sent, down: Array, bias: Array | None) -> t
 
 @functools.partial(jax.jit, static_argnums=0)
 def refit_sums(mesh: Mesh, target: Array, sent: Sent, down: Array, bias: Array | None) -> tuple[Array, Array, Array, Array]:
-    """Of a batch what :func:`~optima_tpu.method.experts.refit` takes, not divided by the tokens, and ``|y|^2``."""
+    """A batch's sums for the refit, not divided by tokens, and ``|y|^2``."""
     with jax.default_matmul_precision("highest"):
         error = target - mixed_output(mesh, sent, down, bias)
         sums = mixed_moments(mesh, sent, error), mixed_gram(mesh, sent)
@@ -348,10 +356,14 @@ def _mean(parts: Iterator[Any], count: int) -> Any:
 
 
 def _stacked(parameters: Mapping[str, Array], name: str) -> Array | None:
-    """A parameter of all experts, [experts, ...], by its name with ``*`` for the number of the expert; None if they have none."""
+    """A parameter of all experts, [experts, ...]; None if they have none.
+
+    Args:
+      name: of the parameter, with ``*`` for the number of the expert.
+    """
     numbers = itertools.takewhile(lambda number: _part(name, number) in parameters, itertools.count())
-    found = [parameters[_part(name, number)] for number in numbers]
-    return jnp.stack(found) if found else None
+    arrays = [parameters[_part(name, number)] for number in numbers]
+    return jnp.stack(arrays) if arrays else None
 
 
 def _part(name: str, number: int) -> str:

@@ -1,4 +1,4 @@
-"""Sums of products of the inputs of layers, over the tokens of a batch on the mesh."""
+"""Sums products of layer inputs over the tokens of a batch on the mesh."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +20,10 @@ _PANEL = 64
 
 
 def add_gram(before: Array, x: Array, mesh: Mesh) -> Array:
-    """``before + X'X`` [d, d] in float32, of x [batch, length, d]; above the diagonal only, where :func:`halved` says so."""
+    """``before + X'X`` [d, d] in float32, of x [batch, length, d].
+
+    Where :func:`halved` is true, products below the diagonal are left out.
+    """
     if not halved(mesh):
         return before + gram(x, mesh)
     size = x.shape[-1]
@@ -35,7 +38,10 @@ def add_gram(before: Array, x: Array, mesh: Mesh) -> Array:
 
 
 def halved(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether :func:`add_gram` leaves out products below the diagonal: not where devices share the columns, which would be unequal."""
+    """Whether :func:`add_gram` leaves out products below the diagonal.
+
+    It does not where devices share the columns: their work would be unequal.
+    """
     return mesh.shape[MODEL] == 1
 
 
@@ -48,19 +54,24 @@ def whole(sums: Array) -> Array:
 
 
 def panels(size: int) -> list[tuple[int, int]]:
-    """The rows of each panel of :func:`add_gram`, up to 4 of them: the products of each with the columns from its own on.
+    """The row ranges of up to 4 panels of :func:`add_gram`.
 
-    Four take 5/8 of the operations, and on several devices of what they sum up. More would save little, at most another eighth,
-    and their products would be narrower: from 4,096 inputs on each panel has at least 1,024 rows, enough for an accelerator.
+    A panel multiplies its rows with the columns from its own first on. Four panels take 5/8 of the operations, and several
+    devices sum up 5/8 of the products. More panels would save at most another eighth, and their products would be narrower:
+    from 4,096 inputs on each panel has at least 1,024 rows, enough for an accelerator.
     """
     width = _PANEL * -(-size // (4 * _PANEL))
     return [(first, min(first + width, size)) for first in range(0, size, width)]
 
 
 def gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
-    """``X'X`` [d, d], or ``L'X`` [e, d] with ``left`` [batch, length, e], of x [batch, length, d] in float32.
+    """``X'X`` [d, d], or ``L'X`` [e, d] with ``left``, in float32.
 
     Each device of the model axis computes its own columns of the result; if the axis does not divide d, all columns.
+
+    Args:
+      x: [batch, length, d].
+      left: [batch, length, e].
     """
     size = x.shape[-1]
 
@@ -97,23 +108,23 @@ def add_routed(
     def local(valid: Array, weights: tuple[Array, ...], *streams: Routed) -> tuple[Any, ...]:
         routes = [Route.of(stream.chosen.reshape(-1, stream.chosen.shape[-1]), stream.experts) for stream in streams]
         route, chosen = routes[0], jnp.array(experts)
-        mine = Stretches(route.stretches.first[chosen], route.stretches.rows[chosen])
+        own_stretches = Stretches(route.stretches.first[chosen], route.stretches.rows[chosen])
         counts = valid[route.token // streams[0].chosen.shape[1]]
         x = jnp.where(counts[:, None], streams[0].rows, 0)
         tokens = jnp.zeros(streams[0].experts, jnp.int32).at[route.expert].add(counts.astype(jnp.int32))[chosen]
-        found: tuple[Any, ...] = (grouped_outer(x, _own_columns(x, mesh), mine, share), tokens)
+        sums: tuple[Any, ...] = (grouped_outer(x, _own_columns(x, mesh), own_stretches, share), tokens)
         if before.drift is not None:
             theirs = streams[1].chosen.reshape(-1, streams[1].chosen.shape[-1])[route.token] == route.expert[:, None]
             other = streams[1].rows[routes[1].row[route.token, jnp.argmax(theirs, axis=1)]]
             both = counts & jnp.any(theirs, axis=1)
             difference = jnp.where(both[:, None], other - x, 0)
-            energy = (jnp.square(grouped_dot(difference, weight, mine, jnp.float32, share)) for weight in weights)
+            energy = (jnp.square(grouped_dot(difference, weight, own_stretches, jnp.float32, share)) for weight in weights)
             ones = jnp.ones((len(x), 1), jnp.float32)
-            found += (
-                grouped_outer(difference, _own_columns(x, mesh), mine, share),
-                tuple(grouped_outer(ones, squares, mine, share)[:, 0] for squares in energy),
+            sums += (
+                grouped_outer(difference, _own_columns(x, mesh), own_stretches, share),
+                tuple(grouped_outer(ones, squares, own_stretches, share)[:, 0] for squares in energy),
             )
-        return jax.lax.psum(found, DATA)
+        return jax.lax.psum(sums, DATA)
 
     hessian, tokens, *drift = jax.shard_map(
         local,
@@ -126,14 +137,14 @@ def add_routed(
     if before.drift is None:
         return added
     cross, energy = drift
-    whole = jax.NamedSharding(mesh, P())
-    energy = tuple(old + jax.lax.with_sharding_constraint(new, whole) for old, new in zip(before.drift.energy, energy))
+    replicated = jax.NamedSharding(mesh, P())
+    energy = tuple(old + jax.lax.with_sharding_constraint(new, replicated) for old, new in zip(before.drift.energy, energy))
     # Experts add to no residual stream as they are: a share comes between.
     return added._replace(drift=Drift(before.drift.cross + cross, energy, before.drift.residual))
 
 
 class Sent(NamedTuple):
-    """What the experts of a batch read, and how the router shares the tokens among them.
+    """What experts read in a batch, and the router's shares of the tokens.
 
     Attributes:
       read: the input of down.
@@ -146,7 +157,7 @@ class Sent(NamedTuple):
     valid: Array
 
     def by_rows(self) -> tuple[Route, Array, Array]:
-        """Inside a shard_map: the route, the rows, and the float32 share of each row, which is 0 where the window does not count."""
+        """Inside a shard_map: route, rows, float32 shares (0 if not valid)."""
         route = Route.of(self.read.chosen.reshape(-1, self.read.chosen.shape[-1]), self.read.experts)
         shares = self.shares.reshape(-1, self.shares.shape[-1]).astype(jnp.float32)
         share = jnp.zeros(len(route.token)).at[route.row].set(shares)
@@ -155,7 +166,7 @@ class Sent(NamedTuple):
 
 
 def mixed_statistics(mesh: Mesh, sent: Sent, down: Array, bias: Array | None) -> tuple[ExpertStatistics, Array]:
-    """The sums of a batch over the outputs of all experts, and :func:`mixed_output`.
+    """A batch's sums over all experts' outputs, and :func:`mixed_output`.
 
     Args:
       down, bias: as for :func:`mixed_output`.
@@ -178,7 +189,9 @@ def mixed_statistics(mesh: Mesh, sent: Sent, down: Array, bias: Array | None) ->
 
 
 def mixed_output(mesh: Mesh, sent: Sent, down: Array, bias: Array | None = None) -> Array:
-    """``sum_e g_e W_e h_e`` of every token, [tokens, d_out] float32; 0 where the window does not count.
+    """``sum_e g_e W_e h_e`` of every token, [tokens, d_out] float32.
+
+    The result is 0 where the window does not count.
 
     Args:
       down: [experts, d_out, d_in], multiplied in the dtype of what the experts read.
@@ -205,7 +218,9 @@ def _shared(route: Route, outputs: Array, share: Array) -> Array:
 
 
 def mixed_moments(mesh: Mesh, sent: Sent, outputs: Array) -> Array:
-    """``sum_t g_e(t) o_t h_e(t)'`` of every expert, [experts, d_out, d_in] float32: the transpose of :func:`mixed_output`.
+    """``sum_t g_e(t) o_t h_e(t)'`` of every expert, in float32.
+
+    The result is [experts, d_out, d_in]. This is the transpose of :func:`mixed_output`.
 
     Args:
       outputs: ``o``, [tokens, d_out] float32.
@@ -223,7 +238,7 @@ def mixed_moments(mesh: Mesh, sent: Sent, outputs: Array) -> Array:
 
 
 def mixed_gram(mesh: Mesh, sent: Sent) -> Array:
-    """``sum_t g_e(t)^2 h_e(t) h_e(t)'`` of every expert, [experts, d_in, d_in] float32."""
+    """``sum_t g_e(t)^2 h_e(t) h_e(t)'``, [experts, d_in, d_in] float32."""
 
     def local(sent: Sent) -> Array:
         route, rows, share = sent.by_rows()
@@ -236,14 +251,17 @@ def mixed_gram(mesh: Mesh, sent: Sent) -> Array:
 
 
 def _outputs(mesh: Mesh, array: Array) -> str | None:
-    """The mesh axis that shares the second axis of an array, if it divides it."""
+    """The mesh axis that splits an array's second axis; None if it cannot."""
     return MODEL if array.shape[1] % mesh.shape[MODEL] == 0 else None
 
 
 def gram_of_tokens(mesh: Mesh, stream: Routed, valid: Array) -> Array:
-    """``X'X`` [d, d] in float32 of all tokens of a batch, once each, from the input of experts; sharded as :func:`gram`.
+    """``X'X`` [d, d] in float32 of all tokens of a batch, once each.
+
+    The result is sharded as from :func:`gram`.
 
     Args:
+      stream: the input of experts.
       valid: [batch] bool, False for windows that do not count.
     """
 
@@ -258,7 +276,10 @@ def gram_of_tokens(mesh: Mesh, stream: Routed, valid: Array) -> Array:
 
 
 def _products(left: Array, rows: Array, mesh: Mesh) -> Array:
-    """``L'X`` of [tokens, e] and [tokens, d] over all slices of the data axis, the columns of this device, inside a shard_map."""
+    """This device's columns of ``L'X``, over all slices of the data axis.
+
+    L is [tokens, e], and X is [tokens, d]. Call it inside a shard_map.
+    """
     # bfloat16 products are exact in float32; float32 ones need the precision.
     product = jax.lax.dot_general(
         left,
@@ -275,7 +296,7 @@ def _columns(mesh: Mesh, size: int) -> P:
 
 
 def _own_columns(rows: Array, mesh: Mesh) -> Array:
-    """The columns of [rows, d] that a device of the model axis computes; all if the axis does not divide d."""
+    """A device's columns of [rows, d]; all if the axis does not divide d."""
     model, size = mesh.shape[MODEL], rows.shape[1]
     if model == 1 or size % model:
         return rows

@@ -52,7 +52,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     if few := short_text(config.calibration, max(d_in for _, d_in in shapes.values()), decoder.config.generates):
         lines.insert(4, f"             {few}")
     for which, tokens in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
-        lines += [f"unusual      {told}"] if (told := poor_text(which, unigram_perplexity(tokens.ids))) else []
+        lines += [f"unusual      {warning}"] if (warning := poor_text(which, unigram_perplexity(tokens.ids))) else []
     if config.distill:
         lines.append(f"training     {training_words(config.distill, config.calibration.window_length)}")
         lines += [f"             {idle}"] if (idle := Trainer(decoder, config.distill).idle) else []
@@ -64,12 +64,15 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
 
 
 def moves_alone(config: RunConfig) -> bool:
-    """Whether a run changes weights of which its pattern prunes none: to integers, or toward a model of which it cut something."""
+    """Whether a run changes weights where its pattern prunes none.
+
+    It quantises them, or moves them toward the dense model after a cut.
+    """
     return bool(config.recipe.quantize or (config.cut.counts and config.recipe.target.dense_stream))
 
 
 def training_words(method: Distillation, length: int) -> str:
-    """What a training lowers, what it moves, and how much it reads in windows of ``length`` tokens."""
+    """Describes a training's loss, weights and ``length``-token windows."""
     batch = plural(min(method.batch, method.pass_windows), "window")
     wrote = (
         f", {method.written:,} of the {plural(method.pass_windows, 'window')} written by the dense model"
@@ -82,22 +85,23 @@ def training_words(method: Distillation, length: int) -> str:
 
 
 def short_text(text: Calibration, widest: int, writes: bool) -> str:
-    """What to do about a calibration text that is short for layers of ``widest`` inputs; empty if it is not.
+    """Advice on a calibration text that is too short; empty if it is not.
 
     Args:
+      widest: the number of inputs of the widest layer.
       writes: whether the model can write text.
     """
     tokens, more = text.fitted * text.window_length, -(-_ENOUGH * widest // text.window_length) - text.fitted
     if tokens >= _FEW * widest:
         return ""
-    said = f"{tokens:,} tokens are few for layers of {widest:,} inputs: take --calibration.windows {text.windows + more}"
+    advice = f"{tokens:,} tokens are few for layers of {widest:,} inputs: take --calibration.windows {text.windows + more}"
     if not writes or isinstance(parse_source(text.source), SelfGenerated):
-        return said
-    return f"{said}, or let the model write more by --calibration.written {text.written + more}"
+        return advice
+    return f"{advice}, or let the model write more by --calibration.written {text.written + more}"
 
 
 def recipe_line(config: RunConfig, decoder: Decoder) -> str:
-    """The recipe in a line: mask, update and pattern, then each setting beyond the paper that acts on this model's family."""
+    """The recipe in a line: mask, update, pattern, other active settings."""
     recipe, settings, adding = config.recipe, weights_settings(config), bool(decoder.family.residuals)
     if recipe.patterns == [Dense()]:  # no method acts on any layer
         return ", ".join([DENSE, f"{config.cut.words} cut", *([config.distill.done] if config.distill else [])])

@@ -1,4 +1,4 @@
-"""Opens what a run reads: the model on the mesh and the texts. Makes the manifest that says whether two runs are the same."""
+"""Opens the model and the texts of a run, and makes its manifest."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ class Texts(NamedTuple):
 
     @classmethod
     def of(cls, config: RunConfig, drawn: Tokens, evaluation: Tokens, written: Tokens | None = None) -> "Texts":
-        """Splits the windows drawn from the calibration text: first calibration, then distillation, then held-out windows.
+        """Splits drawn windows: calibration, then distillation, then held out.
 
         Args:
           written: what the model wrote beside them, for calibration and then for distillation.
@@ -77,7 +77,10 @@ class Texts(NamedTuple):
 
     @classmethod
     def of_written(cls, config: RunConfig, written: Tokens, evaluation: Tokens) -> "Texts":
-        """Splits what the model wrote where there is no other text: windows of the calibration, held-out ones, those of the training."""
+        """Splits the windows that the model wrote, if there is no other text.
+
+        Calibration windows come first, then held-out windows, then distillation windows.
+        """
         read = config.calibration.windows + config.calibration.held_out
         training = written.ids[read:] if config.distill else None
         return cls(written._replace(ids=written.ids[:read]), evaluation, training, written.ids)
@@ -102,11 +105,11 @@ def open_model_on_mesh(config: RunConfig) -> Model:
 
 
 def read_texts(config: RunConfig, model: Model, console: Console | None = None) -> Texts:
-    """The token windows of a run. Process 0 reads the texts and sends the tokens to the other processes.
+    """The token windows of a run.
 
-    If every process can read the calibration text, each process reads and tokenises a part of it. The tokens are the same for
-    any number of processes, and with or without the token cache. Calibration text that the model writes itself is read from the
-    run directory if an earlier start of the run saved it there.
+    Process 0 reads the texts and sends the tokens to the other processes. If every process can read the calibration text, each
+    process reads and tokenises a part of it. The tokens are the same for any number of processes, and with or without the token
+    cache. Calibration text that the model writes itself is read from the run directory if an earlier start of the run saved it.
 
     Args:
       console: prints which texts are read, and the progress while the model writes calibration text.
@@ -147,21 +150,24 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
 
 
 def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:
-    """The run with what depends on the model: the length of its calibration windows, and where the parts stand that it cuts.
+    """The run with the settings that depend on the model.
+
+    The model sets the length of the calibration windows, and where its layers have the parts that the run cuts.
 
     Args:
-      console: prints that the model's context makes them shorter than usual.
+      console: prints that the model's context makes the windows shorter than usual.
 
     Raises:
-      UserError: windows are longer than the context that the model's config.json names, or parts, blocks or experts cannot be cut from the model.
+      UserError: windows are longer than the context that the model's config.json names, or parts, blocks or experts cannot be
+        cut from the model.
     """
     text = config.calibration
     length = window_length(model, "--calibration.length", text.length)
     window_length(model, "--evaluation.length", config.evaluation.length)
     if console and length < text.window_length:
         say(console, f"no --calibration.length was given: windows of {length} tokens, the model's context")
-    place, recipe = functools.partial(placed, model=model), config.recipe
-    recipe = dataclasses.replace(recipe, pattern=place(recipe.pattern), layers=with_patterns(recipe.layers, place))
+    locate, recipe = functools.partial(placed, model=model), config.recipe
+    recipe = dataclasses.replace(recipe, pattern=locate(recipe.pattern), layers=with_patterns(recipe.layers, locate))
     config = dataclasses.replace(config, recipe=recipe, calibration=dataclasses.replace(text, length=length))
     for pattern in recipe.patterns:
         refuse_unreadable(pattern, model)
@@ -172,7 +178,7 @@ def on_model(config: RunConfig, model: PretrainedConfig, console: Console | None
 
 
 def _windows(config: RunConfig, model: Model) -> tuple[PreTrainedTokenizerBase, Draw, dict[str, Any]]:
-    """The tokenizer, the windows to draw for calibration, and the arguments of ``data.evaluation_tokens``."""
+    """The tokenizer, the calibration draw and the evaluation's arguments."""
     tokenizer, text, scored = load_tokenizer(model.pretrained), config.calibration, config.evaluation
     count = text.windows + (config.distill.windows if config.distill else 0)
     draw = Draw(count, text.window_length, text.seed, text.held_out, window_bos(model, tokenizer))
@@ -196,9 +202,9 @@ def pruned_layers(config: RunConfig, decoder: Decoder) -> dict[str, Pattern]:
 
 
 def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
-    """All that decides the pruned weights and the layers' errors: runs with equal manifests have equal results.
+    """All that decides the pruned weights and the layers' errors.
 
-    Reads and checks the masks of a run that imports its masks.
+    Runs with equal manifests have equal results. Reads and checks the masks of a run that imports its masks.
 
     Raises:
       UserError: pattern, layer rules or masks do not fit the model, or another process has another manifest.
@@ -239,7 +245,7 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
 
 
 def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:
-    """(whole path, path inside the block, [d_out, d_in]) of every linear layer of the blocks."""
+    """(path, path inside the block, [d_out, d_in]) of every linear layer."""
     return [
         (decoder.prefix(index) + name, name, (d_out, d_in))
         for index in range(decoder.config.blocks)

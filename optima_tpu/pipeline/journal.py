@@ -82,7 +82,7 @@ class _Entry(Record, frozen=True):
 
 
 def refuse_unusable(directory: Path) -> None:
-    """Checks what can be known of a run's directory before anything is read. Every process calls it.
+    """Checks a run's directory at the start. Every process calls it.
 
     Raises:
       UserError: as :func:`refuse_unreachable`, or the directory holds files that are not a run of any settings.
@@ -107,7 +107,9 @@ def _refuse_other_files(directory: Path) -> None:
 
 
 def prepare_directory(directory: str | Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> Path:
-    """Checks that a run may use ``directory``, and returns it, made if missing. Writes nothing into it.
+    """Checks that a run may use ``directory``, creates it and returns it.
+
+    Writes nothing into it.
 
     Raises:
       UserError: as :func:`open_journal`.
@@ -132,7 +134,9 @@ def open_journal(
     configuration: Mapping[str, Any] | None = None,
     recompute: int = 0,
 ) -> "Journal":
-    """Starts a run in ``directory``, or resumes the run in it, without its damaged blocks. Every process calls it.
+    """Starts a run in ``directory``, or resumes the run in it.
+
+    The damaged blocks of the run are removed. Every process calls it.
 
     Args:
       directory: created if missing.
@@ -177,13 +181,15 @@ def open_journal(
 
 
 def finished_blocks(directory: str | Path) -> list[int]:
-    """The indices of a run's saved blocks, ascending. Does not check whether they are damaged."""
+    """The indices of a run's saved blocks, ascending, damaged ones too."""
     names = {path.name for path in (as_path(directory) / _JOURNAL).glob("block_*")}
     return sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)) and name + PARTIAL not in names)
 
 
 class Journal:
-    """The finished blocks of one run. Made by :func:`open_journal`; one program writes it at a time.
+    """The finished blocks of one run, from :func:`open_journal`.
+
+    One program at a time writes a journal.
 
     Attributes:
       recompute: minutes of passes between two saves of hidden states; a run that goes on repeats at most these.
@@ -210,9 +216,10 @@ class Journal:
         streams: Sequence[HiddenStates] = (),
         scales: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
-        """Saves a block durably. When this returns, the run can be stopped without losing the block. Every process calls it.
+        """Saves a block durably. Every process calls it.
 
-        Hidden states are written only if ``repeated`` has reached ``recompute``.
+        When this returns, the run can be stopped without losing the block. Hidden states are written only if ``repeated`` has
+        reached ``recompute``.
 
         Args:
           weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
@@ -264,7 +271,7 @@ class Journal:
                 self.repeated = 0.0
 
     def _refuse_lost(self) -> None:
-        """Raises UserError if blocks that this program has saved are gone. A bucket is asked when they are read."""
+        """Raises UserError if saved blocks are gone, except in a bucket."""
         if in_bucket(self.directory):
             return
         lost = [index for index in sorted(self.finished) if not self.entry(index).is_dir()]
@@ -275,7 +282,7 @@ class Journal:
             )
 
     def forget_states(self) -> None:
-        """Removes the hidden states: when all blocks are finished, none is needed."""
+        """Removes the hidden states, once all blocks are finished."""
         first_only(lambda: remove(self.directory / _ACTIVATIONS))
 
     def weights(self, index: int) -> dict[str, np.ndarray]:
@@ -284,7 +291,7 @@ class Journal:
         return tensors.load(tensors.names())
 
     def masks(self, index: int) -> dict[str, np.ndarray]:
-        """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
+        """A block's masks by HF name, [d_out, d_in] bool, True where kept."""
         tensors = self._tensors([index])
         return tensors.masks(tensors.pruned())
 
@@ -303,18 +310,21 @@ class Journal:
         return read_custom(self.entry(index), _Entry).report
 
     def reports(self, entry: Callable[[int], Path]) -> dict[Path, BlockReport]:
-        """The reports of all finished blocks, by their checkpoints: ``entry`` of each block."""
+        """All finished blocks' reports, by the path ``entry`` of each."""
         return {entry(index): self.report(index) for index in sorted(self.finished)}
 
     def last_activations(self, mesh: Mesh, before: int, windows: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
-        """The last block before ``before`` with undamaged saved hidden states, and these; None if there is no such block."""
+        """The last block before ``before`` with intact hidden states.
+
+        Returns the block and its hidden states; None if there is no such block.
+        """
         for index in reversed(range(before)):
-            if (found := self.activations(mesh, index, windows, name)) is not None:
-                return index, found
+            if (states := self.activations(mesh, index, windows, name)) is not None:
+                return index, states
         return None
 
     def activations(self, mesh: Mesh, index: int, windows: int, name: str = HIDDEN) -> Activations | None:
-        """This process's hidden states after a finished block; None if they are missing or damaged.
+        """This process's hidden states after a block; None if not intact.
 
         Args:
           mesh: may differ from the mesh that they were saved from.
@@ -324,16 +334,16 @@ class Journal:
         if not from_first(lambda: folder.is_dir() and not damage(folder)):
             return None
         wanted = held_rows(mesh, 0, windows)
-        values, found = None, np.zeros(len(wanted), bool)
+        values, filled = None, np.zeros(len(wanted), bool)
         for path in sorted(folder.glob("*.safetensors")):
             with read_here(path) as here, safetensors.safe_open(here, framework="np") as file:
                 rows = file.get_tensor("rows")
-                mine = np.isin(rows, wanted)
-                if name in file.keys():  # also if none is mine: a process without windows still needs their shape
-                    states, places = file.get_tensor(name), np.searchsorted(wanted, rows[mine])
+                own = np.isin(rows, wanted)
+                if name in file.keys():  # also if no row is its own: a process without windows still needs their shape
+                    states, places = file.get_tensor(name), np.searchsorted(wanted, rows[own])
                     values = np.empty((len(wanted), *states.shape[1:]), states.dtype) if values is None else values
-                    values[places], found[places] = states[mine], True
-        if not everywhere(bool(found.all())) or values is None:
+                    values[places], filled[places] = states[own], True
+        if not everywhere(bool(filled.all())) or values is None:
             return None
         return Activations(mesh, 0, windows, values)
 
@@ -346,7 +356,7 @@ class Journal:
 
 
 def _write_states(folder: Path, streams: Sequence[HiddenStates]) -> None:
-    """Writes the windows of this process that no process with a lower number holds, and their checksum."""
+    """Writes the windows that this process owns, and their checksum."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = _owned_rows(streams[0])
     if not len(rows) and not is_first():
@@ -360,7 +370,10 @@ def _write_states(folder: Path, streams: Sequence[HiddenStates]) -> None:
 
 
 def _owned_rows(activations: HiddenStates) -> np.ndarray:
-    """The windows that this process writes: the slices of the data axis whose lowest-numbered process is this one."""
+    """The windows that this process writes.
+
+    It writes the slices of the data axis in which no other process has a lower number.
+    """
     slices = [
         index
         for index, devices in enumerate(activations.mesh.devices)

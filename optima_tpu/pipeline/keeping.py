@@ -68,7 +68,7 @@ class Keep(Protocol):
     """Gives the result of a stage."""
 
     def __call__(self, stage: Stage[P, T], /, *inputs: P.args, **named: P.kwargs) -> T:
-        """The result of a stage, from its inputs, which are results of earlier stages."""
+        """The result of a stage, from the results of earlier stages."""
 
 
 def traced(run: Callable[[Keep], object]) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""Decides what fits on a device: the layout of a layer's Hessian, the rows solved at once, the Hessians held at once.
+"""Plans device memory: Hessian layouts, rows solved at once, passes.
 
 All of it follows from one budget in bytes. The memory for pruning the matrices that read one input is modelled as
 
@@ -82,7 +82,7 @@ class GroupLoad:
         return -(-self.rows // (mesh.shape[DATA] if split else mesh.size))
 
     def bytes(self, mesh: Mesh | AbstractMesh, split: bool, batch: int) -> float:
-        """Bytes on a device, with ``batch`` of its rows at once, by the equation of the module."""
+        """Bytes on a device for ``batch`` rows at once, see the module."""
         model = mesh.shape[MODEL]
         features = self.d_in / model if split else self.d_in
         # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
@@ -97,7 +97,9 @@ class GroupLoad:
         return self.footprint.split and self.d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
 
     def layout(self, mesh: Mesh, budget: float) -> RowLayout | None:
-        """The first layout that fits: a replicated Hessian and enough rows at once, a split one, then both with few rows.
+        """The first layout that fits the budget.
+
+        Tries a replicated Hessian and enough rows at once, then a split Hessian, then both with few rows.
 
         Args:
           budget: bytes that are left for the group on a device.
@@ -119,14 +121,14 @@ class GroupLoad:
 
 
 class Kept(NamedTuple):
-    """The layers whose inputs a pass keeps, of each stream: the passes behind it and the pruned block go on from these inputs."""
+    """The layers whose inputs a pass keeps for later, of each stream."""
 
     pruned: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
 
 
 class Pass(NamedTuple):
-    """A pass of the calibration tokens through a block, for layers whose Hessians are on the devices at the same time.
+    """A pass of tokens through a block, for layers whose Hessians fit at once.
 
     Attributes:
       groups: the layers, those that read one input together.
@@ -140,7 +142,9 @@ class Pass(NamedTuple):
 
 
 def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, budget: float) -> tuple[Pass, ...]:
-    """Divides the pruned layers of a block into passes whose Hessians fit a share of the budget; each group gets a layout.
+    """Divides a block's pruned layers into passes that fit the budget.
+
+    The Hessians of a pass fit a share of the budget. Each group gets a layout.
 
     Args:
       groups: layers that read the same input.
@@ -150,22 +154,26 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
       UserError: a layer does not fit the budget.
     """
     block = _Block(decoder.at(index), index, recipe, budget)
-    found = tuple(itertools.chain.from_iterable(map(block.passes, _parts(groups, recipe, block.prefix))))
-    return tuple(part._replace(kept=kept) for part, kept in zip(found, _kept_inputs(block.decoder, recipe, found)))
+    planned = tuple(itertools.chain.from_iterable(map(block.passes, _parts(groups, recipe, block.prefix))))
+    return tuple(part._replace(kept=kept) for part, kept in zip(planned, _kept_inputs(block.decoder, recipe, planned)))
 
 
 def _parts(groups: Groups, recipe: Recipe, prefix: str) -> list[Groups]:
-    """The pruned layers of a block that one pass is enough for if there is room: all, or with ``recapture`` those of one stage."""
+    """The parts of a block's pruned layers that need a pass each.
+
+    With enough memory one pass is enough for all layers, or with ``recapture`` for the layers of one stage.
+    """
     parts = (recipe.pruned_groups(part, prefix) for part in (in_sequence(groups) if recipe.recapture else (groups,)))
     return [part for part in parts if part]
 
 
 def _kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tuple[Kept, ...]:
-    """What each pass through the decoder's block keeps; nothing where inputs come from the block before it was pruned.
+    """The inputs that each pass through the decoder's block keeps.
 
-    The first pass behind attention, through the block as pruned so far, keeps the output of attention: no later layer changes it.
-    The last pass keeps the input of its layer, if it is one layer, for the pruned block. It does so on CPU devices only, which share
-    the memory of the host: on others the input, often the widest of the block, takes longer to move than to compute.
+    Passes keep nothing without ``recapture``: all inputs come from the dense block. With it, the first pass behind attention,
+    through the block as pruned so far, keeps the output of attention: no later layer changes it. The last pass keeps the input
+    of its layer, if it is one layer, for the pruned block. It does so on CPU devices only, which share the memory of the host:
+    on others the input, often the widest of the block, takes longer to move than to compute.
     """
     kept = [Kept()] * len(passes)
     if not recipe.recapture or not passes:
@@ -173,7 +181,7 @@ def _kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tu
     attended, (names, *others) = decoder.attended, passes[-1].groups
     first = decoder.linears.index(attended)
     behind = (all(decoder.linears.index(name) >= first for names in part.groups for name in names) for part in passes)
-    if (keeping := next((position for position, found in enumerate(behind) if found), None)) is not None:
+    if (keeping := next((position for position, is_behind in enumerate(behind) if is_behind), None)) is not None:
         kept[keeping] = Kept((attended,), (attended,))
     if not others and len(names) == 1 and expert_of(names[0]) is None and on_cpu(decoder.mesh):
         kept[-1] = kept[-1]._replace(pruned=tuple(dict.fromkeys((*kept[-1].pruned, *names))))
@@ -237,7 +245,7 @@ class _Block:
         return block_bytes(self.decoder, self.index)
 
     def _hessians(self, names: tuple[str, ...]) -> float:
-        """Bytes of a group's statistics, of the calibration and of the held-out tokens."""
+        """Bytes of a group's calibration and held-out statistics."""
         shapes, mesh = self.decoder.block_shapes, self.decoder.mesh
         residuals = aimed_residuals(self.decoder, self.recipe)
         d_in = shapes[names[0] + ".weight"][1]
@@ -245,7 +253,7 @@ class _Block:
         return 2 * 4 * rows * on_model_axis(mesh, d_in)
 
     def _layout(self, names: tuple[str, ...], together: float) -> RowLayout:
-        """The layout of a group in a pass whose statistics take ``together`` bytes."""
+        """A group's layout in a pass with ``together`` bytes of statistics."""
         load, mesh = group_load(self.decoder, names, self.recipe), self.decoder.mesh
         # The load counts the statistics of its own input once. But statistics that are split by columns are gathered into copies
         # while the originals stay. And a TPU that computes inverses alone needs about as much again for panels, which were not
@@ -297,17 +305,17 @@ class Fitted(NamedTuple):
 
     Attributes:
       passes: of every block.
-      told: what is split or done in parts, in words; empty if nothing is.
+      words: what is split or done in parts; empty if nothing is.
       states: bytes of a device for hidden states, and for the inputs that passes keep; 0 where they stay on the hosts.
     """
 
     passes: tuple[tuple[Pass, ...], ...]
-    told: str
+    words: str
     states: int = 0
 
 
 def fitted(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, windows: tuple[int, int], budget: float) -> Fitted:
-    """Fits a run to the devices. Hidden states stay there if the layers fit beside them.
+    """Fits a run to the devices, with its hidden states there if they fit.
 
     Args:
       groups: of every block.
@@ -330,9 +338,10 @@ def _fitted(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: 
 
 
 def _states_on_devices(decoder: Decoder, recipe: Recipe, windows: tuple[int, int], budget: float) -> int:
-    """The bytes of a device for the hidden states of a run, and for the inputs that passes keep; 0 where they stay on the hosts.
+    """A device's bytes for the hidden states and the kept inputs of a run.
 
-    So they do on CPU devices, whose memory is that of the host, and where they would take more than a quarter of the budget.
+    0 where they stay on the hosts: on CPU devices, which share the memory of the host, and where they would take more than a
+    quarter of the budget.
     """
     widths = [decoder.config.d_model]
     if recipe.recapture:
@@ -343,23 +352,26 @@ def _states_on_devices(decoder: Decoder, recipe: Recipe, windows: tuple[int, int
 
 
 def _of_windows(decoder: Decoder, windows: tuple[int, int], budget: float, token: float) -> int:
-    """The bytes of a device for ``token`` of each token of all windows; 0 where they would take more than a quarter of the budget."""
+    """A device's bytes for all windows, at ``token`` bytes a token.
+
+    0 where they would take more than a quarter of the budget.
+    """
     count, length = windows
     size = round((-(-count // decoder.mesh.shape[DATA]) + decoder.batch) * length * token)
     return 0 if size > _STATES_SHARE * budget else size
 
 
 def on_model_axis(mesh: Mesh | AbstractMesh, width: int) -> int:
-    """The part of an axis of an array that each device holds where it is split over the model axis, if that divides it."""
+    """A device's part of ``width``; all if the model axis cannot split it."""
     model = mesh.shape[MODEL]
     return width // model if width % model == 0 else width
 
 
 def kept_of_mixture(decoder: Decoder, down: str, windows: tuple[int, int], budget: float) -> int:
-    """The bytes of a device for what the removal of experts keeps there between its passes; 0 where passes compute it again.
+    """A device's bytes for what the removal of experts keeps between passes.
 
-    That is the hidden states, the output of attention, the inputs of the experts' down, and the output of the whole mixture. Passes
-    compute it again where it would take more than a quarter of the budget.
+    It keeps the hidden states, the output of attention, the inputs of the experts' down, and the output of the whole mixture. 0
+    where they would take more than a quarter of the budget: passes then compute them again.
 
     Args:
       down: the name of the experts' down, with ``*`` for their number.
@@ -377,20 +389,20 @@ def kept_of_mixture(decoder: Decoder, down: str, windows: tuple[int, int], budge
     return _of_windows(decoder, windows, budget, max(of_token(decoder.at(kind)) for kind in decoder.config.kinds))
 
 
-def described(found: Sequence[Pass], ordinary: int = 1) -> str:
-    """Describes in words what is split or done in parts; empty in the ordinary case.
+def described(passes: Sequence[Pass], ordinary: int = 1) -> str:
+    """Describes what is split or done in parts; empty if nothing is.
 
     Args:
-      found: the passes of a block.
+      passes: of a block.
       ordinary: the number of passes with enough memory.
     """
-    told: dict[str, None] = {}  # in the order of the layers, each once
-    for names, where in (pair for each in found for pair in zip(each.groups, each.layouts)):
+    texts: dict[str, None] = {}  # in the order of the layers, each once
+    for names, where in (pair for each in passes for pair in zip(each.groups, each.layouts)):
         words = ([] if where.rows is None else [f"{plural(where.rows, 'row')} at once"]) + [
             "Hessian split over model"
         ] * where.split
         if words:
-            told[f"{names[0]}: {', '.join(words)}"] = None
-    if len(found) > ordinary:
-        told[f"Hessians of a block in {plural(len(found), 'pass')}"] = None
-    return "; ".join(told)
+            texts[f"{names[0]}: {', '.join(words)}"] = None
+    if len(passes) > ordinary:
+        texts[f"Hessians of a block in {plural(len(passes), 'pass')}"] = None
+    return "; ".join(texts)

@@ -48,11 +48,11 @@ class Opened:
 
     @property
     def held_out(self) -> np.ndarray:
-        """The windows behind those that weights are fitted to, [windows, length] int32."""
+        """The held-out windows of the run, [windows, length] int32."""
         return self.texts.calibration.ids[self.config.calibration.fitted :]
 
     @property
     def checkpointed(self) -> bool:
-        """Whether the run directory has the pruned model. Every process asks."""
+        """Whether the run has its pruned model. Every process calls it."""
         done: bool = from_first(lambda: complete(self.directory / CHECKPOINT))
         return done

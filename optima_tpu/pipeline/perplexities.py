@@ -1,4 +1,4 @@
-"""The perplexities of a run's models on the evaluation text, with the loss of every token, and how the run directory keeps them.
+"""Measures a run's models on the evaluation text and keeps the results.
 
 RUN/dense.json          the dense model's perplexity, and the digests of the text and of the losses that belong to it
 RUN/dense_losses.npy    the loss of each token of the first windows
@@ -44,12 +44,12 @@ class KeptPerplexity(Record, frozen=True):
 
 
 def perplexity_steps(opened: Opened, decoder: Decoder) -> list[Step]:
-    """The steps of :func:`measured`, the same for every model of this shape."""
+    """The steps of :func:`measured`, equal for all models of this shape."""
     return text_steps(decoder, opened.texts.evaluation.ids, both=False)
 
 
 def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
-    """Measures a model on the evaluation text of a run. Every process calls it."""
+    """Measures a model on a run's evaluation text. Every process calls it."""
     ids = work.opened.texts.evaluation.ids
     losses = token_losses(decoder, ids, work.progress.advance, work.progress.advance)
     first = losses[: max(1, _SINGLE // ids.shape[1])].copy()  # a view would keep all of them
@@ -57,7 +57,10 @@ def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
 
 
 def kept_perplexity(directory: Path, ids: np.ndarray, model: str) -> KeptPerplexity | None:
-    """The record of an earlier start of a run on the text ``ids``; None if nothing was kept. Every process calls it."""
+    """The perplexity that an earlier start kept for the text ``ids``.
+
+    None if nothing was kept. Every process calls it.
+    """
     record = _kept(model).read(directory)
     return record if record and record.tokens == token_digest(ids) else None
 
@@ -72,7 +75,7 @@ def read_perplexity(directory: Path, ids: np.ndarray, model: str) -> TextPerplex
 
 
 def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> None:
-    """Writes what was measured into the run directory, unless it has it. Every process calls it.
+    """Saves a measured perplexity if it is new. Every process calls it.
 
     Raises:
       UserError: the disk is full or not writable.
@@ -92,7 +95,7 @@ def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> Non
 
 
 def changes(opened: Opened, dense: TextPerplexity, pruned: TextPerplexity) -> TokenChanges | None:
-    """The tokens of the evaluation text that got worse; None if a model's losses were not saved."""
+    """The evaluation tokens that got worse; None without saved losses."""
     if dense.losses is None or pruned.losses is None or dense.losses.shape != pruned.losses.shape:
         return None
     tokenizer, ids = load_tokenizer(opened.model.pretrained), opened.texts.evaluation.ids

@@ -1,4 +1,4 @@
-"""The programs of a run, as calls whose arguments have shapes, dtypes and shardings but no values."""
+"""The programs of a run, as calls with structs instead of values."""
 
 import functools
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from optima_tpu.runtime.mesh import DATA, ROWS, struct_on
 
 
 class Call(NamedTuple):
-    """A program of a run: a jitted function, and arguments that have shapes, dtypes and shardings but no values."""
+    """A jitted function of a run, and its arguments as structs."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -54,7 +54,7 @@ class Entering(NamedTuple):
 
     @classmethod
     def of(cls, decoder: Decoder, length: int, windows: int) -> "Entering":
-        """For a block of the decoder's kind, in a step over up to ``windows`` windows."""
+        """Structs for a block, in a step over up to ``windows`` windows."""
         mesh, size = decoder.mesh, windows_of_step(decoder, windows) * decoder.mesh.shape[DATA]
         dtype, positions = decoder.tensors.dtype(decoder.root + decoder.family.embedding), decoder.config.positions
         return cls(
@@ -96,11 +96,11 @@ class CalibrationCalls(NamedTuple):
     @property
     def distinct(self) -> tuple[Call, ...]:
         """The passes that are programs of their own."""
-        return tuple(call for place, call in enumerate(self.passes) if call not in self.passes[:place])
+        return tuple(call for index, call in enumerate(self.passes) if call not in self.passes[:index])
 
 
 def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, windows: int) -> CalibrationCalls:
-    """The programs of a step over ``windows`` windows, with both streams for a dense target.
+    """The programs of a step, with both streams for a dense target.
 
     Args:
       known: the inputs that earlier passes have kept.
@@ -120,10 +120,11 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
         )
         # Shapes alone: with shardings on a mesh that is not here, JAX would ask how every product is sharded.
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), passes[-1].arguments[1:])
-        found = jax.eval_shape(functools.partial(forward, decoder.graph), *shapes)[1]
+        layer_inputs = jax.eval_shape(functools.partial(forward, decoder.graph), *shapes)[1]
         inputs.append(
             jax.tree.map(
-                lambda array: struct_on(mesh, array.shape, array.dtype, P(DATA)), {name: found[name] for name in each.names}
+                lambda array: struct_on(mesh, array.shape, array.dtype, P(DATA)),
+                {name: layer_inputs[name] for name in each.names},
             )
         )
     weights = {name: parameter(decoder, name + ".weight") for name in adding.multiplied(decoder, energy=False)}
@@ -145,7 +146,7 @@ def pruning_call(
     held_out: bool,
     layout: RowLayout,
 ) -> Call:
-    """``prune_group`` for the layers ``names`` of a block, as the walk calls it."""
+    """``prune_group`` for layers of a block, as the walk calls it."""
     weights = tuple(parameter(decoder, name + ".weight") for name in names)
     given = tuple(Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
     (places,) = residual_names(decoder, (names,), recipe.target)

@@ -33,7 +33,7 @@ from optima_tpu.runtime.version import code_version
 
 
 def perplexity_files(model: str) -> tuple[str, str]:
-    """The two files of a model's perplexity in the run directory. ``model`` is "dense" or "pruned"."""
+    """The two files of the "dense" or "pruned" model's perplexity in a run."""
     return f"{model}.json", f"{model}_losses.npy"
 
 
@@ -47,27 +47,27 @@ _RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, LEFT_OUT, OUTCOME, CONTINUE
 
 
 def faults(directory: Path) -> dict[str, str]:
-    """What is wrong with each damaged file that a resume would read: name -> words such as "is missing".
+    """What is wrong with each damaged file: name -> "is missing" or the like.
 
-    Reads all of the checkpoint.
+    Checks the files that a resume would read. Reads all of the checkpoint.
     """
-    found = _wrong_records(directory)
+    wrong = _wrong_records(directory)
     if complete(directory / CHECKPOINT) and (why := checkpoint_damage(directory)):
-        found[CHECKPOINT] = f"is damaged: {why}"
-    return found
+        wrong[CHECKPOINT] = f"is damaged: {why}"
+    return wrong
 
 
 def _wrong_records(directory: Path) -> dict[str, str]:
-    there = [name for name in _RECORDS if (directory / name).exists()]
-    there += [path.relative_to(directory).as_posix() for path in files_in(directory / ASSETS)]
+    names = [name for name in _RECORDS if (directory / name).exists()]
+    names += [path.relative_to(directory).as_posix() for path in files_in(directory / ASSETS)]
     try:
         sums = listed(directory)
     except (BucketError, OutsideError):
         raise
     except UserError as error:
-        return {ALL: f"is damaged ({error})"} | dict.fromkeys(there, f"cannot be checked without {ALL}")
-    mine = {name: found for name, found in sums.items() if name in _RECORDS or name.startswith(f"{ASSETS}/")}
-    return changes(directory, mine) | {name: f"is not in {ALL}" for name in there if name not in sums}
+        return {ALL: f"is damaged ({error})"} | dict.fromkeys(names, f"cannot be checked without {ALL}")
+    own_sums = {name: recorded for name, recorded in sums.items() if name in _RECORDS or name.startswith(f"{ASSETS}/")}
+    return changes(directory, own_sums) | {name: f"is not in {ALL}" for name in names if name not in sums}
 
 
 class Verified(NamedTuple):
@@ -92,7 +92,7 @@ class Verified(NamedTuple):
 
 
 def verified(folder: Path) -> Verified:
-    """Compares every file below a run directory or an exported folder with its checksum.
+    """Compares the files of a run or exported folder with their checksums.
 
     Raises:
       UserError: nothing there was written by this program.
@@ -117,28 +117,32 @@ def verified(folder: Path) -> Verified:
         damaged |= {str(inside / name): why for name, why in changes(each).items()}
         for record in each.glob(SUMS.format("*")):
             compared |= {str(inside / name): size for name, (size, _) in known(each, record.name).items()}
-    whole = folders - {folder} if is_run else folders  # beside its folders a run has files that only people read
-    unlisted = [name for each in sorted(whole) for name in _unlisted(each, folder, compared)]
+    sealed = folders - {folder} if is_run else folders  # beside its folders a run has files that only people read
+    unlisted = [name for each in sorted(sealed) for name in _unlisted(each, folder, compared)]
     remedy = _remedy(folder) if damaged else ""
     return Verified(damaged, len(compared), sum(compared.values()), tuple(unlisted), remedy, left_over(folder))
 
 
-def _unlisted(whole: Path, folder: Path, compared: Mapping[str, int]) -> Iterator[str]:
-    """The names below ``folder`` of the files in ``whole``, a folder that was written in one step, that no checksum is for."""
-    for path in files_in(whole):
-        inside = path.relative_to(whole)
+def _unlisted(sealed: Path, folder: Path, compared: Mapping[str, int]) -> Iterator[str]:
+    """Yields the files without a checksum, as names below ``folder``.
+
+    Args:
+      sealed: a folder that was written in one step.
+    """
+    for path in files_in(sealed):
+        inside = path.relative_to(sealed)
         hidden = any(part.startswith(".") for part in inside.parts)
         if not hidden and not re.fullmatch(SUMS.format(r"\w+"), path.name) and str(path.relative_to(folder)) not in compared:
             yield str(path.relative_to(folder))
 
 
 def _remedy(folder: Path) -> str:
-    """What to type when a file of a run directory or of an exported folder is damaged."""
+    """What to type if a file of a run or of an exported folder is damaged."""
     if run := next((each for each in (folder, folder.parent) if (each / RUN).is_file()), None):
         record = known_record(run / RUN, RunRecord)
         # The folder may be a copy: the command must name the one that is damaged.
-        known = recorded_command({**record.configuration, "output": str(run)}) if record else ""
-        command = known or "the command that made the run"
+        recorded = recorded_command({**record.configuration, "output": str(run)}) if record else ""
+        command = recorded or "the command that made the run"
         code = record.manifest.get("code") if record else None
         if code not in (None, code_version()):  # a run goes on with the code that began it
             return (
@@ -151,7 +155,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _in_one_step(directory: Path) -> list[Path]:
-    """The folders of a run that appear in one step, each with the checksums of its files."""
+    """The folders of a run that appear in one step, each with checksums."""
     several = [path for name in _FOLDERS for path in (directory / name).glob("*_*") if not unfinished(path)]
     return [path for path in (directory / CHECKPOINT, directory / FOLDER, *several) if path.is_dir()]
 
@@ -161,9 +165,9 @@ def _in_unfinished(path: Path, folder: Path) -> bool:
 
 
 def mend(directory: Path, exported: bool = True) -> list[str]:
-    """Removes what is damaged in a run directory, so that the run makes it again. Returns a line on each.
+    """Removes damaged files of a run directory and returns a line on each.
 
-    Removes what killed programs left unfinished, too.
+    The run makes these files again. What killed programs left unfinished is removed too.
 
     Call it as the only program in the directory, after its manifest was compared. ``open_journal`` writes run.json again.
 
@@ -171,15 +175,15 @@ def mend(directory: Path, exported: bool = True) -> list[str]:
       exported: whether the run makes RUN/hf.
 
     Raises:
-      UserError: the allocation, or the choice of blocks that are left out, is damaged. Finished blocks are by it, and a new one might be
-        another.
+      UserError: the allocation, or the choice of blocks that are left out, is damaged. Finished blocks depend on it, and a
+        new one might differ.
     """
     remove_unfinished(directory)
-    found = faults(directory) if (directory / RUN).exists() else {}
+    wrong = faults(directory) if (directory / RUN).exists() else {}
     for name in (ALLOCATION, LEFT_OUT):
-        if name in found and finished_blocks(directory):
-            raise UserError(f"{directory / name} {found[name]}, and the run cannot be resumed; choose another --output")
-    lost = set(found) - {RUN}
+        if name in wrong and finished_blocks(directory):
+            raise UserError(f"{directory / name} {wrong[name]}, and the run cannot be resumed; choose another --output")
+    lost = set(wrong) - {RUN}
     if OUTCOME in lost:
         lost.add(CHECKPOINT)  # training again needs the blocks as they were pruned
     lost |= {name for pair in _PAIRS if lost & {*pair} for name in pair}
@@ -191,5 +195,5 @@ def mend(directory: Path, exported: bool = True) -> list[str]:
     # A flipped bit in a name leaves an entry without a file.
     forget(directory, [name for name in known(directory) if name in lost or not (directory / name).exists()])
     if exported and complete(directory / FOLDER) and (why := damage(directory / FOLDER)) not in ("", MISSING):
-        found[FOLDER] = f"is damaged: {why}"  # the export looks at what is in there before it removes it
-    return [f"{name} {why}; it is made again" for name, why in found.items()]
+        wrong[FOLDER] = f"is damaged: {why}"  # the export looks at what is in there before it removes it
+    return [f"{name} {why}; it is made again" for name, why in wrong.items()]

@@ -1,4 +1,4 @@
-"""One run, from a dense checkpoint to a pruned one, after the command line was read."""
+"""Does one run, from a dense checkpoint to a pruned one."""
 
 import contextlib
 import functools
@@ -58,7 +58,7 @@ def run(
     dense: TextPerplexity | None = None,
     summary: Summary = print_summary,
 ) -> Report:
-    """Prunes a model as ``config`` says, or resumes the same run where it was stopped.
+    """Prunes a model as ``config`` says, or resumes a stopped run.
 
     For a finished run it prints the summary again and changes nothing. All input is checked before the first block: model, mesh,
     pattern, texts, output.
@@ -84,8 +84,8 @@ def run(
             together(lambda: on_model(config, open_declared(config.model, config.dtype, config.batch, needed=WANTED).config))
         model = open_model_on_mesh(config)
     check_signals()
-    found = model.pretrained.config
-    config = together(lambda: on_model(config, found, console))
+    model_config = model.pretrained.config
+    config = together(lambda: on_model(config, model_config, console))
     # A pattern or a block that does not fit is refused before the texts are read.
     together(lambda: pruned_layers(config, without_last(model, config.cut.blocks).decoder))
     for kind in model.decoder.config.kinds:
@@ -95,7 +95,7 @@ def run(
 
 
 def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, dense: TextPerplexity | None = None) -> Opened:
-    """Checks that all inputs fit together and fit the devices, and prints what the run will do.
+    """Checks the inputs against each other and the devices; prints the run.
 
     Raises:
       UserError: pattern, rules, masks or allocation do not fit the model, a layer does not fit the devices, or the directory
@@ -112,7 +112,7 @@ def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, den
     if config.distill:
         refuse_large(Trainer(left, config.distill, budget), "--distill null")
     directory = prepare_directory(config.run_directory, manifest, to_dict(config))
-    greet(console, config, model, texts, directory, fit.told)
+    greet(console, config, model, texts, directory, fit.words)
     return Opened(config, model, texts, manifest, to_dict(config), directory, walk, dense)
 
 
@@ -153,7 +153,7 @@ def measuring(
 
 
 def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, summary: Summary = print_summary) -> Report:
-    """Does what is left of an opened run, prints the summary, and returns the report.
+    """Finishes an opened run, prints the summary and returns the report.
 
     Args:
       body: the stages.
@@ -179,7 +179,7 @@ def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, sum
 
 
 def finished_report(opened: Opened) -> Report | None:
-    """The report if the run has nothing left to do, else None. Compares the checksums of its files."""
+    """The report of a finished run whose files are intact, else None."""
     directory, config = opened.directory, opened.config
     report = known_record(directory / REPORT, Report)
     digest = token_digest(opened.texts.evaluation.ids)

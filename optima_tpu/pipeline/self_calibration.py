@@ -1,4 +1,4 @@
-"""Text that the dense model writes itself, alone or beside another text, and how a run saves what it wrote."""
+"""Lets the dense model write text for a run, and saves the text."""
 
 import dataclasses
 import io
@@ -34,32 +34,32 @@ ADVICE = (
 
 
 def written_windows(config: RunConfig) -> int:
-    """The number of windows that the dense model writes for a run; 0 for most runs."""
+    """The number of windows that the dense model writes for a run."""
     return _calibration_windows(config) + _training_windows(config)
 
 
 def _calibration_windows(config: RunConfig) -> int:
-    """How many of them are calibrated on or held out: the first ones."""
+    """How many written windows are calibrated on or held out: the first."""
     text = config.calibration
     return text.windows + text.held_out if _writes_all(config) else text.written
 
 
 def _training_windows(config: RunConfig) -> int:
-    """How many of them are trained on: the last ones."""
+    """How many written windows are trained on: the last ones."""
     if config.distill is None:
         return 0
     return config.distill.pass_windows if _writes_all(config) else config.distill.written
 
 
 def _writes_all(config: RunConfig) -> bool:
-    """Whether there is no other text."""
+    """Whether the model writes all of the calibration text."""
     return isinstance(parse_source(config.calibration.source), SelfGenerated)
 
 
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:
-    """The windows that the dense model writes, or that an earlier start of the run saved.
+    """The windows that the dense model writes, or wrote in an earlier start.
 
-    Those of the calibration come first, then those of the training. Every process calls it.
+    Calibration windows come first, then training windows. Every process calls it.
     A window begins with the tokenizer's BOS, or with its EOS if it has no BOS: in packed text this token precedes a document.
     After an EOS that the model draws, the next document begins in the same window: with a BOS if the tokenizer puts one before
     every text, otherwise with the next token that the model draws. Every window has its full length.
@@ -104,7 +104,10 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
 
 
 def keep_calibration(directory: Path, manifest: Mapping[str, Any], written: np.ndarray | None) -> None:
-    """Saves the text that the model wrote into the directory of its run: by rounding, another mesh might write other text."""
+    """Saves the model's own text in the directory of its run.
+
+    On another mesh the model might write other text, by rounding.
+    """
     if written is not None and _kept(directory, manifest) is None:
         file = io.BytesIO()
         np.save(file, written)
@@ -112,14 +115,14 @@ def keep_calibration(directory: Path, manifest: Mapping[str, Any], written: np.n
 
 
 def generated_by(config: RunConfig) -> Mapping[str, Any]:
-    """The manifest's entry for windows that the model wrote, in addition to their digests; empty where it writes none."""
+    """The manifest's entry for written windows; empty if there are none."""
     training = _training_windows(config)
-    told = dataclasses.asdict(config.calibration) | ({"training": training} if training else {})
-    return {"generated": told} if written_windows(config) else {}
+    settings = dataclasses.asdict(config.calibration) | ({"training": training} if training else {})
+    return {"generated": settings} if written_windows(config) else {}
 
 
 def _kept(directory: Path, wanted: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> np.ndarray | None:
-    """The windows that a run saved; None if there is no run, or if they or its record are damaged.
+    """The windows that a run saved; None if missing or damaged.
 
     Raises:
       UserError: the run's windows have another source, or were made with other settings than ``wanted["generated"]``.

@@ -1,4 +1,4 @@
-"""Measures how fast a dense and a cut model compute on this machine, in this program's own forward pass."""
+"""Measures the speed of this program's forward pass, dense and cut."""
 
 import functools
 import time
@@ -34,7 +34,9 @@ _SHARE = 0.25
 
 
 def speed(model: Model, cut: Decoder, budget: float) -> Speed:
-    """Measures both models, on one window for each slice of the data axis. Every process calls it.
+    """Measures both models, with one window for each slice of the data axis.
+
+    Every process calls it.
 
     Args:
       model: the dense one.
@@ -62,7 +64,7 @@ def speed(model: Model, cut: Decoder, budget: float) -> Speed:
 
 
 def _turn(decoder: Decoder, windows: int, length: int, written: int) -> Callable[[], Rates]:
-    """Loads a model. Returns what reads and writes the tokens of a turn, always the same ones."""
+    """Loads a model; returns a function that times the tokens of a turn."""
     model, program = load(decoder, length), jax.jit(functools.partial(step, decoder), donate_argnums=1)
     tokens = np.random.default_rng(0).integers(0, decoder.config.vocab, (windows, length - written), np.int32)
     prompt, one = (place(decoder.mesh, each, P(DATA)) for each in (tokens, tokens[:, :1]))
@@ -94,9 +96,9 @@ def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
         return None
     dense = opened.model.decoder
     narrow = Decoder.open(exported.config(), exported.source, dense.mesh, dense.batch)
-    found = speed(opened.model, narrow, device_budget(opened.config.device_memory))
-    MEASURED.write(opened.directory, found)
-    return found
+    measured = speed(opened.model, narrow, device_budget(opened.config.device_memory))
+    MEASURED.write(opened.directory, measured)
+    return measured
 
 
 SPEED = Stage(

@@ -79,7 +79,7 @@ class Results(NamedTuple):
 
 
 def _open(work: StageWork) -> Journal:
-    """Writes what a resume must agree with into the run directory. From here on the run can be resumed."""
+    """Opens the journal. From here on the run can be resumed."""
     opened, progress = work.opened, work.progress
     journal = open_journal(
         opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
@@ -113,8 +113,8 @@ def _measure_dense(work: StageWork) -> TextPerplexity:
 def _steps_of(model: str, read: Callable[[Opened], Model]) -> Callable[[Opened], list[Step]]:
     def steps(opened: Opened) -> list[Step]:
         given = model == "dense" and opened.dense  # as by a sweep, whose cells share it
-        known = given or kept_perplexity(opened.directory, opened.texts.evaluation.ids, model)
-        return [] if known else perplexity_steps(opened, read(opened).decoder)
+        saved = given or kept_perplexity(opened.directory, opened.texts.evaluation.ids, model)
+        return [] if saved else perplexity_steps(opened, read(opened).decoder)
 
     return steps
 
@@ -144,7 +144,7 @@ SINKS = Stage("opening the sinks", _open_sinks)
 
 
 def unfinished(opened: Opened) -> list[int]:
-    """The blocks that are still to be pruned, by what is in the run directory."""
+    """The blocks that are not pruned yet, according to the run directory."""
     done = from_first(lambda: finished_blocks(opened.directory))
     blocks = [] if opened.checkpointed else range(len(kept_by(opened)))
     return [index for index in blocks if index not in done]
@@ -156,7 +156,7 @@ def count_blocks(opened: Opened) -> int:
 
 
 def count_finished(opened: Opened) -> int:
-    """The number of blocks that are pruned already, by what is in the run directory."""
+    """The number of pruned blocks, according to the run directory."""
     return count_blocks(opened) - len(unfinished(opened))
 
 
@@ -167,7 +167,7 @@ def _pruning_steps(opened: Opened) -> list[Step]:
 
 
 def read_pruned(work: StageWork, journal: Journal, *inputs: Any) -> Journal | None:
-    """The journal where the run directory has a checkpoint, which refers to every block of it."""
+    """The journal if the run has a checkpoint, which refers to all blocks."""
     return journal if from_first(lambda: checkpointed_blocks(work.opened.directory)) is not None else None
 
 
@@ -218,9 +218,9 @@ CHECKPOINTING = Stage("writing the checkpoint", _write_checkpoint, _read_checkpo
 
 
 def _measure_pruned(work: StageWork, pruned: PrunedModel) -> TextPerplexity:
-    found = measured(work, pruned.decoder)
-    keep_perplexity(work.opened, "pruned", found)
-    return found
+    perplexity = measured(work, pruned.decoder)
+    keep_perplexity(work.opened, "pruned", perplexity)
+    return perplexity
 
 
 PRUNED_PERPLEXITY = Stage(
@@ -329,14 +329,14 @@ def _text(source: str, tokens: Tokens) -> TextFacts:
 
 
 def _weighed_layers(opened: Opened) -> list[str]:
-    """Names, inside a block, of the layers for which the target weighs tokens."""
+    """The layers for which the target weighs tokens, by names in a block."""
     decoder = opened.model.decoder
     names = decoder.family.residuals if opened.config.recipe.target.weigh_tokens else ()
     return [name for name in names if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)]
 
 
 def _sizes(opened: Opened) -> FileSizes:
-    """Bytes of the source's files and tensors, of the exported weights, and of everything that the run leaves in its directory."""
+    """Bytes of the source, the exported weights and the run directory."""
     pretrained, directory = opened.model.pretrained, opened.directory
     left = {} if in_bucket(directory) else {path.name: size_on_disk(path) for path in sorted(directory.iterdir())}
     exported = weights_on_disk(directory / FOLDER) if opened.config.export else None

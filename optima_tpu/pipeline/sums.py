@@ -1,4 +1,4 @@
-"""What a calibration sums over the tokens that pass through a block, and the program that adds a batch to it."""
+"""The sums of a calibration pass, and the program that adds a batch."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ class Capture:
 
 
 class ResidualNames(NamedTuple):
-    """The names under which the residual stream around a group of layers is sown.
+    """The sown names of the residual stream around a group of layers.
 
     Attributes:
       before: for every layer of the group, the stream that its output is added to, or None; empty if the drift of the residual
@@ -58,21 +58,21 @@ class ResidualNames(NamedTuple):
 
 
 def residual_names(decoder: Decoder, groups: Groups, target: Target) -> tuple[ResidualNames | None, ...]:
-    """For each group, the parts of the residual stream that :func:`add_batch` reads; None without a drift."""
+    """The names of each group's residual stream; None without a drift."""
     if not target.dense_stream:
         return (None,) * len(groups)
-    found = []
+    sown = []
     for names in groups:
         around = [decoder.family.residuals.get(name) for name in names]
-        before = tuple(None if place is None else place.before for place in around) if target.gamma else ()
+        before = tuple(None if each is None else each.before for each in around) if target.gamma else ()
         shared = around[0] if target.weigh_tokens and len(set(around)) == 1 else None
-        found.append(ResidualNames(before, None if shared is None else shared.after))
-    return tuple(found)
+        sown.append(ResidualNames(before, None if shared is None else shared.after))
+    return tuple(sown)
 
 
 @dataclasses.dataclass(frozen=True)
 class SumsProgram:
-    """The program that adds a batch to the sums of a pass: the static part of :func:`add_batch`.
+    """The static part of :func:`add_batch`: the program that adds a batch.
 
     Attributes:
       groups: the groups whose inputs are accumulated, those that are :func:`alike` together.
@@ -93,7 +93,7 @@ class SumsProgram:
         return cls(decoder.mesh, groups, residuals, borrows)
 
     def multiplied(self, decoder: Decoder, energy: bool) -> tuple[str, ...]:
-        """The layers whose dense weights :func:`add_batch` multiplies the drift with."""
+        """The layers whose dense weights :func:`add_batch` multiplies."""
         drifting = [groups for groups, places in zip(self.groups, self.residuals) if places is not None]
         return tuple(name for groups in drifting for names in groups if energy or few_outputs(decoder, names) for name in names)
 
@@ -129,7 +129,7 @@ def add_batch(
         names = groups[0]
         experts = tuple(number for name, *_ in groups if (number := expert_of(name)) is not None)
         if experts:
-            read = [found[names[0]] for found in inputs[: 1 if places is None else 2]]
+            read = [stream[names[0]] for stream in inputs[: 1 if places is None else 2]]
             matrices = tuple(jnp.stack([weights[name] for name in layers]) for layers in zip(*groups) if weights)
             statistics.append(add_routed(program.mesh, experts, before, read, valid, matrices))
             totals.append(total)
@@ -146,7 +146,9 @@ def add_batch(
 
 
 class _Seen(NamedTuple):
-    """The inputs of a group in one batch, zero for tokens without an input; with a second stream also the difference.
+    """The inputs of a group in one batch, 0 for tokens without an input.
+
+    With a second stream also the difference.
 
     Attributes:
       x: [batch, length, d_in] in the model's dtype.
@@ -177,8 +179,8 @@ def _seen(
         return _Seen(weighed(x), jnp.any(x != 0, axis=-1), scale=scale)
     pruned, dense = inputs
     x, other = (stream[name] * mask for stream in inputs)
-    routed, there = (jnp.any(array != 0, axis=-1) for array in (x, other))
-    both = (routed & there)[..., None]
+    routed, dense_routed = (jnp.any(array != 0, axis=-1) for array in (x, other))
+    both = (routed & dense_routed)[..., None]
     lost = [None if before is None else jnp.where(both, dense[before] - pruned[before], 0) for before in places.before]
     difference = jnp.where(both, other - x, 0)
     return _Seen(
@@ -187,7 +189,7 @@ def _seen(
 
 
 def _scale(places: ResidualNames | None, inputs: Sequence[Mapping[str, Array]], valid: Array) -> Array | None:
-    """The factor of each token's input, the root of its weight, [batch, length] float32; None if all tokens weigh alike."""
+    """The root of each token's weight, float32; None if all weigh alike."""
     if places is None or places.after is None:
         return None
     return jnp.where(valid[:, None], inverse_norm(inputs[-1][places.after]), 0)
@@ -212,13 +214,13 @@ def _add_drift(mesh: Mesh, drift: Drift, names: tuple[str, ...], seen: _Seen, we
 
 
 def inverse_norm(stream: Array) -> Array:
-    """One over the root mean square of every token, [batch, length] float32; 0 for a token that is 0."""
+    """``1 / rms`` of every token, [batch, length] float32; 0 if rms is 0."""
     square = jnp.mean(jnp.square(stream.astype(jnp.float32)), axis=-1)
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def sums_of(decoder: Decoder, program: SumsProgram, energy: bool = False) -> Sums:
-    """The shapes and shardings of :class:`Sums`, as :func:`struct_on` returns them."""
+    """The structs of :class:`Sums`, from :func:`struct_on`."""
 
     def of(groups: Groups, places: ResidualNames | None) -> TokenStatistics:
         one = statistics_of(decoder, groups[0], places, energy)
@@ -239,7 +241,7 @@ def sums_of(decoder: Decoder, program: SumsProgram, energy: bool = False) -> Sum
 def statistics_of(
     decoder: Decoder, names: tuple[str, ...], places: ResidualNames | None, energy: bool = False
 ) -> TokenStatistics:
-    """The shapes and shardings of a group's statistics, as :func:`struct_on` returns them.
+    """The structs of a group's statistics, from :func:`struct_on`.
 
     Args:
       names: the group's layers.
@@ -264,10 +266,11 @@ def statistics_of(
 
 
 def few_outputs(decoder: Decoder, names: tuple[str, ...]) -> bool:
-    """Whether the drift of a group's outputs takes fewer operations than that of its inputs: two products with few rows for one.
+    """Whether the drift costs less over a group's outputs than its inputs.
 
-    So it does on an accelerator, where a layer has thousands of outputs. Where devices share the inputs of the layer, the first product
-    is summed over the model axis, as in the layer's own forward pass.
+    Two products with as many rows as outputs then take fewer operations than one with as many rows as inputs. This saves time
+    on an accelerator, where a layer has thousands of outputs. Where devices share the inputs of the layer, the first product is
+    summed over the model axis, as in the layer's own forward pass.
     """
     shapes = [decoder.block_shapes[name + ".weight"] for name in names]
     return expert_of(names[0]) is None and 2 * sum(rows for rows, _ in shapes) < shapes[0][1]

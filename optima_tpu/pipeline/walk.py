@@ -1,4 +1,4 @@
-"""The walk over the blocks: calibrate, choose masks, solve, accept, save, pass the hidden states through the pruned block."""
+"""The walk: calibrates, prunes and saves one block after the other."""
 
 import dataclasses
 import functools
@@ -73,13 +73,16 @@ class Walk:
 
     @functools.cached_property
     def last(self) -> int:
-        """The last block with a layer that is pruned: no block behind it reads the text. -1 if no layer is pruned."""
+        """The last block with a pruned layer; -1 if no layer is pruned.
+
+        No block behind it reads the text.
+        """
         blocks = reversed(range(self.decoder.config.blocks))
         return next((each for each in blocks if self.recipe.pruned_groups(self.groups[each], self.decoder.prefix(each))), -1)
 
 
 class WholeDense(NamedTuple):
-    """The dense model with the blocks that the walk's decoder is without. Its stream passes them too.
+    """The dense model with all blocks, through which its stream passes.
 
     Attributes:
       decoder: of all blocks.
@@ -90,7 +93,7 @@ class WholeDense(NamedTuple):
     kept: tuple[int, ...]
 
     def before(self, index: int) -> range:
-        """The blocks that are left out between the walk's block ``index`` and the one before it."""
+        """The left-out blocks just before the walk's block ``index``."""
         return range(self.kept[index - 1] + 1 if index else 0, self.kept[index])
 
 
@@ -128,7 +131,7 @@ class PrunedBlock(NamedTuple):
 def prune_model(
     walk: Walk, tokens: np.ndarray, journal: Journal, progress: Progress, saved: Callable[[], None] = lambda: None
 ) -> None:
-    """Prunes the blocks that the journal does not hold, one after the other, and saves them there.
+    """Prunes the blocks that the journal lacks and saves them in it.
 
     Args:
       tokens: [windows + held out, length] int32, the calibration set and the held-out windows after it.
@@ -177,7 +180,9 @@ def _prune_blocks(
 
 
 def solver_calls(walk: Walk, missing: Sequence[int], windows: int) -> dict[str, list[Call]]:
-    """The programs that choose masks and solve, by the kind of their step: of the first block of each kind that is to be pruned.
+    """The programs that choose masks and solve, by the kind of their step.
+
+    They prune the first missing block of each kind.
 
     Args:
       windows: the number of all windows.
@@ -207,8 +212,10 @@ def _solved_together(
 
 
 def block_steps(walk: Walk, index: int) -> list[Step]:
-    """The parts of a block's pruning that are measured one by one. A block that stays dense has only the last two, behind the last
-    pruned one the last alone."""
+    """The parts of a block's pruning that are measured one by one.
+
+    A block that stays dense has only the last two. A block behind the last pruned one has only the last.
+    """
     parts = [step for part, _ in _passes(walk, index) for step in (_calibrating(walk, index, part), *map(_solving, part.groups))]
     passing = [_passing(walk, index)] if index <= walk.last else []
     return [*parts, *passing, Step(WRITING, block_bytes(walk.decoder, index))]
@@ -233,7 +240,7 @@ def _passing(walk: Walk, index: int) -> Step:
 
 
 def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams: Streams) -> PrunedBlock:
-    """Calibrates a block, prunes it, and passes the hidden states through the pruned block.
+    """Calibrates and prunes a block, and passes the hidden states on.
 
     The Hessians come from the dense block, which reads the output of the pruned blocks before it, as in the paper. One pass
     accumulates them, or several passes if not all Hessians fit on the devices. With ``recapture`` each part of
@@ -262,9 +269,9 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         if capture.advance or any(part.kept):  # a run that goes on makes the pass again for what it leaves
             seconds += time.monotonic() - started
         known = [stream.found for stream in entering]
-        found = prune_groups(walk, index, block.parameters, part, tokens)
-        block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
-        del tokens, found  # frees their memory before the next statistics are made
+        added = prune_groups(walk, index, block.parameters, part, tokens)
+        block = PrunedBlock(added.parameters, block.masks | added.masks, block.layers + added.layers, block.scales | added.scales)
+        del tokens, added  # frees their memory before the next statistics are made
     started = time.monotonic()
     walk.begin(_passing(walk, index).kind, "passing the text on through the pruned block")
     walk.decoder.apply(index, block.parameters, streams.pruned, known=known[0])
@@ -274,7 +281,10 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
 
 
 def _passes(walk: Walk, index: int) -> tuple[tuple[Pass, Capture], ...]:
-    """The passes of :func:`prune_block`, and what each accumulates; the last one also moves the dense stream through the block."""
+    """The passes of :func:`prune_block`, and what each accumulates.
+
+    The last pass also moves a dense stream through the block.
+    """
     recipe, target = walk.recipe, walk.recipe.target
     parts = block_passes(walk.decoder, index, walk.groups[index], recipe, walk.budget)
     return tuple(
@@ -291,10 +301,10 @@ def _entering(walk: Walk, index: int, stream: Stream, kept: Sequence[str]) -> St
 def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden: HiddenStates, dense: bool) -> None:
     """Passes one stream through a block as :func:`prune_block` did, in place.
 
-    With the same programs, over the same batches: the compiler rounds another program otherwise on a mesh of several devices.
+    Runs the same programs over the same batches: on a mesh of several devices XLA may round another program differently.
 
     Args:
-      parameters: the block's, as pruned or, for the dense stream, dense.
+      parameters: of the pruned block or, for the dense stream, of the dense block.
     """
     known: Mapping[str, HiddenStates] = {}
     passes = _passes(walk, index)
@@ -323,17 +333,17 @@ def prune_groups(
         walk.ahead.wait(_solving(names).kind)
         for together, patterns in _solved_together(walk.recipe, names, prefix):
             weights = tuple(parameters[name + ".weight"] for name in together)
-            mine = [names.index(name) for name in together]
-            found = prune_group(
+            indices = [names.index(name) for name in together]
+            matrices = prune_group(
                 weights,
-                TokenSets(*(each and each.of(mine) for each in _informative(sets))),
+                TokenSets(*(each and each.of(indices) for each in _informative(sets))),
                 _given(walk, prefix, together, weights),
                 walk.recipe,
                 patterns,
                 RowSharding(walk.decoder.mesh, layout),
             )
-            reports += _report(walk, index, together, found, sets.calibration)
-            for name, old, matrix in zip(together, weights, found):
+            reports += _report(walk, index, together, matrices, sets.calibration)
+            for name, old, matrix in zip(together, weights, matrices):
                 # Gather to a replicated array first: XLA cannot reshard from rows over all devices to columns directly and warns.
                 gathered = jax.device_put(matrix.weight, NamedSharding(walk.decoder.mesh, P()))
                 parameters[name + ".weight"] = jax.device_put(gathered, old.sharding)
@@ -345,22 +355,22 @@ def prune_groups(
 
 def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, ...]) -> tuple[TokenSets[TokenStatistics], ...]:
     """The statistics of each group's input on both sets of tokens."""
-    found = (
+    by_set = (
         accumulate(walk.decoder, index, each, [stream.part(first, last) for stream in streams])
         for each, first, last in _sets(walk, capture, len(streams[0].hidden))
     )
-    return tuple(itertools.starmap(TokenSets, zip(*found)))
+    return tuple(itertools.starmap(TokenSets, zip(*by_set)))
 
 
 def _sets(walk: Walk, capture: Capture, total: int) -> Iterator[tuple[Capture, int, int]]:
-    """What is accumulated on the calibration windows, and on the held-out ones behind them, if there are any."""
+    """Yields capture and range of the calibration and held-out windows."""
     yield capture, 0, walk.windows
     if walk.windows < total:
         yield dataclasses.replace(capture, energy=capture.target.dense_stream, borrow=0.0), walk.windows, total
 
 
 def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]:
-    """Replaces a Hessian of zero by the identity: an expert that got no token is then pruned by magnitude."""
+    """Replaces a zero Hessian by the identity, which prunes by magnitude."""
     hessian = sets.calibration.hessian
     if fetch(jnp.trace(hessian)) > 0:
         return sets
@@ -369,7 +379,7 @@ def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]
 
 
 def _given(walk: Walk, prefix: str, names: tuple[str, ...], weights: tuple[Array, ...]) -> tuple[Given[Array], ...] | None:
-    """The imported masks of some layers, on the mesh; None if a selector makes the masks."""
+    """The imported masks of some layers; None if a selector makes them."""
     if walk.given is None:
         return None
     read = tuple(walk.given(prefix + name + ".weight", (len(weight), weight.shape[1])) for name, weight in zip(names, weights))
@@ -377,31 +387,31 @@ def _given(walk: Walk, prefix: str, names: tuple[str, ...], weights: tuple[Array
 
 
 def _report(
-    walk: Walk, index: int, names: tuple[str, ...], found: tuple[PrunedMatrix, ...], statistics: TokenStatistics
+    walk: Walk, index: int, names: tuple[str, ...], matrices: tuple[PrunedMatrix, ...], statistics: TokenStatistics
 ) -> list[LayerReport]:
-    """The reports of some layers that read one input, for the journal and the terminal.
+    """The reports of some layers of one input. Calls ``walk.tell`` with each.
 
     Raises:
       UserError: a selector's weights are not finite.
     """
-    kept = [jnp.sum(matrix.keep, dtype=jnp.int32) for matrix in found]
+    kept = [jnp.sum(matrix.keep, dtype=jnp.int32) for matrix in matrices]
     diagonal, tokens, kept, rows = fetch(
-        (jnp.diagonal(statistics.hessian), statistics.tokens, kept, [matrix.rows for matrix in found])
+        (jnp.diagonal(statistics.hessian), statistics.tokens, kept, [matrix.rows for matrix in matrices])
     )
     refuse_broken(walk.decoder.prefix(index), names, rows)
     corrected = walk.decoder.family.residuals if walk.recipe.target.gamma else ()
     reports = []
-    for name, matrix, left, happened in zip(names, found, kept, rows):
+    for name, matrix, left, outcomes in zip(names, matrices, kept, rows):
         (d_out, d_in), alive_inputs = matrix.keep.shape, int(live_diagonal(diagonal).sum())
         others = {"block": index, "name": name, "dead_inputs": d_in - alive_inputs, "tokens": int(tokens)}
         others["corrects_stream"] = name in corrected
-        reports.append(layer_report(happened, (d_out, d_in), int(left), others))
+        reports.append(layer_report(outcomes, (d_out, d_in), int(left), others))
         walk.tell(reports[-1])
     return reports
 
 
 def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal, progress: Progress) -> Streams:
-    """The hidden states that enter a block: from the journal, or computed through the blocks before it."""
+    """The hidden states that enter a block, loaded or computed again."""
     decoder = walk.decoder
     first, hidden = _saved_states(walk, tokens, index, journal, HIDDEN)
     if first < index:
@@ -423,7 +433,7 @@ def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal
 
 
 def _pass_left_out(walk: Walk, index: int, dense: HiddenStates | None) -> None:
-    """Passes the dense stream through the blocks that are left out before the walk's block ``index``."""
+    """Passes the dense stream through the left-out blocks before ``index``."""
     if walk.whole is None or dense is None:
         return
     for block, parameters in zip(walk.whole.before(index), walk.whole.decoder.blocks(walk.whole.before(index))):
@@ -431,7 +441,10 @@ def _pass_left_out(walk: Walk, index: int, dense: HiddenStates | None) -> None:
 
 
 def _saved_states(walk: Walk, tokens: np.ndarray, index: int, journal: Journal, name: str) -> tuple[int, HiddenStates]:
-    """The last block up to ``index`` whose input is saved, and this input; block 0 and the embeddings if none is."""
+    """The last block up to ``index`` with a saved input, and this input.
+
+    Block 0 and the embeddings if none is saved.
+    """
     decoder = walk.decoder
     block, hidden = journal.last_activations(decoder.mesh, index, len(tokens), name) or (-1, decoder.embed(tokens))
     return block + 1, hidden.on_devices(decoder.batch) if walk.resident else hidden
