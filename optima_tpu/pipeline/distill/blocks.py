@@ -1,12 +1,12 @@
-"""The blocks of a model while they are trained: what moves, what is held, and the programs that every block runs.
+"""The blocks of a model in training, and the programs that they run.
 
-The backward pass goes block by block. On CPU devices a block's forward pass keeps what its backward pass reads, for as many blocks as
-memory has room for. Otherwise the forward pass is done again inside the backward pass, from the block's input, so that of a batch of
-windows only the inputs of the blocks are kept (rematerialisation at every block). All blocks run the same compiled programs, whatever
-the depth of the model.
+The backward pass goes block by block. On CPU devices a block's forward pass keeps what its backward pass reads, for as many
+blocks as memory has room for. Otherwise the backward pass does the forward pass again, from the block's input, so that of a
+batch of windows only the inputs of the blocks are kept (rematerialisation at every block). All blocks run the same compiled
+programs, whatever the depth of the model.
 
-Masters, moments and gradients are float32 and split over all devices of the mesh. A block gathers what its forward pass wants and
-rounds it to the checkpoint's dtype; its gradient is reduced back to the same shards.
+Masters, moments and gradients are float32 and split over all devices of the mesh. A block gathers what its forward pass wants
+and rounds it to the checkpoint's dtype; its gradient is reduced back to the same shards.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class TrainedBlock(NamedTuple):
     """A block that is trained.
 
     Attributes:
-      masters: what moves, float32, by name inside the block.
+      masters: the parameters that move, float32, by name inside the block.
       fixed: the other parameters, in the checkpoint's dtype.
-      keep: of the pruned weights, bool, True where a weight stays.
+      keep: masks of the pruned weights, bool, True where a weight stays.
     """
 
     masters: Tree
@@ -76,7 +76,7 @@ class Trainer:
 
     @functools.cached_property
     def factors(self) -> Mapping[str, float]:
-        """The learning rate of every parameter that moves, as a multiple of the method's."""
+        """Multiples of the learning rate, for the parameters that move."""
         shapes, experts = self.decoder.block_shapes, self.decoder.family.experts
         kinds: dict[Kind, set[str]] = {
             "weights": {name + ".weight" for name in self.decoder.linears},
@@ -84,23 +84,23 @@ class Trainer:
             "norms": {name for name, shape in shapes.items() if len(shape) == 1 or name.endswith("norm.weight")},
             "routers": set(experts.router) if isinstance(experts, ExpertNames) else set(),
         }
-        found = {name: sum(self.method.factor(kind) for kind, names in kinds.items() if name in names) for name in shapes}
-        return {name: factor for name, factor in found.items() if factor}
+        multiples = {name: sum(self.method.factor(kind) for kind, names in kinds.items() if name in names) for name in shapes}
+        return {name: factor for name, factor in multiples.items() if factor}
 
     def shards(self, name: str) -> NamedSharding:
-        """How a master and all that belongs to it are split: over all devices that divide it."""
+        """How a master, its mask and its moments are split over devices."""
         shape = self.decoder.block_shapes[name]
         return NamedSharding(self.decoder.mesh, spread(self.decoder.mesh, shape, self.decoder.sharding(name)))
 
     @property
     def accumulates(self) -> bool:
-        """Whether a step takes several batches: their gradients add up, so that those of all blocks exist at a time."""
+        """Whether a step adds up the gradients of all blocks over batches."""
         windows = min(self.method.batch, self.method.pass_windows)
         return windows > self.decoder.batch * self.decoder.mesh.shape[DATA]
 
     @property
     def idle(self) -> str:
-        """Which slices of the data axis have no window in a step, and what to type; empty if all have one."""
+        """A note on data slices without a window; empty if all have one."""
         windows, slices = min(self.method.batch, self.method.pass_windows), self.decoder.mesh.shape[DATA]
         if windows >= slices:
             return ""
@@ -111,9 +111,10 @@ class Trainer:
         )
 
     def bytes_on_device(self) -> int:
-        """What the blocks take on each device, at most.
+        """Bytes that the blocks take on each device, at most.
 
-        Master, two moments and a mask of each, in float32 but for the mask; the gradients that exist at a time; the rest as it is.
+        These are the master, two moments and the mask of each parameter that moves, in float32 except for the mask; the
+        gradients that exist at a time; and the other parameters as they are.
         """
         trainers = [self.at(index) for index in range(self.decoder.config.blocks)]
         gradients = [4 * trainer._moving for trainer in trainers]
@@ -121,9 +122,10 @@ class Trainer:
 
     @property
     def room(self) -> float:
-        """Bytes on each device in which blocks keep what their backward passes read.
+        """Bytes on each device for what blocks keep for backward passes.
 
-        0 but for CPU devices: by the TPU's compiler, moving it takes longer than doing the forward pass again.
+        0 except on CPU devices: by the estimate of the TPU's compiler, moving it takes longer than doing the forward pass
+        again.
         """
         return max(0.0, self.budget - self.bytes_on_device()) if on_cpu(self.decoder.mesh) else 0.0
 
@@ -134,7 +136,7 @@ class Trainer:
 
     @functools.cached_property
     def _bytes_of_a_block(self) -> int:
-        """Without the gradient."""
+        """Bytes of a block on each device, without the gradient."""
         return bytes_on_device(*jax.tree.leaves(self.struct()))
 
     def open(self, parameters: Mapping[str, Array], keep: Mapping[str, np.ndarray | Array]) -> TrainedBlock:
@@ -150,7 +152,10 @@ class Trainer:
         return TrainedBlock(masters, fixed, masks, _start(masters))
 
     def struct(self) -> TrainedBlock:
-        """Shapes, dtypes and shardings of a block from :meth:`open` whose matrices all have masks; no weight is read."""
+        """Shapes, dtypes and shardings of a block from :meth:`open`.
+
+        All its matrices have masks. No weight is read.
+        """
 
         def split(name: str, dtype: Any) -> Array:
             return struct_on(self.decoder.mesh, self.decoder.block_shapes[name], np.dtype(dtype), self.shards(name).spec)
@@ -167,7 +172,7 @@ class Trainer:
         return TrainedBlock(masters, fixed, keep, started._replace(count=count, mu=masters, nu=masters))
 
     def place(self, name: str, array: np.ndarray) -> Array:
-        """An array of the host with the shape of a master, split as the master is."""
+        """Splits an array of the host like the master of the same shape."""
         return jax.make_array_from_callback(array.shape, self.shards(name), lambda index: array[index])
 
     def zeros(self) -> Tree:
@@ -193,34 +198,37 @@ class Trainer:
 
     @functools.cached_property
     def forward(self) -> Any:
-        """``(masters, fixed, hidden [batch, length, d_model], positions) -> hidden`` behind the block."""
+        """The compiled forward pass of a block.
+
+        ``(masters, fixed, hidden [batch, length, d_model], positions) -> hidden``, the hidden states behind the block.
+        """
         return jax.jit(self._run)
 
     def ahead(self, block: TrainedBlock, hidden: Array, positions: Positions, keep: bool) -> tuple[Array, Pull]:
-        """What leaves a block, and what :attr:`backward` goes back through it with.
+        """What leaves a block, and the pull that :attr:`backward` takes.
 
         Args:
-          keep: whether this holds all that the backward pass reads; otherwise it does the forward pass again. The two round
-            differently.
+          keep: whether the pull holds all that the backward pass reads; otherwise the backward pass does the forward pass
+            again. The two round differently.
         """
         inside = block.masters, block.fixed, hidden, positions
         return self._kept(*inside) if keep else (self.forward(*inside), self.again(*inside))
 
     def bytes_kept(self, block: TrainedBlock, hidden: Array, positions: Positions) -> int:
-        """The bytes on each device that :meth:`ahead` keeps of a block, at most: the compiler decides what devices share."""
+        """A bound on the bytes that :meth:`ahead` keeps on each device."""
         if hidden.shape not in self._kept_bytes:
             pull = jax.eval_shape(self._linearised, block.masters, block.fixed, hidden, positions)[1]
             self._kept_bytes[hidden.shape] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
         return self._kept_bytes[hidden.shape]
 
     def kept(self, blocks: Sequence[TrainedBlock], hidden: Array, positions: Sequence[Positions]) -> list[int]:
-        """As :meth:`bytes_kept`, for each block of the model; 0 where memory has no room and a block keeps nothing."""
-        room, found = self.room, list[int]()
+        """The :meth:`bytes_kept` of each block; 0 where memory has no room."""
+        room, sizes = self.room, list[int]()
         for index, (block, where) in enumerate(zip(blocks, positions)):
             size = self.at(index).bytes_kept(block, hidden, where) if room > 0 else 0
-            found.append(size if size <= room else 0)
-            room -= found[-1]
-        return found
+            sizes.append(size if size <= room else 0)
+            room -= sizes[-1]
+        return sizes
 
     @functools.cached_property
     def _kept_bytes(self) -> dict[tuple[int, ...], int]:
@@ -231,8 +239,10 @@ class Trainer:
         return jax.tree_util.Partial(self._repeated, masters, fixed, hidden, positions)
 
     def _linearised(self, masters: Tree, fixed: Tree, hidden: Array, positions: Positions) -> tuple[Array, Pull]:
-        found: tuple[Array, Pull] = jax.vjp(lambda *moving: self._run(moving[0], fixed, moving[1], positions), masters, hidden)
-        return found
+        linearised: tuple[Array, Pull] = jax.vjp(
+            lambda *moving: self._run(moving[0], fixed, moving[1], positions), masters, hidden
+        )
+        return linearised
 
     @functools.cached_property
     def _kept(self) -> Any:
@@ -248,25 +258,25 @@ class Trainer:
 
     @functools.cached_property
     def backward(self) -> Any:
-        """``(pull, cotangent, gradient) -> (gradient, cotangent)``, with a pull from :meth:`ahead`.
+        """The compiled backward pass of a block, by a pull of :meth:`ahead`.
 
-        The cotangent is that of the block's output and then of its input; the gradient of the masters is added to the given one,
-        whose memory it takes.
+        ``(pull, cotangent, gradient) -> (gradient, cotangent)``. The first cotangent is of the block's output, the second of
+        its input. The gradient of the masters is added to the given one, whose memory the sum takes.
         """
 
         def backward(pull: Pull, cotangent: Array, gradient: Tree) -> tuple[Tree, Array]:
-            found, back = pull(cotangent)
-            total = {name: jax.lax.with_sharding_constraint(gradient[name] + found[name], self.shards(name)) for name in gradient}
+            added, back = pull(cotangent)
+            total = {name: jax.lax.with_sharding_constraint(gradient[name] + added[name], self.shards(name)) for name in gradient}
             return total, back
 
         return jax.jit(backward, donate_argnums=(2,))
 
     @functools.cached_property
     def update(self) -> Any:
-        """``(block, gradient, share, rate) -> block`` after one step of Adam; pruned weights stay exactly zero.
+        """One step of Adam on a block; pruned weights stay exactly zero.
 
-        ``share`` times the gradient is that of the mean. In float16 the gradient of a mean over thousands of tokens would be zero, so
-        the factor comes here, in float32.
+        ``(block, gradient, share, rate) -> block``. ``share`` times the gradient is the gradient of the mean. In float16 the
+        gradient of a mean over thousands of tokens would be zero, so the factor comes here, in float32.
         """
 
         def update(block: TrainedBlock, gradient: Tree, share: Array, rate: Array) -> TrainedBlock:
@@ -288,15 +298,17 @@ Loss = Callable[[Array, Array, Array], Array]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def head_losses(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
-    """The sums of the loss and of ``-log q(next token)`` over the predictions of every window, each [windows] float32.
+def head_losses(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, valid: Array) -> tuple[Array, Array]:
+    """The sums of the loss and of ``-log q(next token)`` in every window.
+
+    Each is [windows] float32, a sum over the predictions of a window.
 
     Args:
       loss: ``Distillation.loss``.
       head: of both models, which pruning leaves as it is.
       dense, pruned: [windows, length, d_model], what leaves the last block of each model.
       tokens: [windows, length] int32.
-      there: [windows] bool; the sums of windows that are not there are 0.
+      valid: [windows] bool, False for padding, whose sums are 0.
     """
 
     def score(targets: Array, dense: Array, pruned: Array) -> tuple[Array, Array]:
@@ -304,14 +316,17 @@ def head_losses(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Arr
         return loss(head_logits(head, dense), logits, targets), cross_entropy(logits, targets)
 
     sums: tuple[Array, Array] = jax.tree.map(
-        lambda each: jnp.where(there, each, 0), sum_over_windows(score, tokens, dense, pruned)
+        lambda each: jnp.where(valid, each, 0), sum_over_windows(score, tokens, dense, pruned)
     )
     return sums
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def head_gradient(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
-    """The sums of the loss as in :func:`head_losses`, and the gradient of their sum with respect to ``pruned``."""
+def head_gradient(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, valid: Array) -> tuple[Array, Array]:
+    """The sums of the loss as in :func:`head_losses`, and their gradient.
+
+    The gradient is of the total of these sums, with respect to ``pruned``.
+    """
 
     # Forward and backward at once for each stretch of positions: the logits of a batch would be the largest arrays of the pass,
     # and computing those of a stretch again would take five products with the vocabulary for three.
@@ -321,6 +336,6 @@ def head_gradient(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: A
         return losses, pull(jnp.ones_like(losses))[0]
 
     losses, gradient = per_token(score, tokens, dense, pruned)
-    sums = jnp.where(there, jnp.sum(losses, axis=1), 0)
-    gradient = jnp.where(there[:, None, None], gradient, 0)
+    sums = jnp.where(valid, jnp.sum(losses, axis=1), 0)
+    gradient = jnp.where(valid[:, None, None], gradient, 0)
     return sums, jnp.pad(gradient, ((0, 0), (0, 1), (0, 0)))  # the last position predicts nothing

@@ -46,7 +46,7 @@ class TrainedBlocks:
         return model
 
     def restart(self) -> None:
-        """Brings the blocks back to how they were pruned, with moments of zero."""
+        """Resets the blocks to their pruned weights, with moments of zero."""
         self.blocks.clear()  # so that memory holds the model once
         decoder = self.trainer.decoder
         every = range(decoder.config.blocks)
@@ -56,11 +56,11 @@ class TrainedBlocks:
 
     @property
     def trainers(self) -> list[Trainer]:
-        """Of every block."""
+        """The trainer of every block."""
         return [self.trainer.at(index) for index in range(len(self.blocks))]
 
     def rounded(self) -> list[Tree]:
-        """A copy in the memory of the hosts of what moves, in the checkpoint's dtype, of every block."""
+        """Copies what moves to host memory, in the checkpoint's dtypes."""
         pairs = zip(self.trainers, self.blocks)
         return [
             on_host({name: array.astype(trainer.dtype(name)) for name, array in block.masters.items()})
@@ -80,10 +80,11 @@ class TrainedBlocks:
         return float(mean), float(np.exp(min(nll, 709.0)))
 
     def step(self, stream: TrainingStream, rate: float) -> float:
-        """One step of Adam on some windows; the mean loss of a token before it.
+        """Takes one step of Adam on some windows.
 
-        Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh. The
-        last batch updates each block right behind its backward pass: if it is the only one, one gradient exists at a time.
+        Returns the mean loss of a token before the step. Gradients add up over batches that fit the devices, so the batch of
+        Adam is as large as the method says on any mesh. The last batch updates each block right behind its backward pass: if it
+        is the only batch, one gradient exists at a time.
         """
         batch, count, trainers = self.trainer.decoder.batch, _terms(stream), self.trainers
         gradients, loss = dict[int, Tree](), self.trainer.method.loss
@@ -94,8 +95,8 @@ class TrainedBlocks:
             for each, block, positions, size in zip(trainers, self.blocks, self.positions, kept):
                 hidden, pull = each.ahead(block, hidden, positions, size > 0)
                 pulls.append(pull)
-            tokens, there = pruned.place(stream.tokens), pruned.valid
-            sums, cotangent = head_gradient(loss, self.head, dense.hidden, hidden, tokens, there)
+            tokens, present = pruned.place(stream.tokens), pruned.valid
+            sums, cotangent = head_gradient(loss, self.head, dense.hidden, hidden, tokens, present)
             last = pruned.rows.max() >= stream.entering.last - 1
             for index in reversed(range(len(self.blocks))):
                 each, gradient = trainers[index], gradients.pop(index, None) or trainers[index].zeros()
@@ -107,12 +108,12 @@ class TrainedBlocks:
 
 
 def _terms(stream: TrainingStream) -> int:
-    """The number of predictions. The last position of a window has no next token."""
+    """The number of predictions: all but the last position of a window."""
     return len(stream.entering) * (stream.tokens.shape[1] - 1)
 
 
 def on_host(arrays: Tree) -> Tree:
-    """Copies in the memory of the hosts, which take none of the devices' and which no step of Adam overwrites."""
+    """Copies arrays to host memory, where no step of Adam overwrites them."""
 
     def copy(array: Array) -> Array:
         # Shard by shard, which needs no program that all processes run.

@@ -1,4 +1,4 @@
-"""What became of a training, and the trained blocks, in the run directory."""
+"""The outcome of a training, and the trained blocks, in a run directory."""
 
 from pathlib import Path
 
@@ -15,7 +15,11 @@ _KEPT = KeptRecord(OUTCOME, Outcome, REMEDY)
 
 
 def keep_outcome(directory: Path, outcome: Outcome) -> None:
-    """Makes the end of a distillation known to the run, and removes what a stopped one would have gone on from."""
+    """Records the outcome of a training in the run directory.
+
+    Removes the states from which a stopped training would have gone on, and the trained blocks if the model stays as it was
+    pruned.
+    """
 
     _KEPT.write(directory, outcome)
 
@@ -28,10 +32,12 @@ def keep_outcome(directory: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(directory: Path, used: bool = False) -> Outcome | None:
-    """What became of the distillation of a run; None if it is not done, or its blocks are damaged.
+    """Reads the outcome of a run's training.
+
+    None if the training is not done, or its blocks are damaged.
 
     Args:
-      used: the checkpoint refers to the blocks, and was compared with its checksums; they are not read again.
+      used: whether the checkpoint refers to the blocks, and was compared with its checksums; then they are not read again.
     """
 
     record = _KEPT.read(directory)
@@ -42,7 +48,7 @@ def read_outcome(directory: Path, used: bool = False) -> Outcome | None:
 
 
 def trained_block(directory: Path, index: int) -> Path:
-    """The Orbax checkpoint of a block behind the distillation of a run, in the place of the journal's."""
+    """The Orbax checkpoint of a trained block, in place of the journal's."""
     return directory / DISTILLED / f"block_{index:04d}"
 
 

@@ -1,4 +1,4 @@
-"""What a training saves: its state every now and then, and the trained blocks at the end, as Orbax checkpoints."""
+"""The Orbax checkpoints of a training: its states, and trained blocks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ class State(Record, frozen=True):
 
 
 def write_blocks(model: TrainedBlocks, moved: Sequence[Tree], journal: Journal) -> None:
-    """Writes blocks with their masks, of which the weights that move are ``moved``, in the checkpoint's dtypes."""
+    """Writes the blocks with their masks, and with the weights ``moved``."""
     for index, (trainer, block, own) in enumerate(zip(model.trainers, model.blocks, moved)):
         prefix, path = trainer.decoder.prefix(index), trained_block(journal.directory, index)
         weights = {prefix + name: array for name, array in (own | block.fixed).items()}
@@ -57,9 +57,9 @@ def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
 
 
 class States:
-    """What a stopped distillation goes on from: masters and moments, the weights of the best check before, and the checks so far.
+    """The saved state from which a stopped training goes on.
 
-    RUN/distillation/step_0000008
+    RUN/distillation/step_0000008 holds masters and moments, the weights of the best check before, and the checks so far.
     """
 
     def __init__(self, folder: Path):
@@ -86,19 +86,22 @@ class States:
         first_only(forget)
 
     def path(self, step: int) -> Path:
-        """Where the state of a step is."""
+        """The path of the state of a step."""
         return self.folder / f"step_{step:07d}"
 
     def last(self, model: TrainedBlocks) -> State | None:
-        """Brings the model to the last state that was saved, and returns what belongs to it; None where none was saved."""
+        """Loads the last saved state into the model.
+
+        Returns the metadata of the state; None if no undamaged state was saved.
+        """
 
         def read() -> State | None:
             saved = sorted(self.folder.glob("step_???????")) if self.folder.is_dir() else []
-            whole = [path for path in saved if not damage(path)]
-            return read_custom(whole[-1], State) if whole else None
+            undamaged = [path for path in saved if not damage(path)]
+            return read_custom(undamaged[-1], State) if undamaged else None
 
-        if found := from_first(read):
-            path = self.path(found.step)
+        if state := from_first(read):
+            path = self.path(state.step)
             groups = read_metadata(path).metadata
             for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
                 masters, first, second = (
@@ -107,10 +110,10 @@ class States:
                 count = load_group(path, "count", {str(index): groups["count"][str(index)]})[str(index)]
                 moments = block.moments._replace(count=jnp.asarray(count), mu=first, nu=second)
                 model.blocks[index] = block._replace(masters=masters, moments=moments)
-        return found
+        return state
 
     def best(self, model: TrainedBlocks, about: State) -> list[Tree] | None:
-        """The weights of the best check, from the last saved state, of which ``model`` has the rest; see ``Training``."""
+        """The best check's weights; ``model`` is in the state of ``about``."""
         if _best(about) in (0, about.step):
             return model.rounded() if _best(about) else None
         path = self.path(about.step)
@@ -119,7 +122,7 @@ class States:
 
 
 def _of_block(path: Path, groups: Mapping[str, Any], group: str, trainer: Trainer, index: int) -> Tree:
-    """The arrays of a block in one group of a saved state, split over the devices."""
+    """A block's arrays in one group of a saved state, on the devices."""
     # Where routers alone are trained, blocks without a mixture have nothing that moves.
     wanted = {name: leaf for name, leaf in groups.get(group, {}).items() if name.partition(".")[0] == str(index)}
     read = {name.partition(".")[2]: array for name, array in load_group(path, group, wanted).items()}
@@ -127,7 +130,7 @@ def _of_block(path: Path, groups: Mapping[str, Any], group: str, trainer: Traine
 
 
 def _best(about: State) -> int:
-    """The step of the best check; 0 where no step was better than the model as it was pruned."""
+    """The step of the best check; 0 if no step improved the pruned model."""
     return min(about.checks, key=lambda check: check.held_out).step
 
 

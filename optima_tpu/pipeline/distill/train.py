@@ -1,4 +1,4 @@
-"""Training of a pruned model: steps of Adam, checks on held-out windows, and a state from which a stopped run goes on."""
+"""Trains a pruned model, with checks on held-out text and saved states."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from optima_tpu.runtime.processes import from_first
 from optima_tpu.runtime.signals import Stopped
 
 SHARE = 20
-"""A state is saved when this many times as long as it takes has passed since the last."""
+"""A state is saved when this many times the seconds of a save have passed since the last one."""
 CHECK = "check"
 TRAINING_STEP = "training step"
 """The kind of a step of Adam, which the progress counts as the lines of the training do."""
@@ -33,7 +33,9 @@ _QUIET = 10.0
 
 
 def training_steps(method: Distillation, blocks: int, dense_blocks: int | None = None) -> list[Step]:
-    """What :func:`distill` does before each call of ``advance``, in a training that was not stopped.
+    """The steps of :func:`distill`, each of which ends with ``advance``.
+
+    They are the steps of a training that was not stopped.
 
     Args:
       dense_blocks: of the dense model; None if it has as many.
@@ -46,15 +48,15 @@ def training_steps(method: Distillation, blocks: int, dense_blocks: int | None =
 
 
 def distill(inputs: Inputs, progress: Progress) -> Outcome:
-    """Trains the pruned blocks of a run, and leaves them in RUN/distilled. Every process calls it, and then :func:`keep_outcome`.
+    """Trains the pruned blocks of a run, and writes them to RUN/distilled.
 
-    A run that was stopped goes on behind the last state that was saved, and ends with the same bits. A state is saved so often that
-    this takes a twentieth of the time, and when SIGTERM or Ctrl-C comes. The weights of the best check wait in the memory of the
-    hosts, and are in a state that is saved behind it.
+    Every process calls it, and then :func:`keep_outcome`. A run that was stopped goes on behind the last saved state, and ends
+    with the same bits. A state is saved so often that saving takes a twentieth of the time, and when SIGTERM or Ctrl-C comes.
+    The weights of the best check wait in the memory of the hosts, and are in every state that is saved after that check.
 
     Args:
-      progress: advanced after every block of the dense model, every step and every check. Prints a line after every check, and at
-        most one every ten seconds after a step.
+      progress: advanced after every block of the dense model, every step and every check. Prints a line after every check, and
+        at most one every ten seconds after a step.
 
     Raises:
       UserError: the disk is full; a loss is not finite.
@@ -80,15 +82,15 @@ class Training:
 
     Attributes:
       model: after ``step`` steps.
-      states: where it is saved.
+      states: the saved states.
       progress: counts checks and steps.
       learning_rate: the peak; None until it is found.
       losses: of the steps since the last check.
       best: the weights of the best check, from ``TrainedBlocks.rounded``; None where the model as it was pruned is best.
       seconds: that all steps and checks took.
       saved: the step of the last saved state.
-      saved_at: when, by ``time.monotonic()``; at first the start.
-      saving: the seconds that this took; at first a guess.
+      saved_at: the time of the last save, by ``time.monotonic()``; at first the start.
+      saving: the seconds that the last save took; at first a guess.
       told_at: when a line was last printed.
     """
 
@@ -113,17 +115,17 @@ class Training:
 
     def resume(self) -> None:
         """Goes on from the last saved state, if there is one."""
-        if found := self.states.last(self.model):
-            self.step = self.saved = found.step
-            self.learning_rate = found.learning_rate or self.learning_rate
-            self.checks, self.losses = list(found.checks), list(found.losses)
-            self.seconds, self.best = found.seconds, self.states.best(self.model, found)
+        if state := self.states.last(self.model):
+            self.step = self.saved = state.step
+            self.learning_rate = state.learning_rate or self.learning_rate
+            self.checks, self.losses = list(state.checks), list(state.losses)
+            self.seconds, self.best = state.seconds, self.states.best(self.model, state)
             done = {CHECK: len(self.checks), TRIAL: self.model.trainer.method.trials, TRAINING_STEP: self.step}
             self.progress.skip(kind for kind, count in done.items() for _ in range(count))
             self.progress.note(f"resuming  {self.step} of {plural(self.model.trainer.method.steps, 'step')} done")
 
     def run(self, held_out: TrainingStream, windows: Callable[[int], TrainingStream]) -> Check:
-        """Takes the steps and checks that are left, and returns the best check.
+        """Takes the remaining steps and checks; returns the best check.
 
         Args:
           windows: gives a step its windows.
@@ -150,9 +152,10 @@ class Training:
         return min(self.checks, key=lambda check: check.held_out)
 
     def search(self, held_out: TrainingStream, stream: TrainingStream) -> float:
-        """The learning rate whose step on some windows lowers the held-out loss most; see :func:`rate_of_descent`.
+        """The learning rate whose step lowers the held-out loss most.
 
-        The windows are those of the first step, and every step begins with the model as it was pruned, where this leaves it too.
+        See :func:`rate_of_descent`. Each trial takes the first step of the training from the model as it was pruned. The search
+        leaves the model in this state, too.
         """
         start, tried = time.monotonic(), list[float]()
 
@@ -160,16 +163,16 @@ class Training:
             self.progress.begin(TRIAL, f"trying a learning rate of {rate:.2g}")
             tried.append(rate)
             self.model.step(stream, rate)
-            found, _ = self.model.measure(held_out)
+            measured, _ = self.model.measure(held_out)
             self.model.restart()
             self.progress.advance()
-            return found if np.isfinite(found) else math.inf
+            return measured if np.isfinite(measured) else math.inf
 
-        found = rate_of_descent(loss, self.checks[0].held_out)
+        best = rate_of_descent(loss, self.checks[0].held_out)
         self.progress.skip([TRIAL] * (self.model.trainer.method.trials - len(tried)))
         self.seconds += time.monotonic() - start
-        self.progress.note(f"learning rate {found:.2g}: by {plural(len(tried), 'trial')} of one step, the best on held-out text")
-        return found
+        self.progress.note(f"learning rate {best:.2g}: by {plural(len(tried), 'trial')} of one step, the best on held-out text")
+        return best
 
     def take(self, stream: TrainingStream) -> None:
         """One step of Adam."""
@@ -182,20 +185,20 @@ class Training:
             self._tell(f"{_nats(self.losses[-1])} on the windows of this step")
 
     def check(self, held_out: TrainingStream) -> None:
-        """Measures the model on the held-out windows, and keeps it if it is the best so far."""
+        """Measures the held-out windows; keeps the model if it is the best."""
         self.progress.begin(CHECK, "measuring the held-out text")
         start = time.monotonic()
         loss, perplexity = self.model.measure(held_out)
-        found = Check(self.step, finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
-        if self.step and found.held_out < min(check.held_out for check in self.checks):
+        measured = Check(self.step, finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
+        if self.step and measured.held_out < min(check.held_out for check in self.checks):
             self.best = None  # so that no host needs room for two
             self.best = self.model.rounded()
-        self.checks, self.losses = [*self.checks, found], []
+        self.checks, self.losses = [*self.checks, measured], []
         self.seconds += time.monotonic() - start
-        told = f"held-out {self.model.trainer.method.words} {_nats(found.held_out)}, perplexity {number(perplexity, 4)}"
-        if found.training is None:
-            return self.progress.note(f"{told} before the first step")
-        self._tell(f"{told}; {_nats(found.training)} on the text of the steps before it")
+        line = f"held-out {self.model.trainer.method.words} {_nats(measured.held_out)}, perplexity {number(perplexity, 4)}"
+        if measured.training is None:
+            return self.progress.note(f"{line} before the first step")
+        self._tell(f"{line}; {_nats(measured.training)} on the text of the steps before it")
         self.saved = -1  # a state of this step may lack the check
 
     def _tell(self, words: str) -> None:
@@ -204,14 +207,14 @@ class Training:
         self.progress.note(f"step {self.step} of {self.model.trainer.method.steps}: {words}{left and f', {left}'}")
 
     def _save_in_time(self) -> None:
-        """Saves the state if the steps since the last one took much longer than saving."""
+        """Saves the state once much more time than saving takes has passed."""
         # Behind the last step the result is written, which takes less time than a state.
         left = self.model.trainer.method.steps - self.step
         if left and from_first(lambda: time.monotonic() - self.saved_at > SHARE * self.saving):
             self.save()
 
     def save(self) -> None:
-        """Saves the state, unless it is saved already. The state before is removed."""
+        """Saves the state if it is not saved yet; removes the state before."""
         if self.step > self.saved:
             about = State(self.step, tuple(self.checks), tuple(self.losses), self.seconds, self.learning_rate)
             start = time.monotonic()
@@ -234,7 +237,9 @@ def finite(value: float, step: int) -> float:
 
 
 def refuse_large(trainer: Trainer, *otherwise: str) -> None:
-    """Raises UserError where the devices cannot hold what is trained, or the model has nothing that is trained.
+    """Raises UserError if the devices cannot hold the training.
+
+    Also raises UserError if the model has nothing that ``distill.train`` names.
 
     Args:
       otherwise: what else may be typed.

@@ -1,4 +1,4 @@
-"""The windows of tokens that a training reads, on their way through both models."""
+"""The windows of a training, on their way through both models."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -68,52 +68,60 @@ class TrainingParts(NamedTuple):
 
     @classmethod
     def of(cls, method: Distillation, windows: int, state: int) -> "TrainingParts":
-        """Of ``windows`` whose hidden states take ``state`` bytes each, once before a block and once behind it."""
+        """How a training reads ``windows``.
+
+        Args:
+          state: bytes of a window's hidden states, of which two wait: before the first block, and behind the last.
+        """
         batch, steps = min(method.batch, windows), max(1, windows // method.batch)
         return cls(batch, steps, min(steps, max(1, AT_ONCE // (2 * batch * state))))
 
 
 class Feed:
-    """Gives each step its windows, and passes them through the dense model before, a part of them at a time.
+    """Gives each step its windows, after the dense model has read them.
 
-    The parts are the same wherever a run begins again, so that a window has the same hidden states in every start.
+    The dense model reads a part of the windows at a time. The parts are the same wherever a run begins again, so that a window
+    has the same hidden states in every start.
 
     Args:
-      progress: advanced after every block of the dense model, for the first part of the windows. Says when it reads another part.
+      progress: advanced after every block of the dense model, for the first part of the windows. Says when it reads another
+        part.
     """
 
     def __init__(self, inputs: Inputs, progress: Progress):
         self._inputs, self._progress, dense, training = inputs, progress, inputs.dense, inputs.training
         state = training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
         self._batch, self._steps, self._at_once = TrainingParts.of(inputs.trainer.method, len(training), state)
-        self._held = -1
+        self._part_number = -1
 
     def begin(self, step: int) -> TrainingStream:
         """Gets the windows of a step ready, and returns the held-out ones."""
-        self._held, training = self._place(step)
-        self._part, found = _streams(self._inputs, (training, self._inputs.held_out), self._progress)
-        return found
+        self._part_number, training = self._place(step)
+        self._part, held_out_stream = _streams(self._inputs, (training, self._inputs.held_out), self._progress)
+        return held_out_stream
 
     def step(self, step: int) -> TrainingStream:
         """The windows of a step."""
         number, training = self._place(step)
-        if number != self._held:
+        if number != self._part_number:
             # Not a step of the progress: how many parts there are depends on the width of the model.
             if self._inputs.trainer.method.reads_dense:
                 self._progress.note("the dense model reads the next part of the text")
-            self._held, (self._part,) = number, _streams(self._inputs, (training,))
+            self._part_number, (self._part,) = number, _streams(self._inputs, (training,))
         first = (step % self._steps - number * self._at_once) * self._batch
         return self._part.part(first, first + self._batch)
 
     def _place(self, step: int) -> tuple[int, np.ndarray]:
-        """The part that the windows of a step are in: its number, and its windows."""
+        """The part that has the windows of a step: its number and windows."""
         number, size = step % self._steps // self._at_once, self._at_once * self._batch
         used = self._inputs.training[: self._steps * self._batch]
         return number, used[number * size : (number + 1) * size]
 
 
 def _streams(inputs: Inputs, sets: Sequence[np.ndarray], progress: Progress | None = None) -> tuple[TrainingStream, ...]:
-    """Sets of windows, embedded, and behind the last block of the dense model if the loss reads it.
+    """Embeds sets of windows, and passes them through the dense model.
+
+    If the loss does not read the dense model, the windows are only embedded.
 
     Args:
       progress: advanced after every block of the dense model.

@@ -1,4 +1,4 @@
-"""Estimates what a run needs before it starts: from config.json alone, for devices that need not be attached.
+"""Plans what a run needs before it starts, from config.json alone.
 
-``python -m optima_tpu.plan --config FILE --topology v5e:4x2``
+The devices need not be attached: ``python -m optima_tpu.plan --config FILE --topology v5e:4x2``.
 """

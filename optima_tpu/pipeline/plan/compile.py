@@ -44,11 +44,11 @@ class Compiled(NamedTuple):
 
 
 Compile = Callable[[str, Call], Compiled | None]
-"""Compiles a program, which comes behind what it is in words; None if nothing is compiled."""
+"""Compiles a program, which follows its description in words; returns None if nothing is compiled."""
 
 
 def compiler(machine: Machine, tell: Callable[[str], None]) -> Compile:
-    """Compiles for a machine, and tells what it compiles and what it found."""
+    """A function that compiles for a machine, and prints what it compiles."""
 
     def compile_call(what: str, call: Call) -> Compiled | None:
         if not machine.compiles:
@@ -64,7 +64,9 @@ def compiled(
     tell: Callable[[str], None] = lambda line: None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Compiles a program and reads what it needs. A program that does not fit into memory is a result, not an error.
+    """Compiles a program and reads what it needs.
+
+    A program that does not fit into memory is a result, not an error.
 
     Args:
       tell: called with a line about the result.
@@ -106,29 +108,29 @@ def compiled(
 
 
 def _reason(message: str) -> str:
-    """The part of the compiler's message that says how much memory the program needs."""
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message) or re.search(
+    """How much memory a program needs, by the compiler's message."""
+    match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message) or re.search(
         r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message
     )
-    return f"needs {found[1]}iB of {found[2]}iB" if found else message.splitlines()[0][:100]
+    return f"needs {match[1]}iB of {match[2]}iB" if match else message.splitlines()[0][:100]
 
 
 def joined(calls: CalibrationCalls, passes: Sequence[Compiled], sums: Compiled) -> Compiled:
-    """What the programs need together.
+    """What the passes and the sums of a calibration step need together.
 
-    While one of them runs, the devices hold the arguments of every pass, what the passes return for this batch and for the one before,
-    and the sums.
+    While one of the programs runs, the devices hold the arguments of every pass, the results of the passes for this batch and
+    for the batch before, and the sums.
 
     Args:
       passes: of :attr:`CalibrationCalls.distinct`.
     """
     if refused := next((each for each in (*passes, sums) if each.memory is None), None):
         return refused
-    found = [passes[calls.distinct.index(call)] for call in calls.passes]
-    every = (*found, sums)
+    by_pass = [passes[calls.distinct.index(call)] for call in calls.passes]
+    every = (*by_pass, sums)
     # The compiler drops the parameters that a pass does not read; they are there all the same.
     arguments = [call.arguments[1:] for call in calls.passes]
-    resident = bytes_on_device(*jax.tree.leaves((arguments, calls.sums.arguments[1]))) + sum(2 * each.results for each in found)
+    resident = bytes_on_device(*jax.tree.leaves((arguments, calls.sums.arguments[1]))) + sum(2 * each.results for each in by_pass)
     temporary = max(each.memory - each.arguments - each.results for each in every if each.memory)
 
     def counted(of: Callable[[Compiled], Mapping[str, int]]) -> dict[str, int]:
@@ -147,6 +149,10 @@ def joined(calls: CalibrationCalls, passes: Sequence[Compiled], sums: Compiled) 
 
 
 def resident(decoder: Decoder, groups: Groups, held_out: bool, matrices: int = 1) -> int:
-    """Bytes on a device while a block is pruned: its weights and all its Hessians, with ``matrices`` of each set of tokens."""
+    """Bytes on a device of a block and its Hessians, while it is pruned.
+
+    Args:
+      matrices: number of Hessians of each group and each set of tokens; the held-out windows are a second set.
+    """
     hessians = [statistics_of(decoder, names, None).hessian for names in groups]
     return bytes_on_device(*(parameter(decoder, name) for name in decoder.block_shapes), *hessians * matrices * (1 + held_out))

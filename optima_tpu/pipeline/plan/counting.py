@@ -1,17 +1,18 @@
-"""Counts the work of a program from its jaxpr, without a compiler and for devices that need not be here.
+"""Counts the work of a program from its jaxpr, without a compiler.
 
-Products and factorisations count as they are written; a loop counts as often as it runs. A loop of unknown length says itself how
-often it usually runs, see ``runtime.loops``; if it does not, it counts once, and :class:`Counted` says so.
+The devices need not be attached. Products and factorisations count as they are written; a loop counts as often as it runs. A
+loop of unknown length states how often it usually runs, see ``runtime.loops``; if it does not, it counts once, and
+:class:`Counted` lists it.
 
 The bytes of device memory follow from one assumption about fusion: what is computed element by element between two products or
-reductions is one pass over memory. It reads each array once, and writes those that a later pass reads. A product, a sort, a
-factorisation or a collective reads its operands from memory; the result of a product or a reduction stays in the pass behind it.
-Slices, and what is written into a part of an array, count as large as the part; what is converted to a wider dtype as large as before,
-and a product of such arrays as one of the narrow dtype.
+reductions is one pass over memory. It reads each array once, and writes the arrays that a later pass reads. A product, a sort,
+a factorisation or a collective reads its operands from memory; the result of a product or a reduction stays in the next pass. A
+slice, and what is written into a part of an array, counts as large as the part. An array that is converted to a wider dtype
+counts as large as before, and a product of such arrays counts as one of the narrow dtype.
 
-Outside ``shard_map`` the shapes are those of all devices together. An equation there is split over the mesh axes that any of its
-operands is split over. Where both factors of a product are split over an axis, each device has a part of the sums: the result is
-written, summed over the axis, and then the same on its devices.
+Outside ``shard_map`` the shapes are those of all devices together. An equation there is split over the mesh axes that any of
+its operands is split over. Where both factors of a product are split over an axis, each device has a part of the sums: the
+result is written, summed over the axis, and then the same on its devices.
 """
 
 import dataclasses
@@ -61,7 +62,10 @@ class Work(NamedTuple):
         return Work(*(a + times * b for a, b in zip(self, other)))
 
     def seconds(self, machine: Machine) -> float:
-        """Seconds without overlap: products and traffic at ``utilisation`` of the chip's rates, plus factorisations."""
+        """Seconds of products, traffic and factorisations, without overlap.
+
+        Products and traffic run at ``utilisation`` of the chip's rates, factorisations at the full rate.
+        """
         chip = machine.chip
         products = (self.narrow / chip.narrow + self.wide / chip.wide + self.rough / chip.rough) / machine.utilisation
         return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * machine.utilisation)
@@ -79,7 +83,7 @@ class Counted(NamedTuple):
 
 
 def counted(call: Call, machine: Machine) -> Counted:
-    """The work of a program on one device, without what no result depends on."""
+    """The work of a program on one device, without its dead equations."""
     reader, jaxpr = _Reader(dict(machine.mesh.shape), machine.platform), call.function.trace(*call.arguments).jaxpr.jaxpr
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(call.arguments) if hasattr(leaf, "dtype")]
     needed, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -96,12 +100,12 @@ class _Value:
 
     Attributes:
       size: bytes on a device.
-      itemsize: of its dtype; the smaller one if it was converted from that.
-      level: number of products and reductions that lead to it: that of the pass that computes it.
+      itemsize: bytes of one item; of the narrower dtype if the array was converted from that.
+      level: number of products and reductions that lead to the array, which is the level of the pass that computes it.
       axes: the mesh axes that it is split over.
-      stored: whether it is in memory anyway. Otherwise it is written if anything needs it there.
-      free: whether it follows from no array, as the places of a diagonal do: a pass that reads it makes it anew.
-      needed: whether anything does.
+      stored: whether it is in memory anyway. Otherwise it is written if an equation needs it in memory.
+      free: whether it follows from no array, as the indices of a diagonal do: each pass that reads it computes it again.
+      needed: whether an equation needs it in memory.
       passes: the levels of the passes that read it.
       loads: how often a product or the like reads it.
     """
@@ -129,7 +133,7 @@ class _Body(NamedTuple):
 
     Attributes:
       out: the axes of each output.
-      same: for each output the position of the input that it is, or None.
+      same: for each output the index of the input that it is; None if it is not an input.
     """
 
     work: Work
@@ -159,7 +163,10 @@ def _dot(equation: Any) -> float:
 
 
 def _summable(equation: Any) -> bool:
-    """Whether an axis of both factors can only be one that is summed over: a product of a batch of matrices may split the batch."""
+    """Whether a mesh axis of both factors can only split the summed axis.
+
+    A product of a batch of matrices may split the batch.
+    """
     return equation.primitive.name == "dot_general" and not equation.params["dimension_numbers"][1][0]
 
 
@@ -169,7 +176,7 @@ def _convolution(equation: Any) -> float:
 
 
 def _matrix(share: float) -> Callable[[Any], float]:
-    """FLOPs of a factorisation of matrices [..., n, n]: ``share * n^3`` each."""
+    """FLOPs of a factorisation, ``share * n^3`` for a matrix [..., n, n]."""
     return lambda equation: share * math.prod(equation.invars[0].aval.shape) * equation.invars[0].aval.shape[-1]
 
 
@@ -186,7 +193,11 @@ def _itemsize(aval: Any) -> int:
 
 
 def _kind(equation: Any, narrow: bool, platform: str) -> str:
-    """The field of :class:`Work` that a product belongs to, of factors that are all narrow or not."""
+    """The field of :class:`Work` to which the FLOPs of a product belong.
+
+    Args:
+      narrow: whether all factors have a narrow dtype.
+    """
     precision = equation.params["precision"]
     pair = set(precision if isinstance(precision, tuple) else (precision,))
     if narrow:
@@ -213,7 +224,7 @@ class _Reader:
     unknown: set[str] = dataclasses.field(default_factory=set)
 
     def axes(self, spec: Iterable[Any]) -> Axes:
-        """The mesh axes of a ``PartitionSpec``, but for those of one device."""
+        """The mesh axes of a ``PartitionSpec`` that have several devices."""
         named = (axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
         return frozenset(axis for axis in named if self.sizes[axis] > 1)
 
@@ -237,38 +248,38 @@ class _Reader:
         out = run.through(jaxpr, inputs, scopes)
         for value in out:
             value.needed = True
-        place = {id(value): index for index, value in enumerate(inputs)}
-        return _Body(run.done, tuple(value.axes for value in out), tuple(place.get(id(value)) for value in out))
+        positions = {id(value): index for index, value in enumerate(inputs)}
+        return _Body(run.done, tuple(value.axes for value in out), tuple(positions.get(id(value)) for value in out))
 
     def turn(self, jaxpr: Jaxpr, split: Sequence[Axes], constant: int, carried: int) -> _Body:
-        """One turn of a loop whose carry is split in the same way before it and behind it.
+        """One turn of a loop, with the carry split alike before and after it.
 
         Args:
           constant: number of inputs before the carry.
           carried: number of arrays in the carry, which are the first outputs.
         """
         while True:
-            found, before = self.body(jaxpr, split), split[constant : constant + carried]
-            joined = [old | new for old, new in zip(before, found.out)]
+            once, before = self.body(jaxpr, split), split[constant : constant + carried]
+            joined = [old | new for old, new in zip(before, once.out)]
             if joined == list(before):
-                return found
+                return once
             split = [*split[:constant], *joined, *split[constant + carried :]]
 
 
 @dataclasses.dataclass
 class _Run:
-    """One run of the equations of a jaxpr, and of those that it calls.
+    """One run of the equations of a jaxpr, and of the jaxprs that it calls.
 
     Attributes:
       work: of products, factorisations and loops, and the bytes that do not belong to one of the values.
       values: all of them.
-      known: results by what computes them, for the compiler computes equal things once.
+      results: results by what computes them, for the compiler computes equal things once.
     """
 
     reader: _Reader
     work: Work = Work()
     values: list[_Value] = dataclasses.field(default_factory=list)
-    known: dict[Any, list[_Value]] = dataclasses.field(default_factory=dict)
+    results: dict[Any, list[_Value]] = dataclasses.field(default_factory=dict)
 
     @property
     def done(self) -> Work:
@@ -282,17 +293,17 @@ class _Run:
 
     def through(self, jaxpr: Jaxpr, inputs: Sequence[_Value], scopes: str) -> list[_Value]:
         """The outputs of a jaxpr inside of scopes."""
-        found: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-        found |= {var: self.new(var.aval, 0, _WHOLE, stored=True) for var in jaxpr.constvars}
+        values: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        values |= {var: self.new(var.aval, 0, _WHOLE, stored=True) for var in jaxpr.constvars}
 
         def value(var: Any) -> _Value:
             if isinstance(var, Literal):
                 return self._once(("literal", str(var.val), str(var.aval)), lambda: [_Value(0.0, 8, 0, _WHOLE, free=True)])[0]
-            return found[var]
+            return values[var]
 
         for equation in jaxpr.eqns:
             operands = [value(var) for var in equation.invars]
-            found.update(zip(equation.outvars, self._equation(equation, operands, scopes), strict=True))
+            values.update(zip(equation.outvars, self._equation(equation, operands, scopes), strict=True))
         return [value(var) for var in jaxpr.outvars]
 
     def _once(self, key: Any, make: Callable[[], list[_Value]]) -> list[_Value]:
@@ -300,15 +311,15 @@ class _Run:
             hash(key)
         except TypeError:  # a parameter of an equation that has no hash
             return make()
-        if key not in self.known:
-            self.known[key] = make()
-        return self.known[key]
+        if key not in self.results:
+            self.results[key] = make()
+        return self.results[key]
 
     def _in_memory(self, equation: Any, operands: Sequence[_Value], axes: Iterable[Axes] | None = None) -> list[_Value]:
-        """The results of what finds its operands in memory and leaves its results there.
+        """The results of an equation that reads and writes arrays in memory.
 
         Args:
-          axes: of each result; None for those of all operands.
+          axes: of each result; None for the axes of all operands.
         """
         level = 1 + max((value.level for value in operands), default=0)
         every = itertools.repeat(_WHOLE.union(*(value.axes for value in operands)))
@@ -317,12 +328,12 @@ class _Run:
         return [self.new(var.aval, level, each, stored=True) for var, each in zip(equation.outvars, axes or every)]
 
     def _alone(self, equation: Any, operands: Sequence[_Value], work: Work) -> list[_Value]:
-        """As :meth:`_in_memory`, where the operands are read and the results written once."""
+        """As :meth:`_in_memory`; adds ``work`` and a pass over each array."""
         for value in operands:
             value.load()
-        found = self._in_memory(equation, operands)
-        self.work = self.work.plus(work).plus(Work(traffic=sum(value.size for value in found)))
-        return found
+        results = self._in_memory(equation, operands)
+        self.work = self.work.plus(work).plus(Work(traffic=sum(value.size for value in results)))
+        return results
 
     def _equation(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
         name, avals = equation.primitive.name, [var.aval for var in equation.outvars]
@@ -367,9 +378,9 @@ class _Run:
             for value in operands:
                 value.load()
             summed = operands[0].axes & operands[1].axes if _summable(equation) else _WHOLE
-            found = [self.new(aval, level + 1, axes - summed, stored=bool(summed)) for aval in avals]
-            self.work = self.work.plus(Work(traffic=3.0 * sum(value.size for value in found) * bool(summed)))
-            return found
+            products = [self.new(aval, level + 1, axes - summed, stored=bool(summed)) for aval in avals]
+            self.work = self.work.plus(Work(traffic=3.0 * sum(value.size for value in products) * bool(summed)))
+            return products
         if name in _FACTORS or name in _ALONE:
             flops = _FACTORS[name](equation) / self.reader.parts(axes) if name in _FACTORS else 0.0
             return self._alone(equation, operands, Work(factor=flops))
@@ -386,7 +397,7 @@ class _Run:
         return self._once(("sharded", id(value), axes), lambda: [self.new(equation.outvars[0].aval, value.level, axes)])
 
     def _shard_map(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
-        """Inside, shapes are those of one device."""
+        """The results of a ``shard_map``, whose shapes are of one device."""
         jaxpr, inputs, outputs = equation.params["jaxpr"], list[_Value](), list[_Value]()
         for value, var, spec in zip(operands, jaxpr.invars, equation.params["in_specs"], strict=True):
             value.needed = True
@@ -422,24 +433,27 @@ class _Run:
         return self._behind(equation, operands[tested:], turn, constant)
 
     def _kernel(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
-        """Its operands and results are in memory, and what it computes on the way is not."""
+        """The results of a kernel. What it computes inside moves no memory."""
         jaxpr, steps = equation.params["jaxpr"], math.prod(equation.params["grid_mapping"].grid)
         step = self.reader.body(jaxpr, [_WHOLE] * len(jaxpr.invars), scopes).work._replace(traffic=0.0)
         return self._alone(equation, operands, step.times(steps * (stated_turns(scopes) or 1.0)))
 
     def _behind(self, equation: Any, operands: list[_Value], turn: _Body, constant: int) -> list[_Value]:
-        """What leaves a loop."""
-        found = self._in_memory(equation, operands, turn.out)
+        """The results of a loop."""
+        results = self._in_memory(equation, operands, turn.out)
         unchanged = [came == constant + index for index, came in enumerate(turn.same)]
-        return [operands[constant + index] if same else found[index] for index, same in enumerate(unchanged)]
+        return [operands[constant + index] if same else results[index] for index, same in enumerate(unchanged)]
 
     def _cond(self, equation: Any, operands: list[_Value], scopes: str) -> list[_Value]:
-        """The branch of the platform; otherwise as much as the largest branch."""
+        """The results of a branch.
+
+        If the branches differ by platform, the branch of the platform counts. Otherwise the largest work of any branch does.
+        """
         _, *operands = operands
         branches, platforms = equation.params["branches"], equation.params.get("branches_platforms")
         if platforms:
             chosen = next(index for index, names in enumerate(platforms) if names is None or self.reader.platform in names)
             return self.through(branches[chosen].jaxpr, operands, scopes)
-        found = [self.reader.body(branch.jaxpr, [value.axes for value in operands], scopes) for branch in branches]
-        self.work = self.work.plus(Work(*map(max, zip(*(each.work for each in found)))))
-        return self._in_memory(equation, operands, [_WHOLE.union(*each) for each in zip(*(each.out for each in found))])
+        bodies = [self.reader.body(branch.jaxpr, [value.axes for value in operands], scopes) for branch in branches]
+        self.work = self.work.plus(Work(*map(max, zip(*(each.work for each in bodies)))))
+        return self._in_memory(equation, operands, [_WHOLE.union(*each) for each in zip(*(each.out for each in bodies))])

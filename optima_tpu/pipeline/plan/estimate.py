@@ -163,7 +163,7 @@ class RunTime(NamedTuple):
         return window.seconds(self.run.machine) * tokens / self.run.config.calibration.window_length
 
     def _transfers(self) -> tuple[float, float]:
-        """The bytes of hidden states that enter and leave the devices, and the bytes of weights that are read."""
+        """Bytes of hidden states to and from devices, and of weights read."""
         forward, run, stored = self.forward, self.run, self.run.stored
         passes = [each for share in (*self.before, *self.behind) for each in share.passes]
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
@@ -175,7 +175,9 @@ class RunTime(NamedTuple):
         return run.blocks * moved, own + sum(each.dense for each in passes) * run.dense.bytes
 
     def _written(self, walk: Mapping[str, float], behind: Iterable[Mapping[str, float]]) -> float:
-        """Bytes that are written: what is left at the end, hidden states that a resume would need, and what powers replace.
+        """Bytes that the run writes.
+
+        These are the files left at the end, hidden states that a resume would need, and what powers replace.
 
         Args:
           walk, behind: seconds by stage, of the walk and of each power behind it.

@@ -10,11 +10,11 @@ COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|c
 
 
 def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Counts the collectives of a program by name: inside its loops, and outside.
+    """Counts the collectives of a program by name, in loops and outside.
 
     The TPU compiler can start a transfer before a loop and await it after the loop, so that it overlaps the loop's products. It
-    then names the transfer in every computation that carries it. Such a transfer counts as one collective outside the loops: its
-    channel and its origin identify it.
+    then names the transfer in every computation that carries it. Such a transfer counts as one collective outside the loops:
+    its channel and its origin identify it.
     """
     inside, everywhere = (collections.Counter(each.key for each in _named(text)) for text in (text_inside_loops(hlo), hlo))
     beyond = everywhere.keys() - inside.keys() | {key for key, times in everywhere.items() if times > inside[key]}
@@ -54,32 +54,35 @@ def _named(text: str) -> Iterator[_Named]:
 
 
 def moved(hlo: str) -> dict[str, int]:
-    """The bytes of the collectives' results on one device, by name; each collective of :func:`collectives` counts once.
+    """Bytes of the collectives' results on one device, by name.
 
-    What is scattered counts as what is summed.
+    Each collective of :func:`collectives` counts once. A reduce-scatter counts as large as the array that it sums.
     """
     sizes = {}
     for key, results, instruction, line in _named(hlo):
         if key not in sizes:
-            shapes = [_bytes(*found) for found in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", results)]
+            shapes = [_bytes(*shape) for shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", results)]
             # A transfer that is only started names its operands before its results, and then what it waits for.
             if instruction in ("all-gather-start", "collective-permute-start"):
                 shapes = shapes[: len(shapes) // 2 * 2]
                 shapes = shapes[1:2] if key[0] == "collective-permute" else shapes[len(shapes) // 2 :]
             sizes[key] = sum(shapes) * (_group(line) if instruction.startswith("reduce-scatter") else 1)
-    found: collections.Counter[str] = collections.Counter()
+    totals: collections.Counter[str] = collections.Counter()
     for (name, *_), size in sizes.items():
-        found[name] += size
-    return dict(found)
+        totals[name] += size
+    return dict(totals)
 
 
 def sent(moved: Mapping[str, int]) -> int:
-    """The bytes that a device sends, at most, from those of :func:`moved`: all-reduces scatter their sums and gather them again."""
+    """The bytes that a device sends, at most, from the sizes of :func:`moved`.
+
+    An all-reduce counts twice: it scatters its sums and gathers them again.
+    """
     return sum(moved.values()) + moved.get("all-reduce", 0)
 
 
 def _bytes(dtype: str, dimensions: str) -> int:
-    """Of an array, by its type as the text writes it: ``bf16``, ``f32``, ``pred``."""
+    """Bytes of an array, by its dtype in the text, such as ``bf16``."""
     bits = re.search(r"\d+", dtype)
     return math.prod(map(int, filter(None, dimensions.split(",")))) * max(1, int(bits[0]) // 8 if bits else 1)
 
@@ -91,7 +94,7 @@ def _group(line: str) -> int:
 
 
 def text_inside_loops(hlo: str) -> str:
-    """The lines of every computation that a while loop of the program runs, directly or through calls."""
+    """The computations that while loops run, directly or through calls."""
     computations = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", hlo, re.MULTILINE | re.DOTALL)
     bodies = {match[1]: match[0] for match in computations}
 

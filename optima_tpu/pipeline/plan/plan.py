@@ -1,4 +1,4 @@
-"""The plan of a run: what each of its programs needs, and what the whole run needs."""
+"""The plan of a run: the needs of each program and of the whole run."""
 
 import dataclasses
 import itertools
@@ -148,7 +148,7 @@ def make_plan(
 
 
 def _compiling(programs: Iterable[Program], machine: Machine) -> float:
-    """Seconds of compiling: programs of the pruning side by side, the others one after the other."""
+    """Seconds of compiling, in parallel for the programs of the pruning."""
     took = [(program.stage == "pruning", program.compiled.seconds) for program in programs if program.compiled]
     ahead = side_by_side([seconds for pruning, seconds in took if pruning], os.cpu_count() if machine.here else None)
     return ahead + sum(seconds for pruning, seconds in took if not pruning)

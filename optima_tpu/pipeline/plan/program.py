@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
     @property
     def refused(self) -> str | None:
-        """Why the compiler could not fit the program into the chip; None if it could."""
+        """Why the program does not fit into the chip; None if it fits."""
         return None if self.compiled is None else self.compiled.refused
 
     def seconds(self, machine: Machine) -> float:
@@ -44,10 +44,10 @@ class Program(NamedTuple):
         return self.calls * self.work.seconds(machine)
 
     def communication(self, machine: Machine) -> float:
-        """Seconds in which the collectives of all calls move their bytes; 0 where these or the links are not known.
+        """Seconds in which the collectives of all calls move their bytes.
 
-        A collective along a mesh axis passes every byte through one link of each chip: the axis may be a line of chips, without the
-        link that closes a ring.
+        0 if the collectives or the links are not known. A collective along a mesh axis passes every byte through one link of
+        each chip: the axis may be a line of chips, without the link that closes a ring.
         """
         if self.compiled is None or machine.chip.link is None:
             return 0.0

@@ -1,4 +1,4 @@
-"""What a run does with whole blocks before the walk over them: leaves some out, removes experts, allocates the sparsity."""
+"""Plans the work before the walk: cuts of blocks and experts, allocation."""
 
 import functools
 import math
@@ -136,7 +136,7 @@ def removing(run: Planned) -> Share:
 
 
 def _removal_programs(run: Planned, cut: ExpertCut, kept: int) -> Iterator[Program]:
-    """What scores the experts of a block, and solves those that stay.
+    """The programs that score experts, and solve the experts that stay.
 
     Args:
       kept: bytes of a device that hold the inputs of mixtures from one pass to the next; 0 where every pass computes them.
@@ -173,12 +173,12 @@ def _removal_programs(run: Planned, cut: ExpertCut, kept: int) -> Iterator[Progr
         ]
         grams = 2 * 4 * cut.kept * inner**2
         states = _STATES * bytes_on_device(struct_on(mesh, (sketch if priced else fewer.down).shape, jnp.float32, P(None, MODEL)))
-        held = resident(model.decoder, (), False) + states + grams + kept
-        rough = held + model.forward_bytes(linear_groups(model.decoder), length, batch)
+        resident_bytes = resident(model.decoder, (), False) + states + grams + kept
+        rough = resident_bytes + model.forward_bytes(linear_groups(model.decoder), length, batch)
         for name, times, call, beside in parts:
             if times:
                 name += f" (as in block {kind})" * (len(dense.decoder.config.kinds) > 1)
-                found = run.compile_call(f"{name}: {size}", call)
+                compiled = run.compile_call(f"{name}: {size}", call)
                 work = functools.reduce(Work.plus, (counted(each, machine).work for each in (call, *beside)))
-                memory = max(rough, held + (found.memory if found and found.memory else 0))
-                yield Program(name, _REMOVING, blocks * count * times, None, None, work, memory, found)
+                memory = max(rough, resident_bytes + (compiled.memory if compiled and compiled.memory else 0))
+                yield Program(name, _REMOVING, blocks * count * times, None, None, work, memory, compiled)

@@ -32,11 +32,11 @@ class Storage(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A run, as every power sees it that takes a share of its plan.
+    """A run, as it is passed to every power that adds a share to its plan.
 
     Attributes:
       dense: the model that the run begins with.
-      model: the one whose blocks it prunes, without what is cut before.
+      model: the model whose blocks the run prunes, without what is cut before.
       budget: bytes of a device, from ``device_memory.device_budget``.
       compile_call: takes every program.
       stored: what the walk over the blocks keeps, and where.
@@ -101,7 +101,7 @@ class Share(NamedTuple):
       host: bytes of the memory of one host, by use.
       disk: bytes that stay in the run directory, by use.
       removed: bytes that are on the disk for a while, by use.
-      rewritten: the bytes that it replaces in so many seconds of its stages.
+      rewritten: the bytes that it replaces, as a function of the seconds of its stages.
       assumptions: the assumptions behind its seconds, in words.
       refused: why a run would refuse it; empty if it would not.
     """

@@ -19,7 +19,10 @@ from optima_tpu.runtime.mesh import DATA, MODEL
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Prints what each program and the whole run need, and the assumptions behind the time; first whether a run would be refused."""
+    """Prints what each program and the whole run need.
+
+    Begins with the reason if a run would be refused, and ends with the assumptions behind the time.
+    """
     if plan.refused:
         say(console, f"the run would be refused: {plan.refused}\n")
     show(console, program_table(plan))
@@ -29,7 +32,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def greeting(config: RunConfig, model: DeclaredModel, machine: Machine, recovering: bool = False) -> list[str]:
-    """The lines that describe what is planned, printed before the first long step."""
+    """The lines about the planned run, printed before the first long step."""
     shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
     written = f", {text.written} x {text.window_length} that the model writes" if text.written else ""
@@ -65,9 +68,9 @@ def program_table(plan: Plan) -> Table:
             number(work.seconds(plan.machine)),
         ]
         if program.compiled:
-            found = program.compiled
-            cells += ["-", "-"] if found.refused else [str(sum(kind.values())) for kind in (found.inside, found.outside)]
-            cells += [f"{found.seconds:.0f}"]
+            figures = program.compiled
+            cells += ["-", "-"] if figures.refused else [str(sum(kind.values())) for kind in (figures.inside, figures.outside)]
+            cells += [f"{figures.seconds:.0f}"]
         rows.append(cells)
     return plain_table(headings, rows)
 
@@ -77,7 +80,10 @@ _LEAVING = 0.75
 
 
 def summary(plan: Plan) -> list[str]:
-    """What fits, and what the run needs of its hosts. A run that would be refused does not fit, whatever its programs need."""
+    """What fits, and what the run needs of its hosts.
+
+    For a run that would be refused, no line says that it fits.
+    """
     stored = plan.storage
     return [
         *_fits(plan),
@@ -128,8 +134,8 @@ def _host(plan: Plan) -> list[str]:
     machine, host = plan.machine, plan.storage.host
     lines = [f"host memory  {'on each host: ' if machine.hosts > 1 else ''}{_sum(host)}"]
     if machine.platform == "cpu" and plan.programs:
-        taken, whole = sum(host.values()) + plan.largest.memory * machine.mesh.size, machine.chip.memory * machine.mesh.size
-        lines.append(f"             a CPU's programs are in the same memory: in all about {_gib(taken)} of {_gib(whole)} GiB")
+        taken, total = sum(host.values()) + plan.largest.memory * machine.mesh.size, machine.chip.memory * machine.mesh.size
+        lines.append(f"             a CPU's programs are in the same memory: in all about {_gib(taken)} of {_gib(total)} GiB")
     return lines
 
 
@@ -158,7 +164,7 @@ def _advice(plan: Plan) -> str:
 
 
 def _larger_model_axis(machine: Machine) -> str:
-    """A mesh of the same devices that splits weights and Hessians over more of them; empty if there is none."""
+    """Advice to type a mesh with a larger model axis; empty without one."""
     data, model = machine.mesh.shape[DATA], machine.mesh.shape[MODEL]
     return f"--mesh {data // 2}x{2 * model}, which splits more over the same devices, or " if data % 2 == 0 else ""
 
@@ -181,8 +187,8 @@ def _legend(plan: Plan) -> list[str]:
     ]
 
 
-def _counts(found: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none"
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
 
 def _moved(sizes: Mapping[str, int]) -> str:

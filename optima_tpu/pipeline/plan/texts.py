@@ -1,4 +1,4 @@
-"""The texts of a planned run: how much it measures perplexity on, and what the model writes itself."""
+"""The texts of a plan: the perplexity text, and what the model writes."""
 
 import dataclasses
 
@@ -22,7 +22,10 @@ CHARACTERS = 4
 
 
 def counted(config: RunConfig, model: DeclaredModel) -> RunConfig:
-    """The run with ``evaluation.windows`` as many as it would measure on, if its text is on this machine; otherwise as it is."""
+    """The run with its number of evaluation windows, if its text is here.
+
+    If the text is not on this machine, returns the run as it is.
+    """
     source = data.parse_source(config.evaluation.source or config.calibration.source)
     if not isinstance(source, PyDoc | File | Npy | TFDS):
         return config
@@ -54,7 +57,10 @@ def perplexity(run: Planned) -> Share:
 
 
 def writing(run: Planned) -> Share:
-    """The windows that the dense model writes: every token of those that it writes together reads all weights."""
+    """The windows that the dense model writes.
+
+    Several windows are written at once. For each next token of all of them, the model reads its weights once.
+    """
     count, length, model = written_windows(run.config), run.config.calibration.window_length, run.dense
     if not count:
         return Share()

@@ -1,4 +1,4 @@
-"""The devices of a plan: a TPU slice that need not be attached, or the attached devices."""
+"""The devices of a plan: attached devices, or a TPU slice elsewhere."""
 
 import importlib.util
 import itertools
@@ -57,7 +57,7 @@ _FACTOR_SHARE = 0.015
 
 
 def _tpu(name: str, gib: int, tflops: float, gb_per_second: float, link: float | None) -> Chip:
-    """``link`` is in GB/s."""
+    """A chip from Google Cloud's figures. ``link`` is in GB/s."""
     peak = tflops * 1e12
     return Chip(
         f"TPU {name}",
@@ -110,7 +110,7 @@ class Machine(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """The platform of the devices. Devices that are not attached are TPUs."""
+        """The platform of the devices; "tpu" if they are not attached."""
         return jax.default_backend() if self.here else "tpu"
 
     @property
@@ -125,34 +125,37 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
     Raises:
       UserError: the text has another form, the kind is not in :data:`CHIPS`, or the shape splits a host.
     """
-    found = re.fullmatch(r"([a-z]\w*):([1-9]\d{0,8}(?:x[1-9]\d{0,8}){1,2})", text.strip().lower())
-    if not found:
+    match = re.fullmatch(r"([a-z]\w*):([1-9]\d{0,8}(?:x[1-9]\d{0,8}){1,2})", text.strip().lower())
+    if not match:
         raise UserError(
             f"expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got {text!r}{_by_count(text)}"
         )
-    if found[1] not in CHIPS:
+    if match[1] not in CHIPS:
         raise UserError(f"expected a topology of {', '.join(CHIPS)}, such as v5e:4x2, got {text!r}")
-    shape = tuple(map(int, found[2].split("x")))
+    shape = tuple(map(int, match[2].split("x")))
     Bound(1, MOST_CHIPS).refuse("the chips of a topology", math.prod(shape))
-    whole = [(*(_of_hosts(size, up) for size in shape[:2]), *shape[2:]) for up in (False, True)]
-    if shape not in whole:
-        near = " or ".join(f"{found[1]}:{'x'.join(map(str, each))}" for each in whole)
+    fitting = [(*(_of_hosts(size, up) for size in shape[:2]), *shape[2:]) for up in (False, True)]
+    if shape not in fitting:
+        near = " or ".join(f"{match[1]}:{'x'.join(map(str, each))}" for each in fitting)
         raise UserError(f"expected a slice of whole hosts, each of 2x2 chips, such as {near}, got {text!r}")
-    return found[1], shape
+    return match[1], shape
 
 
 def _by_count(text: str) -> str:
-    """What to type for an accelerator type such as v5litepod-8, which names a number of chips; empty for other texts."""
-    found = re.fullmatch(r"(v5litepod|v5e|v6e)-(\d{1,3})", text.strip().lower())
-    chips = int(found[2]) if found else 0
-    if not found or chips & (chips - 1) or not 1 <= chips <= 256:
+    """What to type instead of an accelerator type such as v5litepod-8.
+
+    Such a type names a number of chips. Empty for any other text.
+    """
+    match = re.fullmatch(r"(v5litepod|v5e|v6e)-(\d{1,3})", text.strip().lower())
+    chips = int(match[2]) if match else 0
+    if not match or chips & (chips - 1) or not 1 <= chips <= 256:
         return ""
     short = 1 << (chips.bit_length() - 1) // 2
-    return f"; type {found[1].replace('v5litepod', 'v5e')}:{short}x{chips // short}"
+    return f"; type {match[1].replace('v5litepod', 'v5e')}:{short}x{chips // short}"
 
 
 def _of_hosts(size: int, up: bool) -> int:
-    """A dimension that hosts of two chips fill: itself, or the next power of two below or above."""
+    """A dimension that hosts fill: ``size``, or the next power of two."""
     return 1 << size.bit_length() - (not up) if size > 1 and size % 2 else size
 
 
@@ -174,7 +177,9 @@ _UNCOMPILED = "nothing was compiled (--no-compile): memory comes from a simple m
 
 
 def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Machine:
-    """A TPU slice that need not be attached. Without libtpu nothing is compiled for it, and a note says so.
+    """A TPU slice that need not be attached.
+
+    Without libtpu nothing is compiled for the slice, and a note says so.
 
     Args:
       text: see :func:`parse_topology`.
@@ -259,18 +264,18 @@ def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[
         less memory.
     """
     count = math.prod(shape)
-    asked = parse_mesh(text) if text else (count, 1)
+    requested = parse_mesh(text) if text else (count, 1)
     models = {math.prod(part) for size in range(len(shape) + 1) for part in itertools.combinations(shape, size)}
     pairs = [(count // model, model) for model in models]
-    best = min(pairs, key=lambda pair: (sum(math.log(new / old) ** 2 for new, old in zip(pair, asked)), -pair[1]))
-    if best == asked:
+    best = min(pairs, key=lambda pair: (sum(math.log(new / old) ** 2 for new, old in zip(pair, requested)), -pair[1]))
+    if best == requested:
         return best
     why = (
-        f"needs {plural(math.prod(asked), 'device')}, {where} has {count}"
-        if math.prod(asked) != count
+        f"needs {plural(math.prod(requested), 'device')}, {where} has {count}"
+        if math.prod(requested) != count
         else f"splits a dimension of {where}, which jax.make_mesh does not do there"
     )
-    raise UserError(f"mesh {asked[0]}x{asked[1]} {why}: the nearest that fits is --mesh {best[0]}x{best[1]}")
+    raise UserError(f"mesh {requested[0]}x{requested[1]} {why}: the nearest that fits is --mesh {best[0]}x{best[1]}")
 
 
 def _primes(number: int) -> tuple[int, ...]:
@@ -312,12 +317,18 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
 
 
 def _computed() -> float:
-    """A clock of the seconds that all cores computed for this process, which stands still while it waits for them."""
+    """A clock of the processor time of this process, divided by all cores.
+
+    It stands still while the process waits for a core.
+    """
     return time.process_time() / (os.cpu_count() or 1)
 
 
 def _measure(dtype: jnp.dtype, clock: Callable[[], float], size: int = 1024) -> tuple[float, float, float, float]:
-    """FLOP/s of products in ``dtype``, in full and in rough float32, and bytes/s of a sum of two arrays, on the first device."""
+    """Measures the rates of the first device.
+
+    Returns FLOP/s of products in ``dtype``, in full float32 and in rough float32, and bytes/s of a sum of two arrays.
+    """
 
     def seconds(function: Callable[..., Array], *arrays: Array) -> float:
         compiled = jax.jit(function)

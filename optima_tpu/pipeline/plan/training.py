@@ -1,4 +1,4 @@
-"""The programs that train a pruned model, of ``--distill`` and of ``optima recover``."""
+"""Plans the training of a pruned model: --distill and ``optima recover``."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 
 def training(run: Planned) -> Share:
-    """The training of the pruned model: its steps, the dense model that they are compared with, and the checks on held-out text."""
+    """The training of the pruned model, with its dense passes and checks."""
     method, text = run.config.distill, run.config.calibration
     if method is None:
         return Share()
@@ -68,7 +68,7 @@ def training(run: Planned) -> Share:
 
 
 def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
-    """How often training reads the dense model, and how many windows pass through it.
+    """How often training reads the dense model, and for how many windows.
 
     Args:
       state: bytes of the hidden states of a window.
@@ -114,7 +114,9 @@ _Part = tuple[str, int, int, Call]
 def training_programs(
     model: DeclaredModel, trainer: Trainer, length: int, machine: Machine, compile_call: Compile
 ) -> tuple[Program, ...]:
-    """The programs of a step of training: each kind of block forward, backward and updated, and the head's loss.
+    """The programs of a step of training.
+
+    They are the forward pass, backward pass and update of each kind of block, and the head's loss.
 
     Args:
       length: tokens in a window.
@@ -136,17 +138,17 @@ def training_programs(
     resident += _kept(trainer, hidden) + bytes_on_device(*jax.tree.leaves(head))
 
     def program(name: str, calls: int, memory: int, call: Call) -> Program:
-        found = compile_call(f"{name}: {batch} x {length} tokens a device", call)
-        if found and found.memory:
-            memory = found.memory - found.arguments
+        compiled = compile_call(f"{name}: {batch} x {length} tokens a device", call)
+        if compiled and compiled.memory:
+            memory = compiled.memory - compiled.arguments
         work, unknown = counted(call, machine)
-        return Program(name, "training", calls, None, None, work, resident + memory, found, unknown)
+        return Program(name, "training", calls, None, None, work, resident + memory, compiled, unknown)
 
     return tuple(itertools.starmap(program, parts))
 
 
 def _kept(trainer: Trainer, hidden: Array) -> int:
-    """Bytes on a device that the blocks keep for their backward passes, at most."""
+    """Bytes on a device that blocks keep for backward passes, at most."""
     config = trainer.decoder.config
     blocks = {kind: trainer.at(kind).struct() for kind in config.kinds}
     positions = {kind: config.positions(kind, hidden.shape[1]) for kind in config.kinds}
@@ -155,7 +157,7 @@ def _kept(trainer: Trainer, hidden: Array) -> int:
 
 
 def _of_block(model: DeclaredModel, trainer: Trainer, step: _Step) -> list[_Part]:
-    """Forward pass, backward pass and update of the blocks of the decoder's kind."""
+    """Forward pass, backward pass and update of one kind of block."""
     decoder, block, kinds = model.decoder, trainer.struct(), model.decoder.config.kinds
     axis, kind = decoder.mesh.shape[MODEL], decoder.config.kind
     blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
@@ -183,11 +185,11 @@ def _of_head(model: DeclaredModel, method: Distillation, head: Head, step: _Step
     # Of a stretch: logits and distributions of each model, and the gradient.
     arrays = 5 if method.reads_dense else 4
     tokens = struct_on(mesh, (windows, step.length), np.dtype(np.int32), P(DATA))
-    there = struct_on(mesh, (windows,), np.dtype(bool), P(DATA))
+    valid = struct_on(mesh, (windows,), np.dtype(bool), P(DATA))
     logits = 4 * step.batch * STRETCH * config.vocab // mesh.shape[MODEL]
     return (
         "head: loss and gradient",
         step.passes,
         bytes_on_device(step.hidden) + arrays * logits,
-        Call(head_gradient, (method.loss, head, step.hidden, step.hidden, tokens, there)),
+        Call(head_gradient, (method.loss, head, step.hidden, step.hidden, tokens, valid)),
     )

@@ -1,4 +1,4 @@
-"""The walk over the blocks in a plan: its programs, and the forward passes of a window."""
+"""The walk over the blocks in a plan: its programs and forward passes."""
 
 import collections
 import functools
@@ -82,14 +82,15 @@ class BlockWalk(NamedTuple):
 
 
 class ForwardPasses(NamedTuple):
-    """The forward passes of one window: through a block on average over the blocks, and through the head.
+    """Forward passes of one window through the average block and the head.
 
     Attributes:
       whole: work of a device in the whole block.
-      pruned: the same of the pruned block, which may know the inputs of some layers.
-      head: the same of the head.
+      pruned: work of a device in the pruned block, for which the inputs of some layers may be known.
+      head: work of a device in the head.
       passes: number of passes of the calibration.
-      moved: the size of the kept inputs of layers, every time that they leave or enter the devices, in sizes of the hidden states.
+      moved: the size of the kept inputs of layers, every time that they leave or enter the devices, in sizes of the hidden
+        states.
       kept: the size of the kept inputs of layers, in sizes of the hidden states.
     """
 
@@ -134,7 +135,7 @@ def walk_of(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern]
 
 
 def _fitting(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: float) -> Iterator[tuple[Pass, ...]]:
-    """The passes of every block; of a block that does not fit a single one, as with enough memory."""
+    """The passes of every block; one pass for a block that does not fit."""
     for index, each in enumerate(groups):
         try:
             yield block_passes(decoder, index, each, recipe, budget)
@@ -144,7 +145,7 @@ def _fitting(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget:
 
 
 def forward_passes(model: DeclaredModel, machine: Machine, config: RunConfig, kinds: Mapping[_Kind, int]) -> ForwardPasses:
-    """The forward passes of a window, with the passes of all blocks as found."""
+    """The forward passes of a window. ``kinds`` has the calibration passes."""
     decoder, streams, text = model.decoder, config.recipe.target.streams, config.calibration
     sizes = text.window_length, text.fitted
     step = windows_of_step(decoder, text.fitted) * machine.mesh.shape[DATA]
@@ -205,17 +206,17 @@ def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -
     calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window_length, text.fitted)
     where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
     name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window_length} tokens a device"
-    sums, found = compile_call(f"{name}, sums: {tokens}", calls.sums), None
+    sums, compiled = compile_call(f"{name}, sums: {tokens}", calls.sums), None
     if sums:
         passes = [compile_call(f"{name}, pass: {tokens}", calls.passes[0])]
         if len(calls.distinct) > 1:
             passes.append(compile_call(f"{name}, pass of the dense stream: {tokens}", calls.passes[1]))
-        found = joined(calls, [each for each in passes if each], sums)
-    if found and found.memory:
-        memory = beside + found.memory
+        compiled = joined(calls, [each for each in passes if each], sums)
+    if compiled and compiled.memory:
+        memory = beside + compiled.memory
     passes_work, sums_work = [counted(call, machine).work for call in calls.distinct], counted(calls.sums, machine).work
     work = functools.reduce(Work.plus, (passes_work[calls.distinct.index(call)] for call in calls.passes), sums_work)
-    return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
+    return Program(name, "calibration", blocks * steps, None, None, work, memory, compiled)
 
 
 def _pruning(run: Planned, model: DeclaredModel, shape: _Shape, layers: _Layers) -> Program:
@@ -227,12 +228,12 @@ def _pruning(run: Planned, model: DeclaredModel, shape: _Shape, layers: _Layers)
     call = pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout)
     work, unknown = counted(call, run.machine)
     memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
-    found = run.compile_call(f"solver for {name}: {plural(rows, 'row')} a device", call)
-    if found and found.memory:
-        memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
-    return Program(name, "pruning", layers.calls, rows, layout, work, memory, found, unknown)
+    compiled = run.compile_call(f"solver for {name}: {plural(rows, 'row')} a device", call)
+    if compiled and compiled.memory:
+        memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + compiled.memory - compiled.arguments
+    return Program(name, "pruning", layers.calls, rows, layout, work, memory, compiled, unknown)
 
 
 def _short(groups: Groups) -> str:
-    """ "q, k, v" for the layers of one group, the first group and "..." for those of several."""
+    """The layers of a group as "q, k, v"; of several, the first and "..."."""
     return ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in groups[0]) + ", ..." * (len(groups) > 1)

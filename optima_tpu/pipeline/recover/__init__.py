@@ -1,1 +1,1 @@
-"""Training of a pruned model on more text, from a finished run or from any pruned checkpoint."""
+"""Trains a pruned model on more text: a run, or any pruned checkpoint."""

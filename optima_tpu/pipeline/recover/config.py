@@ -1,4 +1,4 @@
-"""The settings of one recovery: a frozen dataclass, parsed from the command line."""
+"""The settings of one recovery, parsed from the command line."""
 
 import dataclasses
 import re
@@ -94,11 +94,11 @@ class RecoverConfig(Devices):
         return count_tokens("--tokens", self.tokens)
 
     def training_windows(self, length: int) -> int:
-        """How many windows of ``length`` tokens training reads: as many as fill its steps."""
+        """The number of windows of ``length`` tokens that fill the steps."""
         return max(1, self.distill.filled(self.token_count // (self.distill.passes * length)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings in JSON types, with ``distill`` in the layout of the YAML files."""
+        """The settings in JSON types, ``distill`` as in the YAML files."""
         method = {"name": method_name("distill", self.distill)} | options_of(self.distill)
         return {name: getattr(self, name) for name in field_names(type(self))} | {
             "distill": {name: value for name, value in method.items() if f"distill.{name}" not in _MOVED}
@@ -119,26 +119,32 @@ class RecoverConfig(Devices):
 
 
 def count_tokens(name: str, text: str | None) -> int:
-    """A number such as 200k, 50M, 1_000_000 or 1,000,000, at most 1e18. Raises UserError for any other text of the option ``name``."""
+    """Reads a number such as 200k, 50M, 1_000_000 or 1,000,000.
+
+    A number above 1e18 counts as 1e18.
+
+    Raises:
+      UserError: the text of the option ``name`` is no such number.
+    """
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", (text or "").strip().replace("_", "").lower())  # 1,000,000 as it is printed
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", plain)
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", plain)
+    if not match:
         raise UserError(f"expected {name} as a number such as 200k, 50M or 1000000, got {text or 'none'}")
-    return round(min(float(found[1]) * _UNITS[found[2]], 1e18))
+    return round(min(float(match[1]) * _UNITS[match[2]], 1e18))
 
 
 def as_run(config: RunConfig, tokens: str) -> RunConfig:
-    """The run that a plan of a recovery with ``tokens`` is made of.
+    """The run by which a recovery with ``tokens`` is planned.
 
     Args:
       config: model, text, devices, and with ``distill`` how to train; None trains by the defaults of ``optima recover``.
     """
-    asked, text = RecoverConfig(config.model, tokens, distill=config.distill or RecoverConfig.distill), config.calibration
-    windows = asked.training_windows(text.window_length)
+    recovery, text = RecoverConfig(config.model, tokens, distill=config.distill or RecoverConfig.distill), config.calibration
+    windows = recovery.training_windows(text.window_length)
     return RunConfig(
         config.model,
         recipe=Recipe(selector=Imported(config.model, weights=True), solver=None),
-        distill=dataclasses.replace(asked.distill, windows=windows),
+        distill=dataclasses.replace(recovery.distill, windows=windows),
         calibration=dataclasses.replace(text, windows=windows),
         evaluation=config.evaluation,
         **{name: getattr(config, name) for name in ("dtype", "mesh", "cpu_devices", "batch", "device_memory", "export")},
@@ -146,7 +152,9 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
 
 
 def parse(argv: Sequence[str]) -> RecoverConfig:
-    """The recovery that a command line asks for. ``--help`` prints and raises SystemExit(0).
+    """The recovery that a command line asks for.
+
+    ``--help`` prints and raises SystemExit(0).
 
     Raises:
       UserError: a setting does not exist, or its value is not allowed.

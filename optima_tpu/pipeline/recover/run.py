@@ -1,4 +1,4 @@
-"""One recovery, from a pruned model to the same model trained on more text: a run whose blocks are pruned already."""
+"""One recovery: a run that trains blocks which are pruned already."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ from optima_tpu.runtime.version import code_version
 
 
 def recover(config: RecoverConfig, console: Console | None = None) -> Report:
-    """Trains a pruned model as ``config`` says, or goes on where the same recovery was stopped.
+    """Trains a pruned model, or goes on with a recovery that was stopped.
 
     Returns:
       The contents of report.json: ``perplexity`` has the dense model's and the trained one's, ``distillation`` the rest.
@@ -80,8 +80,8 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     manifest = _manifest(run_config, start, texts)
     agree("recovery", flat(manifest))
     base = flat(RecoverConfig(config.model, config.tokens, distill=type(config.distill)()).to_dict()) | {"distill.name": "kl"}
-    told = {name: value for name, value in flat(settings).items() if name in ("model", "tokens") or value != base[name]}
-    configuration = to_dict(run_config) | {"recover": told}
+    changed = {name: value for name, value in flat(settings).items() if name in ("model", "tokens") or value != base[name]}
+    configuration = to_dict(run_config) | {"recover": changed}
     directory = prepare_directory(directory, manifest, configuration)
     opened = Opened(run_config, start.dense, texts, manifest, configuration, directory)
     say(console, "\n".join(_greeting(config, opened, start, drawn)))
@@ -90,7 +90,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
 
 @contextlib.contextmanager
 def _naming_options(config: RecoverConfig) -> Iterator[None]:
-    """Adds to an error the options that would replace a text of the model's record."""
+    """Adds to an error the options that replace the texts of the record."""
     taken = {"--source": config.source, "--evaluation": config.evaluation or config.source}
     named = " and ".join(name for name, given in taken.items() if given is None)
     try:
@@ -101,7 +101,7 @@ def _naming_options(config: RecoverConfig) -> Iterator[None]:
 
 
 def recovering(config: RunConfig, start: Start, keep: Keep) -> Report:
-    """The stages of a recovery: those of a run, but for the blocks, which it takes from the pruned model."""
+    """Runs the stages of a run, except that the blocks are pruned already."""
     dense = keep(stages.DENSE_PERPLEXITY)
     journal = keep(stages.JOURNAL, dense, None)
     sinks = keep(stages.SINKS, journal)
@@ -131,8 +131,8 @@ def _taking(start: Start) -> Stage[[Journal], Journal]:
 
 def _take_block(journal: Journal, start: Start, index: int, parameters: dict[str, jax.Array], prefix: str) -> None:
     layers = [name + ".weight" for name in start.decoder.at(index).linears]  # in the order in which a run reports them
-    found = together(lambda: {name: start.mask(index, name) for name in layers})
-    masks = {name: keep for name, keep in found.items() if keep is not None}
+    loaded = together(lambda: {name: start.mask(index, name) for name in layers})
+    masks = {name: keep for name, keep in loaded.items() if keep is not None}
     placed = {name: jax.device_put(keep, parameters[name].sharding) for name, keep in masks.items()}
     for name, stays in placed.items():
         if fetch(jnp.any((parameters[name] != 0) & ~stays)):
@@ -155,7 +155,10 @@ def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
 
 
 def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, length: int) -> tuple[Tokens, Tokens]:
-    """The windows to train on, the held-out ones first, and those to measure on. Process 0 reads the texts."""
+    """The windows to train on, and the windows to measure on.
+
+    The first windows to train on are held out. Process 0 reads the texts.
+    """
     model, tokenizer = start.dense, start.pruned.tokenizer
     bos = together(lambda: window_bos(model, tokenizer))
     parsed, other = data.parse_source(source), data.parse_source(evaluation)
@@ -173,7 +176,7 @@ def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, le
 
 
 def _run_config(config: RecoverConfig, base: RunConfig, source: str, evaluation: str, length: int, windows: int) -> RunConfig:
-    """The settings of the run: those with which the model was pruned, and the training on top."""
+    """The settings by which the model was pruned, with the training added."""
     shared = ("dtype", "token_cache", "mesh", "cpu_devices", "batch", "device_memory", "coordinator", "num_processes")
     return dataclasses.replace(
         base,

@@ -1,4 +1,4 @@
-"""What a recovery starts from: a pruned model with its masks, the record of how it was pruned, and the dense model."""
+"""What a recovery starts from: a pruned model, its record, the dense model."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ _PATTERNS = "2:4", "4:8"
 
 
 class _Record(NamedTuple):
-    """What the record of a pruned model says on it; nothing for a model of another program.
+    """The record of a pruned model; empty for a model of another program.
 
     Attributes:
       manifest: of the run that pruned it.
@@ -86,7 +86,7 @@ class Start(NamedTuple):
 
     @property
     def window_length(self) -> int | None:
-        """How many tokens the windows had that the model was calibrated on; None if no record says it."""
+        """Tokens in a calibration window; None if no record says it."""
         return self.record.settings.calibration.length if self.record.settings else None
 
     def base(self, dense: str, spec: str) -> RunConfig:
@@ -97,17 +97,17 @@ class Start(NamedTuple):
         return recorded_run({**self.record.manifest["recipe"], "model": dense, "distill": None})
 
     def mask(self, index: int, name: str) -> np.ndarray | None:
-        """The mask of a parameter of a block, by its name inside the block; None if it was not pruned."""
-        whole = self.decoder.prefix(index) + name
-        rows, columns = self.decoder.at(index).block_shapes[name] if whole in self.names else (0, 0)
-        return self.masks.read(whole, (rows, columns)) if rows else None
+        """The mask of a block's parameter; None if it was not pruned."""
+        full_name = self.decoder.prefix(index) + name
+        rows, columns = self.decoder.at(index).block_shapes[name] if full_name in self.names else (0, 0)
+        return self.masks.read(full_name, (rows, columns)) if rows else None
 
     def report(self, index: int, masks: Mapping[str, np.ndarray]) -> BlockReport:
-        """The report of a block, in which errors that nobody measured are not finite."""
+        """The report of a block. Errors that nobody measured are infinite."""
         layers = []
         for name, keep in masks.items():
             rows, pruned = len(keep), int(keep.size - np.count_nonzero(keep))
-            inner, found = name.removesuffix(".weight"), self.record.layers.get(self.decoder.prefix(index) + name)
+            inner, recorded = name.removesuffix(".weight"), self.record.layers.get(self.decoder.prefix(index) + name)
             unknown = LayerReport(
                 index,
                 inner,
@@ -125,18 +125,20 @@ class Start(NamedTuple):
                 0,
                 0,
             )
-            layers.append(found or unknown)
+            layers.append(recorded or unknown)
         return BlockReport(index, 0.0, tuple(layers))
 
 
 def open_start(config: RecoverConfig, mesh: Mesh, opening: Callable[[str], None]) -> Start:
-    """Opens the pruned model and the dense model, and checks that they belong together. Every process calls it.
+    """Opens the pruned and the dense model, and checks that they match.
+
+    Every process calls it.
 
     Args:
       opening: called with the name of each model before it is opened, which may take minutes.
 
     Raises:
-      UserError: a model cannot be opened, has no masks, or they do not belong together.
+      UserError: a model cannot be opened, the pruned model has no masks, or the models do not belong together.
     """
     opening(config.model)
     pruned = open_evaluated(config.model, mesh, config.dtype, config.batch)
@@ -212,37 +214,40 @@ def _record(spec: str, decoder: Decoder) -> _Record:
 
 
 def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[frozenset[str], Pattern | None]:
-    """The names of the weights that are pruned, and the pattern of their masks where no record says it."""
+    """The names of the pruned weights, and the pattern of their masks.
+
+    The pattern is None if the pruned model has a record.
+    """
     matrices = {
         decoder.prefix(index) + name + ".weight": decoder.at(index).block_shapes[name + ".weight"]
         for index in range(decoder.config.blocks)
         for name in decoder.at(index).linears
     }
     anything = record.layers or not record.manifest
-    known = {name: (rows, columns) for name, (rows, columns) in matrices.items() if anything and name in masks.keys}
-    if record.manifest and not (known and masks.from_zeros):
-        return frozenset(known), None
-    found, patterns = set(), [parse_pattern(text) for text in _PATTERNS]
+    shapes = {name: (rows, columns) for name, (rows, columns) in matrices.items() if anything and name in masks.keys}
+    if record.manifest and not (shapes and masks.from_zeros):
+        return frozenset(shapes), None
+    names, patterns = set(), [parse_pattern(text) for text in _PATTERNS]
     zeros = size = 0
-    for name, shape in known.items():
+    for name, shape in shapes.items():
         keep = masks.read(name, shape)
         pruned = keep.size - int(np.count_nonzero(keep))
         if pruned >= LEAST * keep.size:
-            found.add(name)
+            names.add(name)
             zeros, size = zeros + pruned, size + keep.size
             patterns = [
                 each for each in patterns if shape[1] % int(str(each).partition(":")[2]) == 0 and not each.violation(keep, True)
             ]
-    if not found:
+    if not names:
         raise UserError(
             f"expected a pruned model, got {masks.origin}, in which no matrix has a share of zeros of at least {LEAST:g}: "
             "prune it first"
         )
     if record.manifest:
-        return frozenset(found), None
+        return frozenset(names), None
     share = zeros / size
     regular = next((each for each in patterns if abs(share - 0.5) < 0.02), None)
-    return frozenset(found), regular or parse_pattern(f"{min(max(share, 0.001), 0.999):.3f}/layer")
+    return frozenset(names), regular or parse_pattern(f"{min(max(share, 0.001), 0.999):.3f}/layer")
 
 
 def _without(dense: Model, left_out: LeftOut) -> Model:
@@ -264,19 +269,21 @@ def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, left_out: 
     who, whose = pruned.model.pretrained.origin, dense.model.pretrained.origin
     if expected is not None and expected != dense.model.pretrained.fingerprint:
         raise UserError(f"expected the model that {who} was pruned from, got another one in {whose}: give its place as --against")
-    mine, theirs = pruned.model.decoder, _without(dense.model, left_out).decoder
-    if mine.sizes != theirs.sizes:
+    pruned_decoder, dense_decoder = pruned.model.decoder, _without(dense.model, left_out).decoder
+    if pruned_decoder.sizes != dense_decoder.sizes:
         raise UserError(f"expected --against with the model that {who} was pruned from, got one of another size in {whose}")
-    for kind in mine.config.kinds:
-        for name in mine.at(kind).block_shapes:
-            ours, other = (each.tensors.dtype(each.prefix(kind) + name) for each in (mine, theirs))
+    for kind in pruned_decoder.config.kinds:
+        for name in pruned_decoder.at(kind).block_shapes:
+            ours, other = (each.tensors.dtype(each.prefix(kind) + name) for each in (pruned_decoder, dense_decoder))
             if ours != other:
                 raise UserError(
                     f"expected {who} and {whose} in one dtype, got {name} as {ours} and as {other}: give --dtype {ours}"
                 )
-    for name in mine.end_shapes:
-        its_name = theirs.root + name.removeprefix(mine.root) if name.startswith(mine.root) else name
-        if its_name not in theirs.end_shapes or not same_values(mine.tensors, name, theirs.tensors, its_name):
+    for name in pruned_decoder.end_shapes:
+        its_name = dense_decoder.root + name.removeprefix(pruned_decoder.root) if name.startswith(pruned_decoder.root) else name
+        if its_name not in dense_decoder.end_shapes or not same_values(
+            pruned_decoder.tensors, name, dense_decoder.tensors, its_name
+        ):
             raise UserError(
                 f"expected a pruned model with {name} of the dense model {whose}, got other values in {who}: only the blocks are "
                 "trained here, so both models need the same embedding, last norm and head"

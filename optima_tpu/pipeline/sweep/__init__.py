@@ -1,1 +1,1 @@
-"""Sweeps: a table of masks x updates x patterns over one model, ``python -m optima_tpu.sweep FILE``."""
+"""Tables of masks x updates x patterns, by ``python -m optima_tpu.sweep``."""

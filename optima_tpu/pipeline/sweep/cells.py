@@ -1,4 +1,4 @@
-"""The cells of a sweep: their settings, and checks that no two cells conflict."""
+"""The cells of a sweep, and checks that no two cells conflict."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from optima_tpu.report.contents import CellName
 
 
 class Cell(CellName, frozen=True):
-    """One run of the grid, with all of its settings; ``output`` is the cell's own directory."""
+    """A run of the grid. Its setting ``output`` is a directory of its own."""
 
     config: RunConfig
 
@@ -23,22 +23,22 @@ class Cell(CellName, frozen=True):
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:
-    """For every cell, the settings in which the cells differ: "pattern 2:4, solver cg, solver.damping 0.1".
+    """For every cell, the settings in which the cells differ, in words.
 
-    Windows and seed are left out, because the cell's name has them. An option of a method appears only if it differs from its
-    default.
+    An example is "pattern 2:4, solver cg, solver.damping 0.1". Windows and seed are left out, because the cell's name has them.
+    An option of a method appears only if it differs from its default.
     """
-    settings = [dict(_told(cell.config)) for cell in cells]
+    settings = [dict(_described(cell.config)) for cell in cells]
     varying = [
         key
-        for key in dict.fromkeys(key for told in settings for key in told)
-        if len({str(told.get(key)) for told in settings}) > 1
+        for key in dict.fromkeys(key for described in settings for key in described)
+        if len({str(described.get(key)) for described in settings}) > 1
     ]
-    return [", ".join(f"{key} {told[key]}" for key in varying if told.get(key, "") != "") for told in settings]
+    return [", ".join(f"{key} {described[key]}" for key in varying if described.get(key, "") != "") for described in settings]
 
 
 def refuse_twins(cells: Sequence[Cell]) -> None:
-    """Refuses two cells that share a directory, or that are the same run under two names.
+    """Refuses two cells that share a directory, or have the same settings.
 
     Raises:
       UserError: there are two such cells; the message names both.
@@ -54,7 +54,9 @@ def refuse_twins(cells: Sequence[Cell]) -> None:
 
 
 def refuse_idle_seeds(cells: Sequence[Cell]) -> None:
-    """Refuses several seeds for a cell whose text does not depend on the seed: their spread would mean nothing.
+    """Refuses several seeds for a cell whose text does not depend on them.
+
+    The spread over such seeds would mean nothing.
 
     Raises:
       UserError: there is such a cell.
@@ -73,8 +75,11 @@ def refuse_idle_seeds(cells: Sequence[Cell]) -> None:
             )
 
 
-def _told(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """The settings that describe a cell, without those in its name and without the defaults of its methods."""
+def _described(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """The settings that describe a cell.
+
+    Leaves out the settings in the cell's name, and the defaults of its methods.
+    """
     values = to_dict(config) | weights_settings(config)  # which has every pattern with its comparison group
     for name in ("windows", "seed"):
         del values["calibration"][name]

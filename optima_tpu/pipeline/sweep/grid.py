@@ -47,7 +47,7 @@ _KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
 
 @dataclasses.dataclass(frozen=True)
 class CellGrid:
-    """All cells, in the order in which they run: all cells of the first seed before those of the second.
+    """All cells in the order in which they run, one seed after the other.
 
     Attributes:
       output: directory of the tables and of the cells.
@@ -86,7 +86,7 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
 
 
 class _CommandLineError(UserError):
-    """A mistake on the command line, so that nobody looks for it in the file."""
+    """A mistake on the command line, not in the file."""
 
 
 def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str, beside: Collection[str]) -> CellGrid:
@@ -101,47 +101,47 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
         raise UserError(f"expected output to be a directory, got {chosen!r}")
 
-    places = _places(axes, counts, _rules(document.get("leave_out")))
+    combinations = _combinations(axes, counts, _rules(document.get("leave_out")))
     _refuse_collapse(counts, argv)
     # Cells with the same labels differ only in numbers: reading the settings takes longest and is done once for all of them.
     first = {key: counts[key][0] for key in _COUNTS}
     configured = functools.cache(lambda **labels: _configured(labels, first, run, axes, argv, beside))
     varying = {key for key in _COUNTS if len(counts[key]) > 1}
-    first_model = configured(**{key: places[0][key] for key in _AXES}).model_name
+    first_model = configured(**{key: combinations[0][key] for key in _AXES}).model_name
     default = Path("runs", "tables", f"{name}-{first_model}")
     directory = default if chosen is None else as_path(chosen)
     if in_bucket(directory):
         raise UserError(
             f"expected a local folder for the tables and runs of a sweep, got {chosen}; a single run can use a bucket"
         )
-    cells = [_cell(place, configured, varying, directory / "cells") for place in places]
+    cells = [_cell(combination, configured, varying, directory / "cells") for combination in combinations]
     refuse_twins(cells)
     refuse_idle_seeds(cells)
     return CellGrid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
 
 
-def _places(
+def _combinations(
     axes: Mapping[str, Mapping[str, Any]], counts: Mapping[str, list[Any]], rules: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The labels and numbers of every cell that the rules of ``leave_out`` leave."""
+    """The labels and numbers of every cell that ``leave_out`` leaves."""
     Bound(1, MOST_CELLS).refuse("cells in the table of a sweep", math.prod(map(len, (*axes.values(), *counts.values()))))
-    places = [
+    combinations = [
         dict(zip(("seeds", "windows", *_AXES), values, strict=True))
         for values in itertools.product(counts["seeds"], counts["windows"], *axes.values())
     ]
     for number, rule in enumerate(rules, 1):
-        wanted = list(_known(number, rule, axes, counts))
-        left = [place for place in places if not all(place[key] == value for key, value in wanted)]
-        if len(left) == len(places):
+        wanted = list(_checked(number, rule, axes, counts))
+        left = [combination for combination in combinations if not all(combination[key] == value for key, value in wanted)]
+        if len(left) == len(combinations):
             raise UserError(f"leave_out {number} matches no remaining cell; correct or delete it")
-        places = left
-    if not places:
+        combinations = left
+    if not combinations:
         raise UserError("leave_out leaves no cell to run")
-    return places
+    return combinations
 
 
 def _settings(name: str, value: Any) -> dict[str, Any]:
-    """Checks that a value under a label looks like settings, and returns it."""
+    """Checks that a value under a label holds settings, and returns them."""
     if not isinstance(value, dict):
         raise UserError(f"expected settings under {name}, such as {{pattern: 0.5}}, got {value!r}")
     for key in value:
@@ -164,7 +164,7 @@ def _axis(name: str, value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _counts(name: str, values: Any, least: int) -> list[int | None]:
-    """The values of an axis of numbers; a single None if the file has no such axis."""
+    """The values of an axis of numbers; [None] if the file has none."""
     if values is None:
         return [None]
     fine = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
@@ -182,18 +182,18 @@ def _rules(value: Any) -> list[dict[str, Any]]:
     return rules
 
 
-def _known(
+def _checked(
     number: int, rule: Mapping[str, Any], axes: Mapping[str, Mapping], counts: Mapping[str, list]
 ) -> Iterator[tuple[str, Any]]:
-    """The pairs (axis, value) of a rule, after a check that the axis exists and has the value."""
+    """The pairs (axis, value) of a rule, each checked to exist."""
     values = {key: list(axis) for key, axis in axes.items()} | {"windows": counts["windows"], "seed": counts["seeds"]}
     for key, value in by_own_names("calibration", rule, f"leave_out {number}").items():
         if key not in values:
             raise UserError(f"leave_out {number}: expected some of {', '.join(values)}, got {key!r}")
-        if value is None or not any(type(value) is type(known) and value == known for known in values[key]):
-            known = ", ".join(str(entry) for entry in values[key] if entry is not None) or "none in this file"
+        if value is None or not any(type(value) is type(allowed) and value == allowed for allowed in values[key]):
+            allowed = ", ".join(str(entry) for entry in values[key] if entry is not None) or "none in this file"
             hint = "; write a label in quotes" if key in axes and not isinstance(value, str) else ""
-            raise UserError(f"leave_out {number}: there is no {key} {value!r}, expected one of {known}{hint}")
+            raise UserError(f"leave_out {number}: there is no {key} {value!r}, expected one of {allowed}{hint}")
         yield "seeds" if key == "seed" else key, value
 
 
@@ -227,15 +227,16 @@ def _configured(
     raise _CommandLineError(f"on the command line, for {cell}: {wrong}")
 
 
-def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str], folder: Path) -> Cell:
-    """The cell with the labels and numbers of ``place``, in a directory of its own inside ``folder``.
+def _cell(combination: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str], folder: Path) -> Cell:
+    """The cell of a combination, in a directory of its own inside ``folder``.
 
     Args:
+      combination: labels and numbers.
       varying: the axes of numbers with several values, which the command line therefore does not set.
     """
-    labels = {key: place[key] for key in _AXES}
+    labels = {key: combination[key] for key in _AXES}
     config = configured(**labels)
-    text = dataclasses.replace(config.calibration, **{_COUNTED[key]: place[key] for key in varying})
+    text = dataclasses.replace(config.calibration, **{_COUNTED[key]: combination[key] for key in varying})
     # The name has all numbers, so that a cell keeps its directory when the file begins to vary another number.
     parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{text.windows}-windows", f"seed-{text.seed}")
     config = dataclasses.replace(config, calibration=text, output=str(folder / "_".join(parts)))
@@ -243,7 +244,10 @@ def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varyin
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges settings; later ones override earlier ones. Another method drops the options of the method before it."""
+    """Merges settings, of which later ones override earlier ones.
+
+    If a later layer names another method, the options of the method before are dropped.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -257,12 +261,15 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slug(label: str) -> str:
-    """A label as part of a directory's name: "2:4 MLP" as "2of4-mlp". Without "_", which separates the parts."""
+    """A label as a part of a directory's name: "2:4 MLP" as "2of4-mlp".
+
+    It has no "_", which separates the parts.
+    """
     return re.sub(r"[^\w.]+|_+", "-", label.lower().replace(":", "of")).strip("-.")
 
 
 def _refuse_collapse(counts: Mapping[str, list], argv: Sequence[str]) -> None:
-    """Refuses a command line that gives one value to a number that the file varies."""
+    """Refuses a command line that sets a number which the file varies."""
     given = {spelled(word).partition("=")[0] for word in argv}
     for key, setting in _COUNTED.items():
         if len(counts[key]) > 1 and (option := f"--calibration.{setting}") in given:

@@ -1,4 +1,4 @@
-"""The settings under the labels of a sweep's file, which the command line may not change."""
+"""Settings under a sweep's labels, which the command line may not change."""
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,10 @@ from optima_tpu.errors import UserError
 
 
 def labelled_settings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """The command-line names of all settings under labels. An option also adds the name of its method."""
+    """The command-line names of all settings under labels.
+
+    An option also adds the name of its method.
+    """
     labels = [settings for axis in axes.values() for settings in axis.values()]
     if any("preset" in settings for settings in labels):
         labels += [preset.settings for preset in PRESETS.values()]
@@ -23,7 +26,9 @@ def labelled_settings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
 
 
 def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequence[str], names: Collection[str]) -> None:
-    """Refuses a command line that changes a labelled setting: the table would show other numbers than the label says.
+    """Refuses a command line that changes a labelled setting.
+
+    The table would show other numbers than the label says.
 
     Args:
       config: the cell's configuration from file and command line.
@@ -49,11 +54,11 @@ def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequ
             f"{', '.join(given)} would change settings that labels of the file set; change the file instead "
             f"(error without it: {error})"
         ) from None
-    found = options(to_dict(config))
+    configured = options(to_dict(config))
     for name in names:
-        if found.get(name) != labelled.get(name):
+        if configured.get(name) != labelled.get(name):
             option = f"--{name}" if f"--{name}" in given else "--preset"
             raise UserError(
                 f"expected {name} {typed(labelled.get(name))}, as the labels of the file say, got "
-                f"{typed(found.get(name))}; leave {option} out, or change the file"
+                f"{typed(configured.get(name))}; leave {option} out, or change the file"
             )

@@ -1,4 +1,4 @@
-"""Runs the cells of a sweep one after the other in one process. What cells share is opened and measured once."""
+"""Runs a sweep's cells in turn in one process, which opens models once."""
 
 import contextlib
 import traceback
@@ -49,7 +49,7 @@ _HEAVY = ("journal", "activations", "distilled", "distillation", "checkpoint", F
 
 
 class Shared:
-    """Models, texts and dense perplexities, each opened or measured once for all the cells that need it."""
+    """Models, texts and dense perplexities, each made once for all cells."""
 
     def __init__(self):
         self._models: dict[tuple, Model] = {}
@@ -74,11 +74,14 @@ class Shared:
         return self._texts[key]
 
     def dense(self, config: RunConfig) -> TextPerplexity | None:
-        """What the dense model makes of a cell's text, if it is known."""
+        """The dense model's result on a cell's text; None if not measured."""
         return self._dense.get(self._dense_key(config))
 
     def learn_dense(self, config: RunConfig) -> None:
-        """Remembers what the dense model made of a finished cell's text: its losses too, which standard errors need."""
+        """Stores the dense model's result on a finished cell's text.
+
+        The result includes the losses, which standard errors need.
+        """
         if dense := read_perplexity(config.run_directory, self.texts(config).evaluation.ids, "dense"):
             self._dense[self._dense_key(config)] = dense
 
@@ -138,7 +141,7 @@ class Sweep:
 
     @property
     def published(self) -> list[str]:
-        """What published methods reach, one line for each sentence about finished cells."""
+        """What published methods reach, one line for each sentence."""
         return published(self._reports)
 
     def write(self, command: str) -> dict[str, Path]:
@@ -158,10 +161,10 @@ class Sweep:
             return write_tables(self.grid, self.results, header, self.remarks)
 
     def run(self, console: Console, command: str) -> None:
-        """Runs the chosen cells that are not finished, and writes the tables after each.
+        """Runs the chosen cells that are not finished.
 
-        An error in a cell, such as a device without enough memory, is kept in its result and the others go on; the same command
-        tries that cell again.
+        Writes the tables after each cell. An error in a cell, such as a device without enough memory, is kept in its result and
+        the others go on; the same command tries that cell again.
 
         Raises:
           UserError: the tables cannot be written.
@@ -197,7 +200,10 @@ class Sweep:
             self.write(command)
 
     def _summary(self, console: Console, report: Report, directory: Path) -> None:
-        """Prints the summary of a cell: of published results the sweep prints each sentence once, and no file that is removed."""
+        """Prints the summary of a cell, without the files that are removed.
+
+        The sweep prints each sentence about published results once, not for every cell.
+        """
         print_summary(console, report if self._keep_checkpoints else without_model(report), directory, change)
 
     def _fail(self, console: Console, cell: Cell, reason: str) -> None:
@@ -205,7 +211,10 @@ class Sweep:
         say(console, f"failed: {reason}")
 
     def _look(self, cell: Cell) -> None:
-        """Opens what a cell needs, and checks whether it is finished. Raises UserError as the constructor does."""
+        """Opens what a cell needs, and checks whether the cell is finished.
+
+        Raises UserError as the constructor does.
+        """
         signals.check()
         texts, model = self._shared.texts(cell.config), self._shared.model(cell.config)
         config = on_model(cell.config, model.pretrained.config)
@@ -214,7 +223,10 @@ class Sweep:
             self._know(cell, report)
 
     def _look_again(self) -> None:
-        """Looks for cells that another process has finished, among the cells that are not run here or that failed here."""
+        """Looks for cells that another process has finished.
+
+        Looks only among the cells that are not run here, or that failed here.
+        """
         for cell in self.grid.cells:
             waits = cell in self._chosen and cell not in self._failures
             if cell in self._reports or waits or not (cell.directory / REPORT).exists():
@@ -241,8 +253,8 @@ class Sweep:
                 f"{texts.evaluation.how} here); choose another --output"
             )
         # An export may be requested only now, of a model that was kept before.
-        asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in report.files
-        unfinished = (asked or "transformers" in report.files) and not is_export_of(directory, directory / FOLDER)
+        requested = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in report.files
+        unfinished = (requested or "transformers" in report.files) and not is_export_of(directory, directory / FOLDER)
         return None if unfinished else report
 
     def _know(self, cell: Cell, report: Report) -> None:
@@ -255,7 +267,7 @@ def _model_key(config: RunConfig) -> tuple:
 
 
 def _lighten(directory: Path, report: Report) -> Report:
-    """Removes the names of the pruned model's files from the report, then the files."""
+    """Removes the pruned model's files: first their names in the report."""
     report = without_model(report)
     with in_turn(directory):
         keep(directory, {REPORT: encoded(report, indent=2)})

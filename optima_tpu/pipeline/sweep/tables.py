@@ -1,4 +1,4 @@
-"""The results of a sweep as Markdown, CSV, JSON and a table on the terminal."""
+"""The results of a sweep as Markdown, CSV, JSON and a terminal table."""
 
 import csv
 import io
@@ -65,39 +65,45 @@ def finished(cell: Cell, report: Report, output: Path) -> CellResult:
 
 
 def describe(reports: Sequence[Report]) -> dict[str, str]:
-    """The origin of the numbers, in words: model, texts, code, hardware. If reports differ, lists all values."""
+    """The model, texts, code and hardware behind the numbers, in words.
 
-    def told(words: Callable[[Report], str]) -> str:
+    If reports differ, lists all values.
+    """
+
+    def joined(words: Callable[[Report], str]) -> str:
         return "; ".join(dict.fromkeys(words(report) for report in reports))
 
     def hardware(report: Report) -> str:
-        place = report.environment
-        mesh = "x".join(map(str, place.mesh.values()))
-        return f"{place.devices} x {place.device} ({place.platform}), mesh {mesh}, jax {place.packages['jax']}"
+        system = report.environment
+        mesh = "x".join(map(str, system.mesh.values()))
+        return f"{system.devices} x {system.device} ({system.platform}), mesh {mesh}, jax {system.packages['jax']}"
 
     if not reports:
         return {}
     return {
-        "model": told(lambda report: f"{report.model.origin}, {plural(report.model.blocks, 'block')}"),
-        "calibration": told(lambda report: report.calibration.how),
-        "evaluation": told(lambda report: f"{report.evaluation.how}, {report.evaluation.tokens:,} tokens"),
-        "code": told(lambda report: report.code),
-        "hardware": told(hardware),
+        "model": joined(lambda report: f"{report.model.origin}, {plural(report.model.blocks, 'block')}"),
+        "calibration": joined(lambda report: report.calibration.how),
+        "evaluation": joined(lambda report: f"{report.evaluation.how}, {report.evaluation.tokens:,} tokens"),
+        "code": joined(lambda report: report.code),
+        "hardware": joined(hardware),
     }
 
 
 def settings(cells: Iterable[Cell]) -> dict[str, str]:
-    """What the cells of each mask and update have as settings: the nearest preset, what differs from it, and the damping."""
-    found: dict[str, dict[str, None]] = {}
+    """The settings of the cells of each mask and update, in words.
+
+    The words name the nearest preset, what differs from it, and the damping.
+    """
+    phrases: dict[str, dict[str, None]] = {}
     for cell in cells:
         damping = (to_dict(cell.config)["solver"] or {}).get("damping")
         words = f"preset {on_preset(cell.config)}" + (f", solver.damping {damping:g}" if damping is not None else "")
-        found.setdefault(f"{cell.mask} + {cell.update}", {})[words] = None
-    return {methods: "; or ".join(each) for methods, each in found.items()}
+        phrases.setdefault(f"{cell.mask} + {cell.update}", {})[words] = None
+    return {methods: "; or ".join(each) for methods, each in phrases.items()}
 
 
 def unusual(reports: Mapping[Cell, Report]) -> list[str]:
-    """What the runs of cells found that needs a look; see :func:`_each_once`."""
+    """Findings about cells that need a look; see :func:`_each_once`."""
 
     def lines(cell: Cell, report: Report) -> list[str]:
         widest = max((layer.shape[1] for layer in report.layers), default=0)
@@ -108,23 +114,27 @@ def unusual(reports: Mapping[Cell, Report]) -> list[str]:
 
 
 def published(reports: Mapping[Cell, Report]) -> list[str]:
-    """What published methods reach, and where the cells are in it; see :func:`_each_once`."""
+    """Published results next to the cells' own; see :func:`_each_once`."""
     return _each_once(reports, lambda cell, report: [plain(published_range(report))])
 
 
 def _each_once(reports: Mapping[Cell, Report], lines: Callable[[Cell, Report], Iterable[str]]) -> list[str]:
-    """Each sentence about cells once, behind the cells that it is true of."""
-    found: dict[str, list[str]] = {}
+    """Each sentence about cells once, after the names of its cells."""
+    cells_by_line: dict[str, list[str]] = {}
     for cell, report in reports.items():
         for line in filter(None, lines(cell, report)):
-            found.setdefault(line, []).append(str(cell))
-    return [f"{'all cells' if len(reports) == len(cells) > 1 else '; '.join(cells)}: {line}" for line, cells in found.items()]
+            cells_by_line.setdefault(line, []).append(str(cell))
+    return [
+        f"{'all cells' if len(reports) == len(cells) > 1 else '; '.join(cells)}: {line}" for line, cells in cells_by_line.items()
+    ]
 
 
 def layout(grid: CellGrid, results: Sequence[CellResult]) -> Table:
-    """Perplexity of every cell: of one seed with its standard error, of several their mean with the sample standard deviation.
+    """The table of perplexities, with an entry for every cell.
 
-    It has a row for each mask and update, the dense model's first, and a column for each pattern and number of windows. "-" means that nothing was run yet, or that the grid has no such cell.
+    An entry of one seed has its standard error; an entry of several seeds is their mean with the sample standard deviation. The
+    table has a row for each mask and update, the dense model's first, and a column for each pattern and number of windows. "-"
+    means that nothing was run yet, or that the grid has no such cell.
     """
     counts = sorted({result.windows for result in results})
     columns = [
@@ -134,12 +144,12 @@ def layout(grid: CellGrid, results: Sequence[CellResult]) -> Table:
         if any((result.pattern, result.windows) == (pattern, windows) for result in results)
     ]
     headings = [f"{pattern}, {plural(windows, 'window')}" if len(counts) > 1 else pattern for pattern, windows in columns]
-    place = {column: [result for result in results if (result.pattern, result.windows) == column] for column in columns}
-    rows = [("dense", "", *(_dense(place[column]) for column in columns))]
+    by_column = {column: [result for result in results if (result.pattern, result.windows) == column] for column in columns}
+    rows = [("dense", "", *(_dense(by_column[column]) for column in columns))]
     for mask in grid.masks:
         for update in grid.updates:
             groups = [
-                [result for result in place[column] if (result.mask, result.update) == (mask, update)] for column in columns
+                [result for result in by_column[column] if (result.mask, result.update) == (mask, update)] for column in columns
             ]
             if any(groups):
                 rows.append((mask, update, *map(_entry, groups)))
@@ -184,7 +194,7 @@ def failure_lines(results: Iterable[CellResult]) -> list[str]:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each record, one column for each key. All records have the same keys."""
+    """One line for each record, one column for each key, which all have."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -195,9 +205,10 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
 def write_tables(
     grid: CellGrid, results: Sequence[CellResult], header: Mapping[str, str], remarks: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """Writes the table and its results, each file in one step. The folder must exist.
+    """Writes the table and its results, each file in one step.
 
-    table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`CellResult`.
+    The folder must exist. table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json
+    every :class:`CellResult`.
     """
     texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results, remarks)}
     for name, records in (("table", averages(results)), ("results", [json_values(result) for result in results])):
@@ -207,11 +218,14 @@ def write_tables(
 
 
 def refuse_loss(grid: CellGrid, force: bool = False) -> None:
-    """Refuses to replace the tables of another grid, and files of the same names that are no tables of a sweep.
+    """Refuses to replace another grid's tables, or other files.
+
+    Args:
+      force: replace files with the names of the tables, even if they are no tables of a sweep.
 
     Raises:
-      UserError: the directory has a table with finished cells that this grid does not have, or other files with the names of the
-        tables.
+      UserError: the directory has a table with finished cells that this grid does not have, or other files with the names of
+        the tables.
     """
     theirs = [grid.output / name for name in _FILES if (grid.output / name).exists()]
     if theirs and not force and not (grid.output / "cells").is_dir() and not _results(grid.output / _RESULTS):
@@ -231,7 +245,10 @@ def refuse_loss(grid: CellGrid, force: bool = False) -> None:
 
 
 def _results(path: Path) -> list[CellResult]:
-    """The contents of results.json; empty if the file is missing or damaged. The runs of its cells have all that it says."""
+    """The contents of results.json; empty if it is missing or damaged.
+
+    The runs of its cells have all that the file says.
+    """
     return known_record(path, list[CellResult]) or []
 
 
@@ -251,5 +268,5 @@ def _entry(group: Sequence[CellResult]) -> str:
 
 
 def _dense(results: Iterable[CellResult]) -> str:
-    known = dict.fromkeys(number(result.dense, 4) for result in results if result.dense is not None)
-    return " or ".join(known) or "-"
+    perplexities = dict.fromkeys(number(result.dense, 4) for result in results if result.dense is not None)
+    return " or ".join(perplexities) or "-"
