@@ -1,4 +1,4 @@
-"""Pretrained checkpoints: Hugging Face folders, hub models and GGUF files, all read as lazily sliced tensors."""
+"""Pretrained checkpoints: folders, hub models and GGUF files, read lazily."""
 
 import importlib.metadata
 from pathlib import Path
@@ -36,7 +36,10 @@ def open_model(spec: str, dtype: str | None = None) -> Pretrained:
 
 
 def refuse_damaged_model(spec: str) -> None:
-    """Raises UserError if a file has changed of a folder that this program exported, or that the hub's cache holds. Reads all of it."""
+    """Raises UserError if a file of the model differs from its checksum.
+
+    Exports of this program and files in the hub's cache have checksums. All of these files are read.
+    """
     path = Path(spec).expanduser()
     if is_hub_id(spec) and not path.exists():
         path = hub.download(spec)
@@ -71,6 +74,6 @@ def _in_wheel(name: str) -> Path:
     folders = [Path(file.locate()).parent for file in files or () if file.name == "config.json"]
     models = ggufs + [folder for folder in folders if any(folder.glob("*.safetensors"))]
     if len(models) != 1:
-        found = f"{len(models)}: " + ", ".join(map(str, models)) if models else "none"
-        raise UserError(f"expected one model in the package {name}, found {found}; give the path of one")
+        listing = f"{len(models)}: " + ", ".join(map(str, models)) if models else "none"
+        raise UserError(f"expected one model in the package {name}, found {listing}; give the path of one")
     return models[0]

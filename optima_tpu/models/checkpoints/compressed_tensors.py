@@ -1,7 +1,7 @@
-"""Quantised weights in the format of the library compressed-tensors, which ``transformers`` and vLLM load.
+"""Quantised weights in the format of the library compressed-tensors.
 
-A quantised weight ``NAME.weight`` becomes three tensors, as the library's ``pack-quantized`` has them (0.20.1,
-vllm-project/compressed-tensors ``compressors/pack_quantized``):
+``transformers`` and vLLM load this format. A quantised weight ``NAME.weight`` becomes three tensors, as in the library's
+``pack-quantized`` (0.20.1, vllm-project/compressed-tensors ``compressors/pack_quantized``):
 
     NAME.weight_packed   [d_out, ceil(d_in bits / 32)] int32: the integers plus 2^(bits - 1), the first input in the lowest bits
     NAME.weight_scale    [d_out, groups] in the dtype of the weight
@@ -45,18 +45,18 @@ class _Group(TypedDict):
 
 
 class _Scheme(TypedDict):
-    """What is read of a quantization_config."""
+    """The entries of a quantization_config that are read."""
 
     config_groups: Annotated[dict[str, _Group], msgspec.Meta(min_length=1, max_length=1)]
 
 
 def scale_of_inputs(scale: np.ndarray, d_in: int) -> np.ndarray:
-    """The scale of every weight, [d_out, d_in] float32, from those of groups, [d_out, groups]."""
+    """Repeats group scales [d_out, groups] to [d_out, d_in] float32."""
     return np.repeat(scale.astype(np.float32), d_in // scale.shape[1], axis=1)
 
 
 def integers(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
-    """The integers of a quantised weight, [d_out, d_in] int8: ``round(weight / scale)``.
+    """The integers ``round(weight / scale)`` of a weight, [d_out, d_in] int8.
 
     A weight is ``scale * integer`` rounded once to its dtype, so the quotient differs from the integer by a share of at most
     ``2^-9`` in bfloat16, less in other dtypes, and by at most 1/4 for 8 bits. The rounding therefore returns the exact integer.
@@ -69,12 +69,12 @@ def integers(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> np.
       RuntimeError: the integers and scales do not give the weight back, bit for bit.
     """
     factors = scale_of_inputs(scale, weight.shape[1])
-    found = np.round(weight.astype(np.float32) / factors)
-    back = (found * factors).astype(weight.dtype)
+    rounded = np.round(weight.astype(np.float32) / factors)
+    back = (rounded * factors).astype(weight.dtype)
     half = 2 ** (bits - 1)
-    if np.any(found < -half) or np.any(found >= half) or not np.array_equal(back, weight):
+    if np.any(rounded < -half) or np.any(rounded >= half) or not np.array_equal(back, weight):
         raise RuntimeError(f"{name}: the checkpoint's weights are not integers of {bits} bits times its scales")
-    return found.astype(np.int8)
+    return rounded.astype(np.int8)
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -91,13 +91,17 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The integers [d_out, columns] int8 in words [d_out, ceil(columns * bits / 32)] int32: the inverse of :func:`pack`."""
+    """The inverse of :func:`pack`: [d_out, columns] int8 from int32 words."""
     fields = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
     return (fields.reshape(len(words), -1)[:, :columns].astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
 def compressed(name: str, weight: np.ndarray, scale: np.ndarray, bits: int, activations: bool = False) -> dict[str, np.ndarray]:
-    """The tensors that stand for a quantised weight ``NAME.weight``, by name. See :func:`quantization_config`."""
+    """The stored tensors of a quantised weight ``NAME.weight``, by name.
+
+    Args:
+      activations: see :func:`quantization_config`.
+    """
     module = name.removesuffix("weight")
     if activations:
         return {name: integers(name, weight, scale, bits), module + SCALE: np.ascontiguousarray(scale)}
@@ -109,7 +113,7 @@ def compressed(name: str, weight: np.ndarray, scale: np.ndarray, bits: int, acti
 
 
 def quantization_config(quantizer: Quantizer, others: Iterable[str], activations: bool = False) -> Mapping[str, Any]:
-    """What ``config.json`` says under ``quantization_config``.
+    """The entry ``quantization_config`` of config.json.
 
     Args:
       others: the names of the modules that are not quantised, as far as they may be linear layers.
@@ -136,27 +140,27 @@ def quantization_config(quantizer: Quantizer, others: Iterable[str], activations
     }
 
 
-def reader(said: Mapping[str, Any], where: str) -> Callable[[TensorSource], TensorSource]:
-    """What multiplies the weights of a folder out.
+def reader(quantization: Mapping[str, Any], where: str) -> Callable[[TensorSource], TensorSource]:
+    """Returns the function that dequantises the tensors of a folder.
 
     Args:
-      said: its quantization_config.
+      quantization: the folder's quantization_config.
       where: the name of the model in messages.
 
     Raises:
       UserError: the weights are stored in another way than a weight-only, symmetric ``pack-quantized``.
     """
-    if said.get("format") != "pack-quantized":
-        raise UserError(f"{where}: expected integers in the format pack-quantized, got {said.get('format')!r}; {_READ}")
-    check_record(said, _Scheme, f"{where}: config.json", _READ, inside="quantization_config.")
-    (weights,) = (group["weights"] for group in said["config_groups"].values())
+    if quantization.get("format") != "pack-quantized":
+        raise UserError(f"{where}: expected integers in the format pack-quantized, got {quantization.get('format')!r}; {_READ}")
+    check_record(quantization, _Scheme, f"{where}: config.json", _READ, inside="quantization_config.")
+    (weights,) = (group["weights"] for group in quantization["config_groups"].values())
     if not weights.get("symmetric", True):
         raise UserError(f"{where}: expected symmetric integers, with zero among them, got others; {_READ}")
     return functools.partial(dequantized, bits=weights["num_bits"])
 
 
 def dequantized(stored: TensorSource, bits: int) -> ComputedTensors:
-    """Tensors of a folder of integers and scales, multiplied out on reading as :func:`integers` takes them apart.
+    """The tensors of a folder of integers and scales, dequantised on reading.
 
     Args:
       bits: of the integers. A weight has the dtype of its scales.
@@ -183,5 +187,5 @@ def dequantized(stored: TensorSource, bits: int) -> ComputedTensors:
 def _read(stored: TensorSource, module: str, bits: int, d_in: int, index: tuple[slice, ...]) -> np.ndarray:
     rows, columns = index
     scale = stored.read(module + SCALE, (rows,))
-    found = unpack(stored.read(module + PACKED, (rows,)), bits, d_in) * scale_of_inputs(scale, d_in)
-    return found[:, columns].astype(scale.dtype)
+    weights = unpack(stored.read(module + PACKED, (rows,)), bits, d_in) * scale_of_inputs(scale, d_in)
+    return weights[:, columns].astype(scale.dtype)

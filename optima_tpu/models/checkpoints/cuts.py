@@ -1,4 +1,4 @@
-"""The parts of blocks that patterns cut, and what is left of a run's tensors and of its config.json without them."""
+"""Parts of blocks that patterns cut, and a run's model without them."""
 
 import dataclasses
 import math
@@ -27,11 +27,11 @@ class Cuts(NamedTuple):
     """What a run cut from every block.
 
     Attributes:
-      counts: of each kind of parts that was pruned, by what they are called. It was cut if all blocks have one number left.
-      parts: what is left of each tensor that loses rows or columns, by its name.
-      whole: the matrices of which the whole rest is kept, so that they need no mask.
+      counts: name of each kind of parts that was pruned -> the counts. A kind was cut if all blocks have one number of it left.
+      parts: name of each tensor that loses rows or columns -> what is left of the tensor.
+      whole: the matrices whose remaining weights are all kept, so that they need no mask.
       settings: the new numbers in config.json.
-      further: the tensors of as many parts as before that predict tokens behind the next one, and their sizes: they leave too.
+      further: name of each tensor that predicts tokens behind the next one -> its size. They keep all parts, so they leave whole.
       zeros_stay: why inputs that are pruned in all rows were not cut.
     """
 
@@ -49,7 +49,10 @@ class Cuts(NamedTuple):
 
 
 def cuts_of(model: PretrainedConfig) -> dict[str, tuple[Cut, ...] | str]:
-    """The kinds of parts of a model that can be cut, by the word of their pattern, or why they cannot be."""
+    """The kinds of parts that can be cut from a model, by pattern word.
+
+    Where a kind of parts cannot be cut, a text says why.
+    """
     family = family_of(model)
     config = family.read_config(model)
     return {
@@ -59,7 +62,10 @@ def cuts_of(model: PretrainedConfig) -> dict[str, tuple[Cut, ...] | str]:
 
 
 def placed(pattern: Pattern, model: PretrainedConfig, setting: str = "") -> Pattern:
-    """The pattern with the layers, the number and the names of the parts that it cuts from a model.
+    """Sets the ``places`` of a pattern: the parts that it cuts from a model.
+
+    A place has the layers that read such parts, the number of the parts and their name. A pattern that cuts no parts is
+    returned unchanged.
 
     Args:
       setting: the setting that names the parts alone.
@@ -87,17 +93,17 @@ def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
     """Reads config.json as it will be without what a placed pattern cuts.
 
     Raises:
-      UserError: the pattern cuts none or all, or ``transformers`` does not read such a config.json as that of the cut model.
+      UserError: the pattern cuts no parts or all, or ``transformers`` does not read this config.json as the cut model's.
     """
     if not isinstance(pattern, WholeParts):
         return
-    kept = [pattern.kept(place.total) for place in pattern.places]
+    kept = [pattern.kept(parts.total) for parts in pattern.places]
     if why := why_unreadable(pattern, model):
         first = pattern.places[0].total
         others = sorted(range(pattern.multiple, first, pattern.multiple), key=lambda other: abs(other - kept[0]))
         near = (pattern.leaving(other, first) for other in others)
         take = next((other.text() for other in near if not why_unreadable(other, model)), "another pattern, such as 2:4")
-        leaves = ", ".join(f"{left} of {place.total} {place.called}" for left, place in zip(kept, pattern.places))
+        leaves = ", ".join(f"{left} of {parts.total} {parts.called}" for left, parts in zip(kept, pattern.places))
         raise UserError(
             f"expected a share of {architecture_of(model)} with which transformers reads its new config.json, got {pattern.text()}, which leaves "
             f"{leaves}: {why}; take {take}"
@@ -105,7 +111,7 @@ def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
 
 
 def why_unreadable(pattern: WholeInputs, model: PretrainedConfig) -> str:
-    """Why config.json does not describe the model without the parts that a pattern cuts; empty if it does."""
+    """Why config.json cannot describe the cut model; empty if it can."""
     cuts = cuts_of(model)[pattern.word]
     assert not isinstance(cuts, str), "the pattern is placed in the model"
     try:
@@ -124,38 +130,40 @@ def why_unreadable(pattern: WholeInputs, model: PretrainedConfig) -> str:
 
 
 def cut(source: CheckpointTensors, patterns: Mapping[str, Pattern], model: PretrainedConfig) -> Cuts:
-    """What can leave the model of a run although nothing else is computed then. Reads the masks of what lost whole inputs.
+    """What can leave the model of a run without a change of its outputs.
+
+    Reads the masks of the matrices that lost whole inputs.
 
     Args:
       patterns: of the pruned weights, as :func:`placed` makes them.
       model: the configuration of the dense model.
     """
-    found, inputs = Cuts(), {name: pattern for name, pattern in patterns.items() if isinstance(pattern, WholeInputs)}
+    cuts, inputs = Cuts(), {name: pattern for name, pattern in patterns.items() if isinstance(pattern, WholeInputs)}
     if gone := len(source.run.left_out.blocks):
         blocks = CutCount((len(source.run.blocks),), len(source.run.blocks) + gone)
-        found = found._replace(counts={BLOCKS: blocks})
+        cuts = cuts._replace(counts={BLOCKS: blocks})
     if experts := source.run.left_out.experts:
-        found = found._replace(counts={**found.counts, EXPERTS: CutCount((experts.kept,), experts.total)})
+        cuts = cuts._replace(counts={**cuts.counts, EXPERTS: CutCount((experts.kept,), experts.total)})
     for kinds in cuts_of(model).values() if inputs else ():
         for kind in () if isinstance(kinds, str) else kinds:
             readers = _readers(kind, source, model)
             names = [name for name in readers if name in inputs and inputs[name].parts_in(source.shape(name)[1]) == kind.total]
             for name in names:
                 del inputs[name]
-            found = _without(found, source, kind, names, len(readers)) if names else found
-    if found.parts or source.run.left_out.experts:
+            cuts = _without(cuts, source, kind, names, len(readers)) if names else cuts
+    if cuts.parts or source.run.left_out.experts:
         rules = [rule for rule, why in family_of(model).ignored.items() if why == FURTHER]
         further = [name for name in source.names() if any(re.fullmatch(rule, name) for rule in rules)]
         counts = [name for name in _FURTHER_BLOCKS if further and hasattr(model.get_text_config(), name)]
-        found = found._replace(
+        cuts = cuts._replace(
             further={name: math.prod(source.shape(name)) for name in further},
-            settings={**found.settings, **dict.fromkeys(counts, 0)},
+            settings={**cuts.settings, **dict.fromkeys(counts, 0)},
         )
     if inputs:
         first = next(iter(inputs))
         why = f"inputs that are pruned in all rows stay as zeros where they are no parts that can be cut, as in {first}"
-        found = found._replace(zeros_stay=(*found.zeros_stay, why))
-    return found
+        cuts = cuts._replace(zeros_stay=(*cuts.zeros_stay, why))
+    return cuts
 
 
 def _readers(kind: Cut, source: CheckpointTensors, model: PretrainedConfig) -> list[str]:
@@ -168,8 +176,8 @@ def _readers(kind: Cut, source: CheckpointTensors, model: PretrainedConfig) -> l
     return [each[0] for each in matches if int(each[1]) < len(source.run.blocks) and kind_name(each[2]) in kind.read_by]
 
 
-def _without(found: Cuts, source: CheckpointTensors, kind: Cut, names: list[str], readers: int) -> Cuts:
-    """What was cut before, and one kind of parts.
+def _without(cuts: Cuts, source: CheckpointTensors, kind: Cut, names: list[str], readers: int) -> Cuts:
+    """Adds one kind of parts to what was cut before.
 
     Args:
       names: the weights that lost some of the parts.
@@ -191,18 +199,20 @@ def _without(found: Cuts, source: CheckpointTensors, kind: Cut, names: list[str]
     if len(names) < readers:
         kept.add(kind.total)
     count = CutCount(tuple(sorted(kept)), kind.total)
-    found = found._replace(counts={**found.counts, kind.called: count})
+    cuts = cuts._replace(counts={**cuts.counts, kind.called: count})
     if len(kept) > 1:
         numbers = " or ".join(f"{left:,}" for left in count.left)
         why = f"pruned {kind.called} stay as zeros, since the blocks keep {numbers} of {kind.total:,}, and config.json has one number for all"
-        return found._replace(zeros_stay=(*found.zeros_stay, why))
-    return found._replace(
-        parts={**found.parts, **parts}, whole=found.whole | whole, settings={**found.settings, **kind.config(*kept)}
+        return cuts._replace(zeros_stay=(*cuts.zeros_stay, why))
+    return cuts._replace(
+        parts={**cuts.parts, **parts}, whole=cuts.whole | whole, settings={**cuts.settings, **kind.config(*kept)}
     )
 
 
 def _indices(left: np.ndarray, total: int, rows: tuple[int, ...], size: int) -> np.ndarray:
-    """The indices of the parts that are left, in matrices that are one behind the other, and those behind all parts.
+    """Indices of the parts that are left, and of all that is behind the parts.
+
+    The parts are in matrices that are one behind the other.
 
     Args:
       left: which parts, of ``total``.

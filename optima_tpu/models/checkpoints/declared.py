@@ -15,7 +15,7 @@ _Number = Annotated[float, msgspec.Meta(gt=0, lt=1e12)]
 
 
 class DeclaredKind(TypedDict, total=False):
-    """What says which sizes belong in the rest."""
+    """The entries of config.json that name the kind of model."""
 
     architectures: list[str] | None
     model_type: str
@@ -30,7 +30,7 @@ class DeclaredStorage(DeclaredKind, total=False):
 
 
 class Declared(DeclaredStorage, total=False):
-    """The entries of config.json that decide what is computed and how much memory it takes, with the bounds of this program."""
+    """Entries of config.json that set computation and memory, with bounds."""
 
     num_hidden_layers: _Blocks
     layer_types: Annotated[list[str], msgspec.Meta(max_length=1 << 11)] | None

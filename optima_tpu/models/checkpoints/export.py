@@ -1,4 +1,6 @@
-"""From a finished run to a folder that ``transformers`` loads: ``python -m optima_tpu.export RUN OUT``.
+"""Exports a finished run as a folder that ``transformers`` loads.
+
+``python -m optima_tpu.export RUN OUT`` writes:
 
     OUT/model.safetensors           or model-00001-of-0000N.safetensors with their index: every tensor in the source's
                                     dtype, the pruned weights exactly zero, the others as the source had them
@@ -8,7 +10,7 @@
     OUT/README.md                   model card
     OUT/sha256-all.json             the checksums of these files
 
-or to another form of it; see ``forms.py``.
+Another ``--format`` writes another form of the model; see ``forms.py``.
 """
 
 import math
@@ -101,7 +103,7 @@ def export(
 
 
 def _asked(form: str, options: Options, out: Path) -> ExportForm:
-    """The form as its record names it. Raises UserError for a form that cannot be written so."""
+    """The form to record. Raises UserError if options or folder do not fit."""
     if form not in FORMS:
         raise UserError(f"expected the format to be one of {', '.join(FORMS)}, got {form!r}")
     if not options.scan_layers and form != MaxText.name:
@@ -114,7 +116,7 @@ def _asked(form: str, options: Options, out: Path) -> ExportForm:
 
 
 def _announced(run: Exported, form: str, dense: int) -> Iterator[str]:
-    """Lines about what is written."""
+    """Yields lines about what will be written."""
     tensors = plural(len(run.source.names()), "tensor")
     yield f"writing and checking {tensors} of {dense:,} bytes as {form}, which takes minutes for a large model"
     if run.cuts.deleted:
@@ -126,7 +128,7 @@ def _announced(run: Exported, form: str, dense: int) -> Iterator[str]:
 
 
 def _write(folder: Path, writer: Form, written_as: ExportForm, facts: RunFacts | None) -> None:
-    """Writes assets, weights, masks, record, model card and checksums into an empty folder."""
+    """Writes all files of an export into an empty folder."""
     run = writer.run
     for name, data in run.assets.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,22 +144,24 @@ def _write(folder: Path, writer: Form, written_as: ExportForm, facts: RunFacts |
 
 
 def _facts(run_directory: Path) -> RunFacts | None:
-    """What the report of a run says on its model; None if the run has no report."""
+    """What a run's report says on its model; None if there is no report."""
     if not (run_directory / REPORT).exists():
         return None
     return read_intact(run_directory / REPORT, Report)
 
 
 def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
-    """Whether ``out`` already holds the whole export of this run, so that a repeated command need not write it again.
+    """Whether ``out`` already holds the whole export of this run.
 
-    Reads all of it, to compare the checksums.
+    A repeated command then need not write the export again. Reads all files, to compare their checksums.
     """
     return _is_whole(as_path(out), read_run(run_directory).manifest)
 
 
 def _is_whole(out: Path, manifest: Mapping[str, Any], packed: bool = False, form: ExportForm | None = None) -> bool:
-    """Whether a folder holds the whole export of that run, as behind a command that was killed after its last step.
+    """Whether a folder holds the whole export of the run with this manifest.
+
+    A command that was killed after its last step leaves such a folder.
 
     Args:
       packed: whether in the packed form, whose entry "form" is the plain one's.
@@ -174,7 +178,7 @@ def _is_whole(out: Path, manifest: Mapping[str, Any], packed: bool = False, form
 
 
 def _is_damaged_export(out: Path, manifest: Mapping[str, Any], own: bool) -> bool:
-    """Whether a folder holds a damaged or partial export of that run, and no other files.
+    """Whether a folder holds only a damaged or partial export of that run.
 
     Args:
       own: the folder is in the run's own directory. Then the checksums are enough to recognise it, if optima_tpu.json is damaged.
@@ -182,20 +186,21 @@ def _is_damaged_export(out: Path, manifest: Mapping[str, Any], own: bool) -> boo
     sums, written = known(out), _written(out, manifest)
     if written is None and own and SIDECAR in sums and changes(out, {SIDECAR: sums[SIDECAR]}):
         written = set(sums)
-    there = {str(path.relative_to(out)) for path in files_in(out)}
-    return complete(out) and written is not None and there <= written | {SIDECAR, ALL} and bool(damage(out))
+    files = {str(path.relative_to(out)) for path in files_in(out)}
+    return complete(out) and written is not None and files <= written | {SIDECAR, ALL} and bool(damage(out))
 
 
 def _written(out: Path, manifest: Mapping[str, Any]) -> set[str] | None:
-    """The files that the export of the run with that manifest wrote to a folder; None if the folder is not such an export."""
+    """The files that this run's export wrote; None for any other folder."""
     sidecar = known_record(out / SIDECAR, Sidecar)
     return set(sidecar.files) if sidecar and sidecar.manifest == manifest else None
 
 
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:
-    """The masks of an exported folder: name of a pruned weight -> [d_out, d_in] bool, True where it was kept.
+    """The masks of an exported folder, by the names of the pruned weights.
 
-    See :func:`optima_tpu.models.checkpoints.packed.write_masks` for the file.
+    A mask is [d_out, d_in] bool, True where a weight was kept. :func:`optima_tpu.models.checkpoints.packed.write_masks` has the
+    layout of the file.
 
     Args:
       path: pruning_masks.npz, or the folder it is in.
@@ -209,7 +214,7 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _sidecar(run: Exported, zeros: Mapping[str, int], form: ExportForm) -> Sidecar:
-    """Recipe, the parts that are left, and the layer report of each pruned weight; no files yet."""
+    """The contents of optima_tpu.json, without the list of files."""
     source, cuts = run.source, run.cuts
 
     def layer(name: str, shape: tuple[int, ...], pruned: int, cut_from: tuple[int, int] | None = None) -> ExportedLayer:
@@ -217,8 +222,8 @@ def _sidecar(run: Exported, zeros: Mapping[str, int], form: ExportForm) -> Sidec
         return ExportedLayer(**structs.asdict(run.report_on(name)) | counted, cut_from=cut_from)
 
     layers = [layer(name, source.shape(name), count) for name, count in zeros.items()]
-    whole = ((name, source.shape(name)) for name in sorted(cuts.whole))
-    layers += [layer(name, shape, 0, (shape[0], cuts.parts[name].total)) for name, shape in whole]
+    unmasked = ((name, source.shape(name)) for name in sorted(cuts.whole))
+    layers += [layer(name, shape, 0, (shape[0], cuts.parts[name].total)) for name, shape in unmasked]
     # For a local model only the folder's name, because this file may be published.
     origin = source.run.settings.model
     model = origin if HUB_ID.fullmatch(origin) else Path(origin).name

@@ -1,4 +1,7 @@
-"""A finished run as its exports read it: weights whose pruned entries are exactly zero, and counts of zeros that match the masks."""
+"""A finished run as its exports read it.
+
+Pruned entries of the weights are exactly zero, and the counts of zeros match the masks.
+"""
 
 import dataclasses
 import json
@@ -39,12 +42,12 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What every form of an export is made from.
+    """A run from which every form of an export is made.
 
     Attributes:
       assets: the source's own files, such as config.json: name -> contents.
-      patterns: the pattern of every pruned weight, without unstructured masks from elsewhere, which were checked there.
-      cuts: what was cut, which neither ``source`` nor ``assets`` has.
+      patterns: the pattern of every pruned weight; none for unstructured masks that the run took over, which were checked then.
+      cuts: what was cut. ``source`` and ``assets`` are without it.
     """
 
     directory: Path
@@ -55,7 +58,7 @@ class Exported:
 
     @classmethod
     def open(cls, directory: Path, source: CheckpointTensors | None = None) -> "Exported":
-        """Opens a run, whose checkpoint may be open already, and cuts what the run pruned in every block alike."""
+        """Opens a run, and cuts what it pruned in every block alike."""
         source = source or CheckpointTensors(directory)
         run = cls(directory, source, cut_assets(read_assets(directory), source.run.left_out), {})
         patterns = run._patterns()
@@ -92,7 +95,11 @@ class Exported:
         return Weights(tensors, masks)
 
     def zeros(self, name: str, zero: np.ndarray, keep: np.ndarray) -> int:
-        """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask, recorded count and pattern."""
+        """The number of zeros of a pruned weight.
+
+        Raises:
+          RuntimeError: the zeros do not match the mask, the recorded count or the pattern.
+        """
         pattern = self.patterns.get(name)
         # The recorded count has the zeros of rows that were cut.
         recorded = 0 if name in self.cuts.parts else self.report_on(name).pruned
@@ -101,7 +108,10 @@ class Exported:
         return int(zero.sum())
 
     def removed(self) -> int:
-        """How many weights were cut, without those that masks prune there; a mask of rows is taken to prune all of them alike."""
+        """Counts the cut weights that were not pruned by a mask.
+
+        A mask is taken to prune the same number of weights in each row.
+        """
         pruned, removed = set(self.source.pruned()), sum(self.cuts.further.values())
         for name, (left, axis, total) in self.cuts.parts.items():
             size = math.prod(self.source.shape(name)) * total // len(left)
@@ -110,7 +120,7 @@ class Exported:
         return removed
 
     def quantizer(self, form: str) -> Quantizer:
-        """The quantizer of the run, with the bits and the group of its integers.
+        """The run's quantizer, with the bits and the group of its integers.
 
         Raises:
           UserError: the run did not quantise, so it cannot be exported in this form.
@@ -135,8 +145,8 @@ class Exported:
         patterns: dict[str, Pattern] = {}
         for name in self.source.pruned():
             layer = self.report_on(name)
-            mine = None if allocated is None else allocated[layer.block]
-            own = default if mine is None else default.at(mine)
+            block_sparsity = None if allocated is None else allocated[layer.block]
+            own = default if block_sparsity is None else default.at(block_sparsity)
             pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer.name)
             if pattern is not None and not (foreign and pattern.free):
                 patterns[name] = pattern
@@ -144,8 +154,8 @@ class Exported:
 
     def architectures(self) -> list[str] | None:
         """The names of the model's class in config.json."""
-        found: list[str] | None = json.loads(self.assets["config.json"]).get("architectures")
-        return found
+        names: list[str] | None = json.loads(self.assets["config.json"]).get("architectures")
+        return names
 
     def report_on(self, name: str) -> LayerReport:
         """The record of the layer that a pruned weight belongs to."""

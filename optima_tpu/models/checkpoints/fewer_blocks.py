@@ -1,4 +1,4 @@
-"""A model without some of its blocks: its config.json, and its tensors under their new numbers."""
+"""A model without some of its blocks: config.json and renumbered tensors."""
 
 import json
 import re
@@ -38,25 +38,28 @@ _BY_BLOCK: Mapping[str, Callable[[Any, Sequence[int]], Any]] = {
     "per_layer_config": _numbers,
     **dict.fromkeys(("first_k_dense_replace", "max_window_layers"), _first),
 }
-"""Settings of ``transformers`` that say something of each block -> what they are for those that are kept: an entry for each block, the
-indices of some, a value by the number of a block, the number of the first ones."""
+"""Settings of ``transformers`` that describe blocks -> their values for the kept blocks. A setting has an entry for each block,
+indices of blocks, values by the number of a block, or the number of the first blocks."""
 
 _LENGTH = 64
 """Positions at which two blocks are compared."""
 
 
 def kept_blocks(blocks: int, left_out: Collection[int]) -> tuple[int, ...]:
-    """The indices of the other blocks, ascending."""
+    """The indices of the blocks that are not left out, ascending."""
     return tuple(index for index in range(blocks) if index not in left_out)
 
 
 def last_blocks(model: PretrainedConfig, count: int) -> tuple[int, ...]:
-    """So many of the last blocks that the model can be without. They stand for those that a run has not chosen yet."""
-    found: tuple[int, ...] = ()
+    """The last ``count`` blocks that the model can be without.
+
+    They stand for the blocks that a run has not chosen yet.
+    """
+    removable: tuple[int, ...] = ()
     for index in reversed(range(family_of(model).read_config(model).blocks if count else 0)):
-        if len(found) < count and not why_unreadable(model, (*found, index)):
-            found += (index,)
-    return found
+        if len(removable) < count and not why_unreadable(model, (*removable, index)):
+            removable += (index,)
+    return removable
 
 
 def settings_without(model: PretrainedConfig, left_out: Collection[int]) -> dict[str, Any]:
@@ -67,27 +70,27 @@ def settings_without(model: PretrainedConfig, left_out: Collection[int]) -> dict
     return {"num_hidden_layers": len(kept)} | changed
 
 
-def with_settings(config: bytes, settings: Mapping[str, Any], held: bool = False) -> bytes:
-    """config.json with other settings, which stand in text_config where there is one.
+def with_settings(config: bytes, settings: Mapping[str, Any], only_present: bool = False) -> bytes:
+    """config.json with other settings, in text_config if there is one.
 
     Args:
       settings: ``per_layer_config.*.NAME`` is the value of every block for which the configuration has a NAME of its own.
-      held: take those of the settings alone that are in it.
+      only_present: change only settings that config.json has already.
     """
     record: dict[str, Any] = json.loads(config)
-    text = found if isinstance(found := record.get("text_config"), dict) else record
+    text = nested if isinstance(nested := record.get("text_config"), dict) else record
     for name, value in settings.items():
         outer, of_blocks, inner = name.partition(".*.")
         if of_blocks:
             for block in (text.get(outer) or {}).values():
                 block.update({inner: value} if inner in block else {})
-        elif name in text or not held:
+        elif name in text or not only_present:
             text[name] = value
     return json.dumps(record, indent=2).encode() + b"\n"
 
 
 def assets_without(assets: Mapping[str, bytes], left_out: Collection[int]) -> dict[str, bytes]:
-    """The files of a model, with the config.json of the model without some blocks; as they are if no block is left out."""
+    """A model's files, with config.json changed for the blocks left out."""
     if not left_out:
         return dict(assets)
     model, _ = read_config(assets["config.json"], "the dense model")
@@ -98,8 +101,8 @@ def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
     """Reads config.json as it will be without each of the blocks.
 
     Raises:
-      UserError: the model has no family of this program, no block would be left, or without most blocks another one would be read
-        as something else.
+      UserError: the model has no family of this program, no block would be left, or fewer than ``cut.blocks`` blocks can be
+        left out, because config.json would describe the others wrongly.
     """
     if not cut.blocks:
         return
@@ -122,25 +125,25 @@ def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
 
 
 def why_unreadable(model: PretrainedConfig, left_out: Collection[int]) -> str:
-    """Why config.json does not describe the model without some blocks; empty if it does."""
+    """Why config.json cannot leave out these blocks; empty if it can."""
     config = with_settings(model.to_json_string(use_diff=False).encode(), settings_without(model, left_out))
     family = family_of(model)
     try:
-        found = family.read_config(read_config(config, "the cut model")[0])
+        reduced = family.read_config(read_config(config, "the cut model")[0])
     except UserError as error:
         return f"its config.json is refused: {error}"
-    return _other(family.read_config(model), found, kept_blocks(family.read_config(model).blocks, left_out))
+    return _other(family.read_config(model), reduced, kept_blocks(family.read_config(model).blocks, left_out))
 
 
-def _other(dense: DecoderConfig, found: DecoderConfig, kept: Sequence[int]) -> str:
-    """What differs between the blocks that are kept and those that were read; empty if nothing does."""
+def _other(dense: DecoderConfig, reduced: DecoderConfig, kept: Sequence[int]) -> str:
+    """The first difference between the kept and the read blocks, or empty."""
     names = [name for name, value in vars(dense).items() if isinstance(value, str | float | int | None)]
     for name in names:
-        if name not in ("blocks", "kind") and getattr(dense, name) != getattr(found, name):
-            return f"{name} would be {getattr(found, name)} instead of {getattr(dense, name)}"
+        if name not in ("blocks", "kind") and getattr(dense, name) != getattr(reduced, name):
+            return f"{name} would be {getattr(reduced, name)} instead of {getattr(dense, name)}"
     for new, old in enumerate(kept):
-        layers = [each.block_layers and each.block_layers[index] for each, index in ((dense, old), (found, new))]
-        positions = [jax.tree.leaves(each.positions(index, _LENGTH)) for each, index in ((dense, old), (found, new))]
+        layers = [each.block_layers and each.block_layers[index] for each, index in ((dense, old), (reduced, new))]
+        positions = [jax.tree.leaves(each.positions(index, _LENGTH)) for each, index in ((dense, old), (reduced, new))]
         if layers[0] != layers[1] or not all(map(np.array_equal, *positions)):
             return f"block {old} would be read as a block of another kind"
     return ""
@@ -150,7 +153,7 @@ def renumbered(tensors: TensorSource, prefix: str, left_out: Collection[int]) ->
     """The tensors of a model without some blocks, by their new names.
 
     Args:
-      tensors: of the whole model. They may be of more blocks than it has, which nothing reads; these stay behind the last one.
+      tensors: of the whole model. The model may not read tensors of further blocks; these stay behind its last block.
       prefix: of the names of a block's tensors, with ``{}`` for its number.
     """
     before, behind = prefix.split("{}")

@@ -1,4 +1,4 @@
-"""A model without some of the experts of its mixtures: how many can stay, and its tensors."""
+"""A model with fewer experts in its mixtures: their number, its tensors."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -35,20 +35,21 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def assets_with(assets: Mapping[str, bytes], experts: int) -> dict[str, bytes]:
-    """The files of a model, with the config.json of the model with so many experts."""
-    return {**assets, "config.json": with_settings(assets["config.json"], dict.fromkeys(_COUNTS, experts), held=True)}
+    """A model's files, with config.json for this number of experts."""
+    return {**assets, "config.json": with_settings(assets["config.json"], dict.fromkeys(_COUNTS, experts), only_present=True)}
 
 
 def cut_assets(assets: Mapping[str, bytes], left_out: LeftOut) -> dict[str, bytes]:
-    """The files of a model, with the config.json of the model without what is left out."""
+    """A model's files, with config.json for the blocks and experts kept."""
     fewer = assets_without(assets, left_out.blocks)
     return assets_with(fewer, left_out.experts.kept) if left_out.experts else fewer
 
 
 def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
-    """The numbers for ``cut.experts``: a share below 1, or a number of experts that leave every mixture.
+    """How many experts every mixture keeps at a value of ``cut.experts``.
 
-    With a share, as many stay as the groups of experts divide.
+    The value is a share below 1, or a number of experts that leave every mixture. With a share, the number of experts that stay
+    is rounded up to a multiple of the number of groups.
 
     Raises:
       UserError: experts of this model cannot be removed, or too few would stay.
@@ -79,18 +80,18 @@ def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
 
 
 def _enough(size: int, groups: Groups, few: int) -> bool:
-    """Whether groups of so many experts have enough for a token, and for the rating of a group."""
+    """Whether groups of ``size`` experts are large enough for the router."""
     return size * groups.chosen >= few and (groups.chosen == groups.total or size >= groups.best)
 
 
 def fewer_experts(
     tensors: TensorSource, names: ExpertNames, kept: Mapping[str, Sequence[int]], solved: TensorSource | None = None
 ) -> ComputedTensors:
-    """The tensors of a model without some experts. The experts that stay are numbered anew.
+    """The tensors of a model without some experts, which are renumbered.
 
     Args:
       kept: the experts that stay, ascending, by the prefix of the names of their block.
-      solved: tensors by their new names, in the place of those that are so called.
+      solved: tensors by their new names, each instead of the tensor of this name.
     """
     computed, gone = dict[str, LazyTensor](), set[str]()
     of_experts = {prefix + names.each: {old: new for new, old in enumerate(stay)} for prefix, stay in kept.items()}

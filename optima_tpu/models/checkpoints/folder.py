@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face folders: config.json beside one or several safetensors files, plain or packed."""
+"""Hugging Face folders: config.json beside plain or packed safetensors."""
 
 import contextlib
 import functools
@@ -56,7 +56,7 @@ _STORED = {
 
 
 class _Index(TypedDict):
-    """What is read of an index: the file of each tensor."""
+    """The entries of an index that are read: the file of each tensor."""
 
     weight_map: dict[str, str]
 
@@ -71,7 +71,7 @@ _CONVERT = (
 
 
 class SafetensorsSource(Tensors):
-    """Tensors in memory-mapped safetensors files; a read touches only the bytes of its slice.
+    """Memory-mapped safetensors tensors; a read touches only its slice.
 
     Raises:
       OSError: a file may not be read.
@@ -109,14 +109,16 @@ def _read(stored: Any, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def _dtype(stored: str, name: str, path: Path) -> np.dtype:
-    """The dtype that safetensors names so. Raises UserError if numpy can't represent it."""
+    """The dtype of a safetensors name. Raises UserError if numpy has none."""
     if stored not in _STORED:
         raise UserError(f"{path} stores {name} as {stored}; expected one of {', '.join(_STORED)}")
     return np.dtype(_STORED[stored])
 
 
 class PackedSource(Tensors):
-    """Tensors of a packed folder, decoded on demand. The last one is held, because a mesh requests a tensor slice by slice.
+    """Tensors of a packed folder, decoded on demand.
+
+    The last tensor stays decoded, because a mesh requests a tensor slice by slice.
 
     Raises:
       UserError: the folder is damaged, or has a dtype that numpy can't represent. The message names the tensor or the file.
@@ -125,7 +127,7 @@ class PackedSource(Tensors):
     def __init__(self, folder: Path):
         with _user_error():
             self._packed = packed.Packed(folder)
-        self._held: tuple[str, np.ndarray] | None = None
+        self._decoded: tuple[str, np.ndarray] | None = None
         super().__init__(
             {
                 name: LazyTensor(tensor.shape, _dtype(tensor.dtype, name, folder), functools.partial(self._part, name))
@@ -144,13 +146,13 @@ class PackedSource(Tensors):
                 self._packed.check_file(name, data)
 
     def _part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        if self._held is None or self._held[0] != name:
+        if self._decoded is None or self._decoded[0] != name:
             with _user_error():
-                self._held = name, self._packed.read(name).view(self.dtype(name)).reshape(self.shape(name))
-        return self._held[1][index].copy()
+                self._decoded = name, self._packed.read(name).view(self.dtype(name)).reshape(self.shape(name))
+        return self._decoded[1][index].copy()
 
     def kept(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Mask and kept elements of a tensor, see :meth:`packed.Packed.kept`; None if it is stored without a mask."""
+        """As :meth:`packed.Packed.kept`; None for a tensor without a mask."""
         if self._packed.tensors[name].encoding != packed.SPARSE:
             return None
         with _user_error():
@@ -166,7 +168,10 @@ def _user_error() -> Iterator[None]:
 
 
 def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrained:
-    """Opens a folder and checks that all its weight files are complete. See :func:`optima_tpu.models.checkpoints.open_model`."""
+    """Opens a folder and checks that all its weight files are complete.
+
+    See :func:`optima_tpu.models.checkpoints.open_model`.
+    """
     wanted = parse_dtype(dtype)
     _refuse_outside(folder)
     if not (folder / "config.json").is_file():
@@ -185,22 +190,22 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
     family = family_named(config.architectures)
     if wanted is not None:
         tensors = cast(tensors, wanted, family.exact if family else ())
-    known = fingerprint(assets["config.json"], tensors, files)
+    identity = fingerprint(assets["config.json"], tensors, files)
     stacks = stacks_of(config.architectures)
     source: TensorSource = unstacked(tensors, stacks) if stacks else tensors
-    return Pretrained(config, source, assets, known, origin, sum(path.stat().st_size for path in files))
+    return Pretrained(config, source, assets, identity, origin, sum(path.stat().st_size for path in files))
 
 
 def assets_in(folder: Path) -> dict[str, bytes]:
     """The files of a folder that ``Pretrained.assets`` has."""
     _refuse_outside(folder)
     named = [*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")]
-    found = sorted(path for path in named if path.is_file())
-    for path in found:
+    paths = sorted(path for path in named if path.is_file())
+    for path in paths:
         if (size := path.stat().st_size) > _LARGEST:
             raise UserError(f"{path} has {size:,} bytes, expected at most {_LARGEST:,}: it is damaged, or belongs to no model")
     try:
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     except OSError as error:
         raise UserError(f"{error.filename or folder} can't be read: {error.strerror or error}") from error
 
@@ -216,11 +221,12 @@ def _open_shards(folder: Path) -> tuple[SafetensorsSource, list[Path]]:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raises UserError if a folder that this program exported is damaged; reads all of it. Other folders have no checksums.
+    """Raises UserError if a folder that this program exported is damaged.
 
-    The model card may be edited: nothing reads it. A part of the files may be missing: whoever needs one says so.
+    Reads all files; other folders have no checksums. The model card may be edited: nothing reads it. Files may be missing: a
+    reader that needs one refuses then.
     """
-    sums = {name: found for name, found in listed(folder).items() if name != "README.md" and (folder / name).exists()}
+    sums = {name: checksum for name, checksum in listed(folder).items() if name != "README.md" and (folder / name).exists()}
     # A packed folder has checksums of its own, which refuse the file too.
     remedy = f"export the run again, or remove {ALL} to take the folder as it is"
     if (folder / packed.INDEX).is_file():
@@ -230,7 +236,7 @@ def refuse_damaged(folder: Path) -> None:
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files, and for each tensor the file that should hold it (empty for a single file)."""
+    """The weight files, and each tensor's file (empty for a single file)."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], {}
     if not (folder / INDEX).is_file():
@@ -245,7 +251,9 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _refuse_outside(folder: Path) -> None:
-    """Refuses links out of the folder among the files that are read: their contents would become a part of the pruned model.
+    """Refuses links out of the folder among the files that are read.
+
+    The contents behind such a link would become a part of the pruned model.
 
     Raises:
       UserError: as :func:`optima_tpu.runtime.inside.inside`.
@@ -277,7 +285,10 @@ def _no_weights(folder: Path) -> str:
 
 
 def _is_asset(path: Path) -> bool:
-    """Whether a run keeps a file of this name: the small files. An export copies them unchanged, except the model card."""
+    """Whether a file of this name is one of the small files that a run keeps.
+
+    An export copies these files unchanged, except the model card.
+    """
     name = path.name.lower()
     if path.name == CARD:
         return True

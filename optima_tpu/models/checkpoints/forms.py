@@ -1,4 +1,6 @@
-"""The forms of an export: each writes a model's weights and masks into a folder, reads them again and compares them.
+"""The forms of an export.
+
+A form writes a model's weights and masks into a folder, reads them again and compares them:
 
 plain                     safetensors, every weight in the dtype of the source
 packed                    the same, each pruned matrix as a bit mask and compressed values; see ``packing.py``
@@ -46,7 +48,7 @@ Zeros = dict[str, int]
 
 
 class Options(NamedTuple):
-    """What a form may be told.
+    """The options of a form.
 
     Attributes:
       max_shard_size: largest size of a safetensors file: bytes, or a text such as "5GB". One is in memory at a time.
@@ -58,7 +60,9 @@ class Options(NamedTuple):
 
 
 class Form:
-    """A form of one run. Making one raises UserError if the run cannot have this form.
+    """One form of an export of one run.
+
+    Making a form raises UserError if the run cannot have it.
 
     Attributes:
       buckets: whether the folder may be in a bucket.
@@ -88,7 +92,7 @@ class Form:
             )
 
     def write(self, folder: Path) -> Zeros:
-        """Writes weights and masks into a folder that holds the run's assets, and checks them.
+        """Writes weights and masks beside the run's assets, and checks them.
 
         Returns:
           The zeros of each pruned weight.
@@ -109,7 +113,7 @@ class Form:
         raise NotImplementedError
 
     def finish(self, names: Iterable[str]) -> None:
-        """Called when all other files of the folder, ``names``, are written."""
+        """Called when all other files, ``names``, have been written."""
 
 
 class Plain(Form):
@@ -145,8 +149,8 @@ class Plain(Form):
                 signals.check()
             loaded = self.run.weights(member for name in names for member in stacked.members(name))
             # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
-            whole = {name: np.ascontiguousarray(stacked.joined(name, loaded.tensors)) for name in names}
-            tensors = {name: tensor.reshape(stacked.shape(name)) for name, tensor in whole.items()}
+            arrays = {name: np.ascontiguousarray(stacked.joined(name, loaded.tensors)) for name in names}
+            tensors = {name: tensor.reshape(stacked.shape(name)) for name, tensor in arrays.items()}
             if self.quantizer is not None:
                 for name, scale in self.run.source.scales(names).items():
                     if name in loaded.masks:  # a layer that was only cut has none left
@@ -169,20 +173,24 @@ class Plain(Form):
         """Called when a file of weights is written and checked."""
 
     def _counted(self, path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]) -> Zeros:
-        """Reads a file again, compares it with the tensors that were written, and counts the zeros of pruned weights."""
+        """Reads a file again, and counts the zeros of pruned weights.
+
+        Raises:
+          RuntimeError: a tensor differs from the tensor that was written.
+        """
         zeros = Zeros()
         with safetensors.safe_open(path, framework="np") as file:
             for name, expected in tensors.items():
-                found = file.get_tensor(name)
-                if (found.dtype, found.shape) != (expected.dtype, expected.shape) or not _same_bytes(found, expected):
+                read_back = file.get_tensor(name)
+                if (read_back.dtype, read_back.shape) != (expected.dtype, expected.shape) or not _same_bytes(read_back, expected):
                     raise RuntimeError(f"{path.name}: {name} differs from the checkpoint")
-                parts = self._stacked.split(name, found).items()
+                parts = self._stacked.split(name, read_back).items()
                 zeros |= {each: self.run.zeros(each, part == 0, masks[each]) for each, part in parts if each in masks}
         return zeros
 
 
 class PackedForm(Plain):
-    """The plain folder in one file, from which ``optima unpack`` makes it again, byte for byte."""
+    """The plain folder, packed; ``optima unpack`` restores it bit for bit."""
 
     name = "packed"
     buckets = False
@@ -205,7 +213,7 @@ class PackedForm(Plain):
 
 
 class Compressed(Plain):
-    """The integers and scales of a quantised run, as the library compressed-tensors stores them."""
+    """Integers and scales as the library compressed-tensors stores them."""
 
     name = "compressed-tensors"
     stacks = False
@@ -221,13 +229,13 @@ class Compressed(Plain):
         quantized = set(source.quantized())
         others = (name for name in source.names() if name.endswith(".weight") and len(source.shape(name)) == 2)
         modules = (name.removesuffix(".weight") for name in others if name not in quantized)
-        said = quantization_config(self.quantizer, modules, self.activations)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}, indent=2) + "\n")
+        quantization = quantization_config(self.quantizer, modules, self.activations)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}, indent=2) + "\n")
         return super().write(folder)
 
 
 class CompressedW8A8(Compressed):
-    """Integers of 8 bits by rows, for programs that multiply them with activations of 8 bits."""
+    """8-bit integers by rows, for programs whose activations have 8 bits."""
 
     name = "compressed-tensors-w8a8"
     activations = True
@@ -260,15 +268,18 @@ class GGUF(Form):
             self._file.write(here, (stored for stored, _ in self._in_blocks()))
             tensors = self._file.reopened(here)
             for (name, values, scale), keep in self._in_blocks():
-                found = tensors.read(name)
+                read_back = tensors.read(name)
                 if keep is not None:
-                    zeros[name] = self.run.zeros(name, found == 0, keep)
-                if not _same_values(found, values, scale):
+                    zeros[name] = self.run.zeros(name, read_back == 0, keep)
+                if not _same_values(read_back, values, scale):
                     raise RuntimeError(f"{GGUF_FILE}: {name} differs from the checkpoint")
         return zeros
 
     def _in_blocks(self) -> Iterator[tuple[Stored, np.ndarray | None]]:
-        """Each tensor, with its mask if it is pruned. The tensors of one block of the model are in memory at a time."""
+        """Yields each tensor, with its mask if it is pruned.
+
+        The tensors of one block of the model are in memory at a time.
+        """
         for _, block in itertools.groupby(self._file.kinds, block_of):
             if alone():
                 signals.check()
@@ -279,7 +290,7 @@ class GGUF(Form):
 
 
 class MaxText(Form):
-    """MaxText's Orbax layout, and the settings that belong to it. The whole model is in memory."""
+    """MaxText's Orbax layout and settings; the whole model is in memory."""
 
     name = "maxtext"
     library = "maxtext"
@@ -331,11 +342,14 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))  # NaN included
 
 
-def _same_values(found: np.ndarray, values: np.ndarray, scale: np.ndarray | None) -> bool:
-    """Whether a tensor was read back in float32: a matrix exactly, a quantised one with its integers, a vector within rounding."""
+def _same_values(read_back: np.ndarray, values: np.ndarray, scale: np.ndarray | None) -> bool:
+    """Whether a tensor, read in float32, equals what was written.
+
+    A matrix must be equal exactly, a quantised matrix in its integers, a vector within rounding.
+    """
     values = values.astype(np.float32)
     if scale is not None:
         factors = scale_of_inputs(scale, values.shape[1])
-        return np.array_equal(np.round(found / factors), np.round(values / factors))
-    # A Gemma's norms are stored plus 1, which float32 rounds by their size: those of Gemma 3 270M reach 1656.
-    return _same_bytes(found, values) if values.ndim > 1 else np.allclose(found, values, rtol=2**-22, atol=2**-22)
+        return np.array_equal(np.round(read_back / factors), np.round(values / factors))
+    # A Gemma's norms are stored plus 1, which float32 rounds by their size: the norms of Gemma 3 270M reach 1656.
+    return _same_bytes(read_back, values) if values.ndim > 1 else np.allclose(read_back, values, rtol=2**-22, atol=2**-22)

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures: their names, and how they differ from Hugging Face's models; one declaration each."""
+"""llama.cpp's architectures, and their differences from Hugging Face's."""
 
 import dataclasses
 import re
@@ -57,12 +57,16 @@ class Architecture:
 
     @property
     def names(self) -> dict[str, str]:
-        """The layers by their names in a file -> Hugging Face's names, with ``*`` for the number of a block."""
+        """Names of layers in a file -> Hugging Face's, ``*`` for the block."""
         return _TOP | {f"blk.*.{theirs}": f"model.layers.*.{ours}" for theirs, ours in self.block.items()}
 
 
 def renamed(name: str, names: Mapping[str, str]) -> str | None:
-    """The other name of a tensor, by names of layers as in ``Architecture.names``; None if its layer is not among them."""
+    """The other name of a tensor; None if ``names`` lacks its layer.
+
+    Args:
+      names: layers as in ``Architecture.names``, or the other way round.
+    """
     layer, _, kind = name.rpartition(".")
     number = re.search(r"\d+", layer)
     other = names.get(re.sub(r"\d+", "*", layer, count=1))

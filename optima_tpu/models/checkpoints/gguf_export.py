@@ -1,4 +1,4 @@
-"""A model as a GGUF file, for llama.cpp and the programs around it: the inverse of ``gguf_file``.
+"""Writes a model as a GGUF file for llama.cpp: the inverse of ``gguf_file``.
 
 Matrices keep their dtype, as F32, F16 or BF16; norms and biases are F32, as in llama.cpp's converter. Quantised matrices become
 blocks of 32 integers with a float16 scale,
@@ -112,21 +112,21 @@ class GGUFModel:
         """
         config, source = pretrained.config, pretrained.tensors
         names = [each.model for each in ARCHITECTURES.values()]
-        mine = config.architectures or []
-        found = next((each for each in ARCHITECTURES.values() if each.model in mine), None)
-        if found is None:
+        classes = config.architectures or []
+        architecture = next((each for each in ARCHITECTURES.values() if each.model in classes), None)
+        if architecture is None:
             raise UserError(
-                f"expected a model of architecture {', '.join(names)} for a GGUF file, got {', '.join(mine)}; {_INSTEAD}"
+                f"expected a model of architecture {', '.join(names)} for a GGUF file, got {', '.join(classes)}; {_INSTEAD}"
             )
         own, factors = _own(config)
         rows = source.shape("model.embed_tokens.weight")[0]
-        fields = {f"{found.name}.{name}": value for name, value in own.items()} | {f"{found.name}.vocab_size": rows}
-        fields |= msgspec.to_builtins(vocabulary(pretrained, found, rows))
+        fields = {f"{architecture.name}.{name}": value for name, value in own.items()} | {f"{architecture.name}.vocab_size": rows}
+        fields |= msgspec.to_builtins(vocabulary(pretrained, architecture, rows))
         # A stored copy of a tied head, and buffers, are not weights.
         skipped = ("lm_head.",) if config.tie_word_embeddings else ()
         written = [name for name in source.names() if not name.startswith(skipped) and not name.endswith(".inv_freq")]
         kinds = {name: _kind(name, source, quantizer if name in quantized else None) for name in written}
-        return cls(pretrained, found, fields, factors, kinds)
+        return cls(pretrained, architecture, fields, factors, kinds)
 
     def write(self, path: Path, tensors: Iterable[Stored]) -> None:
         """Writes the file.
@@ -161,7 +161,9 @@ class GGUFModel:
         writer.close()
 
     def refuse_unsaid(self) -> None:
-        """Reads the metadata back from a file whose tensors are holes, which takes no room and no time.
+        """Reads the metadata back from a file whose tensors are holes.
+
+        Such a file takes no room and no time.
 
         Raises:
           UserError: as :meth:`reopened`.
@@ -176,7 +178,9 @@ class GGUFModel:
             self.reopened(path)
 
     def reopened(self, path: Path) -> TensorSource:
-        """Opens the file, and compares its configuration with that of the model. Returns its tensors, in float32.
+        """Opens the file, and returns its tensors in float32.
+
+        The configuration of the file is compared with the configuration of the model.
 
         Raises:
           UserError: the model has a setting that the file cannot say.
@@ -186,17 +190,17 @@ class GGUFModel:
             again = open_gguf(path, str(path))
         except UserError as error:
             raise UserError(f"{describes}, got one of which the file would say what is not read ({error}); {_INSTEAD}") from error
-        mine, theirs = (family_of(config).read_config(config) for config in (self.pretrained.config, again.config))
-        for field in dataclasses.fields(mine):
-            ours, other = getattr(mine, field.name), getattr(theirs, field.name)
+        expected, reread = (family_of(config).read_config(config) for config in (self.pretrained.config, again.config))
+        for field in dataclasses.fields(expected):
+            ours, other = getattr(expected, field.name), getattr(reread, field.name)
             if ours != other:
-                said = f" ({_SETTINGS[field.name]} in config.json)" if field.name in _SETTINGS else ""
-                raise UserError(f"{describes}, got {field.name} {ours}{said}, which would be read as {other}; {_INSTEAD}")
+                setting = f" ({_SETTINGS[field.name]} in config.json)" if field.name in _SETTINGS else ""
+                raise UserError(f"{describes}, got {field.name} {ours}{setting}, which would be read as {other}; {_INSTEAD}")
         return again.tensors
 
     def _name(self, name: str) -> str:
-        if found := renamed(name, {ours: theirs for theirs, ours in self.architecture.names.items()}):
-            return found
+        if gguf_name := renamed(name, {ours: theirs for theirs, ours in self.architecture.names.items()}):
+            return gguf_name
         raise UserError(f"expected tensors of a {self.architecture.model} for a GGUF file, got {name}; {_INSTEAD}")
 
     def _blocks(self, stored: Stored) -> np.ndarray:
@@ -229,7 +233,7 @@ def _kind(name: str, source: TensorSource, quantizer: Quantizer | None) -> Kind:
 
 
 def _own(config: PretrainedConfig) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The architecture's own metadata, and the factors of the rotary frequencies, if there are any."""
+    """The architecture's metadata, and any factors of rotary frequencies."""
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     full, window = rope.get("full_attention", rope), rope.get("sliding_attention")

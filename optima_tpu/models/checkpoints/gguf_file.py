@@ -1,4 +1,4 @@
-"""Checkpoints in GGUF files: tensors dequantised on reading, under Hugging Face names."""
+"""GGUF files: tensors dequantised on reading, under Hugging Face names."""
 
 import functools
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def rope_row_order(rows: int, heads: int) -> np.ndarray:
-    """The index in a GGUF file of each row of a Hugging Face q_proj or k_proj, int[rows].
+    """The row in a GGUF file of each Hugging Face row of q or k, int[rows].
 
     llama.cpp rotates neighbouring rows of a head, Hugging Face the rows i and i + d_head/2; its converter therefore
     interleaves the halves of each head (``permute`` in llama.cpp's convert_hf_to_gguf.py). This is the inverse.
@@ -41,10 +41,10 @@ def rope_row_order(rows: int, heads: int) -> np.ndarray:
 
 
 class GGUFSource(Tensors):
-    """Tensors in a memory-mapped GGUF file, dequantised in float32 and then cast once.
+    """Tensors in a GGUF file, dequantised in float32 and then cast once.
 
-    A read touches only the bytes of its rows. Rows of q_proj and k_proj are in Hugging Face's order, and norm weights are Hugging
-    Face's: a Gemma's are one smaller than in the file.
+    The file is memory-mapped, and a read touches only the bytes of its rows. Rows of q_proj and k_proj are in Hugging Face's
+    order, and norm weights are Hugging Face's: a Gemma's are one smaller than in the file.
 
     Args:
       heads: number of query heads and of key-value heads.
@@ -96,10 +96,10 @@ class GGUFSource(Tensors):
 
 
 class _Reader(GGUFReader):
-    """Reads an array of the metadata at once, and refuses to read beyond the end of the file.
+    """Reads arrays of the metadata whole, but not beyond the end of the file.
 
-    The library makes four arrays for each string of a vocabulary, which takes seconds. Beyond the end it finds nothing and goes on,
-    2^60 times if the header says so.
+    The library makes four arrays for each string of a vocabulary, which takes seconds. Beyond the end the library finds nothing
+    and goes on, 2^60 times if the header says so.
     """
 
     def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **others: Any) -> np.ndarray:
@@ -138,11 +138,12 @@ class _Reader(GGUFReader):
 
 
 def _refuse_wild(name: str, values: np.ndarray) -> None:
-    """Refuses a matrix with a value that no trained model has. GGUF stores no checksums; a flipped bit in the exponent of a block's
-    scale shows like this, one in its low bits does not show.
+    """Refuses a matrix with a value that no trained model has.
+
+    GGUF stores no checksums. A flipped bit in the exponent of a block's scale makes such a value; a flipped low bit does not.
 
     Raises:
-      UserError: a value is ``_WILD`` times the median of those that are not 0.
+      UserError: a value is more than ``_WILD`` times the median of the values that are not 0.
     """
     sizes = np.abs(values[values != 0])
     if sizes.size and (largest := float(sizes.max())) > _WILD * float(np.median(sizes)):
@@ -153,7 +154,7 @@ def _refuse_wild(name: str, values: np.ndarray) -> None:
 
 
 def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
-    """Opens a GGUF file; configuration and tokenizer are made from its metadata.
+    """Opens a GGUF file; its metadata give configuration and tokenizer.
 
     Raises:
       UserError: the file is not a complete GGUF file, its architecture is not in :data:`ARCHITECTURES`, its metadata asks for
@@ -192,7 +193,11 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
 
 
 def _read_metadata(path: Path) -> tuple[_Reader, dict[str, Any]]:
-    """The reader of a file and its metadata. Raises UserError if it is no GGUF file, or not all of one."""
+    """The reader of a file, and the metadata of the file.
+
+    Raises:
+      UserError: the file is no GGUF file, or not all of one.
+    """
     refuse_special(path)
     try:
         reader = _Reader(path)

@@ -22,7 +22,7 @@ SIZES = {
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-"""config.json key -> the metadata key, behind the architecture's name, that must be there."""
+"""Key of config.json -> the required metadata key, without the architecture's name in front."""
 
 OPTIONAL = {
     "attention.head_count_kv",
@@ -44,7 +44,7 @@ ROTARY_DEFAULT = 10_000.0  # llama.cpp's default if the file has none
 class General(
     Undeclared, frozen=True, rename=lambda name: "split.count" if name == "split_count" else f"general.{name.replace('_', '.')}"
 ):
-    """What is read of the metadata that say which model a file holds."""
+    """The metadata that are read to learn which model a file holds."""
 
     architecture: str | None = None
     license: str | None = None
@@ -54,7 +54,7 @@ class General(
 
 
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-"""The special tokens, as transformers calls them -> as GGUF does."""
+"""Name of a special token in transformers -> its name in GGUF."""
 
 
 class Vocabulary(
@@ -63,7 +63,9 @@ class Vocabulary(
     omit_defaults=True,
     rename=lambda name: "tokenizer.chat_template" if name == "chat_template" else f"tokenizer.ggml.{name}",
 ):
-    """The metadata of a tokenizer: read with ``msgspec.convert``, and made again with ``msgspec.to_builtins``.
+    """The metadata of a tokenizer.
+
+    They are read with ``msgspec.convert``, and made again with ``msgspec.to_builtins``.
 
     Attributes:
       token_type: of each token, see ``gguf.TokenType``; empty if all are normal.
@@ -90,9 +92,9 @@ class Vocabulary(
 
     @property
     def special(self) -> dict[str, int]:
-        """The ids of the special tokens that it has, by the names of transformers."""
-        found = {short: getattr(self, f"{long}_token_id") for short, long in SPECIAL.items()}
-        return {short: index for short, index in found.items() if index is not None}
+        """Special tokens, by the names of transformers -> their ids."""
+        ids = {short: getattr(self, f"{long}_token_id") for short, long in SPECIAL.items()}
+        return {short: index for short, index in ids.items() if index is not None}
 
     @property
     def typed(self) -> list[tuple[str, int]]:
@@ -131,8 +133,10 @@ Sizes = TypedDict(
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """All metadata as Python values. Floats are the shortest decimals that round to the stored float32, so that
-    0.00001 does not come out as 9.999999747378752e-06."""
+    """All metadata as Python values, with floats as short decimals.
+
+    A float is the shortest decimal that rounds to the stored float32: 0.00001, and not 9.999999747378752e-06.
+    """
     return {name: _shortest(field.contents()) for name, field in reader.fields.items()}
 
 
@@ -154,7 +158,9 @@ def config_json(
     rope_factors: np.ndarray | None,
     dtype: str,
 ) -> bytes:
-    """config.json of the Hugging Face model that computes what the file describes, in the layout all readers know.
+    """config.json of the Hugging Face model that the file describes.
+
+    The layout is one that all readers know.
 
     Args:
       own: the metadata of the architecture, without its name at the start of the keys.
@@ -198,13 +204,13 @@ def config_json(
 
 
 def generation_config_json(vocabulary: Vocabulary) -> bytes:
-    """generation_config.json with the special tokens, its only entries that a GGUF file has."""
+    """generation_config.json; a GGUF file has its special tokens alone."""
     ids = {f"{short}_token_id": vocabulary.special[short] for short in _IDS if short in vocabulary.special}
     return json.dumps({"_from_model_config": True} | ids, indent=2).encode() + b"\n"
 
 
 def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:
-    """Raises UserError if a value is missing, or has a meaning that config.json would lose."""
+    """Raises UserError if a value is missing, or lost in config.json."""
     name_of = f"{architecture.name}.{{}}".format
     missing = [name_of(name) for name in (*SIZES.values(), *sorted(architecture.required)) if name not in own]
     if missing:
@@ -233,16 +239,20 @@ def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float,
 
 
 def llama3_factors(factor: float, theta: float, d_head: int) -> np.ndarray:
-    """The divisor of each rotary frequency, float64[d_head / 2], for the constants that every published Llama 3.x has."""
+    """The divisor of each rotary frequency, float64[d_head / 2].
+
+    The other constants are those of every published Llama 3.x.
+    """
     divisors: np.ndarray = 1 / Llama3Scaling(factor, 1.0, 4.0, 8192).shares(geometric(theta, d_head))
     return divisors
 
 
 def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str, Any]:
-    """The llama3 rope scaling that gives these factors, for the constants that every published Llama 3.x has.
+    """The llama3 rope scaling that gives the factors of a file.
 
     The file holds only the result, one factor per frequency (1 for short wavelengths, the scaling factor for long ones, a blend
-    between). So this computes the factors for these constants and compares them with the file, up to float32 rounding.
+    between). So this computes the factors for the constants that every published Llama 3.x has, and compares them with the
+    file, up to float32 rounding.
 
     Raises:
       UserError: the factors differ from the file's.

@@ -1,4 +1,4 @@
-"""The tokenizer files of a Hugging Face folder from the metadata of a GGUF file.
+"""The tokenizer files of a Hugging Face folder, from GGUF metadata.
 
 The function of transformers, ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``, is not enough. It needs torch, and it
 treats every unknown rule for splitting text as GPT-2's. If the file lacks a default special token of its class, such as
@@ -55,7 +55,7 @@ GEMMA = ("gemma3",)
 
 
 def tokenizer_files(vocabulary: Vocabulary, architecture: Architecture, context: int) -> dict[str, bytes]:
-    """tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja.
+    """tokenizer.json, tokenizer_config.json and any chat_template.jinja.
 
     Args:
       context: the most tokens that the model reads.
@@ -99,7 +99,10 @@ def tokenizer_of(vocabulary: Vocabulary, architecture: Architecture) -> Tokenize
 
 
 def _spelled(vocabulary: Vocabulary, architecture: Architecture) -> Vocabulary:
-    """The tokens as they are in the text that is merged: a Gemma's file spells those of two or more spaces with spaces, not with ▁."""
+    """The tokens as they are spelled in the text that is merged.
+
+    A Gemma's file spells tokens of two or more spaces with spaces, not with ▁.
+    """
     if architecture.name not in GEMMA:
         return vocabulary
     return structs.replace(
@@ -113,7 +116,7 @@ def _special(vocabulary: Vocabulary) -> dict[str, str]:
 
 
 def _refuse_unbuildable(vocabulary: Vocabulary, architecture: Architecture) -> None:
-    """Raises UserError, as :func:`tokenizer_of`, for what the metadata lacks or says of a tokenizer that can't be rebuilt."""
+    """Raises UserError if :func:`tokenizer_of` can't rebuild the tokenizer."""
     kind, tokens = vocabulary.model, vocabulary.tokens
     if kind not in ("gpt2", "llama") or not tokens:
         raise UserError(
@@ -140,7 +143,7 @@ def _refuse_unbuildable(vocabulary: Vocabulary, architecture: Architecture) -> N
 
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
-    """Byte-level BPE, in whose vocabulary every byte is spelled as a printable character."""
+    """Byte-level BPE: the vocabulary spells bytes as printable characters."""
     split = vocabulary.pre
     alphabet, spelled, vocab = set(pre_tokenizers.ByteLevel.alphabet()), pre_tokenizers.ByteLevel(False, use_regex=False), {}
     for index, (token, kind) in enumerate(vocabulary.typed):
@@ -173,7 +176,10 @@ def _llama(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _gemma(vocabulary: Vocabulary, unknown: str | None) -> Tokenizer:
-    """SentencePiece BPE without a space before the text. The scores in a Gemma's file are not in the order of its merges."""
+    """SentencePiece BPE without a space before the text.
+
+    The scores in a Gemma's file are not in the order of its merges.
+    """
     vocab = _index(vocabulary.tokens)
     merges = vocabulary.pairs or _merges({token: -index for token, index in vocab.items()})
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -188,22 +194,25 @@ def _index(tokens: list[str]) -> dict[str, int]:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Each way to put a token together from two others, the best score first, then the longest left part, then as in the file."""
+    """Each way to join two tokens to a third, the best score first.
+
+    Of equal scores the longest left part comes first, then the first in the file.
+    """
     merges: list[tuple[str, str]] = generate_merges(scores, scores)
     return merges
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, special: Mapping[str, str]) -> None:
-    """Adds the tokens that are matched whole in the text. All of them have their ids from the vocabulary."""
+    """Adds the tokens that are matched whole, with the vocabulary's ids."""
     control = dict.fromkeys(
         [token for token, kind in vocabulary.typed if kind in (TokenType.UNKNOWN, TokenType.CONTROL)] + list(special.values())
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     vocab = tokenizer.get_vocab()
-    whole = [
+    user_defined = [
         token for token, kind in vocabulary.typed if kind == TokenType.USER_DEFINED and token in vocab and token not in control
     ]
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user_defined])
 
 
 def _ends(tokenizer: Tokenizer, vocabulary: Vocabulary, special: Mapping[str, str]) -> processors.TemplateProcessing:

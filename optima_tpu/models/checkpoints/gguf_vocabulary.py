@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file that says what its tokenizer does: the inverse of ``gguf_tokenizer``.
+"""The tokenizer metadata of a GGUF file: the inverse of ``gguf_tokenizer``.
 
 llama.cpp knows a tokenizer by the name of its rule to split text. The names of the rules that the tokenizer may have are tried: a
 tokenizer is made of the metadata again, and must turn every text of ``_PROBE`` into the same tokens.
@@ -35,7 +35,11 @@ _INSTEAD = "take --format plain or packed"
 
 
 def vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int) -> Vocabulary:
-    """As :func:`_vocabulary`, and raises UserError too where a rule of the tokenizer fails on a text of ``_PROBE``."""
+    """The metadata of the tokenizer, see :func:`_vocabulary`.
+
+    Raises:
+      UserError: as :func:`_vocabulary`, or a rule of the tokenizer fails on a text of ``_PROBE``.
+    """
     with panics_refused(f"the tokenizer.json of {pretrained.origin} has a rule that fails on some text; {_INSTEAD}"):
         return _vocabulary(pretrained, architecture, rows)
 
@@ -51,46 +55,46 @@ def _vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int) -
     """
     tokenizer = load_tokenizer(pretrained)
     core = getattr(tokenizer, "backend_tokenizer", None)
-    said = json.loads(core.to_str()) if core is not None else {"model": {}}
-    if core is None or said["model"].get("type") != "BPE":
+    tokenizer_json = json.loads(core.to_str()) if core is not None else {"model": {}}
+    if core is None or tokenizer_json["model"].get("type") != "BPE":
         raise UserError(f"expected a BPE tokenizer for a GGUF file, got {type(tokenizer).__name__}; {_INSTEAD}")
     # transformers adds the default tokens of a class beyond the vocabulary of a model that has none of them.
-    said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < rows]
+    tokenizer_json["added_tokens"] = [token for token in tokenizer_json["added_tokens"] if token["id"] < rows]
     ids = {f"{long}_token_id": getattr(tokenizer, f"{short}_token_id") for short, long in SPECIAL.items()}
     ends, chat = core.encode("a").ids, tokenizer.chat_template
     unnamed = Vocabulary(
-        **_tokens(said, rows),
+        **_tokens(tokenizer_json, rows),
         **{name: number for name, number in ids.items() if number is not None and number < rows},
         chat_template=chat if isinstance(chat, str) else "",
         add_bos_token=ends[:1] == [tokenizer.bos_token_id],
         add_eos_token=ends[-1:] == [tokenizer.eos_token_id],
     )
-    for rule in _rules(said, architecture):
-        found = structs.replace(unnamed, **rule)
-        if _same(core, tokenizer_of(found, architecture), [token["content"] for token in said["added_tokens"]]):
-            return found
+    for rule in _rules(tokenizer_json, architecture):
+        named = structs.replace(unnamed, **rule)
+        if _same(core, tokenizer_of(named, architecture), [token["content"] for token in tokenizer_json["added_tokens"]]):
+            return named
     raise UserError(f"expected a tokenizer that GGUF can name, got one that splits or merges text otherwise; {_INSTEAD}")
 
 
-def _tokens(said: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def _tokens(tokenizer_json: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """Tokens, their types, and merges or, for SentencePiece, scores."""
-    vocab = said["model"]["vocab"] | {token["content"]: token["id"] for token in said["added_tokens"]}
+    vocab = tokenizer_json["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
     if (last := max(vocab.values())) >= rows:
         raise UserError(f"expected tokens below {rows}, the rows of the embedding, got the token {last}; {_INSTEAD}")
     tokens, kinds = [f"[PAD{index}]" for index in range(rows)], [int(TokenType.UNUSED)] * rows
     for token, index in vocab.items():
         tokens[index], kinds[index] = token, int(TokenType.NORMAL)
-    pieces = said["model"].get("byte_fallback", False)
+    pieces = tokenizer_json["model"].get("byte_fallback", False)
     if pieces:
         for byte in range(256):
             kinds[vocab[f"<0x{byte:02X}>"]] = int(TokenType.BYTE)
-    for token in said["added_tokens"]:
+    for token in tokenizer_json["added_tokens"]:
         kinds[token["id"]] = int(TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
         if pieces and not token["special"]:
             tokens[token["id"]] = token["content"].replace("\u2581", " ")  # as llama.cpp's converter spells them
-    if (unknown := said["model"].get("unk_token")) in vocab:
+    if (unknown := tokenizer_json["model"].get("unk_token")) in vocab:
         kinds[vocab[unknown]] = int(TokenType.UNKNOWN)
-    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in said["model"]["merges"]]
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in tokenizer_json["model"]["merges"]]
     if not pieces:
         return {"tokens": tokens, "token_type": kinds, "merges": [" ".join(merge) for merge in merges]}
     first: dict[str, int] = {}
@@ -100,12 +104,12 @@ def _tokens(said: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return {"tokens": tokens, "token_type": kinds, "scores": [-float(first.get(token, len(merges))) for token in tokens]}
 
 
-def _rules(said: Mapping[str, Any], architecture: Architecture) -> Iterator[dict[str, Any]]:
-    """What the rule to split text may be called."""
-    if said["model"].get("byte_fallback"):
+def _rules(tokenizer_json: Mapping[str, Any], architecture: Architecture) -> Iterator[dict[str, Any]]:
+    """Yields the names that the rule to split text may have."""
+    if tokenizer_json["model"].get("byte_fallback"):
         yield {"model": "llama", "pre": "default", "add_space_prefix": architecture.name not in GEMMA}
         return
-    steps = said.get("pre_tokenizer") or {}
+    steps = tokenizer_json.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     split = next((step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"), None)
     digits = any(step.get("type") == "Digits" for step in steps) or split == r"\p{N}"
@@ -113,7 +117,7 @@ def _rules(said: Mapping[str, Any], architecture: Architecture) -> Iterator[dict
     yield from ({"model": "gpt2", "pre": name} for name in names)
 
 
-def _same(core: Tokenizer, again: Tokenizer, whole: list[str]) -> bool:
-    """Whether two tokenizers turn texts into the same tokens; ``whole`` are tokens that are matched in the text."""
-    texts = [*_PROBE, *(f"a {token} b{token}" for token in whole[:64])]
+def _same(core: Tokenizer, again: Tokenizer, added: list[str]) -> bool:
+    """Whether two tokenizers agree on ``_PROBE`` and on the added tokens."""
+    texts = [*_PROBE, *(f"a {token} b{token}" for token in added[:64])]
     return all(core.encode(text).ids == again.encode(text).ids for text in texts)

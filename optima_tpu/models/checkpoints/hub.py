@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: downloaded once into the hub's own cache, then read as a folder."""
+"""Hugging Face hub models: downloaded once, then read as a folder."""
 
 import contextlib
 import functools
@@ -33,9 +33,10 @@ UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "co
 
 @functools.cache  # who checks the files and who opens them ask the hub once, and see one revision
 def download(spec: str, wanted: tuple[str, ...] = WANTED, needed: tuple[str, ...] | None = None) -> Path:
-    """The local folder of a hub model ``org/name`` or ``org/name@revision``; downloads what the cache lacks.
+    """The local folder of a hub model; downloads what the cache lacks.
 
     Args:
+      spec: ``org/name`` or ``org/name@revision``.
       wanted: patterns of the files; by default all that a run needs.
       needed: patterns of all files that the caller will want, for the remedy of a missing model; None if no others.
 
@@ -82,31 +83,31 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def refuse_damaged(files: Iterable[Path]) -> None:
-    """Compares files in the hub's cache with the checksums by which the cache names them; leaves out other files.
+    """Compares files in the hub's cache with the checksums that name them.
 
-    Reads all of them, once: the user's cache remembers sizes and times of files that were whole. The hub names a large file by its
-    SHA-256, a small one by the SHA-1 that git gives it.
+    Leaves out files that no checksum names. Reads each file once: the user's cache remembers sizes and times of whole files.
+    The hub names a large file by its SHA-256, a small one by the SHA-1 that git gives it.
 
     Raises:
       UserError: a file has changed since it was downloaded, or on the way.
     """
     blobs = {path: blob for path in files if _DIGEST.fullmatch((blob := path.resolve()).name) and blob.parent.name == "blobs"}
     seen = [(str(blob), blob.stat().st_size, blob.stat().st_mtime_ns) for blob in blobs.values()]
-    whole = user_cache() / "downloads" / hashlib.sha256(repr(sorted(seen)).encode()).hexdigest()
+    marker = user_cache() / "downloads" / hashlib.sha256(repr(sorted(seen)).encode()).hexdigest()
     with contextlib.suppress(OSError):  # the cache of another user
-        if whole.exists():
+        if marker.exists():
             return
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for (path, blob), found in zip(blobs.items(), threads.map(_digest, blobs.values())):
-            if found != blob.name:
+        for (path, blob), digest in zip(blobs.items(), threads.map(_digest, blobs.values())):
+            if digest != blob.name:
                 raise UserError(
                     f"{path} is damaged: it has another checksum than on the hub. Remove {blob}, and the same command "
                     "downloads it again"
                 )
     if blobs:
         with contextlib.suppress(OSError):  # then they are read again
-            whole.parent.mkdir(parents=True, exist_ok=True)
-            whole.touch()
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
 
 
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")

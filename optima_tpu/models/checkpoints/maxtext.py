@@ -1,10 +1,10 @@
-"""A pruned model in the layout of MaxText: its arrays, their names and axes, and the settings that belong to them.
+"""A pruned model in MaxText's layout: arrays, names, axes and settings.
 
     OUT/0/items      the parameters, an Orbax tree params/params/..., for MaxText's load_parameters_path
     OUT/maxtext.yml  the settings of the model, over MaxText's base.yml
     OUT/models/      the same settings as a model's own, where MaxText's decoder insists on the name of a model that it knows
 
-What MaxText has otherwise than Hugging Face:
+MaxText differs from Hugging Face:
 
 - A matrix is [d_in, d_out], and heads are an axis of their own: [d_model, heads, head_dim], [heads, head_dim, d_model].
 - With ``scan_layers`` the blocks are stacked along axis 1 of one array. Gemma 2 stacks pairs of blocks, Gemma 3 six blocks and six.
@@ -42,12 +42,14 @@ _EPS = 1e-6
 _LLAMA31 = Llama3Scaling(8.0, 1.0, 4.0, 8192)
 """The numbers of ``rope_type: llama3.1``, which no setting of MaxText changes."""
 _CYCLE = 6
-"""Of six blocks of a Gemma 3 the last one sees everything."""
+"""The last of six blocks of a Gemma 3 has no window."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """From a tensor of Hugging Face to a slice of MaxText's array: ``factor (tensor + shift)`` in float32, rounded once.
+    """Turns a Hugging Face tensor into a slice of MaxText's array.
+
+    The slice is ``factor (tensor + shift)`` in float32, rounded once.
 
     Attributes:
       shape: of the transposed tensor; None leaves it as it is.
@@ -122,7 +124,7 @@ class MaxTextArrays(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where MaxText keeps a block: below which names, and with which suffix of the names of its parts."""
+    """Where MaxText keeps a block: the names above it, its parts' suffix."""
 
     prefix: tuple[str, ...]
     suffix: str = ""
@@ -144,10 +146,10 @@ def _in_sixes(blocks: int, scan: bool) -> Iterator[_Place]:
     if not scan:
         yield from _one_by_one(blocks, scan)
         return
-    whole = blocks - blocks % _CYCLE
-    for index in range(whole):
+    cycled = blocks - blocks % _CYCLE
+    for index in range(cycled):
         yield _Place(("layers", f"layers_{index % _CYCLE}"), stacked=True)
-    for index in range(blocks - whole):
+    for index in range(blocks - cycled):
         yield _Place(("layers_remainder", f"layers_{index}"))
 
 
@@ -166,7 +168,7 @@ class _Kind:
 
     Attributes:
       norms: the names of its norms, by ours.
-      places: (blocks, scan) -> the place of every block.
+      places: (blocks, scan) -> where every block is kept.
       scales: whether it multiplies queries by ``head_dim ** -0.5`` itself.
       gemma: whether its norms and its embedding are Gemma's.
       windows: (blocks, width) -> the windows that it has with ``sliding_window_size`` width; None if it has none.
@@ -253,14 +255,14 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
         leaves.append(Leaf(("decoder", "logits_dense", "kernel"), head, names=(family.head,)))
     parts = _parts(config, kind, shift)
     names: dict[tuple[str, ...], list[str]] = {}
-    found: dict[tuple[str, ...], Leaf] = {}
-    for index, place in enumerate(kind.places(config.blocks, scan)):
+    arrays: dict[tuple[str, ...], Leaf] = {}
+    for index, position in enumerate(kind.places(config.blocks, scan)):
         for inner, part in parts.items():
             first, *rest = part.path
-            path = ("decoder", *place.prefix, first + place.suffix, *rest)
+            path = ("decoder", *position.prefix, first + position.suffix, *rest)
             names.setdefault(path, []).append(root + family.layers.format(index) + inner)
-            found[path] = part._replace(path=path, stacked=place.stacked)
-    leaves += (leaf._replace(names=tuple(names[path])) for path, leaf in found.items())
+            arrays[path] = part._replace(path=path, stacked=position.stacked)
+    leaves += (leaf._replace(names=tuple(names[path])) for path, leaf in arrays.items())
     check_names((name for leaf in leaves for name in leaf.names), source, family.ignored)
     return MaxTextArrays(tuple(leaves), settings)
 
@@ -270,7 +272,7 @@ _WI_WO = ("wi_0", "wi_1", "wo")
 
 
 def _parts(config: llama.LlamaConfig, kind: _Kind, shift: float) -> dict[str, Leaf]:
-    """The arrays of the tensors of a block, by their names in it; paths begin in the block."""
+    """The arrays of a block's tensors, by tensor name; paths begin in it."""
     width, heads, kv_heads, size = config.d_model, config.heads, config.kv_heads, config.head_dim
     wanted = size**-0.5 if config.scale is None else config.scale
     factor = wanted / (size**-0.5 if kind.scales else 1.0)
@@ -317,9 +319,13 @@ def _neighbours(config: llama.LlamaConfig) -> bool:
 
 
 def _settings(config: llama.LlamaConfig, kind: _Kind) -> dict[str, Any]:
-    """The settings of MaxText for a model. Raises UserError, by name, for what MaxText has no setting for."""
+    """The settings of MaxText for a model.
+
+    Raises:
+      UserError: MaxText has no setting for something in the model, which the message names.
+    """
     mixture = config if isinstance(config, experts.MixtureConfig) else None
-    for what, found in {
+    for what, needed in {
         "biases of q, k and v": config.qkv_bias != kind.settings.get("attention_bias", False),
         "a bias of o": config.o_bias,
         "biases in the MLP": config.mlp_bias,
@@ -331,7 +337,7 @@ def _settings(config: llama.LlamaConfig, kind: _Kind) -> dict[str, Any]:
         "blocks without a mixture": mixture and not all(mixture.mixed),
         "shares of experts that do not sum to one": mixture and not mixture.normalise,
     }.items():
-        if found:
+        if needed:
             raise _refusal(what)
     return {
         "model_name": "default",
@@ -376,20 +382,20 @@ def _windows(config: llama.LlamaConfig, kind: _Kind) -> dict[str, Any]:
 
 def _rotary(config: llama.LlamaConfig, kind: _Kind) -> dict[str, Any]:
     ropes = config.rope.ropes if isinstance(config.rope, RopeByBlock) else (config.rope,) * config.blocks
-    whole = next((rope for rope, window in zip(ropes, config.windows or (None,) * len(ropes)) if not window), ropes[0])
-    local = next((rope for rope, window in zip(ropes, config.windows) if window), whole)
-    if whole.scaling is not None and not _neighbours(config):
+    full = next((rope for rope, window in zip(ropes, config.windows or (None,) * len(ropes)) if not window), ropes[0])
+    local = next((rope for rope, window in zip(ropes, config.windows) if window), full)
+    if full.scaling is not None and not _neighbours(config):
         raise _refusal("stretched positions that MaxText cannot compute (it has Llama 3.1's alone, with factor 8)")
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "rope_type": "llama3.1" if _neighbours(config) else "default",
-        "rope_max_timescale": _whole_number(whole.theta),
-        "rope_linear_scaling_factor": whole.factor,
+        "rope_max_timescale": _whole_number(full.theta),
+        "rope_linear_scaling_factor": full.factor,
     }
-    if local != whole:
+    if local != full:
         if kind is not _GEMMA3 or local.factor != 1 or local.scaling is not None:
             raise _refusal("stretched positions in blocks with a window")
-        found["local_rope_max_timescale"] = _whole_number(local.theta)
-    return found
+        settings["local_rope_max_timescale"] = _whole_number(local.theta)
+    return settings
 
 
 def _whole_number(theta: float) -> int:

@@ -1,8 +1,9 @@
-"""Experts in MXFP4, as gpt-oss is published: read as bfloat16, in which each of their values is exact.
+"""Experts in MXFP4, as gpt-oss is published, read as bfloat16.
 
-A block of 32 inputs of one output shares a scale. The weight is ``element * scale`` (OCP Microscaling Formats v1.0, 5.3.3, 5.4.1 and
-6.3): an element has 4 bits, E2M1, with the values 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; a scale has 8, E8M0, which is
-``2^(byte - 127)``, and NaN for 255. Two tensors stand for the weights ``NAME`` [experts, d_in, d_out]:
+bfloat16 holds each of their values exactly. A block of 32 inputs of one output shares a scale. The weight is
+``element * scale`` (OCP Microscaling Formats v1.0, 5.3.3, 5.4.1 and 6.3): an element has 4 bits, E2M1, with the values 0, .5,
+1, 1.5, 2, 3, 4, 6 and their negatives; a scale has 8, E8M0, which is ``2^(byte - 127)``, and NaN for 255. Two tensors stand for
+the weights ``NAME`` [experts, d_in, d_out]:
 
     NAME_blocks   [experts, d_out, d_in / 32, 16] uint8: two elements a byte, the first input in the low four bits
     NAME_scales   [experts, d_out, d_in / 32] uint8
@@ -29,7 +30,12 @@ _POWERS = _ALL.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
 
 
 def expand(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The weights [..., groups * 32] bfloat16 of blocks [..., groups, 16] uint8 and scales [..., groups] uint8."""
+    """Expands MXFP4 blocks and scales to weights [..., groups * 32] bfloat16.
+
+    Args:
+      blocks: [..., groups, 16] uint8.
+      scales: [..., groups] uint8.
+    """
     weights = _ELEMENTS[blocks].reshape(*scales.shape, _INPUTS)
     with np.errstate(over="ignore"):  # 2^128 and more is infinite in float32 as in bfloat16, and refused when the model is loaded
         weights *= _POWERS[scales][..., None]
@@ -37,7 +43,7 @@ def expand(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def without_mxfp4(stored: TensorSource) -> ComputedTensors:
-    """Tensors of a folder, with those in MXFP4 expanded on reading; the others stay as they are stored.
+    """The tensors of a folder; MXFP4 weights are expanded on reading.
 
     Raises:
       UserError: the two tensors of a weight do not fit one another.

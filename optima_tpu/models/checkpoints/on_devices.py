@@ -1,4 +1,7 @@
-"""Packed checkpoints on devices: masks and kept elements travel, and the devices put the zeros in."""
+"""Loads packed checkpoints; the devices themselves put the zeros in.
+
+Only masks and kept elements are transferred to the devices.
+"""
 
 import functools
 import math
@@ -19,7 +22,7 @@ from optima_tpu.runtime.mesh import padded
 
 _DEVICES = "devices"
 _LENGTHS = 64
-"""To so many lengths the kept elements of a shard are padded: a program is compiled for each that occurs."""
+"""The kept elements of a shard are padded to one of this many lengths. XLA compiles a program for each length that occurs."""
 _RANKS = 2**31  # the device counts kept elements in int32
 
 
@@ -35,38 +38,41 @@ def place_packed(folder: Path, sharding: Sharding | Callable[[str, tuple[int, ..
 
 
 def _placed(source: PackedSource, name: str, sharding: Sharding) -> Array:
-    """A tensor on devices. A sparse one travels as each shard's mask and kept elements, the others as they are."""
-    whole, dtype = source.shape(name), source.dtype(name)
+    """A tensor on devices.
+
+    Of a sparse tensor each shard's mask and kept elements are transferred; other tensors are transferred as they are.
+    """
+    full_shape, dtype = source.shape(name), source.dtype(name)
     try:
-        shape, indices = sharding.shard_shape(whole), sharding.addressable_devices_indices_map(whole)
+        shape, indices = sharding.shard_shape(full_shape), sharding.addressable_devices_indices_map(full_shape)
     except ValueError as error:
-        raise UserError(f"{name} of shape {whole} does not fit its sharding: {one_line(error)}") from error
-    slices = {device: whole_slices(index or (), whole) for device, index in indices.items()}
+        raise UserError(f"{name} of shape {full_shape} does not fit its sharding: {one_line(error)}") from error
+    slices = {device: whole_slices(index or (), full_shape) for device, index in indices.items()}
     expandable = shape and 0 < math.prod(shape) < _RANKS and dtype != np.bool_
     kept = source.kept(name) if expandable else None
     if kept is None:
-        return jax.make_array_from_callback(whole, sharding, lambda index: source.read(name, index or ()), dtype=dtype)
+        return jax.make_array_from_callback(full_shape, sharding, lambda index: source.read(name, index or ()), dtype=dtype)
     if not slices:  # no device of this process has a part
-        return jax.make_array_from_single_device_arrays(whole, sharding, [], dtype=dtype)
+        return jax.make_array_from_single_device_arrays(full_shape, sharding, [], dtype=dtype)
     # The devices of this process only, so that no process waits for another.
     mesh = Mesh(np.array(list(slices)), (_DEVICES,))
     bits, elements = (_stacked(mesh, parts) for parts in _shards(*kept, list(slices.values())))
-    found = {shard.device: shard.data for shard in _expand(bits, elements, mesh, shape, dtype).addressable_shards}
-    arrays = [found[device] for device in slices]
+    by_device = {shard.device: shard.data for shard in _expand(bits, elements, mesh, shape, dtype).addressable_shards}
+    arrays = [by_device[device] for device in slices]
     if sharding.memory_kind in (None, mesh.devices.flat[0].default_memory().kind):
-        return jax.make_array_from_single_device_arrays(whole, sharding, arrays)
+        return jax.make_array_from_single_device_arrays(full_shape, sharding, arrays)
     # The memory of the hosts: shard by shard, so that no process waits for another.
     moved = [
         jax.device_put(array, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
         for array, device in zip(arrays, slices)
     ]
-    return jax.make_array_from_single_device_arrays(whole, sharding, moved)
+    return jax.make_array_from_single_device_arrays(full_shape, sharding, moved)
 
 
 def _shards(
     keep: np.ndarray, elements: np.ndarray, slices: Sequence[tuple[slice, ...]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The masks of shards, packed to bits, and their kept elements, padded to one length.
+    """Each shard's mask as bits, and its kept elements padded to one length.
 
     Args:
       keep: the mask of the whole tensor.
@@ -74,25 +80,25 @@ def _shards(
       slices: each shard, without steps. Shards that are the same share their arrays.
     """
     starts = np.cumsum([0, *np.count_nonzero(keep.reshape(len(keep), -1), axis=1)])
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    shards: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for index in slices:
-        if str(index) not in found:
+        if str(index) not in shards:
             rows, part = keep[index[0]], keep[index]
-            mine = elements[starts[index[0].start] : starts[index[0].stop]]
+            own_elements = elements[starts[index[0].start] : starts[index[0].stop]]
             if part.size < rows.size:
                 inside = np.zeros(rows.shape, bool)
                 inside[:, *index[1:]] = True
-                mine = mine[np.compress(rows.reshape(-1), inside)]
-            found[str(index)] = np.packbits(part), mine
+                own_elements = own_elements[np.compress(rows.reshape(-1), inside)]
+            shards[str(index)] = np.packbits(part), own_elements
     size = math.prod(part.stop - part.start for part in slices[0])
-    room = padded(max(1, *(len(mine) for _, mine in found.values())), -(-size // _LENGTHS))
-    full = {name: (bits, np.pad(mine, (0, room - len(mine)))) for name, (bits, mine) in found.items()}
+    room = padded(max(1, *(len(own_elements) for _, own_elements in shards.values())), -(-size // _LENGTHS))
+    full = {name: (bits, np.pad(own_elements, (0, room - len(own_elements)))) for name, (bits, own_elements) in shards.items()}
     masks, kept = zip(*(full[str(index)] for index in slices), strict=True)
     return list(masks), list(kept)
 
 
 def _stacked(mesh: Mesh, parts: Sequence[np.ndarray]) -> Array:
-    """[devices, ...]: one array for each device of the mesh, on that device."""
+    """One array on each device of the mesh, as one array [devices, ...]."""
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         return parts[(index and index[0].start) or 0][np.newaxis]
@@ -102,7 +108,9 @@ def _stacked(mesh: Mesh, parts: Sequence[np.ndarray]) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shape", "dtype"))
 def _expand(bits: Array, elements: Array, mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype) -> Array:
-    """On each device of the mesh its shard, of one shape; the first axes of all shards are one axis of the result.
+    """Puts the zeros into the shard of each device of the mesh.
+
+    All shards have one shape; their first axes are one axis of the result.
 
     Args:
       bits: [devices, bytes] uint8, the masks as ``numpy.packbits`` packs them.

@@ -50,10 +50,11 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 class CheckpointedRun(RunRecord, frozen=True):
-    """A run, the report of each block, and the sparsity of each, or None where they don't differ.
+    """A run, with the report of each block.
 
     Attributes:
-      left_out: the blocks that the model is without.
+      sparsity: the sparsity of each block; None if it is the same in all blocks.
+      left_out: the blocks and experts that the model is without.
     """
 
     blocks: tuple[BlockReport, ...]
@@ -62,7 +63,7 @@ class CheckpointedRun(RunRecord, frozen=True):
 
 
 class _Metadata(Record, frozen=True):
-    """The metadata of RUN/checkpoint.
+    """The custom metadata of RUN/checkpoint.
 
     Attributes:
       parts: the checkpoints of the blocks, below RUN.
@@ -75,7 +76,7 @@ class _Metadata(Record, frozen=True):
 
 
 def quiet_orbax() -> None:
-    """Hides the messages of Orbax; errors are still raised. The command line calls it."""
+    """Hides the messages of Orbax; errors are still raised."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Orbax stops at the first array that it cannot write, and raises an error for this array. Errors of other arrays are then
     # never retrieved, which asyncio logs, or arrive after Orbax has closed its event loop.
@@ -85,20 +86,26 @@ def quiet_orbax() -> None:
 
 
 def save_tree(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Writes a checkpoint of arrays on the host or on the mesh. Every process calls it and writes what its devices hold."""
+    """Writes a checkpoint of arrays on the host or on the mesh.
+
+    Every process calls this function and writes what its devices hold.
+    """
     with _ONE, _saving():
         ocp.save(path, tree, custom_metadata=dict(metadata))
 
 
 def _saving() -> ocp.Context:
-    """A context for saves. In one process, splitting the write of equal copies only compiles a slice for every shape and part."""
+    """The Orbax context for saves.
+
+    In one process, splitting the write of equal copies only compiles a slice for every shape and part.
+    """
     context = ocp.Context()
     context.array.saving.use_replica_parallel = jax.process_count() > 1
     return context
 
 
 def save_items(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Writes a tree of host arrays as PATH/items, as MaxText reads it, and compares what it finds there with the tree.
+    """Writes host arrays as PATH/items for MaxText, and reads them again.
 
     Raises:
       RuntimeError: an array differs from what was written.
@@ -110,36 +117,42 @@ def save_items(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any])
     if alone():
         signals.check()
     with _ONE, _by_itself():
-        found = ocp.load_checkpointables(path, {_ITEMS: jax.tree.map(np.empty_like, tree)})[_ITEMS]
-    differ = jax.tree.map(lambda a, b: a.dtype != b.dtype or not np.array_equal(a, b, equal_nan=True), tree, found)
+        read_back = ocp.load_checkpointables(path, {_ITEMS: jax.tree.map(np.empty_like, tree)})[_ITEMS]
+    differ = jax.tree.map(lambda a, b: a.dtype != b.dtype or not np.array_equal(a, b, equal_nan=True), tree, read_back)
     for name, wrong in jax.tree_util.tree_leaves_with_path(differ):
         if wrong:
             raise RuntimeError(f"{path / _ITEMS}: {jax.tree_util.keystr(name)} differs from what was written")
 
 
 def read_metadata(path: Path) -> ocp.CheckpointMetadata:
-    """Orbax's record of a checkpoint: ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``.
+    """Orbax's record of a checkpoint.
+
+    It has ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``.
 
     Raises:
       UserError: the checkpoint is damaged or was removed.
     """
     with _reading(path):
-        found = ocp.metadata(path)
-    if found.metadata is None:  # Orbax's result for files that it cannot interpret
+        record = ocp.metadata(path)
+    if record.metadata is None:  # Orbax's result for files that it cannot interpret
         raise UserError(
             f"{path} is damaged: expected a checkpoint of arrays, got none; remove it and repeat the run's "
             "command, which writes it again"
         )
-    return found
+    return record
 
 
 def read_custom(path: Path, kind: type[T]) -> T:
-    """The custom metadata of a checkpoint, which are of a declared type. Raises UserError if they are not, or as :func:`read_metadata`."""
+    """The custom metadata of a checkpoint, checked to have a declared type.
+
+    Raises:
+      UserError: the metadata have another type, or as :func:`read_metadata`.
+    """
     return check_record(read_metadata(path).custom_metadata, kind, path)
 
 
 def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Reads arrays of one group of a checkpoint onto the host, in this process alone.
+    """Reads arrays of one group of a checkpoint, in this process alone.
 
     Args:
       wanted: name -> something with the shape and dtype of the array.
@@ -154,10 +167,12 @@ def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, n
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Reads a checkpoint by itself. If Orbax cannot, the checksums say whether the checkpoint is to blame.
+    """Context in which this process reads a checkpoint by itself.
+
+    If Orbax cannot read, the checksums say whether the checkpoint is to blame.
 
     Raises:
-      UserError: it is damaged, or was removed while this program was at work; other exceptions pass.
+      UserError: the checkpoint is damaged, or was removed while this program was at work; other exceptions pass.
     """
     try:
         with reached(path), _ONE, _by_itself():
@@ -191,10 +206,11 @@ def write_checkpoint(
     sparsity: Sequence[float | None] | None = None,
     left_out: LeftOut = LeftOut(),
 ) -> None:
-    """Writes RUN/checkpoint: the names of the finished blocks, and all other tensors unchanged from the source.
+    """Writes RUN/checkpoint: the names of finished blocks, and other tensors.
 
-    These are in memory at once: embedding, last norm and head, and what is not read here, such as the half for images. An existing
-    checkpoint is complete and is not written again. Every process calls this, and each writes a share of every tensor.
+    The other tensors, unchanged from the source, are in memory at once: embedding, last norm and head, and what is not read
+    here, such as the half for images. An existing checkpoint is complete and is not written again. Every process calls this
+    function, and each writes a share of every tensor.
 
     Args:
       blocks: reads the report of every block of the model, in their order, by the checkpoint of the block, below RUN.
@@ -236,12 +252,12 @@ def write_checkpoint(
 
 
 class _Opened(NamedTuple):
-    """RUN/checkpoint.
+    """RUN/checkpoint, opened.
 
     Attributes:
-      record: its metadata.
-      tree: of its arrays, as Orbax records them.
-      parts: the checkpoints of the blocks, by the names that the metadata have for them.
+      record: its custom metadata.
+      tree: the tree of its arrays, as Orbax records them.
+      parts: the checkpoints of the blocks, by their names in the metadata.
     """
 
     record: _Metadata
@@ -250,9 +266,9 @@ class _Opened(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "_Opened":
-        found = read_metadata(path)
-        record = check_record(found.custom_metadata, _Metadata, path)
-        return cls(record, found.metadata, {part: inside(path.parent, part, path) for part in record.parts})
+        stored = read_metadata(path)
+        record = check_record(stored.custom_metadata, _Metadata, path)
+        return cls(record, stored.metadata, {part: inside(path.parent, part, path) for part in record.parts})
 
 
 def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
@@ -260,7 +276,7 @@ def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, An
 
 
 def checkpointed_blocks(directory: Path) -> tuple[BlockReport, ...] | None:
-    """The report of every block in RUN/checkpoint; None if there is no complete checkpoint, or if a part of it is missing."""
+    """Every block's report in RUN/checkpoint; None if it is not complete."""
     path = directory / CHECKPOINT
     if not complete(path):
         return None
@@ -269,19 +285,22 @@ def checkpointed_blocks(directory: Path) -> tuple[BlockReport, ...] | None:
 
 
 def checkpoint_damage(directory: Path) -> str:
-    """Says what is damaged in RUN/checkpoint and its parts; empty if nothing is."""
+    """What is damaged in RUN/checkpoint and its parts; empty if nothing is."""
     path = directory / CHECKPOINT
-    if found := damage(path):
-        return found
+    if reason := damage(path):
+        return reason
     whys = ((name, damage(part) if part.exists() else "is missing") for name, part in _Opened.of(path).parts.items())
     return next((f"{part}: {why}" for part, why in whys if why), "")
 
 
 def refuse_damaged_checkpoint(directory: Path) -> None:
-    """Raises UserError if a run's checkpoint is damaged, or if a link leads out of the run. Reads all of it."""
+    """Raises UserError if the checkpoint of a run is damaged.
+
+    A link that leads out of the run is refused too. Reads all files.
+    """
     refuse_links(directory)
-    if complete(directory / CHECKPOINT) and (found := checkpoint_damage(directory)):
-        raise UserError(f"{directory / CHECKPOINT} is damaged ({found}): repeat the run's command, which writes it again")
+    if complete(directory / CHECKPOINT) and (reason := checkpoint_damage(directory)):
+        raise UserError(f"{directory / CHECKPOINT} is damaged ({reason}): repeat the run's command, which writes it again")
 
 
 class TensorPart(NamedTuple):
@@ -289,7 +308,7 @@ class TensorPart(NamedTuple):
 
     Attributes:
       axis: 0 for rows, 1 for columns.
-      total: how many there were.
+      total: the number of rows or columns of the whole tensor.
     """
 
     indices: np.ndarray
@@ -298,93 +317,98 @@ class TensorPart(NamedTuple):
 
 
 class OrbaxTensors:
-    """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host on demand.
+    """A ``TensorSource`` of Orbax checkpoints, read to the host on demand.
 
     Args:
       paths: the checkpoints, each with groups "weights", "masks" and "scales" by name.
-      known: checkpoints whose record was read before, and their trees.
+      trees: checkpoints whose record was read before, and their trees.
 
     Raises:
       UserError: as :func:`read_metadata`.
     """
 
-    def __init__(self, paths: Iterable[Path], known: Mapping[Path, Mapping[str, Any]] = MappingProxyType({})):
-        self._trees = {**known, **{path: read_metadata(path).metadata for path in paths}}
-        self._found = {group: _leaves(self._trees, group) for group in ("weights", "masks", "scales")}
-        self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
+    def __init__(self, paths: Iterable[Path], trees: Mapping[Path, Mapping[str, Any]] = MappingProxyType({})):
+        self._trees = {**trees, **{path: read_metadata(path).metadata for path in paths}}
+        self._groups = {group: _leaves(self._trees, group) for group in ("weights", "masks", "scales")}
+        self._cached: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
         self._left: Mapping[str, TensorPart] = {}
 
-    def without(self, left: Mapping[str, TensorPart], whole: Collection[str], gone: Collection[str] = ()) -> Self:
+    def without(self, left: Mapping[str, TensorPart], unmasked: Collection[str], gone: Collection[str] = ()) -> Self:
         """The same tensors, of which only parts are left.
 
         Args:
-          left: the parts, by the name of the tensor. Of columns the others must be zero.
-          whole: those that no longer count as pruned.
-          gone: those of which nothing is left.
+          left: the parts, by the name of the tensor. If columns are left, all other columns must be zero.
+          unmasked: the weights that no longer count as pruned.
+          gone: the tensors of which nothing is left.
         """
-        found = copy.copy(self)
-        found._left, found._held = left, (("", ""), {})
-        weights = {name: leaf for name, leaf in self._found["weights"].items() if name not in gone}
-        masks = {name: leaf for name, leaf in self._found["masks"].items() if name not in whole}
-        found._found = self._found | {"weights": weights, "masks": masks}
-        return found
+        reduced = copy.copy(self)
+        reduced._left, reduced._cached = left, (("", ""), {})
+        weights = {name: leaf for name, leaf in self._groups["weights"].items() if name not in gone}
+        masks = {name: leaf for name, leaf in self._groups["masks"].items() if name not in unmasked}
+        reduced._groups = self._groups | {"weights": weights, "masks": masks}
+        return reduced
 
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._found["weights"]))
+        return tuple(sorted(self._groups["weights"]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = list(self._found["weights"][name].shape)
+        shape = list(self._groups["weights"][name].shape)
         if part := self._left.get(name):
             shape[part.axis] = len(part.indices)
         return tuple(shape)
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self._found["weights"][name].dtype)
+        return np.dtype(self._groups["weights"][name].dtype)
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        """A slice of a tensor. Orbax always reads the whole tensor onto the host.
+        """A slice of a tensor; Orbax always reads the whole tensor.
 
-        The tensors of a block are read together, and held until another block is requested: a read costs Orbax some 30 ms for any
-        size, and a forward pass requests all tensors of a block, each of them in one slice for every device of the mesh.
+        The tensors of a block are read together, and held until another block is requested: a read costs Orbax some 30 ms for
+        any size, and a forward pass requests all tensors of a block, each of them in one slice for every device of the mesh.
         """
         return self._with_its_block("weights", name)[index]
 
     def mask(self, name: str) -> np.ndarray:
-        """The mask of a pruned weight, [d_out, d_in] bool, True where kept; read and held as by :meth:`read`."""
+        """The mask of a pruned weight, [d_out, d_in] bool, True where kept.
+
+        It is read and held as by :meth:`read`.
+        """
         return self._with_its_block("masks", name)
 
     def load(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Reads several tensors at once, which is faster than one after the other."""
+        """Reads several tensors together, which is faster than one by one."""
         return self._load("weights", set(names))
 
     def pruned(self) -> tuple[str, ...]:
         """The names of the pruned weights."""
-        return tuple(sorted(self._found["masks"]))
+        return tuple(sorted(self._groups["masks"]))
 
     def masks(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The masks of pruned weights, [d_out, d_in] bool, True where kept."""
         return self._load("masks", set(names))
 
     def scales(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """The scales of those of these weights that are quantised, [d_out, groups]."""
+        """Scales [d_out, groups] of the named weights that are quantised."""
         return self._load("scales", set(names))
 
     def quantized(self) -> tuple[str, ...]:
         """The names of the quantised weights."""
-        return tuple(sorted(self._found["scales"]))
+        return tuple(sorted(self._groups["scales"]))
 
     def _with_its_block(self, group: str, name: str) -> np.ndarray:
         wanted = group, block_of(name)
-        if self._held[0] != wanted:
-            together = {other for other in self._found[group] if block_of(other) == block_of(name)}
-            self._held = wanted, self._load(group, together)
-        return self._held[1][name]
+        if self._cached[0] != wanted:
+            together = {other for other in self._groups[group] if block_of(other) == block_of(name)}
+            self._cached = wanted, self._load(group, together)
+        return self._cached[1][name]
 
     def _load(self, group: str, names: set[str]) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for path, tree in self._trees.items():
-            found |= load_group(path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names})
-        return {name: self._part(group, name, array) for name, array in found.items()}
+            arrays |= load_group(
+                path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names}
+            )
+        return {name: self._part(group, name, array) for name, array in arrays.items()}
 
     def _part(self, group: str, name: str, array: np.ndarray) -> np.ndarray:
         part = self._left.get(name)
@@ -428,6 +452,6 @@ class CheckpointTensors(OrbaxTensors):
 
 
 def block_of(name: str) -> str:
-    """The part of a tensor's name that all tensors of its block share; the whole name if it belongs to no block."""
+    """A tensor's name up to its block's number; all of it outside blocks."""
     match = _BLOCK.match(name)
     return match[1] if match else name

@@ -1,6 +1,6 @@
-"""Packed checkpoints: pruned weights as bit masks and compressed values, unpacked bit for bit.
+"""Packed checkpoints: pruned weights as bit masks and compressed values.
 
-This file imports nothing from its package. A copy of it runs anywhere with numpy and zstandard:
+Unpacking gives back every bit. This file imports nothing from its package. A copy of it runs anywhere with numpy and zstandard:
 
     python packed.py PACKED OUT
 
@@ -50,7 +50,10 @@ of 8, so that a piece of a mask begins with a byte."""
 
 
 class PackedError(Exception):
-    """A packed folder that is damaged, or a folder that can't be packed. The message is one line and names the tensor or file."""
+    """A damaged packed folder, or a folder that can't be packed.
+
+    The message is one line and names the tensor or file.
+    """
 
     def __init__(self, message: str):
         # Names in it come from files that may be forged.
@@ -82,7 +85,7 @@ class PackedTensor(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Bytes of an element; 1 for dtypes of less than a byte, which are treated as bytes."""
+        """Bytes of an element; 1 for dtypes of less than a byte."""
         return width_of(self.dtype)
 
     @property
@@ -107,7 +110,9 @@ class TensorSpan(NamedTuple):
 
 
 class Packed:
-    """An opened packed folder. Only the index and the headers are read; tensors are decoded one by one on demand.
+    """An opened packed folder, whose tensors are decoded one by one.
+
+    Opening reads only the index and the headers.
 
     Attributes:
       tensors: name -> what the index says of the tensor.
@@ -138,12 +143,12 @@ class Packed:
                     raise PackedError(f"the index says that {name} has a mask, but stores none")
 
     def _own(self, name: str) -> str:
-        """A name of the index, if it and every link that it leads through stay inside the folder."""
+        """A name of the index, checked to stay inside the folder."""
         _inside(self.folder, name)
         return name
 
     def _check_file(self, name: str, packed: str, header_sha256: str) -> None:
-        """Compares a packed file's header with the index, and with the plain file that it makes."""
+        """Compares a packed header with the index and the plain header."""
         path = self.folder / packed
         layout = self._layouts[name]
         named = f"{INDEX} says that the file holds {', '.join(list(layout)[:4])}{', ...' if len(layout) > 4 else ''}"
@@ -152,29 +157,31 @@ class Packed:
         except PackedError as error:
             raise PackedError(f"{error}; {named}") from error
         for tensor in dict.fromkeys([*layout, *spans]):
-            mine = self.tensors.get(tensor)
-            if mine is None or tensor not in layout or tensor not in spans or mine.file != packed or tensor in self._begins:
+            record = self.tensors.get(tensor)
+            if record is None or tensor not in layout or tensor not in spans or record.file != packed or tensor in self._begins:
                 raise PackedError(f"{path}: the file and {INDEX} disagree about the tensor {tensor}: copy the folder again")
-            stored = stored_as(mine, spans[tensor].begin)
-            if stored != spans[tensor] or (mine.dtype, mine.shape) != layout[tensor][:2]:
+            stored = stored_as(record, spans[tensor].begin)
+            if stored != spans[tensor] or (record.dtype, record.shape) != layout[tensor][:2]:
                 raise PackedError(f"{path}: the header and {INDEX} disagree about the tensor {tensor}: copy the folder again")
             self._begins[tensor] = 8 + len(header) + stored.begin
         if hashlib.sha256(struct.pack("<Q", len(header)) + header).hexdigest() != header_sha256:
             raise PackedError(f"{path}: the header is damaged, its checksum differs: copy the file again; {named}")
 
     def read(self, name: str) -> np.ndarray:
-        """The bytes of an unpacked tensor, [nbytes] uint8, little-endian and row by row.
+        """The bytes of an unpacked tensor, [nbytes] uint8.
+
+        Numbers are little-endian, and elements are row by row.
 
         Raises:
           PackedError: the stored bytes are damaged. They are compared with their checksum before anything is decoded.
         """
         tensor = self.tensors[name]
         with self._room_for(name):
-            found, end = np.empty(tensor.nbytes, np.uint8), 0
+            values, end = np.empty(tensor.nbytes, np.uint8), 0
             for piece in decode(name, tensor, self._parts(name)):
-                found[end : end + piece.nbytes] = piece.view(np.uint8)
+                values[end : end + piece.nbytes] = piece.view(np.uint8)
                 end += piece.nbytes
-        return found
+        return values
 
     def kept(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A tensor whose encoding is ``sparse``, before its zeros are put in.
@@ -203,7 +210,7 @@ class Packed:
             ) from None
 
     def mask(self, name: str) -> np.ndarray:
-        """The mask of a pruned weight, bool of its shape, True where it was kept."""
+        """The mask of a pruned weight, bool of its shape, True where kept."""
         tensor = self.tensors[name]
         with self._room_for(name):
             bits = _decode_bits(name, tensor, self._parts(name)[0])
@@ -220,7 +227,9 @@ class Packed:
         return [stored[begin:end] for begin, end in itertools.pairwise(ends)]
 
     def check_file(self, name: str, data: bytes) -> None:
-        """Compares the contents of a copied file with its checksum; a file that the index does not name passes.
+        """Compares the contents of a copied file with its checksum.
+
+        A file that the index does not name passes.
 
         Raises:
           PackedError: they differ.
@@ -248,7 +257,7 @@ class Packed:
         return headers + sum(tensor.nbytes for tensor in self.tensors.values())
 
     def unpack(self, out: Path) -> None:
-        """Writes the plain folder, tensor by tensor. Every file is the same as the one that was packed, byte for byte.
+        """Writes the plain folder, each file byte for byte as it was packed.
 
         Args:
           out: an existing, empty folder.
@@ -278,10 +287,10 @@ class Packed:
 
 
 def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes masks, [d_out, d_in] bool, as one bit each, with one mask in memory at a time.
+    """Writes masks, [d_out, d_in] bool, as one bit each.
 
-    The file has two arrays for each mask: "<name>", [d_out, ceil(d_in / 8)] uint8 as ``numpy.packbits`` packs the inputs of a row,
-    and "<name>.shape", the two sizes.
+    One mask is in memory at a time. The file has two arrays for each mask: "<name>", [d_out, ceil(d_in / 8)] uint8 as
+    ``numpy.packbits`` packs the inputs of a row, and "<name>.shape", the two sizes.
     """
     # Entry by entry, because np.savez needs all of them in memory.
     with zipfile.ZipFile(path, "w") as archive:
@@ -295,7 +304,7 @@ def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
 
 
 def decode(name: str, tensor: PackedTensor, parts: Sequence[bytes | memoryview | bytearray]) -> Iterator[np.ndarray]:
-    """The elements of a tensor as unsigned integers, [at most PIECE] at a time, from its parts.
+    """Yields a tensor's elements as unsigned integers, [at most PIECE] each.
 
     Raises:
       PackedError: a part has another size than dtype, shape and mask give, or can't be decompressed.
@@ -319,7 +328,7 @@ def decode(name: str, tensor: PackedTensor, parts: Sequence[bytes | memoryview |
 
 
 def _decode_bits(name: str, tensor: PackedTensor, part: bytes | memoryview | bytearray) -> np.ndarray:
-    """The mask of a sparse tensor, [ceil(count / 8)] uint8, the first element in the highest bit."""
+    """A sparse tensor's mask, [ceil(count / 8)] uint8, highest bit first."""
     frame = _Unpacked(name, part, (tensor.elements + 7) // 8)
     bits = frame.read(frame.left)
     if tensor.elements % 8 and bits[-1] & (255 >> tensor.elements % 8):
@@ -336,7 +345,7 @@ _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=
 
 
 class _Planes:
-    """Elements from their byte planes, piece by piece; ``count`` elements of ``width`` bytes in all."""
+    """Reads ``count`` elements of ``width`` bytes from their byte planes."""
 
     def __init__(self, name: str, parts: Sequence[bytes | memoryview | bytearray], count: int, width: int):
         self._planes = [_Unpacked(name, part, count) for part in parts]
@@ -370,16 +379,16 @@ class _Unpacked:
 
     def read(self, count: int) -> np.ndarray:
         """The next ``count`` bytes, [count] uint8."""
-        found, end = np.empty(count, np.uint8), 0
+        buffer, end = np.empty(count, np.uint8), 0
         with self._telling():
             while end < count:
-                if not (got := self._stream.readinto(found[end:].data)):
+                if not (received := self._stream.readinto(buffer[end:].data)):
                     raise zstandard.ZstdError("it holds less than it announces")
-                end += got
+                end += received
             self.left -= count
             if count and not self.left and self._stream.read(1):
                 raise zstandard.ZstdError("it holds more than it announces")
-        return found
+        return buffer
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -393,7 +402,7 @@ class _Unpacked:
 
 
 def stored_as(tensor: PackedTensor, begin: int) -> TensorSpan:
-    """The entry of a tensor in its packed file's header: its own dtype and shape if it is plain, else bytes."""
+    """A tensor's entry in its packed file's header; as bytes unless plain."""
     size = sum(tensor.parts)
     if tensor.encoding == PLAIN:
         return TensorSpan(tensor.dtype, tensor.shape, begin, begin + size)
@@ -401,7 +410,9 @@ def stored_as(tensor: PackedTensor, begin: int) -> TensorSpan:
 
 
 def read_header(path: Path) -> tuple[bytes, dict[str, TensorSpan]]:
-    """The header of a safetensors file as it is stored, without its length, and the tensors by their offsets.
+    """The header of a safetensors file, and its tensors by their offsets.
+
+    The header is returned as it is stored, without its length.
 
     Raises:
       PackedError: the file is missing, or the header does not describe exactly the bytes behind it.
@@ -416,13 +427,16 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorSpan]]:
     except FileNotFoundError:
         raise PackedError(f"{path} is missing: copy the folder again") from None
     spans = _parse_header(header, str(path))
-    if (whole := 8 + length + max((span.end for span in spans.values()), default=0)) != size:
-        raise PackedError(f"{path} has {size:,} bytes, expected {whole:,} by its header: copy the file again")
+    if (expected := 8 + length + max((span.end for span in spans.values()), default=0)) != size:
+        raise PackedError(f"{path} has {size:,} bytes, expected {expected:,} by its header: copy the file again")
     return header, spans
 
 
 def _parse_header(header: bytes, where: str) -> dict[str, TensorSpan]:
-    """The tensors that a header lists, by their offsets. They cover the bytes behind the header without gap or overlap."""
+    """The tensors that a header lists, in the order of their offsets.
+
+    They cover the bytes behind the header without gap or overlap.
+    """
     try:
         record = json.loads(header.decode())
         entries = {name: entry for name, entry in record.items() if name != "__metadata__"}
@@ -482,7 +496,9 @@ def _parse_tensor(name: str, entry: Mapping[str, Any]) -> PackedTensor:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a name of the index. As ``optima_tpu.runtime.inside``, which says the reasons.
+    """The path of a name of the index, which must stay inside the folder.
+
+    ``optima_tpu.runtime.inside`` has the reasons.
 
     Raises:
       PackedError: the name, or a link that it leads through, leaves the folder; or it is a pipe, a socket or a device.

@@ -39,7 +39,7 @@ _CODER = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, h
 
 
 class Packer:
-    """Writes a packed folder: one file of weights after the other, then the index.
+    """Writes a packed folder: the files of weights, then the index.
 
     Args:
       out: an existing, empty folder.
@@ -142,20 +142,23 @@ class _Raw(NamedTuple):
 
 
 def _encode(name: str, raw: _Raw, keep: np.ndarray | None) -> tuple[str, list[bytes | bytearray]]:
-    """The smallest encoding of a tensor, and its parts; with a mask always ``sparse``."""
+    """A tensor's smallest encoding (``sparse`` for a mask), and its parts."""
     if keep is not None:
         return SPARSE, _sparse(name, raw, int(np.count_nonzero(keep)), keep.reshape(-1))
     kept = sum(int(np.count_nonzero(piece)) for piece in raw.pieces())  # by the bits: -0.0 is kept
-    found = {PLANES: _planes(raw.pieces(), raw.elements, raw.width)}
+    encodings = {PLANES: _planes(raw.pieces(), raw.elements, raw.width)}
     if raw.elements - kept >= _SPARSE_FROM * raw.elements:
-        found[SPARSE] = _sparse(name, raw, kept, None)
-    best = min(found, key=lambda encoding: sum(map(len, found[encoding])))
+        encodings[SPARSE] = _sparse(name, raw, kept, None)
+    best = min(encodings, key=lambda encoding: sum(map(len, encodings[encoding])))
     size = raw.span.end - raw.span.begin
-    return (best, found[best]) if sum(map(len, found[best])) < size else (PLAIN, [read_at(raw.file, raw.begin, size)])
+    return (best, encodings[best]) if sum(map(len, encodings[best])) < size else (PLAIN, [read_at(raw.file, raw.begin, size)])
 
 
 def _sparse(name: str, raw: _Raw, kept: int, keep: np.ndarray | None) -> list[bytes | bytearray]:
-    """The mask and the planes of the ``kept`` elements: those of the mask ``keep`` [count], or those that are not zero."""
+    """The mask and the planes of the ``kept`` elements.
+
+    The mask ``keep`` [count] says which elements are kept; without ``keep``, elements that are not zero are kept.
+    """
     mask = _Frame((raw.elements + 7) // 8)
 
     def elements() -> Iterator[np.ndarray]:
@@ -173,7 +176,7 @@ def _sparse(name: str, raw: _Raw, kept: int, keep: np.ndarray | None) -> list[by
 
 
 def _planes(pieces: Iterable[np.ndarray], count: int, width: int) -> list[bytes | bytearray]:
-    """The highest byte of each of ``count`` elements, then the next lower, each compressed by itself."""
+    """The compressed byte planes of ``count`` elements, highest byte first."""
     frames = [_Frame(count) for _ in range(width)]
     for piece in pieces:
         table = piece.view(np.uint8).reshape(-1, width)
@@ -183,7 +186,7 @@ def _planes(pieces: Iterable[np.ndarray], count: int, width: int) -> list[bytes 
 
 
 class _Frame:
-    """Writes ``size`` bytes into a zstd frame, piece by piece; no bytes make no frame."""
+    """Writes ``size`` bytes into a zstd frame; no bytes make no frame."""
 
     def __init__(self, size: int):
         self._coder = zstandard.ZstdCompressor(compression_params=_CODER).compressobj(size=size) if size else None
@@ -200,7 +203,10 @@ class _Frame:
 
 
 def header_of(spans: Mapping[str, TensorSpan], room: int = 0) -> bytes:
-    """The header of a safetensors file with its length in front: ``room`` bytes, or more in multiples of 8."""
+    """The header of a safetensors file, with its length in front.
+
+    It has ``room`` bytes, or a multiple of 8 if it is longer.
+    """
     entries = {
         name: {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [span.begin, span.end]}
         for name, span in spans.items()

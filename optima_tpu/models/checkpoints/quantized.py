@@ -1,4 +1,4 @@
-"""Folders with quantised weights: which of them are read, as the model with its weights multiplied out."""
+"""Folders with quantised weights, read as the dequantised model."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,29 +11,29 @@ from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.runtime.records import parse_record
 
 Reader = Callable[[TensorSource], TensorSource]
-"""From the tensors in a folder to those of the model."""
+"""Makes the tensors of the model from the tensors in a folder."""
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], str], Reader]] = {
     "compressed-tensors": compressed_tensors.reader,
-    "mxfp4": lambda said, where: without_mxfp4,
+    "mxfp4": lambda quantization, where: without_mxfp4,
 }
 """``quant_method`` -> (quantization_config, the name of the model in messages) -> Reader."""
 
 
 def without_quantization(config: bytes, where: str) -> tuple[bytes, Reader]:
-    """config.json of the model with its weights multiplied out, and what reads them so.
+    """config.json of the dequantised model, and the reader of its tensors.
 
-    What is stored in another way than those of ``_READERS`` stays in config.json, for ``read_config`` to refuse.
+    Where ``_READERS`` has no reader, config.json stays as it is, for ``read_config`` to refuse.
 
     Raises:
       UserError: the file is damaged, or the weights are stored in a way of compressed-tensors that is not read.
     """
     remedy = "check the file, or download it again"
     record: dict[str, Any] = dict(parse_record(config, DeclaredStorage, f"{where}: config.json", remedy))
-    said = record.get("quantization_config") or {}
-    if (method := str(said.get("quant_method"))) not in _READERS:
+    quantization = record.get("quantization_config") or {}
+    if (method := str(quantization.get("quant_method"))) not in _READERS:
         return config, lambda stored: stored
-    reader = _READERS[method](said, where)
+    reader = _READERS[method](quantization, where)
     del record["quantization_config"]
     if method == "mxfp4" and not (record.get("dtype") or record.get("torch_dtype")):
         record["dtype"] = "bfloat16"  # the published files name none

@@ -32,7 +32,10 @@ Index = tuple[slice | EllipsisType, ...]
 
 
 class TensorSource(Protocol):
-    """The tensors of a checkpoint under their Hugging Face names; only :meth:`read` reads data, and nothing is cached."""
+    """The tensors of a checkpoint under their Hugging Face names.
+
+    Only :meth:`read` reads data, and nothing is cached.
+    """
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
@@ -41,10 +44,10 @@ class TensorSource(Protocol):
         """The shape of a tensor; linear weights are [d_out, d_in]."""
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that :meth:`read` returns; ``ml_dtypes.bfloat16`` is one of them."""
+        """The dtype of :meth:`read`, which may be ``ml_dtypes.bfloat16``."""
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as a new array."""
+        """A new array of what slices and at most one ``...`` select."""
 
 
 class LazyTensor(NamedTuple):
@@ -60,7 +63,7 @@ class LazyTensor(NamedTuple):
 
     @classmethod
     def of(cls, source: TensorSource, name: str) -> "LazyTensor":
-        """A tensor of another source as it is there, for another name or place."""
+        """A tensor of another source, unchanged, to list by any name."""
         return cls(tuple(source.shape(name)), source.dtype(name), lambda index: source.read(name, index or (...,)))
 
 
@@ -116,7 +119,7 @@ def cast(source: TensorSource, dtype: np.dtype, exact: tuple[str, ...] = ()) -> 
 
 
 def layered(above: TensorSource, below: TensorSource) -> ComputedTensors:
-    """The tensors of one source over those of another, which has every name: the blocks of a journal over the dense model."""
+    """The tensors of ``above``, and of ``below`` for all other names."""
     return ComputedTensors(below, {name: LazyTensor.of(above, name) for name in above.names()})
 
 
@@ -161,7 +164,7 @@ def parse_dtype(dtype: str | None) -> np.dtype | None:
 
 
 def whole_slices(index: Index, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """``index`` with one slice for every axis, without ``...`` and without negative or absent bounds.
+    """``index`` as one slice for each axis, with bounds of at least 0.
 
     Raises:
       IndexError: more entries than axes, a negative step, or an entry that is no slice.
@@ -177,7 +180,7 @@ def whole_slices(index: Index, shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[PretrainedConfig, bytes]:
-    """The model configuration in the bytes of a config.json, and the bytes to export.
+    """The configuration in the bytes of a config.json, and bytes to export.
 
     Args:
       where: the name of the model in messages.
@@ -209,15 +212,15 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     text = parsed.get_text_config()
     # Again, since a configuration has some entries under several names, and others block by block.
     for layer in text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]:
-        found = {name: getattr(layer, name) for name in DECIDING if hasattr(layer, name)}
-        check_record(stated(found), Declared, f"{where}: config.json", _CHECK)
+        entries = {name: getattr(layer, name) for name in DECIDING if hasattr(layer, name)}
+        check_record(stated(entries), Declared, f"{where}: config.json", _CHECK)
     if getattr(text, "rope_parameters", None):  # without any it would warn
         text.standardize_rope_params()
     return parsed, config
 
 
 def _parsed(config: bytes, record: Mapping[str, Any], where: str) -> PretrainedConfig:
-    """As transformers reads config.json, of which ``record`` is the contents. Raises UserError if it cannot."""
+    """config.json as transformers reads it. Raises UserError if it cannot."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_bytes(config)
         try:
@@ -243,7 +246,7 @@ _PIECES, _PIECE = 16, 1 << 16
 
 
 def total_bytes(tensors: TensorSource) -> int:
-    """Bytes of all tensors in the dtypes that they are read in, zeros included."""
+    """Bytes of all tensors in the dtypes they are read in, zeros included."""
     return sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors.names())
 
 
@@ -281,7 +284,7 @@ IGNORABLE = {
 
 
 def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[str, str] = {}) -> None:
-    """Compares the tensors that a model reads with the tensors that a checkpoint holds.
+    """Compares the tensors that a model reads with a checkpoint's tensors.
 
     Args:
       ignored: the family's additions to :data:`IGNORABLE`: regular expression -> reason.
@@ -303,16 +306,18 @@ def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[
 
 
 def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
-    """Refuses dtypes that this program does not compute in: pruned weights could not be put back into such a checkpoint.
+    """Refuses dtypes that this program does not compute in.
+
+    Pruned weights could not be put back into such a checkpoint.
 
     Raises:
       UserError: a tensor that the model reads has another dtype than float32, bfloat16 or float16.
     """
-    found: dict[np.dtype, list[str]] = {}
+    by_dtype: dict[np.dtype, list[str]] = {}
     for name in expected:
-        found.setdefault(np.dtype(source.dtype(name)), []).append(name)
-    for dtype in found.keys() - set(DTYPES.values()):
+        by_dtype.setdefault(np.dtype(source.dtype(name)), []).append(name)
+    for dtype in by_dtype.keys() - set(DTYPES.values()):
         remedy = "take --dtype float32" if dtype == np.float64 else "give the model as it was before it was quantised"
         raise UserError(
-            f"expected float32, bfloat16 or float16, got {plural(len(found[dtype]), 'tensor')} in {dtype} ({some(found[dtype])}); {remedy}"
+            f"expected float32, bfloat16 or float16, got {plural(len(by_dtype[dtype]), 'tensor')} in {dtype} ({some(by_dtype[dtype])}); {remedy}"
         )

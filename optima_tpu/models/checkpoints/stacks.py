@@ -1,7 +1,7 @@
-"""Checkpoints that store parameters of all experts as one tensor: read expert by expert, and written back as they were.
+"""Checkpoints that store the parameters of all experts as one tensor.
 
-The rest of the program sees the parameters of each expert under names of their own, with matrices [d_out, d_in]. See
-``Family.stacks``.
+They are read expert by expert, and written back as they were. The rest of the program sees the parameters of each expert under
+names of their own, with matrices [d_out, d_in]. See ``Family.stacks``.
 """
 
 import functools
@@ -16,42 +16,42 @@ from optima_tpu.models.family import Stack
 
 
 def stacks_of(architectures: Iterable[str] | None) -> Mapping[str, Stack]:
-    """``Family.stacks`` of the model with these ``architectures`` in config.json."""
+    """``Family.stacks`` of a model by ``architectures`` of its config.json."""
     family, name = family_named(architectures), next(iter(architectures or ()), None)
     return family.stacks if family else general.stacks(name) if name else {}
 
 
 def stacks_among(names: Iterable[str], stacks: Mapping[str, Stack]) -> dict[str, Stack]:
-    """Those of a checkpoint's tensors that are stacks, with whole names.
+    """The stacks among a checkpoint's tensors, by their whole names.
 
     Args:
       stacks: ``Family.stacks``. A checkpoint of the same family may hold each expert by itself, as ``transformers`` writes it.
     """
-    found = ((name, stack) for name in names for stack in stacks if name.endswith("." + stack))
-    return {name: stacks[stack].behind(name.removesuffix(stack)) for name, stack in found}
+    matches = ((name, stack) for name in names for stack in stacks if name.endswith("." + stack))
+    return {name: stacks[stack].behind(name.removesuffix(stack)) for name, stack in matches}
 
 
 def unstacked(stacked: TensorSource, stacks: Mapping[str, Stack]) -> ComputedTensors:
-    """The tensors of a checkpoint, with the parameters of each expert by themselves.
+    """The tensors of a checkpoint, with each expert's parameters apart.
 
     Args:
       stacks: ``Family.stacks``.
     """
-    found = stacks_among(stacked.names(), stacks)
+    by_name = stacks_among(stacked.names(), stacks)
     computed: dict[str, LazyTensor] = {}
-    for name, stack in found.items():
-        whole, dtype = stacked.shape(name), stacked.dtype(name)
-        experts, (first, *rest) = whole[: stack.axes], stack.turn(whole[stack.axes :])
+    for name, stack in by_name.items():
+        stored_shape, dtype = stacked.shape(name), stacked.dtype(name)
+        experts, (first, *rest) = stored_shape[: stack.axes], stack.turn(stored_shape[stack.axes :])
         shape = (first // len(stack.parts), *rest)
         for expert in range(*experts or (1,)):
             for number, part in enumerate(stack.of(expert)):
                 read = functools.partial(_read, stacked, name, stack, expert, number * shape[0])
                 computed[part] = LazyTensor(shape, dtype, read)
-    return ComputedTensors(stacked, computed, found.keys() - computed.keys(), found)
+    return ComputedTensors(stacked, computed, by_name.keys() - computed.keys(), by_name)
 
 
 def _read(stacked: TensorSource, name: str, stack: Stack, expert: int, before: int, index: tuple[slice, ...]) -> np.ndarray:
-    """The parameter of an expert that begins ``before`` outputs behind the first one in a stack."""
+    """An expert's parameter, which begins at output ``before`` of a stack."""
     first, *rest = index
     inner = (slice(before + first.start, before + first.stop, first.step), *rest)
     read = stacked.read(name, ((slice(expert, expert + 1),) * stack.axes + stack.turn(inner)))
@@ -60,7 +60,7 @@ def _read(stacked: TensorSource, name: str, stack: Stack, expert: int, before: i
 
 
 class Stacked:
-    """How the tensors of :func:`unstacked` become those of the checkpoint again.
+    """Turns the tensors of :func:`unstacked` into the checkpoint's again.
 
     Args:
       parts: the tensors, by the names of :func:`unstacked`; only names, shapes and dtypes are read.
@@ -90,7 +90,7 @@ class Stacked:
         return self._parts.dtype(self._members[name][0])
 
     def members(self, name: str) -> tuple[str, ...]:
-        """The names of what a tensor is made of, expert after expert; its own name if it is no stack."""
+        """The names of a stack's parts by expert; else a tensor's own name."""
         return self._members[name]
 
     def joined(self, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -98,8 +98,8 @@ class Stacked:
         members = [arrays[member] for member in self._members[name]]
         if name not in self._stacks:
             return members[0]
-        whole: np.ndarray = self._stacks[name].joined(np.stack(members))
-        return whole
+        array: np.ndarray = self._stacks[name].joined(np.stack(members))
+        return array
 
     def split(self, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         """The members of a tensor."""

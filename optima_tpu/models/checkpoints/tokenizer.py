@@ -16,19 +16,19 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 
 
 class _Settings(TypedDict, total=False):
-    """What transformers does not check itself in tokenizer_config.json."""
+    """Entries of tokenizer_config.json that transformers does not check."""
 
     model_max_length: Positive | None
 
 
 def _asks_for_code(assets: Mapping[str, bytes]) -> bool:
-    """Whether a tokenizer's own code is named for it."""
+    """Whether tokenizer_config.json names code of the tokenizer's own."""
     settings = assets.get("tokenizer_config.json")
     return settings is not None and bool(json.loads(settings).get("auto_map"))
 
 
 def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
-    """The tokenizer that the checkpoint's own files describe, as ``transformers.AutoTokenizer`` reads them.
+    """The tokenizer as ``transformers.AutoTokenizer`` reads its files.
 
     Raises:
       UserError: the files hold no vocabulary, or transformers can't read them.

@@ -1,4 +1,4 @@
-"""Imported masks. One file per format; ``MaskSource.how`` names the format that was recognised."""
+"""Imported masks; ``MaskSource.how`` names the format that was recognised."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def open_masks(spec: str | None) -> MaskSource:
         model holds a mask file, the mask file is taken, not the zeros.
 
     Raises:
-      UserError: it does not exist, or has none of those formats; the message lists them.
+      UserError: the file or model does not exist, or has none of these formats; the message lists them.
     """
     spec = _named(spec)
     path = Path(spec).expanduser()
@@ -67,7 +67,7 @@ def _named(spec: str | None) -> str:
 
 
 def open_given(imported: Imported) -> ReadGiven:
-    """Opens imported masks, and their weights if these are wanted; each matrix is read on demand.
+    """Opens imported masks, and weights if wanted; reads each on demand.
 
     Raises:
       UserError: as :func:`open_masks`, or weights are wanted and the masks come without weights.
@@ -129,7 +129,7 @@ def _open_folder(folder: Path, spec: str) -> MaskSource:
 
 
 def _zeros(model: str, origin: str) -> MaskSource:
-    """Masks of a checkpoint's matrices: they keep all entries that are not exactly zero."""
+    """Masks that keep every nonzero entry of a checkpoint's matrices."""
     refuse_damaged_model(model)
     tensors = open_model(model).tensors
     return MaskSource(
@@ -142,7 +142,7 @@ def _zeros(model: str, origin: str) -> MaskSource:
 
 
 def _published(spec: str) -> Path | None:
-    """The mask file of a hub model, downloaded if the cache lacks it; None if the model has none."""
+    """A hub model's mask file, downloaded if needed; None if it has none."""
     name, _, revision = spec.partition("@")
     for file in (MASKS, MASKLLM):
         try:

@@ -20,7 +20,7 @@ equal."""
 def check_masks(
     source: MaskSource, shapes: Mapping[str, tuple[int, int]], patterns: Mapping[str, Pattern], weights: TensorSource
 ) -> str:
-    """Reads every mask once, one at a time, and compares it with the model and the pattern.
+    """Reads masks one by one, and compares each with model and pattern.
 
     An N:M group must keep exactly N; in masks from a checkpoint's zeros it may keep fewer, since a kept weight may be zero.
     Unstructured sparsity is compared over the layer, whatever the pattern's comparison group, with a tolerance of one percentage
@@ -75,11 +75,11 @@ def check_weights(read: ReadGiven, shapes: Mapping[str, tuple[int, int]]) -> str
 
 
 def _check_names(source: MaskSource, shapes: Mapping[str, tuple[int, int]]) -> None:
-    held, wanted = set(source.names()), set(shapes)
+    present, wanted = set(source.names()), set(shapes)
     report = []
-    if missing := wanted - held:
-        report.append(f"no mask for {plural(len(missing), 'pruned layer')} ({some(missing)}); it holds {some(held)}")
-    if (unexpected := held - wanted) and not source.from_zeros:
+    if missing := wanted - present:
+        report.append(f"no mask for {plural(len(missing), 'pruned layer')} ({some(missing)}); it holds {some(present)}")
+    if (unexpected := present - wanted) and not source.from_zeros:
         report.append(
             f"masks for {plural(len(unexpected), 'layer')} beside those that are pruned ({some(unexpected)}): "
             "prune more, or take the masks out of the file"

@@ -18,7 +18,7 @@ Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 def open_npz(path: Path, origin: str) -> MaskSource:
-    """Recognises one of three layouts by the shapes and dtypes of all entries; 1 means kept in each.
+    """Recognises one of three layouts by all shapes and dtypes; 1 means kept.
 
     MaskLLM (NVlabs/MaskLLM, tool_compress_mask.py): "<parameter>.mask" -> [ceil(d_out d_in / 8)] uint8,
     ``numpy.packbits`` of the flattened mask, which does not store the shape.
@@ -65,7 +65,7 @@ def open_npz(path: Path, origin: str) -> MaskSource:
 
 def _entries(path: Path) -> Entries:
     """Shape and dtype of every array, from the headers alone."""
-    found = {}
+    headers = {}
     unread = refusing(Exception, f"{path} can't be read as an npz file", "get or write it again")  # as in open_npz
     with unread, zipfile.ZipFile(path) as archive:
         for entry in archive.namelist():
@@ -75,8 +75,8 @@ def _entries(path: Path) -> Entries:
                     np.lib.format.read_magic(file)
                 ]
                 shape, _, dtype = read(file)
-                found[entry.removesuffix(".npy")] = shape, dtype
-    return found
+                headers[entry.removesuffix(".npy")] = shape, dtype
+    return headers
 
 
 def _flat(file: np.lib.npyio.NpzFile, key: str, shape: tuple[int, int]) -> np.ndarray:

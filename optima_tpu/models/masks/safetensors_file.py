@@ -1,4 +1,4 @@
-"""Masks in a safetensors file: one matrix of booleans, or of the numbers 0 and 1, for each weight."""
+"""Masks in a safetensors file: a bool or 0/1 matrix for each weight."""
 
 from pathlib import Path
 

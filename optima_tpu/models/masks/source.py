@@ -16,7 +16,9 @@ UNDERSTOOD = (
 
 @dataclasses.dataclass(frozen=True)
 class MaskSource:
-    """The masks of pruned weights; only :meth:`read` reads data, and nothing is cached.
+    """The masks of pruned weights.
+
+    Only :meth:`read` reads data, and nothing is cached.
 
     Attributes:
       origin: what the user typed.
@@ -50,24 +52,26 @@ class MaskSource:
 
 
 def weight_names(keys: Iterable[str], origin: str) -> dict[str, str]:
-    """The name of the weight -> the key in the file, which may end in ".weight", ".mask", both or none of them.
+    """The name of each weight -> its key in the file.
+
+    A key may end in ".weight", in ".mask", in both or in neither.
 
     Raises:
       UserError: there are no keys, or two keys name the same weight.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for key in keys:
         name = key.removesuffix(".mask").removesuffix(".weight") + ".weight"
-        if name in found:
-            raise UserError(f"{origin} holds two masks for {name}, {found[name]!r} and {key!r}: keep one of them")
-        found[name] = key
-    if not found:
+        if name in names:
+            raise UserError(f"{origin} holds two masks for {name}, {names[name]!r} and {key!r}: keep one of them")
+        names[name] = key
+    if not names:
         raise UserError(f"expected masks in {origin}, got none; known are {UNDERSTOOD}")
-    return found
+    return names
 
 
 def checked(mask: np.ndarray, name: str, shape: tuple[int, int], origin: str) -> np.ndarray:
-    """An array of the given shape that is bool, or 0 and 1 in any dtype, as bool.
+    """The mask as bool, if it has this shape and no values but 0 and 1.
 
     Raises:
       UserError: the array has another shape or other values.

@@ -1,4 +1,7 @@
-"""Masks in files that torch.save wrote. Only torch can read the format, so torch is imported when such a file is opened."""
+"""Masks in files that torch.save wrote.
+
+Only torch can read the format, so torch is imported when such a file is opened.
+"""
 
 import pickle
 import zipfile
@@ -14,8 +17,10 @@ from optima_tpu.runtime.inside import own
 
 
 def open_torch_folder(folder: Path, origin: str) -> MaskSource:
-    """ProxSparse's layout (amazon-science/ProxSparse, end-to-end/mask_op.py): "<parameter>.pt" holds [d_out, d_in] of
-    0 and 1 in the dtype of the weight; 1 means kept.
+    """Opens a folder in ProxSparse's layout; 1 means kept.
+
+    "<parameter>.pt" holds [d_out, d_in] of 0 and 1 in the dtype of the weight (amazon-science/ProxSparse,
+    end-to-end/mask_op.py).
 
     Raises:
       UserError: torch is not installed.
@@ -31,9 +36,10 @@ def open_torch_folder(folder: Path, origin: str) -> MaskSource:
 
 
 def open_torch_file(path: Path, origin: str) -> MaskSource:
-    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}, mapped into memory and not read; 1 means kept.
+    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}; 1 means kept.
 
-    MaskLLM's masks have this form before they are packed, and ProxSparse's after they are merged for the code of OPTIMA's paper.
+    The file is mapped into memory and not read. MaskLLM's masks have this form before they are packed, and ProxSparse's after
+    they are merged for the code of OPTIMA's paper.
 
     Raises:
       UserError: torch is not installed, the file is damaged, or it holds something else.
