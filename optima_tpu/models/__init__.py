@@ -1,6 +1,7 @@
-"""The decoder families: tables of relatives, and a file for each family with blocks of its own.
+"""The decoder families, by the architecture in config.json.
 
-A family is a :class:`~optima_tpu.models.family.Family`.
+Those with Llama's blocks are rows of ``relatives``; others have files of their own. See
+:class:`~optima_tpu.models.family.Family`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -53,7 +54,7 @@ REFUSED: Mapping[str, str] = dict.fromkeys(
 
 
 def refuse_architecture(names: Iterable[str], model_type: str | None) -> None:
-    """Raises UserError, with the reason, for the architectures in config.json that do not fit the interface of families."""
+    """Raises UserError, with the reason, for names in ``REFUSED``."""
     if name := next((name for name in names if name in REFUSED), None):
         raise UserError(
             "expected a model in which every block reads one residual stream and nothing else, got "
@@ -62,7 +63,7 @@ def refuse_architecture(names: Iterable[str], model_type: str | None) -> None:
 
 
 def family_named(architectures: Iterable[str] | None) -> Family | None:
-    """A family of the first known name in ``architectures`` of config.json: how checkpoints of that name are stored."""
+    """A family of the first known name in ``architectures``, or None."""
     return next((family for name in architectures or () for family in _types(name).values()), None)
 
 
@@ -72,10 +73,11 @@ def _types(architecture: str) -> dict[str, Family]:
 
 
 def family_of(config: Any, by_torch: bool = False) -> Family:
-    """The family of a ``transformers`` configuration: the declared one, or one that is made from the model's class in torch.
+    """The family of a configuration: declared, or made from the torch class.
 
     Args:
-      by_torch: whether it is made so though one is declared.
+      config: of ``transformers``.
+      by_torch: whether to make the family from the class in torch even if one is declared.
 
     Raises:
       UserError: the architecture is not supported, the model type does not belong to it, or the model attends to later tokens.
@@ -98,7 +100,7 @@ def family_of(config: Any, by_torch: bool = False) -> Family:
 
 
 def _causal(family: Family, config: Any) -> Family:
-    """The family, unless the configuration says that tokens see later ones."""
+    """The family; raises UserError if tokens see later ones."""
     if not getattr(config.get_text_config(), "is_causal", True):
         raise UserError("expected is_causal true, got false: only causal models are supported")
     return family

@@ -1,4 +1,4 @@
-"""Hidden states, on the hosts, where each process holds the windows of its own devices, or on the devices; and batches of them."""
+"""Hidden states of windows, on hosts or devices, and batches of them."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ class Activations:
 
     @classmethod
     def of(cls, mesh: Mesh, values: np.ndarray) -> "Activations":
-        """From all windows [windows, length, d_model]; the process keeps its own."""
+        """Takes the process's part of all windows [windows, length, width]."""
         rows = held_rows(mesh, 0, len(values))
         return cls(mesh, 0, len(values), values if len(rows) == len(values) else values[rows])
 
@@ -65,7 +65,10 @@ class Activations:
         return dataclasses.replace(self, values=np.empty((*self.values.shape[:-1], width), self.values.dtype))
 
     def on_devices(self, batch: int) -> "Resident":
-        """A copy of all windows on the devices, for batches of up to ``batch`` windows on a slice of the data axis."""
+        """Copies all windows to the devices.
+
+        The copy serves batches of up to ``batch`` windows on a slice of the data axis.
+        """
         if self.first:
             raise ValueError(f"expected all windows, got those from {self.first} on")
         slices = self.mesh.shape[DATA]
@@ -76,29 +79,38 @@ class Activations:
         )
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Windows that this process holds, [len(rows), length, d_model]; zeros for rows after the last window."""
-        there = rows < self.last
-        if there.all():
+        """Returns windows of this process, [len(rows), length, d_model].
+
+        Rows after the last window are zeros.
+        """
+        valid = rows < self.last
+        if valid.all():
             return self.values[np.searchsorted(self.rows, rows)]
-        found = np.zeros((len(rows), *self.values.shape[1:]), self.values.dtype)
-        found[there] = self.values[np.searchsorted(self.rows, rows[there])]
-        return found
+        windows = np.zeros((len(rows), *self.values.shape[1:]), self.values.dtype)
+        windows[valid] = self.values[np.searchsorted(self.rows, rows[valid])]
+        return windows
 
     def put(self, rows: np.ndarray, output: Array) -> None:
-        """Overwrites windows with the rows of an array on the mesh; rows after the last window are dropped."""
+        """Overwrites windows with the rows of an array on the mesh.
+
+        Rows after the last window are dropped.
+        """
         seen = set()
         for shard in output.addressable_shards:
             if str(shard.index) in seen:  # the same slice of windows on another device of the model axis
                 continue
             seen.add(str(shard.index))
-            mine = rows[shard.index[0]]
-            kept = np.isin(mine, self.rows)
-            positions = np.searchsorted(self.rows, mine[kept])
+            windows = rows[shard.index[0]]
+            kept = np.isin(windows, self.rows)
+            positions = np.searchsorted(self.rows, windows[kept])
             self.values[(positions, *shard.index[1:])] = np.asarray(shard.data)[kept]
 
     @contextlib.contextmanager
     def put_behind(self) -> Iterator[Callable[[np.ndarray, Array], None]]:
-        """Yields a :meth:`put` that is one call behind: it fetches one result while the devices compute the next."""
+        """Yields a :meth:`put` that is one call behind.
+
+        It fetches one result while the devices compute the next.
+        """
         waiting: list[tuple[np.ndarray, Array]] = []
 
         def put(rows: np.ndarray, output: Array) -> None:
@@ -111,7 +123,7 @@ class Activations:
             self.put(*last)
 
     def batches(self, size: int) -> Iterator["Batch"]:
-        """Cuts the windows into batches of one shape, the last one padded with zeros.
+        """Cuts the windows into batches of one shape, padded with zeros.
 
         Args:
           size: the largest number of windows that a batch gives to one slice of the data axis.
@@ -122,12 +134,12 @@ class Activations:
 
 
 def count_batches(mesh: Mesh, samples: int, size: int) -> int:
-    """How many batches :meth:`Activations.batches` cuts so many samples into."""
+    """How many batches :meth:`Activations.batches` cuts windows into."""
     return sum(1 for _ in _rows_of_batches(mesh, 0, samples, size))
 
 
 def _rows_of_batches(mesh: Mesh, first: int, last: int, size: int) -> Iterator[np.ndarray]:
-    """The windows of each batch, in the order in which the devices hold them."""
+    """The windows of each batch, in the order of the devices."""
     slices = mesh.shape[DATA]
     size = min(size, padded(last - first, slices) // slices) * slices
     for start in range(first, last, size):
@@ -135,19 +147,21 @@ def _rows_of_batches(mesh: Mesh, first: int, last: int, size: int) -> Iterator[n
 
 
 def _by_slice(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
-    """Ascending windows in the order in which the slices of the data axis hold them."""
+    """Sorts ascending windows as the slices of the data axis hold them."""
     return rows[np.argsort(rows % mesh.shape[DATA], kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """Hidden states that stay on the devices, as :class:`Activations` in all else: no pass moves them to and from the hosts.
+    """Hidden states that stay on the devices.
+
+    Its methods are those of :class:`Activations`, but no pass over the blocks moves states to the hosts or back.
 
     Attributes:
       first, last: which windows.
-      held: one array [slices * places, length, d_model], which :meth:`put` replaces. Windows are sharded over the data axis, and
-        features over the model axis if it divides them: a batch is gathered when it is taken. On slice ``s`` are the windows ``s``,
-        ``s + slices``, ... in order, then room for the padding of a batch. Parts of the windows share it.
+      held: one array [slices * per_slice, length, d_model], which :meth:`put` replaces. Windows are sharded over the data
+        axis, and features over the model axis if it divides them: a batch is gathered when it is taken. Slice ``s`` has the
+        windows ``s``, ``s + slices``, ... in order, then room for the padding of a batch. Parts of the windows share the list.
     """
 
     mesh: Mesh
@@ -185,12 +199,12 @@ class Resident:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """As :meth:`Activations.take`, on the host."""
         held = self.held[0]
-        there = Activations(self.mesh, self.first, self.last, np.empty((len(self.rows), *held.shape[1:]), held.dtype))
-        there.put(_by_slice(self.mesh, np.arange(len(held))), held)
-        return there.take(rows)
+        on_host = Activations(self.mesh, self.first, self.last, np.empty((len(self.rows), *held.shape[1:]), held.dtype))
+        on_host.put(_by_slice(self.mesh, np.arange(len(held))), held)
+        return on_host.take(rows)
 
     def put(self, rows: np.ndarray, output: Array) -> None:
-        """Overwrites the windows of a batch; rows after the last window are dropped."""
+        """Overwrites a batch's windows; drops rows after the last window."""
         self.held[0] = _put(self.mesh, self.held[0], output, int(rows.min()), self.last)
 
     @contextlib.contextmanager
@@ -200,9 +214,9 @@ class Resident:
 
     def batches(self, size: int) -> Iterator["Batch"]:
         """The batches of :meth:`Activations.batches`."""
-        slices, places = self.mesh.shape[DATA], len(self.held[0]) // self.mesh.shape[DATA]
+        slices, per_slice = self.mesh.shape[DATA], len(self.held[0]) // self.mesh.shape[DATA]
         for rows in _rows_of_batches(self.mesh, self.first, self.last, size):
-            if rows.max() // slices >= places:
+            if rows.max() // slices >= per_slice:
                 raise ValueError(f"expected batches of at most the size that room was made for, got {len(rows) // slices}")
             hidden = _taken(self.mesh, len(rows) // slices, self.held[0], int(rows.min()), self.last)
             yield Batch(self.mesh, rows, rows < self.last, hidden)
@@ -213,26 +227,29 @@ HiddenStates = Activations | Resident
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _taken(mesh: Mesh, size: int, held: Array, first: int, last: int) -> Array:
-    """The ``size`` windows on each slice from window ``first`` on, [slices * size, ...]; zeros for windows from ``last`` on."""
+    """Takes ``size`` windows of each slice, from window ``first`` on.
+
+    Returns [slices * size, length, d_model], with zeros for windows from ``last`` on.
+    """
 
     def local(held: Array, first: int | Array, last: int | Array) -> Array:
-        start, there = _places(mesh, size, first, last)
-        found = jax.lax.dynamic_slice_in_dim(held, start, size)
-        return jnp.where(there[:, None, None], found, 0)
+        start, valid = _start_and_valid(mesh, size, first, last)
+        windows = jax.lax.dynamic_slice_in_dim(held, start, size)
+        return jnp.where(valid[:, None, None], windows, 0)
 
     spec = _held_sharding(mesh, held.shape[-1]).spec
-    found = jax.shard_map(local, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)(held, first, last)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P(DATA)))
+    taken = jax.shard_map(local, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)(held, first, last)
+    return jax.lax.with_sharding_constraint(taken, NamedSharding(mesh, P(DATA)))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _put(mesh: Mesh, held: Array, output: Array, first: int, last: int) -> Array:
-    """``held`` with the windows that :func:`_taken` takes replaced; what stands for windows from ``last`` on stays."""
+    """Replaces the windows before ``last`` that :func:`_taken` takes."""
 
     def local(held: Array, output: Array, first: int | Array, last: int | Array) -> Array:
-        start, there = _places(mesh, len(output), first, last)
+        start, valid = _start_and_valid(mesh, len(output), first, last)
         before = jax.lax.dynamic_slice_in_dim(held, start, len(output))
-        return jax.lax.dynamic_update_slice_in_dim(held, jnp.where(there[:, None, None], output, before), start, 0)
+        return jax.lax.dynamic_update_slice_in_dim(held, jnp.where(valid[:, None, None], output, before), start, 0)
 
     spec = _held_sharding(mesh, held.shape[-1]).spec
     put = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, P(), P()), out_specs=spec, check_vma=False)
@@ -243,8 +260,12 @@ def _held_sharding(mesh: Mesh, width: int) -> NamedSharding:
     return NamedSharding(mesh, divisible(mesh, (mesh.shape[DATA], 1, width), P(DATA, None, MODEL)))
 
 
-def _places(mesh: Mesh, size: int, first: int | Array, last: int | Array) -> tuple[Array, Array]:
-    """On this slice, the place of the first window of a batch, and for each of its windows whether it is before ``last``."""
+def _start_and_valid(mesh: Mesh, size: int, first: int | Array, last: int | Array) -> tuple[Array, Array]:
+    """Where a batch begins on this slice, and which windows it has.
+
+    Returns:
+      (the index of its first window on the slice, [size] whether each of its windows is before ``last``)
+    """
     slices = mesh.shape[DATA]
     window = first + (jax.lax.axis_index(DATA) - first) % slices
     return window // slices, window + slices * jnp.arange(size) < last
@@ -271,18 +292,21 @@ class Batch:
         return on_mesh(self.mesh, self.rows, lambda rows: self.there[np.isin(self.rows, rows)], ())
 
     def place(self, values: np.ndarray) -> Array:
-        """One entry of ``values`` [windows, ...] for each row, sharded like the windows; zeros for padding."""
+        """One row of ``values`` [windows, ...] for each window of the batch.
+
+        The rows are sharded like the windows; padding gets zeros.
+        """
 
         def take(rows):
-            found = np.zeros((len(rows), *values.shape[1:]), values.dtype)
-            found[rows < len(values)] = values[rows[rows < len(values)]]
-            return found
+            entries = np.zeros((len(rows), *values.shape[1:]), values.dtype)
+            entries[rows < len(values)] = values[rows[rows < len(values)]]
+            return entries
 
         return on_mesh(self.mesh, self.rows, take, values.shape[1:])
 
 
 def held_rows(mesh: Mesh, first: int, last: int) -> np.ndarray:
-    """The windows out of ``first`` to ``last - 1`` that this process holds, ascending, int64."""
+    """Which of the windows ``first`` to ``last - 1`` this process holds."""
     slices = [
         index
         for index, devices in enumerate(mesh.devices)
@@ -293,7 +317,10 @@ def held_rows(mesh: Mesh, first: int, last: int) -> np.ndarray:
 
 
 def on_mesh(mesh: Mesh, rows: np.ndarray, take: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Array:
-    """``take(rows)``, of shape [len(rows), *shape], sharded over the data axis. Every process takes the rows of its devices."""
+    """``take(rows)`` [len(rows), *shape], sharded over the data axis.
+
+    Every process takes the rows of its own devices.
+    """
     parts: dict[str, np.ndarray] = {}  # devices of the model axis ask for the same rows one after the other
 
     def read(index):

@@ -1,4 +1,4 @@
-"""What the blocks keep of earlier tokens, for text that is generated token by token."""
+"""What blocks keep of earlier tokens, for text written token by token."""
 
 from collections.abc import Mapping
 
@@ -8,17 +8,18 @@ from jax import Array
 
 
 class Cache:
-    """Arrays of blocks that are alike; the block that is being traced reads and replaces its own.
+    """Arrays of blocks that are alike.
 
-    The object is mutable, unlike other values of a traced program. So blocks only pass their positions on to their attention and
-    need not return a new cache. The object lives for the trace of one block; then the caller reads ``arrays`` from it.
+    The block that is being traced reads and replaces its own entries. The object is mutable, unlike other values of a traced
+    program. So blocks only pass their positions on to their attention and need not return a new cache. The object lives for the
+    trace of one block; then the caller reads ``arrays`` from it.
 
     Attributes:
-      arrays: by names that the attention chooses, each [blocks, batch, ...]. What arrives under another name is
-        that of the only block.
+      arrays: by names that the attention chooses, each [blocks, batch, ...]. An array under a new name is that of a single
+        block.
       block: the index of the block that is traced among those that are alike, int32 scalar.
       first: the position of the first new token, int32 scalar.
-      end: the position of the first token that does not count, int32 scalar; None if all count. It is read again later.
+      end: the position of the first token that does not count, because it is read again later, int32 scalar; None if all count.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Cache:
         self.arrays, self.block, self.first, self.end = dict(arrays or {}), block, first, end
 
     def extended(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Adds keys and values [batch, new, heads, head_dim]. Returns all of the block [batch, length, heads, head_dim].
+        """Adds the keys and values of new tokens; returns all of the block.
 
-        Entries behind the new ones are arbitrary: the caller masks them, so tokens that do not count need no care.
+        They are [batch, new, heads, head_dim] and [batch, length, heads, head_dim]. Entries behind the new ones are arbitrary:
+        the caller masks them, so tokens that do not count need no care.
         """
         return self._extended("keys", k), self._extended("values", v)
 
@@ -46,7 +48,10 @@ class Cache:
         return jnp.swapaxes(jax.lax.dynamic_index_in_dim(new, self.block, keepdims=False), 1, 2)
 
     def kept(self, name: str, empty: Array) -> Array:
-        """What the block kept under a name, [batch, ...]; ``empty`` before the first token, whatever an earlier text left."""
+        """What the block kept under a name, [batch, ...].
+
+        Before the first token it is ``empty``, whatever an earlier text left.
+        """
         if name not in self.arrays:
             return empty
         kept = jax.lax.dynamic_index_in_dim(self.arrays[name], self.block, keepdims=False)

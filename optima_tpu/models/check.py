@@ -10,7 +10,7 @@ _ROWS = 4096  # compared at a time: 128 MiB of a model of width 8192 in float32
 
 
 def check_checkpoint(decoder: Decoder) -> None:
-    """Compares the tensors that a model reads with those that its checkpoint holds.
+    """Compares the tensors that a model reads with its checkpoint's.
 
     Reads no weights, except a stored head that should be a copy of the embedding.
 
@@ -32,7 +32,7 @@ def check_checkpoint(decoder: Decoder) -> None:
 
 
 def same_values(source: TensorSource, name: str, other: TensorSource, its_name: str) -> bool:
-    """Whether two tensors have the same shape and values; reads a part of them at a time."""
+    """Whether two tensors have the same shape and values; reads in parts."""
     parts = [(slice(start, start + _ROWS),) for start in range(0, source.shape(name)[0], _ROWS)]
     return source.shape(name) == other.shape(its_name) and all(
         np.array_equal(source.read(name, part), other.read(its_name, part)) for part in parts

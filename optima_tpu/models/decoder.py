@@ -85,7 +85,7 @@ class Decoder:
 
     @property
     def idle_weights(self) -> int:
-        """How many weights a token does not pass through: those of experts that it is not sent to."""
+        """How many weights of experts a token does not pass through."""
         return round(
             sum(
                 len(indices) * (1 - alike.config.reach(name)) * math.prod(shape)
@@ -96,14 +96,17 @@ class Decoder:
 
     @functools.cached_property
     def stretches(self) -> tuple[tuple["Decoder", range], ...]:
-        """The blocks that follow one another and are alike, as their decoder and their numbers."""
+        """Runs of consecutive blocks that are alike: (decoder, indices)."""
         alike = itertools.groupby(range(self.config.blocks), self.config.kind_of)
         runs = [list(indices) for _, indices in alike]
         return tuple((self.at(indices[0]), range(indices[0], indices[-1] + 1)) for indices in runs)
 
     @property
     def sizes(self) -> tuple[Family, list[tuple[Sequence[int], Mapping[str, tuple[int, ...]]]]]:
-        """Equal for decoders whose programs are equal: the family, and the shapes of each stretch of blocks."""
+        """The family, and the shapes of each stretch of blocks.
+
+        Decoders with equal sizes have equal programs.
+        """
         return self.family, [(indices, alike.block_shapes) for alike, indices in self.stretches]
 
     @functools.cached_property
@@ -127,7 +130,7 @@ class Decoder:
 
     @functools.cached_property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter of a block, by its name inside the block ("self_attn.q_proj.weight")."""
+        """Shape of each parameter of a block, "self_attn.q_proj.weight"."""
         return _shapes(self._block[1])
 
     def input_width(self, name: str) -> int:
@@ -148,7 +151,10 @@ class Decoder:
         return next(name for name in self.family.attended if name in self.linears)
 
     def sharding(self, name: str) -> P:
-        """The wanted sharding of a block's parameter; dimensions that the mesh does not divide are replicated."""
+        """The wanted sharding of a block's parameter.
+
+        Dimensions that the mesh does not divide are replicated.
+        """
         return self.family.sharding(kind_name(name))
 
     def prefix(self, index: int) -> str:
@@ -162,7 +168,7 @@ class Decoder:
 
     @functools.cached_property
     def end_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that belongs to no block, by its name in the checkpoint."""
+        """Shape of each tensor outside the blocks, by its checkpoint name."""
         family, config = self.family, self.config
         table = (config.vocab, config.d_embedding)
         inner = {family.embedding: table} | family.embedding_extras(config) | _shapes(self._final[1])
@@ -170,10 +176,11 @@ class Decoder:
         return {self.root + name: shape for name, shape in inner.items()} | head
 
     def blocks(self, indices: Sequence[int]) -> Iterator[dict[str, Array]]:
-        """The parameters of several blocks, one block after the other; the next block is read while the caller works on one.
+        """Yields the parameters of several blocks, block by block.
 
-        If a tensor's sizes allow, every device reads its own share, so that no byte is read twice on any host. Then the devices
-        exchange the parts that the forward pass needs on several devices.
+        The next block is read while the caller works on one. If a tensor's sizes allow, every device reads its own share, so
+        that no byte is read twice on any host. Then the devices exchange the parts that the forward pass needs on several
+        devices.
 
         Raises:
           UserError: a tensor has another shape than the configuration says, or holds a NaN or an infinity.
@@ -195,17 +202,17 @@ class Decoder:
         return f"the model overflows in {dtype}, or its weights are damaged; try --dtype float32"
 
     def embed(self, tokens: np.ndarray) -> Activations:
-        """Hidden states before the first block of token windows [windows, length], in the embedding's dtype."""
-        held, places = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
+        """Hidden states of tokens [windows, length] before the first block."""
+        own_tokens, positions = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
         # Writable: the output of a block overwrites its input.
-        hidden = together(lambda: np.require(self.embedded(self._read, held, places), requirements="W"))
+        hidden = together(lambda: np.require(self.embedded(self._read, own_tokens, positions), requirements="W"))
         return Activations(self.mesh, 0, len(tokens), hidden)
 
-    def embedded(self, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
-        """Embeddings [windows, length, d_model] of tokens [windows, length] at ``places`` [length]; see ``Family.embed``."""
+    def embedded(self, read: ReadTensor, tokens: Array | np.ndarray, positions: Array | np.ndarray) -> Array | np.ndarray:
+        """Embeddings of tokens [windows, length]; see ``Family.embed``."""
         if self.family.embed is None:
             return read(self.family.embedding)[tokens]
-        return self.family.embed(self.config, read, tokens, places)
+        return self.family.embed(self.config, read, tokens, positions)
 
     def apply(
         self,
@@ -239,7 +246,7 @@ class Decoder:
         return _filled(self._block[1], parameters)
 
     def positions(self, index: int, length: int) -> Positions:
-        """The position data of block ``index`` for the first ``length`` positions, on every device.
+        """The position data of block ``index``, on every device.
 
         Raises:
           UserError: see :meth:`DecoderConfig.check`.
@@ -248,7 +255,7 @@ class Decoder:
         return jax.tree.map(lambda array: place(self.mesh, array, P()), self.config.positions(index, length))
 
     def head(self) -> "Head":
-        """The head, which turns the last block's output into logits, on the mesh."""
+        """The head on the mesh: makes logits of the last block's output."""
         return self._head(self.place_ends)
 
     def head_struct(self) -> "Head":
@@ -269,7 +276,7 @@ class Decoder:
         return Head(_filled(abstract, parameters), projection, bias, graph, self.config.logit_cap, self.config.logit_scale)
 
     def _read(self, name: str) -> np.ndarray:
-        """A tensor of :attr:`end_shapes` on the host, by its name after the root."""
+        """Reads a tensor outside the blocks, named without the root."""
         name = self.root + name
         self._check_shape(name, self.end_shapes[name])
         array = self.tensors.read(name)
@@ -303,7 +310,7 @@ class Decoder:
         return {name: self._place(read[name], shape, self.sharding(name)) for name, shape in self.block_shapes.items()}
 
     def _read_parts(self, name: str, shape: tuple[int, ...], spec: P) -> "Parts":
-        """Reads this process's part of a tensor: the slices of its devices under :func:`spread`, by their index."""
+        """Reads the slices of this process's devices under :func:`spread`."""
         self._check_shape(name, shape)
         parts: Parts = {}
         read = NamedSharding(self.mesh, spread(self.mesh, shape, spec))
@@ -315,13 +322,13 @@ class Decoder:
         return parts
 
     def place_ends(self, specs: Mapping[str, P]) -> dict[str, Array]:
-        """Tensors of :attr:`end_shapes` on the mesh, by their names; dimensions that do not divide are replicated."""
+        """Reads tensors outside the blocks to the mesh, by their names."""
         wanted = {name: (self.end_shapes[name], spec) for name, spec in specs.items()}
         read = together(lambda: {name: self._read_parts(name, *how) for name, how in wanted.items()})
         return {name: self._place(read[name], *how) for name, how in wanted.items()}
 
     def _place(self, parts: "Parts", shape: tuple[int, ...], spec: P) -> Array:
-        """A tensor on the mesh under ``spec``, as far as the mesh divides it."""
+        """A tensor on the mesh, split as far as the mesh divides it."""
         read = NamedSharding(self.mesh, spread(self.mesh, shape, spec))
         array = jax.make_array_from_callback(shape, read, lambda index: parts[str(index)])
         wanted = NamedSharding(self.mesh, divisible(self.mesh, shape, spec))
@@ -333,7 +340,10 @@ Parts = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The family's ``final`` module, projection [vocab, d_embedding], bias [vocab] or None, cap and scale of the logits."""
+    """The family's ``final`` module, and what makes logits of its output.
+
+    The projection is [vocab, d_embedding] and the bias [vocab] or None; ``cap`` and ``scale`` are those of the logits.
+    """
 
     state: nnx.State
     projection: Array
@@ -350,23 +360,23 @@ jax.tree_util.register_dataclass(Head, data_fields=["state", "projection", "bias
 def run_block(
     graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions, known: Mapping[str, Array] | None = None
 ) -> Array:
-    """One block over a batch: [batch, length, d_model] to the same; ``known`` as for :func:`forward`."""
+    """Runs one block over [batch, length, d_model]; see :func:`forward`."""
     return forward(graph, state, hidden, positions, known)[0]
 
 
 def forward(
     graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions, known: Mapping[str, Array] | None = None
 ) -> tuple[Array, dict[str, Any]]:
-    """The traceable part of :func:`run_block`; also returns the input of every linear layer.
+    """Runs one block; also returns the input of every linear layer.
 
-    The inputs are {"self_attn.q_proj": [batch, length, d_in], ...}.
+    Traceable. The inputs are {"self_attn.q_proj": [batch, length, d_in], ...}.
 
-    Layers that share an input map to the same array, and the layers of all experts to one ``experts.Routed``. The residual stream
-    [batch, length, d_model] is in the same dictionary, under the names of ``Family.residuals``.
+    Layers that share an input map to the same array, and the layers of all experts to one ``experts.Routed``. The residual
+    stream [batch, length, d_model] is in the same dictionary, under the names of ``Family.residuals``.
 
     Args:
-      known: the inputs of some layers, by the layer's name, from an earlier pass of the same tokens. The compiler drops what would
-        have computed them.
+      known: the inputs of some layers, by the layer's name, from an earlier pass of the same tokens. The compiler drops what
+        would have computed them.
     """
     block = nnx.merge(graph, state)
     for name, value in (known or {}).items():
@@ -379,7 +389,7 @@ def forward(
 
 
 def head_logits(head: Head, hidden: Array) -> Array:
-    """Logits [batch, length, vocab] in float32 of hidden states [batch, length, d_model]. Traceable."""
+    """Logits [batch, length, vocab] float32 of hidden states. Traceable."""
     states = nnx.merge(head.graph, head.state)(hidden)
     # Straight to float32: rounding logits to bfloat16 would cost perplexity its third digit.
     logits = project(states, head.projection, jnp.float32)
@@ -391,9 +401,10 @@ def head_logits(head: Head, hidden: Array) -> Array:
 
 @jax.custom_vjp
 def _bfloat16_gradient(logits: Array) -> Array:
-    """The logits, whose gradient is rounded to bfloat16 before the product with the vocabulary, as its result is after it.
+    """The logits, whose gradient is rounded before the product with the head.
 
-    With a float32 gradient that product, the largest of a training step, takes six passes of a TPU's matrix unit for one.
+    With a float32 gradient that product, the largest of a training step, takes six passes of a TPU's matrix unit instead of
+    one. The product's result is rounded to bfloat16 anyway.
     """
     return logits
 

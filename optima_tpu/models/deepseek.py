@@ -1,6 +1,6 @@
-"""DeepSeek V2 and V3, and GLM-4.7 Flash: latent attention, and mixtures with shared experts.
+"""DeepSeek V2 and V3, and GLM-4.7 Flash: latent attention and mixtures.
 
-A few blocks below have an ordinary MLP. GLM-4.5 to 4.7 have the mixtures alone.
+The mixtures have shared experts. The first few blocks have an ordinary MLP. GLM-4.5 to 4.7 have the mixtures alone.
 
 Latent attention projects the hidden states to narrow vectors, and these to queries, keys and values. A part of each query turns
 with the position, and one vector that turns is a part of the keys of all heads. The narrow projections are pruned as any layer.
@@ -27,7 +27,9 @@ from optima_tpu.models.settings import supported
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepseekConfig(experts.MixtureConfig):
-    """The numbers that shape a block; ``head_dim`` is the width of the part of a head that turns.
+    """The numbers that shape a block.
+
+    ``head_dim`` is the width of the part of a head that turns.
 
     Attributes:
       q_rank: width of the latent vector of the queries; None if queries are projected at once.
@@ -57,12 +59,12 @@ def _v3(config: Any) -> llama.Settings:
 
 def _glm4_lite(config: Any) -> llama.Settings:
     """Raises UserError for MLPs that are neither dense nor sparse."""
-    found, blocks = config.mlp_layer_types, config.num_hidden_layers
-    if len(found) != blocks or set(found) - {"dense", "sparse"}:
+    kinds, blocks = config.mlp_layer_types, config.num_hidden_layers
+    if len(kinds) != blocks or set(kinds) - {"dense", "sparse"}:
         raise UserError(
-            f"expected {blocks} mlp_layer_types, dense or sparse, in config.json, got {', '.join(found)}: check the file"
+            f"expected {blocks} mlp_layer_types, dense or sparse, in config.json, got {', '.join(kinds)}: check the file"
         )
-    return _latent(config, tuple(kind == "sparse" for kind in found))
+    return _latent(config, tuple(kind == "sparse" for kind in kinds))
 
 
 def _glm4(config: Any) -> llama.Settings:
@@ -72,7 +74,10 @@ def _glm4(config: Any) -> llama.Settings:
 
 
 def _latent(config: Any, mixed: tuple[bool, ...]) -> llama.Settings:
-    """The settings of a model with latent attention; ``mixed`` says for every block whether it has a mixture."""
+    """The settings of a model with latent attention.
+
+    ``mixed`` says for every block whether it has a mixture.
+    """
     supported(config, "num_key_value_heads", config.num_attention_heads)
     parameters, scale = config.rope_parameters, (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     if parameters.get("rope_type", "default") != "default" and (share := parameters.get("mscale_all_dim")):
@@ -113,12 +118,12 @@ def _mixture(config: Any, mixed: tuple[bool, ...]) -> llama.Settings:
 
 
 def further_tokens(*blocks: int) -> Mapping[str, str]:
-    """``Family.ignored`` for blocks behind the last one, by their numbers in the published models."""
+    """``Family.ignored`` for blocks behind the last one, by their numbers."""
     return {rf"model\.layers\.({'|'.join(map(str, blocks))})\..*": FURTHER}
 
 
 class DeepseekAttention(nnx.Module):
-    """Latent attention; the norms of the latent vectors have an ``eps`` of their own."""
+    """Latent attention; the norms of its latent vectors use eps 1e-6."""
 
     def __init__(self, config: DeepseekConfig):
         self.config, self.width, self.mesh = config, config.still_dim + config.head_dim, None

@@ -1,4 +1,7 @@
-"""Gated DeltaNet: linear attention, in which each head remembers keys and values as one matrix. Source: arXiv:2412.06464."""
+"""Gated DeltaNet: linear attention. Source: arXiv:2412.06464.
+
+Each head remembers keys and values as one matrix.
+"""
 
 import dataclasses
 
@@ -40,17 +43,23 @@ class Sizes:
 
 
 class Convolution(nnx.Module):
-    """Channel by channel ``silu(sum over j of w_j x[t - kernel + 1 + j])``: in float32, the sum and the result rounded."""
+    """``silu(sum over j of w_j x[t - kernel + 1 + j])`` of each channel.
+
+    The sum is taken in float32 and rounded; so is its silu.
+    """
 
     def __init__(self, channels: int, kernel: int):
         self.weight = nnx.Param(jnp.zeros((channels, 1, kernel)))
 
     def __call__(self, x: Array) -> Array:
-        """[batch, kernel - 1 + length, channels], the first ones from before the text that is read, to [batch, length, channels]."""
+        """Returns [batch, length, channels].
+
+        ``x`` is [batch, kernel - 1 + length, channels]; its first ``kernel - 1`` tokens come before the text that is read.
+        """
         weight, x_wide = self.weight[...].astype(x.dtype).astype(jnp.float32), x.astype(jnp.float32)
         kernel = weight.shape[2]
         length = x.shape[1] - kernel + 1
-        summed = sum(x_wide[:, place : place + length] * weight[:, 0, place] for place in range(kernel))
+        summed = sum(x_wide[:, offset : offset + length] * weight[:, 0, offset] for offset in range(kernel))
         return jax.nn.silu(jnp.asarray(summed).astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
 
 
@@ -62,7 +71,7 @@ class GatedNorm(RMSNorm):
 
 
 class DeltaNet(nnx.Module):
-    """x [batch, length, d_model] to the same: queries, keys and values through a short convolution, then :func:`delta_rule`."""
+    """Linear attention: x [batch, length, d_model] to the same shape."""
 
     def __init__(self, d_model: int, sizes: Sizes, eps: float):
         self.sizes = sizes
@@ -87,8 +96,8 @@ class DeltaNet(nnx.Module):
         before = cache.kept("mixed", jnp.zeros((len(x), sizes.kernel - 1, mixed.shape[2]), x.dtype))
         mixed = jnp.concatenate([before, mixed], axis=1)
         cache.keep("mixed", jax.lax.dynamic_slice_in_dim(mixed, counted, sizes.kernel - 1, axis=1))
-        there = (jnp.arange(x.shape[1]) < counted)[:, None]
-        decay, strength = (jnp.where(there, rate, 0) for rate in self.rates(a, b))
+        is_counted = (jnp.arange(x.shape[1]) < counted)[:, None]
+        decay, strength = (jnp.where(is_counted, rate, 0) for rate in self.rates(a, b))
         state = cache.kept("state", jnp.zeros((len(x), sizes.heads, sizes.key_dim, sizes.value_dim)))
         output, state = delta_rule(*self.read_heads(self.conv1d(mixed)), decay, strength, state)
         cache.keep("state", state)
@@ -96,7 +105,11 @@ class DeltaNet(nnx.Module):
         return self.out_proj(normed.reshape(*x.shape[:2], -1))
 
     def projected(self, x: Array) -> tuple[Array, Array, Array, Array]:
-        """(queries, keys and values together, gates z) [batch, length, channels], (b, a) [batch, length, heads] for the rates."""
+        """Projects x to queries, keys and values, gates, and rates.
+
+        Returns:
+          (queries, keys and values joined, gates z) [batch, length, channels], (b, a) [batch, length, heads] for the rates
+        """
         if not self.sizes.joined:
             return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
         key_heads, keys, group = self.sizes.key_heads, self.sizes.key_dim, self.sizes.heads // self.sizes.key_heads
@@ -107,12 +120,15 @@ class DeltaNet(nnx.Module):
         return jnp.concatenate([q, k, v], axis=-1), z, b, a
 
     def rates(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """The decay and the strength of each update, [batch, length, heads] float32. The strength is rounded to x's dtype."""
+        """Decay and strength of updates, [batch, length, heads] float32."""
         rate, bias = jnp.exp(self.A_log[...].astype(jnp.float32)), self.dt_bias[...].astype(jnp.float32)
         return -rate * jax.nn.softplus(a.astype(jnp.float32) + bias), jax.nn.sigmoid(b).astype(jnp.float32)
 
     def read_heads(self, mixed: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values [batch, length, heads, width] float32, queries and keys of length 1, the former then scaled."""
+        """Queries, keys and values [batch, length, heads, width] float32.
+
+        Queries and keys are scaled to length 1, then queries by ``key_dim ** -0.5``.
+        """
         sizes = self.sizes
         q, k, v = jnp.split(mixed.astype(jnp.float32), (sizes.widths[0], 2 * sizes.widths[0]), axis=-1)
         q, k = (unit(split_heads(each, sizes.key_dim)) for each in (q, k))
@@ -165,10 +181,10 @@ def delta_rule(q: Array, k: Array, v: Array, decay: Array, strength: Array, stat
 def _chunk(state: Array, of_chunk: tuple[Array, ...]) -> tuple[Array, Array]:
     q, k, v, decay, strength = of_chunk
     total = jnp.cumsum(decay, axis=-1)[..., None]
-    place = jnp.arange(q.shape[2])
+    index = jnp.arange(q.shape[2])
     # Masked before the exponential: what lies above the diagonal would overflow.
-    fading = jnp.exp(jnp.where(place[:, None] >= place, total - jnp.swapaxes(total, -1, -2), -jnp.inf))
-    lower = jnp.where(place[:, None] > place, strength[..., None] * fading * einsum("bhtd,bhsd->bhts", k, k), 0)
+    fading = jnp.exp(jnp.where(index[:, None] >= index, total - jnp.swapaxes(total, -1, -2), -jnp.inf))
+    lower = jnp.where(index[:, None] > index, strength[..., None] * fading * einsum("bhtd,bhsd->bhts", k, k), 0)
     wanted = strength[..., None] * (v - jnp.exp(total) * einsum("bhtd,bhdv->bhtv", k, state))
     update = einsum("bhts,bhsv->bhtv", _inverse(lower), wanted)
     output = jnp.exp(total) * einsum("bhtd,bhdv->bhtv", q, state)
@@ -178,15 +194,16 @@ def _chunk(state: Array, of_chunk: tuple[Array, ...]) -> tuple[Array, Array]:
 
 
 def _inverse(lower: Array) -> Array:
-    """``(I + lower)^-1`` of strictly lower triangular matrices [..., size, size].
+    """``(I + lower)^-1`` of strictly lower triangular matrices.
 
-    From the inverses A and D of two blocks on the diagonal follows that of both with the block B below: A, D, and -D B A below. So
-    it takes products alone, which every mesh splits, and is as exact as a substitution, unlike a product of powers of ``lower``.
+    ``lower`` is [..., size, size]. Let A and D be the inverses of two blocks on the diagonal, and B the block below. The
+    inverse of both together has A and D on its diagonal and -D B A below. So the computation takes products alone, which every
+    mesh splits. It is as exact as a substitution, unlike a product of powers of ``lower``.
     """
-    place = jnp.arange(lower.shape[-1])
-    inverse = jnp.broadcast_to(jnp.eye(len(place)), lower.shape)
-    for bit in range((len(place) - 1).bit_length()):
-        block = place >> bit
+    index = jnp.arange(lower.shape[-1])
+    inverse = jnp.broadcast_to(jnp.eye(len(index)), lower.shape)
+    for bit in range((len(index) - 1).bit_length()):
+        block = index >> bit
         below = jnp.where((block[:, None] == block + 1) & (block % 2 == 0), lower, 0)
         inverse -= einsum("...ab,...bc->...ac", inverse, einsum("...ab,...bc->...ac", below, inverse))
     return inverse

@@ -1,10 +1,11 @@
-"""Mixtures of experts: a router sends every token to a few of many small gated MLPs, and these compute their own tokens alone.
+"""Mixtures of experts: a router sends every token to a few of many MLPs.
 
-Beside them a shared expert, which is an ordinary gated MLP, may compute every token.
+These experts are small gated MLPs, which compute their own tokens alone. Beside them a shared expert, which is an ordinary
+gated MLP, may compute every token.
 
-Each slice of the data axis sorts its own tokens by expert: no token leaves its slice. Over the model axis every expert is split as
-an MLP of its own width would be: gate and up by their outputs, down by its inputs, with one sum over the axis at the end. Whole
-experts on different devices would need no such sum, but a device whose experts are popular would let the others wait.
+Each slice of the data axis sorts its own tokens by expert: no token leaves its slice. Over the model axis every expert is split
+as an MLP of its own width would be: gate and up by their outputs, down by its inputs, with one sum over the axis at the end.
+Whole experts on different devices would need no such sum, but a device whose experts are popular would let the others wait.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from optima_tpu.runtime.mesh import DATA, MODEL, divisible
 
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """``activation(gate) * up``, the neurons of an expert; the activation is named as in ``ACTIVATIONS``."""
+    """An expert's neurons, ``activation(gate) * up``; see ``ACTIVATIONS``."""
 
     activation: str = "silu"
 
@@ -40,7 +41,7 @@ class Gated:
 
 
 def usual_router(config: "MixtureConfig") -> nnx.Module:
-    """The router of a mixture that chooses by the softmax of the logits, or by groups."""
+    """Makes a mixture's router: by groups, or by the softmax of logits."""
     sizes = config.d_model, config.experts, config.experts_per_token
     if config.groups is not None:
         return GroupRouter(*sizes, config.normalise, config.groups)
@@ -84,10 +85,10 @@ class MixtureConfig(llama.LlamaConfig):
                 f"expected equal groups of the {self.experts} experts, each of {groups.best} or more, and topk_group of at most "
                 f"n_group, got topk_group {groups.chosen} and n_group {groups.total} in config.json: check the file"
             )
-        if self.experts_per_token > (there := size * groups.chosen):
+        if self.experts_per_token > (reachable := size * groups.chosen):
             raise UserError(
                 "expected num_experts_per_tok, or top_k_experts, of at most the number of experts, got "
-                f"{self.experts_per_token} and {there} in config.json: check the file"
+                f"{self.experts_per_token} and {reachable} in config.json: check the file"
             )
 
     @property
@@ -173,13 +174,15 @@ class MixtureNames:
 
 
 def expert_of(name: str) -> int | None:
-    """The number of the expert that a layer belongs to, 7 for "mlp.experts.7.up_proj"; None for another layer."""
+    """The expert of a layer, 7 for "mlp.experts.7.up_proj"; None if none."""
     match = re.search(r"(?:^|\.)experts\.(\d+)\.", name)
     return int(match[1]) if match else None
 
 
 class Route(NamedTuple):
-    """The tokens of a slice, sorted by expert; a token is there once for each of its experts.
+    """The tokens of a slice, sorted by expert.
+
+    A token has one row for each of its experts.
 
     Attributes:
       token: [rows] int32, the token of each row.
@@ -195,7 +198,7 @@ class Route(NamedTuple):
 
     @classmethod
     def of(cls, chosen: Array, experts: int) -> "Route":
-        """From the experts of each token, [tokens, experts_per_token] int32."""
+        """From the experts of each token, [tokens, experts_per_token]."""
         flat = chosen.reshape(-1)
         order = jnp.argsort(flat, stable=True)
         row = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
@@ -206,7 +209,9 @@ class Route(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["rows", "chosen"], meta_fields=["experts", "slices"])
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """What a layer of all experts reads: the rows of their tokens, expert after expert, in each slice of the data axis by itself.
+    """What a layer of all experts reads: the rows of their tokens.
+
+    Each slice of the data axis sorts its own rows, expert after expert.
 
     Attributes:
       rows: [slices * rows, d_in] in the model's dtype, sorted as :class:`Route` says.
@@ -222,7 +227,7 @@ class Routed:
 
 
 def check_given(config: Any, *names: str) -> None:
-    """Raises UserError, by name, where one of these settings of a ``transformers`` configuration is null."""
+    """Raises UserError, by name, for null settings of a configuration."""
     if missing := [name for name in names if getattr(config, name) is None]:
         raise UserError(f"expected {', '.join(missing)} in config.json, got none: check the file")
 
@@ -252,7 +257,10 @@ class Experts(nnx.Module):
         self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
 
     def routed_output(self, x: Array, routed_by: Array | None = None) -> Array:
-        """The outputs of the experts of each token, weighted by their shares. The router reads ``x``, or what else is given."""
+        """The outputs of each token's experts, weighted by their shares.
+
+        The router reads ``routed_by``, or ``x`` if that is None.
+        """
         layout = self.layout
         chosen, shares = getattr(self, layout.router)(x if routed_by is None else routed_by)
         self.sow(nnx.Intermediate, "shares", jnp.ones_like(shares) if self.way.share_first else shares)
@@ -269,7 +277,7 @@ class Experts(nnx.Module):
 
 
 class Mixture(Experts):
-    """What takes the place of an MLP: experts, and a shared expert, if the configuration has one."""
+    """Experts in the place of an MLP, with a shared expert if configured."""
 
     def __init__(self, config: MixtureConfig, layout: MixtureNames):
         super().__init__(config, layout)
@@ -285,7 +293,7 @@ class Mixture(Experts):
 
 
 class Gate(nnx.Module):
-    """The share of the shared expert in a token's output, [batch, length, 1]."""
+    """The shared expert's share of each token's output, [batch, length, 1]."""
 
     def __init__(self, d_model: int):
         self.weight = nnx.Param(jnp.zeros((1, d_model)))
@@ -295,7 +303,10 @@ class Gate(nnx.Module):
 
 
 class MixtureBlock(llama.DecoderBlock):
-    """A block with a mixture. It sows the residual stream without the shared expert's output too."""
+    """A block with a mixture.
+
+    It also sows the residual stream without the shared expert's output, as "before_shared".
+    """
 
     def behind_attention(self, x: Array) -> Array:
         mixture, normed = getattr(self, self.name), self._normed(self.norms.before_mlp, x)
@@ -307,7 +318,7 @@ class MixtureBlock(llama.DecoderBlock):
 
 
 class Sending(NamedTuple):
-    """Where tokens are sent: the experts of each, and their shares, [batch, length, experts_per_token]."""
+    """Each token's experts and shares, [batch, length, experts_per_token]."""
 
     chosen: Array
     shares: Array
@@ -315,7 +326,7 @@ class Sending(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a mixture computes, as in :class:`MixtureConfig`. Equal ones share their compiled programs."""
+    """How a mixture computes; equal ways share their compiled programs."""
 
     neurons: Callable[..., Array]
     share_first: bool = False
@@ -324,11 +335,12 @@ class Way:
 def mixed(
     mesh: Mesh | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array], known: Array | None = None
 ) -> tuple[Array, Routed, Routed]:
-    """What the experts of a mixture compute of tokens x [batch, length, d_model].
+    """Computes the experts of a mixture for tokens x [batch, length, d_model].
 
     Args:
       mesh: the mesh that computes it; None for one device.
-      weights, biases: of all layers of an expert, each with a first axis for the experts, the one that ends it last; no biases for none.
+      weights, biases: of the layers of all experts, each [experts, ...]. The layer that ends an expert is the last one. The
+        list of biases is empty if there are none.
       known: the rows that the last layer reads, from an earlier pass of the same tokens; None computes them.
 
     Returns:
@@ -356,7 +368,7 @@ def mixed(
 def _mix(
     axis: str | None, way: Way, x: Array, sent: Sending, weights: list[Array], biases: list[Array], known: Array | None
 ) -> tuple[Array, Array, Array]:
-    """The mixture of the tokens of one slice, with a part of every expert's width.
+    """The mixture of a slice's tokens, for a part of each expert's width.
 
     Args:
       axis: the mesh axis that has the other parts; None if this is all.
@@ -394,7 +406,10 @@ def _mix(
 
 
 def expert_neurons(config: MixtureConfig, layout: MixtureNames) -> Cut | None:
-    """The neurons of each expert, and as large a share of the shared expert's where one setting says both widths."""
+    """The neurons of each expert.
+
+    If the shared expert's width follows from an expert's, it loses as large a share of its neurons.
+    """
     if not config.experts:
         return None
     shared = 0 if layout.shared_width else config.shared_width // config.d_ff
@@ -426,7 +441,7 @@ def family(
     attention: Callable[[Any], nnx.Module] = llama.RotaryAttention,
     **row: Any,
 ) -> Family:
-    """A family with Llama's blocks, of which all or some have a mixture in the place of the MLP.
+    """A family of Llama's blocks, all or some with mixtures in place of MLPs.
 
     Args:
       settings, made, row: see :func:`optima_tpu.models.llama.relative`.

@@ -20,11 +20,14 @@ LENGTHS = tuple(size for power in range(5, 31) for size in (2**power, 3 * 2 ** (
 
 
 class Positions(NamedTuple):
-    """The position data of a block's tokens. They are arrays, so that blocks with different values share one compilation.
+    """The position data of a block's tokens.
+
+    They are arrays, so that blocks with different values share one compilation.
 
     Attributes:
       cos, sin: rotary tables [length, rotated dimensions] float32, or None for a family without rotary embedding.
-      window: how many tokens each position sees, itself included, [length] int32; None if all blocks of the model see everything.
+      window: how many tokens each position sees, itself included, [length] int32; None if all blocks of the model see
+        everything.
       cache: the cache of the earlier tokens; None if there are none.
       arguments: what a model gives to a block of the general family besides.
     """
@@ -41,10 +44,10 @@ class Positions(NamedTuple):
         assert self.cos is not None and self.sin is not None, "only a block of a family with rotary embedding rotates"
         return self.cos, self.sin
 
-    def at(self, place: Array, count: int) -> "Positions":
-        """The position data of ``count`` tokens, the first one at the position ``place``, int32 scalar; there is no cache yet."""
-        found: Positions = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, place, count), self)
-        return found
+    def at(self, start: Array, count: int) -> "Positions":
+        """The position data of ``count`` tokens from position ``start`` on."""
+        part: Positions = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, start, count), self)
+        return part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,14 @@ class DecoderConfig:
 
     @property
     def block_layers(self) -> Sequence[object]:
-        """For every block what tells its layers from those of other blocks; empty where all blocks have the same."""
+        """For every block, a value that tells its layers from other blocks'.
+
+        Empty if all blocks have the same layers.
+        """
         return ()
 
     def kind_of(self, index: int) -> int:
-        """The first block with the layers of block ``index``: 0 where all blocks have the same."""
+        """The first block with the layers of block ``index``."""
         layers = self.block_layers
         return layers.index(layers[index]) if layers else 0
 
@@ -91,14 +97,14 @@ class DecoderConfig:
         return tuple(sorted({self.kind_of(index) for index in range(self.blocks)}))
 
     def positions(self, index: int, length: int) -> Positions:
-        """The position data of block ``index`` for the first ``length`` positions."""
+        """The position data of block ``index`` for ``length`` tokens."""
         raise NotImplementedError
 
     def check(self, kind: int, length: int) -> None:
-        """Raises UserError if the blocks of a kind do not compute what they should for windows of this length."""
+        """Raises UserError if blocks compute wrongly at this length."""
 
     def reach(self, name: str) -> float:
-        """The mean share of all tokens that a layer of a block reads: 1 but for the layers of experts."""
+        """The mean share of tokens that a layer reads: 1, less for experts."""
         return 1.0
 
 
@@ -109,7 +115,9 @@ FURTHER = "predicts tokens behind the next one, for decoding; it stays as it is,
 
 
 class Residual(NamedTuple):
-    """The residual stream [batch, length, d_model] around a layer that adds to it, as names of ``nnx.Intermediate``.
+    """The residual stream around a layer that adds to it.
+
+    The fields are names of ``nnx.Intermediate``, [batch, length, d_model].
 
     Attributes:
       before: the stream without the layer's output.
@@ -121,13 +129,13 @@ class Residual(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A tensor that is stored otherwise than the program computes with it: parameters of all experts of a block, [experts, ...].
+    """A tensor that is stored otherwise than the program computes with it.
 
-    Where no part has a number, it is one parameter, without an axis of experts.
+    It holds parameters of all experts of a block, [experts, ...]. If no part has a number, it has no axis of experts.
 
     Attributes:
-      parts: the parameters of one expert in it, one behind the other along the outputs, each by its name in the block with ``*``
-        for the number of the expert.
+      parts: the parameters of one expert in it, one behind the other along the outputs, each by its name in the block with
+        ``*`` for the number of the expert.
       turned: whether its matrices are [d_in, d_out].
     """
 
@@ -148,24 +156,26 @@ class Stack(NamedTuple):
         return tuple(part.replace("*", str(expert)) for part in self.parts)
 
     def joined(self, members: Any) -> Any:
-        """The tensor, as an array of numpy or JAX, of its parameters [experts x parts, ...], expert after expert."""
-        whole = members.reshape(len(members) // len(self.parts), -1, *members.shape[2:])
-        whole = whole.swapaxes(1, -1) if self.turned else whole
-        return whole if self.axes else whole[0]
+        """Joins parameters [experts x parts, ...], in numpy or JAX."""
+        tensor = members.reshape(len(members) // len(self.parts), -1, *members.shape[2:])
+        tensor = tensor.swapaxes(1, -1) if self.turned else tensor
+        return tensor if self.axes else tensor[0]
 
-    def split(self, whole: Any) -> Any:
+    def split(self, tensor: Any) -> Any:
         """The parameters that :meth:`joined` takes, of the tensor."""
-        whole = whole if self.axes else whole[None]
-        whole = whole.swapaxes(1, -1) if self.turned else whole
-        return whole.reshape(len(whole) * len(self.parts), -1, *whole.shape[2:])
+        tensor = tensor if self.axes else tensor[None]
+        tensor = tensor.swapaxes(1, -1) if self.turned else tensor
+        return tensor.reshape(len(tensor) * len(self.parts), -1, *tensor.shape[2:])
 
     def turn(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What belongs to the axes of one expert, from their order in the tensor to [d_out, d_in] or back."""
+        """Orders axes of one expert as [d_out, d_in], or back as stored."""
         return axes[::-1] if self.turned else axes
 
 
 class Cut(NamedTuple):
-    """The parts of one kind that an export can delete, neurons or heads: all layers that read them have one number of them.
+    """The parts of one kind that an export can delete: neurons or heads.
+
+    All layers that read them have the same number of them.
 
     Attributes:
       called: what they are called, "key-value heads".
@@ -173,10 +183,10 @@ class Cut(NamedTuple):
       width: how many inputs of the layers of ``read_by`` together are those of one part.
       read_by: the layers that read them, one part behind the other, named as in ``Family.linears``.
       made_by: the layers and other parameters that make them, by their names beside the layer that reads them -> the rows of a
-        part in each of the matrices that are one behind the other in this one; rows behind these belong to no part. Empty where all
-        rows are those of parts.
-      settings: the numbers in a configuration of ``transformers`` that count them, as ``with_settings`` takes them -> how much a part
-        adds.
+        part in each of the matrices that are one behind the other in this one; rows behind these belong to no part. Empty where
+        all rows are those of parts.
+      settings: the numbers in a configuration of ``transformers`` that count them, as ``with_settings`` takes them -> how much
+        a part adds.
       fixed: what the configuration must say too if some are cut.
     """
 
@@ -211,16 +221,16 @@ class ExpertNames(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One decoder family. The rest of the program knows only what is declared here.
+    """A decoder family: all that the rest of the program knows about it.
 
     A checkpoint's tensors are named by the attributes of the modules. All names except the head's begin with one of ``roots``,
     and names in block i continue with ``layers.format(i)``. So one declaration serves loading and export.
 
     Attributes:
-      read_config: makes a :class:`DecoderConfig` from the ``transformers`` configuration. Raises a UserError that names a setting
-        that is not supported.
-      block: ``block(config)`` is an ``nnx.Module``: (x [batch, length, d_model], Positions) -> the same shape. The configuration's
-        ``kind`` says which block.
+      read_config: makes a :class:`DecoderConfig` from the ``transformers`` configuration. Raises a UserError that names a
+        setting that is not supported.
+      block: ``block(config)`` is an ``nnx.Module``: (x [batch, length, d_model], Positions) -> the same shape. The
+        configuration's ``kind`` says which block.
       linears: the layers of it that are pruned, in the order of the forward pass, by their path in the block. ``*`` stands for
         every number: "mlp.experts.*.up_proj".
       narrow: those of them that read heads or neurons. The model axis splits their inputs, and the outputs of the others: one
@@ -230,7 +240,7 @@ class Family:
       layers: the prefix of a block's names, after the root.
       embedding: the table of token embeddings, [vocab, d_embedding]; its name after the root.
       embedding_extras: shapes of the other tensors that the embedding needs, by name.
-      embed: (config, read, tokens [windows, length], places [length]) -> [windows, length, d_model]; None for the plain table.
+      embed: (config, read, tokens [windows, length], positions [length]) -> [windows, length, d_model]; None for the plain table.
         It computes with numpy arrays on the host, and with jax arrays in a traced program.
       head: full name of the output projection, [vocab, d_embedding]; not read if it is tied.
       head_bias: full name of its bias, [vocab]; read where ``DecoderConfig.head_bias`` says so.
@@ -239,12 +249,12 @@ class Family:
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
-      cuts: by the word of the pattern that cuts them: for each kind of parts what makes its :class:`Cut` from the configuration, or
-        None where the model has no such parts; or why they cannot be cut, behind "whose ...s".
-      experts: the names of the experts' parameters where experts can be removed; or says why they cannot be, behind the name of the
-        model.
-      shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
-        borrow from the others. Where a token's share multiplies its input (Llama 4), it lends what its first expert reads.
+      cuts: by the word of the pattern that cuts them: for each kind of parts what makes its :class:`Cut` from the
+        configuration, or None where the model has no such parts; or why they cannot be cut, behind "whose ...s".
+      experts: the names of the experts' parameters where experts can be removed; or says why they cannot be, behind the name of
+        the model.
+      shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach
+        may borrow from the others. Where a token's share multiplies its input (Llama 4), it lends what its first expert reads.
       stacks: the tensors that hold parameters of all experts, by their names in the block.
       exact: parameters of a block that ``--dtype`` leaves in the dtype in which they are stored, as ``transformers`` does.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
@@ -282,7 +292,10 @@ class Family:
         return next((root for root in self.roots if root + self.embedding in names), self.roots[0])
 
     def sharding(self, name: str) -> P:
-        """The spec of a block's parameter, with ``*`` for every number. What is no weight or bias of ``linears`` is replicated."""
+        """The spec of a block's parameter, with ``*`` for every number.
+
+        Parameters that are no weight or bias of ``linears`` are replicated.
+        """
         layer, _, part = name.rpartition(".")
         if layer not in self.linears or part not in ("weight", "bias"):
             return P()
@@ -292,7 +305,9 @@ class Family:
 
 
 def text_half(text: Family, roots: tuple[str, ...], others: str, why: str = "the half for images", **declared: Any) -> Family:
-    """The family of checkpoints that also read images or sound: their text half. What is not for text is exported unchanged.
+    """The text half of a family whose checkpoints also read images or sound.
+
+    What is not for text is exported unchanged.
 
     Args:
       text: the family of the text half by itself.

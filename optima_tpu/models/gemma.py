@@ -1,7 +1,8 @@
-"""Gemma 1, 2 and 3 (the text half of multimodal models): norms shifted by 1, scaled embeddings, tanh GELU.
+"""Gemma 1, 2 and 3: norms shifted by 1, scaled embeddings, tanh GELU.
 
-Gemma 1 is otherwise a Llama. Gemma 2 and 3 have four norms a block, and windows. Gemma 2 caps attention scores and logits; Gemma 3
-normalises queries and keys instead, and blocks with a window have a rotary base of their own.
+Of multimodal models this is the text half. Gemma 1 is otherwise a Llama. Gemma 2 and 3 have four norms a block, and windows.
+Gemma 2 caps attention scores and logits; Gemma 3 normalises queries and keys instead, and blocks with a window have a rotary
+base of their own.
 """
 
 import functools
@@ -20,7 +21,7 @@ NORMS = llama.Norms("input_layernorm", "post_attention_layernorm", "pre_feedforw
 
 
 def _gemma(config: Any, setting: str = "hidden_activation") -> llama.Settings:
-    """``setting`` is the name of the activation. Raises UserError, by name, for a setting that is not supported."""
+    """The settings that all share; ``setting`` names the activation."""
     activation = supported(config, setting, *ACTIVATIONS)
     supported(config, "use_bidirectional_attention", False, None)  # only causal models
     return dict(activation=activation, **llama.attention_bias(config), norm=ShiftedRMSNorm)
@@ -42,10 +43,11 @@ def _gemma3(config: Any) -> llama.Settings:
 
 
 def embed(
-    config: llama.LlamaConfig, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray
+    config: llama.LlamaConfig, read: ReadTensor, tokens: Array | np.ndarray, positions: Array | np.ndarray
 ) -> Array | np.ndarray:
-    """Embeddings times ``sqrt(d_model)``, which is rounded to their dtype first, as the model was trained."""
+    """Embeddings times ``sqrt(d_model)`` rounded to the embeddings' dtype."""
     table = read(llama.FAMILY.embedding)
+    # The factor is rounded first, as the model was trained.
     return table[tokens] * np.asarray(config.d_model**0.5).astype(table.dtype)
 
 

@@ -1,7 +1,8 @@
-"""Gemma 4 (the text half of multimodal models): heads of two widths, keys that are values too, experts beside the MLPs.
+"""Gemma 4: heads of two widths, keys as values, experts beside MLPs.
 
-A block without a window has wider heads, and its key projection may give its values. Values are normalised as keys are, without a
-weight. In a mixture every block adds the outputs of an MLP and of experts, whose router reads the residual stream.
+Of multimodal models this is the text half. A block without a window has wider heads, and its key projection may give its
+values. Values are normalised as keys are, without a weight. In a mixture every block adds the outputs of an MLP and of experts,
+whose router reads the residual stream.
 """
 
 import dataclasses
@@ -40,7 +41,9 @@ class HeadSizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma4Config(experts.MixtureConfig):
-    """The settings of the blocks; ``d_ff`` is the width of an expert, ``head_dim`` and ``kv_heads`` are those of the last block.
+    """The settings of the blocks.
+
+    ``d_ff`` is the width of an expert; ``head_dim`` and ``kv_heads`` are those of the last block.
 
     Attributes:
       all_heads: the heads of every block.
@@ -58,7 +61,7 @@ class Gemma4Config(experts.MixtureConfig):
 
 
 def read_config(config: Any) -> Gemma4Config:
-    """From ``transformers.Gemma4TextConfig``. Raises UserError, by name, for a setting that is not supported."""
+    """Reads a Gemma4TextConfig; raises UserError for unsupported settings."""
     _check(config)
     activation, windowed = supported(config, "hidden_activation", *ACTIVATIONS), llama.windows_by_type(config)
     sizes = [llama.read_sizes(layer, None) for layer in config.per_layer_config]
@@ -87,7 +90,7 @@ def read_config(config: Any) -> Gemma4Config:
 
 
 def _check(config: Any) -> None:
-    """Raises UserError for what a block that reads one residual stream cannot compute."""
+    """Raises UserError for old ``transformers`` or blocks that do not fit."""
     if getattr(config, "per_layer_config", None) is None:  # 5.14 has the name, and does not use it here
         raise UserError(
             f"expected transformers 5.15 or newer for a Gemma 4, got {transformers.__version__}: pip install -U transformers"
@@ -101,7 +104,7 @@ def _check(config: Any) -> None:
 
 
 class Gemma4Attention(llama.RotaryAttention):
-    """Attention whose values are normalised as its keys are, without a weight."""
+    """Attention that normalises values as keys, without a weight."""
 
     def __init__(self, config: Gemma4Config):
         width, kv_heads, keys_are_values = config.all_heads[config.kind]
@@ -116,9 +119,10 @@ class Gemma4Attention(llama.RotaryAttention):
 
 
 class Gemma4Router(nnx.Module):
-    """The experts with the largest softmax, whose sum is scaled to one; then each expert has a factor of its own.
+    """The experts with the largest softmax, each with a factor of its own.
 
-    It reads the residual stream, normalised, times a factor of each channel. Rounded where the reference rounds.
+    The softmax of these experts is scaled to a sum of one, then multiplied by their factors. The router reads the residual
+    stream, normalised, times a factor of each channel. It rounds where the reference rounds.
     """
 
     def __init__(self, config: experts.MixtureConfig):
@@ -138,7 +142,7 @@ LAYOUT = experts.MixtureNames(mlp="", router="router", rows=("proj.weight", "per
 
 
 class Gemma4Block(llama.DecoderBlock):
-    """A block of Gemma 2 with the attention of Gemma 4, whose output is multiplied by a number."""
+    """A Gemma 2 block with Gemma 4's attention, and a factor of its output."""
 
     def __init__(self, config: Gemma4Config):
         super().__init__(
@@ -151,7 +155,7 @@ class Gemma4Block(llama.DecoderBlock):
 
 
 class MixedBlock(Gemma4Block, experts.Experts):
-    """A block that adds the output of experts to that of its MLP; router and experts stand in the block itself."""
+    """A block that adds up the outputs of its MLP and of its experts."""
 
     def __init__(self, config: Gemma4Config):
         Gemma4Block.__init__(self, config)
@@ -176,7 +180,10 @@ def mlp_neurons(config: Gemma4Config) -> Cut:
 
 
 def heads(config: Gemma4Config) -> Cut:
-    """The heads in groups that all blocks have: one key-value head of some blocks, several of the others, with as many queries."""
+    """The heads in groups of which all blocks have the same number.
+
+    A group has one key-value head in some blocks and several in the others, with as many queries in each block.
+    """
     last = config.all_heads[-1]
     first = next((each for each in config.all_heads if each.kv != last.kv), last)
     # config.json counts the key-value heads of two kinds of blocks.

@@ -1,8 +1,8 @@
-"""Continues prompts of different lengths, in batches of a few shapes: with the likeliest tokens, or with drawn ones.
+"""Continues prompts of different lengths, in batches of a few shapes.
 
-Every window begins at position 0 and all windows of a step are at the same position. So positions and masks are those of one pass
-over the finished text, and there is no padding before a prompt. While a short prompt is continued, the rest of a longer one in its
-batch is still read, a token a step.
+It writes the likeliest tokens, or draws them. Every window begins at position 0 and all windows of a step are at the same
+position. So positions and masks are those of one pass over the finished text, and there is no padding before a prompt. While a
+short prompt is continued, the rest of a longer one in its batch is still read, a token a step.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Sampling(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A text to continue: its token ids, at least one, and the most tokens to write after them."""
+    """A text to continue: token ids, at least one, and the most new tokens."""
 
     tokens: tuple[int, ...]
     new: int
@@ -88,7 +88,9 @@ class PromptBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GenerationPlan:
-    """Prompts in batches of a few shapes, and the compiled programs, which decoders of one shape share.
+    """Prompts in batches of a few shapes, with their compiled programs.
+
+    Decoders of one shape share the programs.
 
     Attributes:
       prompts: in the caller's order.
@@ -113,7 +115,7 @@ class GenerationPlan:
         return cls(prompts, sampling, batches, decoder, read, write)
 
     def serving(self, decoder: Decoder) -> Self:
-        """The plan with programs for this decoder: its own, unless it lost heads, neurons or blocks."""
+        """The plan for ``decoder``; has new programs if its sizes differ."""
         return self if decoder.sizes == self.decoder.sizes else self.of(decoder, self.prompts, self.sampling, self.batches)
 
     @property
@@ -206,21 +208,21 @@ def generate(
 
 
 def _stretches(decoder: Decoder, model: WholeModel, plan: GenerationPlan, batch: PromptBatch) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (position of the first step, tokens [steps, rows] that the steps write) of every stretch of a batch.
+    """Yields (first step's position, tokens [steps, rows]) of each stretch.
 
     Tokens of a prompt are repeated as they are.
     """
     numbers = np.array([*batch.prompts, *batch.prompts[-1:] * (batch.rows - len(batch.prompts))])
-    given, ends = np.zeros((batch.rows, batch.room), np.int32), np.zeros(batch.rows, np.int32)
+    padded_prompts, ends = np.zeros((batch.rows, batch.room), np.int32), np.zeros(batch.rows, np.int32)
     for row, number in enumerate(numbers):
         prompt = plan.prompts[number].tokens
-        given[row, : len(prompt)], ends[row] = prompt, len(prompt)
-    windows = _Windows(*(place(decoder.mesh, array, P(DATA)) for array in (given, ends, numbers)))
+        padded_prompts[row, : len(prompt)], ends[row] = prompt, len(prompt)
+    windows = _Windows(*(place(decoder.mesh, array, P(DATA)) for array in (padded_prompts, ends, numbers)))
     caches = empty_cache(decoder, batch.rows, batch.room)
     # The last chunk may read past the shortest prompt: later steps read these tokens again.
     for chunk in range(0, batch.read, _CHUNK):
         caches = plan.read(model, caches, windows.prompts, np.int32(chunk), np.int32(batch.read))
-    state = (caches, place(decoder.mesh, given[:, batch.read], P(DATA)))
+    state = (caches, place(decoder.mesh, padded_prompts[:, batch.read], P(DATA)))
     for first in batch.stretches:
         last = min(first + _STRETCH, batch.read + batch.written)
         state, tokens, finite = plan.write(plan.sampling, model, state, windows, np.int32(first), np.int32(last))
@@ -235,7 +237,7 @@ def _room(size: int) -> int:
 
 
 class _Windows(NamedTuple):
-    """The prompts [windows, room] of a batch, their lengths [windows] and numbers [windows]."""
+    """The prompts [windows, room] of a batch, their lengths and numbers."""
 
     prompts: Array
     ends: Array
@@ -243,7 +245,10 @@ class _Windows(NamedTuple):
 
 
 def _read(decoder: Decoder, model: WholeModel, caches: Caches, prompts: Array, first: Array, end: Array) -> Caches:
-    """A compiled program: the caches with the prompts' tokens ``first`` to ``first + _CHUNK - 1``, as far as they are before ``end``."""
+    """Reads the prompts' tokens ``first`` to ``first + _CHUNK - 1``. Compiled.
+
+    Returns the caches with these tokens. Tokens from ``end`` on do not count.
+    """
     tokens = jax.lax.dynamic_slice_in_dim(prompts, first, _CHUNK, axis=1)
     return step(decoder, model, caches, tokens, first, end)[1]
 
@@ -258,9 +263,10 @@ def _write(
     first: Array,
     last: Array,
 ) -> tuple[State, Array, Array]:
-    """A compiled program: (state, tokens [_STRETCH, windows], whether all logits are finite).
+    """Writes the tokens after positions ``first`` to ``last - 1``. Compiled.
 
-    Row i has the tokens after position ``first + i``, for positions below ``last``.
+    Returns:
+      (state, tokens [_STRETCH, windows], whether all logits are finite). Row i has the tokens after position ``first + i``.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), windows.numbers) if drawn else None
 
@@ -278,7 +284,10 @@ def _write(
 
 
 def choose(logits: Array, sampling: Sampling, keys: Array | None) -> Array:
-    """One token of each row of logits [windows, vocab], drawn with one key each, or the likeliest one: [windows] int32."""
+    """Chooses a token for each row of logits [windows, vocab].
+
+    Each is drawn with its own key; without keys it is the likeliest one. Returns [windows] int32.
+    """
     logits = logits if keys is None else logits / sampling.temperature
     allowed = jnp.where(jnp.arange(logits.shape[1]) < sampling.vocabulary, logits, -jnp.inf)
     chosen = jnp.argmax(allowed, axis=1) if keys is None else jax.vmap(jax.random.categorical)(keys, allowed)

@@ -1,4 +1,7 @@
-"""gpt-oss: attention sinks, windows in every second block, and mixtures whose experts have biases and one layer for gate and up."""
+"""gpt-oss: attention sinks, alternating windows, experts with biases.
+
+One layer of an expert is both gate and up.
+"""
 
 import dataclasses
 from typing import Any
@@ -14,7 +17,9 @@ from optima_tpu.models.routers import Router, softmax
 
 @dataclasses.dataclass(frozen=True)
 class Clamped:
-    """``(up + 1) gate sigmoid(alpha gate)`` of clamped values, for gates and ups that alternate.
+    """``(up + 1) gate sigmoid(alpha gate)`` of clamped values.
+
+    Gates and ups alternate in the input.
 
     Attributes:
       alpha: steepness of the sigmoid.
@@ -44,7 +49,7 @@ def _settings(config: Any) -> llama.Settings:
 
 
 def router(config: experts.MixtureConfig) -> Router:
-    """The router of a mixture: the softmax over the experts with the largest logits, which have biases."""
+    """The router of a mixture: a softmax of the largest logits with biases."""
     return Router(config.d_model, config.experts, config.experts_per_token, shares=softmax, bias=True)
 
 

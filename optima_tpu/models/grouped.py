@@ -1,8 +1,8 @@
-"""Products of rows that are sorted into groups, each group with its own matrix.
+"""Products of rows sorted into groups, each group with its own matrix.
 
-``jax.lax.ragged_dot`` has the same meaning. But JAX 0.10 lowers it on CPUs and GPUs to a product of every row with every group's
-matrix, zeros included, so that nothing is saved. Here a loop visits the groups in blocks of rows, as many as there are: the cost is
-that of the rows, plus half a block for each group, on every platform.
+``jax.lax.ragged_dot`` has the same meaning. But JAX 0.10 lowers it on CPUs and GPUs to a product of every row with every
+group's matrix, zeros included, so that nothing is saved. Here a loop visits the groups in blocks of rows, as many as there are:
+the cost is that of the rows, plus half a block for each group, on every platform.
 """
 
 import functools
@@ -18,7 +18,7 @@ from optima_tpu.runtime.loops import usual_turns
 
 
 class Stretches(NamedTuple):
-    """Where the rows of each group are: group g has the rows ``first[g]`` to ``first[g] + rows[g] - 1``.
+    """Group g has the rows ``first[g]`` to ``first[g] + rows[g] - 1``.
 
     The groups are in ascending order and do not overlap.
 
@@ -67,9 +67,9 @@ def _visits(stretches: Stretches, rows: int, share: float) -> _Visits:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike, share: float = 1.0) -> Array:
-    """``x_i W_g'`` for every row i of every group g, accumulated in float32: [rows, d_out] in ``dtype``.
+    """``x_i W_g'`` for each row i of each group g, [rows, d_out] in ``dtype``.
 
-    Rows of no group are unspecified. The precision matters for float32 only.
+    Accumulated in float32. Rows of no group are unspecified. The precision matters for float32 only.
 
     Args:
       x: [rows, d_in].
@@ -110,22 +110,23 @@ grouped_dot.defvjp(_forward, _backward)
 
 
 def grouped_outer(left: Array, right: Array, stretches: Stretches, share: float = 1.0) -> Array:
-    """``L_g'R_g`` over the rows of every group g, [groups, d_left, d_right] float32; ``share`` as for :func:`grouped_dot`.
+    """``L_g'R_g`` of the rows of group g, [groups, d_left, d_right] float32.
 
     Args:
       left: [rows, d_left].
       right: [rows, d_right].
+      share: as for :func:`grouped_dot`.
     """
     visits = _visits(stretches, len(left), share)
     left, right = (jnp.pad(array, ((0, visits.size), (0, 0))) for array in (left, right))
 
     def visit(index: Array, total: Array) -> Array:
         start, group = visits.start[index], visits.group[index]
-        mine = start + jnp.arange(visits.size) < visits.end[index]
+        in_group = start + jnp.arange(visits.size) < visits.end[index]
         rows, others = (jax.lax.dynamic_slice_in_dim(array, start, visits.size) for array in (left, right))
         # bfloat16 products are exact in float32; float32 ones need the precision.
         product = jax.lax.dot_general(
-            jnp.where(mine[:, None], rows, 0),
+            jnp.where(in_group[:, None], rows, 0),
             others,
             (((0,), (0,)), ((), ())),
             precision=jax.lax.Precision.HIGHEST,

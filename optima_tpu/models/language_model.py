@@ -10,7 +10,9 @@ from optima_tpu.runtime.mesh import MODEL
 
 
 class LanguageModel(nnx.Module):
-    """Tokens [batch, length] int32 -> logits [batch, length, vocab] float32, causal, without a cache.
+    """Tokens [batch, length] int32 -> logits [batch, length, vocab] float32.
+
+    It is causal and has no cache.
 
     All parameters are in memory, each an ``nnx.Param`` in Hugging Face's shape ([d_out, d_in]) and in the checkpoint's dtype:
     ``model.blocks[3].self_attn.q_proj.weight``. They are on the decoder's mesh, split as its family says. It works under
@@ -47,22 +49,22 @@ class LanguageModel(nnx.Module):
         return head_logits(Head(state, projection[...], bias, graph, config.logit_cap, config.logit_scale), hidden)
 
     def tensors(self) -> dict[str, Array]:
-        """The parameters by the names that they have in the checkpoint, for ``safetensors.flax.save_file``."""
+        """Parameters by checkpoint name for ``safetensors.flax.save_file``."""
         decoder = self._fixed.decoder
         parts = {decoder.prefix(index): block for index, block in enumerate(self.blocks)}
         parts |= {decoder.root: self.final}
-        found = {
+        parameters = {
             prefix + ".".join(map(str, path)): value[...]
             for prefix, part in parts.items()
             for path, value in nnx.to_flat_state(nnx.state(part, nnx.Param))
         }
-        found |= {decoder.root + name: value[...] for name, value in self.embedding.items()}
+        parameters |= {decoder.root + name: value[...] for name, value in self.embedding.items()}
         ends = (decoder.family.head, self.head), (decoder.family.head_bias, self.head_bias)
-        return found | {name: value[...] for name, value in ends if value is not None}
+        return parameters | {name: value[...] for name, value in ends if value is not None}
 
 
 class _Fixed:
-    """The decoder, equal to itself alone: NNX compares and hashes what is no parameter."""
+    """Wraps the decoder, so that NNX compares and hashes it by identity."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder

@@ -1,4 +1,4 @@
-"""Modules that the decoder families share: Linear in Hugging Face layout, norms, the gated MLP, causal attention."""
+"""Modules that families share: Linear, norms, gated MLP, attention."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from optima_tpu.models.splash import Scores
 
 
 class Known(nnx.Variable):
-    """The input of a layer, from an earlier pass of the same tokens through its block."""
+    """A layer's input from an earlier pass of the tokens through its block."""
 
 
 class Linear(nnx.Module):
@@ -43,7 +43,8 @@ class Linear(nnx.Module):
 
 
 def project(x: Array | np.ndarray, weight: Array | np.ndarray, dtype: DTypeLike | None = None) -> Array:
-    """``x W'`` accumulated in float32, in ``dtype`` (x's by default). The precision matters for float32 models only."""
+    """``x W'`` accumulated in float32, in ``dtype`` (x's by default)."""
+    # The precision matters for float32 models only.
     return jax.lax.dot_general(
         x,
         weight.astype(x.dtype),
@@ -54,7 +55,8 @@ def project(x: Array | np.ndarray, weight: Array | np.ndarray, dtype: DTypeLike 
 
 
 def scaled(x: Array | np.ndarray, factor: float) -> Array | np.ndarray:
-    """``factor x``, multiplied in float32 and rounded once: JAX would round the factor to x's dtype first."""
+    """``factor x``, multiplied in float32 and rounded once."""
+    # JAX would round the factor to x's dtype first.
     return x if factor == 1 else (x.astype(np.float32) * factor).astype(x.dtype)
 
 
@@ -65,10 +67,10 @@ def over_rms(x: Array, eps: float) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) * w``, normalised in float32 and scaled in x's dtype, as the reference does.
+    """``x / rms(x) * w``, normalised in float32 and scaled in x's dtype.
 
-    Over the last axis. Where ``d`` is larger, it is the width of all heads, and x [batch, length, heads, head_dim] is normalised over
-    all of them together.
+    As the reference does, over the last axis. Where ``d`` is larger, it is the width of all heads, and x
+    [batch, length, heads, head_dim] is normalised over all of them together.
 
     Args:
       wide: whether it is scaled in float32 too, by ``shift + w``, and rounded once.
@@ -94,9 +96,10 @@ ShiftedRMSNorm = functools.partial(RMSNorm, wide=True, shift=1.0)
 
 
 class LayerNorm(nnx.Module):
-    """``(x - mean(x)) / std(x) * w + b`` over the last axis in float32, rounded once.
+    """``(x - mean(x)) / std(x) * w + b`` in float32, rounded once.
 
-    Without ``w`` if not ``affine``, without ``b`` if not ``affine`` or not ``bias``. Where ``d`` is a shape, it is that of ``w``.
+    Over the last axis; without ``w`` and ``b`` if not ``affine``, without ``b`` if not ``bias``. Where ``d`` is a shape, ``w``
+    and ``b`` have it.
 
     Args:
       shifted: whether ``1 + w``, rounded to x's dtype, stands in the place of ``w``.
@@ -152,7 +155,7 @@ class GatedMLP(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(activation(up(x)))``; ``up`` and ``down`` are the names of the two layers."""
+    """``down(activation(up(x)))``; ``up`` and ``down`` name the two layers."""
 
     def __init__(self, d_model: int, d_ff: int, *, activation: str, bias: bool = False, up: str, down: str):
         self.up, self.down = up, down
@@ -166,7 +169,7 @@ class MLP(nnx.Module):
 
 
 def split_heads(x: Array, head_dim: int) -> Array:
-    """[batch, length, heads * head_dim] as [batch, length, heads, head_dim]."""
+    """Splits [batch, length, heads * head_dim] to [..., heads, head_dim]."""
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
@@ -195,10 +198,10 @@ def attention(q: Array, k: Array, v: Array, positions: Positions, scores: Scores
     for start in range(0, length, stretch):
         stop = min(start + stretch, length)
         end = stop if cache is None else k.shape[1]
-        places, before = first + jnp.arange(start, stop)[:, None], jnp.arange(end)
-        seen = places >= before
+        query_positions, key_positions = first + jnp.arange(start, stop)[:, None], jnp.arange(end)
+        seen = query_positions >= key_positions
         if positions.window is not None:
-            seen &= places - before < positions.window[start:stop, None]
+            seen &= query_positions - key_positions < positions.window[start:stop, None]
         products = einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :end, :])
         products = products * (size**-0.5 if scale is None else scale)
         if cap is not None:
@@ -216,7 +219,8 @@ def attention(q: Array, k: Array, v: Array, positions: Positions, scores: Scores
 
 
 def einsum(formula: str, a: Array, b: Array) -> Array:
-    """Accumulated in float32. The precision matters for float32 models only."""
+    """``jnp.einsum`` accumulated in float32."""
+    # The precision matters for float32 models only.
     return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 

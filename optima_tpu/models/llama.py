@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and models of the same architecture (SmolLM2): RMSNorm, rotary GQA attention, SwiGLU.
+"""Llama 2, 3, 3.1, 3.2 and SmolLM2: RMSNorm, rotary GQA attention, SwiGLU.
 
 Many families are the same block with other settings, which :class:`LlamaConfig` has: see their files.
 """
@@ -38,14 +38,14 @@ LINEARS = (
 
 
 def each_head(heads: int, head_dim: int) -> int:
-    """``LlamaConfig.qk_norm`` where queries and keys are normalised head by head, with weights that all heads share."""
+    """``LlamaConfig.qk_norm`` head by head, with weights that all share."""
     return head_dim
 
 
 class Norms(NamedTuple):
-    """The names of the norms before and behind the two sublayers of a block; empty where there is none.
+    """The names of the norms before and behind a block's two sublayers.
 
-    Where the MLP has none, it stands beside attention: it reads what attention reads.
+    A name is empty where there is no norm. Where the MLP has none, it stands beside attention: it reads what attention reads.
     """
 
     before_attention: str = "input_layernorm"
@@ -106,7 +106,7 @@ class LlamaConfig(DecoderConfig):
 
 
 def read_sizes(config: Any, activation: str | None = "silu", eps: str = "rms_norm_eps") -> Settings:
-    """The settings that have the same names in many configurations of ``transformers``.
+    """The settings with the same names in many ``transformers`` models.
 
     Args:
       activation: the only one that the family has; None leaves it out.
@@ -139,7 +139,7 @@ def read_sizes(config: Any, activation: str | None = "silu", eps: str = "rms_nor
 
 
 def rope_of(config: Any, partial: bool = False) -> Rope:
-    """The rotary embedding of every block; ``partial`` as in :meth:`Rope.from_hf`."""
+    """The rotary embedding of every block; see :meth:`Rope.from_hf`."""
     return Rope.from_hf(config.rope_parameters, partial=partial)
 
 
@@ -153,7 +153,7 @@ def rope_by_type(config: Any) -> RopeByBlock:
 
 
 def attention_bias(config: Any) -> Settings:
-    """The settings of a model whose ``attention_bias`` counts for all four projections."""
+    """The settings if ``attention_bias`` counts for all four projections."""
     return dict(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
 
 
@@ -168,13 +168,13 @@ def same_windows(config: Any) -> tuple[int, ...]:
 
 
 def windows_by_type(config: Any) -> tuple[int | None, ...]:
-    """The sliding windows from ``layer_types`` and ``sliding_window``, block by block; empty if there are none.
+    """The sliding window of each block, by ``layer_types``; empty if none.
 
     Raises:
       UserError: as :func:`by_type`.
     """
-    found = by_type(config, {"full_attention": None, "sliding_attention": config.sliding_window})
-    return found if any(found) else ()
+    windows = by_type(config, {"full_attention": None, "sliding_attention": config.sliding_window})
+    return windows if any(windows) else ()
 
 
 def by_type(config: Any, values: Mapping[str, T]) -> tuple[T, ...]:
@@ -189,7 +189,7 @@ def by_type(config: Any, values: Mapping[str, T]) -> tuple[T, ...]:
 
 
 def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.ndarray | None:
-    """The window of a block for :class:`Positions`. A block that sees everything gets a window as wide as the text."""
+    """A block's window for :class:`Positions`; the whole text without one."""
     return np.full(length, windows[index] or length, np.int32) if windows else None
 
 
@@ -228,11 +228,11 @@ class RotaryAttention(nnx.Module):
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
     def values(self, x: Array, k: Array) -> Array:
-        """The values [batch, length, heads, head_dim] that belong to the keys ``k``, as they were projected."""
+        """Values [batch, length, heads, head_dim]; ``k`` is as projected."""
         return split_heads(self.v_proj(x), self.head_dim)
 
     def turned(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:
-        """Queries and keys [batch, length, heads, head_dim] as they are multiplied: normalised, then rotated."""
+        """Normalises and rotates q and k, [batch, length, heads, head_dim]."""
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
@@ -240,9 +240,10 @@ class RotaryAttention(nnx.Module):
 
 
 class DecoderBlock(nnx.Module):
-    """x [batch, length, d_model] to the same shape: adds attention to x, then the MLP, with a norm before or behind each.
+    """Adds attention, then the MLP, to x [batch, length, d_model].
 
-    Where no norm is behind them, it sows the residual stream, divided by their scale: then the outputs of layers add to it as they are.
+    Each has a norm before or behind it. Where no norm is behind them, the block sows the residual stream, divided by their
+    scale: then the outputs of layers add to it as they are.
 
     Args:
       name: the name of the MLP in the checkpoint.
@@ -268,7 +269,7 @@ class DecoderBlock(nnx.Module):
         return x
 
     def behind_attention(self, x: Array) -> Array:
-        """What the MLP makes of the residual stream x, or of what attention reads where it stands beside it."""
+        """The MLP's output, of the residual stream or of attention's input."""
         output: Array = getattr(self, self.name)(self._normed(self.norms.before_mlp, x))
         return output
 
@@ -308,12 +309,12 @@ _GATED: Mapping[str, tuple[int, ...]] = {"gate_proj": (), "up_proj": ()}
 
 
 def neurons(config: LlamaConfig, made_by: Mapping[str, tuple[int, ...]] = _GATED, read_by: str = "down_proj") -> Cut:
-    """The neurons of the MLP; ``made_by`` as in :class:`~optima_tpu.models.family.Cut`."""
+    """The neurons of the MLP; ``made_by`` as in ``Cut``."""
     return Cut("neurons", config.d_ff, 1, (f"mlp.{read_by}",), made_by, {"intermediate_size": 1})
 
 
 def heads(config: LlamaConfig) -> Cut:
-    """The key-value heads, each with its queries; where all queries share one, the queries alone."""
+    """Key-value heads with their queries; queries alone if all share one."""
     alone = config.kv_heads == 1 < config.heads
     total = config.heads if alone else config.kv_heads
     queries, size = config.heads // total, config.head_dim

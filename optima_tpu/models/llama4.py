@@ -1,4 +1,7 @@
-"""Llama 4: chunks of attention in most blocks, no positions in the others, and mixtures that multiply what an expert reads."""
+"""Llama 4: chunked attention, blocks without positions, and mixtures.
+
+Most blocks have chunks of attention, the others no positions. The share of an expert multiplies its input.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -40,12 +43,12 @@ class Llama4Config(experts.MixtureConfig):
     def positions(self, index: int, length: int) -> Positions:
         """Where nothing turns, cos is the factor of the queries."""
         cos, sin = self.rope.of(index).tables(length, self.head_dim)
-        place, chunk = np.arange(length), self.chunks[index] or length
+        position, chunk = np.arange(length), self.chunks[index] or length
         if not self.turning[index]:
             step, strength = self.temper or (1.0, 0.0)
-            factor = 1 + strength * np.log1p(np.floor((place + 1) / step))
+            factor = 1 + strength * np.log1p(np.floor((position + 1) / step))
             cos, sin = np.repeat(factor.astype(np.float32)[:, None], cos.shape[1], axis=1), np.zeros_like(sin)
-        return Positions(cos, sin, (place % chunk + 1).astype(np.int32))
+        return Positions(cos, sin, (position % chunk + 1).astype(np.int32))
 
 
 def _settings(config: Any) -> llama.Settings:
@@ -68,7 +71,10 @@ def _settings(config: Any) -> llama.Settings:
 
 
 class Llama4Attention(llama.RotaryAttention):
-    """Llama's attention, whose norms come behind the rotation, and a factor of the queries where nothing turns."""
+    """Llama's attention, with its norms behind the rotation.
+
+    Where nothing turns, a factor multiplies the queries instead.
+    """
 
     def __init__(self, config: Llama4Config):
         super().__init__(config)

@@ -1,4 +1,7 @@
-"""Mixtures of experts that are Llama's, OLMo's or Qwen's blocks with a mixture in the place of some or all MLPs. Each is a row."""
+"""Families whose blocks are Llama's, OLMo's or Qwen's with mixtures.
+
+A mixture is in the place of some or all MLPs. Each family is a row.
+"""
 
 import dataclasses
 from typing import Any
@@ -45,7 +48,7 @@ def qwen_mixture(config: Any) -> llama.Settings:
 
 
 def qwen_mixed(config: Any) -> llama.Settings:
-    """The mixtures, which blocks have one, and the width of the MLP in the others."""
+    """The mixtures, which blocks have one, and the width of other MLPs."""
     step, plain, blocks = config.decoder_sparse_step, config.mlp_only_layers, range(config.num_hidden_layers)
     mixed = tuple(index not in plain and (index + 1) % step == 0 for index in blocks)
     return dict(**qwen_mixture(config), mixed=mixed, mlp_width=config.intermediate_size, normalise=config.norm_topk_prob)

@@ -18,7 +18,10 @@ from optima_tpu.models.decoder import Decoder
 
 
 class Model(NamedTuple):
-    """A checkpoint and its decoder on the mesh. Runs of one model share it, and with it the compiled programs."""
+    """A checkpoint and its decoder on the mesh.
+
+    Runs of one model share it, and with it the compiled programs.
+    """
 
     pretrained: Pretrained
     decoder: Decoder
@@ -38,7 +41,7 @@ def without_experts(model: Model, cut: ExpertCut, kept: Sequence[Sequence[int]],
 
 
 def without_blocks(model: Model, left_out: Collection[int]) -> Model:
-    """The model without some of its blocks, whose other blocks have new numbers; as it is if none is left out."""
+    """The model without some of its blocks; the others have new numbers."""
     if not left_out:
         return model
     pretrained, decoder = model
@@ -47,12 +50,15 @@ def without_blocks(model: Model, left_out: Collection[int]) -> Model:
 
 
 def without_last(model: Model, count: int) -> Model:
-    """The model without so many of its last blocks: the size of the model of a run that has not chosen its blocks yet."""
+    """The model without its last ``count`` blocks.
+
+    It has the size of the model of a run that has not chosen its blocks yet.
+    """
     return without_blocks(model, last_blocks(model.pretrained.config, count))
 
 
 def smaller(model: Model, assets: Mapping[str, bytes], tensors: TensorSource) -> Model:
-    """The model that other tensors and another config.json among the assets describe."""
+    """The model of other tensors and of the config.json among the assets."""
     (pretrained, decoder), (config, _) = model, read_config(assets["config.json"], model.pretrained.origin)
     by_torch = decoder.family is not family_of(pretrained.config)  # such a family is made anew, since it has the model's sizes
     opened = Decoder.open(config, tensors, decoder.mesh, decoder.batch, by_torch)
@@ -60,7 +66,7 @@ def smaller(model: Model, assets: Mapping[str, bytes], tensors: TensorSource) ->
 
 
 def window_length(model: PretrainedConfig, name: str, given: int | None) -> int:
-    """The tokens in a window: as given by the option ``name``, or 2048, or the model's context if that is shorter.
+    """The tokens in a window: ``given``, or 2048, or a shorter context.
 
     Raises:
       UserError: the given number is beyond the context that config.json names.
@@ -72,7 +78,9 @@ def window_length(model: PretrainedConfig, name: str, given: int | None) -> int:
 
 
 def window_bos(model: Model, tokenizer: PreTrainedTokenizerBase, where: Literal["text", "window"] | None = None) -> int | None:
-    """The BOS token that every window begins with; None if only the tokenizer adds one. See ``config.Evaluation.bos``.
+    """The BOS token that every window begins with.
+
+    None if only the tokenizer adds one. See ``config.Evaluation.bos``.
 
     Raises:
       UserError: a BOS token is needed, and the tokenizer has none.

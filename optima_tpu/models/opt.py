@@ -1,4 +1,7 @@
-"""OPT: learned positions, LayerNorm, biases, ReLU. OPT-350m normalises after each sublayer and projects its embeddings."""
+"""OPT: learned positions, LayerNorm, biases, ReLU.
+
+OPT-350m normalises after each sublayer and projects its embeddings.
+"""
 
 import dataclasses
 from typing import Any
@@ -42,7 +45,7 @@ class OPTConfig(DecoderConfig):
 
 
 def read_config(config: Any) -> OPTConfig:
-    """From ``transformers.OPTConfig``. Raises UserError for an activation that is not supported."""
+    """Reads an OPTConfig; raises UserError for unsupported settings."""
     activation = supported(config, "activation_function", *ACTIVATIONS)
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
@@ -67,23 +70,23 @@ def read_config(config: Any) -> OPTConfig:
 
 
 def embedding_extras(config: OPTConfig) -> dict[str, Shape]:
-    """The table of positions, and the projection of embeddings that are narrower than the hidden states."""
+    """The table of positions, and the projection of narrow embeddings."""
     extras: dict[str, Shape] = {POSITIONS: (config.length + OFFSET, config.d_model)}
     if config.d_embedding != config.d_model:
         extras[PROJECT_IN] = (config.d_model, config.d_embedding)
     return extras
 
 
-def embed(config: OPTConfig, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
-    """Token embedding (projected if it is narrower than the hidden states) + embedding of the position."""
+def embed(config: OPTConfig, read: ReadTensor, tokens: Array | np.ndarray, positions: Array | np.ndarray) -> Array | np.ndarray:
+    """Token embedding (projected if narrow) + embedding of the position."""
     hidden = read(EMBEDDING)[tokens]
     if config.d_embedding != config.d_model:
         hidden = project(hidden, read(PROJECT_IN))
-    return hidden + read(POSITIONS)[OFFSET + places]
+    return hidden + read(POSITIONS)[OFFSET + positions]
 
 
 class OPTAttention(nnx.Module):
-    """Causal attention without rotary positions; queries are scaled before the product, as the reference does."""
+    """Causal attention without rotation; scales queries before the product."""
 
     def __init__(self, config: OPTConfig):
         self.head_dim, self.mesh = config.d_model // config.heads, None
@@ -120,7 +123,7 @@ class OPTBlock(nnx.Module):
 
 
 class OPTFinal(nnx.Module):
-    """The norm before the head, if the model has one, and the projection back to the width of the embedding."""
+    """The norm before the head, if any, and the projection to its width."""
 
     def __init__(self, config: OPTConfig):
         if config.final_norm:

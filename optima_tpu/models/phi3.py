@@ -1,6 +1,7 @@
-"""Phi-3, 3.5 and 4: Llama's block with q, k, v in one matrix and gate, up in another, LongRoPE, partial rotation.
+"""Phi-3, 3.5 and 4: Llama's block with fused matrices and LongRoPE.
 
-The rows of a fused matrix are independent problems too, so it is pruned as one layer.
+One matrix has q, k and v, another gate and up. A part of each head may be rotated. The rows of a fused matrix are independent
+problems too, so it is pruned as one layer.
 """
 
 import itertools

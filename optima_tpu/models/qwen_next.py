@@ -1,4 +1,7 @@
-"""Qwen3-Next and Qwen 3.5: Gated DeltaNet in most blocks, gated attention in the others, mixtures of Qwen 2 or MLPs behind both."""
+"""Qwen3-Next and Qwen 3.5: Gated DeltaNet, gated attention, mixtures.
+
+Most blocks have a DeltaNet, the others attention. Behind both are mixtures as in Qwen 2, or MLPs.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence

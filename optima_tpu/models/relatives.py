@@ -1,7 +1,7 @@
-"""The relatives of Llama: families whose blocks are Llama's with other settings. Each is a row of what is its own.
+"""The relatives of Llama: families of Llama's blocks with other settings.
 
-A row says what no configuration says: that Qwen 2 has biases, that ``attention_bias`` leaves out ``o_proj`` in a GLM. So it names
-what it reads: a model that has a setting of a relative beside its own does not obey it.
+Each is a row of what is its own. A row says what no configuration says: that Qwen 2 has biases, that ``attention_bias`` leaves
+out ``o_proj`` in a GLM. So it names what it reads: a model that has a setting of a relative beside its own does not obey it.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ def _rotated_smollm3(config: Any) -> RopeByBlock:
 
 
 def _scaled_embeddings(
-    config: LlamaConfig, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray
+    config: LlamaConfig, read: ReadTensor, tokens: Array | np.ndarray, positions: Array | np.ndarray
 ) -> Array | np.ndarray:
     return scaled(read(llama.FAMILY.embedding)[tokens], config.embedding_scale)
 
@@ -70,7 +70,7 @@ def _stablelm(config: Any) -> Settings:
 
 
 def _rotate_cohere(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
-    """Neighbouring dimensions as pairs, in float32, with tables that were rounded to x's dtype."""
+    """Rotates neighbours in float32, by tables rounded to x's dtype."""
     return rotate_neighbours(x.astype(jnp.float32), cos.astype(x.dtype), sin.astype(x.dtype)).astype(x.dtype)
 
 
@@ -101,7 +101,7 @@ _BEHIND = Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm"
 
 
 def all_heads(heads: int, head_dim: int) -> int:
-    """``LlamaConfig.qk_norm`` where queries and keys are normalised over all heads together."""
+    """``LlamaConfig.qk_norm`` over all heads together."""
     return heads * head_dim
 
 

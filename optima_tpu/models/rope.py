@@ -44,7 +44,7 @@ _NEEDED = {
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's stretch of the slow rotary frequencies (``rope_type: llama3``)."""
+    """Llama 3.1's stretch of slow frequencies (``rope_type: llama3``)."""
 
     factor: float
     low_freq_factor: float
@@ -57,7 +57,10 @@ class Llama3Scaling:
         return cls(float(factor), float(low), float(high), int(original))
 
     def shares(self, frequencies: np.ndarray) -> np.ndarray:
-        """What is left of each: all of fast ones, slow ones divided by the factor, between them a blend by the wavelength."""
+        """What is left of each frequency.
+
+        Fast ones stay and slow ones are divided by the factor. Between them the share is a blend by the wavelength.
+        """
         low, high = self.low_freq_factor, self.high_freq_factor
         turns = self.original_length * frequencies / (2 * math.pi)
         # Without a range between the two, as in transformers: fast from ``low`` on.
@@ -68,7 +71,7 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class FirstFrequencies:
-    """The first frequencies of a whole head stay, the others are zero (``rope_type: proportional``).
+    """Zeros for all but the first frequencies (``rope_type: proportional``).
 
     Attributes:
       share: the share of the frequencies that stay.
@@ -79,10 +82,10 @@ class FirstFrequencies:
 
 @dataclasses.dataclass(frozen=True)
 class LongScaling:
-    """LongRoPE (``rope_type: longrope``): every frequency is divided by its own factor, of which there are two sets.
+    """LongRoPE (``rope_type: longrope``): a divisor for each frequency.
 
     Attributes:
-      short, long: factors for texts of at most, and of more than ``original_length`` tokens.
+      short, long: divisors for texts of at most, and of more than ``original_length`` tokens.
       magnitude: cos and sin are multiplied by it.
     """
 
@@ -102,9 +105,9 @@ class LongScaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (``rope_type: yarn``): slow frequencies are divided by a factor, fast ones stay, with a ramp over dimensions in between.
+    """YaRN (``rope_type: yarn``): slow frequencies are divided by a factor.
 
-    Source: arXiv:2309.00071, as ``transformers`` computes it.
+    Fast ones stay, with a ramp over dimensions in between. Source: arXiv:2309.00071, as ``transformers`` computes it.
 
     Attributes:
       factor: the divisor.
@@ -210,7 +213,7 @@ class Rope:
         return self
 
     def still(self) -> "Rope":
-        """One that turns nothing (NoPE), with tables of the same shape: every position is divided by infinity."""
+        """A rope that turns nothing (NoPE), with tables of the same shape."""
         return dataclasses.replace(self, factor=math.inf, scaling=None)
 
     def tables(self, length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +236,7 @@ class Rope:
 
 
 def geometric(theta: float, size: int) -> np.ndarray:
-    """The frequencies of so many dimensions before any scaling, [size / 2] float64."""
+    """The frequencies of ``size`` dimensions before scaling, [size / 2]."""
     frequencies: np.ndarray = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
     return frequencies
 
@@ -245,7 +248,7 @@ class RopeByBlock(NamedTuple):
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Mapping], kinds: Sequence[str], types: tuple[str, ...] = TYPES) -> "RopeByBlock":
-        """From ``config.rope_parameters`` and ``config.layer_types``, where the former has an entry for each of the latter.
+        """From ``config.rope_parameters`` by type and ``config.layer_types``.
 
         Args:
           types: the rope types that the family knows.
@@ -257,7 +260,7 @@ class RopeByBlock(NamedTuple):
 
     @classmethod
     def where(cls, rotated: Iterable[bool], rope: Rope) -> "RopeByBlock":
-        """One rotary embedding for some blocks, and none (NoPE) for the others."""
+        """``rope`` for rotated blocks, and none (NoPE) for the others."""
         return cls(tuple(rope if each else rope.still() for each in rotated))
 
     def of(self, block: int) -> Rope:
@@ -269,7 +272,10 @@ Rotation = Callable[[Array, Array | np.ndarray, Array | np.ndarray], Array]
 
 
 def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
-    """Applies the rotary embedding to x [batch, length, heads, head_dim]; pairs are (j, j + rotated dimensions / 2)."""
+    """Applies the rotary embedding to x [batch, length, heads, head_dim].
+
+    The pairs are (j, j + rotated dimensions / 2).
+    """
     turning, still = jnp.split(x, [cos.shape[-1]], axis=-1)
     first, second = jnp.split(turning, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)

@@ -1,7 +1,8 @@
-"""Routers of mixtures of experts: which experts compute a token, and the share of each in the output.
+"""Routers of mixtures: which experts compute a token, and their shares.
 
-A router makes of x [batch, length, d_model] the experts that each token is sent to [batch, length, experts_per_token] int32, and
-their shares of the same shape. It rounds where the reference does: another rounding would route some tokens to other experts.
+A router makes of x [batch, length, d_model] the experts that each token is sent to [batch, length, experts_per_token] int32,
+and their shares of the same shape. It rounds where the reference does: another rounding would route some tokens to other
+experts.
 """
 
 import dataclasses
@@ -73,7 +74,7 @@ class Router(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
-    """The choice of DeepSeek and GLM: first some groups of experts, then the experts within these.
+    """The choice of DeepSeek and GLM: some groups, then experts in these.
 
     Attributes:
       total: number of equal groups.
@@ -91,7 +92,7 @@ class Groups:
 
 
 class GroupRouter(nnx.Module):
-    """The experts with the largest scores within the groups with the largest scores.
+    """The best experts within the best groups of experts, by their scores.
 
     Everything is computed in float32, with the shares, as in the reference. Source: arXiv:2405.04434 and arXiv:2412.19437.
     """

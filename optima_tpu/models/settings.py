@@ -1,4 +1,4 @@
-"""Reads settings of a ``transformers`` configuration of which a model here computes some values alone."""
+"""Reads settings of which a model here supports only some values."""
 
 import json
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ def supported(config: Any, name: str, *values: Any) -> Any:
     """
     value = getattr(config, name, None)
     if value not in values:
-        known = " or ".join(map(_as_in_file, values))
-        raise UserError(f"expected {name} {known} in a {config.model_type} model, got {_as_in_file(value)}: not supported")
+        options = " or ".join(map(_as_in_file, values))
+        raise UserError(f"expected {name} {options} in a {config.model_type} model, got {_as_in_file(value)}: not supported")
     return value
 
 
 def of_every_block(config: Any, name: str) -> Sequence[Any]:
-    """The values of a setting that has one for each block. Raises UserError for another number of them."""
+    """A setting with one value for each block; raises UserError otherwise."""
     values: Sequence[Any] = getattr(config, name)
     if len(values) != config.num_hidden_layers:
         raise UserError(f"expected {config.num_hidden_layers} {name} in config.json, got {len(values)}: check the file")

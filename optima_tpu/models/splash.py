@@ -1,8 +1,9 @@
-"""Causal attention by the kernel for TPUs that JAX brings, ``jax.experimental.pallas.ops.tpu.splash_attention``.
+"""Causal attention by the kernel for TPUs that JAX brings.
 
-The kernel keeps the products of queries and keys on the chip, and skips the blocks that no query sees. It reads a window from an
-array of [length, length] bool, and needs no array for the causal mask alone. In float32 it computes what ``layers.attention``
-computes, up to rounding. In bfloat16 it rounds in one more place: queries are scaled before they are multiplied, not after.
+The kernel, ``jax.experimental.pallas.ops.tpu.splash_attention``, keeps the products of queries and keys on the chip, and skips
+the blocks that no query sees. It reads a window from an array of [length, length] bool, and needs no array for the causal mask
+alone. In float32 it computes what ``layers.attention`` computes, up to rounding. In bfloat16 it rounds in one more place:
+queries are scaled before they are multiplied, not after.
 """
 
 import math
@@ -103,16 +104,16 @@ class _Kernel(NamedTuple):
         return math.gcd(padded(self.length, _LANES), _BLOCKS[jnp.dtype(dtype)])
 
     def _made(self, dtype: jnp.dtype, window: Array | np.ndarray | None) -> Any:
-        """A ``SplashAttentionKernel``: of [heads, length, head_dim] queries, keys and values, and of sinks."""
+        """Makes a ``SplashAttentionKernel`` for the heads of one sequence."""
         from jax.experimental.pallas.ops.tpu import splash_attention  # takes a tenth of a second, which only TPUs wait for
 
-        whole, block = padded(self.length, _LANES), self._block(dtype)
+        size, block = padded(self.length, _LANES), self._block(dtype)
         names = [f"block_{part}{of}" for of in ("", "_dkv", "_dq") for part in ("q", "kv")]
         blocks: dict[str, Any] = dict.fromkeys([*names, "block_kv_compute", "block_kv_dkv_compute"], block)
-        mask: Any = splash_attention.MultiHeadMask([splash_attention.CausalMask((whole, whole))])  # one head stands for all
+        mask: Any = splash_attention.MultiHeadMask([splash_attention.CausalMask((size, size))])  # one head stands for all
         if window is not None:
-            before = jnp.arange(whole)[:, None] - jnp.arange(whole)
-            mask = ((before >= 0) & (before < jnp.pad(window, (0, whole - self.length), constant_values=1)[:, None]))[None]
+            before = jnp.arange(size)[:, None] - jnp.arange(size)
+            mask = ((before >= 0) & (before < jnp.pad(window, (0, size - self.length), constant_values=1)[:, None]))[None]
         kernel = splash_attention.make_splash_mha(
             mask,
             block_sizes=splash_attention.BlockSizes(**blocks),
@@ -127,9 +128,10 @@ class _Kernel(NamedTuple):
 
 
 def _at(precision: str, function: Callable[..., Array]) -> Callable[..., Array]:
-    """The function with its products at a precision, those of its gradient too, whatever the precision around it is.
+    """The function, and its gradient, with products at this precision.
 
-    The gradient is traced later than the function. The kernel is not compiled for bfloat16 at "highest".
+    The precision around the function does not matter. The gradient is traced later than the function. The kernel is not
+    compiled for bfloat16 at "highest".
     """
 
     def forward(*arguments: Array) -> tuple[Array, Any]:

@@ -1,7 +1,7 @@
-"""A whole model on the mesh: all blocks at once, a cache of earlier tokens, a few new tokens of every window per step.
+"""A whole model on the mesh: all blocks at once, with a cache.
 
-A step is a scan over blocks that are alike. So its program grows with the stretches of blocks that are alike, not with the blocks.
-All windows of a step are at the same position.
+A step computes a few new tokens of every window. It is a scan over blocks that are alike. So its program grows with the
+stretches of blocks that are alike, not with the blocks. All windows of a step are at the same position.
 """
 
 import functools
@@ -46,7 +46,9 @@ class WholeModel(NamedTuple):
 
 
 def load(decoder: Decoder, length: int) -> WholeModel:
-    """The whole model on the mesh, for windows of ``length`` tokens. Blocks are read one after the other.
+    """Reads the whole model to the mesh, for windows of ``length`` tokens.
+
+    Blocks are read one after the other.
 
     Raises:
       UserError: see :meth:`Decoder.blocks`.
@@ -99,7 +101,8 @@ def _cache_structs(decoder: Decoder, length: int) -> tuple[dict[str, jax.ShapeDt
     """The caches of one window, from a trace of each kind of block."""
     names = {name: decoder.root + name for name in _embedding_names(decoder)}
     embedding = {
-        name: jax.ShapeDtypeStruct(decoder.end_shapes[whole], decoder.tensors.dtype(whole)) for name, whole in names.items()
+        name: jax.ShapeDtypeStruct(decoder.end_shapes[full_name], decoder.tensors.dtype(full_name))
+        for name, full_name in names.items()
     }
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
@@ -131,7 +134,9 @@ def cache_bytes(decoder: Decoder, length: int) -> int:
 
 
 def windows_at_once(decoder: Decoder, samples: int, length: int, budget: float, advice: str, limit: int | None = None) -> int:
-    """How many windows are written at once: as many as fit, in batches of nearly equal size.
+    """How many windows are written at once: as many as fit.
+
+    The batches have nearly equal sizes.
 
     Args:
       length: length of a window, in tokens.
@@ -153,27 +158,27 @@ def windows_at_once(decoder: Decoder, samples: int, length: int, budget: float, 
     tables = (2 - config.tied) * bytes_on_device(struct_on(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))
     positions = sum(array.nbytes for array in jax.tree.leaves(_positions(decoder, length)))
     # One more block is in memory while blocks are read, and while one is computed.
-    whole = sum(blocks) + max(size / len(indices) for size, (_, indices) in zip(blocks, decoder.stretches)) + tables + positions
+    fixed = sum(blocks) + max(size / len(indices) for size, (_, indices) in zip(blocks, decoder.stretches)) + tables + positions
     slices = mesh.shape[DATA]
     each = sum(map(bytes_on_device, jax.tree.leaves(_caches_of(decoder, slices, length)))) + _LOGITS * 4 * config.vocab
     most = min(samples, limit or samples)
     if budget < math.inf:
-        most = min(most, int((budget - whole) // each) * slices)
+        most = min(most, int((budget - fixed) // each) * slices)
     if most < 1:
         raise UserError(
-            f"the whole model and its cache take {(whole + each) / GIB:.3g} GiB of each device, more than the "
+            f"the whole model and its cache take {(fixed + each) / GIB:.3g} GiB of each device, more than the "
             f"{max(budget, 0) / GIB:.3g} GiB that there are for them: {advice}"
         )
     return padded(-(-samples // -(-samples // most)), slices)
 
 
 def _embedding_names(decoder: Decoder) -> list[str]:
-    """The tensors that the family's ``embed`` reads, by their names after the root."""
+    """The tensors that the family's ``embed`` reads, named after the root."""
     return [decoder.family.embedding, *decoder.family.embedding_extras(decoder.config)]
 
 
 def positions_on_mesh(decoder: Decoder, length: int) -> tuple[Positions, ...]:
-    """``WholeModel.positions`` for windows of ``length`` tokens, on every device."""
+    """``WholeModel.positions`` for ``length`` tokens, on every device."""
     return jax.tree.map(lambda array: place(decoder.mesh, array, P()), _positions(decoder, length))
 
 
@@ -185,7 +190,10 @@ def _positions(decoder: Decoder, length: int) -> tuple[Positions, ...]:
 
 
 def _block_structs(decoder: Decoder, indices: range) -> dict[str, Array]:
-    """The parameters of blocks that are alike, each [blocks, ...], on the mesh, in a dtype that represents those of all."""
+    """The parameters of alike blocks as structs on the mesh.
+
+    Each is [blocks, ...], in a dtype that represents those of all blocks.
+    """
 
     def struct(name: str, shape: tuple[int, ...]) -> Array:
         dtypes = {decoder.tensors.dtype(decoder.prefix(index) + name) for index in indices}
@@ -196,7 +204,10 @@ def _block_structs(decoder: Decoder, indices: range) -> dict[str, Array]:
 
 
 def _caches_of(decoder: Decoder, windows: int, length: int) -> tuple[dict[str, Array], ...]:
-    """The caches of many windows, as structs on the mesh: windows sharded over data, what comes next, as a rule heads, over model."""
+    """The caches of many windows, as structs on the mesh.
+
+    Windows are sharded over the data axis. The next dimension, as a rule heads, is sharded over the model axis.
+    """
 
     def struct(one: jax.ShapeDtypeStruct) -> Array:
         return struct_on(decoder.mesh, (one.shape[0], windows, *one.shape[2:]), one.dtype, P(None, DATA, MODEL))
@@ -216,7 +227,7 @@ def _zeros(structs: Iterable[Array]) -> list[Array]:
 
 @functools.lru_cache(maxsize=8)
 def _zeros_program(specs: tuple[tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding], ...]) -> Callable[[], list[Array]]:
-    """The compiled program that makes arrays of zeros; the dense and the pruned model share it."""
+    """The compiled program that makes zeros, for dense and pruned models."""
     return jax.jit(
         lambda: [jnp.zeros(shape, dtype) for shape, dtype, _ in specs], out_shardings=[sharding for *_, sharding in specs]
     )

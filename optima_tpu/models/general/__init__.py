@@ -1,6 +1,7 @@
-"""The general way: any decoder that the installed ``transformers`` has, run by its own code in torch, on JAX by torchax.
+"""The general way: runs the torch code of a decoder on JAX, by torchax.
 
-It is taken where an architecture has no file here. Only classes of ``transformers`` run, no code from a model's folder.
+It runs any decoder that the installed ``transformers`` has, and is taken where an architecture has no file here. Only classes
+of ``transformers`` run, no code from a model's folder.
 """
 
 import collections
@@ -39,9 +40,10 @@ _OWN: Mapping[str, Mapping[str, Stack]] = {
 
 
 def stacks(name: str) -> Mapping[str, Stack]:
-    """What a checkpoint of an architecture without a family may hold otherwise than matrix by matrix, see ``Family.stacks``.
+    """Tensors that a checkpoint may hold otherwise than matrix by matrix.
 
-    These are the matrices of a ``Conv1D``, which are [d_in, d_out], those of all experts of a block, and matrices with two names.
+    The architecture ``name`` has no family; see ``Family.stacks``. These are the matrices of a ``Conv1D``, which are
+    [d_in, d_out], the matrices of all experts of a block, and matrices with two names.
     """
     return _OWN.get(name, _USUAL)
 
@@ -50,7 +52,9 @@ NEEDED = "torch", "torchax"
 
 
 def family(config: Any) -> Family:
-    """The family of a ``transformers`` configuration, made from its class in torch. The last few are kept.
+    """Makes a family from the torch class of a ``transformers`` configuration.
+
+    The last few families are kept.
 
     Raises:
       UserError: torch or torchax is not installed, or the model does not fit: says why.
@@ -69,7 +73,7 @@ def family(config: Any) -> Family:
 
 
 def checked(model: str, length: int) -> "Agreement":
-    """Compares a model here with torch, see :func:`optima_tpu.models.general.against_torch.compared`."""
+    """Compares a model here with torch, see ``against_torch.compared``."""
     _need("a model is compared with its code in transformers")
     from optima_tpu.models.general.against_torch import compared
 

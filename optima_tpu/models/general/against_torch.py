@@ -1,4 +1,4 @@
-"""Compares what this program computes for a whole model with what torch does."""
+"""Compares what this program computes for a whole model with torch."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,9 @@ class Agreement(NamedTuple):
 
 
 def compared(model: str, length: int) -> Agreement:
-    """Runs one window of random tokens in float32, by torch and by each way in which this program can run the model.
+    """Compares torch with each way in which this program runs the model.
+
+    All run one window of random tokens in float32.
 
     Args:
       model: a folder or a hub id.
@@ -55,9 +57,9 @@ def compared(model: str, length: int) -> Agreement:
             lines.append(f"{way:<12} refused: {error}")
             continue
         agrees |= apart < NEAR
-        told = "agree with torch" if apart < NEAR else "DIFFER from torch"
+        verdict = "agree with torch" if apart < NEAR else "DIFFER from torch"
         least = f"apart by at most {apart:.2g} of the largest logit, at {tokens.shape[1]} tokens in float32"
-        lines.append(f"{way:<12} the logits {told}: {least}")
+        lines.append(f"{way:<12} the logits {verdict}: {least}")
         lines.append(f"             {_pruned(decoder)}")
     return Agreement(tuple(lines), agrees)
 

@@ -1,4 +1,4 @@
-"""A block of torch as a module of flax: the same names, and a function of JAX arrays, by torchax."""
+"""A block of torch as a flax module with the same names, by torchax."""
 
 import contextlib
 import dataclasses
@@ -29,20 +29,24 @@ from optima_tpu.models.layers import project
 
 @functools.cache
 def _environment() -> Any:
-    """What torchax computes in. A trace that made it would hold its random key, which differs from process to process."""
+    """The environment in which torchax computes."""
+    # A trace that made it would hold its random key, which differs from process to process.
     with jax.ensure_compile_time_eval():
         return torchax.default_env()
 
 
 @contextlib.contextmanager
 def on_jax() -> Iterator[None]:
-    """What torch computes here runs on JAX; tensors that are made without a device too. Dtypes meet as they do in torch."""
+    """Runs what torch computes here on JAX, with torch's dtype promotion.
+
+    Tensors that are made without a device are on JAX too.
+    """
     with TRACING, torch.no_grad(), _environment(), torch.device("jax"), jax.numpy_dtype_promotion("standard"):
         yield
 
 
 class TorchParameters(nnx.Module):
-    """Parameters by the names that torch has for them, "attn.c_attn.weight"; they are zeros.
+    """Zero parameters by the names in torch, "attn.c_attn.weight".
 
     Args:
       shapes: by these names.
@@ -74,15 +78,15 @@ def windows(
     x: Array,
     known: Mapping[str, Array],
 ) -> tuple[Array, dict[str, Any]]:
-    """A block of a shell, of windows [batch, length, d_model]: its output, and the inputs of its layers.
+    """Runs a block of a shell; returns its output and its layers' inputs.
 
-    An input is [batch, length, d_in], or :class:`~optima_tpu.models.experts.Routed`.
+    Windows x are [batch, length, d_model]. An input is [batch, length, d_in], or :class:`~optima_tpu.models.experts.Routed`.
 
     Args:
       mesh: the mesh that the block runs on; None for one device.
       parameters: by their names in a checkpoint.
       arguments: the other tensors that the model gives to the block for one window, and the block's buffers.
-      shared: gets for every layer, in their order, the first one that reads the same array. That one's name has the input.
+      shared: gets for every layer, in their order, the first one that reads the same array. The input has that one's name.
       known: inputs of layers, which are read instead of those that are computed.
     """
     program = _program(shell, index, mesh, frozenset(shell.dense[index]))
@@ -92,7 +96,7 @@ def windows(
 
 
 class _Program:
-    """The computation of a block, whose trace is a part of every program that has the block: torch's code is slow to trace.
+    """The computation of a block; all programs with the block share its trace.
 
     Attributes:
       run: the parameters, arguments, windows and known inputs of :func:`windows` -> what it returns.
@@ -102,7 +106,7 @@ class _Program:
     def __init__(self, shell: Shell, index: int, mesh: Mesh | None):
         self.shell, self.index, self.mesh, self.module = shell, index, mesh, shell.blocks[index]
         self.shared = dict[frozenset[str], dict[str, str]]()
-        self.run = jax.jit(self._trace, inline=True)
+        self.run = jax.jit(self._trace, inline=True)  # torch's code is slow to trace
 
     def _trace(self, parameters: Any, arguments: Any, x: Array, known: Mapping[str, Array]) -> tuple[Array, dict[str, Any]]:
         shared: dict[str, str] = {}
@@ -119,12 +123,12 @@ class _Program:
 
 @functools.lru_cache(32)
 def _program(shell: Shell, index: int, mesh: Mesh | None, dense: frozenset[str]) -> _Program:
-    """The program of a block in which these layers are found to run more than once."""
+    """The program of a block in which ``dense`` layers run more than once."""
     return _Program(shell, index, mesh)
 
 
 class _Pass:
-    """One pass of a window [length, d_model] through a block; its arguments as in :func:`windows`.
+    """One pass of a window [length, d_model]; arguments as in :func:`windows`.
 
     Attributes:
       inputs: what its layers read.
@@ -140,7 +144,7 @@ class _Pass:
         (tensors, buffers), shell, index = arguments, self.program.shell, self.program.index
         call, follows, mixtures = shell.catch(x.shape[0])[index], shell.follows[index], experts_of(self.program.module)
         cast = (_cast(array, x.dtype) if follow else array for array, follow in zip(tensors, follows, strict=True))
-        held = {
+        joined_parameters = {
             name: kept.joined(self.parameters)
             for name, kept in shell.kept(index).items()
             if not any(name.startswith(f"{path}.") for path in mixtures)
@@ -152,7 +156,9 @@ class _Pass:
             for path, mixture in mixtures.items():
                 stack.enter_context(replaced(mixture, functools.partial(self._experts, path, mixture, x.shape[0])))
             args, kwargs = call.arguments(interop.torch_view(x[None]), tuple(map(interop.torch_view, cast)))
-            output = torch.func.functional_call(self.program.module, interop.torch_view({**held, **buffers}), args, kwargs)
+            output = torch.func.functional_call(
+                self.program.module, interop.torch_view({**joined_parameters, **buffers}), args, kwargs
+            )
             output = interop.jax_view(output if isinstance(output, torch.Tensor) else output[0])
         return output.reshape(x.shape)
 
@@ -173,7 +179,7 @@ class _Pass:
     def _experts(
         self, path: str, module: Any, length: int, hidden_states: torch.Tensor, top_k_index: Any, top_k_weights: Any
     ) -> torch.Tensor:
-        """What a module of experts computes, of all windows at once: so their tokens are sorted together."""
+        """Runs a module of experts on all windows, sorted together."""
         shell, size = self.program.shell, hidden_states.shape[-1]
         x, chosen, shares = map(interop.jax_view, (hidden_states, top_k_index, top_k_weights))
         x, experts = x.reshape(-1, size), int(module.num_experts)
@@ -185,14 +191,14 @@ class _Pass:
         weights = [self._stacked(f"{name}.weight", experts) for name in layers]
         biases = [self._stacked(f"{name}.bias", experts) for name in layers if module.has_bias]
         way, sent = Way(_Neurons(module)), Sending(chosen, shares)
-        whole, wide, narrow = mixed(self.program.mesh, way, x, sent, weights, biases)
+        outputs, wide, narrow = mixed(self.program.mesh, way, x, sent, weights, biases)
         for name in layers:
             first, read = (layers[-1], narrow) if name == layers[-1] else (layers[0], wide)
             first = first.replace("*", "0")
             self.routed[first] = read
             self.shared.update((name.replace("*", str(number)), first) for number in range(experts))
-        mine = jax.lax.dynamic_index_in_dim(whole, jax.lax.axis_index(_WINDOWS), keepdims=False)
-        return interop.torch_view(mine.reshape(tuple(hidden_states.shape)))
+        own_output = jax.lax.dynamic_index_in_dim(outputs, jax.lax.axis_index(_WINDOWS), keepdims=False)
+        return interop.torch_view(own_output.reshape(tuple(hidden_states.shape)))
 
     def _stacked(self, name: str, experts: int) -> Array:
         """A parameter of all experts."""
@@ -211,14 +217,16 @@ class _Neurons:
 
 
 def expert_layers(shell: Shell, index: int, path: str) -> tuple[str, ...]:
-    """The layers of the experts of a block, the one that ends an expert last; ``*`` stands for their numbers.
+    """The layers of a block's experts, with ``*`` for their numbers.
+
+    The layer that ends an expert is the last one.
 
     Args:
       path: of the module that holds them.
     """
     kept, module = shell.kept(index), shell.blocks[index].get_submodule(path)
-    found = [kept[f"{path}.{name}"] for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
-    wide, narrow = ([part.removesuffix(".weight") for part in each.stack.parts] for each in found)
+    joined = [kept[f"{path}.{name}"] for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
+    wide, narrow = ([part.removesuffix(".weight") for part in each.stack.parts] for each in joined)
     expected = 1 + (module.has_gate and module.is_concatenated), 1
     if (len(wide), len(narrow)) != expected or not all(re.search(r"(^|\.)experts\.\*\.\w+$", name) for name in (*wide, *narrow)):
         raise shell.refusal(f"a checkpoint holds its {path} otherwise than expert by expert: {some([*wide, *narrow])}")
@@ -230,13 +238,14 @@ _WINDOWS = "windows"
 
 
 def _cast(array: Array, dtype: Any) -> Array:
-    """Masks hold the smallest float32, which other dtypes round to infinity: then a row that is masked as a whole has no softmax."""
+    """Casts an array, clipped to the finite range of the dtype."""
+    # Masks hold the smallest float32. If that were rounded to infinity, a row that is masked as a whole would have no softmax.
     limit = jnp.finfo(dtype)
     return jnp.clip(array, limit.min, limit.max).astype(dtype)
 
 
 class Block(TorchParameters):
-    """The block ``config.kind`` of a shell: x [batch, length, d_model] to the same.
+    """The block ``config.kind`` of a shell, for x [batch, length, d_model].
 
     ``vmap`` makes a batch of one window. So what the model gives to a block is what it gives for one window, in any shape.
     """
@@ -271,21 +280,24 @@ class Final(TorchParameters):
         return output.reshape(*x.shape[:-1], -1)
 
 
-def embed(config: Any, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
-    """The hidden states before the first block, see ``Family.embed``: by torch on the host, by torchax in a traced program."""
+def embed(config: Any, read: ReadTensor, tokens: Array | np.ndarray, positions: Array | np.ndarray) -> Array | np.ndarray:
+    """The hidden states before the first block, see ``Family.embed``.
+
+    Torch computes them on the host, torchax in a traced program.
+    """
     shell: Shell = config.shell
-    held = {name: read(shell.outer(name)) for name in (shell.embedding, *shell.before)}
+    arrays = {name: read(shell.outer(name)) for name in (shell.embedding, *shell.before)}
     if isinstance(tokens, np.ndarray):
-        parameters = {name: to_torch(np.asarray(array)) for name, array in held.items()}
+        parameters = {name: to_torch(np.asarray(array)) for name, array in arrays.items()}
         with torch.no_grad():
             # Window by window: the model makes a mask for each.
             windows = [shell.entering(torch.from_numpy(each[None].astype(np.int64)), parameters) for each in tokens]
-        empty = np.zeros((0, tokens.shape[1], config.d_model), held[shell.embedding].dtype)
+        empty = np.zeros((0, tokens.shape[1], config.d_model), arrays[shell.embedding].dtype)
         return np.concatenate([empty, *(to_numpy(each.flatten(2)) for each in windows)])
 
     def window(ids: Array) -> Array:
         with on_jax():
-            return interop.jax_view(shell.entering(interop.torch_view(ids[None]), interop.torch_view(held))[0].flatten(1))
+            return interop.jax_view(shell.entering(interop.torch_view(ids[None]), interop.torch_view(arrays))[0].flatten(1))
 
     return jax.vmap(window)(tokens)
 

@@ -1,4 +1,4 @@
-"""A family for any decoder of ``transformers``, made from its module of torch."""
+"""A family for any decoder of ``transformers``, made from its torch module."""
 
 import contextlib
 import dataclasses
@@ -69,7 +69,7 @@ class GeneralConfig(DecoderConfig):
         return self.reaches.get(kind_name(name), 1.0)
 
     def check(self, kind: int, length: int) -> None:
-        """Compares a block with torch, unless it was compared at this length or a longer one.
+        """Compares a block with torch unless a window as long was compared.
 
         Raises:
           UserError: they differ; names the first layer whose input does.
@@ -86,13 +86,13 @@ class GeneralConfig(DecoderConfig):
 
 
 def arguments_of(shell: Shell, index: int, length: int) -> Any:
-    """What ``block.windows`` is given for a block and a window of this length, as numpy arrays."""
+    """The ``arguments`` of ``block.windows`` for one window, in numpy."""
     tensors = tuple(to_numpy(each.detach()) for each in shell.catch(length)[index].tensors)
     return tensors, {name: to_numpy(each) for name, each in computed(shell.blocks[index]).items()}
 
 
 def general_family(config: Any) -> Family:
-    """The family of a ``transformers`` configuration, made from the class that config.json names.
+    """The family of a configuration, made from the class that it names.
 
     Raises:
       UserError: the model does not fit what a family is; says why.
@@ -162,21 +162,21 @@ class Difference(NamedTuple):
 
 
 def differences(config: GeneralConfig, kind: int, length: int) -> list[Difference]:
-    """Compares a block with torch, on one window of random numbers and with random weights, in float32.
+    """Compares a block with torch, on a random window with random weights.
 
     Returns:
-      how far the inputs of its layers are apart, in the order of the forward pass, and its output.
+      the differences of the inputs of its layers, in the order of the forward pass, and of its output; in float32.
     """
     shell, module = config.shell, config.shell.blocks[kind]
     weights, x = _random_weights(module), _random_window(length, config.d_model)
     expected, inputs = _by_torch(shell, kind, weights, x)
     kept = shell.kept(kind)
-    parameters = {name: array for path, whole in weights.items() for name, array in kept[path].split(whole.numpy()).items()}
+    parameters = {name: array for path, weight in weights.items() for name, array in kept[path].split(weight.numpy()).items()}
     order: dict[str, str] = {}
     computed_here = jax.jit(lambda given, arguments, x: windows(shell, kind, None, given, arguments, order, x, {}))
     with jax.default_matmul_precision("highest"):
-        output, found = computed_here(parameters, config.positions(kind, length).arguments, x.numpy())
-    pairs = [(f"input of {name}", found[order[name]], inputs[name]) for name in order if name in inputs]
+        output, our_inputs = computed_here(parameters, config.positions(kind, length).arguments, x.numpy())
+    pairs = [(f"input of {name}", our_inputs[order[name]], inputs[name]) for name in order if name in inputs]
     mixed = bool(experts_of(module))
     return [
         Difference(name, _relative(np.asarray(ours), theirs.reshape(ours.shape).numpy(), mixed))
@@ -185,9 +185,10 @@ def differences(config: GeneralConfig, kind: int, length: int) -> list[Differenc
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray, mixed: bool) -> float:
-    """The largest difference relative to the largest value; with experts the largest of 98% of the tokens.
+    """The largest difference, relative to the largest value.
 
-    Where two experts fit a token equally well, rounding decides which one it is sent to.
+    With experts it is the largest one of 98% of the tokens: where two experts fit a token equally well, rounding decides which
+    one the token is sent to.
     """
     apart = np.abs(ours - theirs).max(axis=-1)
     return float((np.quantile(apart, 0.98) if mixed else apart.max()) / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))
@@ -233,7 +234,10 @@ def _layers(shell: Shell, index: int) -> Layers:
 
 
 def _alike(shell: Shell, layers: Sequence[Layers]) -> tuple[int, ...]:
-    """For every block, the first one that computes the same: the same program at a short length, and the same settings at any."""
+    """For every block, the first one that computes the same.
+
+    The two have the same program at a short length, and the same settings at any.
+    """
     settings: list[dict[tuple[str, str], Any]] = [
         {
             (path, name): value
@@ -251,7 +255,9 @@ def _alike(shell: Shell, layers: Sequence[Layers]) -> tuple[int, ...]:
 
 
 def _attended(shell: Shell, kind: int, order: tuple[str, ...]) -> str:
-    """The first layer whose input at one token depends on an earlier token; the last layer if there is none.
+    """The first layer whose input at a token depends on an earlier token.
+
+    The last layer if there is none.
 
     Raises:
       UserError: an output depends on a later token.
@@ -274,7 +280,8 @@ def _attended(shell: Shell, kind: int, order: tuple[str, ...]) -> str:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal but for roundings: experts compute other numbers of tokens together."""
+    """Whether two tensors are equal up to rounding."""
+    # Experts compute other numbers of tokens together, so their outputs are rounded differently.
     return bool((a - b).abs().max() <= 1e-5 * a.abs().max())
 
 
@@ -284,13 +291,15 @@ def _by_torch(
     """The output of a block in torch, and the inputs of its layers."""
     module, call, inputs = shell.blocks[kind], shell.catch(x.shape[1])[kind], dict[str, torch.Tensor]()
 
-    def note(name: str, args: Any, given: Any) -> None:
-        inputs[name] = args[0] if args else given["input"]
+    def note(name: str, args: Any, keywords: Any) -> None:
+        inputs[name] = args[0] if args else keywords["input"]
 
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for path, (name, *_) in shell.linears(kind).items():
             layer = module.get_submodule(path)
-            hook = layer.register_forward_pre_hook(lambda _, args, given, name=name: note(name, args, given), with_kwargs=True)
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, keywords, name=name: note(name, args, keywords), with_kwargs=True
+            )
             stack.callback(hook.remove)
         args, kwargs = call.arguments(x, tuple(each.detach() for each in call.tensors))
         output = torch.func.functional_call(module, dict(weights), args, kwargs)
@@ -302,9 +311,10 @@ def _random_window(length: int, width: int) -> torch.Tensor:
 
 
 def _random_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Random parameters that take little memory: each is a window that slides over a row of random numbers.
+    """Random parameters that take little memory.
 
-    Buffers stay as they are where the configuration gave them values: a block may rely on their order.
+    Each is a window that slides over a row of random numbers. Buffers stay as they are where the configuration gave them
+    values: a block may rely on their order.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -313,8 +323,8 @@ def _random_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         row = 1 + 0.1 * row if len(shape) < 2 else row / max(shape) ** 0.5
         return row.as_strided(tuple(shape), (1,) * len(shape))
 
-    given = {name: tensor for name, tensor in module.named_buffers() if tensor.any()}
-    return {name: given[name] if name in given else made(tensor.shape) for name, tensor in stored(module).items()}
+    buffers = {name: tensor for name, tensor in module.named_buffers() if tensor.any()}
+    return {name: buffers[name] if name in buffers else made(tensor.shape) for name, tensor in stored(module).items()}
 
 
 def _note(shell: Shell, kinds: Sequence[int], linears: Sequence[str]) -> str:
@@ -332,8 +342,8 @@ def _ignored(shell: Shell) -> dict[str, str]:
     """What a checkpoint may hold, see ``Family.ignored``."""
     rules = [f"(.*){rule}(.*)" for rule in shell.model._keys_to_ignore_on_load_unexpected or ()]
     rules += [rf"(.*\.)?{re.escape(name)}" for name in computed(shell.model)]
-    found = dict.fromkeys(rules, "transformers does not read it either: it follows from the configuration")
+    reasons = dict.fromkeys(rules, "transformers does not read it either: it follows from the configuration")
     copies = [name for name in shell.model.all_tied_weights_keys if not name.startswith(f"{shell.path}.")]
-    return found | {
+    return reasons | {
         re.escape(shell.stored_as(name)): "a stored copy of a tied tensor, which the model reads instead" for name in copies
     }

@@ -1,4 +1,7 @@
-"""How a checkpoint holds the parameters of a module of torch: transformers renames and joins tensors when it loads them."""
+"""How a checkpoint holds the parameters of a module of torch.
+
+``transformers`` renames and joins tensors when it loads them.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,7 +28,7 @@ class Joined(NamedTuple):
 
     @property
     def experts(self) -> int | None:
-        """How many experts have tensors of their own; None for a parameter of no experts."""
+        """How many experts have tensors of their own; None without experts."""
         return self.shape[0] if self.stack.axes else None
 
     def members(self) -> list[str]:
@@ -38,14 +41,14 @@ class Joined(NamedTuple):
         each = (first // len(self.stack.parts), *rest) if self.shape else ()
         return dict.fromkeys(self.members(), each)
 
-    def split(self, whole: Any) -> dict[str, Any]:
+    def split(self, array: Any) -> dict[str, Any]:
         """The tensors of a numpy array."""
-        return {self.stack.parts[0]: whole} if not self.shape else dict(zip(self.members(), self.stack.split(whole), strict=True))
+        return {self.stack.parts[0]: array} if not self.shape else dict(zip(self.members(), self.stack.split(array), strict=True))
 
     def joined(self, arrays: Mapping[str, Array]) -> Array:
         """The parameter."""
-        whole: Array = self.stack.joined(jnp.stack([arrays[name] for name in self.members()])).reshape(self.shape)
-        return whole
+        parameter: Array = self.stack.joined(jnp.stack([arrays[name] for name in self.members()])).reshape(self.shape)
+        return parameter
 
 
 class Names:
@@ -69,9 +72,9 @@ class Names:
           ValueError: it is a part of a tensor, or has other numbers than its tensors.
         """
         parts = self._renamed(self._parts(name))
-        for whole, stack in self._stacks.items():
-            if parts[0].endswith(f".{whole}"):
-                return stack.behind(parts[0].removesuffix(whole))
+        for tensor, stack in self._stacks.items():
+            if parts[0].endswith(f".{tensor}"):
+                return stack.behind(parts[0].removesuffix(tensor))
         return Stack(parts, turned=False)
 
     def _parts(self, name: str) -> tuple[str, ...]:

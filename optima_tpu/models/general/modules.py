@@ -1,4 +1,4 @@
-"""The module of a ``transformers`` model: made without its weights, its list of blocks, and what is in one."""
+"""A ``transformers`` model without weights, its blocks and their modules."""
 
 import contextlib
 import copy
@@ -16,26 +16,27 @@ LAYERS = (torch.nn.Linear, Conv1D)
 
 
 def multiplies(layer: Any) -> bool:
-    """Whether a module computes what ``torch.nn.Linear`` does, from which its class may be derived, or ``Conv1D``."""
+    """Whether a module is a ``Conv1D`` or computes what a ``Linear`` does."""
     if not isinstance(layer, LAYERS) or type(layer) in LAYERS:
         return isinstance(layer, LAYERS)
-    held = {name: torch.rand(parameter.shape) for name, parameter in layer.named_parameters()}
+    weights = {name: torch.rand(parameter.shape) for name, parameter in layer.named_parameters()}
     x = torch.rand((1, layer.weight.shape[1]))
     try:
-        given = torch.func.functional_call(layer, held, (x,))
+        output = torch.func.functional_call(layer, weights, (x,))
     except Exception:  # the code of any model
         return False
-    expected = torch.nn.functional.linear(x, held["weight"], held.get("bias"))
-    return isinstance(given, torch.Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-4)
+    expected = torch.nn.functional.linear(x, weights["weight"], weights.get("bias"))
+    return isinstance(output, torch.Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-4)
 
 
 def experts_of(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules of a block that hold all experts of a mixture, by their path in it: those of transformers' experts interface."""
+    """The modules of a block that hold all experts of a mixture, by path."""
+    # Modules of transformers' experts interface have this attribute.
     return {name: module for name, module in block.named_modules() if hasattr(module, "is_concatenated")}
 
 
 def stored(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a module that a checkpoint holds, by name: parameters, and buffers that do not follow from the configuration."""
+    """The tensors of a module that a checkpoint holds, by name."""
     return {
         **dict(module.named_parameters()),
         **{name: each for name, each in module.named_buffers() if name not in computed(module)},
@@ -54,7 +55,10 @@ def refusal(name: str, why: str) -> UserError:
 
 
 def without_weights(name: str, config: Any) -> Any:
-    """The model of a class: its blocks on the meta device, the other parameters as zeros that take no memory."""
+    """Makes the model of a class without its weights.
+
+    Its blocks are on the meta device, the other parameters are zeros that take no memory.
+    """
     made = getattr(transformers, name, None)
     if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
         raise UserError(

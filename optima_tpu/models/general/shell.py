@@ -1,6 +1,7 @@
-"""A model of ``transformers`` without its weights: where its blocks stand, what surrounds them, and what it gives to each.
+"""A model of ``transformers`` without its weights.
 
-All parameters of the blocks stay on the meta device. The other parameters are zeros that take no memory.
+It says where its blocks stand, what surrounds them, and what it gives to each. All parameters of the blocks stay on the meta
+device. The other parameters are zeros that take no memory.
 """
 
 import collections
@@ -26,30 +27,33 @@ class BlockCall(NamedTuple):
 
     Attributes:
       tensors: the arguments that are tensors, apart from the hidden states.
-      places: their positions among ``leaves``.
-      hidden: the position of the hidden states.
+      indices: their indices among ``leaves``.
+      hidden: the index of the hidden states.
       leaves: all arguments, flat, with None in the place of a tensor.
       spec: how the leaves become arguments again.
       inner: the shape of the hidden states of one token.
     """
 
     tensors: tuple[torch.Tensor, ...]
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     hidden: int
     leaves: tuple[Any, ...]
     spec: Any
     inner: tuple[int, ...]
 
     def arguments(self, hidden: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, Any]:
-        """(args, kwargs) of the block, for hidden states [windows, length, width]."""
+        """(args, kwargs) of the block for [windows, length, width] states."""
         leaves, hidden = list(self.leaves), hidden.reshape(*hidden.shape[:2], *self.inner)
-        for place, tensor in zip((self.hidden, *self.places), (hidden, *tensors), strict=True):
-            leaves[place] = tensor
+        for index, tensor in zip((self.hidden, *self.indices), (hidden, *tensors), strict=True):
+            leaves[index] = tensor
         return _pytree.tree_unflatten(leaves, self.spec)
 
 
 class Logits(NamedTuple):
-    """What a model makes of the products with its head: ``cap tanh(scale x / cap)``, or ``scale x`` where the cap is None."""
+    """The logits of products x with the head: ``cap tanh(scale x / cap)``.
+
+    They are ``scale x`` where the cap is None.
+    """
 
     scale: float
     cap: float | None
@@ -116,10 +120,10 @@ class Shell:
         Raises:
           UserError: transformers makes the parameter of several tensors.
         """
-        (found, *others) = self._stack(name).parts
-        if others or "*" in found:
+        (stored_name, *others) = self._stack(name).parts
+        if others or "*" in stored_name:
             raise self.refusal(f"its {name} is made of several tensors of a checkpoint")
-        return found
+        return stored_name
 
     def _stack(self, name: str) -> Stack:
         try:
@@ -128,15 +132,19 @@ class Shell:
             raise self.refusal(f"a checkpoint holds its {name} as a part of a tensor, or in another order") from error
 
     def _layers(self) -> str:
-        """What the names in a block begin with in a checkpoint, with ``{}`` for its number."""
+        """The prefix of a block's stored names, with ``{}`` for its number."""
         first = self._stack(f"{self.path}.0.{next(iter(stored(self.blocks[0])))}").parts[0]
-        before, found, _ = first.partition(".0.")
-        if not found:
+        before, separator, _ = first.partition(".0.")
+        if not separator:
             raise self.refusal(f"the names of its blocks have no number in a checkpoint: {first}")
         return before + ".{}."
 
     def kept(self, index: int) -> dict[str, Joined]:
-        """For each parameter of a block, by its name in the block, what a checkpoint holds; names behind the block's prefix.
+        """What a checkpoint holds for each parameter of a block, by name.
+
+        Keys are names in the block; stored names come without the block's prefix.
+
+        The names are those in the block, and in the checkpoint those behind the block's prefix.
 
         Raises:
           UserError: the checkpoint holds something else than this program knows.
@@ -146,23 +154,23 @@ class Shell:
         return self._kept[index]
 
     def _find_kept(self, index: int) -> dict[str, Joined]:
-        prefix, found = self.layers.format(index), dict[str, Joined]()
+        prefix, kept = self.layers.format(index), dict[str, Joined]()
         for name, tensor in stored(self.blocks[index]).items():
             stack = self._stack(f"{self.path}.{index}.{name}")
             if strange := next((part for part in stack.parts if not part.startswith(prefix)), None):
                 raise self.refusal(f"its {self.path}.{index}.{name} is called {strange} in a checkpoint")
-            found[name] = Joined(
+            kept[name] = Joined(
                 Stack(tuple(part.removeprefix(prefix) for part in stack.parts), stack.turned), tuple(tensor.shape)
             )
-        return found
+        return kept
 
     def linears(self, index: int) -> dict[str, tuple[str, ...]]:
-        """The layers of a block that are pruned, by their path in the module: their names in a checkpoint.
+        """A block's pruned layers: path in the module -> names as stored.
 
         A module may be several matrices of a checkpoint, one behind the other along the outputs.
         """
         kept = self.kept(index)
-        found: dict[str, tuple[str, ...]] = {}
+        layers: dict[str, tuple[str, ...]] = {}
         for path, layer in self.blocks[index].named_modules():
             if type(layer) not in self._multiply:
                 continue
@@ -170,11 +178,11 @@ class Shell:
             names = tuple(part.removesuffix(".weight") for part in weight.stack.parts)
             matrices = [f"{name}.weight" for name in names] == weight.members()
             if matrices and path not in self.dense[index] and not self._routes(index, path):
-                found[path] = names
-        return found
+                layers[path] = names
+        return layers
 
     def _routes(self, index: int, path: str) -> bool:
-        """Whether a layer is a router of experts, or a gate of one output: as small as they matter."""
+        """Whether a layer is a router of experts, or a gate of one output."""
         outputs = sum(first for first, _ in self.kept(index)[f"{path}.weight"].shapes().values())
         mixtures = {name.rpartition(".")[0]: module.num_experts for name, module in experts_of(self.blocks[index]).items()}
         inside = (experts for name, experts in mixtures.items() if "router" in path or (name and path.startswith(f"{name}.")))
@@ -193,11 +201,11 @@ class Shell:
         return prefix if all(name.startswith(prefix) for name in names) else ""
 
     def outer(self, name: str) -> str:
-        """The name of a parameter behind or before the blocks in a checkpoint, after the root."""
+        """The stored name, after the root, of a parameter outside blocks."""
         return self.stored_as(name).removeprefix(self.root)
 
     def catch(self, length: int) -> tuple[BlockCall, ...]:
-        """What the model gives to each of its blocks for a window of this length, in float32. No block runs."""
+        """What each block gets for a window of ``length``; no block runs."""
         if length not in self._caught:
             if len(self._caught) == _LENGTHS:
                 del self._caught[next(iter(self._caught))]
@@ -206,14 +214,14 @@ class Shell:
 
     @functools.cached_property
     def follows(self) -> tuple[tuple[bool, ...], ...]:
-        """For each block, which of ``BlockCall.tensors`` have the dtype of the hidden states."""
+        """For each block, which call tensors follow the states' dtype."""
         parameters = self.model.named_parameters(remove_duplicate=False)
         narrow = {name: each.to(torch.bfloat16) for name, each in parameters if not name.startswith(f"{self.path}.")}
         calls = zip(self.catch(2), self._catch(2, narrow), strict=True)
         return tuple(tuple(a.dtype != b.dtype for a, b in zip(wide.tensors, other.tensors, strict=True)) for wide, other in calls)
 
     def shapes(self, index: int) -> dict[str, Shape]:
-        """The shapes of what a checkpoint holds of a block; the weight of each layer that is pruned is [d_out, d_in]."""
+        """Stored shapes of a block's parameters; layers are [d_out, d_in]."""
         return {name: shape for kept in self.kept(index).values() for name, shape in kept.shapes().items()}
 
     def _catch(self, length: int, parameters: Mapping[str, torch.Tensor] = {}) -> tuple[BlockCall, ...]:
@@ -243,7 +251,7 @@ class Shell:
         return tuple(calls)
 
     def entering(self, tokens: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The hidden states of the first block for tokens [windows, length], from the parameters that come before it."""
+        """The hidden states that the first block gets for ``tokens``."""
         caught: list[torch.Tensor] = []
 
         def instead(index: int, args: Any, kwargs: Any) -> Any:
@@ -256,9 +264,9 @@ class Shell:
     def run(
         self, tokens: torch.Tensor, instead: Callable[[int, Any, Any], Any], parameters: Mapping[str, torch.Tensor] = {}
     ) -> Any:
-        """The model's output for tokens [windows, length], with ``instead(index, args, kwargs)`` in the place of each block.
+        """The model's output, with ``instead`` in the place of each block.
 
-        None if that raised ``_Stop``.
+        Tokens are [windows, length]. Calls ``instead(index, args, kwargs)``; returns None if that raised ``_Stop``.
         """
         following = itertools.count()
 
@@ -271,9 +279,9 @@ class Shell:
             for index, block in enumerate(self.blocks):
                 stack.enter_context(replaced(block, lambda *args, index=index, **kwargs: once(index, args, kwargs)))
             # With its buffers, which then are afterwards what they were: a model may turn them into the dtype of its weights.
-            given = {**dict(self.model.named_buffers()), **parameters}
+            tensors = {**dict(self.model.named_buffers()), **parameters}
             try:
-                return torch.func.functional_call(self.model, given, (), {"input_ids": tokens, "use_cache": False})
+                return torch.func.functional_call(self.model, tensors, (), {"input_ids": tokens, "use_cache": False})
             except _Stop:
                 return None
             except UserError:
@@ -283,18 +291,18 @@ class Shell:
 
     def _call(self, index: int, args: Any, kwargs: Any, hidden: torch.Tensor) -> BlockCall:
         leaves, spec = _pytree.tree_flatten((args, kwargs))
-        place = next(at for at, leaf in enumerate(leaves) if leaf is hidden)
-        places = tuple(at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and at != place)
-        for at in places:
+        hidden_index = next(at for at, leaf in enumerate(leaves) if leaf is hidden)
+        indices = tuple(at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and at != hidden_index)
+        for at in indices:
             if leaves[at].is_meta:
                 raise self.refusal(f"its block {index} reads what an earlier block returned beside the hidden states")
             if leaves[at].requires_grad:
                 raise self.refusal(f"its block {index} reads weights or embeddings of the model beside the hidden states")
         rest = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        return BlockCall(tuple(leaves[at] for at in places), places, place, rest, spec, tuple(hidden.shape[2:]))
+        return BlockCall(tuple(leaves[at] for at in indices), indices, hidden_index, rest, spec, tuple(hidden.shape[2:]))
 
     def _returns(self, index: int, args: Any, kwargs: Any) -> Any:
-        """What a block returns behind the hidden states, on the meta device; None where it returns these alone."""
+        """What a block returns behind the hidden states, on meta, or None."""
         block = self.blocks[index]
         buffers = {name: buffer.to("meta") for name, buffer in block.named_buffers()}
         args, kwargs = _pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
@@ -323,7 +331,7 @@ class Shell:
         parameters: Mapping[str, torch.Tensor] = {},
         computing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> torch.Tensor:
-        """What the head reads of hidden states [tokens, width] behind the last block.
+        """What the head reads of states [tokens, width] behind the last block.
 
         Args:
           parameters: those that stand behind the last block.
@@ -347,7 +355,10 @@ class Shell:
         parameters: Mapping[str, torch.Tensor] = {},
         computing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Any:
-        """The model's output for hidden states [tokens, width] behind the last block; each token is a window of its own."""
+        """The model's output for hidden states behind the last block.
+
+        They are [tokens, width]; each token is a window of its own.
+        """
         with contextlib.ExitStack() as stack:
 
             def instead(index: int, args: Any, kwargs: Any) -> Any:
@@ -359,7 +370,7 @@ class Shell:
             return self.run(torch.zeros((len(hidden), 1), dtype=torch.long), instead, parameters)
 
     def _behind_and_nowhere(self, outer: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Those of these parameters that stand between the last block and the head, and those that nothing comes from."""
+        """Which parameters stand behind the last block, and which are idle."""
         parameters = [self.model.get_parameter(name) for name in outer]
         hidden = self.leaving(torch.randn((2, self.width), requires_grad=True)), self.entering(torch.arange(2)[None], {})
         if not all(each.requires_grad for each in hidden):
@@ -377,7 +388,7 @@ class Shell:
         return tuple(sorted(behind)), tuple(sorted({*outer} - behind - before))
 
     def _logits(self) -> Logits:
-        """Found by giving values to what comes behind the head: none of it has weights."""
+        """Measures the scale and cap of logits with a few values."""
         values = torch.tensor([1e-3, -1e-3, 0.5, -2.0, 30.0, 1e3, 1e30, -1e30])
 
         def head(x: torch.Tensor) -> torch.Tensor:
@@ -385,12 +396,12 @@ class Shell:
 
         with replaced(self._head, head):
             made = self._behind(torch.zeros((1, self.width)))
-        found = made.logits[0, -1, : len(values)].detach().float()
-        scale = float(found[0] / values[0])
-        capped = bool(found[6].abs() < 1e6)
-        cap = float(found[6].abs()) if capped else None
+        outputs = made.logits[0, -1, : len(values)].detach().float()
+        scale = float(outputs[0] / values[0])
+        capped = bool(outputs[6].abs() < 1e6)
+        cap = float(outputs[6].abs()) if capped else None
         expected = cap * torch.tanh(scale * values / cap) if cap else scale * values
-        if made.logits.shape[-1] != self._head.out_features or not torch.allclose(found, expected, rtol=1e-4):
+        if made.logits.shape[-1] != self._head.out_features or not torch.allclose(outputs, expected, rtol=1e-4):
             raise self.refusal("it computes something else behind its head than a factor and a soft cap")
         return Logits(1.0 if abs(scale - 1) < 1e-4 else scale, cap)
 
