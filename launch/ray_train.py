@@ -1,4 +1,6 @@
-"""Starts one run on a Ray cluster: Ray's JaxTrainer joins one process per TPU host or GPU, and this package prunes in them.
+"""Starts one run on a Ray cluster, a process for each TPU host or GPU.
+
+Ray's JaxTrainer starts and joins the processes, and each of them calls optima_tpu.launch.
 
     python launch/ray_train.py --tpu 4x4 --accelerator TPU-V6E --workers 4 -- --model meta-llama/Llama-3.1-8B --output gs://BUCKET/run
     python launch/ray_train.py --gpu --workers 8 -- --model meta-llama/Llama-3.1-8B --mesh 4x2 --output /shared/run
@@ -20,7 +22,7 @@ AGAIN = (1, 69, 75)
 
 
 def prune(config: dict[str, Any]) -> int:
-    """What every process does. Ray has joined them before."""
+    """Runs optima_tpu.launch in one process. Ray has joined the processes."""
     from optima_tpu.launch import main
 
     status = main(config["arguments"])
@@ -30,18 +32,18 @@ def prune(config: dict[str, Any]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    command_line = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], usage="%(prog)s [options] -- [settings of a run]"
     )
-    found.add_argument("--workers", type=int, default=1, help="processes: TPU hosts, or GPUs")
-    found.add_argument("--tpu", metavar="TOPOLOGY", help="a TPU slice, such as 4x4")
-    found.add_argument("--accelerator", help="Ray's name of the chips, such as TPU-V6E; needed with --tpu")
-    found.add_argument("--chips", type=int, default=4, help="chips of a TPU host")
-    found.add_argument("--gpu", action="store_true", help="one GPU in each process")
-    found.add_argument("--restarts", type=int, default=-1, help="restarts after lost nodes and faults; -1: without limit")
-    found.add_argument("--name", default="optima", help="of the job")
-    found.add_argument("arguments", nargs="*", help="settings of the run, behind --")
-    return found
+    command_line.add_argument("--workers", type=int, default=1, help="processes: TPU hosts, or GPUs")
+    command_line.add_argument("--tpu", metavar="TOPOLOGY", help="a TPU slice, such as 4x4")
+    command_line.add_argument("--accelerator", help="Ray's name of the chips, such as TPU-V6E; needed with --tpu")
+    command_line.add_argument("--chips", type=int, default=4, help="chips of a TPU host")
+    command_line.add_argument("--gpu", action="store_true", help="one GPU in each process")
+    command_line.add_argument("--restarts", type=int, default=-1, help="restarts after lost nodes and faults; -1: without limit")
+    command_line.add_argument("--name", default="optima", help="of the job")
+    command_line.add_argument("arguments", nargs="*", help="settings of the run, behind --")
+    return command_line
 
 
 def trainer(options: argparse.Namespace) -> Any:

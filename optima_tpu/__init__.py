@@ -1,4 +1,4 @@
-"""One-shot pruning of language models with certified row solves, on a mesh of devices.
+"""One-shot pruning of language models with certified row solves.
 
 The rooms of the package. Each imports only rooms above it in this list:
 

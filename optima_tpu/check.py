@@ -1,4 +1,4 @@
-"""The command line that compares a model here with torch: ``python -m optima_tpu.check MODEL``."""
+"""Command line that compares a model with torch: ``optima_tpu.check``."""
 
 import argparse
 import functools
@@ -42,12 +42,12 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Prints how far each way is from torch. Returns 0 if one of them agrees with it."""
+    """Prints how far each way is from torch. Returns 0 if one way agrees."""
     from optima_tpu.models.general import checked
 
-    found = checked(chosen.model, chosen.length)
-    print("\n".join(found.lines))
-    return 0 if found.agrees else 1
+    agreement = checked(chosen.model, chosen.length)
+    print("\n".join(agreement.lines))
+    return 0 if agreement.agrees else 1
 
 
 main = functools.partial(command.main, "check")

@@ -23,7 +23,7 @@ To begin:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command of this package. Returns its exit status, or 2 for an unknown command."""
+    """Runs a command and returns its exit status, 2 for an unknown command."""
     if argv is None:  # the process is this command's own
         signals.listen()
     words = list(sys.argv[1:] if argv is None else argv)

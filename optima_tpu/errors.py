@@ -1,4 +1,4 @@
-"""The exception for mistakes that the user can correct, and one-line texts of other exceptions."""
+"""The exception for a user's mistakes, and texts for messages."""
 
 import contextlib
 import difflib
@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
-    """A problem that the user can act on, in one line: what was expected, what came, what to do.
+    """A problem that the user can act on, as a message of one line.
+
+    The message says what was expected, what came, and what to do.
 
     The command line prints the message alone, without a traceback, and exits with status 2. Any other exception is a defect
     of this program and keeps its traceback.
@@ -15,9 +17,10 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def panics_refused(message: str) -> Iterator[None]:
-    """Raises UserError where a library in Rust panics, as ``tokenizers`` does when a regular expression of a file blows up.
+    """Raises UserError where a library written in Rust panics.
 
-    Such an exception is no ``Exception``, so what catches those lets it pass. Its class cannot be imported, only its module is fixed.
+    ``tokenizers`` panics when a regular expression of a file blows up. A panic is no ``Exception``, so ``except Exception``
+    does not catch it. The class of a panic cannot be imported, and only the name of its module is fixed.
 
     Args:
       message: says which file the library read, and what to do.
@@ -32,7 +35,7 @@ def panics_refused(message: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusing(kinds: type[Exception] | tuple[type[Exception], ...], what: str, remedy: str = "") -> Iterator[None]:
-    """Raises UserError where a library fails with one of ``kinds``; a UserError passes as it is.
+    """Turns exceptions of ``kinds`` into a UserError; a UserError passes.
 
     Args:
       what: the message, or its beginning.
@@ -47,12 +50,12 @@ def refusing(kinds: type[Exception] | tuple[type[Exception], ...], what: str, re
 
 
 @contextlib.contextmanager
-def naming(place: object) -> Iterator[None]:
-    """Puts the name of a file, setting or layer before the message of a UserError: "PLACE: MESSAGE"."""
+def naming(name: object) -> Iterator[None]:
+    """Puts a name, such as a file's, before the message of a UserError."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def some(names: Iterable[str], count: int = 4) -> str:
@@ -62,13 +65,16 @@ def some(names: Iterable[str], count: int = 4) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 row", "2 rows", "1,234 matrices", "3 passes". Every count that may be 1 goes through this function."""
+    """ "1 row", "2 rows", "1,234 matrices", "3 passes".
+
+    Every count that may be 1 goes through this function.
+    """
     endings = {"s": "ses", "x": "ces"}
     return f"{count:,} {noun if count == 1 else noun[:-1] + endings.get(noun[-1], f'{noun[-1]}s')}"
 
 
 def did_you_mean(got: object, known: Iterable[str], before: str = "", cutoff: float = 0.6) -> str:
-    """ "; did you mean sparsegpt?" for the misspelling of a known name, in any case; empty if no name is near.
+    """ "; did you mean sparsegpt?", ignoring case; empty if no name is near.
 
     Args:
       before: what stands before the name, such as "optima ".
@@ -80,11 +86,14 @@ def did_you_mean(got: object, known: Iterable[str], before: str = "", cutoff: fl
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception in one line of at most 400 characters; the name of its class if the message is empty."""
+    """The message of an exception in one line, or the name of its class."""
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def legible(text: str, most: int = 2000) -> str:
-    """A text in one line: control characters as escapes, such as ``\\n`` and ``\\x1b``, and its middle left out if it is long."""
+    """A text in one line, its control characters escaped, its middle cut.
+
+    An escape is such as ``\\n`` or ``\\x1b``. Only a text of more than ``most`` characters loses its middle.
+    """
     text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

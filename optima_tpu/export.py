@@ -84,8 +84,8 @@ def run(chosen: argparse.Namespace) -> None:
     from optima_tpu.report.file import weights_on_disk
     from optima_tpu.runtime.files import left_over
 
-    if told := left_over(as_path(chosen.out)):
-        print(told)
+    if message := left_over(as_path(chosen.out)):
+        print(message)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
     options = forms.Options(chosen.max_shard_size, chosen.scan_layers)
@@ -95,8 +95,8 @@ def run(chosen: argparse.Namespace) -> None:
     if not outcome.anew:
         return
     print(f"wrote {chosen.out}")
-    if told := forms.FORMS[chosen.form].next:
-        print(told.replace("FOLDER", str(as_path(chosen.out).absolute())))
+    if next_step := forms.FORMS[chosen.form].next:
+        print(next_step.replace("FOLDER", str(as_path(chosen.out).absolute())))
     if chosen.form == forms.PackedForm.name:
         print(sizes(Packed(Path(chosen.out))))
     elif forms.FORMS[chosen.form].compact:
@@ -104,7 +104,7 @@ def run(chosen: argparse.Namespace) -> None:
 
 
 def _alone_in_run(run: Path, out: Path) -> contextlib.AbstractContextManager[None]:
-    """Keeps the run's own command away from its hf/ while that is exported by hand."""
+    """Locks the run directory while its own folder hf/ is written."""
     from optima_tpu.models.checkpoints.export import FOLDER
     from optima_tpu.runtime.files import only_program
 
@@ -112,12 +112,12 @@ def _alone_in_run(run: Path, out: Path) -> contextlib.AbstractContextManager[Non
 
 
 def _weight_files(form: str, plain: int, small: int) -> str:
-    """What the files of weights take in bytes, plain and in a form."""
+    """The bytes of the weight files in words, plain and in a form."""
     return f"weight files: plain {plain:,} bytes, {form} {small:,} ({small / plain:.3f} of the plain)"
 
 
 def sizes(packed: "Packed") -> str:
-    """What the files of weights take, plain and packed, in bytes; and in bits a weight the matrices with masks of their own."""
+    """The weight files in bytes, and the masked matrices in bits a weight."""
     plain, small = packed.unpacked_bytes, packed.packed_bytes
     files = _weight_files("packed", plain, small)
     if not packed.masks:
@@ -125,7 +125,8 @@ def sizes(packed: "Packed") -> str:
     pruned = [packed.tensors[name] for name in packed.masks]
     weights = sum(math.prod(tensor.shape) for tensor in pruned)
     before, after = (
-        8 * sum(found) / weights for found in ((tensor.nbytes for tensor in pruned), (sum(tensor.parts) for tensor in pruned))
+        8 * sum(byte_counts) / weights
+        for byte_counts in ((tensor.nbytes for tensor in pruned), (sum(tensor.parts) for tensor in pruned))
     )
     return f"{files}\npruned matrices: {weights:,} weights; bits a weight: plain {before:.2f}, packed {after:.2f}"
 

@@ -1,4 +1,4 @@
-"""The figures of the paper from finished runs: ``python -m optima_tpu.figures``.
+"""Draws the paper's figures from finished runs: ``optima_tpu.figures``.
 
 layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: every layer's error after the update over its error before
 windows SWEEP -o windows.png                       its Figure 3: perplexity against calibration windows
@@ -19,14 +19,14 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Path]:
-    """The arguments, and the path of the figure. Raises UserError if one of them is wrong."""
+    """The arguments and the figure's path. Refuses a wrong argument."""
     chosen = make_parser().parse_args(arguments)
     return chosen, check_output(chosen.output)
 
 
-def run(asked: tuple[argparse.Namespace, Path]) -> None:
+def run(request: tuple[argparse.Namespace, Path]) -> None:
     """Draws the figure, and prints where it is."""
-    chosen, path = asked
+    chosen, path = request
     from optima_tpu.report import curves, figures  # matplotlib is slow, and --help and errors need not wait
 
     refuse_foreign(path, curves.is_figure, chosen.force)
@@ -44,7 +44,7 @@ def run(asked: tuple[argparse.Namespace, Path]) -> None:
 
 
 def check_output(path: str | Path) -> Path:
-    """Checks that a figure can be written to ``path``, and returns it as a ``Path``.
+    """Checks that a figure can be written to ``path``, and returns ``path``.
 
     Raises:
       UserError: the folder is missing, or the suffix is not one of .png, .svg and .pdf.

@@ -1,8 +1,8 @@
-"""The command line: ``python -m optima_tpu.launch``, or ``optima prune``. ``optima_tpu.pipeline.run`` does the work.
+"""The command line ``optima prune``, or ``python -m optima_tpu.launch``.
 
-:mod:`optima_tpu.runtime.program` lists the commands. :func:`optima_tpu.runtime.command.main` turns signals and errors into an exit status.
-:mod:`optima_tpu.runtime.light` reads the arguments without the libraries of a run first, so that a mistake is told at once; then
-:func:`run` takes the devices, and calls ``pipeline.run.run``.
+:mod:`optima_tpu.runtime.program` lists the commands. :func:`optima_tpu.runtime.command.main` turns signals and errors into an
+exit status. First :mod:`optima_tpu.runtime.light` reads the arguments without the libraries of a run, and prints a mistake at
+once. Then :func:`run` takes the devices and calls ``pipeline.run.run``, which does the work.
 """
 
 import functools
@@ -37,7 +37,7 @@ def run(config: "RunConfig | RecoverConfig", work: str = "optima_tpu.pipeline.ru
 
 
 def draw_page(directory: Path) -> None:
-    """Writes report.html. A run is finished even if its page can't be drawn."""
+    """Writes report.html, or prints why the page cannot be drawn."""
     from optima_tpu.report.page import PAGE, write_page  # matplotlib is slow, and --help and errors need not wait for it
 
     path = directory / PAGE

@@ -50,7 +50,7 @@ class AskedPlan(NamedTuple):
 
 
 def _chooses(setting: str, words: Sequence[str]) -> bool:
-    """Whether a command line chooses a method of a setting, or names a file that may."""
+    """Whether a command line chooses a method, or names a file that may."""
     options = {word.partition("=")[0] for word in words}
     return bool(options & {f"--{setting}", f"--{setting}.name", "--config"})
 
@@ -87,9 +87,9 @@ def read(argv: Sequence[str]) -> AskedPlan:
     return AskedPlan(options, config)
 
 
-def run(asked: AskedPlan) -> int:
-    """Makes the plan and prints it. Returns 1 if something does not fit, else 0."""
-    options, config = asked
+def run(request: AskedPlan) -> int:
+    """Makes the plan and prints it. Returns 1 if something does not fit."""
+    options, config = request
     import jax
 
     from optima_tpu.report.progress import Terminal
@@ -117,7 +117,7 @@ def run(asked: AskedPlan) -> int:
 
 
 def _made(options: argparse.Namespace, config: "RunConfig", console: "Console") -> "Plan":
-    """The plan of a command whose devices are known. Prints what is planned, and each compilation before it begins."""
+    """Makes the plan; prints what is planned and each compilation."""
     from optima_tpu.pipeline.inputs import on_model
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan

@@ -1,4 +1,4 @@
-"""The command line that publishes a pruned model: ``python -m optima_tpu.push RUN ORG/NAME``."""
+"""The command line that publishes a pruned model: ``optima_tpu.push``."""
 
 import argparse
 import functools
@@ -101,14 +101,14 @@ def push(files: Mapping[str, Path], repository: str, api: "HfApi", ask: Callable
     check_repository(repository)
     total = _list(files)
     try:
-        there = api.repo_exists(repository)
-        old = [name for name in api.list_repo_files(repository) if _WEIGHTS.search(name) and name not in files] if there else []
-        what = "adds a commit to it" if there else f"makes it {_seen(public)}"
+        exists = api.repo_exists(repository)
+        old = [name for name in api.list_repo_files(repository) if _WEIGHTS.search(name) and name not in files] if exists else []
+        what = "adds a commit to it" if exists else f"makes it {_seen(public)}"
         if old:
             what += f" and deletes its {', '.join(old)}"
         if not ask(f"publish {plural(len(files), 'file')}, {total}, as {repository}, which {what}?"):
             raise UserError("nothing was published: expected yes, got another answer; --yes answers beforehand")
-        if not there:
+        if not exists:
             api.create_repo(repository, private=not public)
         operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in old),
@@ -193,10 +193,10 @@ def _private(file: Path, run: Path) -> str:
     """What in a file belongs to the user; empty if nothing does."""
     text = file.read_text(encoding="utf-8", errors="replace")
     token = _TOKEN.search(text)
-    mine = [str(place) for place in (Path.home(), Path.cwd(), run.resolve()) if len(place.parts) > 2]
-    found = next((place for place in mine if place in text), None) or (match[0] if (match := _PATH.search(text)) else "")
-    told = [f"what looks like a token ({token[0][:6]}...)"] if token else []
-    return " and ".join(told + ([f"the path {found}"] if found else []))
+    own_paths = [str(path) for path in (Path.home(), Path.cwd(), run.resolve()) if len(path.parts) > 2]
+    private_path = next((path for path in own_paths if path in text), None) or (match[0] if (match := _PATH.search(text)) else "")
+    reasons = [f"what looks like a token ({token[0][:6]}...)"] if token else []
+    return " and ".join(reasons + ([f"the path {private_path}"] if private_path else []))
 
 
 def _ask(question: str) -> bool:

@@ -1,4 +1,4 @@
-"""The command line of a recovery: ``python -m optima_tpu.recover MODEL --tokens N``."""
+"""The command line of a recovery: ``python -m optima_tpu.recover``."""
 
 import functools
 import sys

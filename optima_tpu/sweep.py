@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optima_tpu.pipeline.sweep.grid import CellGrid
 
 _PROGRAM = program("sweep")
-_TOLD = 8
+_PRINTED = 8
 """Unusual findings that the terminal lists; table.md has all of them."""
 
 
@@ -26,10 +26,10 @@ class AskedSweep(NamedTuple):
     """The cells that a command line asks for.
 
     Attributes:
-      options: the sweep's own.
-      settings: those of its runs.
+      options: the options of the sweep itself.
+      settings: the settings of its runs.
       grid: all cells.
-      cells: those that are run.
+      cells: the cells to run.
     """
 
     options: argparse.Namespace
@@ -53,9 +53,9 @@ def read(argv: Sequence[str]) -> AskedSweep:
     return AskedSweep(options, settings, grid, _chosen(grid, options.only))
 
 
-def run(asked: AskedSweep) -> int:
-    """Runs the cells, writes the tables and prints them. Returns 1 if cells failed, else 0."""
-    options, settings, grid, chosen = asked
+def run(request: AskedSweep) -> int:
+    """Runs the cells and writes their tables. Returns 1 if cells failed."""
+    options, settings, grid, chosen = request
     command.take_devices(grid.cells[0].config, alone=True)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
@@ -81,13 +81,13 @@ def run(asked: AskedSweep) -> int:
     table = layout(grid, sweep.results)
     show(console, plain_table(table.head, table.rows, table.names))
     remarks = sweep.remarks
-    more = [f"{len(remarks) - _TOLD} more in {files['table.md']}"] * (len(remarks) > _TOLD)
-    found = [
+    more = [f"{len(remarks) - _PRINTED} more in {files['table.md']}"] * (len(remarks) > _PRINTED)
+    lines = [
         *labelled("published", sweep.published),
-        *labelled("unusual", remarks[:_TOLD] + more),
+        *labelled("unusual", remarks[:_PRINTED] + more),
         *(f"failed  {line}" for line in failures),
     ]
-    say(console, "\n".join([table.caption, "", *found, *map(str, files.values())]))
+    say(console, "\n".join([table.caption, "", *lines, *map(str, files.values())]))
     return 1 if failures else 0
 
 
@@ -133,7 +133,7 @@ def make_parser() -> Parser:
 
 
 def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits the arguments into the sweep's own options and the settings of its runs."""
+    """Splits the arguments into options of the sweep and of its runs."""
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         got = f"{argv[0]}{parser.nearest(argv[0], 'FILE ')}" if argv else "nothing"
         raise UserError(f"expected the file of the sweep as first argument, got {got}; see {_PROGRAM} --help")

@@ -1,4 +1,4 @@
-"""The command line that unpacks a packed export: ``python -m optima_tpu.unpack PACKED OUT``."""
+"""The command line that unpacks a packed export: ``optima_tpu.unpack``."""
 
 import argparse
 import functools
@@ -33,15 +33,17 @@ def run(chosen: argparse.Namespace) -> None:
     """Unpacks a folder, and prints where to."""
     from optima_tpu.runtime.files import left_over
 
-    if told := left_over(as_path(chosen.out)):
-        print(told)
+    if message := left_over(as_path(chosen.out)):
+        print(message)
     unpack(chosen.packed, chosen.out)
     signals.ended(0)
     print(f"wrote {chosen.out}")
 
 
 def unpack(packed: str | Path, out: str | Path) -> None:
-    """Writes the plain folder. It gets its name only after everything in it has been written and flushed to disk.
+    """Writes the plain folder, which gets its name only when complete.
+
+    At that time everything in the folder has been flushed to disk.
 
     Raises:
       UserError: the packed folder is damaged, ``out`` is in use, one of them is in a bucket, or the disk is full.

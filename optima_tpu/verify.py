@@ -1,4 +1,4 @@
-"""The command line that compares checksums: ``python -m optima_tpu.verify FOLDER``."""
+"""The command line that compares checksums: ``optima_tpu.verify``."""
 
 import functools
 import sys
@@ -38,26 +38,26 @@ def read(arguments: Sequence[str]) -> Path:
 
 
 def run(folder: Path) -> int:
-    """Prints which files differ. Returns 0 if every file matches, 1 if one does not or is not listed."""
+    """Prints the files that differ. Returns 0 if all match and are listed."""
     start = time.monotonic()
-    found: Verified = lightly("optima_tpu.pipeline.repair:verified", folder)
-    for name, why in found.damaged.items():
+    result: Verified = lightly("optima_tpu.pipeline.repair:verified", folder)
+    for name, why in result.damaged.items():
         print(f"damaged: {folder / name} {why}")
-    for name in found.unlisted:
+    for name in result.unlisted:
         print(
             f"not listed: {folder / name} was added after the folder was written, and a program that loads the folder may read it"
         )
-    if found.left_over:
-        print(found.left_over)
+    if result.left_over:
+        print(result.left_over)
     seconds = max(time.monotonic() - start, 1e-3)
-    told = f"{len(found.damaged)} damaged" if found.damaged else "all match"
-    told += f", {len(found.unlisted)} not listed" if found.unlisted else ""
-    print(f"{plural(found.files, 'file')}, {found.size / 1e9:.2f} GB, {told} ({found.size / 1e9 / seconds:.2f} GB/s)")
-    if found.damaged:
-        print(f"to mend it: {found.remedy}")
-    if found.unlisted:
+    verdict = f"{len(result.damaged)} damaged" if result.damaged else "all match"
+    verdict += f", {len(result.unlisted)} not listed" if result.unlisted else ""
+    print(f"{plural(result.files, 'file')}, {result.size / 1e9:.2f} GB, {verdict} ({result.size / 1e9 / seconds:.2f} GB/s)")
+    if result.damaged:
+        print(f"to mend it: {result.remedy}")
+    if result.unlisted:
         print("remove the files that are not listed, unless you added them yourself")
-    return 1 if found.damaged or found.unlisted else 0
+    return 1 if result.damaged or result.unlisted else 0
 
 
 main = functools.partial(command.main, "verify")

@@ -1,1 +1,1 @@
-"""Output of a run: progress on the terminal, the summary, ``report.json`` and the page ``report.html``."""
+"""What a run prints and writes: progress, summary, report and page."""

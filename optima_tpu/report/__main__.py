@@ -1,4 +1,4 @@
-"""Command line of the report: ``python -m optima_tpu.report RUN [RUN ...]`` writes one page and prints a summary."""
+"""The command ``optima report``: writes one page, prints a summary."""
 
 import argparse
 import functools
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Path]:
-    """The arguments, and the path of the page. Raises UserError if one of them is wrong."""
+    """The arguments and the page's path. Refuses a wrong argument."""
     chosen = make_parser().parse_args(arguments)
     return chosen, output_path(chosen.runs, chosen.output)
 
 
-def run(asked: tuple[argparse.Namespace, Path]) -> None:
+def run(request: tuple[argparse.Namespace, Path]) -> None:
     """Writes the page, and prints what it says in short."""
-    chosen, path = asked
+    chosen, path = request
     from optima_tpu.report.page import is_page, write_page
     from optima_tpu.report.progress import Terminal, say
     from optima_tpu.report.summary import print_summary
@@ -45,7 +45,7 @@ def run(asked: tuple[argparse.Namespace, Path]) -> None:
 
 
 def output_path(runs: Sequence[str], output: str | None) -> Path:
-    """The path of the page: next to report.json for one run, in the working directory for several runs.
+    """The page's path: beside report.json, or ./report.html for several runs.
 
     Raises:
       UserError: ``output`` is a folder, or its folder does not exist.

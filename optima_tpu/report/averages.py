@@ -10,7 +10,7 @@ _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_bef
 
 
 def averages(results: Iterable[CellResult]) -> list[dict[str, Any]]:
-    """The fields of the table: averages over the seeds of each mask, update, pattern and number of windows.
+    """Averages over seeds for each mask, update, pattern and window count.
 
     ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`CellResult` has its mean over
     the finished seeds; the name with ``_spread`` has the sample standard deviation, None for fewer than two seeds.

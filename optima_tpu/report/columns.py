@@ -1,4 +1,7 @@
-"""The columns of tables on layers, of the terminal and of the page: one table. A row is a layer, or all layers of a kind."""
+"""The columns of tables on layers, for the terminal and the page.
+
+A row of a table is a layer, or all layers of a kind.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,10 +24,10 @@ class Column(NamedTuple):
     Attributes:
       name: its heading on the page.
       tables: the tables of the page that have it.
-      cell: what it says of the layers of a row.
+      cell: the text of a cell, from the layers of a row.
       terminal: its heading in the terminal's table, with a solver and without one; empty where that table lacks it.
-      update: it says what the solver did, so without a solver the page leaves it out.
-      known: whether it says anything of the layers of a run.
+      update: whether it shows what the solver did; without a solver the page leaves such a column out.
+      applies: whether a run with these layers has the column.
     """
 
     name: str
@@ -32,7 +35,7 @@ class Column(NamedTuple):
     cell: Callable[[Layers], str]
     terminal: tuple[str, str] = ("", "")
     update: bool = False
-    known: Callable[[Layers], bool] = lambda layers: True
+    applies: Callable[[Layers], bool] = lambda layers: True
 
 
 def mean_error(layers: Layers, error: str) -> str:
@@ -69,7 +72,8 @@ COLUMNS: Sequence[Column] = (
         "tokens",
         (EVERY,),
         lambda layers: NONE if layers[0].tokens is None else f"{layers[0].tokens:,}",
-        known=lambda layers: any(kind_name(layer.name) != layer.name for layer in layers),  # experts, which read different tokens
+        # Only experts read different tokens.
+        applies=lambda layers: any(kind_name(layer.name) != layer.name for layer in layers),
     ),
     Column("rows", (ROWS,), lambda layers: f"{sum(layer.rows for layer in layers):,}"),
     _error("against dense, before", "dense_before", ("", "against\ndense")),
@@ -93,9 +97,9 @@ COLUMNS: Sequence[Column] = (
 
 def page_columns(table: str, layers: Layers, solver: str | None) -> list[Column]:
     """The columns of a table of the page on a run with these layers."""
-    return [each for each in COLUMNS if table in each.tables and (solver or not each.update) and each.known(layers)]
+    return [each for each in COLUMNS if table in each.tables and (solver or not each.update) and each.applies(layers)]
 
 
 def terminal_columns(layers: Layers, solver: str | None) -> dict[str, Column]:
     """The columns of the terminal's table, by their headings."""
-    return {heading: each for each in COLUMNS if (heading := each.terminal[solver is None]) and each.known(layers)}
+    return {heading: each for each in COLUMNS if (heading := each.terminal[solver is None]) and each.applies(layers)}

@@ -1,4 +1,4 @@
-"""The contents of report.json and of the smaller files of a run, as the run writes them and as terminal, page and card read them."""
+"""The contents of report.json and of the smaller files of a run."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -58,8 +58,8 @@ class Outcome(Record, frozen=True):
       kept: the step whose state is the result; 0 where the weights stay as they were pruned.
       tokens: how many tokens the steps read.
       perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
-      seconds: that steps and checks took, also those before the run was stopped.
-      learning_rate: the highest one of kept weights; None in a run of version 0.2.0.
+      seconds: elapsed in steps and checks, also before the run was stopped.
+      learning_rate: the highest learning rate of the kept weights; None in a run of version 0.2.0.
       spans: empty; version 0.2.0 could also train block by block, and had an entry for each.
     """
 
@@ -87,7 +87,7 @@ class Outcome(Record, frozen=True):
 
     @property
     def amount(self) -> str:
-        """How much the training read: "3 steps on 3,072 tokens at a learning rate of 0.00044, of which the state after step 2 is kept"."""
+        """How much the training read, and which state is kept, in words."""
         last = self.checks[-1].step
         kept = f", of which the state after step {self.kept} is kept" * (0 < self.kept < last)
         rate = f" at a learning rate of {self.learning_rate:.2g}" if self.learning_rate else ""
@@ -95,7 +95,7 @@ class Outcome(Record, frozen=True):
 
 
 class Allocated(Record, frozen=True):
-    """The contents of allocation.json: the sparsity of every block, and the scores that it was chosen from.
+    """The contents of allocation.json: each block's sparsity and scores.
 
     Attributes:
       sparsity: for every block, the sparsity of its layers that no rule names; None for a block without such layers.
@@ -128,29 +128,32 @@ class BlockExperts(Record, frozen=True):
 
 
 class ExpertsLeft(Record, frozen=True):
-    """The experts that a model keeps, of ``total`` in every mixture; for the first blocks until all are chosen."""
+    """The experts that a model keeps, of ``total`` in every mixture.
+
+    While experts are being chosen, ``blocks`` has the first blocks only.
+    """
 
     total: Count
     blocks: tuple[BlockExperts, ...] = ()
 
     @property
     def kept(self) -> int:
-        """How many every mixture keeps."""
+        """The number of experts that every mixture keeps."""
         return max(len(block.stay) for block in self.blocks)
 
     @property
     def solved(self) -> bool:
-        """Whether the weights of those that stay were solved."""
+        """Whether the weights of the experts that stay were solved."""
         return any(block.error_after is not None for block in self.blocks)
 
 
 class LeftOut(Record, frozen=True):
-    """The contents of left_out.json: the blocks and the experts that the model is without.
+    """The contents of left_out.json: the blocks and experts left out.
 
     Attributes:
-      experts: those that stay; None if no experts are removed.
+      experts: the experts that stay; None if no experts are removed.
       blocks: their indices in the dense model, in the order in which they were chosen.
-      divergences: behind each choice ``KL(dense || without)`` of a prediction on the held-out windows, in nats; nothing was re-fitted.
+      divergences: after each choice ``KL(dense || without)`` of a prediction on held-out windows, in nats; nothing was re-fitted.
     """
 
     blocks: tuple[Block, ...] = ()
@@ -163,7 +166,7 @@ class LeftOut(Record, frozen=True):
 
 
 class Environment(Record, frozen=True):
-    """Versions, devices and mesh of a command. A package that is not installed, as in a checkout, has no version."""
+    """Versions, devices and mesh; an uninstalled package has no version."""
 
     python: str
     system: str
@@ -213,14 +216,14 @@ class TextFacts(Record, frozen=True):
 
 
 class Perplexities(Record, frozen=True):
-    """Of both models on the evaluation text."""
+    """The perplexities of both models on the evaluation text."""
 
     dense: Positive
     pruned: Positive
 
     @property
     def ratio(self) -> float:
-        """The pruned model's, relative to the dense model's."""
+        """The pruned model's perplexity divided by the dense model's."""
         return self.pruned / self.dense
 
 
@@ -273,7 +276,7 @@ BLOCKS, EXPERTS = "blocks", "experts"
 
 
 class CutCount(Record, frozen=True):
-    """The parts of one kind that a block has, such as the neurons of its MLP, or the blocks of the model.
+    """The parts of one kind, such as the neurons of an MLP, or the blocks.
 
     Attributes:
       left: the numbers that blocks have left, ascending; config.json has room for one.
@@ -290,19 +293,19 @@ class CutCount(Record, frozen=True):
 
     @property
     def deleted(self) -> bool:
-        """Whether the exported model is without the others, instead of having zeros for them."""
+        """Whether the export deletes the pruned parts instead of zeroing."""
         return len(self.left) == 1
 
 
 class Rates(Record, frozen=True):
-    """Tokens a second, of all windows: of reading a prompt, and of writing behind it."""
+    """Tokens a second over all windows: reading a prompt, and writing."""
 
     reading: Positive
     writing: Positive
 
 
 class Speed(Record, frozen=True):
-    """The contents of speed.json: how fast the dense and the cut model computed in this program's own forward pass.
+    """The contents of speed.json: the speed of this program's forward pass.
 
     Attributes:
       how: the devices, the dtype and the tokens, in words; empty where nothing was measured.
@@ -318,7 +321,7 @@ class Speed(Record, frozen=True):
 
     @property
     def words(self) -> str:
-        """What was measured: "1.19 times dense in reading (475 → 564 tokens/s), 1.12 times in writing (15.5 → 17.4)"."""
+        """The speeds in words, or why they were not measured."""
         if self.dense is None or self.cut is None:
             return f"not measured: {self.reason}"
         pairs = ((self.dense.reading, self.cut.reading), (self.dense.writing, self.cut.writing))
@@ -378,7 +381,7 @@ class RunFacts(Record, frozen=True, kw_only=True):
 
     @property
     def perplexities(self) -> dict[str, float]:
-        """The perplexity of the dense model, of the pruned one, and where it was trained behind that of the trained one, by these words."""
+        """ "dense", "pruned" and, after training, "trained" -> perplexity."""
         dense, last = self.perplexity.dense, self.perplexity.pruned
         if self.training is None or self.training.perplexity_before is None:
             return {"dense": dense, "pruned": last}
@@ -445,7 +448,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
 
     @property
     def log_ratio_stderr(self) -> float | None:
-        """The standard error of the logarithm of the ratio of both perplexities, paired by window; None if it was not measured."""
+        """Standard error of the log perplexity ratio, paired by window."""
         return self.tokens.mean_stderr if self.tokens else None
 
     @property
@@ -456,7 +459,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
 
     @property
     def earlier(self) -> float:
-        """Least number of seconds spent on blocks before the last resume; 0 if the report knows of no resume."""
+        """The least seconds spent on blocks before the last resume, or 0."""
         return max(0.0, sum(block.seconds for block in self.blocks) - self.seconds.get("pruning", 0.0))
 
     @property
@@ -471,12 +474,14 @@ class Report(RunFacts, frozen=True, kw_only=True):
 
     @property
     def aims_at_dense(self) -> bool:
-        """Whether errors against the dense model were measured, as with a dense target."""
+        """Whether errors against the dense model were measured."""
         return any(layer.dense_after is not None for layer in self.layers)
 
 
 class ExportedLayer(LayerReport, frozen=True, kw_only=True):
-    """The record of a layer under the whole name of its weight, with the zeros counted from the file.
+    """The record of an exported matrix, by the full name of its weight.
+
+    ``pruned`` and ``sparsity`` count the zeros of the file.
 
     Attributes:
       cut_from: the shape of the dense matrix, of one that lost columns and has no mask; None of the others.
@@ -485,19 +490,19 @@ class ExportedLayer(LayerReport, frozen=True, kw_only=True):
     cut_from: tuple[Size, Size] | None = None
 
     def named(self, name: str) -> LayerReport:
-        """The record under the layer's name inside its block, as the run has it."""
+        """The record under the layer's name inside its block."""
         return LayerReport(**{field: getattr(self, field) for field in LayerReport.__struct_fields__} | {"name": name})
 
 
 def parts_left(cuts: Mapping[str, CutCount]) -> str:
-    """What a cut model has left: "26 of 30 blocks, 48 of 64 neurons, 2 of 3 key-value heads in every block"."""
+    """ "26 of 30 blocks, 48 of 64 neurons in every block": what is left."""
     model = [f"{cuts[BLOCKS].words} {BLOCKS}"] if BLOCKS in cuts else []
     inner = ", ".join(f"{count.words} {called}" for called, count in cuts.items() if called != BLOCKS)
     return ", ".join([*model, *([f"{inner} in every block"] if inner else [])])
 
 
 def only_experts(cuts: Mapping[str, CutCount]) -> bool:
-    """Whether a model lost experts alone, so that a token passes through as many as before."""
+    """Whether a model lost experts and no other parts."""
     return cuts.keys() == {EXPERTS}
 
 
@@ -530,7 +535,7 @@ class Sidecar(Record, frozen=True):
 
     @property
     def decided(self) -> ManifestEntries:
-        """What is read of the manifest on its own."""
+        """The entries of the manifest that are read on their own."""
         return check_record(self.manifest, ManifestEntries, "optima_tpu.json", inside="manifest")
 
     @property
@@ -540,7 +545,7 @@ class Sidecar(Record, frozen=True):
 
 
 class CellName(Record, frozen=True):
-    """A cell of a sweep, by the labels of its methods, its number of calibration windows, and the seed of their draw."""
+    """A cell of a sweep: its methods' labels, windows, and the draw's seed."""
 
     mask: str
     update: str
@@ -553,7 +558,9 @@ class CellName(Record, frozen=True):
 
 
 class CellResult(CellName, frozen=True):
-    """An entry of results.json: the result of one cell of a sweep. A number is None if the cell is not finished, or if its run has no such number.
+    """An entry of results.json: the result of one cell of a sweep.
+
+    A number is None if the cell is not finished, or if its run has no such number.
 
     Attributes:
       state: "missing" if the cell was not run yet.

@@ -1,4 +1,4 @@
-"""Extracts the lines of a figure from reports. ``report.figures`` draws them."""
+"""Extracts the curves of a figure from reports, for ``report.figures``."""
 
 import math
 import statistics
@@ -63,7 +63,7 @@ class FigureData(NamedTuple):
 
 
 def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ()) -> FigureData:
-    """The ratio ``error_after / error_before`` of every layer: final over selector's weights, on the same inputs.
+    """``error_after / error_before`` of every layer, on the same inputs.
 
     Args:
       runs: run directories, or report.json files.
@@ -114,7 +114,7 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
 
 
 def windows(sweep: str | Path) -> FigureData:
-    """Perplexity as a function of the number of calibration windows, for every mask and update of a sweep.
+    """Perplexity by number of calibration windows, for each mask and update.
 
     Args:
       sweep: directory of the sweep's tables, or its results.json. Cells that are not finished are left out and counted in
@@ -161,19 +161,20 @@ def windows(sweep: str | Path) -> FigureData:
 
 
 def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]) -> list[tuple[float, float | None]]:
-    """The final errors of the same layers in the other run, in the order of ``layers``."""
-    there = {(layer.block, layer.name): (layer.error_after, layer.held_out_after) for layer in others}
-    if {(layer.block, layer.name) for layer in layers} != there.keys():
+    """The other run's final errors of the same layers, in their order."""
+    errors = {(layer.block, layer.name): (layer.error_after, layer.held_out_after) for layer in others}
+    if {(layer.block, layer.name) for layer in layers} != errors.keys():
         raise UserError(f"expected runs that prune the same layers of one model, got {run} and {other}: choose another --against")
-    return [there[layer.block, layer.name] for layer in layers]
+    return [errors[layer.block, layer.name] for layer in layers]
 
 
 def _ratios(
     layers: Sequence[LayerReport], below: Sequence[tuple[float, float | None]]
 ) -> dict[str, tuple[list[int], list[float], list[float]]]:
-    """For each kind of layer its blocks, and final errors divided by ``below``, on calibration and on held-out text.
+    """Final errors divided by ``below``, by kind of layer and by block.
 
-    If a block has several layers of a kind, such as experts, its values are the means of their ratios.
+    Each kind has its blocks, their ratios on the calibration text, and their ratios on held-out text. If a block has several
+    layers of a kind, such as experts, its values are the means of the layers' ratios.
     """
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for layer, (calibration, held_out) in zip(layers, below, strict=True):
@@ -191,12 +192,12 @@ def _ratios(
 
 def _mean(values: Sequence[float]) -> float:
     """The mean of the values that are not NaN; NaN if there are none."""
-    found = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(found) if found else math.nan
+    numbers = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(numbers) if numbers else math.nan
 
 
 def _ratio(above: float | None, below: float | None) -> float:
-    """``above / below``; NaN if one is missing or not finite, or ``below`` is 0."""
+    """``above / below``; NaN unless both are finite and ``below`` > 0."""
     if above is None or below is None or not (math.isfinite(above) and 0 < below < math.inf):
         return math.nan
     return above / below

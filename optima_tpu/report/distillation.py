@@ -32,8 +32,8 @@ def _loss(report: Report) -> str:
 
 def distillation(runs: Sequence[FinishedRun]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
-    trained = [(run.label, run.report, found) for run in runs if (found := run.report.distillation)]
-    tables = [_checks(label, report, found) for label, report, found in trained]
+    trained = [(run.label, run.report, outcome) for run in runs if (outcome := run.report.distillation)]
+    tables = [_checks(label, report, outcome) for label, report, outcome in trained]
     texts = dict.fromkeys(_text(report) for _, report, _ in trained)
     return [Section("distillation", "Training after pruning", list(texts), tables=tables)] if tables else []
 
@@ -49,7 +49,10 @@ def _text(report: Report) -> str:
 
 
 def _checks(label: str, report: Report, outcome: Outcome) -> Table:
-    """The checks of a training. A page of several runs (``label``) has no tile that tells what became of it."""
+    """The checks of a training as a table.
+
+    A page of one run has a tile with the outcome. For several runs (``label``) the note of the table has the outcome.
+    """
     return Table(
         label or "Checks",
         ["step", "on the text it is trained on, nats", "held out, nats", "perplexity, held out", ""],

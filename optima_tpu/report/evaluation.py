@@ -1,4 +1,4 @@
-"""The contents of evaluation.json, as the evaluation writes it and as terminal and page read it."""
+"""The contents of evaluation.json."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ class Distance(Record, frozen=True):
       agreement_stderr: standard error of ``agreement``.
       tokens: number of predictions.
       hidden_errors: for every block ``||H_pruned - H_dense||_F^2 / ||H_dense||_F^2``, with ``H`` the residual stream after the
-        block at all positions of all windows; None if it is not finite. It includes the errors of earlier blocks. A model without some blocks has that of the last one alone. In many models a
-        few tokens have a much larger norm than the others; these tokens then dominate the value.
+        block at all positions of all windows; None if it is not finite. It includes the errors of earlier blocks. A model without
+        some blocks has only the error of the last block. In many models a few tokens have a much larger norm than the others;
+        these tokens then dominate the value.
       kls: ``kl`` for every block, with ``p`` and ``q`` computed by the model's final norm and head from the residual stream
         after that block (the logit lens, nostalgebraist 2020); None if not requested. Only the last entry compares predictions.
         The head was trained on the last stream only: it reads early streams badly and misses changes that only later blocks use.
@@ -48,7 +49,7 @@ class TextScore(Record, frozen=True):
     """The perplexity of a model on a text.
 
     Attributes:
-      against: of the model that it is compared with; None without one.
+      against: the perplexity of the model that it is compared with; None without such a model.
       how: the text and its windows, in words.
       unigram_perplexity: what the frequencies of the text's tokens give.
     """
@@ -61,7 +62,7 @@ class TextScore(Record, frozen=True):
 
 
 class TextResult(Record, frozen=True):
-    """What was measured on a text; there is no distance without a model to compare with."""
+    """The measurements on a text; no distance without a second model."""
 
     perplexity: TextScore
     distance: Distance | None
@@ -95,8 +96,8 @@ class TaskResult(Record, frozen=True):
     """The metrics of a task.
 
     Attributes:
-      metrics: of the model.
-      against: of the model that it is compared with; empty without one.
+      metrics: the metrics of the model.
+      against: the metrics of the model that it is compared with; empty without such a model.
     """
 
     documents: Count
@@ -114,7 +115,7 @@ class TaskResult(Record, frozen=True):
 
 
 class Identity(Record, frozen=True):
-    """A model, whatever its path: the fingerprint of the checkpoint, and the manifest of the run that made it."""
+    """A model whatever its path: its fingerprint, and its run's manifest."""
 
     fingerprint: str
     manifest: Mapping[str, Any] | None
@@ -160,7 +161,7 @@ class EvaluationRecord(Record, frozen=True):
 
     @property
     def asked(self) -> str:
-        """How the tasks were run: "zero-shot, as a chat, the first 200 documents of each"."""
+        """How the tasks were asked: examples, chat template, documents."""
         settings = within("configuration", self.configuration, TaskSettings)
         if settings.fewshot is None:
             examples = "each with its own number of examples"

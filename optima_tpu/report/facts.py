@@ -1,8 +1,7 @@
-"""The numbers of a finished run that are shown: one table, of which the terminal prints lines and the page draws tiles.
+"""The facts of a finished run: one table of numbers for all outputs.
 
-The comparison of several runs has rows of the same facts.
-
-A new power of a run shows its number by a row of :data:`FACTS`.
+The terminal prints facts as lines, the page draws facts as tiles, and a comparison of several runs has them as rows. To show a
+new number, add a function to :data:`FACTS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +18,14 @@ from optima_tpu.report.view import without_folders
 
 
 class Fact(NamedTuple):
-    """One number of a run, or what it became.
+    """One number of a run, or how the number changed.
 
     Attributes:
-      title: as the page has it.
-      values: as text, in the order in which they came to be.
-      note: what the values are, and are of.
-      name: as the terminal prints it; empty for what the page alone shows.
-      labels: what each value is of; empty for a single one.
+      title: its title on the page.
+      values: the values as text, in the order of time.
+      note: what the values measure, and on what.
+      name: its label on the terminal; empty for a fact of the page alone.
+      labels: a label for each value; empty for a single value.
       rows: the rows of a comparison of several runs; None for one row with title and values.
     """
 
@@ -44,7 +43,7 @@ class Fact(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The values with their labels, and what they are of."""
+        """The values with their labels, and the note."""
         if not self.labels:
             return " ".join(filter(None, (*self.values, self.note)))
         return ", ".join([*map(" ".join, zip(self.labels, self.values)), self.note])
@@ -163,8 +162,8 @@ def _left_out(report: Report) -> Fact | None:
     if not chosen.blocks:
         return None
     order = ", in this order" if len(chosen.blocks) > 1 else ""
-    told = ", ".join(number(divergence) for divergence in chosen.divergences)
-    note = f"of the dense model{order}; on held-out windows the predictions diverge by {told} nats, before the walk"
+    shown = ", ".join(number(divergence) for divergence in chosen.divergences)
+    note = f"of the dense model{order}; on held-out windows the predictions diverge by {shown} nats, before the walk"
     return Fact("Blocks left out", [named_blocks(chosen.blocks)], note, "left out")
 
 
@@ -214,12 +213,12 @@ def _size(report: Report) -> Fact:
 
 
 def sizes(report: Report) -> str:
-    """The sizes of the dense and the pruned files, and why they are equal."""
+    """The sizes of the dense and the pruned files, and what explains them."""
     return _size(report).words
 
 
 def _why_not_smaller(report: Report) -> str:
-    """Why the pruned files are no smaller than without what was cut, and which command writes smaller ones."""
+    """Why the pruned files are not smaller, and how to get smaller ones."""
     cut = any(cut.deleted for cut in report.cuts.values())
     if report.settings.quantize:
         how = "smaller by what was cut, not by the integers," if cut else "not smaller"
@@ -281,7 +280,7 @@ FACTS: Sequence[Callable[[Report], Fact | None]] = (
 )
 """Every fact of a run, in the order in which they are shown; None where it does not apply."""
 _OF_LAYERS = _error, _against_dense, _quantised, _masks
-"""Those that a recovery does not repeat: they are of the run that it began from."""
+"""The facts that a recovery leaves out: they describe the run that the recovery began from."""
 
 
 def facts(report: Report) -> list[Fact]:

@@ -51,7 +51,10 @@ class _Layout(NamedTuple):
 
 
 def layer_errors(data: FigureData) -> Figure:
-    """A figure with one panel for each layer name and one line for each run; held-out text is dashed. All axes are the same."""
+    """A figure with a panel for each layer name and a line for each run.
+
+    Held-out text is dashed. All panels have the same axes.
+    """
     sizes = {"markersize": 2.5, "linewidth": 1.2}
     figure, panels = _figure(data, _Layout(4, (2.8, 2.2), "block", sizes, {"markersize": 4}, share=True))
     for axes in panels:
@@ -68,9 +71,9 @@ def layer_errors(data: FigureData) -> Figure:
 
 
 def windows(data: FigureData) -> Figure:
-    """A figure with one panel for each pattern and one line for each method, with error bars over seeds.
+    """A figure with a panel for each pattern and a line for each method.
 
-    The colour of a line shows the mask, its style the update.
+    Error bars show the deviation over seeds. The colour of a line shows the mask, its style the update.
     """
     sizes = {"markersize": 4.5, "linewidth": 1.4}
     figure, panels = _figure(data, _Layout(2, (4.8, 3.2), "calibration windows", sizes, sizes))
@@ -87,7 +90,10 @@ def windows(data: FigureData) -> Figure:
 
 
 def _look(curve: Curve) -> Look:
-    """Each colour has its own marker, which shifts when the colours repeat; a style of the line has one, too."""
+    """The look of a curve: a colour, a line style and a marker.
+
+    Each colour has its own marker, which shifts when the colours repeat. A curve with a ``style`` has the marker of that style.
+    """
     count, colour = len(_COLOURS), curve.colour
     if curve.held_out:
         return {"color": _COLOURS[colour % count], "linestyle": _HELD_OUT, "linewidth": 1, "label": f"{curve.label}, held-out"}
@@ -97,7 +103,7 @@ def _look(curve: Curve) -> Look:
 
 
 def _entries(data: FigureData, sizes: Look) -> list[Line2D]:
-    """The legend: a line for each label, and for held-out text where it is drawn."""
+    """The legend: a line for each label, and for held-out text if drawn."""
     curves = [curve for own in data.panels.values() for curve in own]
     looks = {curve.label: _look(curve) for curve in curves if not curve.held_out}
     entries = [Line2D([], [], **look, **sizes) for look in looks.values()]
@@ -119,7 +125,9 @@ def _plot(axes: Axes, curve: Curve, sizes: Look) -> None:
 
 
 def write(figure: Figure, path: Path) -> None:
-    """Writes a figure in the format of the file's suffix. The same figure gives the same bytes.
+    """Writes a figure in the format of the file's suffix.
+
+    The same figure gives the same bytes.
 
     Raises:
       UserError: the disk is full, or the folder is not writable.
@@ -183,7 +191,7 @@ def _figure(data: FigureData, layout: _Layout) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
-    """Sets a logarithmic axis with ticks such as 20, 50 and 100, not 10^2; with more ticks if the values are close."""
+    """Sets a logarithmic axis with ticks such as 20, 50 and 100, not 10^2."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(log_ticks(np.nanmin(values), np.nanmax(values)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

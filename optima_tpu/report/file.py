@@ -1,4 +1,4 @@
-"""Writes report.json, the complete record of a run for programs and for later comparison."""
+"""Writes report.json, the complete record of a run for programs."""
 
 import importlib.metadata
 import math
@@ -47,7 +47,7 @@ def environment(mesh: Mesh) -> Environment:
 
 
 def memory_peaks() -> MemoryPeaks:
-    """The memory that this process and its devices used at most. Every process must call it."""
+    """Peak memory over all processes; every process must call it."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     host = host if sys.platform == "darwin" else host * 1024  # macOS counts bytes, Linux KiB
     counts = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -57,12 +57,12 @@ def memory_peaks() -> MemoryPeaks:
 
 
 def files_in(directory: Path, files: Mapping[str, str]) -> dict[str, str]:
-    """The files of a report with their current paths, because a run directory may have been moved."""
+    """The current paths of a report's files: a run may have been moved."""
     return {what: str(directory / PurePath(path).name) for what, path in files.items()}
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; 0 if the path does not exist."""
+    """Bytes of a file, or of a folder's files; 0 for a missing path."""
     files = files_below(path) if path.is_dir() else [path] if path.exists() else []
     return sum(file.stat().st_size for file in files)
 
@@ -73,7 +73,7 @@ def weights_on_disk(folder: Path) -> int:
 
 
 def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockReport]) -> Report:
-    """Writes the report atomically: afterwards the file is either the complete new report or the old one.
+    """Writes the report atomically: an error leaves the old file whole.
 
     Args:
       path: RUN/report.json.

@@ -1,4 +1,4 @@
-"""What needs a look in a run: one table of findings, for report.json, the terminal and the page.
+"""What needs a look in a run: one table of findings for all outputs.
 
 A new kind of finding is a row of :data:`FINDINGS`.
 """
@@ -23,22 +23,22 @@ class Finding(NamedTuple):
     Attributes:
       name: its entry in report.json.
       words: what was found; ``{error}`` stands for the error that the update minimises.
-      amount: of a layer; None if the layer has no such finding.
-      told: writes an amount.
-      rank: the layer with the largest one comes first.
+      amount: the amount of a layer; None if the layer has no such finding.
+      show: formats an amount.
+      rank: the sort key of an amount; the layer with the largest key comes first.
       remedy: what to try.
     """
 
     name: str
     words: str
     amount: Callable[[LayerReport], Any]
-    told: Callable[[Any], str]
+    show: Callable[[Any], str]
     rank: Callable[[Any], float] = float
     remedy: str = ""
 
     def of(self, layers: Iterable[LayerReport]) -> dict[str, Any]:
-        """The amounts by layer, such as "block 3 mlp.down_proj", the most affected first."""
-        amounts = {_place(layer): amount for layer in layers if (amount := self.amount(layer)) is not None}
+        """Amounts by layer, such as "block 3 mlp.down_proj", worst first."""
+        amounts = {_layer_name(layer): amount for layer in layers if (amount := self.amount(layer)) is not None}
         return dict(sorted(amounts.items(), key=lambda item: self.rank(item[1]), reverse=True))
 
     def written(self, layers: Sequence[LayerReport]) -> str:
@@ -47,8 +47,8 @@ class Finding(NamedTuple):
         return self.words.format(error="the distance to the dense model's output" if dense else "the error")
 
     def line(self, layers: Sequence[LayerReport]) -> str:
-        """One sentence with the most affected layers; empty if no layer has it."""
-        named = [f"{name} ({self.told(amount)})" for name, amount in self.of(layers).items()]
+        """A sentence with the most affected layers; empty if there is none."""
+        named = [f"{name} ({self.show(amount)})" for name, amount in self.of(layers).items()]
         more = [f"{len(named) - _NAMED} more in the report"] * (len(named) > _NAMED)
         listed = f"{self.written(layers)}: {', '.join([*named[:_NAMED], *more])}"
         return "; ".join(filter(None, (listed, self.remedy))) if named else ""
@@ -64,7 +64,7 @@ def _raised(before: float | None, after: float | None) -> Errors | None:
 
 
 def _worsened(layer: LayerReport) -> Errors | None:
-    """The error that the update minimises: with a dense target the one against the dense model."""
+    """Both errors, if the update raised the error that it minimises."""
     if layer.corrects_stream:
         return None
     aims = layer.dense_after is not None
@@ -72,7 +72,7 @@ def _worsened(layer: LayerReport) -> Errors | None:
 
 
 def _traded(layer: LayerReport) -> tuple[Errors, Errors] | None:
-    """The error of the layer's own output, which rose, and the one against the dense model, which did not.
+    """Own error and dense error, if the update raised the first alone.
 
     Without pruned weights the first begins at 0: it always rises, and says nothing.
     """
@@ -144,7 +144,7 @@ TRADED = Finding(
 
 
 def unusual(layers: Iterable[LayerReport]) -> dict[str, dict[str, Any]]:
-    """Unusual layers by kind of finding: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}; every kind is present."""
+    """The amounts of every finding by layer; empty where no layer has it."""
     layers = list(layers)
     return {finding.name: finding.of(layers) for finding in FINDINGS}
 
@@ -155,9 +155,9 @@ def unusual_count(layers: Iterable[LayerReport]) -> int:
 
 
 def finding_lines(findings: Iterable[Finding], layers: Sequence[LayerReport]) -> list[str]:
-    """One sentence for each of the findings that a layer has, with the most affected layers."""
+    """A sentence for each finding that occurs, most affected layers first."""
     return [line for finding in findings if (line := finding.line(layers))]
 
 
-def _place(layer: LayerReport) -> str:
+def _layer_name(layer: LayerReport) -> str:
     return f"block {layer.block} {layer.name}"

@@ -1,4 +1,4 @@
-"""Means of errors over layers and kinds of layers, and what they are in words."""
+"""Means of errors over layers and kinds of layers, and their meaning."""
 
 import math
 import statistics
@@ -12,12 +12,15 @@ from optima_tpu.runtime.records import Record
 
 
 def measured(layers: Sequence[LayerReport]) -> bool:
-    """Whether the errors of the layers were measured: not in a model that another program pruned."""
+    """Whether the errors of the layers were measured.
+
+    False for a model that another program pruned; True without layers.
+    """
     return not layers or any(math.isfinite(error) for layer in layers for error in (layer.error_before, layer.error_after))
 
 
 def named_kinds(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """The layers of each kind by its short name, in the order of first occurrence."""
+    """Short name of a kind -> its layers, in order of first occurrence."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
         kinds.setdefault(kind_name(layer.name), []).append(layer)
@@ -25,20 +28,23 @@ def named_kinds(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Maps "self_attn.q_proj" to "q_proj" if no other name ends in "q_proj"."""
+    """Maps "self_attn.q_proj" to "q_proj" if no other name ends so."""
     last = [name.rpartition(".")[2] for name in names]
     return {name: short if last.count(short) == 1 else name for name, short in zip(names, last)}
 
 
 def sparsity(layers: Iterable[LayerReport]) -> float:
-    """Share of pruned weights among all weights of the layers; 0 without layers."""
+    """The share of the layers' weights that is pruned; 0 without layers."""
     layers = list(layers)
     weights = sum(math.prod(layer.shape) for layer in layers)
     return sum(layer.pruned for layer in layers) / weights if weights else 0.0
 
 
 def exchanged(layers: Iterable[LayerReport]) -> float | None:
-    """Share of the kept weights that the selector had pruned; None if no mask was refined."""
+    """The share of the kept weights that came in by exchange.
+
+    The selector had pruned these weights. None if no mask was refined.
+    """
     refined = [(layer, count) for layer in layers if (count := layer.exchanged) is not None]
     kept = sum(math.prod(layer.shape) - layer.pruned for layer, _ in refined)
     return sum(count for _, count in refined) / kept if kept else None
@@ -53,18 +59,18 @@ QUANTIZED = {
 
 
 def quantized_line(layers: Sequence[LayerReport]) -> str:
-    """The mean errors around the quantisation: "1.2%, 1.6% with the nearest integers, 1.4% as stored"; empty without one."""
-    told = []
+    """Mean errors around the quantisation, in words; empty without one."""
+    texts = []
     for where, names in QUANTIZED.items():
         own = [layer for layer in layers if getattr(layer, names[1]) is not None]
         if own:
             before, nearest, stored = (percent(mean(own, name)) for name in names)
-            told.append(f"{where and where + ' '}{before} before, {nearest} with the nearest integers, {stored} as stored")
-    return "; ".join(told)
+            texts.append(f"{where and where + ' '}{before} before, {nearest} with the nearest integers, {stored} as stored")
+    return "; ".join(texts)
 
 
 def gap_meaning(solvers: Sequence[str]) -> str:
-    """The meaning of these solvers' gaps, as the end of a sentence without its full stop."""
+    """What the solvers' gaps mean, as the end of a sentence."""
     distance = "the distance of a row from the best weights for its mask"
     match sorted(set(solvers)):
         case ["cg"]:
@@ -76,14 +82,15 @@ def gap_meaning(solvers: Sequence[str]) -> str:
 
 
 def aimed_at_dense(layers: Sequence[LayerReport]) -> Sequence[LayerReport]:
-    """The layers that aim at the dense model's output alone, or all if there are none: the others also make up for the stream's drift."""
+    """The layers that aim at the dense output alone; all if none does."""
     return [layer for layer in layers if not layer.corrects_stream] or layers
 
 
 def mean(layers: Iterable[Record], error: str) -> float | None:
-    """The mean of an error over the layers, or blocks, that have it; NaN if one is not finite, None if none has it.
+    """The mean of an error over the layers or blocks that have the error.
 
-    On the calibration text an expert that no token reached is left out, unless there are no others.
+    NaN if one is not finite, None if none has it. On the calibration text an expert that no token reached is left out, unless
+    there are no others.
     """
     layers = list(layers)
     reached = [layer for layer in layers if getattr(layer, "tokens", None) != 0] if error.startswith("error_") else []
@@ -94,6 +101,6 @@ def mean(layers: Iterable[Record], error: str) -> float | None:
 
 
 def held_out_caveat(settings: RecipeSettings) -> str:
-    """What the held-out text chose, as a caveat for its error; empty if nothing."""
+    """What the held-out text chose, as a caveat for its error; or empty."""
     chosen = settings.allocation.name == "measured"
     return "also chose the sparsities, so its error is slightly too low" if chosen else ""

@@ -1,4 +1,4 @@
-"""Page sections on layers: their errors, their sparsity, the solver's iterations and gaps, unusual layers."""
+"""Page sections on layers: errors, sparsity, solver, unusual layers."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ _LISTED = 1000
 
 
 def layer_errors(runs: Sequence[FinishedRun]) -> Section:
-    """Section on layer errors: plots by block, tables by kind of layer and by layer."""
+    """Section on layer errors: plots by block, tables by kind and layer."""
     several = len(runs) > 1
     panels = [plots.Panel(title, _error_lines(runs, kind), log=True) for kind, title in _kinds(runs).items()]
     zeros = sum(layer.error_after == 0 for run in runs for layer in run.report.layers)
@@ -33,7 +33,7 @@ def layer_errors(runs: Sequence[FinishedRun]) -> Section:
     return Section(
         "layers",
         "Layer errors, " + ("after the update" if several else "before and after the update"),
-        _said_of_errors(runs),
+        _error_paragraphs(runs),
         plots.drawn(panels, "errors", _error_legend(runs), share=True, note=" ".join(notes)),
         [_kind_table(run) for run in runs],
         [_layer_table(run) for run in runs],
@@ -41,7 +41,7 @@ def layer_errors(runs: Sequence[FinishedRun]) -> Section:
 
 
 def _error_lines(runs: Sequence[FinishedRun], kind: str) -> list[plots.Line]:
-    """The errors of one kind of layer by block: of several runs after the update alone."""
+    """A kind's errors by block; for several runs only after the update."""
     lines, several = [], len(runs) > 1
     for index, run in enumerate(runs):
         layers = [layer for layer in run.report.layers if kind_name(layer.name) == kind]
@@ -68,7 +68,7 @@ def _error_legend(runs: Sequence[FinishedRun]) -> list[Key]:
     return legend + ([Key("calibration text"), Key("held-out text", dashed=True)] if held_out else [])
 
 
-def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
+def _error_paragraphs(runs: Sequence[FinishedRun]) -> list[str]:
     """What the errors are, and on what text, in paragraphs."""
     text = [
         "The error of a layer is the squared change of its output relative to the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
@@ -85,9 +85,9 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
             "the dense model. The value for the dense weights W shows the error that the layers before have caused."
         )
     for run in runs:
-        if told := quantized_line(run.report.layers):
+        if errors := quantized_line(run.report.layers):
             text.append(
-                f"{run.subject} quantises the weights after the update; the errors above are from before. Mean error: {told}."
+                f"{run.subject} quantises the weights after the update; the errors above are from before. Mean error: {errors}."
             )
     if any(run.report.weighed_layers for run in runs):
         text.append(
@@ -103,7 +103,7 @@ def _said_of_errors(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def maps(runs: Sequence[FinishedRun]) -> Section:
-    """Section with maps of the sparsity and the error of every layer, by block and kind."""
+    """Section with maps of every layer's sparsity and error."""
     several, elements = len(runs) > 1, []
     kinds = _kinds(runs)
     blocks = 1 + max((layer.block for run in runs for layer in run.report.layers), default=0)
@@ -117,8 +117,8 @@ def maps(runs: Sequence[FinishedRun]) -> Section:
         return cells
 
     errors = [grid(run, (lambda layer: layer.held_out_after) if unseen else _fitted("error_after")) for run in runs]
-    found = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in errors]) if kinds else np.array([])
-    limits = (float(found.min()), float(found.max())) if found.size else None
+    finite = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in errors]) if kinds else np.array([])
+    limits = (float(finite.min()), float(finite.max())) if finite.size else None
     for index, (run, error) in enumerate(zip(runs, errors) if kinds else ()):
         rows = list(kinds.values())
         share, final = (
@@ -186,13 +186,13 @@ def strange(runs: Sequence[FinishedRun]) -> Section:
         where = f" in {'; '.join(run.label for run in fine)}" if fine[0].label else ""
         unseen = not any(run.report.has_held_out for run in fine)
         kept = "" if unseen or not any(run.report.solver for run in fine) else ", and no matrix got worse on held-out text"
-        found = f"no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}"
-        text.append(f"Nothing{where}: {found if any(run.report.layers for run in fine) else 'no layer was pruned'}.")
+        clean = f"no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}"
+        text.append(f"Nothing{where}: {clean if any(run.report.layers for run in fine) else 'no layer was pruned'}.")
     for run in runs:
         layers, every = run.report.layers, (*FINDINGS, TRADED)
-        told = meaningless_lines(run.report) + finding_lines(every, layers)
-        text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in told]
-        rows = [[name, each.written(layers), each.told(amount)] for each in every for name, amount in each.of(layers).items()]
+        lines = meaningless_lines(run.report) + finding_lines(every, layers)
+        text += [f"{run.before}{line}." if run.label else f"{line[0].upper()}{line[1:]}." for line in lines]
+        rows = [[name, each.written(layers), each.show(amount)] for each in every for name, amount in each.of(layers).items()]
         if rows:
             head = ["layer", "finding", "amount"]
             folded.append(Table(f"Full list, by layer{run.behind}", head, rows[:_LISTED], words=True, note=_rest(len(rows))))
@@ -209,7 +209,7 @@ def _kinds(runs: Sequence[FinishedRun]) -> dict[str, str]:
 
 
 def _fitted(name: str) -> Callable[[LayerReport], float | None]:
-    """Returns a getter of an error on the calibration text; its value is None for an expert that no token reached."""
+    """A getter of a calibration error; None for an expert without tokens."""
     return lambda layer: getattr(layer, name) if layer.tokens != 0 else None
 
 
@@ -218,17 +218,17 @@ def _by_block(
     value: Callable[[LayerReport], float | None],
     of: Callable[[Sequence[float]], float] = statistics.fmean,
 ) -> tuple[list[int], list[float]]:
-    """Block indices, and for each block the mean of ``value`` over its layers, or another statistic ``of``.
+    """Block indices, and each block's mean or other statistic of ``value``.
 
     Layers whose value is None are ignored. The result is NaN if no layer has a value or one value is not finite.
     """
-    found: dict[int, list[float]] = {}
+    by_block: dict[int, list[float]] = {}
     for layer in layers:
-        own, values = value(layer), found.setdefault(layer.block, [])
+        own, values = value(layer), by_block.setdefault(layer.block, [])
         if own is not None:
             values.append(own if math.isfinite(own) else math.nan)
-    return sorted(found), [
-        of(found[block]) if found[block] and not np.isnan(found[block]).any() else math.nan for block in sorted(found)
+    return sorted(by_block), [
+        of(by_block[block]) if by_block[block] and not np.isnan(by_block[block]).any() else math.nan for block in sorted(by_block)
     ]
 
 

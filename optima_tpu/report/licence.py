@@ -42,7 +42,7 @@ class Licence(NamedTuple):
 
 
 def licence_of(assets: Mapping[str, bytes]) -> Licence:
-    """The licence that a source's model card names, otherwise that of its licence file.
+    """The licence on a source's model card, otherwise in its licence file.
 
     Args:
       assets: the source's small files, by name.
@@ -53,20 +53,20 @@ def licence_of(assets: Mapping[str, bytes]) -> Licence:
     named = _named(assets.get(CARD, b"").decode("utf-8", "replace"))
     if named.id is not None:
         # A link to a file that is not here leads nowhere.
-        there = named.link is not None and (named.link in assets or named.link.startswith("https://"))
-        return named if there else named._replace(link=file if named.id == "other" else None)
+        link_is_valid = named.link is not None and (named.link in assets or named.link.startswith("https://"))
+        return named if link_is_valid else named._replace(link=file if named.id == "other" else None)
     if file is None:
         return Licence()
     head = assets[file][:400].decode("utf-8", "replace")
-    known = next((id_ for title, id_ in _TITLES.items() if title in head), None)
-    return Licence(known) if known else Licence("other", "source-licence", file)
+    licence_id = next((id_ for title, id_ in _TITLES.items() if title in head), None)
+    return Licence(licence_id) if licence_id else Licence("other", "source-licence", file)
 
 
 def _named(card: str) -> Licence:
-    """The licence in a card's front matter; nothing if there is none, or if it is no front matter that the hub would read."""
-    found = REGEX_YAML_BLOCK.search(card)
+    """The licence in a card's front matter; without one an empty Licence."""
+    match = REGEX_YAML_BLOCK.search(card)
     try:
-        front = yaml12.load(found[2]) if found else None
+        front = yaml12.load(match[2]) if match else None
     except UserError:
         front = None
     front = front if isinstance(front, dict) else {}

@@ -1,4 +1,4 @@
-"""Texts without variety, and dense models that predict nothing: behind them every number of a run means nothing.
+"""Texts and dense models that make every number of a run meaningless.
 
 Two criteria, both against what the frequencies of a text's tokens give (:func:`optima_tpu.data.unigram_perplexity`):
 
@@ -15,7 +15,7 @@ LEAST = 4.0
 
 
 def poor_text(which: str, unigram: float, option: str = "") -> str:
-    """What is wrong with a calibration or evaluation text; empty if nothing is.
+    """What is wrong with a calibration or evaluation text; empty if nothing.
 
     Args:
       option: names another text; by default ``which`` with .source.
@@ -29,7 +29,7 @@ def poor_text(which: str, unigram: float, option: str = "") -> str:
 
 
 def unpredicted(dense: float, unigram: float, which: str = "dense model") -> str:
-    """What is wrong with a dense model by its perplexity on the evaluation text; empty if nothing is."""
+    """What is wrong with a dense model's perplexity; empty if nothing is."""
     if dense < unigram or poor_text("evaluation", unigram):
         return ""
     return (
@@ -39,7 +39,7 @@ def unpredicted(dense: float, unigram: float, which: str = "dense model") -> str
 
 
 def meaningless_lines(report: RunFacts) -> list[str]:
-    """Why the numbers of a report mean nothing, one sentence for each reason; empty if they mean something."""
+    """Why a report's numbers mean nothing, a sentence for each reason."""
     calibration, evaluation = report.calibration.unigram_perplexity, report.evaluation.unigram_perplexity
-    told = poor_text("calibration", calibration), poor_text("evaluation", evaluation)
-    return list(filter(None, (*told, unpredicted(report.perplexity.dense, evaluation))))
+    reasons = poor_text("calibration", calibration), poor_text("evaluation", evaluation)
+    return list(filter(None, (*reasons, unpredicted(report.perplexity.dense, evaluation))))

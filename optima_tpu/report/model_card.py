@@ -1,4 +1,4 @@
-"""Writes the model card of an exported folder. Its text is in model_card.md.j2 in this folder."""
+"""Writes the model card of an exported folder, from model_card.md.j2."""
 
 import json
 import math
@@ -59,12 +59,12 @@ class Card(NamedTuple):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether matrices are stored with zeros that a pattern asked for, and not only without what was cut."""
+        """Whether matrices are stored with the zeros of a pattern."""
         return any(layer.pruned for layer in self.sidecar.masked) or not self.sidecar.cuts
 
 
 def model_card(card: Card) -> str:
-    """The text of README.md in Markdown, with the front matter that the hub reads."""
+    """The text of README.md, with the front matter that the hub reads."""
     facts, licence = card.facts, licence_of(card.assets)
     front = ModelCardData(
         base_model=_base_model(card.sidecar.model, card.assets),
@@ -75,7 +75,7 @@ def model_card(card: Card) -> str:
         license_link=licence.link,
     )
     settings = flat(card.sidecar.manifest["recipe"]).items()
-    told = {
+    variables = {
         "card": card,
         "front": front.to_yaml(),
         "licence": licence,
@@ -95,7 +95,7 @@ def model_card(card: Card) -> str:
         "caveat": held_out_caveat(card.recipe),
         "plain": _plain,
     }
-    return template("model_card.md.j2").render(told) + "\n"
+    return template("model_card.md.j2").render(variables) + "\n"
 
 
 def _title(card: Card) -> str:
@@ -125,7 +125,7 @@ def _left_out(card: Card) -> str:
 
 
 def _deleted(cuts: Mapping[str, CutCount], changed: str) -> str:
-    """What is left of parts, and what ``changed`` for those that are deleted; empty where nothing is."""
+    """What is left of parts, and what ``changed``; empty if nothing is cut."""
     if not cuts:
         return ""
     return f"{parts_left(cuts)} are left, " + (
@@ -185,20 +185,23 @@ def _perplexities(facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def _layer_errors(card: Card) -> list[tuple[str, ...]]:
-    """Mean errors over the pruned layers, before and after the update, on calibration and on held-out text."""
+    """Mean errors of the pruned layers, on calibration and held-out text."""
     errors = {"calibration": ("error_before", "error_after"), "held out": ("held_out_before", "held_out_after")}
     means = {text: [mean(card.sidecar.layers, error) for error in both] for text, both in errors.items()}
     return [(text, *("not measured" if each is None else percent(each) for each in both)) for text, both in means.items()]
 
 
 def _plain(text: str) -> str:
-    """Text in one line of Markdown in which nothing is markup. A name such as org/some_model stays as it is."""
+    """Text in one line of Markdown in which nothing is markup.
+
+    A name such as org/some_model stays unchanged.
+    """
     escaped = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-])", r"\\\1", legible(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _base_model(origin: str, assets: Mapping[str, bytes]) -> str | None:
-    """The hub id of the source, from the user's model or from config.json; None if it is not known."""
+    """The source's hub id, by its name or config.json; None if unknown."""
     for name in (origin, json.loads(assets.get("config.json", b"{}")).get("_name_or_path")):
         if name and (match := HUB_ID.fullmatch(name)) and not Path(name).exists():
             return match[1]

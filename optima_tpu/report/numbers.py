@@ -7,9 +7,9 @@ from optima_tpu.errors import plural
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``value`` with ``digits`` significant digits: "0.0123", "12.3", "1234", "2.00e-9". None is not finite, as in records.
+    """``value`` with ``digits`` significant digits: "0.0123", "2.00e-9".
 
-    It has an exponent from 1e15 on and below 1e-5.
+    None is a number that is not finite, as in records. The text has an exponent from 1e15 on and below 1e-5.
     """
     if value is None or not math.isfinite(value):
         return "not finite"
@@ -26,12 +26,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def named_blocks(indices: Sequence[int]) -> str:
-    """ "block 2", "blocks 17, 14": names blocks, in the order that came."""
+    """ "block 2", "blocks 17, 14": names blocks in the given order."""
     return f"{'block' if len(indices) == 1 else 'blocks'} {', '.join(map(str, indices))}"
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage with three significant digits: 0.1234 is "12.3%"."""
+    """A share in percent with three significant digits: 0.1234 is "12.3%"."""
     if share is None:
         return number(None)
     if 0 < share < 1e-7:
@@ -40,25 +40,31 @@ def percent(share: float | None) -> str:
 
 
 def direction(before: float, after: float) -> str:
-    """Says in a word what became of a number of which less is better: "worse", "better", "unchanged"."""
+    """ "worse", "better" or "unchanged", where less is better."""
     return "worse" if after > before else "better" if after < before else "unchanged"
 
 
 def became(before: float | None, after: float | None, show: Callable[[float], str]) -> str:
-    """As :func:`direction`, but "unchanged" where both are shown alike; empty where one of them is no number."""
+    """As :func:`direction`, but "unchanged" where both are shown alike.
+
+    Empty if one of both is None or not finite.
+    """
     if before is None or after is None or not math.isfinite(before + after):
         return ""
     return "unchanged" if show(before) == show(after) else direction(before, after)
 
 
 def unsure(ratio: float, error: float | None) -> bool:
-    """Whether two standard errors are more than what a ratio differs from 1 by."""
+    """Whether 1 is within two standard errors of a ratio."""
     ends = interval(ratio, error)
     return ends is not None and ends[0] <= 1 <= ends[1]
 
 
 def interval(ratio: float, error: float | None) -> tuple[float, float] | None:
-    """A ratio less and more two standard errors of its logarithm; None if the error was not measured."""
+    """The ends of a ratio's interval of two standard errors on both sides.
+
+    The error is that of the ratio's logarithm. None if the error was not measured.
+    """
     if error is None:
         return None
     spread = math.exp(min(2 * error, 100.0))  # a damaged report may hold any number
@@ -66,13 +72,13 @@ def interval(ratio: float, error: float | None) -> tuple[float, float] | None:
 
 
 def times(ratio: float, error: float | None) -> str:
-    """ "2.80× (2.61 to 3.00)": a ratio, and in brackets its :func:`interval` where it is known."""
+    """ "2.80× (2.61 to 3.00)": a ratio, and its :func:`interval` if known."""
     ends = interval(ratio, error)
     return f"{number(ratio)}×" + (f" ({' to '.join(map(number, ends))})" if ends else "")
 
 
 def trained_on(steps: int, tokens: int) -> str:
-    """ "3 steps on 3,072 tokens": how much a training reads, in these words wherever it is told."""
+    """ "3 steps on 3,072 tokens": how much a training reads."""
     return f"{plural(steps, 'step')} on {plural(tokens, 'token')}"
 
 

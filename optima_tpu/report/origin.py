@@ -1,4 +1,4 @@
-"""Page sections on time and memory, and on the command, settings, files and environment of a run."""
+"""Page sections on time, memory, command, settings, files and devices."""
 
 import shlex
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def cost(runs: Sequence[FinishedRun]) -> Section:
 
 
 def _stage_table(runs: Sequence[FinishedRun]) -> Table:
-    """The time of each stage; of a run alone its share of all."""
+    """The time of each stage; for a single run also its share of all."""
     several, stages = len(runs) > 1, [run.report.seconds for run in runs]
     totals = [sum(own.values()) for own in stages]
     rows = [
@@ -63,7 +63,7 @@ def _memory_table(runs: Sequence[FinishedRun]) -> Table:
 
 
 def origin(runs: Sequence[FinishedRun]) -> Section:
-    """Section on what was run and in which environment, with the command that repeats the run."""
+    """Section on what was run, with the command that repeats the run."""
     several, tables, code, files = len(runs) > 1, [], [], []
     for run in runs:
         tables.append(Table(f"What was run{run.behind}", [], _facts(run), words=True))
@@ -110,18 +110,18 @@ def _command(words: Sequence[str], name: str) -> str:
 
 def _facts(run: FinishedRun) -> list[list[str]]:
     """Rows of (name, value)."""
-    report, place = run.report, run.report.environment
+    report, machine = run.report, run.report.environment
     facts = {
         "model": report.model.origin,
         "its contents": f"sha256 {report.model.fingerprint}",
         "recipe": report.recipe,
         "calibration text": report.calibration.how,
         "evaluation text": report.evaluation.how,
-        "devices": place.words + (f", {plural(place.processes, 'process')}" if place.processes > 1 else ""),
+        "devices": machine.words + (f", {plural(machine.processes, 'process')}" if machine.processes > 1 else ""),
         "code": report.code,
-        "packages": ", ".join(f"{name} {version}" for name, version in place.packages.items() if version),
-        "system": f"Python {place.python}, {place.system}",
-        "read from": run.place,
+        "packages": ", ".join(f"{name} {version}" for name, version in machine.packages.items() if version),
+        "system": f"Python {machine.python}, {machine.system}",
+        "read from": run.given_path,
         **{f"left, {what}": path for what, path in files_in(run.directory, report.files).items()},
     }
     return [[name, value] for name, value in facts.items()]

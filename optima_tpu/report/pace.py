@@ -1,4 +1,4 @@
-"""Estimates the time left from the steps that are done. Nothing here reads a clock."""
+"""Estimates the time left from finished steps, without reading a clock."""
 
 import dataclasses
 import statistics
@@ -29,10 +29,10 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """Seconds for a unit of work of every kind, by its last steps but the first.
+    """Seconds for a unit of work, by kind of step.
 
-    The rate of a kind is the median of its last few steps. Its first step compiles programs and says nothing of the others, so
-    nothing is known before the second one.
+    The rate of a kind is the median of its last few steps. The first step of a kind compiles programs, so its time is no measure
+    of the others, and the rate is unknown before the second step.
     """
 
     kinds: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
@@ -45,27 +45,27 @@ class Pace:
         return Pace({**self.kinds, step.kind: measured})
 
     def is_new(self, kind: str) -> bool:
-        """Whether no step of this kind was measured, so that the next one compiles programs."""
+        """Whether the kind has no step yet, so that the next one compiles."""
         return kind not in self.kinds
 
     def seconds(self, step: Step) -> float | None:
-        """The seconds that work of one kind will take; None if that is not known."""
-        known = self.kinds.get(step.kind) or self.kinds.get(step.like)
-        return statistics.median(known) * step.work if known else None
+        """The seconds that a step will take; None if they are unknown."""
+        rates = self.kinds.get(step.kind) or self.kinds.get(step.like)
+        return statistics.median(rates) * step.work if rates else None
 
     def left(self, steps: Iterable[Step], into: float = 0.0) -> float | None:
-        """The seconds that the steps of one stage will take; None if that is not known.
+        """The seconds that the steps of a stage will take; None if unknown.
 
         Args:
-          into: seconds since the first of them began.
+          into: seconds since the first step began.
         """
         steps = list(steps)
         work = defaultdict[Step, float](float)
         for step in steps:
             work[step._replace(work=1.0)] += step.work
-        found = {step: self.seconds(step._replace(work=total)) for step, total in work.items()}
-        measured = [step for step in steps if found[step._replace(work=1.0)] is not None]
-        seconds, unknown = sum((each or 0.0 for each in found.values()), 0.0), len(steps) - len(measured)
+        estimates = {step: self.seconds(step._replace(work=total)) for step, total in work.items()}
+        measured = [step for step in steps if estimates[step._replace(work=1.0)] is not None]
+        seconds, unknown = sum((each or 0.0 for each in estimates.values()), 0.0), len(steps) - len(measured)
         if unknown > _SMALL * len(measured):
             return None
         expected = (steps and self.seconds(steps[0])) or 0.0
@@ -76,8 +76,8 @@ class Remaining(NamedTuple):
     """The time left.
 
     Attributes:
-      stage: seconds of the stage that goes on; None if they are not known.
-      run: seconds of this stage and of those after it; None if those of one of them are not known.
+      stage: seconds of the current stage; None if they are not known.
+      run: seconds of this stage and of all later stages; None if the seconds of one stage are not known.
       whole: whether no stage is left out because it is short.
     """
 
@@ -87,12 +87,12 @@ class Remaining(NamedTuple):
 
 
 def remaining(pace: Pace, stage: Sequence[Step], ahead: Iterable[Sequence[Step]], into: float = 0.0) -> Remaining:
-    """The time left of a stage, and of this stage with those that come after it.
+    """The time left of a stage, and of the run with its later stages.
 
     Args:
-      stage: the steps that are left of it, the one that goes on first.
+      stage: the steps that are left of the stage, the current step first.
       ahead: the steps of the later stages.
-      into: seconds since the step that goes on began.
+      into: seconds since the current step began.
     """
     stages = list(ahead)
     counted = [steps for steps in stages if any(step.work for step in steps)]

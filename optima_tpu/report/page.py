@@ -1,6 +1,6 @@
-"""Writes report.html: one page about one run or several, without scripts and without network access.
+"""Writes report.html: one page about one run or several.
 
-Its layout is defined in report.html.j2 and report.css in this folder.
+The page has no scripts and needs no network. Its layout is defined in report.html.j2 and report.css in this folder.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,15 @@ def is_page(data: bytes) -> bool:
     return b"Created from report.json by OPTIMA-TPU" in data  # in the footer
 
 
-def write_page(places: Sequence[str | Path], path: Path) -> list[FinishedRun]:
-    """Writes the page about finished runs and returns them. A file with the same content is not written again.
+def write_page(given_paths: Sequence[str | Path], path: Path) -> list[FinishedRun]:
+    """Writes the page about finished runs and returns the runs.
+
+    A file with the same content is not written again.
 
     Raises:
       UserError: a run is not finished or not readable, or the page cannot be written.
     """
-    title, runs = read_runs(places)
+    title, runs = read_runs(given_paths)
     data = render(title, runs).encode()
     with writing(path, "choose another --output"):
         if not path.exists() or path.read_bytes() != data:

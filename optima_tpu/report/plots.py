@@ -1,4 +1,6 @@
-"""Draws the plots of the page as SVG elements. ``report.layers`` and ``report.results`` provide the numbers.
+"""Draws the plots of the page as SVG elements.
+
+``report.layers`` and ``report.results`` provide the numbers.
 
 An element is part of an HTML page: it uses the page's font and its light or dark colours, has a title and a description for
 screen readers, and unique ids. Figures are created without pyplot, so there is no global state.
@@ -74,13 +76,13 @@ def keys(runs: Sequence[FinishedRun]) -> list[Key]:
 
 
 def drawn(panels: Sequence[Panel], prefix: str, legend: Sequence[Key] = (), share: bool = False, note: str = "") -> list[Plots]:
-    """The panels as one part of a page, see :func:`lines`; none without panels."""
+    """The panels as one part of a page; an empty list without panels."""
     elements = list(zip([panel.title for panel in panels], lines(panels, prefix, share=share)))
     return [Plots(elements, legend, note=note)] if elements else []
 
 
 def lines(panels: Sequence[Panel], prefix: str, share: bool = False) -> list[Markup]:
-    """Draws one SVG element for each panel, with blocks on the horizontal axis.
+    """Draws an SVG element for each panel, with blocks on the x axis.
 
     Args:
       prefix: prefix of the ids in the elements.
@@ -96,7 +98,9 @@ def lines(panels: Sequence[Panel], prefix: str, share: bool = False) -> list[Mar
 def cells(
     title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log: bool = False, limits: tuple[float, float] | None = None
 ) -> Markup:
-    """Draws a map of blocks and layers as an SVG element. A cell shows its value under the mouse pointer.
+    """Draws a map of blocks and layers as an SVG element.
+
+    A cell shows its value under the mouse pointer.
 
     Args:
       title: the quantity that the map shows.
@@ -136,12 +140,14 @@ def cells(
         bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
-        told = [
+        cell_titles = [
             f"block {block}, {rows[row]}: {percent(value)}"
             for (row, block), value in np.ndenumerate(values)
             if math.isfinite(value)
         ]
-        return _element(figure, prefix, title, f"{title}, by block and layer: {_range(values.ravel().tolist(), percent)}.", told)
+        return _element(
+            figure, prefix, title, f"{title}, by block and layer: {_range(values.ravel().tolist(), percent)}.", cell_titles
+        )
 
 
 _LINE = 0.16
@@ -149,7 +155,11 @@ _LINE = 0.16
 
 
 def _bar_ticks(norm: Normalize, height: float) -> list[float]:
-    """The values beside a colour bar of ``height`` inches: round ones first, as many as have room; its ends where hardly one has."""
+    """The tick values of a colour bar of ``height`` inches.
+
+    A linear bar has ticks at its ends and its middle, where labels have room. A logarithmic bar has as many round values as
+    have room; if at most one has, the ends of the bar.
+    """
     low, high = float(norm.vmin or 0), float(norm.vmax or 0)
     ends = [low, high, (low + high) / 2]
     if not isinstance(norm, LogNorm):
@@ -160,7 +170,7 @@ def _bar_ticks(norm: Normalize, height: float) -> list[float]:
 
 
 def _apart(values: Iterable[float], norm: Normalize, height: float) -> list[float]:
-    """The values whose labels keep a line's height from those of the values before them."""
+    """The values, ascending, whose labels stay clear of labels before them."""
     kept: list[float] = []
     for value in values:
         if all(height * abs(norm(value) - norm(other)) >= _LINE for other in kept):
@@ -199,7 +209,7 @@ def _left(panel: Panel, limits: tuple[float, float]) -> float:
 
 
 def _room(labels: Iterable[str]) -> float:
-    """Width in inches for the longest of these tick labels, with a margin for the page's unknown font."""
+    """Inches for the longest tick label in a font that the page chooses."""
     return 0.12 + 0.075 * max(map(len, labels), default=0)
 
 
@@ -221,17 +231,17 @@ def _panel(panel: Panel, prefix: str, limits: tuple[float, float], left: float) 
         axes.grid(axis="y", color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        told = "; ".join(f"{line.label}: {_range(line.y, panel.unit)}" for line in panel.lines)
-        return _element(figure, prefix, panel.title, f"{panel.title}, by block. {told}.")
+        ranges = "; ".join(f"{line.label}: {_range(line.y, panel.unit)}" for line in panel.lines)
+        return _element(figure, prefix, panel.title, f"{panel.title}, by block. {ranges}.")
 
 
 def _figure(
     left: float, right: float, bottom: float, top: float, widths: Sequence[float], height: float
 ) -> tuple[Figure, list[Axes]]:
-    """Axes side by side, with ``widths`` and ``height`` in inches, margins, and gaps of 0.08 inches.
+    """A figure with axes side by side; all sizes are in inches.
 
-    The layout is fixed instead of computed by matplotlib. So the axes of neighbouring plots are aligned, and drawing is three
-    times as fast.
+    The gaps between axes are 0.08 inches. The layout is fixed instead of computed by matplotlib. So the axes of neighbouring
+    plots are aligned, and drawing is three times as fast.
     """
     whole, tall = left + sum(widths) + 0.08 * (len(widths) - 1) + right, bottom + height + top
     figure, axes = Figure(figsize=(whole, tall)), []
@@ -264,28 +274,31 @@ def _scale(axes: Axes, panel: Panel, limits: tuple[float, float]) -> None:
 
 
 def log_ticks(low: float, high: float) -> LogLocator:
-    """Ticks at powers of ten for a wide range, otherwise at 1, 2, 5 or closer."""
+    """Ticks at powers of ten for a wide range, closer for a narrow range."""
     wide = math.log10(high / low)
     return LogLocator(subs=(1,) if wide > 3 else (1, 2, 5) if wide > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 8), numticks=20)
 
 
 def _tick(value: float, unit: Callable[[float], str]) -> str:
-    """A value formatted by ``unit`` without trailing zeros: "50%", not "50.0%"."""
+    """A value as ``unit`` writes it, without trailing zeros: "50%"."""
     return re.sub(r"\.(\d*?)0+(?!\d)", lambda match: "." + match[1] if match[1] else "", unit(float(value)))
 
 
 def _range(values: Sequence[float], unit: Callable[[float], str]) -> str:
     """The range of the values in words."""
-    found = [float(value) for value in values if math.isfinite(value)]
-    if not found:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    if not finite:
         return "no value"
-    low, high = unit(min(found)), unit(max(found))
-    gaps = "" if len(found) == len(values) else f", {len(values) - len(found)} missing"
+    low, high = unit(min(finite)), unit(max(finite))
+    gaps = "" if len(finite) == len(values) else f", {len(values) - len(finite)} missing"
     return (low if low == high else f"from {low} to {high}") + gaps
 
 
-def _element(figure: Figure, prefix: str, title: str, description: str, told: Sequence[str] = ()) -> Markup:
-    """The figure as an SVG element for an HTML page. ``told`` holds the titles of its cells, in order."""
+def _element(figure: Figure, prefix: str, title: str, description: str, cell_titles: Sequence[str] = ()) -> Markup:
+    """The figure as an SVG element for an HTML page.
+
+    ``cell_titles`` are the titles of the cells of a map, in order.
+    """
     data = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix}):
         figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -306,7 +319,7 @@ def _element(figure: Figure, prefix: str, title: str, description: str, told: Se
         for unwanted in parent.findall("metadata") + parent.findall("style"):  # a style element would apply to the whole page
             parent.remove(unwanted)
     group = root.find(f".//g[@id='{prefix}-cells']")
-    for cell, words in zip([] if group is None else [child for child in group if child.tag != "defs"], told):
+    for cell, words in zip([] if group is None else [child for child in group if child.tag != "defs"], cell_titles):
         ElementTree.SubElement(cell, "title").text = words
     for index, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(tag, {"id": f"{prefix}-{tag}"})

@@ -31,7 +31,10 @@ _SHORT_STAGES = 60.0
 
 
 class Terminal(Console):
-    """A console for texts from files and command lines: brackets are no markup, and control characters are visible escapes."""
+    """A console for texts from files and command lines.
+
+    Brackets are no markup, and control characters become visible escapes.
+    """
 
     def render_str(self, text: str, **options: Any) -> Text:
         lines = (legible(line, len(line)) for line in text.split("\n"))
@@ -39,7 +42,7 @@ class Terminal(Console):
 
 
 def say(console: Console, text: str) -> None:
-    """Prints text unchanged: does not wrap or colour paths, and does not read brackets as markup."""
+    """Prints text unchanged: no wrapping, no colour for paths, no markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -61,7 +64,10 @@ def plain_table(head: Iterable[str], rows: Iterable[Sequence[str]], names: int =
 
 
 def show(console: Console, table: Table) -> None:
-    """Prints a table with all digits: full width into a file or a pipe, folded cells on a narrow terminal."""
+    """Prints a table with all digits.
+
+    A file or a pipe gets the full width. On a narrow terminal cells are folded.
+    """
     if not console.is_terminal:
         console.width = max(console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum)
     for column in table.columns:
@@ -70,7 +76,9 @@ def show(console: Console, table: Table) -> None:
 
 
 class Progress:
-    """Shows how far a run is. A run is a sequence of stages, a stage is a sequence of steps; a step of the walk is a block.
+    """Shows how far a run is.
+
+    A run is a sequence of stages, and a stage is a sequence of steps. A step of the walk is a block.
 
         with Progress() as progress:
             progress.stage("dense perplexity", total=31)
@@ -94,7 +102,7 @@ class Progress:
 
     Attributes:
       seconds: elapsed time of every finished stage, by name.
-      ahead: the steps of every stage that comes after the one that goes on; empty if there is none, or if nobody said.
+      ahead: the steps of every stage that comes after the one that goes on; empty if there is none, or if the caller set none.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
@@ -141,7 +149,7 @@ class Progress:
         """Starts a stage of ``total`` steps and ends the previous stage.
 
         Args:
-          done: of the ``total`` steps those that an earlier start of the run did; ``steps`` are without them.
+          done: how many of the ``total`` steps an earlier start of the run did; ``steps`` leaves these steps out.
           steps: the steps in their order, or their parts where :meth:`begin` tells them apart; None for steps of one kind, which
             no other stage has.
           counted: the kind of the ``total`` steps where the stage has other steps beside them; empty if it has none.
@@ -163,7 +171,10 @@ class Progress:
         self._say(text)
 
     def block(self, index: int, count: int) -> None:
-        """Starts block ``index`` of ``count``, counted from 0. A resumed walk starts with a later block."""
+        """Starts block ``index`` of ``count``, counted from 0.
+
+        The first block of a resumed walk has a larger index.
+        """
         if self._steps and self._pace.is_new(self._steps[0].kind):
             self._say(
                 f"block {index} ({index + 1} of {count}): its programs are compiled first, or read from an earlier run; blocks like it reuse them"
@@ -172,7 +183,10 @@ class Progress:
         self._bars.update(self._task, total=count, completed=index)
 
     def begin(self, kind: str, words: str) -> None:
-        """Starts a part of a step, and ends the part before it. ``words`` say what is being done, such as "solving mlp.up_proj"."""
+        """Starts a part of a step, and ends the part before it.
+
+        ``words`` say what is being done, such as "solving mlp.up_proj".
+        """
         if self._part:
             self._finish(self._part)
         self._part, self._activity = kind, words
@@ -202,7 +216,7 @@ class Progress:
         check_signals()
 
     def skip(self, kinds: Iterable[str]) -> None:
-        """Leaves out the next step of each of these kinds, which an earlier start of the run did."""
+        """Skips one step of each kind, which an earlier start has done."""
         for kind in kinds:
             self._done += self._counted in ("", kind)
             self._take(kind)
@@ -210,7 +224,10 @@ class Progress:
         self._bars.update(self._task, completed=self._done)
 
     def left(self) -> str:
-        """The time left of the stage and of the run: "about 20 s left for pruning, at least 1:05 min left for the run"; empty if unknown."""
+        """The time left of the stage and the run, in words; empty if unknown.
+
+        The words are such as "about 20 s left for pruning, at least 1:05 min left for the run".
+        """
         left = self._remaining()
         if left.stage is None or self._stage is None:
             return ""
@@ -226,7 +243,7 @@ class Progress:
         self._bars.update(self._task, visible=False)
 
     def _finish(self, kind: str) -> None:
-        """Measures the part that ends now, and takes it off the steps that are left."""
+        """Measures the current part and removes its step from those left."""
         now = self._clock()
         self._pace = self._pace.after(self._take(kind), now - self._step_start)
         self._step_start = now
@@ -259,12 +276,12 @@ class Progress:
         return "the first step of its kind, slower than the others" if len(self._steps) > 1 else ""
 
     def _watch(self) -> None:
-        """Runs in a thread of its own, for a step may take long."""
+        """Runs in its own thread, because a step may take long."""
         while not self._ended.wait(1.0):
             self._tell_if_quiet()
 
     def _tell_if_quiet(self) -> None:
-        """Prints how far the stage is if nothing was printed for a while and no bar shows it."""
+        """Prints how far the stage is after a silence, if there is no bar."""
         if self._shown or self._stage is None or self._clock() - self._said_at < self._quiet:
             return
         self._quiet = min(2 * self._quiet, _QUIETEST)
@@ -285,7 +302,10 @@ class Progress:
 
 
 def _of_run(left: Remaining, what: str = " for the run") -> list[str]:
-    """The time left of the run, where it is known and more than that of the stage. Short stages at its end are left out."""
+    """The time left of the run in words; empty if it says nothing new.
+
+    Short stages at the end of the run are left out.
+    """
     if left.stage is None or left.run is None or left.run - left.stage < _SHORT:
         return []
     if not left.whole and left.run < _SHORT_STAGES:
@@ -304,7 +324,7 @@ class _Bars(Bars):
 
 
 class _Times(ProgressColumn):
-    """A text that is asked for whenever the bar is drawn."""
+    """A text that is computed whenever the bar is drawn."""
 
     def __init__(self, text: Callable[[], str]):
         self._text = text
@@ -317,7 +337,7 @@ class _Times(ProgressColumn):
 def _outcome(layers: list[LayerReport]) -> str:
     """The error that the update minimises, and the sparsity."""
     own, dense = ("calibration error", "error_before", "error_after"), ("error against dense", "dense_before", "dense_after")
-    told, *errors = own if mean(layers, "dense_after") is None else dense
-    judged = layers if told == own[0] else aimed_at_dense(layers)
+    label, *errors = own if mean(layers, "dense_after") is None else dense
+    judged = layers if label == own[0] else aimed_at_dense(layers)
     means = dict.fromkeys(mean(judged, error) for error in errors)  # one where no update changed it
-    return f"{told} {' -> '.join(map(percent, means))}, sparsity {percent(sparsity(layers))}"
+    return f"{label} {' -> '.join(map(percent, means))}, sparsity {percent(sparsity(layers))}"

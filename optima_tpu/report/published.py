@@ -1,4 +1,4 @@
-"""The first sentence about a result: what it cost in perplexity, how sure that is, and what published methods cost.
+"""What a result cost in perplexity, beside the cost of published methods.
 
 ``published.csv`` holds the published results, with the source of each. For every model and pattern it has the smallest and the
 largest ratio of pruned to dense perplexity that the sources name; masks by magnitude are left out. Papers hardly have models of
@@ -55,9 +55,10 @@ def published() -> tuple[Published, ...]:
 
 
 def comparable(report: Report) -> list[Published]:
-    """Published results with the pattern of a run and models of about its size, the smallest ratio first.
+    """Published results with a run's pattern and models of about its size.
 
-    Empty for a model that was also trained or quantised, or whose layers have settings of their own: no published row is like it.
+    The smallest ratio comes first. Empty for a model that was also trained or quantised, or whose layers have settings of their
+    own: no published row is like such a model.
     """
     if _beyond_pruning(report) or report.settings.layers:
         return []
@@ -72,24 +73,25 @@ def comparable(report: Report) -> list[Published]:
 
 
 def result(report: Report) -> str:
-    """What pruning cost in perplexity, how sure that is, and the range of published results, in a few sentences."""
+    """The cost in perplexity, how sure it is, and published results."""
     return f"{change(report)} {published_range(report)}".rstrip()
 
 
 def published_range(report: Report) -> str:
-    """The range of published results, and where a run is in it; or why there is none. Empty if no result is comparable.
+    """The range of published results, and where a run is in the range.
 
-    Nothing is called good or poor: published results are of other models and texts, and an evaluation has few windows. What is said
-    of the range, "above all of them", holds by two standard errors of the loss, paired by window, and only on the same texts.
+    If no result is comparable, the text says why, or is empty. Nothing is called good or poor: published results are of other
+    models and texts, and an evaluation has few windows. What is said of the range, "above all of them", holds by two standard
+    errors of the loss, paired by window, and only on the same texts.
     """
     rows = comparable(report)
     if not rows:
         return _beyond_pruning(report) or ""
     best, worst, ends = rows[0], rows[-1], interval(report.perplexity.ratio, report.log_ratio_stderr)
     text = report.settings.evaluation_source
-    place = ""
+    comparison = ""
     if text in TEXTS and ends:
-        place = (
+        comparison = (
             " This run is below all of them."
             if ends[1] < best.ratio
             else " This run is above all of them."
@@ -97,20 +99,26 @@ def published_range(report: Report) -> str:
             else ""
         )
     elif text not in TEXTS:
-        place = " This run was measured on another text, so compare with care."
+        comparison = " This run was measured on another text, so compare with care."
     ranges = "; ".join(_range([row for row in rows if row.model == model]) for model in sorted({row.model for row in rows}))
-    return f"Published methods at {best.pattern} with models of about this size: {ranges}.{place}"
+    return f"Published methods at {best.pattern} with models of about this size: {ranges}.{comparison}"
 
 
 def _range(rows: Sequence[Published]) -> str:
-    """ "OPT-125M 1.21 times (FISTAPruner) to 1.43 times (Wanda), on WikiText-2": all rows of one model, the smallest ratio first."""
+    """The range of one model's rows in words, the smallest ratio first.
+
+    The words are such as "OPT-125M 1.21 times (FISTAPruner) to 1.43 times (Wanda), on WikiText-2".
+    """
     ends = " to ".join(f"{number(row.ratio)} times ({row.method})" for row in dict.fromkeys((rows[0], rows[-1])))
     texts = " and ".join(sorted({row.text for row in rows}, reverse=True))
     return f"{rows[0].model} {ends}, on {texts}"
 
 
 def change(report: Report) -> str:
-    """ "Perplexity 14.8 → 19.7: 1.33 times the dense model’s, worse (1.31 to 1.35 with two standard errors)."."""
+    """The change of perplexity in a sentence.
+
+    "Perplexity 14.8 → 19.7: 1.33 times the dense model’s, worse (1.31 to 1.35 with two standard errors over its windows)."
+    """
     perplexity, ends = report.perplexity, interval(report.perplexity.ratio, report.log_ratio_stderr)
     dense, pruned = perplexity.dense, perplexity.pruned
     first = f"Perplexity {number(dense, 4)} → {number(pruned, 4)}: {number(perplexity.ratio)} times the dense model’s"
@@ -123,7 +131,7 @@ def change(report: Report) -> str:
 
 
 def _same_pattern(row: str, pattern: str, sparsity: float) -> bool:
-    """Whether a run has the pattern of a row. A pattern of the user's own, such as "my_lab:Comb", has none of them."""
+    """Whether a run has a row's pattern; a user's own pattern never has."""
     if ":" in row:
         return pattern == row
     share = pattern.partition("/")[0].replace(".", "", 1)
@@ -131,7 +139,7 @@ def _same_pattern(row: str, pattern: str, sparsity: float) -> bool:
 
 
 def _beyond_pruning(report: Report) -> str | None:
-    """What was done with the weights behind the pruning, in a sentence; None if nothing was."""
+    """What else was done with the weights, in a sentence; None if nothing."""
     if report.training:
         what = "was trained after it was pruned"
     elif recovered := report.settings.recover:

@@ -1,4 +1,4 @@
-"""Records of one layer and of one block, for the journal and for report.json."""
+"""Records of layers and blocks, for the journal and for report.json."""
 
 import math
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Page sections on results: perplexity and tasks, distance to the dense model, several runs side by side."""
+"""Page sections on results: perplexity, tasks, distance, comparison."""
 
 import json
 import math
@@ -23,13 +23,13 @@ _SHOWN = 4
 
 
 def tiles(run: FinishedRun) -> list[Fact]:
-    """The most important numbers of one run: its facts, behind the perplexity what an evaluation measured."""
+    """The facts of one run; its evaluation's results follow perplexity."""
     first, *others = facts(run.report)
     evaluated = []
     for text, distance in _distances(run).items():
-        told, where = number(distance.kl), f"{_against(run.beside)} on {text}"
-        rows = {f"divergence{where}, nats": told, f"same token{where}": percent(distance.agreement)}
-        evaluated.append(Fact(f"Divergence from {run.beside}", [told], f"nats per token, on {text}", rows=rows))
+        divergence, where = number(distance.kl), f"{_against(run.beside)} on {text}"
+        rows = {f"divergence{where}, nats": divergence, f"same token{where}": percent(distance.agreement)}
+        evaluated.append(Fact(f"Divergence from {run.beside}", [divergence], f"nats per token, on {text}", rows=rows))
     if run.evaluation and run.evaluation.average is not None:
         average, asked = percent(run.evaluation.average), run.evaluation.asked
         rows = {f"mean accuracy of six tasks, {asked}": average}
@@ -44,13 +44,13 @@ def _unusual(run: FinishedRun) -> Fact:
     rows = {"layers with anything unusual": f"{count:,}"}
     if meaningless_lines(run.report):
         return Fact("Unusual", ["no meaning"], "text or dense model, named below", rows=rows)
-    told = (plural(count, "layer"), "named below") if count else ("nothing", "in any layer")
-    return Fact("Unusual", [told[0]], told[1], rows=rows)
+    words = (plural(count, "layer"), "named below") if count else ("nothing", "in any layer")
+    return Fact("Unusual", [words[0]], words[1], rows=rows)
 
 
 def comparison(runs: Sequence[FinishedRun]) -> Section:
-    """Section that compares several runs: the settings that differ, and the results."""
-    settings = differences({run.place: {**run.report.configuration, **_elsewhere(run)} for run in runs})
+    """Section that compares runs: the settings that differ, the results."""
+    settings = differences({run.given_path: {**run.report.configuration, **_elsewhere(run)} for run in runs})
     settings.pop("output", None)
     rows = [[name, *(_setting(values, run) for run in runs)] for name, values in settings.items()]
     labels = [run.label for run in runs]
@@ -81,7 +81,7 @@ def comparison(runs: Sequence[FinishedRun]) -> Section:
 
 
 def _other_texts(runs: Sequence[FinishedRun]) -> str:
-    """Says in what the evaluation texts of runs differ."""
+    """Says how the evaluation texts of the runs differ."""
     texts = [run.report.evaluation for run in runs]
     hows = dict.fromkeys(without_folders(text.how) for text in texts)
     what = "different texts" if len({text.source for text in texts}) > 1 else "different windows of one text"
@@ -108,16 +108,16 @@ def outcome(runs: Sequence[FinishedRun]) -> Section:
     ]
     files = {sizes(run.report): run for run in runs}
     if len(files) == 1:
-        text += [f"Size: {said}." for said in files]
+        text += [f"Size: {words}." for words in files]
     else:
-        text += [f"Size of {run.label}: {said}. {running(run.report)}" for said, run in files.items()]
+        text += [f"Size of {run.label}: {words}. {running(run.report)}" for words, run in files.items()]
     tables = [*_perplexity_tables(runs), *_task_tables(runs)]
     folded = [_published_table(rows) for run in runs if not several and (rows := comparable(run.report))]
     return Section("outcome", "Dense against pruned", text, tables=tables, folded=folded, code=code)
 
 
 def _published_table(rows: Sequence[Published]) -> Table:
-    """What published methods reach with this pattern in models of about this size."""
+    """What published methods reach with this pattern at about this size."""
     return Table(
         f"Published perplexity at {rows[0].pattern}, models of about this size, lower is better",
         ["model", "method", "text", "dense", "pruned", "pruned / dense", "source"],
@@ -137,19 +137,21 @@ def _beside(
     names: Sequence[str],
     columns: Callable[[str], Sequence[str]],
 ) -> list[Table]:
-    """A table for each model that pruned ones are measured beside, with the rows of the runs behind their labels.
+    """A table for each model that the pruned models are compared with.
+
+    The rows of a run stand behind the label of the run.
 
     Args:
-      rows: of a run, each with that model.
-      names: the headings of what a row is of, which stand before the numbers.
+      rows: of a run, each with the model that it compares with.
+      names: the headings of the cells that name a row.
       columns: the headings of the numbers.
     """
-    found: dict[str, list[list[str]]] = {}
+    by_model: dict[str, list[list[str]]] = {}
     for run in runs:
         for other, row in rows(run):
-            found.setdefault(other, []).append([*run.cell, *row])
+            by_model.setdefault(other, []).append([*run.cell, *row])
     names = [*["run"] * (len(runs) > 1), *names]
-    return [Table(caption(other), [*names, *columns(other)], cells, names=len(names)) for other, cells in found.items()]
+    return [Table(caption(other), [*names, *columns(other)], cells, names=len(names)) for other, cells in by_model.items()]
 
 
 def _perplexity_tables(runs: Sequence[FinishedRun]) -> list[Table]:
@@ -169,8 +171,8 @@ def _perplexities(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
     yield "dense", _perplexity_row(without_folders(text.how), both.dense, both.pruned, error, text.tokens)
     for name, score in _by_short_name(run.evaluation.perplexity if run.evaluation else {}).items():
         how, apart = without_folders(score.how), _distances(run).get(name)
-        said, error = how if name in how else f"{name}: {how}", apart.log_ratio_stderr if apart else None
-        yield run.beside, _perplexity_row(said, score.against, score.perplexity, error, score.tokens)
+        description, error = how if name in how else f"{name}: {how}", apart.log_ratio_stderr if apart else None
+        yield run.beside, _perplexity_row(description, score.against, score.perplexity, error, score.tokens)
 
 
 def _perplexity_row(text: str, before: float | None, pruned: float, error: float | None, tokens: int) -> list[str]:
@@ -193,7 +195,7 @@ def _task_tables(runs: Sequence[FinishedRun]) -> list[Table]:
 
 
 def distance(runs: Sequence[FinishedRun]) -> list[Section]:
-    """Section on the distance to the dense or another model, by block; empty if it was not measured."""
+    """Section on the distance from the dense or another model; or empty."""
     curves: dict[tuple[str, str], list[plots.Line]] = {}
     for index, run in enumerate(runs):
         for text, distance in _distances(run).items():
@@ -239,7 +241,7 @@ def _distance_rows(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
 
 
 def _evaluate(run: FinishedRun) -> str:
-    """The commands that evaluate a run and write its page again, with the run's own paths."""
+    """The commands that evaluate a run and then write its page again."""
     directory, settings = str(run.directory), run.report.settings
     evaluate = command("evaluate", directory, "--against", settings.model, "--perplexity", settings.evaluation_source)
     return f"{evaluate}\n{command('report', directory)}"
@@ -251,13 +253,13 @@ _UNITS: Mapping[str, Mapping[str, Any]] = {"hidden_errors": {"log": True}, "kls"
 
 def _headlines(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     """The rows of the comparison."""
-    told = [{name: value for fact in tiles(run) for name, value in fact.compared.items()} for run in runs]
-    rows = {name: [own.get(name, NONE) for own in told] for name in dict.fromkeys(name for own in told for name in own)}
+    columns = [{name: value for fact in tiles(run) for name, value in fact.compared.items()} for run in runs]
+    rows = {name: [own.get(name, NONE) for own in columns] for name in dict.fromkeys(name for own in columns for name in own)}
     return {name: values for name, values in rows.items() if set(values) != {NONE}}
 
 
 def _tasks(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
-    def told(metric: str, value: float | None, error: float | None) -> str:
+    def shown(metric: str, value: float | None, error: float | None) -> str:
         if value is None:
             return NONE
         return percent(value) + _error(error, 100) if metric.startswith("acc") else number(value, 4) + _error(error)
@@ -265,7 +267,7 @@ def _tasks(run: FinishedRun) -> Iterator[tuple[str, list[str]]]:
     if run.evaluation is None:
         return
     for task, metric, documents, value, error, against, against_error in run.evaluation.scores:
-        yield run.beside, [task, metric, told(metric, against, against_error), told(metric, value, error), f"{documents:,}"]
+        yield run.beside, [task, metric, shown(metric, against, against_error), shown(metric, value, error), f"{documents:,}"]
     if run.evaluation.scores and run.evaluation.average is not None:
         yield run.beside, ["mean of the six", "acc", NONE, percent(run.evaluation.average), NONE]
 
@@ -276,12 +278,15 @@ def _against(other: str) -> str:
 
 
 def _spread(ratios: Iterable[str]) -> str:
-    """What stands under a table with such ratios; empty if no error is known."""
+    """The note under a table of ratios; empty if no error is known."""
     return _SPREAD if any("(" in ratio for ratio in ratios) else ""
 
 
 def _error(value: float | None, scale: float = 1) -> str:
-    """A standard error, to append to its value; empty for None, as for a single window or document."""
+    """A standard error to append to its value; empty for None.
+
+    The error is None for a single window or document.
+    """
     return "" if value is None else f" ± {number(scale * value, 2)}"
 
 
@@ -289,10 +294,10 @@ def _distances(run: FinishedRun) -> Mapping[str, Distance]:
     return _by_short_name(run.evaluation.distance if run.evaluation else {})
 
 
-def _by_short_name(found: Mapping[str, T]) -> Mapping[str, T]:
-    """What was measured on each text, by its name. Folders of file names are removed if the names stay distinct."""
-    short = {without_folders(text): value for text, value in found.items()}
-    return short if len(short) == len(found) else found
+def _by_short_name(by_text: Mapping[str, T]) -> Mapping[str, T]:
+    """The values by text, without folders where texts stay distinct."""
+    short = {without_folders(text): value for text, value in by_text.items()}
+    return short if len(short) == len(by_text) else by_text
 
 
 def _elsewhere(run: FinishedRun) -> dict[str, Any]:
@@ -305,7 +310,7 @@ def _elsewhere(run: FinishedRun) -> dict[str, Any]:
 
 
 def _setting(values: Mapping[str, Any], run: FinishedRun) -> str:
-    if run.place not in values:
+    if run.given_path not in values:
         return NONE
-    value = values[run.place]
+    value = values[run.given_path]
     return (value or NONE) if isinstance(value, str) else json.dumps(value)

@@ -29,15 +29,15 @@ def layer_report(rows: RowOutcomes, shape: tuple[int, int], kept: int, others: M
     # Without energy no held-out token was there, or none was routed to this expert.
     errors: dict[str, Any] = {
         name: share(values, energy)
-        for names, energy, found in (
+        for names, energy, squares in (
             (("held_out_before", "held_out_after"), held_out, unseen),
             (("dense_before", "dense_after", "dense_drift"), dense, drifted),
             (("error_nearest", "error_quantized"), rows.energy, rows.quantized),
             (("held_out_nearest", "held_out_quantized"), held_out, rows.quantized_held_out),
             (("dense_nearest", "dense_quantized"), dense, rows.quantized_dense),
         )
-        if energy is not None and found is not None and np.any(energy)
-        for name, values in zip(names, found, strict=True)
+        if energy is not None and squares is not None and np.any(energy)
+        for name, values in zip(names, squares, strict=True)
     }
     return LayerReport(
         shape=shape,

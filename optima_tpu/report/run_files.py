@@ -1,4 +1,4 @@
-"""Page section on the files of a run: their sizes, their purpose, and how to load the pruned model."""
+"""Page section on a run's files, and on how to load the pruned model."""
 
 import json
 from collections.abc import Mapping
@@ -98,5 +98,5 @@ def run_files(run: FinishedRun) -> Section:
 
 
 def _names_in(directory: Path) -> set[str]:
-    """The names in a run's directory; none if it is in a bucket, or if the report was moved without its directory."""
+    """The names in a run's directory; empty if it is missing or a bucket."""
     return set() if in_bucket(directory) or not directory.is_dir() else {path.name for path in directory.iterdir()}

@@ -1,4 +1,7 @@
-"""Reads and writes the record of a run: its manifest, which a resume must match, its settings, the source's small files."""
+"""Reads and writes the record of a run: manifest, settings, assets.
+
+A command resumes a run only if their manifests are the same.
+"""
 
 import hashlib
 import json
@@ -43,12 +46,12 @@ class RunRecord(Record, frozen=True):
 
     @property
     def decided(self) -> ManifestEntries:
-        """What is read of the manifest on its own."""
+        """The entries of the manifest that are read on their own."""
         return check_record(self.manifest, ManifestEntries, RUN, inside="manifest")
 
 
 def default_folder(what: str, model: str) -> Path:
-    """The default output folder of what is done with a model that is not a run: runs/WHAT-MODEL."""
+    """The default output folder of a command on a model: runs/WHAT-MODEL."""
     name = Path(model.removeprefix("wheel:")).expanduser().resolve()
     # All exports to GGUF name their file alike, and all runs their exported folder: take the next name above.
     if name.name == "model.gguf":
@@ -82,7 +85,11 @@ def read_run(directory: str | Path) -> RunRecord:
 
 
 def read_assets(directory: str | Path) -> dict[str, bytes]:
-    """The source model's files that the run has kept, name -> contents. Raises UserError if one of them is damaged."""
+    """The source's files that the run has kept, name -> contents.
+
+    Raises:
+      UserError: a file is damaged.
+    """
     directory = as_path(directory)
     folder = directory / ASSETS
     refuse_changed(directory, [name for name in listed(directory) if name.startswith(f"{ASSETS}/")], WRITE_AGAIN)
@@ -117,11 +124,11 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
     record = read_run(directory)
     if record.manifest != as_recorded:
         settings, others = _differences(record, as_recorded, configuration or {})
-        told = [f"{name} is {_show(there)} there, {_show(here)} here" for name, (there, here) in settings.items()]
+        lines = [f"{name} is {_show(recorded)} there, {_show(current)} here" for name, (recorded, current) in settings.items()]
         again = "" if others else recorded_command(record.configuration)
         resume = f"type {again}" if again else "undo what has changed and repeat the command that began it"
         raise UserError(
-            f"{directory} holds another run: {'; '.join([*told, *others])}. To resume it, {resume}. To leave it as it is, add "
+            f"{directory} holds another run: {'; '.join([*lines, *others])}. To resume it, {resume}. To leave it as it is, add "
             f"another --output, such as --output {shlex.quote(f'{directory}-2')}"
         )
 
@@ -145,7 +152,11 @@ none of these settings does, empty for both values of the entry."""
 def _differences(
     record: RunRecord, manifest: Mapping[str, Any], configuration: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """Settings that differ, name -> (there, here), and what else differs between two manifests, in words."""
+    """The differences between a record and a command.
+
+    Returns:
+      Settings that differ, name -> (recorded, current), and what else differs between the manifests, in words.
+    """
     old: Mapping[str, Any] = record.manifest
     was, now = _settings(record.configuration, old), _settings(configuration, manifest)
     other = {name: (was[name], now[name]) for name in sorted(was.keys() & now.keys()) if was[name] != now[name]}
@@ -153,17 +164,17 @@ def _differences(
     settings: dict[str, tuple[Any, Any]] = {}
     words = []
     for key in sorted(old.keys() | manifest.keys()):
-        there, here = flat({key: old[key]} if key in old else {}), flat({key: manifest[key]} if key in manifest else {})
-        if there == here:
+        recorded, current = flat({key: old[key]} if key in old else {}), flat({key: manifest[key]} if key in manifest else {})
+        if recorded == current:
             continue
         deciding, changed = _ENTRIES.get(key, ((), ""))
         own = {name: both for name, both in other.items() if name.partition(".")[0] in deciding}
         settings |= {name: both for name, both in own.items() if name in methods or name.partition(".")[0] not in methods}
         if not own:
             values = [
-                f"{name}: {_show(there.get(name, ...))} there, {_show(here.get(name, ...))} here"
-                for name in sorted(there | here)
-                if there.get(name, ...) != here.get(name, ...)
+                f"{name}: {_show(recorded.get(name, ...))} there, {_show(current.get(name, ...))} here"
+                for name in sorted(recorded | current)
+                if recorded.get(name, ...) != current.get(name, ...)
             ]
             words += [changed] if changed else values
     another = "model" in settings  # and with it, perhaps, another tokenizer
@@ -171,7 +182,10 @@ def _differences(
 
 
 def _settings(configuration: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names, a method by the name of its setting, and patterns with their comparison group as in manifests."""
+    """Settings by their dotted names, as a manifest has them.
+
+    A method stands under the name of its setting. Patterns have their comparison group.
+    """
     recipe = manifest.get("recipe", {})
     configuration = {
         **configuration,
@@ -181,7 +195,7 @@ def _settings(configuration: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
 
 
 def recorded_command(configuration: Mapping[str, Any]) -> str:
-    """The command of a recorded run; empty if no command takes its settings."""
+    """The command of a recorded run; empty if no command has its settings."""
     try:
         name, words = recorded_words(configuration)
     except UserError:
@@ -190,16 +204,16 @@ def recorded_command(configuration: Mapping[str, Any]) -> str:
 
 
 def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The command that made a run, "prune" or "recover", and the words behind it.
+    """The name of the command that made a run, and the words behind it.
 
     Raises:
       UserError: no command takes a setting.
     """
-    if (told := configuration.get("recover")) is None:
+    if (recovery := configuration.get("recover")) is None:
         return "prune", flags(recorded_run(configuration))
     skipped = ("model", "coordinator", "num_processes", "process_id")  # a process of its own, as in ``recorded_run``
-    own = {name: value for name, value in told.items() if name not in skipped}
-    return "recover", [str(told["model"]), *words_of(own)]
+    own = {name: value for name, value in recovery.items() if name not in skipped}
+    return "recover", [str(recovery["model"]), *words_of(own)]
 
 
 def _show(value: Any) -> str:

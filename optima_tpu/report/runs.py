@@ -39,21 +39,21 @@ class FinishedRun(NamedTuple):
 
     Attributes:
       label: method and the settings that distinguish it from the other runs: "wanda + cg, 2:4"; empty for a run alone.
-      place: the path that the user gave: the run directory or its report.json.
+      given_path: the path that the user gave: the run directory or its report.json.
       evaluation: contents of evaluation.json; None if the run was evaluated only on its own perplexity.
       another: the model in evaluation.json if it is not this run's model, otherwise None.
     """
 
     label: str
-    place: str
+    given_path: str
     report: Report
     evaluation: EvaluationRecord | None
     another: str | None = None
 
     @property
     def directory(self) -> Path:
-        """As :func:`run_of`."""
-        return run_of(self.place)
+        """The run directory, see :func:`run_of`."""
+        return run_of(self.given_path)
 
     @property
     def subject(self) -> str:
@@ -62,7 +62,7 @@ class FinishedRun(NamedTuple):
 
     @property
     def before(self) -> str:
-        """What stands before a sentence that says nothing of the run itself; empty for a run alone."""
+        """What stands before a general sentence; empty for a run alone."""
         return f"{self.label}: " if self.label else ""
 
     @property
@@ -72,47 +72,54 @@ class FinishedRun(NamedTuple):
 
     @property
     def cell(self) -> list[str]:
-        """The first cell of a row in a table of several runs; none for a run alone."""
+        """The first cell of a row in a table; none for a run alone."""
         return [self.label] if self.label else []
 
     @property
     def beside(self) -> str:
-        """The model that the evaluation compares with: "dense" for the model that was pruned, otherwise its name."""
+        """The model that the evaluation compares with: "dense" or its name."""
         against, other = (self.evaluation.against, self.evaluation.evaluated.against) if self.evaluation else (None, None)
         same = other is not None and other.fingerprint == self.report.model.fingerprint
         return "dense" if same or against is None or against == self.report.settings.model else against
 
     @property
     def time(self) -> str:
-        """Time of the stages and of blocks before a resume, as text. "at least", since other earlier work was not recorded."""
-        told = duration(sum(self.report.seconds.values()) + self.report.earlier)
-        return f"at least {told}" if self.report.earlier else told
+        """The time of stages and of blocks before a resume, as text.
+
+        Of a resumed run, "at least" so long: other earlier work was not recorded.
+        """
+        elapsed = duration(sum(self.report.seconds.values()) + self.report.earlier)
+        return f"at least {elapsed}" if self.report.earlier else elapsed
 
 
-def read_runs(places: Sequence[str | Path]) -> tuple[str, list[FinishedRun]]:
+def read_runs(given_paths: Sequence[str | Path]) -> tuple[str, list[FinishedRun]]:
     """Reads runs; returns a title with the settings they share, and the runs.
 
     Args:
-      places: run directories, or report.json files.
+      given_paths: run directories, or report.json files.
 
     Raises:
       UserError: a run is not finished or given twice, or its files are damaged.
     """
-    paths = [str(place) for place in places]
+    paths = [str(run) for run in given_paths]
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"expected each run once, got {path} twice: leave one out")
     reports = {path: read_report(path) for path in paths}
     title, labels = names(reports)
-    twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
-    labels |= {place: f"{labels[place]}, {place}" for place in twins}  # runs with the same settings are distinguished by path
+    twins = {run for run, label in labels.items() if list(labels.values()).count(label) > 1}
+    labels |= {run: f"{labels[run]}, {run}" for run in twins}  # runs with the same settings are distinguished by path
     if len(reports) == 1:
         labels = dict.fromkeys(reports, "")
-    return title, [FinishedRun(labels[place], place, report, *_evaluation(place, report)) for place, report in reports.items()]
+    return title, [FinishedRun(labels[run], run, report, *_evaluation(run, report)) for run, report in reports.items()]
 
 
 def read_report(run: str) -> Report:
-    """The report of a finished run, from its directory or from the file itself. Raises UserError as :func:`read_runs`."""
+    """The report of a finished run, from its directory or report.json.
+
+    Raises:
+      UserError: as :func:`read_runs`.
+    """
     path = as_path(run)
     if path.is_dir():
         refuse_links(path)
@@ -126,9 +133,9 @@ def read_report(run: str) -> Report:
 
 
 def names(reports: Mapping[str, Report]) -> tuple[str, dict[str, str]]:
-    """A title with the settings that the runs share, and for each run a name with the others: "wanda + cg, 2:4".
+    """A title with the settings that runs share, and a name for each run.
 
-    Runs with the same settings get the same name.
+    A name has the settings that differ: "wanda + cg, 2:4". Runs with the same settings get the same name.
     """
     facts = {run: _facts(report.settings) for run, report in reports.items()}
     first = next(iter(facts.values()))
@@ -151,15 +158,16 @@ def names(reports: Mapping[str, Report]) -> tuple[str, dict[str, str]]:
 
 
 def differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings that differ between runs, nested ones with dots: setting -> run -> value.
+    """The settings that differ between runs: setting -> run -> value.
 
-    A setting has no entry for a run that does not have it, because the run uses another method.
+    Nested settings have names with dots. A setting has no entry for a run that does not have it, because the run uses another
+    method.
     """
-    told = {run: flat(values) for run, values in configurations.items()}
+    settings = {run: flat(values) for run, values in configurations.items()}
     return {
-        key: {run: own[key] for run, own in told.items() if key in own}
-        for key in dict.fromkeys(key for own in told.values() for key in own)
-        if len({str(own.get(key)) for own in told.values()}) > 1
+        key: {run: own[key] for run, own in settings.items() if key in own}
+        for key in dict.fromkeys(key for own in settings.values() for key in own)
+        if len({str(own.get(key)) for own in settings.values()}) > 1
     }
 
 
@@ -181,15 +189,18 @@ def _facts(settings: RunSettings) -> dict[str, str]:
     }
 
 
-def run_of(place: str) -> Path:
+def run_of(given_path: str) -> Path:
     """The run directory, also if the user gave the path of its report.json."""
-    path = as_path(place)
+    path = as_path(given_path)
     return path if path.is_dir() else path.parent
 
 
-def _evaluation(place: str, report: Report) -> tuple[EvaluationRecord | None, str | None]:
-    """(evaluation.json next to report.json, None); or (None, name of the evaluated model) if it is not this run's model."""
-    path = run_of(place) / "evaluation.json"
+def _evaluation(given_path: str, report: Report) -> tuple[EvaluationRecord | None, str | None]:
+    """The evaluation of a run, and the other model that was evaluated.
+
+    At most one of both is not None: evaluation.json may be about a model that is not this run's.
+    """
+    path = run_of(given_path) / "evaluation.json"
     if not path.exists():
         return None, None
     remedy = "move the file away, or evaluate again"

@@ -1,4 +1,7 @@
-"""The recorded settings of a run that are read on their own; ``config.parse.recorded_run`` checks all of them."""
+"""The recorded settings of a run that are read on their own.
+
+``config.parse.recorded_run`` checks all settings.
+"""
 
 from typing import Any
 
@@ -6,7 +9,10 @@ from optima_tpu.runtime.records import Count, Undeclared
 
 
 class MethodSettings(Undeclared, frozen=True):
-    """A method, by its name or its import path. Options of a method of the user's own have any types."""
+    """A method, by its name or its import path.
+
+    Options of a user's own method may have any type.
+    """
 
     name: str
 
@@ -18,7 +24,7 @@ class SolverSettings(MethodSettings, frozen=True):
 
 
 class QuantizerSettings(MethodSettings, frozen=True):
-    """A quantizer, and how many inputs share a scale; None for all of a row."""
+    """A quantizer; ``group`` inputs share a scale, or with None a row does."""
 
     group: Count | None
 
@@ -30,7 +36,7 @@ class TrainingSettings(MethodSettings, frozen=True):
 
 
 class RecipeSettings(Undeclared, frozen=True, kw_only=True):
-    """The settings that decide the pruned weights, see ``run_config.weights_settings``."""
+    """Settings that decide weights, see ``run_config.weights_settings``."""
 
     dtype: str | None
     pattern: str
@@ -49,7 +55,7 @@ class RecipeSettings(Undeclared, frozen=True, kw_only=True):
 
 
 class CalibrationSettings(Undeclared, frozen=True):
-    """The calibration text, its windows, and how many of them the model wrote."""
+    """The calibration text, its windows, and those that the model wrote."""
 
     source: str
     windows: Count
@@ -70,7 +76,7 @@ class RecoverySettings(Undeclared, frozen=True):
 
 
 class RunSettings(RecipeSettings, frozen=True, kw_only=True):
-    """The settings of a run, see ``run_config.to_dict``; of a recovery with ``recover``."""
+    """Settings of a run, see ``run_config.to_dict``, or of a recovery."""
 
     model: str
     calibration: CalibrationSettings
@@ -79,7 +85,7 @@ class RunSettings(RecipeSettings, frozen=True, kw_only=True):
 
     @property
     def model_name(self) -> str:
-        """The last part of the model: "org/name" and "wheel:name" are "name"."""
+        """The last part of the model, "name" of "org/name" or "wheel:name"."""
         return self.model.removeprefix("wheel:").rstrip("/").rpartition("/")[2]
 
     @property

@@ -1,4 +1,4 @@
-"""Sends the records of layers to TensorBoard or Weights & Biases while the run is in progress.
+"""Sends records of layers to TensorBoard or Weights & Biases during a run.
 
 A sink gets one step for every block and one for the perplexities. Every start of the command starts the sink again, and sends the
 blocks in the journal first. So a sink has every block of a resumed run exactly once.
@@ -56,7 +56,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; a resumed run continues the same one. ``WANDB_MODE=offline`` keeps it on the disk."""
+    """A run of Weights & Biases, which a resumed run continues.
+
+    ``WANDB_MODE=offline`` keeps the run on the disk.
+    """
 
     def __init__(self, project: str, directory: Path, configuration: Mapping[str, Any]):
         import wandb
@@ -109,7 +112,10 @@ def check_sinks(sinks: Sinks) -> None:
 
 @contextlib.contextmanager
 def _closing(name: str, sink: Sink) -> Iterator[Sink]:
-    """Closes a sink at the end. An error is printed and not raised: the run is finished then, and its directory has the records."""
+    """Closes a sink at the end, and prints an error instead of raising it.
+
+    The run is finished then, and its directory has the records.
+    """
     try:
         yield sink
     finally:
@@ -121,7 +127,7 @@ def _closing(name: str, sink: Sink) -> Iterator[Sink]:
 
 @contextlib.contextmanager
 def open_sinks(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> Iterator[tuple[Sink, ...]]:
-    """Opens the sinks of a run. Every process must call it; only process 0 gets sinks.
+    """Opens a run's sinks, for process 0 alone. Every process must call it.
 
     Args:
       directory: the run directory; each sink writes to its own folder in it.
@@ -155,7 +161,7 @@ class Steps:
         self._sinks, self._finished, self._report, self._next = sinks, finished, report, 0
 
     def follow(self) -> None:
-        """Sends the blocks finished since the last call, up to the first unfinished block.
+        """Sends the newly finished blocks, up to the first unfinished block.
 
         A block is a step with the measures of every layer, such as "error_after/self_attn.q_proj".
         """

@@ -20,7 +20,9 @@ from optima_tpu.report.view import NONE
 
 
 def print_summary(console: Console, report: Report, directory: Path, sentence: Callable[[Report], str] = result) -> None:
-    """Prints the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
+    """Prints the summary of a finished run, from layers to the result.
+
+    The summary has the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
     A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from. A run without
     its model, see :func:`without_model`, has no line about the model's size.
@@ -57,7 +59,7 @@ def without_model(report: Report) -> Report:
 
 
 def _layer_lines(console: Console, report: Report) -> list[str]:
-    """Prints the table of layers. Returns lines that say what its numbers are."""
+    """Prints the table of layers; returns lines that explain its numbers."""
     layers, settings, solver = report.layers, report.settings, report.solver
     if not layers:
         return ["No layer was pruned."]
@@ -89,10 +91,10 @@ def _layer_lines(console: Console, report: Report) -> list[str]:
 
 
 def labelled(label: str, lines: Sequence[str]) -> list[str]:
-    """Lines behind one label, which the first of them has."""
+    """Lines of which the first begins with the label."""
     return [f"{'' if number else label:<12}{line}" for number, line in enumerate(lines)]
 
 
 def plain(text: str) -> str:
-    """Converts text of the page for a terminal: removes backquotes, and replaces arrows, dashes and typographic apostrophes."""
+    """Makes text of the page plain: no backquotes, curly quotes or arrows."""
     return text.replace("`", "").replace("’", "'").replace("→", "->").replace(NONE, "-")

@@ -17,7 +17,7 @@ NONE = "–"
 
 
 class Key(NamedTuple):
-    """A legend entry for a colour or a line style; ``series`` is None for a line style that all colours share."""
+    """A legend entry; ``series`` is None for a style of all colours."""
 
     label: str
     series: int | None = None
@@ -91,7 +91,7 @@ def commands(text: str) -> Markup:
 
 
 def unbroken(text: str | Markup) -> Markup:
-    """Converts text to markup in which no line ends inside the name of an option, "--calibration.windows"."""
+    """Markup in which no line ends inside the name of an option."""
     return Markup(re.sub(r"(?<![\w-])--[a-z][\w.-]*\w", r'<span class="option">\g<0></span>', str(escape(text))))
 
 
@@ -101,7 +101,7 @@ def command(name: str, *words: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """Removes the folders from a source in a text: "40 windows of file:/home/me/x.txt" becomes "40 windows of file:x.txt".
+    """Removes folders from a source: "file:/home/me/x.txt" is "file:x.txt".
 
     Each part of the text, between "; " as in the text on a mix, names at most one source, before any other "/". Names of data sets
     are kept: "tfds:mine/plain@/home/me/data" becomes "tfds:mine/plain@data". A source "hub:" has no folders.
@@ -112,7 +112,10 @@ def without_folders(text: str) -> str:
 
 @functools.cache
 def template(name: str) -> jinja2.Template:
-    """A template of this folder; jinja takes longer to compile it than to fill it in. In a page everything is escaped."""
+    """A template of this folder. A page escapes everything.
+
+    Templates are cached, because jinja takes longer to compile a template than to fill it in.
+    """
     # Names of models and paths come from the user.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,4 +1,4 @@
-"""Page sections on tokens: which ones the pruned model predicts worse, and what both models write after a few prompts."""
+"""Page sections on changed tokens, and on what both models write."""
 
 from collections.abc import Sequence
 
@@ -12,30 +12,30 @@ _BAR = Markup('<span class="bar" style="width: {:.2f}rem"></span>')
 
 
 def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
-    """Section on the tokens that got worse; empty if no run has recorded losses per token."""
+    """Section on the tokens that got worse; empty without token losses."""
     text = []
     tables: list[Table] = []
     folded: list[Table] = []
-    known = [(run, found) for run in runs if (found := run.report.tokens)]
-    if not known:
+    recorded = [(run, changes) for run in runs if (changes := run.report.tokens)]
+    if not recorded:
         return []
-    for run, found in known:
-        shares, middle = found.shares, len(found.edges) // 2
+    for run, changes in recorded:
+        shares, middle = changes.shares, len(changes.edges) // 2
         # Where the mean is within its noise of zero, worse and better tokens cancel, and the share is of next to nothing.
-        share = found.rise_share if found.mean > max(0.01, 2 * (found.mean_stderr or 0)) else None
-        told = f" The worst 1% of the tokens cause {percent(share)} of the total rise." if share is not None else ""
+        share = changes.rise_share if changes.mean > max(0.01, 2 * (changes.mean_stderr or 0)) else None
+        remark = f" The worst 1% of the tokens cause {percent(share)} of the total rise." if share is not None else ""
         text.append(
-            f"{run.before}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {found.tokens:,} tokens worse than the "
-            f"dense model, {percent(sum(shares[:middle]))} better, and the others equally well, within "
-            f"{found.edges[middle]:g} nats. The loss {_moved(found.mean)} on average; "
-            f"its median {_moved(found.median)}.{told}"
+            f"{run.before}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {changes.tokens:,} tokens worse than "
+            f"the dense model, {percent(sum(shares[:middle]))} better, and the others equally well, within "
+            f"{changes.edges[middle]:g} nats. The loss {_moved(changes.mean)} on average; "
+            f"its median {_moved(changes.median)}.{remark}"
         )
         bars = [
-            [name, percent(share), _BAR.format(20 * share)] for name, share in zip(_classes(found.edges), shares, strict=True)
+            [name, percent(share), _BAR.format(20 * share)] for name, share in zip(_classes(changes.edges), shares, strict=True)
         ]
         tables.append(Table(f"Tokens by the change of their loss{run.behind}", ["change, in nats", "tokens", ""], bars))
         worst = [
-            [_marked(each.before, each.token, each.after), _chance(each.dense), _chance(each.pruned)] for each in found.worst
+            [_marked(each.before, each.token, each.after), _chance(each.dense), _chance(each.pruned)] for each in changes.worst
         ]
         if worst:
             table = Table(
@@ -55,16 +55,16 @@ def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
 
 
 def continuations(runs: Sequence[FinishedRun]) -> list[Section]:
-    """Section on the texts that both models write; empty if no run has recorded any."""
+    """Section on the texts that both models write; empty without any."""
     text, tables = [], []
     for run in runs:
-        found = run.report.continuations
-        if not found:
+        recorded = run.report.continuations
+        if not recorded:
             continue
-        if found.reason:
-            text.append(f"{run.before}{found.reason}")
+        if recorded.reason:
+            text.append(f"{run.before}{recorded.reason}")
             continue
-        rows = [[each.prompt, _parted(each.dense), _parted(each.pruned)] for each in found.texts]
+        rows = [[each.prompt, _parted(each.dense), _parted(each.pruned)] for each in recorded.texts]
         tables.append(Table(f"After a prompt{run.behind}", ["prompt", "dense", "pruned"], rows, words=True))
     if not (text or tables):
         return []
@@ -78,7 +78,7 @@ def continuations(runs: Sequence[FinishedRun]) -> list[Section]:
 
 
 def _classes(edges: Sequence[float]) -> list[str]:
-    """ "more than 2 better", "2 to 0.5 better", ..., "alike, within 0.1", ..., "more than 2 worse"."""
+    """ "more than 2 better", "0.5 to 2 better", ..., "more than 2 worse"."""
     worse = [f"{low:g} to {high:g}" for low, high in zip(edges[len(edges) // 2 :], edges[len(edges) // 2 + 1 :])]
     worse.append(f"more than {edges[-1]:g}")
     better = [f"{each} better" for each in reversed(worse)]
@@ -101,6 +101,6 @@ def _marked(before: str, token: str, after: str) -> Markup:
 
 
 def _parted(parts: Sequence[str]) -> Markup:
-    """A continuation: the text that both models wrote, the first token that differs, marked, and the rest."""
+    """A continuation as markup, with the first differing token marked."""
     common, token, rest = parts
     return _marked(common, token, rest) if token else escape(common)
