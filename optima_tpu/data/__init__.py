@@ -1,4 +1,7 @@
-"""Turns text into the token windows that a model is calibrated on and scored on. One file for each source."""
+"""Turns text into token windows for calibration and evaluation.
+
+There is one module for each source.
+"""
 
 import contextlib
 import dataclasses
@@ -82,7 +85,7 @@ _FORMS = {
 
 
 def parse_source(text: str) -> Source:
-    """Reads the name of a source: one of ``NAMED``, "self", KIND:REST with a KIND of ``WITH_PATH``, such as "file:PATH", or a mix.
+    """Reads the name of a source or of a mix, such as "c4" or "file:PATH".
 
     Raises:
       UserError: the text is none of these. Whether a file exists is checked when the file is read.
@@ -113,16 +116,17 @@ def texts_of(source: Source) -> tuple[Source, ...]:
 
 
 def read_by_all(source: Source) -> TypeGuard[TFDS]:
-    """Whether every process can read any document of a source by itself, so that they can share the work."""
+    """Whether every process can read any document of a source by itself."""
     return isinstance(source, TFDS)
 
 
 def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Draw, over: sampling.Over = map) -> Tokens:
-    """The calibration windows of a model, and held-out windows after them. The same arguments give the same tokens.
+    """Draws the calibration windows of a model, then the held-out windows.
 
-    Those of a text are drawn by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with the
-    tokenizer's own special tokens, so the tokenizer decides whether a BOS begins a document. The text is held in memory while
-    windows are drawn (a shard of C4: about 1 GB), except for sources whose documents can be read by index.
+    The same arguments give the same tokens. Windows of a text are drawn by
+    :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with the tokenizer's own special tokens,
+    so the tokenizer decides whether a BOS begins a document. The text is held in memory while windows are drawn (a shard of C4:
+    about 1 GB), except for sources whose documents can be read by index.
 
     Args:
       over: how documents are read and tokenised, see :func:`optima_tpu.data.sampling.calibration_windows`.
@@ -153,7 +157,7 @@ def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", dra
 
 
 def stream_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Draw) -> Tokens:
-    """The windows that a pruned model is trained on: at most ``windows``, none of which overlap, fewer where the text is shorter.
+    """Returns at most ``windows`` disjoint windows to train a pruned model on.
 
     See :func:`optima_tpu.data.sampling.stream_windows`. A :class:`TokenSource` gives as many as are asked for.
 
@@ -182,10 +186,10 @@ def stream_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Dr
 def evaluation_tokens(
     source: Source, tokenizer: "PreTrainedTokenizerBase", *, length: int, windows: int | None, bos: int | None = None
 ) -> Tokens:
-    """The windows for perplexity: the text cut into consecutive windows, without the last partial one.
+    """The windows for perplexity: a text cut into consecutive windows.
 
-    The documents are joined by a blank line and tokenised as one text with the tokenizer's own special tokens, as
-    SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695) do with WikiText-2.
+    The last partial window is left out. The documents are joined by a blank line and tokenised as one text with the tokenizer's
+    own special tokens, as SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695) do with WikiText-2.
 
     Args:
       windows: takes at most so many windows, the first ones; None takes all.
@@ -220,9 +224,10 @@ def refuse_overlap(
     both: str = "calibration and evaluation",
     option: str = "--evaluation.source",
 ) -> None:
-    """Raises UserError if both sources would read the same documents: no model is scored on text that it was calibrated on.
+    """Raises UserError if both sources would read the same documents.
 
-    See :func:`shared`. Sources that name no parts have splits without common documents.
+    No model is scored on text that it was calibrated on. See :func:`shared`. Sources that name no parts have splits without
+    common documents.
 
     Args:
       named: whether the person named the second.
@@ -239,7 +244,7 @@ def refuse_overlap(
 
 
 def shared(calibration: Source, evaluation: Source) -> Part | None:
-    """The part of a text that both sources would read; None if there is no such part.
+    """Returns a part of a text that both sources would read, or None.
 
     Two sources share a file, a split of a data set (also if different kinds of sources read it), or overlapping parts of a split.
 
@@ -267,14 +272,14 @@ def _token_windows(source: TokenSource, tokenizer: "PreTrainedTokenizerBase", dr
 
 
 def check_sources(*sources: str | None) -> None:
-    """Raises UserError if a name is not the name of a source. None is skipped."""
+    """Raises UserError for a text that names no source. None is skipped."""
     for source in sources:
         if source is not None:
             parse_source(source)
 
 
 def check_files(*sources: str | None) -> None:
-    """Raises UserError if a source is a file that does not exist here. None is skipped."""
+    """Raises UserError for a source's missing file. None is skipped."""
     for source in filter(None, sources):
         for text in texts_of(parse_source(source)):
             if isinstance(text, File | Npy):
@@ -297,7 +302,7 @@ def _replacing(tokens: Tokens, bos: int | None) -> Tokens:
 
 
 def tokenizing(tokenizer: "PreTrainedTokenizerBase") -> contextlib.AbstractContextManager[None]:
-    """Turns a panic of the tokenizers library on some text into a UserError that names the tokenizer's file."""
+    """Turns a panic of the tokenizers library into a UserError."""
     return panics_refused(f"{_FILE_OF} {tokenizer.name_or_path} has a rule that fails on some text: {_INSTEAD}")
 
 

@@ -1,7 +1,8 @@
-"""Makes a data set for ``tfds:NAME@DIR`` from text files: ``python -m optima_tpu.data.build NAME@DIR FILE...``
+"""Makes a data set for ``tfds:NAME@DIR`` from text files.
 
-Writes what TFDS itself would: DIR/NAME/1.0.0 with an array_record file for every split, dataset_info.json and features.json.
-Does not use its ``GeneratorBasedBuilder``, which holds a split in memory, and needs TensorFlow beyond 1 GB.
+``python -m optima_tpu.data.build NAME@DIR FILE...`` writes what TFDS itself would: DIR/NAME/1.0.0 with an array_record file for
+every split, dataset_info.json and features.json. It does not use TFDS's ``GeneratorBasedBuilder``, which holds a split in
+memory, and needs TensorFlow beyond 1 GB.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def build(
     validation_share: float = 0.0,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, int]:
-    """Writes the data set. It appears under its name when all of it is on the disk; the documents keep their order.
+    """Writes a data set, which appears under its name when it is complete.
 
     Args:
       target: name and directory of the data set.
@@ -173,8 +174,8 @@ def run(chosen: argparse.Namespace) -> None:
         task = progress.add_task("", total=None)
         counts = build(target, files, others, chosen.validation_share, lambda count: progress.update(task, completed=count))
     signals.ended(0)
-    held = ", ".join(f"{plural(count, 'document')} in {split}" for split, count in counts.items())
-    print(f"wrote {target.directory / target.name / VERSION}: {held}; use it with --calibration.source {target}")
+    sizes = ", ".join(f"{plural(count, 'document')} in {split}" for split, count in counts.items())
+    print(f"wrote {target.directory / target.name / VERSION}: {sizes}; use it with --calibration.source {target}")
 
 
 main = functools.partial(command.main, "data")

@@ -1,4 +1,4 @@
-"""C4, the web text that SparseGPT, Wanda and most of their successors calibrate on (arXiv:1910.10683)."""
+"""C4, the web text that most pruners calibrate on (arXiv:1910.10683)."""
 
 import dataclasses
 import itertools
@@ -15,17 +15,21 @@ EVALUATION_DOCUMENTS = 1100
 
 @dataclasses.dataclass(frozen=True)
 class C4(TextSource):
-    """The first shard of the training set (356,317 documents); for evaluation the first shard of the validation set.
+    """The first shard of C4's training set, or of its validation set.
 
-    Evaluation takes its first 1100 documents joined by a space, as SparseGPT does, and all of their windows; SparseGPT takes at
-    most 256, which matters for windows much shorter than its 2048 tokens.
+    Calibration reads the training shard, of 356,317 documents. Evaluation takes the first 1100 documents of the validation
+    shard joined by a space, as SparseGPT does, and all of their windows; SparseGPT takes at most 256, which matters for windows
+    much shorter than its 2048 tokens.
     """
 
     def __str__(self) -> str:
         return "c4"
 
     def documents(self, split: Split) -> Iterator[str]:
-        """One web page a document; one document for evaluation. Raises UserError where the hub can't be reached."""
+        """Yields each web page; for evaluation one text of many pages.
+
+        Raises UserError where the hub can't be reached.
+        """
         pages = self._file(split).documents(split)
         if split == "calibration":
             yield from pages

@@ -1,4 +1,4 @@
-"""A cache of token windows. It never changes what a run computes, only how long the run waits for its texts."""
+"""A cache of token windows, which changes only how long a run waits."""
 
 import dataclasses
 import functools
@@ -21,7 +21,9 @@ from optima_tpu.runtime.processes import from_first
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """A directory with a file for every draw. Any number of programs may use it at once; it may be deleted at any time.
+    """A directory with a file of tokens for every draw.
+
+    Any number of programs may use the directory at once. It may be deleted at any time.
 
     Attributes:
       directory: made at the first save.
@@ -30,7 +32,9 @@ class TokenCache:
     directory: Path
 
     def tokens(self, key: Callable[[], str | None], draw: Callable[[], Tokens]) -> Tokens:
-        """The result of ``draw()``, from the cache if it is there; its ``cache`` says so. Every process calls it.
+        """Returns the cached result of ``draw()``, or draws and saves it.
+
+        Every process calls it. The result's ``cache`` says whether the tokens came from the cache.
 
         Args:
           key: returns :func:`token_key`, in process 0. With None nothing is cached.
@@ -49,7 +53,7 @@ class TokenCache:
         return tokens._replace(cache=f"could not be saved in {self.directory}: {refused}") if refused else tokens
 
     def load(self, key: str) -> Tokens | None:
-        """Tokens that were saved under a key; None if they are missing or damaged."""
+        """The tokens saved under a key; None if missing or damaged."""
         try:
             with safetensors.safe_open(self._path(key), framework="np") as file:
                 about = file.metadata()
@@ -59,7 +63,7 @@ class TokenCache:
             return None
 
     def save(self, key: str, tokens: Tokens) -> str | None:
-        """Saves tokens under a key. Returns None, or the reason of a failure, which need not stop the run."""
+        """Saves tokens under a key. Returns why it failed, or None."""
         about = {"how": tokens.how, "available": str(tokens.available), "digest": _digest(key, tokens)}
         try:
             write_bytes(self._path(key), safetensors.numpy.save({"ids": np.ascontiguousarray(tokens.ids)}, about))
@@ -74,13 +78,18 @@ class TokenCache:
 def kept_tokens(
     use: bool, source: Source, split: Split, pretrained: Pretrained, draw: Callable[[], Tokens], **settings: int | None
 ) -> Tokens:
-    """Windows from the user's token cache, if ``use`` says so, else from ``draw``; see :meth:`TokenCache.tokens`, :func:`token_key`."""
+    """Returns the windows of ``draw``, from the user's cache if ``use``.
+
+    See :meth:`TokenCache.tokens` and :func:`token_key`, which takes ``settings``.
+    """
     cache = TokenCache(user_cache() / "tokens")
     return cache.tokens(lambda: token_key(source, split, pretrained, **settings), draw) if use else draw()
 
 
 def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int | None) -> str | None:
-    """A hash of all that decides the tokens: text, tokenizer, settings of the draw, and versions of code and libraries.
+    """Hashes all that decides the tokens of a draw.
+
+    These are the text, the tokenizer, the settings of the draw, and the versions of code and libraries.
 
     Args:
       draw: the settings of :func:`optima_tpu.data.calibration_tokens` or :func:`optima_tpu.data.evaluation_tokens`.
@@ -101,8 +110,9 @@ def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int 
 
 @functools.cache
 def _code() -> dict[str, str]:
-    """The versions of the code that turns text into windows. numpy may change its random streams between two versions."""
+    """The versions of this code, and of the libraries that it calls."""
     ours = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    # numpy may change its random streams between two versions.
     return {"ours": ours} | {name: importlib.metadata.version(name) for name in ("numpy", "tokenizers", "transformers")}
 
 

@@ -27,7 +27,9 @@ _LEAST, _RATIO = 1 << 26, 100
 
 @dataclasses.dataclass(frozen=True)
 class File(TextSource):
-    """The text of one file. It has no splits: calibration and evaluation both read all of it.
+    """The text of one file, without splits.
+
+    Calibration and evaluation both read all of the file.
 
     Attributes:
       path: a .txt[.gz] file is one document; in .jsonl[.gz], .json[.gz] (one object on each line, as in C4) and .parquet each
@@ -62,7 +64,7 @@ class File(TextSource):
             yield from read()
 
     def check(self) -> None:
-        """Raises UserError if the file does not exist, or if its format is not known."""
+        """Raises UserError for a missing file or an unknown format."""
         if not self.path.is_file():
             what = "is a folder" if self.path.is_dir() else "is a device or a pipe" if self.path.exists() else "does not exist"
             raise UserError(f"expected a text file, but {self.path} {what}: check the path")
@@ -74,8 +76,9 @@ class File(TextSource):
         return [Part(str(self.path.resolve()))]
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of the file's bytes: time stamps are not exact enough, and hashing is fast compared with tokenising."""
+        """Hashes the file's bytes."""
         self.check()
+        # Time stamps are not exact enough, and hashing is fast compared with tokenising.
         with refusing(OSError, f"{self.path} can't be read", "check its permissions"), open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -85,8 +88,8 @@ class File(TextSource):
         return reader(self.path, "rt", encoding="utf-8-sig", newline="\n")
 
     def _most(self) -> int:
-        """The most characters that the file may hold: text is packed to a fifth, not to a hundredth."""
-        packed = self.path.suffix in (".gz", ".parquet")
+        """The most characters that the file may hold."""
+        packed = self.path.suffix in (".gz", ".parquet")  # text is packed to a fifth, not to a hundredth
         return max(_LEAST, _RATIO * self.path.stat().st_size) if packed else _LONGEST
 
     def _refuse_longer(self, most: int) -> UserError:
@@ -103,13 +106,13 @@ class File(TextSource):
         yield text
 
     def _records(self) -> Iterator[str]:
-        """The lines, none longer and all together no longer than the file may be."""
-        most, found = self._most(), 0
+        """Yields the lines. Refuses too long lines and packed files."""
+        most, total = self._most(), 0
         longest = min(most, _LONGEST)
         with self._open() as file:
             while line := file.readline(longest + 1):
-                found += len(line)
-                if len(line) > longest or (self.path.suffix == ".gz" and found > most):
+                total += len(line)
+                if len(line) > longest or (self.path.suffix == ".gz" and total > most):
                     raise self._refuse_longer(min(most, longest))
                 yield line
 
@@ -131,7 +134,7 @@ class File(TextSource):
             yield self._checked(record[self.field], f"line {number}")
 
     def _parquet(self) -> Iterator[str]:
-        most, found = self._most(), 0
+        most, total = self._most(), 0
         schema = pyarrow.parquet.read_schema(self.path)
         check_field(self.field, schema.names, self.path)
         if pyarrow.types.is_nested(kind := schema.field(self.field).type):
@@ -139,28 +142,28 @@ class File(TextSource):
         # As a dictionary: a file of some kilobytes may repeat a long text a billion times.
         with pyarrow.parquet.ParquetFile(self.path, read_dictionary=[self.field]) as file:
             groups = map(file.metadata.row_group, range(file.num_row_groups))
-            parts = (group.column(place) for group in groups for place in range(group.num_columns))
+            parts = (group.column(index) for group in groups for index in range(group.num_columns))
             if any(part.total_uncompressed_size > most for part in parts if part.path_in_schema == self.field):
                 raise self._refuse_longer(most)
             batches = file.iter_batches(columns=[self.field])
             for number, value in enumerate(itertools.chain.from_iterable(map(_values, batches)), start=1):
                 text = self._checked(value, f"row {number}")
-                found += len(text)
-                if found > most:
+                total += len(text)
+                if total > most:
                     raise self._refuse_longer(most)
                 yield text
 
-    def _checked(self, value: object, place: str) -> str:
-        text = text_of(value, self.field, self.path, place)
+    def _checked(self, value: object, record: str) -> str:
+        text = text_of(value, self.field, self.path, record)
         text.encode()  # raises UnicodeError for half a surrogate pair, which JSON can spell but which is not text
         return text
 
 
 def _values(batch: pyarrow.RecordBatch) -> Iterator[object]:
-    """The values of a batch's only column; equal ones of a dictionary are one object."""
+    """The values of a batch's only column, with one object for equal ones."""
     column = batch.column(0)
     if not pyarrow.types.is_dictionary(column.type):
         yield from column.to_pylist()
         return
-    known = column.dictionary.to_pylist()
-    yield from (None if place is None else known[place] for place in column.indices.to_pylist())
+    texts = column.dictionary.to_pylist()
+    yield from (None if index is None else texts[index] for index in column.indices.to_pylist())

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub: single files of them, or any split through the ``datasets`` library."""
+"""Data sets on the Hugging Face hub: single files, or any split."""
 
 import dataclasses
 import re
@@ -18,7 +18,9 @@ _FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], o
 
 @dataclasses.dataclass(frozen=True)
 class Hub(TextSource):
-    """One split of a data set, read by the ``datasets`` library. Calibration and evaluation both read it.
+    """One split of a data set, read by the ``datasets`` library.
+
+    Calibration and evaluation both read this split.
 
     The whole split is downloaded into the library's own cache, unless only its first documents are asked for: these are
     streamed.
@@ -37,12 +39,12 @@ class Hub(TextSource):
 
     @staticmethod
     def parse(text: str) -> "Hub":
-        """Reads ORG/NAME[/CONFIG]@SPLIT or ORG/NAME[/CONFIG]@SPLIT[:N], optionally with ?field=NAME."""
+        """Reads the form of ``_FORM``, such as allenai/c4/en@train[:20000]."""
         path, options = split_options(text, ["field"], _FORM)
-        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/@]+))?@([\w.-]+)(?:\[:([1-9][0-9]{0,8})\])?", path)
-        if not found:
+        match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/@]+))?@([\w.-]+)(?:\[:([1-9][0-9]{0,8})\])?", path)
+        if not match:
             raise UserError(f"expected {_FORM}, got hub:{text}")
-        repository, config, split, first = found.groups()
+        repository, config, split, first = match.groups()
         return Hub(repository, config, split, int(first) if first else None, **options)
 
     def __str__(self) -> str:
@@ -76,12 +78,15 @@ class Hub(TextSource):
         return [part(self.repository, self.config, self.split)._replace(last=self.first)]
 
     def fingerprint(self, split: Split) -> str | None:
-        """The commit of the data set. Without one: None for a stream, else the fingerprint that ``datasets`` computes."""
+        """The data set's commit; without one its fingerprint, or None.
+
+        ``datasets`` computes the fingerprint. A stream has none.
+        """
         commit = self._commit()
         return commit if commit or self.first else self._load(None)._fingerprint
 
     def _commit(self) -> str | None:
-        """The data set's newest commit; None for a local folder, and offline, where ``datasets`` reads its cache."""
+        """The data set's newest commit; None for a local folder or offline."""
         if Path(self.repository).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
             return None
         with self._reading():
@@ -89,7 +94,7 @@ class Hub(TextSource):
             return huggingface_hub.dataset_info(self.repository).sha
 
     def _load(self, commit: str | None) -> Any:
-        """A ``datasets.Dataset``, or an ``IterableDataset`` for a stream. ``Any``, because the library has no types."""
+        """Returns a ``datasets.Dataset``, or for a stream IterableDataset."""
         import datasets  # takes seconds
 
         with self._reading():
@@ -117,12 +122,14 @@ class Hub(TextSource):
 
 
 def part(repository: str, config: str | None, split: str) -> Part:
-    """The part with all documents of a split. Its name is in lower case, because the hub ignores the case of a repository."""
-    return Part(f"{repository.lower()}@{split}", config=config)
+    """The part that has all documents of a split."""
+    return Part(f"{repository.lower()}@{split}", config=config)  # the hub ignores the case of a repository
 
 
 def download(repository: str, name: str) -> Path:
-    """The local path of one file of a data set, downloaded into the hub's own cache if it isn't there yet.
+    """Returns the local path of a data set's file, downloaded if needed.
+
+    The file is in the hub's own cache.
 
     Raises:
       UserError: the file is not in the cache and the hub can't be reached or refuses it, or the file is damaged.

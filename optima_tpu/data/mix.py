@@ -18,7 +18,9 @@ _SHARED = re.compile(r"(.+):(\d*\.?\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Mix(TextSource):
-    """Texts of which each gives its share of the windows. Windows of different texts alternate, so any first part is a mix too.
+    """Texts of which each gives its share of the windows.
+
+    Windows of different texts alternate, so the first windows of a mix are a mix too.
 
     Attributes:
       texts: two or more, all different.
@@ -30,16 +32,16 @@ class Mix(TextSource):
 
     @staticmethod
     def parse(text: str, parse: Callable[[str], Source]) -> "Mix | None":
-        """Reads SOURCE:SHARE,SOURCE:SHARE with any number of sources; None if the text has another form.
+        """Reads "SOURCE:SHARE,SOURCE:SHARE,..."; None for another form.
 
         Raises:
           UserError: a source is none, writes itself or comes twice; or the shares are not a whole.
         """
-        found = [_SHARED.fullmatch(each.strip()) for each in text.split(",")]
-        if len(found) < 2 or not all(found):
+        matches = [_SHARED.fullmatch(each.strip()) for each in text.split(",")]
+        if len(matches) < 2 or not all(matches):
             return None
-        texts = tuple(parse(each[1]) for each in found if each)
-        shares = tuple(float(each[2]) for each in found if each)
+        texts = tuple(parse(each[1]) for each in matches if each)
+        shares = tuple(float(each[2]) for each in matches if each)
         if min(shares) <= 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
             raise UserError(
                 f"expected shares above 0 whose sum is 1, as in c4:0.5,pydoc:0.5, got {text!r}, in sum {sum(shares):g}"
@@ -57,7 +59,7 @@ class Mix(TextSource):
         return ",".join(f"{text}:{np.format_float_positional(share, trim='-')}" for text, share in zip(self.texts, self.shares))
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Always raises UserError: windows are drawn text by text, and a mix is nothing to measure on."""
+        """Always raises UserError: a mix is nothing to measure on."""
         raise UserError(
             f"expected one text to measure on, got the mix {self}: name one for the evaluation, such as wikitext2, pydoc or file:PATH"
         )
@@ -68,12 +70,14 @@ class Mix(TextSource):
 
     def fingerprint(self, split: Split) -> str | None:
         """The fingerprints of all texts; None if one can't tell."""
-        found = [text.fingerprint(split) for text in self.texts]
-        known = [each for each in found if each is not None]
-        return " ".join(known) if len(known) == len(found) else None
+        fingerprints = [text.fingerprint(split) for text in self.texts]
+        present = [each for each in fingerprints if each is not None]
+        return " ".join(present) if len(present) == len(fingerprints) else None
 
     def windows(self, draw: Draw, what: str, drawn: Callable[[Source, Draw], Tokens]) -> Tokens:
-        """Windows, and the held-out ones after them, each a mix. Those of a stream end where one of the texts does.
+        """Returns mixed windows, then mixed held-out windows.
+
+        Windows of a stream end where one of the texts does.
 
         Args:
           draw: how many of all texts together.
@@ -105,16 +109,16 @@ class Mix(TextSource):
         return _mixed(np.concatenate([order[:end], later]), parts)
 
     def _order(self, windows: int) -> np.ndarray:
-        """Which text gives each window, [windows] int: the one that is farthest behind its share."""
+        """Each window's text, [windows] int: the farthest behind its share."""
         shares, counts, order = np.array(self.shares), np.zeros(len(self.texts)), np.empty(windows, int)
-        for place in range(windows):
-            order[place] = np.argmax(shares * (place + 1) - counts)
-            counts[order[place]] += 1
+        for index in range(windows):
+            order[index] = np.argmax(shares * (index + 1) - counts)
+            counts[order[index]] += 1
         return order
 
 
 def _mixed(order: np.ndarray, parts: list[Tokens]) -> Tokens:
-    """Windows of several texts, in the order of the texts that each comes from."""
+    """Merges windows of several texts; ``order`` is each window's text."""
     ids = np.empty((len(order), parts[0].ids.shape[1]), np.int32)
     for k, part in enumerate(parts):
         ids[order == k] = part.ids[: np.sum(order == k)]

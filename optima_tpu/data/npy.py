@@ -11,7 +11,9 @@ from optima_tpu.errors import UserError, plural, refusing
 
 @dataclasses.dataclass(frozen=True)
 class Npy(TokenSource):
-    """An integer array [windows, length] of token ids, used as it is. Calibration and evaluation both take its first rows.
+    """An integer array [windows, length] of token ids, used unchanged.
+
+    Calibration and evaluation both take its first rows.
 
     Attributes:
       path: a file written by ``numpy.save``.
@@ -32,7 +34,9 @@ class Npy(TokenSource):
         return [Part(str(self.path.resolve()))]
 
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """The first ``windows`` rows. Evaluation takes fewer if the file has fewer; ``seed`` has no effect.
+        """The first ``windows`` rows; ``seed`` has no effect.
+
+        Evaluation takes fewer rows if the file has fewer.
 
         Raises:
           UserError: no such file, not an integer matrix, rows of another length, too few rows, or an id outside the

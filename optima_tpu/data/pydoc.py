@@ -1,4 +1,4 @@
-"""Python's own documentation, which comes with most installations of Python."""
+"""Python's own documentation, part of most installations of Python."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ class PyDoc(TextSource):
         return "pydoc"
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Each topic is one document. Raises UserError if this Python comes without its documentation."""
+        """Yields each topic. Raises UserError if Python comes without them."""
         without = "this Python comes without pydoc_data, its documentation: choose another text source, such as file:PATH"
         with refusing(ModuleNotFoundError, without):
             from pydoc_data.topics import topics
@@ -31,7 +31,7 @@ class PyDoc(TextSource):
 
 
 def _distinct(texts: list[str]) -> list[str]:
-    """The texts without paragraphs of earlier texts. A text without new paragraphs is dropped."""
+    """The texts without paragraphs of earlier texts, and no empty texts."""
     seen: set[str] = set()
     kept = []
     for text in texts:
@@ -43,5 +43,5 @@ def _distinct(texts: list[str]) -> list[str]:
 
 
 def words(paragraph: str) -> str:
-    """The key that equal paragraphs share: indentation, line breaks and the underlining of headings do not count."""
+    """The key of equal paragraphs: their words, joined by spaces."""
     return " ".join(re.findall(r"\w+", paragraph))

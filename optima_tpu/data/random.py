@@ -1,4 +1,4 @@
-"""Uniformly random token ids. For tests and timings: a model calibrated on them is of no use."""
+"""Uniformly random token ids, for tests and timings only."""
 
 import dataclasses
 from typing import get_args
@@ -11,13 +11,13 @@ from optima_tpu.errors import UserError, plural
 
 @dataclasses.dataclass(frozen=True)
 class Random(TokenSource):
-    """Every id of the vocabulary equally likely, from numpy's PCG64; the two splits differ."""
+    """Uniformly random ids from numpy's PCG64; the two splits differ."""
 
     def __str__(self) -> str:
         return "random"
 
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """[windows, length] random ids. Raises UserError if ``windows`` is None, since random ids have no end."""
+        """Ids [windows, length]. Raises UserError if ``windows`` is None."""
         if windows is None:
             raise UserError(
                 "the source random has no end: expected a number of windows, got none; give a run --evaluation.windows, "

@@ -53,7 +53,7 @@ class Draw(Bounded):
 def calibration_windows(
     documents: Sequence[str], encode: Encode, draw: Draw, *, separator: int | None, origin: str, over: Over = map
 ) -> Tokens:
-    """``windows`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
+    """Draws ``windows`` windows, and ``held_out`` that overlap none of them.
 
     The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. The first of these
     cases that holds decides, where ``windows`` means ``windows + held_out``:
@@ -113,11 +113,15 @@ def calibration_windows(
 def _visited(
     documents: Sequence[str], encode: Encode, rng: np.random.Generator, separator: int | None, over: Over = map
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (ids, ids as they are joined to the earlier ones) of the documents that are not blank, in an order drawn with ``rng``."""
+    """Yields (ids, ids as they are joined) of documents in random order.
+
+    Blank documents are skipped. Joined ids begin with the separator, except at the first document and after one that ends with
+    it.
+    """
     order, last = rng.permutation(len(documents)), separator
 
-    def read_and_encode(place: int) -> np.ndarray:
-        text = documents[int(order[place])]
+    def read_and_encode(index: int) -> np.ndarray:
+        text = documents[int(order[index])]
         return encode(text) if text.strip() else np.array([], np.int32)
 
     for ids in over(read_and_encode, range(len(documents))):
@@ -127,9 +131,10 @@ def _visited(
 
 
 def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw) -> list[tuple[int, int]]:
-    """(document, first token) of windows drawn with replacement from documents of these sizes, the held-out ones last.
+    """Draws (document, first token) of windows, held-out windows last.
 
-    Empty if the others left no room for the held-out ones.
+    The windows are drawn with replacement from documents of these sizes. Empty if the others left no room for the held-out
+    ones.
     """
     ends = np.cumsum(sizes - draw.length + 1)
 
@@ -150,11 +155,11 @@ def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw) -> list[tup
 
 
 def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, separator: int | None, origin: str) -> Tokens:
-    """At most ``windows`` windows of ``length`` tokens, none of which overlap: a text shorter than that gives fewer.
+    """Cuts documents into at most ``windows`` windows; none overlap.
 
-    The documents are visited in an order drawn with numpy's PCG64 from ``seed``, joined as in the third case of
-    :func:`calibration_windows`, and cut into consecutive windows. Further documents are not tokenised. More windows begin with the
-    same ones.
+    A shorter text gives fewer windows of ``length`` tokens. The documents are visited in an order drawn with numpy's PCG64 from
+    ``seed``, joined as in the third case of :func:`calibration_windows`, and cut into consecutive windows. Further documents
+    are not tokenised. More windows begin with the same ones.
 
     Raises:
       UserError: the text is shorter than one window.
@@ -177,14 +182,15 @@ def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, sepa
 
 
 def held_out_text(windows: int, held_out: int) -> str:
-    """The end of the sentence that says where the windows come from: how many of them are fitted to, and how many are not."""
+    """Says how many windows are fitted to and held out; empty if none is."""
     return f" ({windows} to fit to, {held_out} held out)" if held_out else ""
 
 
 def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int, windows: int | None, origin: str) -> Tokens:
-    """The first ``windows`` consecutive windows of the documents joined by a blank line, tokenised as one text.
+    """Cuts documents into their first ``windows`` consecutive windows.
 
-    If ``windows`` is given, documents are read only until they hold more tokens than these windows.
+    The documents are joined by a blank line and tokenised as one text. If ``windows`` is given, documents are read only until
+    they hold more tokens than these windows.
 
     Raises:
       UserError: the text is shorter than one window.

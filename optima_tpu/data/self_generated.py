@@ -9,7 +9,9 @@ from optima_tpu.errors import UserError, refusing
 
 @dataclasses.dataclass(frozen=True)
 class SelfGenerated(TextSource):
-    """Windows sampled from the dense model, as in self-calibration (Williams, Chrysostomou, Aletras, arXiv:2410.17170).
+    """Windows sampled from the dense model, as in self-calibration.
+
+    Williams, Chrysostomou, Aletras, arXiv:2410.17170.
 
     ``optima_tpu.pipeline.self_calibration`` makes them, since it has the model. Every token of a window is drawn at the same
     temperature. The paper also studies another temperature for the first few tokens; this is not implemented.
@@ -22,7 +24,7 @@ class SelfGenerated(TextSource):
 
     @staticmethod
     def parse(text: str) -> "SelfGenerated":
-        """Reads "self" or "self?temperature=NUMBER". Raises UserError for anything else."""
+        """Reads "self" or "self?temperature=NUMBER"; else UserError."""
         _, question, option = text.partition("?")
         name, _, value = option.partition("=")
         with refusing(ValueError, f"expected self or self?temperature=NUMBER with a number from 0.001 to 1000, got {text!r}"):
@@ -35,7 +37,7 @@ class SelfGenerated(TextSource):
         return "self" + (f"?temperature={self.temperature:g}" if self.temperature != 1 else "")
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Always raises UserError: only a run has the model that writes this text, and no model is scored on its own text."""
+        """Always raises UserError: only a run has the model that writes."""
         raise UserError(
             f"{self} is text that the model writes for calibration in a run, got a request to read or to score it: give "
             "--evaluation.source of a run, or --perplexity of optima_tpu.evaluate, another text, such as wikitext2, "

@@ -34,10 +34,11 @@ def token_digest(ids: np.ndarray) -> str:
 
 
 def unigram_perplexity(ids: np.ndarray) -> float:
-    """The perplexity of a text to whoever knows only how often each of its tokens occurs: 1 for one token again and again.
+    """The perplexity of a text by the frequencies of its tokens alone.
 
-    ``exp(H + (K - 1) / 2N)`` with the entropy ``H`` in nats of the ``K`` frequencies among ``N`` tokens. The second term corrects
-    for frequencies that are counted in the text itself (Miller 1955); without it a short text looks more predictable than it is.
+    ``exp(H + (K - 1) / 2N)`` with the entropy ``H`` in nats of the ``K`` frequencies among ``N`` tokens; 1 for one repeated
+    token. The second term corrects for frequencies that are counted in the text itself (Miller 1955). Without this term a short
+    text looks more predictable than it is.
     """
     counts = np.unique(ids, return_counts=True)[1]
     shares = counts / ids.size
@@ -45,9 +46,10 @@ def unigram_perplexity(ids: np.ndarray) -> float:
 
 
 class Part(NamedTuple):
-    """Documents ``first`` to ``last - 1`` of the text at ``place``; without a ``last``, all from ``first`` on.
+    """Documents ``first`` to ``last - 1`` of the text at ``place``.
 
-    ``config`` is the configuration of a data set. None, if none was named, stands for any.
+    Without a ``last``, all documents from ``first`` on. ``config`` is the configuration of a data set. None, if none was named,
+    stands for any.
     """
 
     place: str
@@ -66,16 +68,21 @@ class Part(NamedTuple):
 
 
 def common_part(first: Iterable[Part], second: Iterable[Part]) -> Part | None:
-    """The first of some parts that may have a document of others; None if there is none."""
+    """The first part that may share a document with others, or None."""
     others = list(second)
     return next((part for part in first if any(map(part.overlaps, others))), None)
 
 
 class AnySource:
-    """What a source can say of itself without reading all of its text. A frozen dataclass; its ``str`` is what the user types."""
+    """What a source can say of itself without reading all of its text.
+
+    A frozen dataclass; its ``str`` is what the user types.
+    """
 
     def parts(self, split: Split) -> Iterable[Part]:
-        """The parts that are read for a split, so that a run does not calibrate and evaluate on the same text; none if it can't say.
+        """The parts of texts read for a split; none if unknown.
+
+        A run does not calibrate and evaluate on the same part.
 
         Raises:
           UserError: its data set does not exist here.
@@ -83,7 +90,10 @@ class AnySource:
         return ()
 
     def fingerprint(self, split: Split) -> str | None:
-        """A text that differs if the documents differ; None if it can't tell. Raises UserError as ``documents`` does."""
+        """A text that differs if the documents differ; None if unknown.
+
+        Raises UserError as ``documents`` does.
+        """
         return None
 
 
@@ -92,7 +102,9 @@ class TextSource(AnySource, abc.ABC):
 
     @abc.abstractmethod
     def documents(self, split: Split) -> Iterable[str]:
-        """The documents of one split, always in the same order. Raises UserError if they can't be read.
+        """The documents of one split, always in the same order.
+
+        Raises UserError if the documents can't be read.
 
         A Sequence if a document can be read by its index: then only the documents that are needed are read.
         """
@@ -103,14 +115,17 @@ class TokenSource(AnySource, abc.ABC):
 
     @abc.abstractmethod
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """``windows`` rows of ``length`` ids in [0, vocabulary); None means all. Raises UserError if it can't."""
+        """Returns ``windows`` rows of ``length`` ids; None means all rows.
+
+        The ids are in [0, vocabulary). Raises UserError if the source can't give them.
+        """
 
 
 Source = TextSource | TokenSource
 
 
 class Documents(Sequence[str]):
-    """``count`` documents, each of which is read by its index when it is accessed."""
+    """``count`` documents, each read by its index when it is accessed."""
 
     def __init__(self, read: Callable[[int], str], count: int):
         self._read, self._numbers = read, range(count)
@@ -133,16 +148,16 @@ class Documents(Sequence[str]):
 
 
 def check_field(name: str, fields: Collection[str], where: object) -> None:
-    """Raises UserError if records have no field of this name. ``where`` names the data set."""
+    """Raises UserError if the data set ``where`` has no field ``name``."""
     if name not in fields:
         raise UserError(f"{where} has no field {name!r}, it has {', '.join(fields) or 'none'}: name another one by ?field=NAME")
 
 
-def text_of(value: object, name: str, where: object, place: str) -> str:
-    """Returns the value of a field. Raises UserError if it is not text; ``place`` names the record."""
+def text_of(value: object, name: str, where: object, record: str) -> str:
+    """Returns a field's text; else raises UserError that names ``record``."""
     if not isinstance(value, str):
         raise UserError(
-            f"expected text in field {name!r} of {where}, {place} holds {type(value).__name__}: correct or drop that record, or "
+            f"expected text in field {name!r} of {where}, {record} holds {type(value).__name__}: correct or drop that record, or "
             "name another field by ?field=NAME"
         )
     return value

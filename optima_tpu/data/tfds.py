@@ -24,7 +24,7 @@ _FORM = "tfds:NAME@DIR or tfds:NAME/CONFIG:VERSION@DIR, optionally with ?split=N
 
 @dataclasses.dataclass(frozen=True)
 class TFDS(TextSource):
-    """A data set that was prepared in a format with random access: array_record or Parquet.
+    """A prepared data set with random access: array_record or Parquet.
 
     A document is read by its index, and only if it is needed, so that each of several processes can read a part; all processes
     must see the directory. The documents keep the order in which they were prepared. ``python -m optima_tpu.data.build`` makes
@@ -57,7 +57,7 @@ class TFDS(TextSource):
         return f"tfds:{self.name}@{self.directory}" + ("?" + "&".join(options) if options else "")
 
     def documents(self, split: Split) -> Documents:
-        """The documents in the order of the data set, each read when it is accessed.
+        """The documents in the order of the data set, read on access.
 
         Raises:
           UserError: there is no such data set, split or field, its format has no random access, or (later) a document is not
@@ -71,7 +71,7 @@ class TFDS(TextSource):
         return Documents(functools.partial(self._text, records), len(records))
 
     def parts(self, split: Split) -> list[Part]:
-        """The range of documents that is read from each split of the data set."""
+        """The ranges of documents that are read, of the set's own splits."""
         builder = self._builder()
         return [
             Part(f"{Path(builder.data_dir).resolve()}@{part.splitname}", part.from_ or 0, part.to)
@@ -79,7 +79,7 @@ class TFDS(TextSource):
         ]
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of the data set's description and of its files' names, sizes and times, not of their contents."""
+        """Hashes the description and the files' names, sizes and times."""
         builder = self._builder()
         folder = Path(builder.data_dir)
         digest = hashlib.sha256()
@@ -102,18 +102,18 @@ class TFDS(TextSource):
             try:
                 return read_only_builder.builder_from_files(self.name, data_dir=str(self.directory))
             except registered.DatasetNotFoundError as error:
-                there = ", ".join(_prepared(self.directory)) or "none"
+                names = ", ".join(_prepared(self.directory)) or "none"
                 raise UserError(
-                    f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
+                    f"expected a prepared data set {self.name} in {self.directory}, which holds {names}: check both, or "
                     f"make one with {program('data')} {self.name}@{self.directory} FILE..."
                 ) from error
 
     def _refuse_foreign_classes(self) -> None:
-        """Raises UserError where features.json names a class outside TFDS: the library would import its module."""
+        """Raises UserError where features.json names a class outside TFDS."""
         folder = self.directory / re.split("[/:]", self.name)[0]
         for path in (*folder.glob("*/features.json"), *folder.glob("*/*/features.json")):
             for name in _classes(json.loads(path.read_bytes())):
-                if not name.startswith("tensorflow_datasets."):
+                if not name.startswith("tensorflow_datasets."):  # the library would import its module
                     raise UserError(
                         f"{path}: expected features of TFDS alone, got {name}, a class that is never imported: make the data set again"
                     )
@@ -124,17 +124,17 @@ class TFDS(TextSource):
         return next((name for name in ("validation", "test") if name in builder.info.splits), "train")
 
     def _instructions(self, builder: "ReadOnlyBuilder", split: Split) -> list[Any]:
-        """The split as ranges of the data set's own splits, documents ``from_`` to ``to - 1``; None is the first or the last."""
+        """The split as ranges [from_, to) of the data set's own splits."""
         from tensorflow_datasets.core import splits
 
-        asked = self._spec(builder, split)
+        spec = self._spec(builder, split)
         has = f"it has {', '.join(builder.info.splits)}: write ?split=NAME"
         # Exception, because ValueError, AssertionError and KeyError come.
-        with refusing(Exception, f"{self.name} in {self.directory} has no split {asked!r}, {has}"):
-            return splits.AbstractSplit.from_spec(asked).to_absolute(builder.info.splits)
+        with refusing(Exception, f"{self.name} in {self.directory} has no split {spec!r}, {has}"):
+            return splits.AbstractSplit.from_spec(spec).to_absolute(builder.info.splits)
 
     def _paths(self, builder: "ReadOnlyBuilder", split: Split) -> list[Path]:
-        """The files of the split. Raises UserError if the description of the data set names one outside of its folder."""
+        """The split's files. Raises UserError if one is outside the folder."""
         folder = Path(builder.data_dir)
         names = {part.splitname for part in self._instructions(builder, split)}
         paths = [str(path).removeprefix(f"{folder}/") for name in names for path in builder.info.splits[name].filepaths]
@@ -153,7 +153,7 @@ class TFDS(TextSource):
 
 
 def _classes(value: Any, key: str = "") -> Iterator[str]:
-    """The Python classes that the contents of features.json name, in either of its layouts, where JSON may hold JSON as text."""
+    """Yields the Python classes that features.json names, in either layout."""
     if isinstance(value, str):
         yield from [value] if key in ("pythonClassName", "python_class_name", "type") else ()
         yield from _classes(json.loads(value)) if key == "json" else ()
@@ -164,7 +164,7 @@ def _classes(value: Any, key: str = "") -> Iterator[str]:
 
 def _prepared(directory: Path) -> Iterator[str]:
     """The data sets of a directory, by name."""
-    found = sorted(directory.glob("**/dataset_info.json")) if directory.is_dir() else []
-    for path in found[:20]:
+    paths = sorted(directory.glob("**/dataset_info.json")) if directory.is_dir() else []
+    for path in paths[:20]:
         *name, version = path.parent.relative_to(directory).parts or [""]
         yield "/".join(name) + f":{version}"

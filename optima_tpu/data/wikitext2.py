@@ -1,4 +1,4 @@
-"""WikiText-2, raw: the text that perplexity is reported on (arXiv:1609.07843)."""
+"""WikiText-2 raw, on which perplexity is reported (arXiv:1609.07843)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ SPLITS = {"calibration": "train", "evaluation": "test"}
 
 @dataclasses.dataclass(frozen=True)
 class WikiText2(TextSource):
-    """The training rows joined by a space for calibration, the test rows joined by a blank line for evaluation.
+    """The training rows for calibration, the test rows for evaluation.
 
-    Both as SparseGPT and Wanda do, empty rows included.
+    A space joins the training rows, a blank line the test rows. Both as SparseGPT and Wanda do, empty rows included.
     """
 
     def __str__(self) -> str:
@@ -27,7 +27,7 @@ class WikiText2(TextSource):
         yield (" " if split == "calibration" else "\n\n").join(rows)
 
     def parts(self, split: Split) -> list[Part]:
-        """The same parts as those of ``hub:Salesforce/wikitext/wikitext-2-raw-v1``."""
+        """The parts of ``hub:Salesforce/wikitext/wikitext-2-raw-v1``."""
         return [hub.part(REPOSITORY, CONFIG, SPLITS[split])]
 
     def fingerprint(self, split: Split) -> str:

@@ -1,1 +1,1 @@
-"""Evaluation of models before and after pruning: perplexity, distance to the dense model, tasks."""
+"""Evaluation before and after pruning: perplexity, distance, tasks."""

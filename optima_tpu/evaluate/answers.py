@@ -1,4 +1,4 @@
-"""Written answers: what a request of the harness asks for, and where an answer ends.
+"""Written answers: what the harness asks for, and where an answer ends.
 
 The rules are those of the harness's own model for transformers with one request at a time (``lm_eval/models/huggingface.py``,
 version 0.4.13).
@@ -45,34 +45,34 @@ class _Generation(TypedDict, total=False):
 
 
 def read_rules(settings: Mapping[str, Any]) -> Rules:
-    """The rules in a request's settings (``generation_kwargs`` in a task file).
+    """Reads a request's settings, ``generation_kwargs`` in a task file.
 
     Raises:
       UserError: they ask for something else than the most likely tokens.
     """
     what = f"expected settings of written answers, got {dict(settings)}"
     with refusing((TypeError, ValueError, OverflowError), what, "correct them by --gen_kwargs"):
-        found = dict(normalize_gen_kwargs(dict(settings), _NEW))
-        until = [text for text in handle_stop_sequences(found["until"], None) if text]
+        normalized = dict(normalize_gen_kwargs(dict(settings), _NEW))
+        until = [text for text in handle_stop_sequences(normalized["until"], None) if text]
         "".join(until)
-    if found["do_sample"]:
+    if normalized["do_sample"]:
         raise UserError(
             f"expected answers of the most likely tokens, got do_sample {settings.get('do_sample')} and temperature "
             f"{settings.get('temperature')}, which ask for sampled tokens: give --gen_kwargs do_sample=false,temperature=0, or run "
             "lm-eval on the exported folder"
         )
-    if unknown := sorted(found.keys() - _KNOWN):
+    if unknown := sorted(normalized.keys() - _KNOWN):
         raise UserError(
             f"expected settings of written answers out of {', '.join(sorted(_KNOWN))}, got {', '.join(unknown)}: run lm-eval on the "
             "exported folder"
         )
-    Bound(1).refuse("max_gen_toks", found["max_gen_toks"])
-    return Rules(found["max_gen_toks"], tuple(until))
+    Bound(1).refuse("max_gen_toks", normalized["max_gen_toks"])
+    return Rules(normalized["max_gen_toks"], tuple(until))
 
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """Where an answer ends: at an EOS token, or at one of the texts that its rules name.
+    """Where an answer ends: at an EOS token, or at a text of its rules.
 
     Attributes:
       eos: the ids that end a text by generation_config.json, or by config.json if it names none.
@@ -87,14 +87,14 @@ class Ends:
     def of(cls, pretrained: Pretrained, tokenizer: PreTrainedTokenizerBase) -> "Ends":
         """Raises UserError if generation_config.json can't be read."""
         where = f"{pretrained.origin}: generation_config.json"
-        found = parse_record(pretrained.assets.get("generation_config.json", b"{}"), _Generation, where, "download it again")
-        named = found.get("eos_token_id")
+        generation = parse_record(pretrained.assets.get("generation_config.json", b"{}"), _Generation, where, "download it again")
+        named = generation.get("eos_token_id")
         named = getattr(pretrained.config.get_text_config(), "eos_token_id", None) if named is None else named
         ids = [] if named is None else [named] if isinstance(named, int) else named
-        return cls(tokenizer, frozenset(ids), found.get("repetition_penalty") or 1.0)
+        return cls(tokenizer, frozenset(ids), generation.get("repetition_penalty") or 1.0)
 
     def answer(self, tokens: Sequence[int], until: Sequence[str]) -> tuple[str, bool]:
-        """The answer in the tokens written so far, and whether it ends in them."""
+        """The answer in the tokens so far, and whether it has ended."""
         eos = self.tokenizer.eos_token
         until = [*until, *([] if eos is None else [eos])]
         # Decoding leaves special tokens out, so their texts are looked for among the ids.
@@ -103,7 +103,7 @@ class Ends:
             for number, token in self.tokenizer.added_tokens_decoder.items()
             if token.special and any(text in token.content for text in until)
         }
-        end = next((place for place, token in enumerate(tokens) if token in self.eos | special), None)
-        whole = self.tokenizer.decode(tokens if end is None else tokens[: end + 1], skip_special_tokens=True)
-        text = postprocess_generated_text(whole, until, None)
-        return text, end is not None or len(text) < len(whole)
+        end = next((index for index, token in enumerate(tokens) if token in self.eos | special), None)
+        decoded = self.tokenizer.decode(tokens if end is None else tokens[: end + 1], skip_special_tokens=True)
+        text = postprocess_generated_text(decoded, until, None)
+        return text, end is not None or len(text) < len(decoded)

@@ -1,4 +1,4 @@
-"""Reads the arguments of an evaluation, and refuses all that they and the paths in them show to be wrong."""
+"""Reads the arguments of an evaluation and refuses what is wrong."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from optima_tpu.runtime.processes import may_join
 
 
 def refuse_wrong(config: Devices, models: Iterable[str | None], texts: Iterable[str | None]) -> bool:
-    """Refuses what the names of models and texts, the paths in them, mesh and devices show to be wrong.
+    """Refuses models, texts, mesh and devices that are plainly wrong.
 
     Returns:
       Whether this process may look at files: others would wait for this one, which has perhaps not all of them.
@@ -28,7 +28,7 @@ def refuse_wrong(config: Devices, models: Iterable[str | None], texts: Iterable[
 
 
 def read(argv: Sequence[str]) -> EvaluateConfig:
-    """The evaluation that a command line asks for, see :func:`parse`. Called by ``runtime.light``.
+    """Reads the arguments of an evaluation. ``runtime.light`` calls it.
 
     Raises:
       UserError: a setting is wrong; or as :func:`refuse_wrong`.

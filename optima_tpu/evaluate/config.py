@@ -1,4 +1,4 @@
-"""The settings of one evaluation: a frozen dataclass, parsed from the command line."""
+"""The settings of one evaluation, parsed from the command line."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -143,13 +143,13 @@ class EvaluateConfig(Devices):
     @property
     def folders(self) -> dict[str, Path]:
         """Task -> the folder of its data set."""
-        found = {}
+        by_task = {}
         for entry in _listed(self.data):
             task, equals, folder = entry.partition("=")
             if not (task and equals and folder):
                 raise UserError(f"expected --data TASK=FOLDER, got {entry!r}")
-            found[task] = Path(folder).expanduser()
-        return found
+            by_task[task] = Path(folder).expanduser()
+        return by_task
 
 
 def _listed(text: str | None) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def _listed(text: str | None) -> tuple[str, ...]:
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
-    """The evaluation that a command line asks for. ``--help`` prints and raises SystemExit(0).
+    """Parses the settings of an evaluation; ``--help`` raises SystemExit(0).
 
     Raises:
       UserError: a setting does not exist, or its value is not allowed.

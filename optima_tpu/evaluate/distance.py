@@ -1,4 +1,4 @@
-"""The distance between a pruned and the dense model on a text, in total and after every block."""
+"""The distance between a pruned and the dense model on a text."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def distance(
     per_block: bool = False,
     left_out: int = 0,
 ) -> Comparison:
-    """Measures the distance between two models, block by block, and their perplexities.
+    """Measures the distance between two models, and their perplexities.
 
     One block of each model is on the devices at a time; both residual streams stay on the hosts.
 
@@ -69,8 +69,8 @@ def distance(
     heads: tuple[Head, Head] | None = None
     scores = []
     for index, blocks in enumerate(zip(dense.blocks(range(left_out, dense.config.blocks)), pruned.blocks(range(count)))):
-        for model, parameters, stream, place in zip(models, blocks, streams, (left_out + index, index)):
-            model.apply(place, parameters, stream)
+        for model, parameters, stream, block in zip(models, blocks, streams, (left_out + index, index)):
+            model.apply(block, parameters, stream)
         squares[index] = _squares(*streams)
         advance()
         if per_block or index == count - 1:
@@ -85,7 +85,7 @@ def distance(
 
 
 def _apart(scores: Sequence["DistanceSums"], hidden_errors: tuple[float, ...], tokens: np.ndarray, per_block: bool) -> Distance:
-    """The means over the predictions, of the last of these sums and with ``per_block`` of each."""
+    """Averages sums over the predictions; ``per_block`` keeps every block."""
     last, predictions = scores[-1], tokens.shape[1] - 1
     kls, agreements = ([_mean(getattr(score, name) / predictions) for score in scores] for name in ("kl", "agreement"))
     (kl, kl_stderr), (agreement, agreement_stderr) = kls[-1], agreements[-1]
@@ -118,7 +118,9 @@ def window_scores(
     size: int,
     advance: Callable[[], None] = lambda: None,
 ) -> DistanceSums:
-    """Applies the heads of two models to their residual streams and compares the predictions; the dense model comes first.
+    """Compares the predictions of two models from their residual streams.
+
+    The dense model comes first in heads and streams.
 
     Args:
       tokens: [windows, length] int32. The streams may hold only some of these windows; the sums of the others are undefined.
@@ -127,9 +129,9 @@ def window_scores(
     sums = DistanceSums(*np.empty((len(DistanceSums._fields), len(tokens)), np.float32))
     stretch = stretch_of(size, len(heads[0].projection))
     for dense, pruned in zip(*(stream.batches(size) for stream in streams)):
-        found = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens), stretch))
-        for whole, part in zip(sums, found):
-            whole[dense.rows[dense.there]] = part[dense.there]
+        batch_sums = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens), stretch))
+        for all_windows, part in zip(sums, batch_sums):
+            all_windows[dense.rows[dense.there]] = part[dense.there]
         advance()
     return sums
 
@@ -146,10 +148,10 @@ def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens:
 
 
 def divergences(head: Head, dense: Activations, others: Sequence[Activations], tokens: np.ndarray, size: int) -> np.ndarray:
-    """``KL(dense || other)`` of the predictions of several models with one head, summed over each window, [others, windows] float32.
+    """``KL(dense || other)`` of several models' predictions with one head.
 
-    The dense model's predictions are computed once for all of them. The devices hold a batch of the hidden states of every model, and the
-    logits of two.
+    Returns sums over each window, [others, windows] float32. The dense model's predictions are computed once for all of them.
+    The devices hold a batch of the hidden states of every model, and the logits of two.
 
     Args:
       tokens, size: see :func:`window_scores`.
@@ -157,8 +159,8 @@ def divergences(head: Head, dense: Activations, others: Sequence[Activations], t
     sums, stretch = np.empty((len(others), len(tokens)), np.float32), stretch_of(size, len(head.projection))
     for first, *rest in zip(*(stream.batches(size) for stream in (dense, *others))):
         states = tuple(each.hidden for each in rest)
-        found = fetch(_batch_divergences(head, first.hidden, states, first.place(tokens), stretch))
-        sums[:, first.rows[first.there]] = np.stack(found)[:, first.there]
+        batch_sums = fetch(_batch_divergences(head, first.hidden, states, first.place(tokens), stretch))
+        sums[:, first.rows[first.there]] = np.stack(batch_sums)[:, first.there]
     return sums
 
 
@@ -176,33 +178,36 @@ def _batch_divergences(head: Head, dense: Array, others: tuple[Array, ...], toke
 
 
 def _mean(windows: np.ndarray) -> tuple[float, float | None]:
-    """The mean of ``windows`` and its standard error; None for the error of a single window."""
+    """The mean of ``windows`` and its standard error, None for one window."""
     windows = windows.astype(np.float64)
     return float(windows.mean()), float(windows.std(ddof=1) / len(windows) ** 0.5) if len(windows) > 1 else None
 
 
 def _squares(dense: Activations, pruned: Activations) -> np.ndarray:
-    """Squared norms of the difference and of the dense states, for every window that this process holds, [held, 2] float64."""
-    found = np.empty((len(dense.rows), 2))
+    """Squared norms of difference and dense states, [held, 2] float64.
+
+    There is one row for each window that this process holds.
+    """
+    norms = np.empty((len(dense.rows), 2))
     with np.errstate(over="ignore", invalid="ignore"):  # the check after the head reports a model that overflows
-        for sums, reference, other in zip(found, dense.values, pruned.values):
+        for sums, reference, other in zip(norms, dense.values, pruned.values):
             reference = reference.astype(np.float32)
             sums[:] = [np.sum(np.square(part), dtype=np.float64) for part in (other.astype(np.float32) - reference, reference)]
-    return found
+    return norms
 
 
 def _ratios(rows: np.ndarray, squares: np.ndarray, windows: int) -> list[float]:
-    """Relative errors by block, from the ``squares`` [blocks, held, 2] of the windows ``rows`` in each process."""
-    whole = np.empty((len(squares), windows, 2))
+    """Relative errors by block, from ``squares`` [blocks, held, 2]."""
+    all_squares = np.empty((len(squares), windows, 2))
     for theirs, part in everyones((rows, squares)):  # processes may hold the same windows, with equal values
-        whole[:, theirs] = part
-    error, norm = whole.sum(axis=1).T
+        all_squares[:, theirs] = part
+    error, norm = all_squares.sum(axis=1).T
     with np.errstate(invalid="ignore", divide="ignore"):  # hidden states of 0: the error relative to them is not finite
         return (error / norm).tolist()
 
 
 def check_same_shape(dense: Decoder, pruned: Decoder, left_out: int = 0) -> None:
-    """Raises UserError if the models differ in depth, but for the blocks that are left out, in width or vocabulary."""
+    """Raises UserError if two models differ in depth, width or vocabulary."""
     for name, what in (("blocks", "blocks"), ("d_model", "features"), ("vocab", "tokens in the vocabulary")):
         expected, came = getattr(dense.config, name), getattr(pruned.config, name)
         expected -= left_out if name == "blocks" else 0

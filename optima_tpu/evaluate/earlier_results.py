@@ -1,4 +1,4 @@
-"""Reuses a model's task results from an earlier evaluation instead of running the same tasks again."""
+"""Reuses a model's task results from an earlier evaluation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,9 @@ Known = TypedDict(
 
 
 def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str, Any]:
-    """Reads the harness's results for a model from an earlier evaluation, in which it was MODEL or ``--against``.
+    """Reads the harness's results for a model from an earlier evaluation.
+
+    The model was MODEL or ``--against`` in that evaluation.
 
     Args:
       folder: the ``--output`` of that evaluation.
@@ -54,31 +56,31 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
     Raises:
       UserError: the folder has no results, or only results of other models.
     """
-    found = []
+    results = []
     for path in (as_path(folder) / file for file in files):
         if path.exists():
             remedy = "it holds no results of an evaluation, or it is damaged: leave --against_results out"
-            known = read_intact(path, Known, remedy, remedy)
-            found.append((known["config"]["model_args"], known))
-    if not found:
+            earlier = read_intact(path, Known, remedy, remedy)
+            results.append((earlier["config"]["model_args"], earlier))
+    if not results:
         raise UserError(
             "expected --against_results with the directory of an earlier evaluation with --tasks, got "
             f"{folder}, which has no {files[0]}"
         )
-    for arguments, known in found:
+    for arguments, earlier in results:
         if arguments["fingerprint"] == fingerprint:
-            return dict(known)
+            return dict(earlier)
     raise UserError(
         f"expected --against_results with results of the model that --against names, got {folder} with results of "
-        f"{' and '.join(arguments['pretrained'] for arguments, _ in found)} (other weights, or another dtype): give another directory, or leave --against_results out"
+        f"{' and '.join(arguments['pretrained'] for arguments, _ in results)} (other weights, or another dtype): give another directory, or leave --against_results out"
     )
 
 
-def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, settings: Mapping[str, Any]) -> None:
-    """Checks that earlier results come from the same tasks, with the same settings.
+def check_known(earlier: Mapping[str, Any], tasks: TaskDict, limit: int | None, settings: Mapping[str, Any]) -> None:
+    """Checks that earlier results have the same tasks and settings.
 
     Args:
-      known: from :func:`read_known`.
+      earlier: from :func:`read_known`.
       tasks: from ``tasks.load_tasks``.
       settings: from ``tasks.settings_of``.
 
@@ -86,7 +88,7 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, se
       UserError: the tasks or their settings differ.
     """
     missing = sorted(
-        {*tasks["tasks"], *(name for name, group in tasks["groups"].items() if group.has_aggregation)} - known["results"].keys()
+        {*tasks["tasks"], *(name for name, group in tasks["groups"].items() if group.has_aggregation)} - earlier["results"].keys()
     )
     if missing:
         raise UserError(
@@ -94,15 +96,15 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, se
             "that evaluation, or leave --against_results out"
         )
     compared = {
-        "number of documents": (known["config"]["limit"], limit),
-        "context": (known["max_length"], settings["max_length"]),
-        "system instruction": (known["system_instruction"], settings["system_instruction"]),
-        "--fewshot_as_multiturn": (known["fewshot_as_multiturn"], settings["fewshot_as_multiturn"]),
-        "chat template": (known["chat_template"], settings["chat_template"]),
-        "lm-eval": (known["lm_eval_version"], lm_eval.__version__),
+        "number of documents": (earlier["config"]["limit"], limit),
+        "context": (earlier["max_length"], settings["max_length"]),
+        "system instruction": (earlier["system_instruction"], settings["system_instruction"]),
+        "--fewshot_as_multiturn": (earlier["fewshot_as_multiturn"], settings["fewshot_as_multiturn"]),
+        "chat template": (earlier["chat_template"], settings["chat_template"]),
+        "lm-eval": (earlier["lm_eval_version"], lm_eval.__version__),
     }
     for name, task in tasks["tasks"].items():
-        compared[f"number of documents of task {name}"] = known["n-samples"][name]["original"], len(task.eval_docs)
+        compared[f"number of documents of task {name}"] = earlier["n-samples"][name]["original"], len(task.eval_docs)
     for what, (then, now) in compared.items():
         if then != now:
             raise UserError(
@@ -111,7 +113,7 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, se
             )
     for name, task in tasks["tasks"].items():
         now = json.loads(json.dumps(dict(task.dump_config()), default=handle_non_serializable))
-        if _settings(known["configs"][name]) != _settings(now):
+        if _settings(earlier["configs"][name]) != _settings(now):
             raise UserError(
                 f"expected --against_results of the same tasks, got other settings of task {name} (its file, --data, "
                 "--fewshot or --gen_kwargs): use the settings of that evaluation, or leave --against_results out"
@@ -119,6 +121,6 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, se
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's settings without the path of its file, which depends on the installation."""
+    """A task's settings without the path of its file, which may differ."""
     metadata = {name: value for name, value in (config.get("metadata") or {}).items() if name != "config_source"}
     return {**config, "metadata": metadata}

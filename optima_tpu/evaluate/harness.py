@@ -1,4 +1,4 @@
-"""Runs the Language Model Evaluation Harness (``lm_eval``) with a decoder on the mesh.
+"""Runs the Language Model Evaluation Harness with a decoder on the mesh.
 
 Tokenisation follows the harness's own model for transformers (``lm_eval/models/huggingface.py``, version 0.4.13). The tokenizer
 adds its own special tokens, but not to a text that already begins with BOS. An empty context becomes BOS, or EOS if the tokenizer
@@ -37,7 +37,7 @@ _TOGETHER = 16
 
 
 class DecoderLM(TemplateLM):
-    """Adapts a decoder to the harness: log-likelihoods of texts, and answers of the most likely tokens.
+    """Adapts a decoder to the harness: log-likelihoods and greedy answers.
 
     Args:
       name: the name of the model in ``progress``, such as "pruned".
@@ -89,7 +89,10 @@ class DecoderLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text. The tokenizer adds special tokens unless the text begins with BOS or the caller decides."""
+        """The tokens of a text.
+
+        The tokenizer adds special tokens unless the text begins with BOS or the caller decides.
+        """
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -124,7 +127,7 @@ class DecoderLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
-        asked: list[Question] = []
+        questions: list[Question] = []
         long = 0
         for request in requests:
             text, rules = request.args[0], self.rules(request)
@@ -132,12 +135,12 @@ class DecoderLM(TemplateLM):
             self._check_ids(tokens)
             room = self.max_length - rules.new
             long += len(tokens) > room
-            asked.append(Question(tuple(tokens[-room:]), rules))
-        self._note_cut(long, len(asked), "prompts, with the tokens to write,")
-        return self._in_all(DecoderLM._write, asked)
+            questions.append(Question(tuple(tokens[-room:]), rules))
+        self._note_cut(long, len(questions), "prompts, with the tokens to write,")
+        return self._in_all(DecoderLM._write, questions)
 
     def rules(self, request: Instance) -> Rules:
-        """The rules of a written answer. Raises UserError if they can't be kept."""
+        """The rules of an answer. Raises UserError if they can't be kept."""
         with naming(f"task {request.task_name}"):
             rules = read_rules(request.args[1])
         if rules.new >= self.max_length:
@@ -148,14 +151,19 @@ class DecoderLM(TemplateLM):
         return rules
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a chat. Without a generation prompt, the last message goes on."""
+        """The prompt of a chat.
+
+        Without a generation prompt, the model continues the last message.
+
+        Without a generation prompt, the answer continues the last message.
+        """
         if chat_history[0]["role"] == "system" and not self._takes_system:
             chat_history = chat_history[1:]
         return self._chat(chat_history, add_generation_prompt)
 
     @functools.cached_property
     def _takes_system(self) -> bool:
-        """Whether the chat template takes a system message. As in the harness, prompts leave it out if not."""
+        """Whether the chat template takes a system message."""
         try:
             self._chat([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], True)
         except jinja2.TemplateError:
@@ -172,7 +180,7 @@ class DecoderLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Asked], **kwargs: Any) -> list[tuple[float, bool]]:
         limit, long = self.max_length, 0
-        asked: list[Request] = []
+        to_score: list[Request] = []
         for texts, context, continuation in requests:
             shown = "a window" if texts is None else f"{texts[1]!r:.60}"
             if not continuation:
@@ -185,12 +193,12 @@ class DecoderLM(TemplateLM):
                     f"expected continuations of at most {limit} tokens, the context (--context, at most the model's limit), "
                     f"got {shown} with {len(continuation)}: raise --context, or leave the task out"
                 )
-            whole = (context + continuation)[-(limit + 1) :]
-            self._check_ids(whole)
+            tokens = (context + continuation)[-(limit + 1) :]
+            self._check_ids(tokens)
             long += len(context) + len(continuation) > limit + 1
-            asked.append(Request(tuple(whole[:-1]), tuple(continuation)))
-        self._note_cut(long, len(asked), "texts")
-        return [(each.logarithm, each.greedy) for each in self._in_all(DecoderLM._score, asked)]
+            to_score.append(Request(tuple(tokens[:-1]), tuple(continuation)))
+        self._note_cut(long, len(to_score), "texts")
+        return [(each.logarithm, each.greedy) for each in self._in_all(DecoderLM._score, to_score)]
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         vocab = self._decoder.config.vocab
@@ -207,23 +215,26 @@ class DecoderLM(TemplateLM):
                 "beginning is cut off"
             )
 
-    def _in_all(self, work: "Callable[[DecoderLM, Any], list[Any]]", asked: Sequence[Any]) -> list[Any]:
-        """Runs a method in every process; the others wait for it in :meth:`follow`."""
-        return self._do(*from_first(lambda: (work, asked)))
+    def _in_all(self, work: "Callable[[DecoderLM, Any], list[Any]]", inputs: Sequence[Any]) -> list[Any]:
+        """Runs a method in every process; others wait in :meth:`follow`."""
+        return self._do(*from_first(lambda: (work, inputs)))
 
     def follow(self) -> None:
-        """Computes what process 0 asks for, until it calls ``from_first(lambda: None)``; for all other processes."""
+        """Computes, in other processes, what process 0 sends until None."""
         while (sent := from_first(lambda: None)) is not None:
             self._do(*sent)
 
-    def _do(self, work: "Callable[[DecoderLM, Any], list[Any]]", asked: Sequence[Any]) -> list[Any]:
+    def _do(self, work: "Callable[[DecoderLM, Any], list[Any]]", inputs: Sequence[Any]) -> list[Any]:
         try:
-            return work(self, asked)
+            return work(self, inputs)
         except UserError as error:  # such as a model that does not fit: all processes find it
             raise SharedError(str(error)) from error
 
     def _begin(self, name: str, steps: list[Step]) -> None:
-        """Starts the first of the stages that ``progress.ahead`` counts. A model that is asked the same later takes the same steps."""
+        """Starts the first stage of ``progress.ahead``, with its steps.
+
+        A later stage of the same kind takes the same steps.
+        """
         (first, *_), *ahead = self._progress.ahead or [[Step(name)]]
         self._progress.ahead = [steps if stage[0].kind == first.kind else stage for stage in ahead]
         self._progress.stage(name, len(steps), steps)
@@ -239,10 +250,10 @@ class DecoderLM(TemplateLM):
         return likelihoods(self._decoder, plan, self._progress.advance)
 
     def _write(self, questions: Sequence[Question]) -> list[str]:
-        asked = list(dict.fromkeys(questions))
+        distinct = list(dict.fromkeys(questions))
         plan = plan_generation(
             self._decoder,
-            [Prompt(question.prompt, question.rules.new) for question in asked],
+            [Prompt(question.prompt, question.rules.new) for question in distinct],
             Sampling(min(len(self.tokenizer), self._decoder.config.vocab)),
             advice="to write answers, take a --mesh with a larger model axis, a --dtype of fewer bytes, or a smaller --context",
             budget=self._budget,
@@ -254,7 +265,7 @@ class DecoderLM(TemplateLM):
                 "applied; transformers applies it"
             )
         self._begin(
-            f"{self._name}: writing {plural(len(asked), 'answer')} of up to {max(question.rules.new for question in asked)} tokens, "
+            f"{self._name}: writing {plural(len(distinct), 'answer')} of up to {max(question.rules.new for question in distinct)} tokens, "
             f"{max(len(batch.prompts) for batch in plan.batches)} at once",
             [Step("writing answers")] * plan.steps,
         )
@@ -262,11 +273,11 @@ class DecoderLM(TemplateLM):
         written = generate(
             self._decoder,
             plan,
-            lambda number, tokens: self._ends.answer(tokens, asked[number].rules.until)[1],
+            lambda number, tokens: self._ends.answer(tokens, distinct[number].rules.until)[1],
             self._progress.advance,
         )
         self._progress.note(f"{sum(map(len, written)) / (time.monotonic() - began):,.0f} tokens a second")
-        texts = {question: self._ends.answer(tokens, question.rules.until)[0] for question, tokens in zip(asked, written)}
+        texts = {question: self._ends.answer(tokens, question.rules.until)[0] for question, tokens in zip(distinct, written)}
         return [texts[question] for question in questions]
 
 

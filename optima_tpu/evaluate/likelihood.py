@@ -35,9 +35,10 @@ _PLACES = 256
 
 
 class Request(NamedTuple):
-    """A request for ``sum_k log p(targets[k] | inputs[: n - m + k + 1])``, with ``n`` inputs and ``m`` targets.
+    """A request for a log-likelihood of ``m`` targets, given ``n`` inputs.
 
-    Each target is the next token after one of the last ``m`` inputs.
+    It is ``sum_k log p(targets[k] | inputs[: n - m + k + 1])``. Each target is the next token after one of the last ``m``
+    inputs.
     """
 
     inputs: tuple[int, ...]
@@ -45,14 +46,14 @@ class Request(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """The result of a request: its sum of natural logarithms, and whether every target is the most likely token."""
+    """Sum of natural logarithms, and whether each target is the likeliest."""
 
     logarithm: float
     greedy: bool
 
 
 class Group(NamedTuple):
-    """Texts ``first`` to ``last - 1`` of a plan, padded to ``length`` tokens, ``batch`` of them at a time."""
+    """Texts ``first`` to ``last - 1``, padded to ``length``, in batches."""
 
     first: int
     last: int
@@ -85,7 +86,7 @@ class LikelihoodPlan:
         ]
 
     def tokens(self, group: Group) -> np.ndarray:
-        """The token ids of a group, [texts, length] int32, padded with zeros to full batches."""
+        """Token ids, [texts, length] int32, zero-padded to full batches."""
         count = -(-(group.last - group.first) // group.batch) * group.batch
         tokens = np.zeros((count, group.length), np.int32)
         for row, text in enumerate(self.texts[group.first : group.last]):
@@ -93,15 +94,15 @@ class LikelihoodPlan:
         return tokens
 
     def places(self, group: Group) -> "Places":
-        """The positions in the texts of a group at which a target is scored."""
-        mine = np.flatnonzero((self.owners >= group.first) & (self.owners < group.last))
-        requests = [self.requests[number] for number in mine.tolist()]
+        """The positions in a group's texts at which a target is scored."""
+        indices = np.flatnonzero((self.owners >= group.first) & (self.owners < group.last))
+        requests = [self.requests[number] for number in indices.tolist()]
         counts = [len(request.targets) for request in requests]
         ends = [len(request.inputs) for request in requests]
         return Places(
-            request=np.repeat(mine, counts),
-            text=np.repeat(self.owners[mine] - group.first, counts),
-            place=np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)]),
+            request=np.repeat(indices, counts),
+            text=np.repeat(self.owners[indices] - group.first, counts),
+            position=np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)]),
             target=np.concatenate([np.asarray(request.targets, np.int32) for request in requests]),
         )
 
@@ -112,13 +113,13 @@ class Places(NamedTuple):
     Attributes:
       request: index of the request in the plan.
       text: index of the text in its group.
-      place: position in the text whose next token is scored.
+      position: index in the text of the token whose next token is scored.
       target: token id.
     """
 
     request: np.ndarray
     text: np.ndarray
-    place: np.ndarray
+    position: np.ndarray
     target: np.ndarray
 
 
@@ -138,8 +139,8 @@ def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave:
     numbers = {text: number for number, text in enumerate(texts)}
     owners = np.asarray([numbers[request.inputs] for request in requests], np.int64)
     slices = decoder.mesh.shape[DATA]
-    held = len(held_rows(decoder.mesh, 0, slices)) / slices
-    width = decoder.config.d_model * 4 * held  # counted as float32
+    share = len(held_rows(decoder.mesh, 0, slices)) / slices
+    width = decoder.config.d_model * 4 * share  # counted as float32
     waves: list[list[Group]] = []
     size = wave
     for group in _batches([len(text) for text in texts], slices, decoder.batch, longest):
@@ -157,7 +158,7 @@ def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave:
 
 
 def _batches(sizes: Sequence[int], slices: int, batch: int, longest: int) -> Iterator[Group]:
-    """Yields one batch after the other, for texts sorted from the longest to the shortest."""
+    """Yields one batch after another, for texts from long to short."""
     first = 0
     while first < len(sizes):
         length = min(next(length for length in LENGTHS if length >= sizes[first]), longest)
@@ -171,7 +172,9 @@ def _batches(sizes: Sequence[int], slices: int, batch: int, longest: int) -> Ite
 
 
 def likelihoods(decoder: Decoder, plan: LikelihoodPlan, advance: Callable[[], None] = lambda: None) -> list[Likelihood]:
-    """Computes a plan, in the order of its requests. Requests with the same inputs share the forward pass.
+    """Computes a plan, in the order of its requests.
+
+    Requests with the same inputs share the forward pass.
 
     Args:
       advance: called in every wave after every block and once after the head.
@@ -202,38 +205,39 @@ def likelihoods(decoder: Decoder, plan: LikelihoodPlan, advance: Callable[[], No
 
 
 def _scores(head: Head, hidden: Activations, places: Places) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (indices into ``places``, log-probability of the targets, whether the target is the most likely token) in chunks.
+    """Yields chunks of scores of the targets at ``places``.
 
+    A chunk has indices into ``places``, log-probabilities of the targets, and whether each target is the most likely token.
     Only the hidden states at these positions go to the devices. Each slice of the data axis gets the texts that it computed.
     """
     slices = hidden.mesh.shape[DATA]
-    mine = [np.flatnonzero(places.text % slices == number) for number in range(slices)]
-    columns = -(-max(map(len, mine)) // _PLACES) * _PLACES
+    by_slice = [np.flatnonzero(places.text % slices == number) for number in range(slices)]
+    columns = -(-max(map(len, by_slice)) // _PLACES) * _PLACES
     table = np.full((slices, columns), -1)
-    for row, numbers in zip(table, mine):
+    for row, numbers in zip(table, by_slice):
         row[: len(numbers)] = numbers
 
     def states(numbers):
-        found = np.zeros((len(numbers), hidden.values.shape[2]), hidden.values.dtype)
-        there = numbers[numbers >= 0]
-        found[numbers >= 0] = hidden.values[np.searchsorted(hidden.rows, places.text[there]), places.place[there]]
-        return found
+        gathered = np.zeros((len(numbers), hidden.values.shape[2]), hidden.values.dtype)
+        chosen = numbers[numbers >= 0]
+        gathered[numbers >= 0] = hidden.values[np.searchsorted(hidden.rows, places.text[chosen]), places.position[chosen]]
+        return gathered
 
     for first in range(0, columns, _PLACES):
         numbers = table[:, first : first + _PLACES].ravel()
-        there = numbers >= 0
-        found = fetch(
+        valid = numbers >= 0
+        scores = fetch(
             _next_tokens(
                 head,
                 on_mesh(hidden.mesh, numbers, states, (hidden.values.shape[2],)),
                 on_mesh(hidden.mesh, numbers, lambda which: places.target[which], ()),
             )
         )
-        yield numbers[there], *(values[there] for values in found)
+        yield numbers[valid], *(values[valid] for values in scores)
 
 
 @jax.jit
 def _next_tokens(head: Head, hidden: Array, targets: Array) -> tuple[Array, Array]:
-    """Scores hidden states [n, d_model]: (log-probability of the targets, whether each is the most likely token), [n] each."""
+    """Log-probabilities of [n] targets, and whether each is the likeliest."""
     logits = head_logits(head, hidden)
     return picked(logits, targets) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets

@@ -1,4 +1,4 @@
-"""What can be evaluated: a pruned run, its Orbax checkpoint alone, or any checkpoint that can be pruned."""
+"""What can be evaluated: runs, their checkpoints, and other checkpoints."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ _ORBAX = "_CHECKPOINT_METADATA"
 
 
 class MadeBy(NamedTuple):
-    """The run that produced a model. All fields are None if the model did not come from a run.
+    """The run that produced a model. Without a run, all fields are None.
 
     Attributes:
       directory: the run directory, if the user named it or its checkpoint; None for an exported folder.
@@ -58,7 +58,9 @@ class Evaluated(NamedTuple):
 
 
 def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int = 4) -> Evaluated:
-    """Opens a model for evaluation without reading its weights yet. Every process must call it.
+    """Opens a model for evaluation without reading its weights yet.
+
+    Every process must call it.
 
     Args:
       spec: a run directory, its checkpoint/ folder, or anything that :func:`optima_tpu.models.checkpoints.open_model` opens: a
@@ -81,7 +83,7 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
 
 
 def check_pair(model: Evaluated, against: Evaluated) -> None:
-    """Raises UserError if the two models have different tokenizers: they are compared on the same tokens."""
+    """Raises UserError if two models have different tokenizers."""
     if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
         raise UserError(
             f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another tokenizer in "
@@ -90,7 +92,7 @@ def check_pair(model: Evaluated, against: Evaluated) -> None:
 
 
 def _refuse_damaged(spec: str) -> None:
-    """Reads all files of a run's checkpoint, or of an exported folder, to compare their checksums."""
+    """Compares all files of a run's checkpoint or export with checksums."""
     path = as_path(spec)
     if run := next(
         (

@@ -1,4 +1,7 @@
-"""The parts of an evaluation that are measured, on the disk until its end: one that was stopped goes on behind them."""
+"""Measured parts of an evaluation, on disk until the evaluation ends.
+
+An evaluation that was stopped goes on after its measured parts.
+"""
 
 import hashlib
 import json
@@ -37,11 +40,13 @@ class Parts:
         self._parts = from_first(self._read)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        found = known_record(self._folder / PARTS, _Kept) if intact(self._folder, PARTS) else None
-        return found.parts if found and found.of == self._of else {}
+        record = known_record(self._folder / PARTS, _Kept) if intact(self._folder, PARTS) else None
+        return record.parts if record and record.of == self._of else {}
 
     def measured(self, name: str, kind: type[T], work: Callable[[], T], version: str = "") -> T:
-        """The result of ``work()``, or what it was before the evaluation was stopped. Every process calls it.
+        """Returns the saved result of a part, or measures and saves it.
+
+        Every process calls it.
 
         Args:
           name: of the part, for the user.
@@ -59,13 +64,13 @@ class Parts:
         keep(self._folder, {PARTS: _dumped({"of": self._of, "parts": self._parts})})
 
     def remove(self) -> None:
-        """Removes them from the disk, once the evaluation is written; process 0 calls it."""
+        """Removes the parts from the disk; process 0 calls it at the end."""
         (self._folder / PARTS).unlink(missing_ok=True)
         forget(self._folder, [PARTS])
 
 
 def questions_digest(tasks: TaskDict) -> str:
-    """A hash of all that the tasks ask, of the documents that they ask about, and of how they score."""
+    """Hashes all that tasks ask, the documents they use, and the scoring."""
     digest = hashlib.sha256()
     for name, task in sorted(tasks["tasks"].items()):
         digest.update(_dumped([name, dict(task.dump_config())]))

@@ -26,10 +26,11 @@ def _nothing() -> None:
 def perplexity(
     decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = _nothing, between: Callable[[], None] = _nothing
 ) -> float:
-    """``exp`` of the mean negative log-likelihood of all tokens except the first of each window.
+    """Returns ``exp`` of the mean negative log-likelihood of a text's tokens.
 
-    Windows do not overlap, have one length, and share no context; so the mean of window means is the mean over tokens. One block
-    is on the devices at a time; all windows pass through it before the next block.
+    The mean is over all tokens except the first of each window. Windows do not overlap, have one length, and share no context; so
+    the mean of window means is the mean over tokens. One block is on the devices at a time; all windows pass through it before
+    the next block.
 
     Args:
       tokens: [windows, length] int32.
@@ -45,9 +46,10 @@ def perplexity(
 def token_losses(
     decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = _nothing, between: Callable[[], None] = _nothing
 ) -> np.ndarray:
-    """Negative log-likelihood of every token except the first of each window, [windows, length - 1] float32.
+    """Negative log-likelihoods of all tokens but each window's first.
 
-    Every process gets all values. Arguments and errors are the same as in :func:`perplexity`.
+    They are [windows, length - 1] float32, and every process gets all of them. Arguments and errors are the same as in
+    :func:`perplexity`.
     """
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
@@ -60,7 +62,7 @@ def token_losses(
 
 
 def token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between: Callable[[], None] = _nothing) -> np.ndarray:
-    """Same as :func:`token_losses`, computed from the output of the last block."""
+    """As :func:`token_losses`, from the output of the last block."""
     head, losses = decoder.head(), np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
     stretch = stretch_of(decoder.batch, decoder.config.vocab)
     for number, batch in enumerate(hidden.batches(decoder.batch)):
@@ -72,28 +74,29 @@ def token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between
 
 
 def perplexity_of(windows: np.ndarray | Array, tokens: np.ndarray) -> float:
-    """Perplexity from the summed negative log-likelihoods [windows] of the windows ``tokens`` [windows, length].
+    """Perplexity from the windows' summed negative log-likelihoods [windows].
 
-    Computed in float64, whose largest number is about ``e^709``: a larger perplexity is returned as ``e^709``.
+    ``tokens`` is [windows, length]. Computed in float64, whose largest number is about ``e^709``: a larger perplexity is
+    returned as ``e^709``.
     """
     return math.exp(min(np.mean(windows, dtype=np.float64) / (tokens.shape[1] - 1), 709.0))
 
 
 def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray | Array, which: str = "model") -> None:
-    """Raises UserError if a window's sum [windows] is not finite; names the first layer whose input is not finite."""
+    """Raises UserError if a window's sum [windows] is not finite."""
     if not np.isfinite(windows).all():
         raise overflow(decoder, tokens[~np.isfinite(windows)][:1], which)
 
 
 def overflow(decoder: Decoder, tokens: np.ndarray, which: str = "model") -> UserError:
-    """The error to raise if the output for a text [1, length] is not finite; names the first layer whose input is not finite."""
+    """The error for a text [1, length] whose output is not finite."""
     return UserError(
         f"{_first_broken(decoder, tokens)} holds NaN or infinite values: {decoder.overflowed.replace('the model', f'the {which}', 1)}"
     )
 
 
 def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
-    """Where the first value that is not finite occurs in a window [1, length]: "the input of model.layers.1.mlp.down_proj"."""
+    """The first layer whose input is not finite, for a window [1, length]."""
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         positions, alike = decoder.positions(index, tokens.shape[1]), decoder.at(index)
@@ -125,7 +128,9 @@ def _batch_nll(head: Head, hidden: Array, tokens: Array, stretch: int = STRETCH)
 
 
 def text_steps(decoder: Decoder, tokens: np.ndarray, both: bool, per_block: bool = False) -> list[Step]:
-    """What a text takes, for one model or for two. Texts of one length of window run the same programs.
+    """The steps that a text takes, for one model or for two.
+
+    Texts of one length of window run the same programs.
 
     Args:
       tokens: [windows, length] int32.

@@ -1,4 +1,4 @@
-"""Scores of next-token predictions, computed in chunks so that the logits of a whole batch are never in memory."""
+"""Scores of next-token predictions, in chunks that need less memory."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,10 +15,11 @@ _MOST = 1 << 25
 
 
 def stretch_of(windows: int, vocabulary: int) -> int:
-    """Positions of each window at once where a vocabulary is large: at most :data:`STRETCH`, a power of two.
+    """Returns how many positions of each window to take at once.
 
-    Then logits take at most 128 MiB of a device in float32. A model is measured before and after its blocks are pruned: with 262,144 words
-    its head would else need more memory than any block.
+    At most :data:`STRETCH`, fewer for a large vocabulary, and a power of two. Logits then take at most 128 MiB of a device in
+    float32. A model is measured before and after its blocks are pruned: otherwise, with 262,144 words, its head would need more
+    memory than any block.
 
     Args:
       windows: of a batch, in each slice of the data axis.
@@ -27,7 +28,7 @@ def stretch_of(windows: int, vocabulary: int) -> int:
 
 
 def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array, stretch: int = STRETCH) -> Tree:
-    """Sums ``score`` over the positions of each window. The last position has no next token and is left out.
+    """Sums ``score`` over all positions of each window but the last.
 
     Args:
       score, tokens, streams, stretch: see :func:`per_token`.
@@ -39,7 +40,7 @@ def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array,
 
 
 def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array, stretch: int = STRETCH) -> Tree:
-    """Computes ``score`` at every position of each window except the last, which has no next token.
+    """Computes ``score`` at all positions of each window but the last.
 
     Works on one chunk of positions at a time: the logits of a whole batch would be the largest array of the program.
 
@@ -58,18 +59,21 @@ def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array, stretc
     def joined(values: Array) -> Array:
         return values.swapaxes(0, 1).reshape(windows, -1, *values.shape[3:])[:, :positions]
 
-    return jax.tree.map(joined, _by_stretch(lambda there, *inputs: score(*inputs), tokens, stretch, *streams))
+    return jax.tree.map(joined, _by_stretch(lambda valid, *inputs: score(*inputs), tokens, stretch, *streams))
 
 
 def _summed(score: Callable[..., Tree]) -> Callable[..., Tree]:
-    def summed(there: Array, *inputs: Array) -> Tree:
-        return jax.tree.map(lambda values: jnp.sum(jnp.where(there, values.astype(jnp.float32), 0.0), axis=1), score(*inputs))
+    def summed(valid: Array, *inputs: Array) -> Tree:
+        return jax.tree.map(lambda values: jnp.sum(jnp.where(valid, values.astype(jnp.float32), 0.0), axis=1), score(*inputs))
 
     return summed
 
 
 def _by_stretch(work: Callable[..., Tree], tokens: Array, stretch: int, *streams: Array) -> Tree:
-    """Applies ``work(there, targets, *states)`` to each chunk of positions, stacked; ``there`` is False at padding."""
+    """Applies ``work(valid, targets, *states)`` to each chunk of positions.
+
+    The results are stacked. ``valid`` is False at padding.
+    """
     windows, positions = tokens.shape[0], tokens.shape[1] - 1
     count = -(-positions // stretch)
 
@@ -82,5 +86,5 @@ def _by_stretch(work: Callable[..., Tree], tokens: Array, stretch: int, *streams
 
 
 def picked(values: Array, targets: Array) -> Array:
-    """The entries of ``values`` [..., vocab] at the indices ``targets`` [...]."""
+    """The entries of ``values`` [..., vocab] at indices ``targets`` [...]."""
     return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]

@@ -1,4 +1,4 @@
-"""Runs one evaluation after the command line has been parsed, and writes evaluation.json."""
+"""Runs one evaluation, after its settings, and writes evaluation.json."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ class _Subject:
 
     Attributes:
       models: "model", and "against" if there is one.
-      known: name of a model -> the harness's results of an earlier evaluation.
+      reused: name of a model -> the harness's results of an earlier evaluation.
       texts: source -> its windows.
       folder: where the results go.
     """
@@ -68,7 +68,7 @@ class _Subject:
     config: EvaluateConfig
     mesh: Mesh
     models: Mapping[str, Evaluated]
-    known: Mapping[str, Any]
+    reused: Mapping[str, Any]
     texts: Mapping[str, Tokens]
     folder: Path
 
@@ -89,12 +89,14 @@ class _Subject:
 
     @functools.cached_property
     def identities(self) -> Identities:
-        found = {name: Identity(opened.model.pretrained.fingerprint, opened.run.manifest) for name, opened in self.models.items()}
-        return Identities(found["model"], found.get("against"))
+        by_name = {
+            name: Identity(opened.model.pretrained.fingerprint, opened.run.manifest) for name, opened in self.models.items()
+        }
+        return Identities(by_name["model"], by_name.get("against"))
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> EvaluationRecord:
-    """Measures a model as ``config`` says, writes evaluation.json, which it returns, and prints a table.
+    """Measures a model, writes and returns its record, and prints a table.
 
     Models, mesh, texts, tasks and their data are all checked before the first block is computed. Only process 0 has the results of
     tasks.
@@ -127,14 +129,14 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _prepare(config: EvaluateConfig, console: Console) -> _Subject:
-    """Opens models and texts, and makes the folder. Raises UserError if one of them can't be used."""
+    """Opens models and texts, and makes the folder, or raises UserError."""
     mesh = make_mesh(config.mesh)
     models = _open(config, mesh, console)
     check_signals()
-    known = {}
+    reused = {}
     if (earlier := config.against_results) is not None:
         fingerprint = models["against"].model.pretrained.fingerprint
-        known["against"] = from_first(lambda: read_known(earlier, [*HARNESS.values()], fingerprint))
+        reused["against"] = from_first(lambda: read_known(earlier, [*HARNESS.values()], fingerprint))
     from_first(lambda: _check_texts(config.texts, models))
     texts = {}
     for source in config.texts:
@@ -145,22 +147,22 @@ def _prepare(config: EvaluateConfig, console: Console) -> _Subject:
     )
     with writing(folder, "choose another --output"):
         first_only(lambda: _make_writable(folder, config.force))
-    return _Subject(config, mesh, models, known, texts, folder)
+    return _Subject(config, mesh, models, reused, texts, folder)
 
 
 def _measured(subject: _Subject, parts: Parts, progress: Progress) -> tuple[EvaluationRecord, dict[str, Any]]:
     """What was measured, and the harness's results of each model."""
     config, models, texts = subject.config, subject.models, subject.texts
     # First, because an error in the tasks should appear before hours of texts.
-    questions = _Questions.prepare(config, models, subject.known, progress)
-    found = {}
+    questions = _Questions.prepare(config, models, subject.reused, progress)
+    by_source = {}
     for number, (source, tokens) in enumerate(texts.items(), 1):
         decoder, both = models["model"].model.decoder, "against" in models
         later = [text_steps(decoder, each.ids, both, config.per_block) for each in [*texts.values()][number:]]
         progress.ahead = [*later, *questions.ahead(len(questions.testers))]
         measure = functools.partial(_on_text, source, tokens, models, progress, config.per_block)
-        found[source] = parts.measured(source, TextResult, measure)
-    results = {**questions.answers(parts, config.asking, progress), **subject.known}
+        by_source[source] = parts.measured(source, TextResult, measure)
+    results = {**questions.answers(parts, config.asking, progress), **subject.reused}
     tasks = _task_results(questions.tasks, results)
     record = EvaluationRecord(
         config.model,
@@ -168,8 +170,8 @@ def _measured(subject: _Subject, parts: Parts, progress: Progress) -> tuple[Eval
         subject.identities,
         _settings(config),
         subject.environment,
-        {source: part.perplexity for source, part in found.items()},
-        {source: part.distance for source, part in found.items() if part.distance},
+        {source: part.perplexity for source, part in by_source.items()},
+        {source: part.distance for source, part in by_source.items() if part.distance},
         tasks,
         paper_average(tasks),
     )
@@ -177,13 +179,13 @@ def _measured(subject: _Subject, parts: Parts, progress: Progress) -> tuple[Eval
 
 
 def _strange(record: EvaluationRecord) -> list[str]:
-    """A line for each text that is poor, and for each on which a model predicts poorly."""
-    told = ((_poor(source, score.unigram_perplexity), _unpredicted(score)) for source, score in record.perplexity.items())
-    return [line for line in itertools.chain(*told) if line]
+    """Lines about poor texts, and about texts that a model predicts poorly."""
+    remarks = ((_poor(source, score.unigram_perplexity), _unpredicted(score)) for source, score in record.perplexity.items())
+    return [line for line in itertools.chain(*remarks) if line]
 
 
 def _open(config: EvaluateConfig, mesh: Mesh, console: Console) -> dict[str, Evaluated]:
-    """The models under "model" and "against". Raises UserError if they can't be compared, or asked as a chat."""
+    """Opens "model" and "against", and refuses models that do not fit."""
     models = {}
     for name, spec in (("model", config.model), ("against", config.against)):
         if spec is not None:
@@ -197,7 +199,7 @@ def _open(config: EvaluateConfig, mesh: Mesh, console: Console) -> dict[str, Eva
 
 
 def _draw_page(config: EvaluateConfig, folder: Path, console: Console) -> bool:
-    """Draws the page of a finished run again, which shows the evaluation too. False if there is none, or it can't be drawn."""
+    """Draws a finished run's page with this evaluation; False if it can't."""
     if not (folder / "report.json").exists():
         return False
     try:
@@ -215,7 +217,7 @@ class _Questions(NamedTuple):
 
     Attributes:
       tasks: in process 0; None in the others, and if there are none.
-      testers: name of a model -> its adapter to the harness. None of a model whose results are known.
+      testers: name of a model -> its adapter to the harness. A model whose results are reused has none.
       digest: of what is asked.
     """
 
@@ -225,37 +227,37 @@ class _Questions(NamedTuple):
 
     @classmethod
     def prepare(
-        cls, config: EvaluateConfig, models: Mapping[str, Evaluated], known: Mapping[str, Any], progress: Progress
+        cls, config: EvaluateConfig, models: Mapping[str, Evaluated], reused: Mapping[str, Any], progress: Progress
     ) -> "_Questions":
-        """Raises UserError if a task can't be asked."""
+        """Loads the tasks. Raises UserError if a task can't be asked."""
         if not config.task_names:
             return cls(None, {}, "")
         testers = {
             name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context, device_budget(config.device_memory))
             for name, opened in models.items()
-            if name not in known
+            if name not in reused
         }
         # Only process 0 loads the tasks; it sends the others the requests for the model.
         progress.stage("preparing the tasks", 1)
-        tasks = _of_first(lambda: _load_tasks(config, known, testers["model"]))
+        tasks = _of_first(lambda: _load_tasks(config, reused, testers["model"]))
         digest = from_first(lambda: questions_digest(tasks))
         progress.advance()
         return cls(tasks, testers, digest)
 
     def ahead(self, models: int) -> list[list[Step]]:
-        """A stage for each kind of request to each of the last ``models`` models; how long they take, the first of them will show."""
+        """The stages of the last ``models`` models, by kind of request."""
         tasks = self.tasks["tasks"].values() if self.tasks else ()
         kinds = dict.fromkeys(request.request_type for task in tasks for request in task.instances)
         return [[Step(kind)] for kind in kinds] * models
 
     def answers(self, parts: Parts, asking: Asking, progress: Progress) -> dict[str, Any]:
-        """Name of a model -> the harness's results. Only process 0 has them."""
-        found = {}
+        """Name of a model -> the harness's results, in process 0 alone."""
+        results = {}
         for number, (name, tester) in enumerate(self.testers.items()):
             progress.ahead = self.ahead(len(self.testers) - number)
             work = functools.partial(run_tasks, tester, self.tasks, asking)
-            found[name] = parts.measured(f"tasks of {name}", dict[str, Any], work, self.digest)
-        return found
+            results[name] = parts.measured(f"tasks of {name}", dict[str, Any], work, self.digest)
+        return results
 
 
 def _check_chat(models: Iterable[Evaluated]) -> None:
@@ -269,7 +271,7 @@ def _check_chat(models: Iterable[Evaluated]) -> None:
 
 
 def _check_texts(sources: Iterable[str], models: Mapping[str, Evaluated]) -> None:
-    """Raises UserError if one of the models was calibrated on one of the texts."""
+    """Raises UserError if a model was calibrated on one of the texts."""
     for source, opened in itertools.product(sources, models.values()):
         calibration = opened.run.calibration
         if calibration and _has_seen(calibration, data.parse_source(source)):
@@ -280,7 +282,7 @@ def _check_texts(sources: Iterable[str], models: Mapping[str, Evaluated]) -> Non
 
 
 def _has_seen(calibration: str, text: data.Source) -> bool:
-    """Whether a model that was calibrated on a text, or on a mix of texts, has seen another one."""
+    """Whether a model calibrated on a text or a mix has seen ``text``."""
 
     def seen(part: data.Source) -> bool:
         try:
@@ -314,8 +316,8 @@ def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progr
         against, left_out = models["against"].model.decoder, models["model"].run.left_out
         apart, dense, value = distance(against, pruned, tokens.ids, progress.advance, per_block, left_out)
     score = TextScore(value, dense, int(tokens.ids.size), tokens.how, unigram_perplexity(tokens.ids))
-    if progress.ahead and (told := _unpredicted(score)):  # behind the last stage the summary says it
-        progress.note(f"unusual: {told}")
+    if progress.ahead and (remark := _unpredicted(score)):  # behind the last stage the summary says it
+        progress.note(f"unusual: {remark}")
     return TextResult(score, apart)
 
 
@@ -325,21 +327,21 @@ def _poor(source: str, unigram: float) -> str:
 
 
 def _unpredicted(score: TextScore) -> str:
-    """What is wrong with the model, or with the one that it is compared with, by its perplexity on a text."""
+    """A warning if a model, or the one compared with, predicts poorly."""
     dense = score.against
     which, value = ("model", score.perplexity) if dense is None else ("model of --against", dense)
     return unpredicted(value, score.unigram_perplexity, which)
 
 
-def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], lm: DecoderLM) -> TaskDict:
+def _load_tasks(config: EvaluateConfig, reused: Mapping[str, Mapping[str, Any]], lm: DecoderLM) -> TaskDict:
     tasks = load_tasks(config.task_names, lm, config.asking, config.include_path, config.folders)
-    for results in known.values():
+    for results in reused.values():
         check_known(results, tasks, config.limit, settings_of(lm, config.asking))
     return tasks
 
 
 def _of_first(work: Callable[[], T]) -> T | None:
-    """The result of ``work()`` in process 0, None in the others. An error of ``work`` is raised in all processes."""
+    """``work()`` in process 0, None in the others. All raise its UserError."""
     result: list[T] = []
     from_first(lambda: result.append(work()))
     return result[0] if result else None
@@ -348,16 +350,16 @@ def _of_first(work: Callable[[], T]) -> T | None:
 def _task_results(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskResult]:
     if tasks is None:
         return {}
-    found = {name: task_results(tasks, result) for name, result in results.items()}
-    against = found.get("against", {})
+    by_model = {name: task_results(tasks, result) for name, result in results.items()}
+    against = by_model.get("against", {})
     return {
         task: structs.replace(result, against=against[task].metrics if task in against else {})
-        for task, result in found["model"].items()
+        for task, result in by_model["model"].items()
     }
 
 
 def _make_writable(folder: Path, force: bool) -> None:
-    """Creates the folder and checks now that it is writable and holds no other's files, before hours of computation."""
+    """Makes a writable folder, and refuses one with files of others."""
     theirs = [folder / name for name in (RECORD, *HARNESS.values()) if (folder / name).exists()]
     if theirs and not force and known_record(folder / RECORD, EvaluationRecord) is None:
         raise UserError(
@@ -388,17 +390,17 @@ def _write(folder: Path, record: EvaluationRecord, results: Mapping[str, Any], m
 
 
 def _greeting(subject: _Subject) -> list[str]:
-    """Lines that describe the evaluation, printed before the first long computation."""
+    """Lines that describe the evaluation before its long computations."""
     config, texts, record = subject.config, subject.texts, subject.folder / RECORD
     lines = [
         f"{name:<12} {opened.model.pretrained.origin}: {plural(opened.model.decoder.config.blocks, 'block')}"
         for name, opened in subject.models.items()
     ]
     lines += [f"perplexity   {', '.join(texts)}"] if texts else []
-    told = [_poor(source, unigram_perplexity(tokens.ids)) for source, tokens in texts.items()]
-    lines += [f"unusual      {line}" for line in told if line]
-    known = f"; results of {config.against} from {config.against_results}" if config.against_results else ""
-    lines += [f"tasks        {', '.join(config.task_names)}{known}"] if config.task_names else []
+    remarks = [_poor(source, unigram_perplexity(tokens.ids)) for source, tokens in texts.items()]
+    lines += [f"unusual      {line}" for line in remarks if line]
+    reused = f"; results of {config.against} from {config.against_results}" if config.against_results else ""
+    lines += [f"tasks        {', '.join(config.task_names)}{reused}"] if config.task_names else []
     return [
         *lines,
         f"devices      {devices_words(subject.mesh)}",

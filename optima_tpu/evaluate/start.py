@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def start(config: EvaluateConfig, console: Console | None = None) -> "EvaluationRecord":
-    """Runs :func:`optima_tpu.evaluate.run.evaluate`. Call it after the devices are initialised."""
+    """Runs ``evaluate``. Call it after the devices are initialised."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it on import; our progress replaces the harness's bars
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # read by the harness: a process that holds devices must not fork
     # Imported here and not above, because these imports initialise the devices.

@@ -13,7 +13,7 @@ from optima_tpu.report.summary import labelled
 
 
 def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[str, str], strange: Iterable[str] = ()) -> None:
-    """Prints perplexities, distances, why they mean nothing, the table of tasks, the paper's average, and where the files are."""
+    """Prints perplexities, distances, warnings, tasks, average and files."""
     console.print()
     lines = []
     for source, score in record.perplexity.items():
@@ -40,7 +40,7 @@ def print_evaluation(console: Console, record: EvaluationRecord, files: Mapping[
 
 
 def task_table(scores: Sequence[TaskScore], compared: bool) -> Table:
-    """A table with one row for each metric of each task, with standard errors."""
+    """A table with a row for each metric of each task, and standard errors."""
     rows = []
     for score in scores:
         row = [score.task, score.metric, f"{score.documents:,}", number(score.value, 4) + _error(score.error)]
@@ -54,7 +54,7 @@ def task_table(scores: Sequence[TaskScore], compared: bool) -> Table:
 
 
 def _times(ratio: float, apart: Distance | None) -> str:
-    """ "2.80 times, 2.61 to 3.00 with two standard errors over its windows"."""
+    """Formats a ratio: "2.80 times, 2.61 to 3.00 with two standard errors"."""
     ends = interval(ratio, apart.log_ratio_stderr if apart else None)
     spread = f", {' to '.join(map(number, ends))} with two standard errors over its windows" if ends else ""
     return f"{number(ratio)} times{spread}"

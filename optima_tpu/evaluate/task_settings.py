@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """How the tasks of the evaluation harness are asked; each field is a setting of ``optima evaluate``.
+    """How the evaluation harness asks its tasks; each field is a setting.
 
     Attributes:
       fewshot: examples before every question; None takes the task's own number. A task whose own number is 0 keeps 0.

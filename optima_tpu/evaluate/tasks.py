@@ -1,4 +1,4 @@
-"""Loads the tasks of the Language Model Evaluation Harness with their data, runs them, and collects their metrics."""
+"""Loads and runs tasks of the Language Model Evaluation Harness."""
 
 import contextlib
 import difflib
@@ -48,7 +48,9 @@ _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 def load_tasks(
     names: Sequence[str], lm: DecoderLM, asking: Asking = Asking(), include_path: str | None = None, data: Mapping[str, Path] = {}
 ) -> TaskDict:
-    """Loads tasks and groups of the harness with their data sets, builds all requests once, and scores a written answer, as a check.
+    """Loads the harness's tasks and groups, and checks that they can run.
+
+    It builds all requests once, and scores a written answer.
 
     Args:
       lm: the model that will be asked, for the limits of its context and for its chat template.
@@ -70,16 +72,16 @@ def load_tasks(
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
             raise UserError(f"expected tasks of the harness, got {name!r}; {hint}")
-    found = TaskDict(tasks={}, groups={}, group_map={})
+    collected = TaskDict(tasks={}, groups={}, group_map={})
     for name in names:
         loaded = _load(manager, name, data.get(name))
-        for part in found:
-            found[part] |= loaded[part]
-    if asking.generation is not None and all(task.OUTPUT_TYPE != "generate_until" for task in found["tasks"].values()):
+        for part in collected:
+            collected[part] |= loaded[part]
+    if asking.generation is not None and all(task.OUTPUT_TYPE != "generate_until" for task in collected["tasks"].values()):
         raise UserError(
             f"expected --gen_kwargs for tasks in which the model writes (none), got {asking.generation}: leave it out"
         )
-    for name, task in found["tasks"].items():
+    for name, task in collected["tasks"].items():
         _configure(task, name, asking)
         # Rolling log-likelihoods use no examples.
         if task.get_config("num_fewshot") and name in data and task.OUTPUT_TYPE != "loglikelihood_rolling":
@@ -90,11 +92,11 @@ def load_tasks(
         task.process_results = _fitting(name, "scored on")(task.process_results)
         _check_number(task, name)
         _check_documents(task, name, lm, asking)
-    return found
+    return collected
 
 
 def _configure(task: Task, name: str, asking: Asking) -> None:
-    """Sets how a task is asked. Raises UserError for a task that this program can't run."""
+    """Sets how a task is asked. Raises UserError for an unsupported task."""
     for what, refused in (("images or sound", "MULTIMODAL"), ("code to be run that the model writes", "UNSAFE_CODE")):
         if getattr(task, refused, False):
             raise UserError(f"task {name} needs {what}: leave it out, or run lm-eval on the exported folder")
@@ -123,7 +125,7 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
 
 @contextlib.contextmanager
 def _fitting(name: str, what: str) -> Iterator[None]:
-    """Names the task in the errors of a step, or of a function that it wraps; ``what`` describes the step in the message."""
+    """Names the task in the errors of a step, which ``what`` describes."""
     try:
         yield
     except UserError:
@@ -149,7 +151,7 @@ def _unfit(name: str, error: Exception, what: str) -> UserError:
 
 
 def _package(module: str) -> str:
-    """What to install for a module: the harness's extra with it, which also has the task's other packages."""
+    """What to install for a module: an extra of the harness, if it has one."""
     for requirement in importlib.metadata.requires("lm_eval") or []:
         if match := re.match(rf"{re.escape(module)}\b.*extra == ['\"](\w+)['\"]", requirement):
             return f"'lm_eval[{match[1]}]'"
@@ -157,7 +159,7 @@ def _package(module: str) -> str:
 
 
 def _or_files(manager: TaskManager, name: str) -> str:
-    """The end of a message: how to give the data as files. Empty for a task written in Python, which reads its own data."""
+    """The end of a message: how to give the data as files; else empty."""
     if _named_splits(manager, name):
         return f", or give the data as files with --data {name}=FOLDER"
     single = manager.task_index[name].kind.name.endswith("TASK")
@@ -165,7 +167,7 @@ def _or_files(manager: TaskManager, name: str) -> str:
 
 
 def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
-    """The settings that make a task read its data set from the files of a folder."""
+    """The settings by which a task reads its data set from a folder."""
     if not folder.is_dir():
         raise UserError(f"expected --data {name}=FOLDER with an existing folder, got {folder}")
     files, wanted = _files(folder), _named_splits(manager, name)
@@ -192,15 +194,16 @@ def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
 
 
 def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
-    """Raises UserError if the harness would draw examples from another split than the task file names, or from the scored one.
+    """Raises UserError if examples would come from an unexpected split.
 
-    Without this check the harness silently takes the next split that exists. The training split may replace the named split.
+    That is another split than the task file names, or the split that is scored. Without this check the harness silently takes
+    the next split that exists. The training split may replace the named split.
     """
     if (manager.task_index[name].cfg.get("fewshot_config") or {}).keys() & {"samples", "split"}:
         return  # the task file contains its own examples, or names a split without which the task could not be created
     files, named = _files(folder), _named_splits(manager, name)
-    there = {key: split for key, split in named.items() if split in files}
-    drawn, scored = _first(there, _EXAMPLES), _first(there, _SCORED)
+    existing = {key: split for key, split in named.items() if split in files}
+    drawn, scored = _first(existing, _EXAMPLES), _first(existing, _SCORED)
     expected = list(filter(None, dict.fromkeys([_first(named, _EXAMPLES), named.get("training_split")])))
     if drawn in expected:
         if drawn != scored or drawn == _first(named, _SCORED):
@@ -214,7 +217,7 @@ def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
 
 
 def _check_number(task: Task, name: str) -> None:
-    """Raises UserError if a question needs more examples than there are documents to draw them from."""
+    """Raises UserError if a task has too few documents for its examples."""
     shots, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
     if shots and sampler is not None:
         # The harness draws one extra example if examples and questions share a split, to skip the question's own document.
@@ -227,13 +230,13 @@ def _check_number(task: Task, name: str) -> None:
 
 
 def _check_documents(task: Task, name: str, lm: DecoderLM, asking: Asking) -> None:
-    """Builds all requests and scores a written answer to each, to find what does not fit before the model runs."""
+    """Builds all requests, and scores an answer, before the model runs."""
     states = random.getstate(), np.random.get_state()
     chat = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name} if asking.chat else {}
     task.build_all_requests(limit=asking.limit, rank=0, world_size=1, **asking.prompts, **chat)
-    count, asked = len(task.eval_docs), {request.doc_id for request in task.instances}
+    count, requested = len(task.eval_docs), {request.doc_id for request in task.instances}
     for number in range(min(asking.limit or count, count)):
-        if number not in asked:
+        if number not in requested:
             raise UserError(f"document {number} of task {name}: expected a text to score, got no choices; correct the data set")
     written = [request for request in task.instances if request.request_type == "generate_until"]
     for request in written:
@@ -249,7 +252,7 @@ def _check_documents(task: Task, name: str, lm: DecoderLM, asking: Asking) -> No
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Maps each split to its file in the folder. Raises UserError for a pipe, a socket or a device."""
+    """Maps splits to files. Raises UserError for pipes, sockets, devices."""
     files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
     for path in files.values():
         refuse_special(path)
@@ -267,7 +270,7 @@ def _first(splits: Mapping[str, str], keys: Sequence[str]) -> str | None:
 
 
 def run_tasks(lm: DecoderLM, tasks: TaskDict | None, asking: Asking = Asking(), samples: bool = False) -> dict[str, Any]:
-    """Runs tasks on a model. Every process must call it; process 0 runs the harness.
+    """Runs tasks on a model. Every process must call it.
 
     Args:
       tasks: from :func:`load_tasks`, with the same ``asking``; only process 0 needs them.
@@ -309,7 +312,7 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, asking: Asking = Asking(), 
 
 
 def settings_of(lm: DecoderLM, asking: Asking) -> dict[str, Any]:
-    """What the answers to the same requests depend on besides the weights; a part of the harness's results."""
+    """All that answers to the same requests depend on, besides the weights."""
     return {
         "max_length": lm.max_length,
         "chat_template": lm.chat_template(True) if asking.chat else None,
@@ -319,7 +322,7 @@ def settings_of(lm: DecoderLM, asking: Asking) -> dict[str, Any]:
 
 
 def _as_user_error(error: UserError | OverflowError) -> UserError:
-    """The error itself, or for the harness's ``exp`` of a loss of 710 and more what to do."""
+    """The error itself, or advice if ``exp`` of a large loss overflows."""
     if isinstance(error, UserError):
         return error
     return UserError(
@@ -333,7 +336,7 @@ def _raise(error: UserError) -> None:
 
 
 def task_results(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, TaskResult]:
-    """The results of every group that aggregates its tasks, and of every task outside such groups, by name.
+    """Results of groups that aggregate their tasks, and of all other tasks.
 
     A metric of another filter than the harness's default keeps the filter in its name: "exact_match,strict". A standard error
     that the harness does not compute is None.
@@ -341,7 +344,7 @@ def task_results(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, TaskR
     groups = {name: group for name, group in tasks["groups"].items() if group.has_aggregation}
     inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
     inside |= {below.name for group in groups.values() for below in group.get_all_groups()}
-    found = {}
+    by_name = {}
     for name in [*groups, *tasks["tasks"]]:
         if name not in inside:
             entry = results["results"][name]
@@ -350,11 +353,11 @@ def task_results(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, TaskR
                 for key, value in entry.items()
                 if "," in key
             }
-            found[name] = TaskResult(entry["sample_len"], metrics, {})
-    return found
+            by_name[name] = TaskResult(entry["sample_len"], metrics, {})
+    return by_name
 
 
 def paper_average(results: Mapping[str, TaskResult]) -> float | None:
     """The mean accuracy over the paper's six tasks; None if one is missing."""
-    found = [value for name in PAPER if name in results and (value := results[name].metrics["acc"]) is not None]
-    return statistics.fmean(found) if len(found) == len(PAPER) else None
+    accuracies = [value for name in PAPER if name in results and (value := results[name].metrics["acc"]) is not None]
+    return statistics.fmean(accuracies) if len(accuracies) == len(PAPER) else None

@@ -1,4 +1,4 @@
-"""Finds the tokens of a text that a pruned model predicts worse than the dense model, from both models' losses."""
+"""Finds the tokens that a pruned model predicts worse than the dense one."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def token_changes(dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> TokenChanges:
-    """Summarises loss changes per token for report.json, in a few thousand bytes.
+    """Summarises loss changes per token in a few kB, for report.json.
 
     Args:
       dense, pruned: negative log-likelihoods [windows, length - 1] in nats, for every token except the first of its window.
@@ -43,39 +43,39 @@ def token_changes(dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, dec
         edges=EDGES,
         shares=tuple((counts / rise.size).tolist()),
         rise_share=float(most.sum()) / total if total > 0 else None,
-        worst=tuple(_shown(*place, dense, pruned, tokens, decode) for place in _worst(rise)),
+        worst=tuple(_shown(*position, dense, pruned, tokens, decode) for position in _worst(rise)),
     )
 
 
 def pieces(decode: Decode, *parts: Sequence[int]) -> list[str]:
-    """Decodes consecutive parts of a token sequence; each result is the text that its part adds to the text before.
+    """Decodes consecutive parts of a token sequence into parts of its text.
 
     A token that is decoded alone may lose the space before it.
     """
-    whole = [decode([token for part in parts[: count + 1] for token in part]) for count in range(len(parts))]
-    starts = ["", *whole[:-1]]
-    if all(text.startswith(start) for text, start in zip(whole, starts, strict=True)):
-        return [text[len(start) :] for text, start in zip(whole, starts, strict=True)]
+    decoded = [decode([token for part in parts[: count + 1] for token in part]) for count in range(len(parts))]
+    starts = ["", *decoded[:-1]]
+    if all(text.startswith(start) for text, start in zip(decoded, starts, strict=True)):
+        return [text[len(start) :] for text, start in zip(decoded, starts, strict=True)]
     return [decode(part) for part in parts]  # a part ends inside a character that several tokens encode
 
 
 def readable(text: str) -> str:
-    """Text on one line, with visible signs: ⏎ for a line break, ⇥ for a tab, � for other unprintable characters."""
+    """One line of text: ⏎ for a line break, ⇥ for a tab, � for unprintable."""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def _worst(rise: np.ndarray) -> list[tuple[int, int]]:
-    """(window, column) of the largest rises, at least ``_APART`` tokens apart within a window."""
-    found: list[tuple[int, int]] = []
+    """(window, column) of the largest rises, ``_APART`` or more apart."""
+    chosen: list[tuple[int, int]] = []
     # Look at more candidates than are listed, because neighbours of a listed token are skipped.
     for index in np.argsort(rise, axis=None, kind="stable")[::-1][: _LISTED * 2 * _APART].tolist():
         window, column = divmod(index, rise.shape[1])
-        if rise[window, column] <= 0 or len(found) == _LISTED:
+        if rise[window, column] <= 0 or len(chosen) == _LISTED:
             break
-        if all(window != other or abs(column - place) >= _APART for other, place in found):
-            found.append((window, column))
-    return found
+        if all(window != other or abs(column - listed) >= _APART for other, listed in chosen):
+            chosen.append((window, column))
+    return chosen
 
 
 def _shown(window: int, column: int, dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> ChangedToken:

@@ -1,4 +1,4 @@
-"""Arrays from outside: of numpy and JAX, and tensors of PyTorch, without importing it."""
+"""Converts arrays of numpy and JAX and tensors of PyTorch, without torch."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from optima_tpu.errors import UserError, one_line
 
 @runtime_checkable
 class Tensor(Protocol):
-    """A tensor of PyTorch: on any device, of any dtype, with or without a gradient."""
+    """A tensor of PyTorch: any device or dtype, with or without gradient."""
 
     dtype: Any
 
@@ -24,7 +24,9 @@ class Tensor(Protocol):
 
 
 def as_array(name: str, value: ArrayLike | Tensor) -> Array:
-    """A JAX array with the values and the dtype of an array or a tensor. Of a tensor it is a copy.
+    """Returns the values of an array or a tensor as a JAX array of its dtype.
+
+    A tensor is copied.
 
     Args:
       name: what the value is, for messages.

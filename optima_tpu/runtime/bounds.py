@@ -1,4 +1,4 @@
-"""Bounds of what a person types. What is beyond them is refused in one line, before anything is made of it.
+"""Bounds of settings. A value out of bounds is refused in one line.
 
 A bound stands beside the type::
 
@@ -32,9 +32,10 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 def whole(text: str) -> int:
-    """The whole number that a text is: up to 18 digits from 0 to 9. Raises ValueError for any other text.
+    """Reads a whole number of up to 18 digits from 0 to 9.
 
-    ``int`` reads more, such as the digits of other scripts, 1_0, and numbers for which no machine has memory.
+    Raises ValueError for any other text. ``int`` reads more, such as the digits of other scripts, 1_0, and numbers for which no
+    machine has memory.
     """
     if not _WHOLE.fullmatch(text.strip()):
         raise ValueError(f"expected a whole number, written with digits alone, got {text:.40}")
@@ -42,9 +43,12 @@ def whole(text: str) -> int:
 
 
 def byte_count(name: str, text: int | str) -> int:
-    """A number of bytes from 5GB, 200 MB, 1.5TB or 1000, at least 1 and at most an exabyte. Raises UserError for anything else."""
-    found = _SIZE.fullmatch(str(text).strip().upper())
-    count = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    """Reads a number of bytes, such as 5GB, 200 MB, 1.5TB or 1000.
+
+    Raises UserError for other texts, less than 1 byte, and more than an exabyte.
+    """
+    match = _SIZE.fullmatch(str(text).strip().upper())
+    count = round(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not 1 <= count <= _MOST_BYTES:
         raise UserError(f"expected {name} such as 5GB, from 1 byte to 1000000TB, got {text!r}")
     return count
@@ -69,7 +73,7 @@ class Bound:
     hint: str = ""
 
     def refuse(self, name: str, value: float) -> None:
-        """Raises UserError for a number out of bounds, by the name of its setting."""
+        """Raises UserError if setting ``name`` has a number out of bounds."""
         holds = (
             -math.inf < value < math.inf
             and (self.least is None or value >= self.least)
@@ -108,7 +112,9 @@ class Filled:
 
 
 class Bounded:
-    """A dataclass that refuses what is out of the bounds of its fields. In a field of several numbers each has the bound.
+    """A dataclass that refuses values out of the bounds of its fields.
+
+    In a field of several numbers each has the bound.
 
     Attributes:
       setting: what stands before a field's name in a message, such as "solver" in solver.tolerance.
@@ -134,7 +140,7 @@ def _bounds(cls: type) -> Mapping[str, Any]:
 
 
 def refuse_beyond(values: Mapping[str, Any]) -> None:
-    """Raises UserError for the first setting, by its name, that is or holds a number that is not finite or beyond any use."""
+    """Raises UserError for a setting that is not finite or beyond any use."""
     for name, value in values.items():
         most = MOST_SEED if name.rpartition(".")[2] == "seed" else MOST
         for number in value if isinstance(value, (tuple, list)) else (value,):

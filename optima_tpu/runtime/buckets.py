@@ -46,7 +46,9 @@ _SILENCE = 120
 
 
 class BucketError(UserError):
-    """A bucket, or the connection to it, failed, and trying again did not help. Nothing is known about the object.
+    """A bucket or the connection to it failed, and retries did not help.
+
+    Nothing is known about the object.
 
     Attributes:
       answer: the object, and what the bucket said.
@@ -59,7 +61,7 @@ class BucketError(UserError):
 
 @contextlib.contextmanager
 def reached(path: Path) -> Iterator[None]:
-    """Turns the errors of a bucket's clients into a :class:`BucketError` that names the object; leaves those of other paths."""
+    """Turns errors of a bucket's clients into :class:`BucketError`."""
     try:
         yield
     except UserError:
@@ -88,7 +90,7 @@ class _Status(StatResult):
 
 
 class BucketPath(PosixGPath):
-    """A path in a bucket. Its methods raise :class:`BucketError` where epath gives no answer, or a wrong one."""
+    """A path in a bucket. A failed request raises :class:`BucketError`."""
 
     def resolve(self, strict: bool = False) -> Self:
         return self  # epath would put the working directory before it
@@ -151,7 +153,7 @@ class BucketPath(PosixGPath):
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """Returns a path on this machine, with ~ expanded, or a :class:`BucketPath`.
+    """Returns a local path, with ~ expanded, or a :class:`BucketPath`.
 
     Raises:
       UserError: the path is in a store of another kind or names no folder, or a package is missing.
@@ -184,16 +186,16 @@ def as_path(path: str | os.PathLike) -> Path:
 
 
 def in_bucket(path: Path) -> TypeGuard[BucketPath]:
-    """Whether a path of :func:`as_path` is in a bucket, not on this machine."""
+    """Whether a path of :func:`as_path` is in a bucket."""
     return isinstance(path, BucketPath)
 
 
 def copy(source: Path, target: Path) -> None:
     """Copies a file into a bucket, or out of one."""
-    place = target if in_bucket(target) else source
-    store, name = url_to_fs(str(place))
-    with reached(place):
-        if place is target:
+    remote = target if in_bucket(target) else source
+    store, name = url_to_fs(str(remote))
+    with reached(remote):
+        if remote is target:
             store.put_file(str(source), name)
         else:
             try:
@@ -203,14 +205,14 @@ def copy(source: Path, target: Path) -> None:
 
 
 def objects_in(folder: Path) -> list[Path]:
-    """All objects below a folder, with one request for each thousand of them."""
+    """Lists all objects below a folder; one request lists a thousand."""
     store, name = url_to_fs(str(folder))
     with reached(folder):
-        return [BucketPath(f"gs://{found}") for found in store.find(name)]
+        return [BucketPath(f"gs://{key}") for key in store.find(name)]
 
 
 def stored_digest(path: Path) -> tuple[int, str]:
-    """Size and CRC32C of an object as the store reports them, without reading the object."""
+    """Returns an object's size and CRC32C as its store reports them."""
     store, name = url_to_fs(str(path))
     with reached(path):
         kept = store.info(name)
@@ -218,7 +220,7 @@ def stored_digest(path: Path) -> tuple[int, str]:
 
 
 def _of_client(error: Exception) -> bool:
-    """Whether gcsfs or TensorStore raised an error, as far as one can see; every error of the system counts."""
+    """Whether an error seems to come from the bucket or its clients."""
     if isinstance(error, OSError) and error.errno in _LOCAL:
         return False
     if isinstance(error, (OSError, json.JSONDecodeError)) or str(error).startswith("Bad Request"):
@@ -227,17 +229,17 @@ def _of_client(error: Exception) -> bool:
 
 
 def _answer(error: Exception) -> tuple[int, str]:
-    """The HTTP status of what a bucket's client raised, 0 without one, and its message in one line."""
+    """The HTTP status of a client's error, else 0, and a one-line message."""
     text = _DETAILS.sub("", one_line(error))
-    if found := _STATUS.search(str(error)):
-        return int(found[1]), text
+    if match := _STATUS.search(str(error)):
+        return int(match[1]), text
     # gcsfs has classes of its own for some statuses.
     other = 403 if text.startswith("Forbidden") else 502 if type(error).__name__ == "ProxyError" else 0
     return int(getattr(error, "code", 0) or other), text
 
 
 def take_over(lock: Path) -> None:
-    """Writes into ``lock`` that this program now owns the folder of ``lock``. The program that owned it stops by itself."""
+    """Writes into ``lock`` that this program now owns its folder."""
     lock.write_text(_THIS_PROGRAM)
 
 

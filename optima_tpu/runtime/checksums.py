@@ -33,7 +33,7 @@ _CHANGED = "has changed since it was written"
 
 
 def write_sums(folder: Path, files: Iterable[Path] | None = None, label: str = "all") -> None:
-    """Writes the checksums of ``files`` into their folder, of all its files by default; see :func:`damage`."""
+    """Writes checksums of ``files``, by default of all, into their folder."""
     files = list(files_in(folder) if files is None else files)
     sums = dict(zip((path.relative_to(folder).as_posix() for path in files), _digests(files)))
     record = folder / SUMS.format(label)
@@ -45,7 +45,7 @@ WRITE_AGAIN = "repeat the run's command, which writes the file again"
 
 
 def keep(folder: Path, files: Mapping[str, bytes], remedy: str = AGAIN) -> None:
-    """Writes files into a folder, each whole or not at all, and then their checksums into the folder's file of checksums.
+    """Writes files, each whole or not at all, and then their checksums.
 
     Args:
       files: name below the folder -> contents.
@@ -65,10 +65,10 @@ def keep(folder: Path, files: Mapping[str, bytes], remedy: str = AGAIN) -> None:
 
 
 def forget(folder: Path, names: Iterable[str]) -> None:
-    """Removes entries from the folder's file of checksums, for files that are removed on purpose."""
+    """Removes the checksums of files that are removed on purpose."""
     sums, names = known(folder), set(names)
     if sums.keys() & names:
-        _write(folder, {name: found for name, found in sums.items() if name not in names})
+        _write(folder, {name: entry for name, entry in sums.items() if name not in names})
 
 
 def listed(folder: Path) -> Sums:
@@ -79,14 +79,17 @@ def listed(folder: Path) -> Sums:
     """
     if not (folder / ALL).exists():
         return {}
-    sums, whole = _read(folder / ALL)
-    if not whole:
+    sums, unchanged = _read(folder / ALL)
+    if not unchanged:
         raise UserError(f"{folder / ALL} {_CHANGED}: write the folder again, or remove {ALL} to take the folder as it is")
     return sums
 
 
 def known(folder: Path, record: str = ALL) -> Sums:
-    """As :func:`listed`, but of a damaged file what can be read; without an entry a file counts as damaged."""
+    """As :func:`listed`, but reads what it can of a damaged file.
+
+    A file without an entry counts as damaged.
+    """
     try:
         return _read(folder / record)[0]
     except (BucketError, OutsideError):
@@ -96,13 +99,13 @@ def known(folder: Path, record: str = ALL) -> Sums:
 
 
 def intact(folder: Path, name: str) -> bool:
-    """Whether a file exists and has the checksum that the folder's file lists. Without an entry it is False."""
+    """Whether a file exists, is listed, and has its listed checksum."""
     sums = known(folder)
     return name in sums and not _wrong(folder, {name: sums[name]})
 
 
 def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
-    """What is wrong with each damaged file of a folder: name -> words such as "is missing". Empty if nothing is.
+    """Maps each damaged file of a folder to a reason, such as "is missing".
 
     Args:
       sums: the checksums; by default those in the folder, where a damaged or missing file of checksums is damage too.
@@ -110,43 +113,43 @@ def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
     if sums is not None:
         return _wrong(folder, sums)
     records = _records(folder)
-    found = {} if records else {ALL: "is missing, so no file can be checked"}
+    reasons = {} if records else {ALL: "is missing, so no file can be checked"}
     for record in records:
         try:
-            sums, whole = _read(record)
+            sums, unchanged = _read(record)
         except (BucketError, OutsideError):
             raise
         except UserError as error:
-            found[record.name] = f"cannot be read ({error})"
+            reasons[record.name] = f"cannot be read ({error})"
         else:
-            found |= _wrong(folder, sums) or ({} if whole else {record.name: _CHANGED})
-    return found
+            reasons |= _wrong(folder, sums) or ({} if unchanged else {record.name: _CHANGED})
+    return reasons
 
 
 def _records(folder: Path) -> list[Path]:
-    """The files of checksums in a folder. Raises OSError if the folder can't be read."""
-    found = sorted(folder.glob(SUMS.format("*")))
-    if not found and not in_bucket(folder) and folder.is_dir():
+    """The files of checksums in a folder. Raises OSError if unreadable."""
+    records = sorted(folder.glob(SUMS.format("*")))
+    if not records and not in_bucket(folder) and folder.is_dir():
         os.listdir(folder)  # glob finds nothing in a folder that this user may not read
-    return found
+    return records
 
 
 def damage(folder: Path) -> str:
-    """Says what is damaged in a folder that was saved with checksums; empty if nothing is."""
+    """Names the first damage in a folder with checksums; empty if intact."""
     if not _records(folder):
         return MISSING
     return next((f"{name} {why}" for name, why in changes(folder).items()), "")
 
 
 def refuse_changed(folder: Path, names: Iterable[str], remedy: str) -> None:
-    """Raises UserError if a file differs from its checksum. A file that is not listed passes."""
+    """Raises UserError if a listed file differs from its checksum."""
     sums = listed(folder)
     for name, why in changes(folder, {name: sums[name] for name in names if name in sums}).items():
         raise UserError(f"{folder / name} {why}: {remedy}")
 
 
 def read_intact(path: Path, kind: type[T], again: str = WRITE_AGAIN, remedy: str = DAMAGED) -> T:
-    """The contents of a JSON file that has its checksum or is not listed, as :func:`optima_tpu.runtime.records.read_record`.
+    """Reads a JSON file as ``read_record``, but refuses a changed one.
 
     Args:
       again: the end of the message about a file that has changed.
@@ -157,26 +160,28 @@ def read_intact(path: Path, kind: type[T], again: str = WRITE_AGAIN, remedy: str
 
 def _wrong(folder: Path, sums: Sums) -> dict[str, str]:
     paths = {name: inside(folder, name, folder / ALL) for name in sums}
-    there = {name: path for name, path in paths.items() if path.is_file()}
-    found = dict(zip(there, _digests(there.values())))
-    told = {}
+    existing = {name: path for name, path in paths.items() if path.is_file()}
+    digests = dict(zip(existing, _digests(existing.values())))
+    reasons = {}
     for name, (size, written) in sums.items():
-        if name not in found:
-            told[name] = "is missing"
-        elif found[name][0] != size:
-            told[name] = f"has {found[name][0]} bytes where {size} were written"
-        elif found[name][1] != written:
-            told[name] = _CHANGED
-    return told
+        if name not in digests:
+            reasons[name] = "is missing"
+        elif digests[name][0] != size:
+            reasons[name] = f"has {digests[name][0]} bytes where {size} were written"
+        elif digests[name][1] != written:
+            reasons[name] = _CHANGED
+    return reasons
 
 
 def _own(sums: Sums) -> tuple[int, str]:
-    """The entry of a file of checksums for itself: the number of its other entries, and the SHA-256 of their JSON."""
+    """A record's entry for itself: how many others, and their SHA-256."""
     return len(sums), hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _read(record: Path) -> tuple[Sums, bool]:
-    """The entries for other files, and whether they are those that the file's own entry was made of. It may have none.
+    """The entries for other files, and whether the record is unchanged.
+
+    A record without an entry for itself counts as unchanged.
 
     Raises:
       OutsideError: an entry is of a file outside of the folder. Whoever reads the entries may remove or write these files.

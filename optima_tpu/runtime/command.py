@@ -1,4 +1,4 @@
-"""Runs a command: reads its arguments, takes the devices, sets the exit status, and prints one line when something ends the work."""
+"""Runs a command: reads arguments, takes devices, sets the exit status."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ _PEER_GONE = re.compile(
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
-    """Runs a command of the table. Returns its exit status, see :func:`guarded`.
+    """Runs a command of the table and returns its status (:func:`guarded`).
 
     Args:
       name: its subcommand of ``optima``.
@@ -50,20 +50,21 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()  # before the arguments are read: some of them load libraries that start threads
 
     def work() -> int | None:
-        asked = rehearsed(command.reader, words, first=lambda asked: announce(command.opens(asked)))
+        request = rehearsed(command.reader, words, first=lambda request: announce(command.opens(request)))
         # Loaded only now: most modules import JAX, which arguments need not wait for.
-        return real(command.runner)(asked)
+        return real(command.runner)(request)
 
     return guarded(work, command.again)
 
 
 def announce(config: Any) -> None:
-    """Prints the first line of a command that opens a model: its libraries load for seconds, and nothing can be said of the model before.
+    """Prints the first line of a command that opens a model.
+
+    The libraries load for seconds, and before they are loaded nothing is known of the model. Processes of a job print no such
+    line, because which of them is the first is known only after they joined.
 
     Args:
       config: has the model and the processes, see ``Command.opens``; None for a command that opens no model.
-
-    Processes of a job print none, for which of them is the first is known only after they joined.
     """
     if config and not lightly("optima_tpu.runtime.processes:may_join", config.coordinator):
         print(
@@ -73,7 +74,9 @@ def announce(config: Any) -> None:
 
 
 def take_devices(config: "Devices", alone: bool = False) -> None:
-    """Joins the other processes and takes the devices, as the settings say. Call it before the first array exists.
+    """Joins the other processes and takes the devices that are configured.
+
+    Call it before the first array exists.
 
     Args:
       alone: the command runs in one process and joins no others.
@@ -103,7 +106,7 @@ def take_devices(config: "Devices", alone: bool = False) -> None:
 
 
 def guarded(command: Callable[[], int | None], again: str) -> int:
-    """Runs a command, alone or as one of several processes, and prints in one line what ended it.
+    """Runs a command, in any number of processes, and prints what ended it.
 
     Args:
       command: returns its exit status; None means 0.
@@ -139,7 +142,7 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
 
 
 def _processes() -> types.ModuleType | None:
-    """The module ``processes``; None before it is imported, when this process can have joined no other."""
+    """The module ``processes``; None if it was not imported yet."""
     return sys.modules.get("optima_tpu.runtime.processes")
 
 
@@ -151,8 +154,8 @@ def _status(command: Callable[[], int], again: str) -> int:
         return _unprinted(refused.error, again)
     except UserError as error:
         processes = _processes()
-        told = processes is not None and isinstance(error, processes.SharedError) and not processes.is_first()
-        return _ended(2, "" if told else f"error: {legible(str(error))}")
+        printed_by_first = processes is not None and isinstance(error, processes.SharedError) and not processes.is_first()
+        return _ended(2, "" if printed_by_first else f"error: {legible(str(error))}")
     except signals.Stopped as stopped:
         return _ended(signals.status_after(stopped.number), signals.told(stopped.number, again))
     except KeyboardInterrupt:
@@ -164,8 +167,8 @@ def _status(command: Callable[[], int], again: str) -> int:
         if not _PEER_GONE.search(str(error)):
             return _ended(1, traceback.format_exc())
         # Print the caught error too: it may be this process's own, such as a broken download or NCCL without a network.
-        found = f"{type(error).__name__}: {one_line(error)}"
-        return _ended(LOST, f"process {processes.number()}: another process has ended, see its message (here: {found}); {again}")
+        cause = f"{type(error).__name__}: {one_line(error)}"
+        return _ended(LOST, f"process {processes.number()}: another process has ended, see its message (here: {cause}); {again}")
 
 
 class _Unprinted(Exception):
@@ -177,7 +180,7 @@ class _Unprinted(Exception):
 
 
 def _printed(command: Callable[[], int]) -> int:
-    """The exit status of a command whose output has been printed. Raises :class:`_Unprinted` if it could not be."""
+    """The exit status of a command. Raises _Unprinted if its output fails."""
     try:
         status = _unless_stopped(command)
     except SystemExit as exits:
@@ -190,7 +193,8 @@ def _printed(command: Callable[[], int]) -> int:
 
 
 def _of_output(error: OSError) -> OSError | None:
-    """The error of the standard output, if ``error`` is one. Without a buffer (``python -u``) only another text shows it."""
+    """The error of the standard output, if ``error`` is one; else None."""
+    # Without a buffer (python -u) only another text shows whether the output fails.
     nameless = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return printing.printed() if nameless else printing.refused() or (error if isinstance(error, BrokenPipeError) else None)
 
@@ -204,7 +208,7 @@ def _unprinted(error: OSError, again: str) -> int:
 
 
 def _unless_stopped(command: Callable[[], int]) -> int:
-    """The exit status of a command. Raises :class:`signals.Stopped` if a signal ended its work.
+    """The exit status of a command. Raises Stopped if a signal ended its work.
 
     A command that returns has finished, whatever signal came meanwhile.
     """
@@ -230,6 +234,6 @@ def _ended(status: int, message: str) -> int:
 
 
 def _joined() -> bool:
-    """Whether this process has joined others; the program that calls may have done so before ``processes`` was imported."""
+    """Whether this process, or the program that calls, has joined others."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()

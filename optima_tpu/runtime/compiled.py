@@ -1,4 +1,4 @@
-"""Keeps compiled programs in the user's cache folder, so that the next command with equal shapes does not compile them again."""
+"""Keeps compiled programs in the user's cache folder for later commands."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,9 @@ program that was killed between its two files."""
 
 
 def keep_compiled_programs() -> None:
-    """Lets jax read and write compiled programs in the user's cache folder, unless the user chose a folder or turned the cache off.
+    """Lets jax cache compiled programs in the user's cache folder.
+
+    Does nothing if the user chose a folder or turned the cache off.
 
     Programs for a CPU are machine code of that CPU's instructions: another CPU that shares the home directory might stop at one it
     does not know. So each kind of CPU has its own folder.
@@ -43,18 +45,18 @@ def keep_compiled_programs() -> None:
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Removes the files that were not read for longest, until the others take at most ``_MOST`` bytes. A program compiles what it misses.
+    """Removes the least recently read files until ``_MOST`` bytes remain.
 
     File systems may note the day of the last reading alone, or only that of the writing.
     """
-    found = []
+    files = []
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # another process removes files too
             if path.is_file() and not path.is_symlink():
                 state = path.stat()
-                found.append((max(state.st_atime, state.st_mtime), state.st_size, path))
-    left = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
+                files.append((max(state.st_atime, state.st_mtime), state.st_size, path))
+    left = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
         if left <= _MOST:
             return
         with contextlib.suppress(OSError):
@@ -63,7 +65,7 @@ def _remove_oldest(folder: Path) -> None:
 
 
 def _kind_of_cpu() -> str:
-    """A digest of the model and the instructions of this machine's CPU; where the system does not list them, of its name."""
+    """A digest of this CPU's model and instructions, or of its name."""
     try:
         lines = _PROCESSORS.read_text(errors="replace").splitlines()
     except OSError:

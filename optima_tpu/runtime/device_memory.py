@@ -43,13 +43,13 @@ def device_budget(gib: float | None, memory: float | None = None) -> float:
 
 
 def host_memory(limits: Sequence[str] = _LIMITS) -> int:
-    """Bytes of this machine's memory, or the limit of its container if that is lower.
+    """The bytes of this machine's memory, or of its container's lower limit.
 
     Args:
       limits: files that may hold a limit; those that are missing or say "max" hold none.
     """
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in limits:
         with contextlib.suppress(OSError, ValueError):
-            found.append(int(Path(path).read_text()))
-    return min(found)
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes)

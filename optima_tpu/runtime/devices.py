@@ -1,4 +1,4 @@
-"""The devices and processes that a command runs on: the settings, and what they show to be impossible before any is taken."""
+"""The settings of devices and processes, and their early checks."""
 
 import dataclasses
 from typing import Annotated
@@ -10,7 +10,7 @@ from optima_tpu.runtime.processes import may_join, refuse_incomplete
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices(Bounded):
-    """The settings of a command that say where it runs. The configurations of commands inherit them.
+    """The settings of a command that say where it runs.
 
     Attributes:
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
@@ -41,7 +41,7 @@ class Devices(Bounded):
             parse_mesh(self.mesh)
 
     def refuse_impossible(self) -> None:
-        """Raises UserError for a process that is not named as a whole, or a mesh of another number of devices than are simulated."""
+        """Raises UserError for a partly named process, or an unfit mesh."""
         refuse_incomplete(self.coordinator, self.num_processes, self.process_id)
         processes = self.num_processes or (None if may_join(None) else 1)
         if self.mesh and self.cpu_devices and processes:

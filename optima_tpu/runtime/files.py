@@ -1,9 +1,10 @@
-"""Atomic writes: a file or folder is either complete or absent, even after kill -9 or a power cut.
+"""Atomic writes of files and folders.
 
-On a file system it is written inside a new folder beside its final path, synced to the disk, and renamed. The new folder's name is
-random, and no other user may enter it: nobody can put a link there, and two programs never share one. In a bucket
-(``optima_tpu.runtime.buckets``) a file is one object, which appears whole. A folder is written under its own name, and counts as
-absent while a marker object exists beside it.
+A file or folder is either complete or absent, even after kill -9 or a power cut. On a file system it is written inside a new
+folder beside its final path, synced to the disk, and renamed. The new folder's name is random, and no other user may enter the
+folder: nobody can put a link into it, and two programs never share one. In a bucket (``optima_tpu.runtime.buckets``) a file is
+one object, which appears whole. A folder is written under its own name, and counts as absent while a marker object exists
+beside it.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ _ERROR_NUMBER = re.compile(r"os[ _]error(?:_code=')? ?(\d+)")
 
 @contextlib.contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Turns an error of the operating system while ``path`` is written into a UserError of one line.
+    """Turns an error of the system while writing ``path`` into a UserError.
 
     Args:
       remedy: what is still intact and what to do.
@@ -68,7 +69,7 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def _elsewhere(error: Exception, path: Path) -> str:
-    """The file that the error is about where that is not ``path``, such as one that is read for it."""
+    """The other file that an error is about, as "FILE: "; else empty."""
     name = error.filename if isinstance(error, OSError) else None
     if not isinstance(name, (str, os.PathLike)) or path.is_relative_to(name):
         return ""
@@ -78,7 +79,9 @@ def _elsewhere(error: Exception, path: Path) -> str:
 
 
 def refuse_unreachable(directory: Path) -> None:
-    """Tests whether a bucket can be written to, before hours of work. Process 0 calls it. A local folder is checked when it is made.
+    """Tests before hours of work whether a run can write to a directory.
+
+    Process 0 calls it. A local folder is checked when it is made; here only its path is checked.
 
     Raises:
       UserError: the bucket does not exist, or the user has no permission; or a local path has a bracket or a backslash, which
@@ -88,16 +91,18 @@ def refuse_unreachable(directory: Path) -> None:
         with writing(directory, "check the bucket's name, and run `gcloud auth application-default login`"):
             (directory / (LOCK + PARTIAL)).write_bytes(b"")
             remove(directory / (LOCK + PARTIAL))
-    elif found := re.search(r"[\[\\\ud800-\udfff]", str(directory.absolute())):
+    elif match := re.search(r"[\[\\\ud800-\udfff]", str(directory.absolute())):
         raise UserError(
-            f"expected a directory without {found[0]} in its path, since Orbax would not find its own files there, got "
+            f"expected a directory without {match[0]} in its path, since Orbax would not find its own files there, got "
             f"{directory.absolute()}; choose another --output"
         )
 
 
 @contextlib.contextmanager
 def only_program(directory: Path, leave_file: bool = True) -> Iterator[None]:
-    """Locks an existing directory against other programs. The system releases the lock when process 0 ends, even by kill -9.
+    """Locks an existing directory against other programs.
+
+    The system releases the lock when process 0 ends, even by kill -9.
 
     A bucket has no such lock. There the program that comes last takes over, see :func:`still_only_program`.
 
@@ -135,26 +140,28 @@ def only_program(directory: Path, leave_file: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_turn(directory: Path) -> Iterator[None]:
-    """Lets one program at a time work in a folder on a file system, and makes the folder if it is missing."""
+    """Makes a local folder and lets one program at a time work in it."""
     directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory, timeout=-1):
         yield
 
 
 def _lock(directory: Path, timeout: float) -> filelock.BaseFileLock:
-    """The lock of a folder, which ends with its program. ``timeout`` is in seconds; below 0 it waits without limit."""
+    """A folder's lock. ``timeout``: seconds to wait; below 0 without limit."""
     # A soft lock would outlive a program that was killed, and nothing would remove it.
     return filelock.FileLock(directory / LOCK, timeout=timeout, fallback_to_soft=False)
 
 
 def user_cache() -> Path:
-    """The user's cache folder: OPTIMA_TPU_CACHE, or optima-tpu in XDG_CACHE_HOME (default ~/.cache). It may not exist yet."""
+    """Returns the path of the user's cache folder, which may not exist yet."""
     home = os.environ.get("OPTIMA_TPU_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "optima-tpu"
     return Path(home).expanduser()
 
 
 def still_only_program(directory: Path) -> None:
-    """Checks that no other program has taken over a directory. Call it before replacing something in the directory.
+    """Checks that no other program has taken over a directory.
+
+    Call it before replacing something in the directory.
 
     Raises:
       UserError: the directory is in a bucket, and another program has entered :func:`only_program` since this one did.
@@ -164,7 +171,7 @@ def still_only_program(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder with everything in it, is on the disk."""
+    """Waits until a file or a folder with its contents is on the disk."""
     if path.is_dir():
         for child in path.iterdir():
             sync(child)
@@ -176,7 +183,7 @@ def sync(path: Path) -> None:
 
 
 def begin(path: Path) -> Path:
-    """A path that does not exist, under which a file or folder ``path`` is written until :func:`commit`.
+    """Returns a new path at which to write ``path`` until :func:`commit`.
 
     It has the name of ``path`` and is alone in a new folder, so that Orbax's temporary folders, which it names after what it
     writes, are in there too. In a bucket it is ``path`` itself, without what an interrupted write left there.
@@ -193,7 +200,7 @@ def begin(path: Path) -> Path:
 
 
 def commit(partial: Path, final: Path) -> None:
-    """Syncs the contents of a completely written file or folder to the disk, then gives it its final name.
+    """Syncs a completely written file or folder, then renames it to ``final``.
 
     An existing file ``final`` is replaced, an existing folder must be empty.
 
@@ -222,7 +229,7 @@ def commit(partial: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def _writing_anew(path: Path) -> Iterator[Path]:
-    """Yields the path of :func:`begin`, and commits it when the body is done; if the body fails nothing is left."""
+    """Yields the path of :func:`begin`; commits it if the body succeeds."""
     partial = begin(path)
 
     def undo() -> None:
@@ -241,7 +248,7 @@ def _writing_anew(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """Yields a new, empty folder that gets the name ``folder`` when the body is done; if the body fails nothing is left."""
+    """Yields a new folder that becomes ``folder`` if the body succeeds."""
     with _writing_anew(folder) as partial:
         partial.mkdir(parents=True)
         yield partial
@@ -252,28 +259,31 @@ def _marker(path: Path) -> Path:
 
 
 def unfinished(path: Path) -> bool:
-    """Whether :func:`begin` made a folder, in which something is still being written or a killed program left something."""
+    """Whether :func:`begin` made a folder that is not committed yet."""
     return _UNFINISHED.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what killed programs left in a directory and its folders. Call it as the only program in the directory."""
+    """Removes what killed programs left in a directory and its folders.
+
+    Call it as the only program in the directory.
+    """
     for left in _unfinished_in(directory):
         shutil.rmtree(left)
 
 
 def left_over(path: Path) -> str:
-    """A line that names what killed programs left in a folder, in its folders, and beside it under its name; empty if nothing is.
+    """Names what killed programs left in and beside a folder; empty if none.
 
     Nothing of it is removed: a program at work has such a folder too.
     """
     if in_bucket(path):
         return ""
-    path, found = path.absolute(), _unfinished_in(path) if path.is_dir() else []
+    path, folders = path.absolute(), _unfinished_in(path) if path.is_dir() else []
     if path.parent.is_dir():
         beside = [(each, _UNFINISHED.fullmatch(each.name)) for each in path.parent.iterdir()]
-        found += [each for each, match in beside if match and match[1] == _short(path) and unfinished(each)]
-    names = ", ".join(map(str, sorted(found)))
+        folders += [each for each, match in beside if match and match[1] == _short(path) and unfinished(each)]
+    names = ", ".join(map(str, sorted(folders)))
     return names and f"left over: {names}: a stopped program was writing there; remove it, unless a program is at work"
 
 
@@ -290,19 +300,19 @@ def _unfinished_in(directory: Path) -> list[Path]:
 
 
 def complete(path: Path) -> bool:
-    """Whether a file or folder that :func:`begin` and :func:`commit` write exists and is complete."""
+    """Whether a file or folder of :func:`commit` exists and is complete."""
     return path.exists() and not (in_bucket(path) and _marker(path).exists())
 
 
 def refuse_occupied(folder: Path, purpose: str) -> None:
-    """Raises UserError unless a folder is new or empty. ``purpose`` is what it is wanted for, "export to"."""
+    """Raises UserError unless the folder to ``purpose`` is new or empty."""
     if complete(folder) and (not folder.is_dir() or any(folder.iterdir())):
         what = "not empty" if folder.is_dir() else "a file"
         raise UserError(f"expected a new or empty folder to {purpose}, got {folder}, which is {what}; choose another folder")
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link, or a folder with everything in it, if it is there. What a link leads to stays."""
+    """Removes a file, a link or a folder, if it exists. Link targets stay."""
     if in_bucket(path):
         path.rmtree(missing_ok=True)
     elif path.is_dir() and not path.is_symlink():
@@ -312,7 +322,7 @@ def remove(path: Path) -> None:
 
 
 def remove_if(folder: Path, holds: Callable[[Path], bool]) -> None:
-    """Removes a folder for which ``holds`` is true, even if another program is replacing the folder."""
+    """Removes a folder if ``holds`` is true, even while it is replaced."""
     if not holds(folder):
         return
     if in_bucket(folder):
@@ -328,7 +338,7 @@ def remove_if(folder: Path, holds: Callable[[Path], bool]) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> tuple[int, str]:
-    """Writes a whole file, or nothing. Returns what :func:`digest` says of it."""
+    """Writes a whole file, or nothing. Returns its :func:`digest`."""
     if in_bucket(path):
         path.write_bytes(data)
         return stored_digest(path)
@@ -338,7 +348,7 @@ def write_bytes(path: Path, data: bytes) -> tuple[int, str]:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and its subfolders, sorted; nothing if the folder is missing.
+    """Returns all files below a folder, sorted; none if it is missing.
 
     Raises:
       OSError: a folder can't be read.
@@ -355,17 +365,17 @@ def _unless_missing(error: OSError) -> None:
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file; for an object in a bucket, its size and the checksum that the store reports."""
+    """Returns a file's size and SHA-256, or what a bucket's store reports."""
     if in_bucket(path):
         return stored_digest(path)
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), found
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), checksum
 
 
 @contextlib.contextmanager
 def written_here(path: Path) -> Iterator[Path]:
-    """A local file to write, for libraries that write only local files: ``path`` itself, or a file copied to it at the end."""
+    """Yields a local file to write, and copies it to ``path`` if needed."""
     with _here(path) as here:
         yield here
         if here != path:
@@ -374,7 +384,7 @@ def written_here(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def read_here(path: Path) -> Iterator[Path]:
-    """A local file to read, for libraries that read only local files: ``path`` itself or a copy of it."""
+    """Yields a local file to read: ``path`` or a copy of it."""
     with _here(path) as here:
         if here != path:
             copy(path, here)

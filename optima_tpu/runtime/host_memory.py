@@ -11,7 +11,9 @@ _KEPT = {-8: 1, -1: (1 << 31) - 1}  # the number of arenas; the free bytes at th
 
 
 def keep_freed_memory() -> None:
-    """Lets the process use freed memory again, where the C library would give arrays of tens of MB back to the system at once.
+    """Lets the process reuse freed memory instead of returning it at once.
+
+    Otherwise the C library returns arrays of tens of MB to the system.
 
     XLA's CPU devices allocate the temporary arrays of a program at every call. The system hands out fresh pages, 4 KB at a time,
     filled with zeros: for 100 MB that takes 0.04 s of a core, as long as a product of 8 GFLOP. So arrays of up to 1 GiB come from the
@@ -28,6 +30,6 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Gives freed memory back to the system, also between arrays that live: what one stage needed is not what the next one does."""
+    """Gives freed memory back to the system, also between live arrays."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

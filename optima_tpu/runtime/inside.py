@@ -1,4 +1,4 @@
-"""The door to what a folder names: nothing in it leads out of it, and nothing in it can block a reader.
+"""Confines readers to a folder: no name leads out of it or blocks them.
 
 Folders travel between people, so a name in one of their files is data: a list of checksums, an index of weights, the record of a data
 set. :func:`inside` is the only way from such a name to a path. :func:`own` is the rule for files that a reader lists itself. The
@@ -22,11 +22,11 @@ _OPENED = re.compile(r"/dev/stdin|/dev/null|(/dev|/proc/self)/fd/\d+")
 
 
 class OutsideError(UserError):
-    """A file names, or a link leads to, something outside of its folder. It is never taken for damage that a run may mend."""
+    """A name or link leads out of its folder. A run never mends it."""
 
 
 def inside(folder: Path, name: str, named_by: Path) -> Path:
-    """The path of a file or folder that a file names, below the folder that the file speaks of.
+    """Returns the path in ``folder`` of a file that another file names.
 
     Args:
       name: with ``/`` between folders.
@@ -82,7 +82,7 @@ def own(folder: Path, path: Path) -> Path:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuses a pipe, a socket or a device, which a reader may wait for without end.
+    """Refuses pipes, sockets and devices: a reader may wait for them forever.
 
     Pipes that this process was started with pass: ``/dev/stdin``, and what a shell makes of ``<(COMMAND)``. So does ``/dev/null``.
 
@@ -98,7 +98,7 @@ def refuse_special(path: Path) -> None:
 
 
 def below(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """All paths below a folder that are no folders, each of them :func:`own`. It does not enter links to folders."""
+    """Yields all files below a folder, each :func:`own`; enters no links."""
     for parent, folders, names in os.walk(folder, onerror=onerror):
         for name in folders:
             own(folder, Path(parent, name))
@@ -107,7 +107,7 @@ def below(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Ite
 
 
 def refuse_links(directory: Path) -> None:
-    """Checks a run directory before anything in it is read, written or removed.
+    """Checks a run directory before a program reads or changes it.
 
     Raises:
       OutsideError: one of its folders is a link, a link leads out of it, or it holds a pipe, a socket or a device.

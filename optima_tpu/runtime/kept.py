@@ -1,4 +1,6 @@
-"""What a run keeps in its directory with checksums: JSON records that one process writes, and folders that all processes write.
+"""Records and folders with checksums that a run keeps in its directory.
+
+One process writes a JSON record, all processes write a folder.
 
 A file or folder is written whole in one of five ways, on a disk or in a bucket:
 
@@ -37,12 +39,12 @@ class KeptRecord(Generic[T]):
     remedy: str = AGAIN
 
     def read(self, directory: Path) -> T | None:
-        """The record; None if it is missing or damaged. Every process calls it."""
+        """The record; None if missing or damaged. Every process calls it."""
         record: T | None = from_first(lambda: known_record(directory / self.name, self.kind))
         return record
 
     def write(self, directory: Path, record: T) -> None:
-        """Writes the record whole or not at all, and its checksum. Every process calls it.
+        """Writes the record and its checksum. Every process calls it.
 
         Raises:
           UserError: the disk is full or not writable.
@@ -52,16 +54,17 @@ class KeptRecord(Generic[T]):
 
 @contextlib.contextmanager
 def keeping(path: Path, remedy: str, sums: bool = True) -> Iterator[Path]:
-    """Yields where every process writes its part of a folder. Behind the body the folder gets its checksums, and its name in one step.
+    """Yields a path where every process writes its part of a folder.
 
-    A folder that has the name is replaced. If the body fails, the next start of the run removes what is left.
+    After the body the folder gets its checksums, and then its name in one step. It replaces a folder of that name. If the body
+    fails, the next start of the run removes what is left.
 
     Args:
       remedy: what is still intact and what to do, for the message.
       sums: False where each process writes the checksums of its own files, which process 0 need not read then.
 
     Raises:
-      UserError: the disk is full or not writable; in every process, where process 0 found it.
+      UserError: the disk is full or not writable. If only process 0 fails, every process raises it.
     """
 
     def started() -> Path:

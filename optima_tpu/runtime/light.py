@@ -1,4 +1,4 @@
-"""Runs a function of this package without the libraries that its modules import and it does not use.
+"""Runs functions of this package without the libraries they do not use.
 
 Settings are declared beside the mathematics: the module of a solver imports JAX, its dataclass has the names, types, defaults, help
 texts and checks of the solver's options. Reading or refusing settings needs the second alone, and importing JAX takes half a second
@@ -28,7 +28,7 @@ _SHARED = (f"{_PACKAGE}.errors", f"{_PACKAGE}.runtime.program", f"{_PACKAGE}.run
 
 
 class NeedsLibraries(BaseException):
-    """A function needs a library, or a module of the user. Not an Exception, so that no ``except Exception`` catches it."""
+    """A function needs a library. ``except Exception`` does not catch it."""
 
 
 def rehearsed(name: str, *arguments: Any, first: Callable[[Any], None] = lambda result: None) -> Any:
@@ -47,7 +47,7 @@ def rehearsed(name: str, *arguments: Any, first: Callable[[Any], None] = lambda 
 
 
 def lightly(name: str, *arguments: Any) -> Any:
-    """The result of a function, "module:name", run without libraries if it needs none of them, such as a comparison of checksums."""
+    """Runs "module:name", without libraries if it needs none of them."""
     try:
         return _tried(name, *arguments)
     except _Undecided:
@@ -81,13 +81,13 @@ def without_libraries(name: str, *arguments: Any) -> Any:
 
 
 def real(name: str) -> Callable[..., Any]:
-    """A function, "module:name", whose module is imported with its libraries."""
+    """The function "module:name", imported with the libraries it needs."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
 class _Modules:
-    """Light modules of this package by their names, and how they import each other."""
+    """Light modules of this package, by name, and how they import others."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, types.ModuleType] = {}
@@ -119,7 +119,7 @@ class _Modules:
         return self.loaded[name]
 
     def import_(self, name: str, names: Any = None, local: Any = None, wanted: Sequence[str] | None = (), level: int = 0) -> Any:
-        """What the statement ``import`` calls in light modules, see ``builtins.__import__``."""
+        """What ``import`` calls in light modules; see ``__import__``."""
         root = name.partition(".")[0]
         if root == "importlib":
             return self.importlib
@@ -135,7 +135,7 @@ class _Modules:
 
 
 class _Base:
-    """The base class of a class that is derived from one of a library: it has no values here."""
+    """A base class in the place of a library's class, without values."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> "_Base":
         raise NeedsLibraries
@@ -145,7 +145,7 @@ class _Base:
 
 
 class _Absent:
-    """A library that is not here, and all that it holds. It can be named while modules are loaded, and not be used."""
+    """An absent library or a part of it, which can be named but not used."""
 
     def __init__(self, modules: _Modules):
         self._modules = modules

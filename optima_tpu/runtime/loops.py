@@ -1,4 +1,4 @@
-"""Loops whose length is known only while they run say how long they usually are, for plans."""
+"""Loops of unknown length state how often they usually run, for plans."""
 
 import contextlib
 import re
@@ -7,14 +7,15 @@ import jax
 
 
 def usual_turns(turns: float) -> contextlib.AbstractContextManager[None]:
-    """A context in which a loop of unknown length is traced, to say how often its body usually runs. The program is the same.
+    """A context for tracing a loop: states how often its body usually runs.
 
-    Of a kernel, which has a step for each block of its grid, it says the share of the steps that do something.
+    The program is the same. For a kernel, which has a step for each block of its grid, ``turns`` is the share of steps that do
+    something.
     """
     return jax.named_scope(f"usually_{turns:.6g}_turns")
 
 
 def stated_turns(scopes: str) -> float | None:
-    """What :func:`usual_turns` said, from the scopes around a loop: the innermost counts. None if nothing was said."""
-    said = re.findall(r"usually_([\d.e+]+)_turns", scopes)
-    return float(said[-1]) if said else None
+    """What :func:`usual_turns` states about the innermost loop, or None."""
+    stated = re.findall(r"usually_([\d.e+]+)_turns", scopes)
+    return float(stated[-1]) if stated else None

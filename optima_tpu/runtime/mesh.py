@@ -26,7 +26,7 @@ ROWS = P((DATA, MODEL))
 
 
 def devices_words(mesh: Mesh) -> str:
-    """Devices, mesh and processes, for the line "devices" that a command prints about itself."""
+    """Devices, mesh and processes, as a command prints them about itself."""
     several = f" in {plural(jax.process_count(), 'process')}" if jax.process_count() > 1 else ""
     return f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape[DATA]}x{mesh.shape[MODEL]}{several}"
 
@@ -57,12 +57,12 @@ def parse_mesh(text: str) -> tuple[int, int]:
 
 
 def on_cpu(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether the devices of a mesh are CPUs, which use the memory of the host; False if there are no devices."""
+    """Whether a mesh has devices that are CPUs and use the host's memory."""
     return isinstance(mesh, Mesh) and all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def on_tpu(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether the devices of a mesh are TPUs, which need not be attached; False if nothing is known of them."""
+    """Whether a mesh is known to be of TPUs, which need not be attached."""
     if isinstance(mesh, AbstractMesh):
         return mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
     return all(device.platform == "tpu" for device in mesh.devices.flat)
@@ -92,7 +92,7 @@ def make_mesh(text: str | None) -> Mesh:
 
 
 def refuse_count(mesh: tuple[int, int], count: int, kind: str, processes: int) -> None:
-    """Raises UserError for a mesh that does not use all of ``count`` devices of a kind, or uses more."""
+    """Raises UserError for a mesh of more or fewer than ``count`` devices."""
     data, model = mesh
     if data * model != count:
         each, left = divmod(data * model, processes)
@@ -106,11 +106,11 @@ def refuse_count(mesh: tuple[int, int], count: int, kind: str, processes: int) -
 
 
 def _between_hosts(data: int, model: int) -> np.ndarray | None:
-    """All devices [data, model] if they belong to several slices, which ``jax.make_mesh`` does not support; else None."""
+    """All devices [data, model] of several slices; None for a single slice."""
     devices = jax.devices()
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
-        return None
+        return None  # jax.make_mesh takes the devices of one slice alone
     if devices[0].platform != "tpu":  # XLA gives each GPU host a slice index; NCCL connects all, and a host's are consecutive
         return np.array(devices).reshape(data, model)
     # The data centre's network connects TPU slices: only sums over the data axis cross it.
@@ -131,15 +131,15 @@ def platform() -> str:
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # jax 0.10 asserts that there is a GPU
-        asked = jax.config.values["jax_platforms"]
+        wanted = jax.config.values["jax_platforms"]
         raise UserError(
-            f"expected devices of JAX_PLATFORMS={asked}, but JAX finds none ({one_line(error)}): install JAX for them "
+            f"expected devices of JAX_PLATFORMS={wanted}, but JAX finds none ({one_line(error)}): install JAX for them "
             "(pip install '.[gpu]' or '.[tpu]' in the directory of the repository) on a machine that has them, or unset JAX_PLATFORMS"
         ) from error
 
 
 def simulate_devices(count: int | None) -> None:
-    """Gives this process ``count`` simulated CPU devices and no others; None changes nothing.
+    """Gives this process ``count`` simulated CPU devices alone, unless None.
 
     Raises:
       UserError: JAX has its devices already, since the first array exists, and another number of them.
@@ -157,7 +157,8 @@ def simulate_devices(count: int | None) -> None:
 
 
 def has_devices() -> bool:
-    """Whether JAX has taken its devices. No function of JAX says so, but from then on it refuses another number of CPU devices."""
+    """Whether JAX has taken its devices."""
+    # No function of JAX says so, but from then on JAX refuses another number of CPU devices.
     count = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_num_cpu_devices", count + 1)
@@ -168,7 +169,7 @@ def has_devices() -> bool:
 
 
 def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
-    """``spec`` without the axes that do not divide ``shape``: such a dimension is replicated instead."""
+    """``spec`` without the mesh axes that do not divide their dimension."""
 
     def fit(size: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         names = (axes,) if isinstance(axes, str) else (axes or ())
@@ -178,7 +179,7 @@ def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
 
 
 def spread(mesh: Mesh, shape: tuple[int, ...], spec: P = P()) -> P:
-    """``spec`` plus each mesh axis that it leaves out, added to the first dimension that the axis divides.
+    """``spec`` plus each unused mesh axis, on the first dimension it divides.
 
     If all axes are used, each device holds a different part of the array. One all-gather over the added axes restores ``spec``.
     """
@@ -193,7 +194,7 @@ def spread(mesh: Mesh, shape: tuple[int, ...], spec: P = P()) -> P:
 
 
 def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
-    """Puts a host array, the same in every process, on the mesh; dimensions that do not divide are replicated."""
+    """Puts a host array that is equal in every process on the mesh."""
     sharding = NamedSharding(mesh, divisible(mesh, array.shape, spec))
     # device_put would gather the whole array from every process, to compare the copies.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,4 +1,4 @@
-"""Files that a command writes where the user says: only its own are replaced."""
+"""Checks of files that a command writes: it replaces only its own."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,15 @@ from optima_tpu.runtime.records import MOST_BYTES
 
 
 def refuse_no_folder(option: str, path: Path) -> None:
-    """Raises UserError where the folder of a file to write does not exist. A bucket has no folders."""
+    """Raises UserError if a file's folder is missing; buckets have none."""
     if not in_bucket(path) and not path.parent.is_dir():
         raise UserError(f"expected {option} in an existing folder, got {path}; make {path.parent} first")
 
 
 def refuse_foreign(path: Path, own: Callable[[bytes], bool], force: bool) -> None:
-    """Refuses to replace a file that this program did not write. Call it before the work.
+    """Refuses to replace a file that this program did not write.
+
+    Call it before the work.
 
     Args:
       own: whether a file's contents are this program's.

@@ -1,4 +1,4 @@
-"""Classes that the user wrote, named by their import path: "my_lab.masks:MyMask".
+"""The user's own classes, by import path: "my_lab.masks:MyMask".
 
 Only :func:`import_class` imports, and only what the person typed or wrote in a file for ``--config``. Run directories and exported
 folders travel between people, so an import path in their records is text: it is shown and compared, and stands for nothing to run.
@@ -27,12 +27,14 @@ _READERS: Mapping[type, Callable[[str], Any]] = MappingProxyType({int: whole, fl
 
 
 def is_import_path(text: str) -> bool:
-    """Whether a text has the form "my_lab.masks:MyMask", optionally with options after a question mark."""
+    """Whether a text is like "my_lab.masks:MyMask" or "...:MyMask?OPTIONS"."""
     return _IMPORT_PATH.fullmatch(text) is not None
 
 
 def import_class(path: str, base: type[T]) -> type[T]:
-    """The class that an import path names, imported now: for what the person typed, never for what a file records.
+    """Imports and returns the class of an import path that a person typed.
+
+    A path from a file's record is never imported.
 
     Args:
       path: "module:Name". The module is installed, or is in the working directory.
@@ -60,7 +62,7 @@ def import_class(path: str, base: type[T]) -> type[T]:
 
 
 def imported_class(path: str, base: type[T]) -> type[T]:
-    """The class that an import path names, of a module that :func:`import_class` has imported before.
+    """Returns the class of a path that :func:`import_class` imported before.
 
     Raises:
       UserError: the module was not imported, has no such class, or the class is no frozen dataclass derived from ``base``.
@@ -71,11 +73,11 @@ def imported_class(path: str, base: type[T]) -> type[T]:
     try:
         cls = getattr(sys.modules[module], name)
     except AttributeError:
-        known = [each for each, value in vars(sys.modules[module]).items() if isinstance(value, type)]
-        raise UserError(f"{path}: the module {module} has no class {name}{did_you_mean(name, known)}") from None
-    whole = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
+        classes = [each for each, value in vars(sys.modules[module]).items() if isinstance(value, type)]
+        raise UserError(f"{path}: the module {module} has no class {name}{did_you_mean(name, classes)}") from None
+    expected = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{path}: expected a class derived from {whole}, got {cls!r:.80}")
+        raise UserError(f"{path}: expected a class derived from {expected}, got {cls!r:.80}")
     parameters = getattr(cls, "__dataclass_params__", None)
     if parameters is None or not parameters.frozen:
         raise UserError(f"{path}: expected a frozen dataclass; write @dataclasses.dataclass(frozen=True) above class {name}")
@@ -83,7 +85,7 @@ def imported_class(path: str, base: type[T]) -> type[T]:
 
 
 def only_named(path: str) -> UserError:
-    """The error where code is asked for that only a record names: a record is data, and nothing that it names is imported."""
+    """The error for a class that only a record names: it is never imported."""
     return UserError(
         f"{path} is named by a record alone, which is never imported: name it yourself, on the command line or in --config"
     )
@@ -95,19 +97,19 @@ def import_path(cls: type) -> str:
 
 
 def code_digest(cls: type) -> str:
-    """SHA-256 of the source file of a class: the same name may mean other code later."""
+    """SHA-256 of a class's source file: one name may mean other code later."""
     file = getattr(sys.modules[cls.__module__], "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def outside_code(values: Iterable[object]) -> dict[str, str]:
-    """Import path -> SHA-256 of the source file, for each value whose class is not from this package."""
+    """Import path -> :func:`code_digest`, for classes outside this package."""
     own = __package__.partition(".")[0] + "."
     return {import_path(cls): code_digest(cls) for cls in map(type, values) if not cls.__module__.startswith(own)}
 
 
 def read_options(cls: type[T], text: str) -> T:
-    """A value of a frozen dataclass with the options of a text such as "width=4&offset=1".
+    """Makes a frozen dataclass from options such as "width=4&offset=1".
 
     Raises:
       UserError: the class has no such option, or the option cannot have this value.
@@ -125,7 +127,7 @@ def read_options(cls: type[T], text: str) -> T:
 
 
 def write_options(value: Any) -> str:
-    """The options as :func:`read_options` reads them back, after a question mark; empty without options."""
+    """The options as "?" and text of :func:`read_options`; empty if none."""
     words = []
     for name, option in dataclasses.asdict(value).items():
         words.append(f"{name}={str(option).lower() if isinstance(option, bool) else option}")

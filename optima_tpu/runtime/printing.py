@@ -1,4 +1,7 @@
-"""The standard output, which may be a closed pipe or a full disk. Imports nothing else of this package that takes long."""
+"""Prints to a standard output that may be a closed pipe or a full disk.
+
+Imports nothing else of this package that takes long.
+"""
 
 import argparse
 import os
@@ -9,7 +12,7 @@ UNREAD = "nobody reads the output any more, as behind `| head`: write it to a fi
 
 
 def printed(text: str = "", end: str = "\n") -> OSError | None:
-    """Prints a text and everything printed before it. Returns the error by which the standard output refuses it, else None.
+    """Prints a text. Returns the error of the standard output, else None.
 
     After an error, what is printed goes nowhere: otherwise Python's own flush at the end of the process would fail, too.
     """
@@ -24,12 +27,12 @@ def printed(text: str = "", end: str = "\n") -> OSError | None:
 
 
 def refused() -> OSError | None:
-    """The error by which the standard output refuses what was printed so far, else None."""
+    """The error of the standard output for the text so far, or None."""
     return printed(end="")
 
 
 def status_of_text(error: OSError | None) -> int:
-    """The exit status of a command that only prints a text, such as --help: 0, or 2 if the text had no room.
+    """The exit status of a command that only prints: 0, or 2 if it could not.
 
     A reader that closes the pipe has read enough, so that is no error.
 
@@ -43,7 +46,7 @@ def status_of_text(error: OSError | None) -> int:
 
 
 class PrintsHelp(argparse.ArgumentParser):
-    """A parser of arguments that ends by :func:`status_of_text` where its help cannot be printed. ``argparse`` would end by 0."""
+    """A parser that ends by :func:`status_of_text` if its help fails."""
 
     def print_help(self, file: Any = None) -> None:
         if file is None and (error := printed(self.format_help(), end="")):

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class SharedError(UserError):
-    """A UserError that every process raises, and that only one of them needs to print."""
+    """A UserError that every process raises and only one needs to print."""
 
 
 LAST = 3.0
@@ -42,7 +42,7 @@ _HELLO = b"optima-tpu"
 
 
 def start(coordinator: str | None, count: int | None, index: int | None, timeout: int) -> None:
-    """Joins the other processes. Does nothing for a process that is alone, nor where the caller has joined them, as Ray does.
+    """Joins the other processes, unless this one is alone or has joined them.
 
     Without arguments a cluster is joined where the platform announces one: Slurm, Open MPI, TPU slices.
 
@@ -73,7 +73,7 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
 
 
 def refuse_incomplete(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Raises UserError for arguments of :func:`start` that name no process of a run; all None is none."""
+    """Raises UserError for incomplete or wrong arguments of :func:`start`."""
     if coordinator is None and count is None and index is None:
         return
     if coordinator is None or count is None or index is None or not (0 <= index < count and 0 < _port(coordinator) < 1 << 16):
@@ -85,7 +85,7 @@ def refuse_incomplete(coordinator: str | None, count: int | None, index: int | N
 
 
 def may_join(coordinator: str | None) -> bool:
-    """Whether :func:`start` may join other processes. They would wait for one that ended before."""
+    """Whether :func:`start` may join others, which would wait for this one."""
     return coordinator is not None or _announced() is not False
 
 
@@ -101,7 +101,7 @@ def _join_announced(timeout: int, certain: bool) -> None:
     if not certain and has_devices() and alone():
         return  # a single TPU host, in a second run of one Python process
     try:
-        _initialize(timeout, method="mpi4py" if _open_mpi_5() else None)
+        _initialize(timeout, method="mpi4py" if _open_mpi_5() else None)  # jax 0.10 uses mpi4py only if it is named
     except ValueError as error:
         # Where jax finds no cluster it misses the argument that names one. Other values that it refuses are the environment's.
         if certain or "coordinator_address" not in str(error):
@@ -134,7 +134,7 @@ def alone() -> bool:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Runs ``work()`` in every process. If it raises UserError in one, all raise it, with the number of the process.
+    """Runs ``work()`` in every process. A UserError of one is raised in all.
 
     ``work`` must not communicate: the others would wait for the one that failed.
     """
@@ -153,7 +153,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """Runs ``work()`` in process 0 and returns its result in every process. All raise its UserError."""
+    """Runs ``work()`` in process 0. All processes get its result or error."""
     if alone():
         return work()
     outcome = b""
@@ -169,10 +169,11 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def spread(work: Callable[[S], T], items: Sequence[S], at_once: int = 16) -> Iterator[T]:
-    """Yields ``work(item)`` of every item, in order, in every process. Process ``k`` of ``n`` works on items k, k + n, ...
+    """Yields ``work(item)`` of all items, in order, in every process.
 
-    Every process must take the same number of results. At most ``n * at_once - 1`` items after the last result taken are worked
-    on. ``work`` must not communicate. All processes raise its UserError.
+    Process ``k`` of ``n`` works on items k, k + n, ... Every process must take the same number of results. At most
+    ``n * at_once - 1`` items after the last result taken are worked on. ``work`` must not communicate. All processes raise its
+    UserError.
     """
     if alone():
         yield from map(work, items)
@@ -207,12 +208,14 @@ def agree(what: str, values: dict[str, Any]) -> None:
 
 
 def first_only(work: Callable[[], Any]) -> None:
-    """Runs ``work()`` in process 0 alone, while the others wait. All raise its UserError."""
+    """Runs ``work()`` in process 0; others wait. All raise its UserError."""
     together(work if is_first() else lambda: None)
 
 
 def check_signals() -> None:
-    """Ends the work here, in every process, if SIGTERM or Ctrl-C has come to any of them. Every process calls it between two steps.
+    """Ends the work in every process if a signal has come to any of them.
+
+    Every process calls it between two steps.
 
     Raises:
       signals.Stopped: a signal has come.
@@ -234,7 +237,7 @@ def everyones(value: T) -> list[T]:
 
 
 def fetch(tree: Any) -> Any:
-    """Gathers arrays from the mesh into whole numpy arrays, in every process."""
+    """Gathers sharded arrays into numpy arrays, in every process."""
     return jax.device_get(tree) if alone() else multihost_utils.process_allgather(tree, tiled=True)
 
 
@@ -253,7 +256,7 @@ def _broadcast(data: bytes) -> bytes:
 
 
 def _announced() -> bool | None:
-    """Whether the platform says that this is one process of several; None on a TPU VM, where jax must find out."""
+    """Whether several processes are announced; None if jax must find out."""
     environment = os.environ
     if _declared("OMPI_COMM_WORLD_SIZE") > 1:
         return True
@@ -270,7 +273,7 @@ def _announced() -> bool | None:
 
 
 def _declared(variable: str) -> int:
-    """A number of processes or slices in the environment; 1 where the variable is not set or empty."""
+    """A number of processes or slices in the environment; 1 if not set."""
     text = os.environ.get(variable) or "1"
     wrong = f"expected a whole number in the environment variable {variable}, got {text!r}: correct it, or unset it"
     with refusing(ValueError, wrong):
@@ -278,7 +281,7 @@ def _declared(variable: str) -> int:
 
 
 def _has_tpus() -> bool:
-    """Whether TPUs are among jax's platforms. It adds them by itself if this host has chips and libtpu is installed."""
+    """Whether TPUs are among jax's platforms; jax adds them with libtpu."""
     environment = os.environ
     named = "tpu" in environment.get("JAX_PLATFORMS", "") or {"JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"} & environment.keys()
     # Answered before jax is imported, where there is no doubt: the arguments of a command are read without jax.
@@ -288,7 +291,7 @@ def _has_tpus() -> bool:
 
 
 def _open_mpi_5() -> bool:
-    """Whether Open MPI 5 or newer started this process. jax then needs mpi4py, which jax 0.10 uses only if it is named."""
+    """Whether Open MPI 5 or newer runs this process; jax needs mpi4py then."""
     if _declared("OMPI_COMM_WORLD_SIZE") == 1 or "OMPI_MCA_orte_hnp_uri" in os.environ:
         return False
     if importlib.util.find_spec("mpi4py") is None:

@@ -1,4 +1,7 @@
-"""The table of the commands, how to call them in messages and help texts, and their parser. Imports none of their modules."""
+"""The table of the commands, how to call them, and their parser.
+
+Imports no module of a command.
+"""
 
 import re
 import sys
@@ -29,7 +32,7 @@ class Command(NamedTuple):
     read: str = ""
     run: str = ""
     again: str = "the same command does it again"
-    opens: Callable[[Any], Any] = lambda asked: None
+    opens: Callable[[Any], Any] = lambda request: None
 
     @property
     def reader(self) -> str:
@@ -69,14 +72,14 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "plan": Command(
             "estimate what a run needs before it starts: memory, disk and time",
             "optima_tpu.plan",
-            opens=lambda asked: asked.config,
+            opens=lambda request: request.config,
         ),
         "check": Command("compare a model here with torch on one window, and say what would be pruned", "optima_tpu.check"),
         "sweep": Command(
             "run a table of masks x updates x patterns over one model",
             "optima_tpu.sweep",
             again=_AFTER_BLOCK,
-            opens=lambda asked: None if asked.options.dry_run else asked.grid.cells[0].config,
+            opens=lambda request: None if request.options.dry_run else request.grid.cells[0].config,
         ),
         "report": Command(
             "write the HTML page of a finished run, or of several side by side",
@@ -96,19 +99,19 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
 
 
 def program(name: str) -> str:
-    """How to call a subcommand in the way this process was called: ``optima prune`` or ``python -m optima_tpu.launch``."""
+    """How to call a subcommand in the way this process was called."""
     return f"optima {name}" if Path(sys.argv[0]).stem == "optima" else f"python -m {COMMANDS[name].module}"
 
 
 def refuse_undecodable(words: Iterable[str]) -> None:
-    """Raises UserError for a text that is not UTF-8: reports, records and other libraries could not name such a path."""
+    """Raises UserError for a text, such as a path, that is not UTF-8."""
     for word in words:
-        if re.search("[\ud800-\udfff]", word):
+        if re.search("[\ud800-\udfff]", word):  # reports, records and other libraries could not name such a path
             raise UserError(f"expected text in UTF-8, got {legible(word)}: rename the file or folder")
 
 
 class Parser(PrintsHelp):
-    """Refuses what is wrong or missing with a UserError, like everything else that a user can mend.
+    """A parser that refuses wrong or missing arguments with a UserError.
 
     Options may have dashes or underscores between their words: --dry-run is --dry_run, as for the settings of a run.
     """
@@ -130,16 +133,17 @@ class Parser(PrintsHelp):
         return super().parse_known_args(spelled, namespace)
 
     def nearest(self, word: str, before: str = "") -> str:
-        """As :func:`did_you_mean`, for an option that may be misspelled. A setting of a run is seldom so near to another name."""
+        """As :func:`did_you_mean`, for an option that may be misspelled."""
+        # A setting of a run that was meant is seldom so near to an option.
         return did_you_mean(_dashed(word.partition("=")[0]), self._option_string_actions, before, cutoff=0.75)
 
     def error(self, message: str) -> NoReturn:
         near = ""
-        if found := re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message):
+        if match := re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message):
             # The choices of one option are few, so a distant likeness, such as gguf for ggml, is worth a guess.
-            near = did_you_mean(found[1].strip("'"), re.findall(r"[\w-]+", found[2]), cutoff=0.5)
-        elif found := re.search(r"unrecognized arguments: (?:.* )?(--\S+)", message):
-            near = self.nearest(found[1])
+            near = did_you_mean(match[1].strip("'"), re.findall(r"[\w-]+", match[2]), cutoff=0.5)
+        elif match := re.search(r"unrecognized arguments: (?:.* )?(--\S+)", message):
+            near = self.nearest(match[1])
         raise UserError(f"{message}{near}; see {self.prog} --help")
 
 

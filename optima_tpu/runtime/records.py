@@ -1,4 +1,6 @@
-"""JSON from disk, read into declared types. What has another shape is refused in one line that names the file and the field.
+"""Reads JSON files into declared types, and encodes records.
+
+A file of another shape is refused in one line that names the file and the field.
 
 A file that this program writes is a :class:`Record`; of a file from elsewhere a TypedDict declares what is read. ``msgspec`` compares
 the values with the type, so a range stands beside it: ``Annotated[int, msgspec.Meta(ge=1)]``.
@@ -35,18 +37,18 @@ DAMAGED = "the file is damaged, or another version of OPTIMA-TPU wrote it"
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file of this program holds, or a part of it. The file has no other field."""
+    """A file of this program, or a part of it, that has no other field."""
 
 
 class Undeclared(msgspec.Struct, frozen=True):
-    """The entries of a dictionary that are read on their own. It may have others."""
+    """The declared entries of a dictionary, which may have others."""
 
 
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 
 
 def read_record(path: Path, kind: type[T], remedy: str = DAMAGED) -> T:
-    """The contents of a JSON file. A TypedDict keeps the keys that it does not declare.
+    """Reads a JSON file into a type. A TypedDict keeps undeclared keys.
 
     Args:
       remedy: the end of the message.
@@ -65,7 +67,7 @@ def read_record(path: Path, kind: type[T], remedy: str = DAMAGED) -> T:
 
 
 def known_record(path: Path, kind: type[T]) -> T | None:
-    """As :func:`read_record`; None if the file is missing or damaged, for callers that make it again."""
+    """As :func:`read_record`, but None for a missing or damaged file."""
     try:
         return read_record(path, kind)
     except BucketError:
@@ -75,7 +77,7 @@ def known_record(path: Path, kind: type[T]) -> T | None:
 
 
 def parse_record(data: bytes | str, kind: type[T], where: object, remedy: str = DAMAGED) -> T:
-    """As :func:`read_record`, from the file's bytes. ``where`` is the file's name in messages."""
+    """As :func:`read_record`, from bytes. ``where`` names the file."""
     try:
         values = json.loads(data)
     except RecursionError:
@@ -86,7 +88,7 @@ def parse_record(data: bytes | str, kind: type[T], where: object, remedy: str = 
 
 
 def encoded(values: Any, indent: int | None = None) -> bytes:
-    """A record as JSON with a line break at its end. Numbers that are not finite, which JSON does not have, become null.
+    """A record as JSON with a line break. Infinity and NaN become null.
 
     Every record of a run, of an evaluation and of a sweep is written by this function: ``json.dumps`` would end in a traceback, or
     write NaN and Infinity, which JavaScript and jq do not read.
@@ -95,7 +97,7 @@ def encoded(values: Any, indent: int | None = None) -> bytes:
 
 
 def json_values(value: Any) -> Any:
-    """A record in JSON types: a dictionary for each record in it, a list for each tuple, None for infinity and NaN."""
+    """A record in JSON types: tuples as lists, infinity and NaN as None."""
     match value:
         case Record():
             return {name: json_values(getattr(value, name)) for name in value.__struct_fields__}
@@ -110,7 +112,7 @@ def json_values(value: Any) -> Any:
 
 
 def check_record(values: Any, kind: type[T], where: object, remedy: str = DAMAGED, inside: str = "") -> T:
-    """As :func:`parse_record`, from the values that JSON gives. ``inside`` is the field of the file that holds them."""
+    """As :func:`parse_record`, from JSON values of the field ``inside``."""
     try:
         read: T = msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
@@ -121,7 +123,7 @@ def check_record(values: Any, kind: type[T], where: object, remedy: str = DAMAGE
 
 
 def within(field: str, values: Mapping[str, Any], kind: type[T]) -> T:
-    """The entries of a record's dictionary that are read on their own. The record's ``__post_init__`` calls it, too.
+    """Reads the entries of a record's dictionary that a type declares.
 
     Args:
       field: of the record, for the message.
@@ -136,7 +138,7 @@ def within(field: str, values: Mapping[str, Any], kind: type[T]) -> T:
 
 
 def _told(problem: str, inside: str) -> str:
-    """ "Expected `int`, got `str` - at `$.blocks[3].rows`" as "blocks[3].rows: expected int, got str"."""
+    """Turns "Expected `int` - at `$.a[3].b`" into "a[3].b: expected int"."""
     match = _AT.search(problem)
     field = ".".join(filter(None, (inside, match and match[1]))).replace(".[", "[")
     problem = (problem[: match.start()] if match else problem).replace("`", "")

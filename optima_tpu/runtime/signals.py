@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C: a handler sets a flag, the work looks at it between its steps, and a thread ends work that does not look.
+"""Handles SIGTERM and Ctrl-C by a flag, not by an exception.
+
+A handler sets the flag, the work looks at the flag between its steps, and a thread ends work that does not look.
 
 The handler raises nothing. Python runs it wherever the main thread happens to be, and an exception that is raised inside a
 destructor or a callback of the garbage collector is printed and lost.
@@ -33,7 +35,7 @@ _SAME = 0.5
 
 
 class Stopped(BaseException):
-    """Raised by :func:`check` after a signal. Not an Exception, so that no ``except Exception`` catches it."""
+    """Ends work after a signal. ``except Exception`` does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -41,9 +43,9 @@ class Stopped(BaseException):
 
 
 def listen() -> None:
-    """Listens for SIGTERM and Ctrl-C until the process ends. Does nothing if the process listens already.
+    """Listens for SIGTERM and Ctrl-C until the process ends.
 
-    A process whose work is done (:func:`ended`) ends behind Python's exit handlers.
+    Does nothing if the process listens already. A process whose work is done (:func:`ended`) ends after Python's exit handlers.
     """
     if _LISTENER.start():
         atexit.register(_LISTENER.leave)  # registered first and so called last
@@ -56,7 +58,7 @@ def listening(again: str) -> Iterator[None]:
     Args:
       again: says what the same command does when it is typed again, for the line that the thread prints.
     """
-    mine = _LISTENER.start()
+    started = _LISTENER.start()
     _LISTENER.again, _LISTENER.status = again, None
     try:
         yield
@@ -64,12 +66,12 @@ def listening(again: str) -> Iterator[None]:
         _LISTENER.status = None  # Python prints the error, and ends with its own status
         raise
     finally:
-        if mine:
+        if started:
             _LISTENER.stop()
 
 
 def check() -> None:
-    """Raises :class:`Stopped` if SIGTERM or Ctrl-C has come to this process. Call it between the steps of long work."""
+    """Raises :class:`Stopped` after a signal. Call it between long steps."""
     if _LISTENER.number:
         raise Stopped(_LISTENER.number)
 
@@ -90,12 +92,14 @@ def told(number: int, again: str, when: str = "") -> str:
 
 
 def end_later(seconds: float) -> None:
-    """Gives the work more time after a signal, as in a process that must end after others."""
+    """Gives the work more time after a signal, if others must end first."""
     _LISTENER.later = seconds
 
 
 def ended(status: int | None) -> None:
-    """Says that the work is done: from now on a signal ends the process at once, with this status. None says that more work follows.
+    """Declares the work done: a signal then ends the process with ``status``.
+
+    None says that more work follows.
 
     A command that writes calls it when all is written, before it prints what it wrote: neither a signal nor an output that nobody
     reads makes the command fail then.
@@ -110,7 +114,7 @@ def status_given() -> int | None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Keeps the process from being ended before the body of the ``with`` is done, unless a signal comes twice.
+    """Keeps the process alive until the body ends, unless two signals come.
 
     A save then finishes and is not repeated after the restart.
     """
@@ -124,7 +128,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def undoing(undo: Callable[[], None]) -> Iterator[None]:
-    """Calls ``undo`` if a signal ends the process before the body of the ``with`` is done.
+    """Calls ``undo`` if a signal ends the process before the body is done.
 
     The body is not waited for longer than after Ctrl-C, since nothing of it would be kept.
     """
@@ -161,9 +165,10 @@ class _Listener:
         self._since = 0.0
 
     def start(self) -> bool:
-        """Installs the handlers and starts the thread. Returns False, and does nothing, if they are there.
+        """Installs the handlers and starts the thread, if neither exists.
 
-        Nor outside the main thread, where Python takes no handlers: the program that called from there hears its signals.
+        Returns False, and does nothing, if they exist or outside the main thread, where Python takes no handlers: the program
+        that called from there hears its signals.
         """
         if self._thread is not None or threading.current_thread() is not threading.main_thread():
             return False
@@ -180,7 +185,7 @@ class _Listener:
         return True
 
     def leave(self) -> None:
-        """Ends a process whose work is done; lets any other end with its own status whatever comes.
+        """Ends a process whose work is done; lets any other end by itself.
 
         Python would go on to free every module, and what the libraries hold. That takes more than a CPU second, and ten seconds where
         SIGTERM stopped a large model on busy cores: a scheduler has few left then.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @functools.cache  # later changes of the files do not change the running code
 def code_version() -> str:
-    """The installed version and a digest of the package's source files, "0.1.0+3f2a91c0b5d7".
+    """The version and a digest of the source files: "0.1.0+3f2a91c0b5d7".
 
     Part of a run's manifest, so that one model never mixes blocks pruned by different code.
     """

@@ -1,4 +1,7 @@
-"""Sets how long XLA lets one device of a process wait for another. Does not import jax, because XLA reads its flags only once."""
+"""Sets how long XLA lets one device of a process wait for another.
+
+Does not import jax, because XLA reads its flags only once.
+"""
 
 import importlib.metadata
 import os
@@ -19,7 +22,9 @@ _GPU = {
 
 
 def raise_collective_timeouts(simulated: int | None) -> None:
-    """Adds to ``XLA_FLAGS`` the flags that these devices need. Flags that are already set, or a file of flags, stay unchanged.
+    """Adds the flags that these devices need to ``XLA_FLAGS``.
+
+    Flags that are already set, or a file of flags, stay unchanged.
 
     Call it before anything asks jax for its devices.
 
@@ -41,7 +46,7 @@ def raise_collective_timeouts(simulated: int | None) -> None:
 
 
 def is_known(flag: str) -> bool:
-    """Whether this XLA knows a flag. Tested in another process, because XLA aborts a process that sets an unknown flag."""
+    """Whether this XLA knows a flag, tested in another process."""
     read_flags = "from jaxlib import xla_client; xla_client.CompileOptions()"  # without starting a backend
-    environment = os.environ | {"XLA_FLAGS": flag}
+    environment = os.environ | {"XLA_FLAGS": flag}  # of another process: XLA aborts one that sets an unknown flag
     return subprocess.run([sys.executable, "-c", read_flags], env=environment, capture_output=True).returncode == 0
