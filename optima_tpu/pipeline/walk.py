@@ -401,7 +401,7 @@ def _report(
     refuse_broken(walk.decoder.prefix(index), names, rows)
     corrected = walk.decoder.family.residuals if walk.recipe.target.gamma else ()
     reports = []
-    for name, matrix, left, outcomes in zip(names, matrices, kept, rows):
+    for name, matrix, left, outcomes in zip(names, matrices, kept, rows, strict=True):
         (d_out, d_in), alive_inputs = matrix.keep.shape, int(live_diagonal(diagonal).sum())
         others = {"block": index, "name": name, "dead_inputs": d_in - alive_inputs, "tokens": int(tokens)}
         others["corrects_stream"] = name in corrected

@@ -84,14 +84,13 @@ def _error(report: Report) -> Fact | None:
         return None
     judged, unseen = not report.aims_at_dense, "none was held out"
     if report.has_held_out:
-        names = "held_out_before", "held_out_after"
-        before, after = (mean(report.layers, name) for name in names)
-        unseen = f"on held-out text {' → '.join(_both(report, report.layers, *names))}"
+        held_out = _Update(report, report.layers, "held_out_before", "held_out_after")
         # The calibration text may show the opposite.
-        unseen += ", worse" * bool(judged and report.solver and became(before, after, percent) == "worse")
+        worse = ", worse" * (judged and held_out.direction == "worse")
+        unseen = f"on held-out text {' → '.join(held_out.values)}{worse}"
     aim = "" if judged else "; a dense target lowers the error against dense instead"
-    errors = "error_before", "error_after"
-    fact = _change("error", "Layer error", errors, f"on the calibration text; {unseen}{aim}", report, report.layers, judged)
+    update = _Update(report, report.layers, "error_before", "error_after")
+    fact = update.fact("Layer error", "error", f"on the calibration text; {unseen}{aim}", judged)
     solved = ("layer error after", "error_after"), ("on held-out text after", "held_out_after")
     rows = [
         ("layer error before the update", "error_before"),
@@ -104,28 +103,38 @@ def _error(report: Report) -> Fact | None:
 def _against_dense(report: Report) -> Fact | None:
     if not report.aims_at_dense:
         return None
-    return _change(
-        "to dense",
-        "Layer error against dense",
-        ("dense_before", "dense_after"),
-        "on held-out text",
-        report,
-        aimed_at_dense(report.layers),
-    )
+    update = _Update(report, aimed_at_dense(report.layers), "dense_before", "dense_after")
+    return update.fact("Layer error against dense", "to dense", "on held-out text")
 
 
-def _change(
-    name: str, title: str, errors: tuple[str, str], text: str, report: Report, layers: Sequence[LayerReport], judged: bool = True
-) -> Fact:
-    before, after = (mean(layers, error) for error in errors)
-    better = became(before, after, percent) if report.solver and judged else ""
-    note = ", ".join(filter(None, (better, f"mean of {plural(len(layers), 'matrix')}", text)))
-    return Fact(title, _both(report, layers, *errors), note, name, ("before", "after the update") if report.solver else ())
+class _Update(NamedTuple):
+    """An error of some layers before and after the update.
 
+    Attributes:
+      before: the field of ``LayerReport`` with the error of the selector's weights.
+      after: the field with the error of the final weights.
+    """
 
-def _both(report: Report, layers: Sequence[LayerReport], before: str, after: str) -> list[str]:
-    """The two errors of an update; without a solver the second alone."""
-    return [mean_error(layers, error) for error in ((before, after) if report.solver else (after,))]
+    report: Report
+    layers: Sequence[LayerReport]
+    before: str
+    after: str
+
+    @property
+    def values(self) -> list[str]:
+        """Both mean errors; without a solver the second alone."""
+        return [mean_error(self.layers, error) for error in ((self.before, self.after) if self.report.solver else (self.after,))]
+
+    @property
+    def direction(self) -> str:
+        """What the update did to the error, in a word; empty without a solver."""
+        return became(mean(self.layers, self.before), mean(self.layers, self.after), percent) if self.report.solver else ""
+
+    def fact(self, title: str, name: str, text: str, judged: bool = True) -> Fact:
+        """The fact of this error. ``text`` is where it was measured."""
+        direction = self.direction if judged else ""
+        note = ", ".join(filter(None, (direction, f"mean of {plural(len(self.layers), 'matrix')}", text)))
+        return Fact(title, self.values, note, name, ("before", "after the update") if self.report.solver else ())
 
 
 def _sparsity(report: Report) -> Fact:

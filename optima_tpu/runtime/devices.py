@@ -7,6 +7,9 @@ from optima_tpu.runtime.bounds import Bound, Bounded
 from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh, refuse_count
 from optima_tpu.runtime.processes import may_join, refuse_incomplete
 
+_MOST_GIB = 4096.0
+"""More memory than any device or host has, so a number of bytes is refused."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices(Bounded):
@@ -29,7 +32,7 @@ class Devices(Bounded):
     mesh: str | None = None
     cpu_devices: Annotated[int | None, Bound(1, MOST_DEVICES)] = None
     batch: Annotated[int, Bound(1)] = 4
-    device_memory: Annotated[float | None, Bound(above=0)] = None
+    device_memory: Annotated[float | None, Bound(above=0, most=_MOST_GIB, hint="it counts GiB, as in --device_memory 12")] = None
     coordinator: str | None = None
     num_processes: Annotated[int | None, Bound(1)] = None
     process_id: int | None = None

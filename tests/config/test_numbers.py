@@ -71,6 +71,10 @@ def test_an_infinite_number_from_python_is_refused():
     assert "device_memory to be a finite number" in refusal(chosen_run, {"model": "m", "device_memory": float("inf")})
 
 
+def test_a_number_of_bytes_is_no_memory_in_gib():
+    assert "as in --device_memory 12" in refusal(parse, ["m", "--device_memory", "1e9"])
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "99999", "9" * 60, "-1", "\u0661"])
 def test_a_port_is_from_1_to_65535(port):
     assert "a port from 1 to 65535" in refusal(processes.start, f"localhost:{port}", 2, 0, 1)
