@@ -1,4 +1,4 @@
-"""A YAML file and a command line say the same thing, and what they say is what runs."""
+"""A YAML file and a command line mean the same, and both mean what runs."""
 
 import dataclasses
 import json
@@ -107,8 +107,8 @@ def test_who_names_no_method_gets_the_best_preset(file):
 def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
     with pytest.raises(SystemExit):
         parse([*argv, "--help"])
-    told = re.search(r"--solver.damping X .*?\(default: (.*?)\)", " ".join(capsys.readouterr().out.split()))
-    assert float(told[1]) == damping
+    default = re.search(r"--solver.damping X .*?\(default: (.*?)\)", " ".join(capsys.readouterr().out.split()))
+    assert float(default[1]) == damping
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_an_option_without_its_method_changes_the_best_preset(argv, changed, fil
 
 
 def test_an_option_of_another_method_than_the_best_presets_is_refused():
-    said = refusal("--selector.shift_zero", "true")
-    assert "--selector.shift_zero is an option of selector wanda, but selector is admm here; choose wanda" in said
+    message = refusal("--selector.shift_zero", "true")
+    assert "--selector.shift_zero is an option of selector wanda, but selector is admm here; choose wanda" in message
 
 
 @pytest.mark.parametrize(
@@ -375,8 +375,8 @@ def test_weights_settings_tell_recipes_apart_and_not_where_and_how_fast_they_run
     recipes = [dict(pattern=NM(2, 4)), dict(pattern=Unstructured(0.5, "layer")), dict(solver=None), dict(solver=CG(damping=0.5))]
     recipes += [dict(dtype="float32"), dict(selector=Magnitude()), dict(accept=PerLayer())]
     assert all(weights_settings(EMBEDDED.changed(**change)) != weights_settings(EMBEDDED) for change in recipes)
-    for place in (dict(mesh="1x1"), dict(cpu_devices=1), dict(output="x"), dict(batch=1), dict(export=False)):
-        assert weights_settings(EMBEDDED.changed(**place)) == weights_settings(EMBEDDED), place
+    for changes in (dict(mesh="1x1"), dict(cpu_devices=1), dict(output="x"), dict(batch=1), dict(export=False)):
+        assert weights_settings(EMBEDDED.changed(**changes)) == weights_settings(EMBEDDED), changes
 
 
 @pytest.mark.parametrize(
@@ -556,10 +556,10 @@ def test_a_name_of_another_program_is_answered_with_the_name_here(name, file):
     chosen |= {"distill": "kl"} if setting.startswith("distill.") else {}
     flags = [word for each, method in chosen.items() for word in (f"--{each}", method)]
     spelled, lines = name.replace("-", "_"), [f"{each}: {method}" for each, method in chosen.items()]
-    said = refusal(*flags, f"--{name}", "7")
-    assert f"no setting --{spelled}; did you mean --{setting}, as in --{setting} {value}?" in said
-    said = refusal("--config", file("\n".join([*lines, f"{spelled}: 7"])))
-    assert f"no setting {spelled}; did you mean {setting}, as in {setting}: {value}?" in said
+    message = refusal(*flags, f"--{name}", "7")
+    assert f"no setting --{spelled}; did you mean --{setting}, as in --{setting} {value}?" in message
+    message = refusal("--config", file("\n".join([*lines, f"{spelled}: 7"])))
+    assert f"no setting {spelled}; did you mean {setting}, as in {setting}: {value}?" in message
 
 
 @pytest.mark.parametrize("name", [name for name, _ in ELSEWHERE.values()])
@@ -576,9 +576,9 @@ def test_a_setting_that_is_gone_is_read_where_it_did_nothing_and_refused_elsewhe
 
     for nothing in GONE[name]:
         assert parse(["org/model", "--config", file(lines(nothing))]) == parse(["org/model"])
-    said = f"there is no setting {name} any more"
-    assert said in refusal("--config", file(lines(0.5)))
-    assert said.replace(name, f"--{name}") in refusal(f"--{name}", "0.5")
+    message = f"there is no setting {name} any more"
+    assert message in refusal("--config", file(lines(0.5)))
+    assert message.replace(name, f"--{name}") in refusal(f"--{name}", "0.5")
 
 
 @pytest.mark.parametrize("alias, name", ALIASES.items())

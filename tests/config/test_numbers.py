@@ -1,4 +1,4 @@
-"""Every number that a person may type has a bound: what is beyond it is refused in one line, before anything is made of it."""
+"""Every typed number has a bound, beyond which it is refused in one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Calibration and evaluation tokens: where every window comes from, and what is refused."""
+"""Where calibration and evaluation windows come from; what is refused."""
 
 import dataclasses
 import gzip
@@ -28,15 +28,15 @@ BOS, EOS = 256, 257
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte, a BOS before every text, and a context so short that every text here is too long for it."""
-    found = byte_tokenizer()
-    found.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    found.model_max_length = 4
-    return found
+    """One token a byte, BOS first, and a context shorter than every text."""
+    byte_level = byte_tokenizer()
+    byte_level.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    byte_level.model_max_length = 4
+    return byte_level
 
 
 def encode(text: str) -> np.ndarray:
-    """Stands for a tokenizer with a BOS where the test needs none of transformers."""
+    """Encodes bytes behind a BOS, without a tokenizer of transformers."""
     return np.array([BOS, *text.encode()], np.int32)
 
 
@@ -62,9 +62,9 @@ documents_strategy = st.lists(st.text("abcdefgh ", max_size=40), min_size=1, max
 def test_every_window_is_a_piece_of_one_document_or_of_the_packed_stream(documents, windows, length, seed):
     tokens = [encode(document) for document in documents if document.strip()]
     long = [ids for ids in tokens if ids.size > length]
-    held = sum(ids.size for ids in tokens) + max(len(tokens) - 1, 0)
-    if len(long) < windows and sum(ids.size for ids in long) < windows * length and held < windows * length:
-        with pytest.raises(UserError, match=rf"\b{held} tokens.*\b{windows * length}\b"):
+    total = sum(ids.size for ids in tokens) + max(len(tokens) - 1, 0)
+    if len(long) < windows and sum(ids.size for ids in long) < windows * length and total < windows * length:
+        with pytest.raises(UserError, match=rf"\b{total} tokens.*\b{windows * length}\b"):
             drawn(documents, windows=windows, length=length, seed=seed)
         return
 
@@ -77,8 +77,8 @@ def test_every_window_is_a_piece_of_one_document_or_of_the_packed_stream(documen
     # Cut at the separators, the stream is a permutation of distinct documents, the last of them perhaps cut short.
     stream = result.ids.ravel()
     assert stream[0] == BOS
-    *whole, last = np.split(stream, np.flatnonzero(stream == EOS))
-    pieces = [tuple(piece[piece != EOS]) for piece in whole]
+    *complete, last = np.split(stream, np.flatnonzero(stream == EOS))
+    pieces = [tuple(piece[piece != EOS]) for piece in complete]
     left = [tuple(ids) for ids in tokens]
     for piece in pieces:
         left.remove(piece)
@@ -104,13 +104,13 @@ def test_long_documents_give_one_window_each_and_the_rest_is_not_read():
 @settings(deadline=None, max_examples=100)
 @given(documents_strategy, st.integers(1, 5), st.integers(1, 4), st.integers(1, 8), st.integers(0, 3))
 def test_held_out_windows_share_no_token_with_the_others(documents, windows, held_out, length, seed):
-    """Every document has letters of its own, and one token a letter, so a window tells its place."""
+    """Every letter is unique and one token, so a token tells its index."""
 
     def encode(text):
         return np.array([BOS, *map(ord, text)], np.int32)
 
     documents = [
-        "".join(chr(1000 * index + place + 300) for place in range(len(document))) for index, document in enumerate(documents)
+        "".join(chr(1000 * index + letter + 300) for letter in range(len(document))) for index, document in enumerate(documents)
     ]
     try:
         draw = data.Draw(windows, length, seed, held_out)
@@ -148,13 +148,13 @@ def test_the_window_of_a_long_document_starts_anywhere():
 
 
 def test_every_window_of_the_long_documents_is_equally_likely():
-    """The chi-square statistic of 1,600 draws of 29 + 9 windows, 37 degrees of freedom: above 77.8 once in 10,000."""
+    """Chi-square of 1,600 draws over 38 windows: above 77.8 once in 10,000."""
     documents = ["".join(map(chr, range(33, 63))), "".join(map(chr, range(80, 90)))]
     streams, counts = [encode(document) for document in documents], np.zeros(38)
     for seed in range(200):
         for window in drawn(documents, windows=8, length=3, seed=seed).ids:
-            found = [places(window, stream) for stream in streams]
-            counts[found[0][0] if found[0].size else 29 + found[1][0]] += 1
+            starts = [places(window, stream) for stream in streams]
+            counts[starts[0][0] if starts[0].size else 29 + starts[1][0]] += 1
     assert np.sum((counts - 1600 / 38) ** 2 / (1600 / 38)) < 77.8
 
 
@@ -193,7 +193,7 @@ def test_evaluation_reads_on_where_a_token_is_long():
 
 
 def test_what_the_tokenizer_puts_at_the_end_of_a_text_is_in_no_window_before_that():
-    """Of the first document alone it would be the last token of the last window."""
+    """An EOS behind the first document would end the last window."""
 
     def with_eos(text):
         return np.array([*range(len(text) // 10), EOS], np.int32)
@@ -360,20 +360,20 @@ def test_npy_that_is_no_matrix_of_ids_is_refused(tmp_path, tokenizer, array, mes
 
 
 def test_hub_sources_read_disjoint_splits_and_join_them_as_sparsegpt_does(tmp_path, monkeypatch):
-    asked = []
+    requests = []
 
     def download(repository, name):
-        asked.append((repository, name))
+        requests.append((repository, name))
         rows = [f"{'train' if 'train' in name else 'held'} {index}" for index in range(1200)]
         return save(tmp_path / name.replace("/", "-"), rows)
 
     monkeypatch.setattr(hub, "download", download)
-    train, held = ([f"{split} {index}" for index in range(1200)] for split in ("train", "held"))
+    train, evaluation = ([f"{split} {index}" for index in range(1200)] for split in ("train", "held"))
     assert list(data.C4().documents("calibration")) == train
-    assert list(data.C4().documents("evaluation")) == [" ".join(held[:1100])]
+    assert list(data.C4().documents("evaluation")) == [" ".join(evaluation[:1100])]
     assert list(data.WikiText2().documents("calibration")) == [" ".join(train)]
-    assert list(data.WikiText2().documents("evaluation")) == ["\n\n".join(held)]
-    assert [repository for repository, _ in asked] == ["allenai/c4"] * 2 + ["Salesforce/wikitext"] * 2
+    assert list(data.WikiText2().documents("evaluation")) == ["\n\n".join(evaluation)]
+    assert [repository for repository, _ in requests] == ["allenai/c4"] * 2 + ["Salesforce/wikitext"] * 2
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Prepared data sets of TFDS and data sets of the hub: the documents of the files they were made from, without TensorFlow."""
+"""TFDS (without TensorFlow) and hub data sets hold their files' documents."""
 
 import contextlib
 import gzip
@@ -36,7 +36,7 @@ DRAWS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a.jsonl, and the data set "mine" that the command line made of it."""
+    """A folder with a.jsonl and "mine", the data set that build made."""
     folder = tmp_path_factory.mktemp("tfds")
     save(folder / "a.jsonl", DOCUMENTS)
     assert build.main([f"mine@{folder}", str(folder / "a.jsonl")]) == 0
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split_set(tmp_path_factory):
-    """A data set "halves" whose every fourth document is in the validation split, made from Parquet with its own field."""
+    """A data set "halves" from Parquet; every fourth text is validation."""
     folder = tmp_path_factory.mktemp("halves")
     save(folder / "a.parquet", DOCUMENTS, "page")
     assert build.main([f"halves@{folder}", str(folder / "a.parquet"), "--field", "page", "--validation-share", "0.25"]) == 0
@@ -142,8 +142,8 @@ def test_a_document_that_one_process_cannot_read_fails_all(monkeypatch):
 
 def test_splits_are_disjoint_and_complete(split_set):
     source = data.parse_source(f"tfds:halves@{split_set}")
-    train, held = (list(source.documents(split)) for split in ("calibration", "evaluation"))
-    assert held == DOCUMENTS[3::4] and train == [text for index, text in enumerate(DOCUMENTS) if index % 4 != 3]
+    train, validation = (list(source.documents(split)) for split in ("calibration", "evaluation"))
+    assert validation == DOCUMENTS[3::4] and train == [text for index, text in enumerate(DOCUMENTS) if index % 4 != 3]
     data.refuse_overlap(source, source)
     last = data.parse_source(f"tfds:halves:1.0.0@{split_set}?split=train[90%:]")
     assert list(last.documents("calibration")) == list(last.documents("evaluation")) == train[-2:]
@@ -200,7 +200,7 @@ def test_a_damaged_data_set_is_one_line(made, tmp_path, harm):
 
 @pytest.mark.parametrize("layout", ["proto", "legacy", "inner"])
 def test_a_class_that_a_description_names_is_never_imported(made, tmp_path, monkeypatch, layout):
-    """TFDS imports the module of any class in features.json; a data set is data."""
+    """TFDS imports the module of any class in features.json."""
     shutil.copytree(made / "mine", tmp_path / "sets" / "mine")
     (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -244,7 +244,7 @@ def test_what_a_killed_program_left_is_no_data_set_and_in_nobodys_way(made, tmp_
 
 @pytest.fixture
 def hub_folder(tmp_path, monkeypatch):
-    """A folder org/name that ``datasets`` takes for a data set, and no way to the hub."""
+    """Makes org/name a data set for ``datasets`` and shuts off the hub."""
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -323,13 +323,13 @@ def test_a_pipe_or_a_link_out_of_a_data_set_is_refused(made, tmp_path, name):
     (path,) = folder.glob(f"*/{name}")
     path.rename(tmp_path / "outside")
     source = data.parse_source(f"tfds:mine@{tmp_path}")
-    for replace, said in (
+    for replace, reason in (
         (lambda: path.symlink_to(tmp_path / "outside"), "is a link to"),
         (lambda: os.mkfifo(path), "is a pipe"),
     ):
         path.unlink(missing_ok=True)
         replace()
-        with pytest.raises(UserError, match=f"{name} {said}"):
+        with pytest.raises(UserError, match=f"{name} {reason}"):
             list(source.documents("calibration"))
 
 

@@ -1,4 +1,4 @@
-"""Tokens from the cache are the tokens that would be drawn, whatever happens to the cache or the text."""
+"""Cached tokens equal drawn ones, whatever happens to cache or text."""
 
 import dataclasses
 import importlib.metadata
@@ -98,7 +98,7 @@ def test_another_version_of_a_library_has_another_key(texts, model, monkeypatch,
     source, version = data.parse_source(texts.calibration.source), importlib.metadata.version
     monkeypatch.setattr("optima_tpu.data.cache._code", _code.__wrapped__)  # asked for anew
     key = token_key(source, "calibration", model.pretrained, **DRAW)
-    monkeypatch.setattr(importlib.metadata, "version", lambda asked: version(asked) + "+2" * (asked == name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda library: version(library) + "+2" * (library == name))
     assert key != token_key(source, "calibration", model.pretrained, **DRAW)
 
 
@@ -146,21 +146,21 @@ def test_a_cache_that_cannot_be_written_stops_nothing_and_is_told(tmp_path):
 
 
 def test_programs_that_write_one_entry_at_once_do_not_harm_it(tmp_path):
-    cache, found = TokenCache(tmp_path), []
+    cache, loaded = TokenCache(tmp_path), []
     tokens = Tokens(np.arange(40_000, dtype=np.int32).reshape(200, 200), "many", 1)
     assert cache.save("key", tokens) is None
 
     def work():
         for _ in range(10):
             assert cache.save("key", tokens) is None
-            found.append(cache.load("key"))
+            loaded.append(cache.load("key"))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 40 and all(one is not None and (one.ids == tokens.ids).all() for one in found)
+    assert len(loaded) == 40 and all(one is not None and (one.ids == tokens.ids).all() for one in loaded)
     assert [path.name for path in tmp_path.iterdir()] == ["key.safetensors"]
 
 

@@ -8,7 +8,10 @@ from tqdm import tqdm
 
 @pytest.fixture(scope="module")
 def own_tasks_only():
-    """The thousands of task files that come with the harness take seconds to read, at every call. Its bars are off as in main."""
+    """Hides the thousands of task files that come with the harness.
+
+    Reading them takes seconds at every call. The harness's progress bars are off as in main.
+    """
     import lm_eval.api.task
     import lm_eval.tasks
 

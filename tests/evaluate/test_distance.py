@@ -1,4 +1,4 @@
-"""Distance of a pruned model to the dense one: against float64 on the host, and on meshes."""
+"""Distance of a pruned model to the dense one, against float64, on meshes."""
 
 import json
 import re
@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(1).integers(0, VOCAB, (5, 150)).astype(np.int32)
 
 
 def models(shape=(1, 1), change=lambda arrays: None):
-    """A tiny Llama, and the same without one in twenty of the weights of its linear layers."""
+    """Decoders of a tiny Llama and of a copy with 1 in 20 weights zeroed."""
     config, tensors = tiny_llama()
     rng = np.random.default_rng(2)
     arrays = {
@@ -37,11 +37,11 @@ def models(shape=(1, 1), change=lambda arrays: None):
 
 def streams(decoder: Decoder) -> list[np.ndarray]:
     """The hidden states after every block."""
-    hidden, found = decoder.embed(TOKENS), []
+    hidden, states = decoder.embed(TOKENS), []
     for index in range(BLOCKS):
         decoder.apply(index, next(decoder.blocks([index])), hidden)
-        found.append(hidden.values.copy())
-    return found
+        states.append(hidden.values.copy())
+    return states
 
 
 def log_probabilities(decoder: Decoder, hidden: np.ndarray) -> np.ndarray:
@@ -52,17 +52,17 @@ def log_probabilities(decoder: Decoder, hidden: np.ndarray) -> np.ndarray:
 
 
 def test_a_model_without_hidden_states_has_a_distance_that_json_can_hold():
-    """Embeddings of 0 leave the hidden states of these tokens 0, and no error is relative to them."""
+    """Hidden states of 0 leave every relative error undefined."""
     config, tensors = tiny_llama()
     tensors.arrays["model.embed_tokens.weight"][: VOCAB - 1] = 0
-    found = distance(*[Decoder.open(config, tensors, mesh(1, 1), 1)] * 2, np.minimum(TOKENS, VOCAB - 2))
-    record = json.loads(encoded(found.distance))
+    measured = distance(*[Decoder.open(config, tensors, mesh(1, 1), 1)] * 2, np.minimum(TOKENS, VOCAB - 2))
+    record = json.loads(encoded(measured.distance))
     assert record["hidden_errors"] == [None] * BLOCKS and record["kl"] == 0
     assert number(record["hidden_errors"][-1]) == "not finite"
 
 
 def clustered(values: np.ndarray) -> tuple[float, float]:
-    """Mean of [windows, positions] and its cluster-robust standard error, from the residuals."""
+    """Mean of [windows, positions] and its cluster-robust standard error."""
     windows, residuals = len(values), values - values.mean()
     variance = windows / (windows - 1) * np.sum(residuals.sum(axis=1) ** 2) / values.size**2
     return values.mean(), np.sqrt(variance)
@@ -70,38 +70,41 @@ def clustered(values: np.ndarray) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def expected():
-    """(relative error, (KL, its error), (agreement, its error)) after every block, and both perplexities."""
-    found = []
+    """(errors, KLs, agreements) after every block, and both perplexities.
+
+    An error is relative; a KL and an agreement are (mean, standard error).
+    """
+    of_blocks = []
     for dense, pruned in zip(*map(streams, models())):
         p, q = (log_probabilities(decoder, hidden) for decoder, hidden in zip(models(), (dense, pruned)))
         error = np.sum((pruned.astype(np.float64) - dense) ** 2) / np.sum(dense.astype(np.float64) ** 2)
-        found.append(
+        of_blocks.append(
             (
                 error,
                 clustered(np.sum(np.exp(p) * (p - q), axis=-1)),
                 clustered((p.argmax(axis=-1) == q.argmax(axis=-1)).astype(float)),
             )
         )
-    return *zip(*found), [perplexity(decoder, TOKENS) for decoder in models()]
+    return *zip(*of_blocks), [perplexity(decoder, TOKENS) for decoder in models()]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
 def test_it_is_what_float64_gives_on_any_mesh(expected, shape):
     errors, kls, agreements, perplexities = expected
     calls = []
-    found, *both = distance(*models(shape), TOKENS, advance=lambda: calls.append(1), per_block=True)
-    assert len(calls) == BLOCKS * (1 + -(-len(TOKENS) // shape[0])) and found.tokens == 5 * 149
+    measured, *both = distance(*models(shape), TOKENS, advance=lambda: calls.append(1), per_block=True)
+    assert len(calls) == BLOCKS * (1 + -(-len(TOKENS) // shape[0])) and measured.tokens == 5 * 149
     assert 0.01 < min(errors) and 0.01 < kls[-1][0] and 0.05 < agreements[-1][0] < 0.95
-    assert found.hidden_errors == pytest.approx(errors, rel=1e-5)
-    assert found.kls == pytest.approx([mean for mean, _ in kls], rel=1e-5)
-    assert (found.kl, found.kl_stderr) == pytest.approx(kls[-1], rel=1e-5)
+    assert measured.hidden_errors == pytest.approx(errors, rel=1e-5)
+    assert measured.kls == pytest.approx([mean for mean, _ in kls], rel=1e-5)
+    assert (measured.kl, measured.kl_stderr) == pytest.approx(kls[-1], rel=1e-5)
     # Rounding may decide between two tokens at one position.
-    assert found.agreements == pytest.approx([mean for mean, _ in agreements], abs=1.1 / found.tokens)
-    assert found.agreement == found.agreements[-1]
-    assert found.agreement_stderr == pytest.approx(agreements[-1][1], rel=0.05)
+    assert measured.agreements == pytest.approx([mean for mean, _ in agreements], abs=1.1 / measured.tokens)
+    assert measured.agreement == measured.agreements[-1]
+    assert measured.agreement_stderr == pytest.approx(agreements[-1][1], rel=0.05)
     assert both == pytest.approx(perplexities, rel=1e-6)
     rises = np.subtract(*(token_losses(decoder, TOKENS).mean(axis=1, dtype=np.float64) for decoder in models()))
-    assert found.log_ratio_stderr == pytest.approx(rises.std(ddof=1) / len(rises) ** 0.5, rel=1e-3)
+    assert measured.log_ratio_stderr == pytest.approx(rises.std(ddof=1) / len(rises) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
@@ -111,19 +114,19 @@ def test_the_divergences_of_several_models_from_one_are_what_float64_gives(expec
     for decoder, hidden in zip(both, ends):
         for index, parameters in zip(range(BLOCKS), decoder.blocks(range(BLOCKS))):
             decoder.apply(index, parameters, hidden)
-    found = divergences(both[0].head(), ends[0], [ends[1], ends[0], ends[1]], TOKENS, 1)
-    assert found.shape == (3, len(TOKENS))
+    actual = divergences(both[0].head(), ends[0], [ends[1], ends[0], ends[1]], TOKENS, 1)
+    assert actual.shape == (3, len(TOKENS))
     np.testing.assert_allclose(
-        found.sum(axis=1) / TOKENS[:, 1:].size, np.array([1, 0, 1]) * expected[1][-1][0], rtol=1e-5, atol=1e-7
+        actual.sum(axis=1) / TOKENS[:, 1:].size, np.array([1, 0, 1]) * expected[1][-1][0], rtol=1e-5, atol=1e-7
     )
 
 
 def test_a_model_is_at_no_distance_of_itself():
     dense, _ = models()
-    found, first, second = distance(dense, dense, TOKENS[:1])
-    assert (found.kl, found.agreement, found.hidden_errors) == (0.0, 1.0, (0.0,) * BLOCKS)
+    apart, first, second = distance(dense, dense, TOKENS[:1])
+    assert (apart.kl, apart.agreement, apart.hidden_errors) == (0.0, 1.0, (0.0,) * BLOCKS)
     assert first == second
-    assert found.kl_stderr is found.agreement_stderr is found.kls is found.agreements is found.log_ratio_stderr is None
+    assert apart.kl_stderr is apart.agreement_stderr is apart.kls is apart.agreements is apart.log_ratio_stderr is None
 
 
 def scores(head, hidden, tokens):
@@ -136,7 +139,7 @@ def several(head, hidden, tokens):
 
 @pytest.mark.parametrize("lowered", [scores, several])
 def test_no_logits_travel_between_devices(lowered):
-    """Of a stretch [windows, 128, vocab] at most sums over the vocabulary are exchanged, one number a device and position."""
+    """Devices exchange at most one number for each device and position."""
     dense, _ = models((2, 4))
     batch = next(dense.embed(TOKENS).batches(2))
     text = lowered(dense.head(), batch.hidden, batch.place(TOKENS)).compile().as_text()

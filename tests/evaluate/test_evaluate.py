@@ -1,4 +1,4 @@
-"""The command line of an evaluation: models of every kind, tasks with local data, the record, and what is refused."""
+"""The command line of an evaluation: models, tasks, record, refusals."""
 
 import contextlib
 import errno
@@ -94,9 +94,9 @@ def tasks(tmp_path_factory):
     write("choice.jsonl", [question() for _ in range(30)])
     write("rolling.jsonl", [{"text": " ".join(word() for _ in range(size))} for size in (3, 60)])
     write("empty.jsonl", [{"text": "a"}, {"text": ""}])
-    asked = {"question": "a?", "choices": ["b", "c"], "answer": "b"}
+    document = {"question": "a?", "choices": ["b", "c"], "answer": "b"}
     for name, choices in (("unasked", None), ("nothing", [])):
-        write(f"{name}.jsonl", [asked, asked | {"choices": choices}])
+        write(f"{name}.jsonl", [document, document | {"choices": choices}])
     (folder / "late.py").write_text(
         "def results(document, likelihoods):\n    return {'acc': document['level']}\n"
         "def sentences(document, answers):\n    raise LookupError(\"not found: >>> nltk.download('punkt_tab')\")\n"
@@ -115,8 +115,10 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(finished, tasks, text, tmp_path_factory):
-    """(record, harness's own results, what was printed, directory) of the finished run against its dense model, by the command
-    line."""
+    """(record, harness's own results, printed text, directory).
+
+    The command line evaluates the finished run against its dense model.
+    """
     out, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
     with contextlib.redirect_stdout(printed):
         words = [str(finished.directory), "--against", str(finished.model), "--perplexity", f"file:{text}"]
@@ -134,9 +136,9 @@ def test_the_record_has_the_harness_results_the_perplexities_and_the_distance(ev
     report = json.loads((finished.directory / "report.json").read_text())
     of, against = record["evaluated"]["model"], record["evaluated"]["against"]
     assert of["manifest"] == report["manifest"] and against == {"fingerprint": report["model"]["fingerprint"], "manifest": None}
-    found = record["perplexity"][f"file:{text}"]
-    assert found["tokens"] == 14 * 64 and found["perplexity"] > 1 and found["against"] > 1
-    assert "14 consecutive windows of 64 tokens" in found["how"]
+    measured = record["perplexity"][f"file:{text}"]
+    assert measured["tokens"] == 14 * 64 and measured["perplexity"] > 1 and measured["against"] > 1
+    assert "14 consecutive windows of 64 tokens" in measured["how"]
     apart = record["distance"][f"file:{text}"]
     assert apart["tokens"] == 14 * 63 and 0 < apart["kl_stderr"] < apart["kl"] and 0 < apart["agreement"] < 1
     assert len(apart["hidden_errors"]) == 3 and apart["kls"] is None
@@ -203,14 +205,14 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
         (tmp_path / name).mkdir()
         (tmp_path / name / "lm_eval.json").write_text(text)
     changes = {
-        "no group": lambda known: known["results"].pop("tiny_group"),
-        "old": lambda known: known.update(lm_eval_version="0"),
-        "longer": lambda known: known["n-samples"]["tiny_choice"].update(original=31),
+        "no group": lambda saved: saved["results"].pop("tiny_group"),
+        "old": lambda saved: saved.update(lm_eval_version="0"),
+        "longer": lambda saved: saved["n-samples"]["tiny_choice"].update(original=31),
     }
     for name, change in changes.items():
         (tmp_path / name).mkdir()
-        change(known := json.loads((earlier / "lm_eval_against.json").read_text()))
-        (tmp_path / name / "lm_eval_against.json").write_text(json.dumps(known))
+        change(saved := json.loads((earlier / "lm_eval_against.json").read_text()))
+        (tmp_path / name / "lm_eval_against.json").write_text(json.dumps(saved))
     for arguments, expected in (
         (["--against_results", str(tmp_path)], "which has no lm_eval.json"),
         (["--against_results", str(tmp_path / "no group")], "results of tiny_group, got none of them"),
@@ -226,7 +228,7 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
         (["--against_results", str(earlier), "--tasks", "tiny_choice,tiny_empty"], "results of tiny_empty, got none of them"),
     ):
         assert again(*arguments) == 2
-        assert expected in (told := capsys.readouterr()).err + told.out
+        assert expected in (captured := capsys.readouterr()).err + captured.out
 
 
 def test_an_evaluation_replaces_the_results_of_an_earlier_one_and_another_s_only_by_force(finished, text, tmp_path, capsys):
@@ -245,7 +247,10 @@ def test_an_evaluation_replaces_the_results_of_an_earlier_one_and_another_s_only
 
 
 def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finished, tasks, text, tmp_path, monkeypatch, capsys):
-    """Stopped between the tasks of the two models. Other text, tasks or settings are measured from the first part on."""
+    """The evaluation stops between the tasks of the two models.
+
+    Other text, tasks or settings are measured from the first part on.
+    """
     (tmp_path / "tasks").mkdir()
     for path in tasks.iterdir():
         (tmp_path / "tasks" / path.name).write_text(path.read_text())
@@ -253,13 +258,13 @@ def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finishe
     words = [str(finished.directory), "--against", str(finished.model), "--perplexity"]
     words += [f"file:{tmp_path / 'text.txt'}", "--length", "64", "--tasks", "tiny_group,tiny_rolling"]
     words += ["--include_path", str(tmp_path / "tasks"), "--output", str(tmp_path / "out")]
-    asked = evaluation.run_tasks
+    original = evaluation.run_tasks
 
     def stop_at_second(*given):
         if calls:
             raise signals.Stopped(signal.SIGTERM)
         calls.append(1)
-        return asked(*given)
+        return original(*given)
 
     def stopped(*more):
         calls.clear()
@@ -282,16 +287,16 @@ def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finishe
     assert stopped() == 1  # the text alone
     choice.write_text((tasks / "tiny_choice.yaml").read_text())
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert f"file:{tmp_path / 'text.txt'}: measured before" in told and "tasks of model: measured before" in told
+    output = capsys.readouterr().out
+    assert f"file:{tmp_path / 'text.txt'}: measured before" in output and "tasks of model: measured before" in output
     results = {"evaluation.json", "lm_eval.json", "lm_eval_against.json", "sha256-all.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == results
     assert checksums.damage(tmp_path / "out") == ""
-    record, whole = json.loads((tmp_path / "out/evaluation.json").read_text()), evaluated[0]
-    assert record["tasks"] == whole["tasks"]
+    record, expected = json.loads((tmp_path / "out/evaluation.json").read_text()), evaluated[0]
+    assert record["tasks"] == expected["tasks"]
     for kind in ("perplexity", "distance"):
-        (mine,), (theirs,) = record[kind].values(), whole[kind].values()
-        assert {**mine, "how": ""} == {**theirs, "how": ""}
+        (own,), (theirs,) = record[kind].values(), expected[kind].values()
+        assert {**own, "how": ""} == {**theirs, "how": ""}
 
 
 @pytest.mark.parametrize(
@@ -315,7 +320,7 @@ def test_the_progress_counts_every_step_that_is_taken(words, finished, text, tmp
 
 
 def test_a_text_or_a_model_behind_which_no_number_means_anything_is_named(tmp_path, capsys):
-    """Every norm is 0, so every token has the same probability; and one of the texts is one letter."""
+    """Norms of 0 make all tokens equally likely; one text is one letter."""
     norms = lambda arrays: [array.fill(0) for name, array in arrays.items() if "norm" in name]  # noqa: E731
     model = tiny_folder(tmp_path / "model", change=norms, num_hidden_layers=1)
     (tmp_path / "a.txt").write_text("a" * 4000)
@@ -364,7 +369,7 @@ def test_the_exports_of_two_runs_are_recorded_apart(tmp_path):
 
 
 def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
-    """A task with a data set on the hub, and three splits of which one is there."""
+    """The task's data set is on the hub; one of its three splits is a file."""
     yaml = tmp_path / "tasks" / "far.yaml"
     yaml.parent.mkdir()
     yaml.write_text(
@@ -398,7 +403,7 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
     ],
 )  # as the task's file has it
 def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, told, tasks, tmp_path):
-    """Without them the harness draws examples from the documents that are scored."""
+    """Without them the harness draws examples from the scored documents."""
     (tmp_path / "far.yaml").write_text(CHOICE.replace("tiny_choice", "far").replace("path: json", f"path: no/such\n{named}"))
     folder = tmp_path / "data"
     folder.mkdir()
@@ -432,9 +437,9 @@ def refused(capfd, tmp_path, tasks):
     def run(*arguments, output=tmp_path / "out"):
         own = ["--include_path", str(tasks)] if "--tasks" in arguments else []
         assert main([*map(str, arguments), *own, "--output", str(output)]) == 2
-        said = only_error(capfd.readouterr().err)
+        message = only_error(capfd.readouterr().err)
         assert not list(output.glob("*"))
-        return said
+        return message
 
     return run
 
@@ -505,7 +510,10 @@ def test_a_perplexity_beyond_all_numbers_is_the_largest():
 
 
 def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, text, tmp_path, monkeypatch):
-    """By whatever name both come. A data set that is not on this machine is none that is read."""
+    """The text is refused under whatever name it comes.
+
+    A calibration text that is not on this machine is never the same text.
+    """
     run, link = tmp_path / "run", tmp_path / "link.txt"
     shutil.copytree(finished.directory, run)
     link.symlink_to(text)
@@ -517,8 +525,8 @@ def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, tex
 
     for number, models in enumerate([[run], [run / "checkpoint"], [run / "hf"], [finished.model, "--against", run]]):
         calibrated(f"tfds:gone@/nowhere:0.5,file:{text}:0.5" if number == 1 else f"file:{text}")
-        said = refused(*models, "--perplexity", f"random,file:{link}", "--length", "32", output=tmp_path / str(number))
-        assert f"expected --perplexity with a text that {models[-1]} was not calibrated on, got file:{link} (calibrated " in said
+        line = refused(*models, "--perplexity", f"random,file:{link}", "--length", "32", output=tmp_path / str(number))
+        assert f"expected --perplexity with a text that {models[-1]} was not calibrated on, got file:{link} (calibrated " in line
 
     def measured(*given, **options):
         raise UserError("measured")
@@ -537,8 +545,8 @@ def test_a_model_that_is_none(finished, refused, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.directory, run)
     (run / "checkpoint" / "state" / "manifest.ocdbt").write_bytes(b"nothing")
-    said = refused(run, "--perplexity", "random", "--length", "32")
-    assert f"{run / 'checkpoint'} is damaged (state/manifest.ocdbt has 7 bytes" in said
+    message = refused(run, "--perplexity", "random", "--length", "32")
+    assert f"{run / 'checkpoint'} is damaged (state/manifest.ocdbt has 7 bytes" in message
     (run / "checkpoint" / "_CHECKPOINT_METADATA").write_text("{")
     assert f"{run / 'checkpoint'} is damaged" in refused(run)
     shutil.copytree(finished.directory / "checkpoint", tmp_path / "alone")
@@ -546,14 +554,14 @@ def test_a_model_that_is_none(finished, refused, tmp_path):
     shutil.rmtree(run / "checkpoint")
     assert f"expected a run with its pruned model, got {run}, which holds the report alone" in refused(run)
     (run / "report.json").unlink()
-    said = f"expected a finished run, got {run}, which has no checkpoint yet; to finish it, repeat "
-    assert re.search(re.escape(said) + r"\S.* --model \S+", refused(run))
+    message = f"expected a finished run, got {run}, which has no checkpoint yet; to finish it, repeat "
+    assert re.search(re.escape(message) + r"\S.* --model \S+", refused(run))
     (run / "run.json").write_text("{")
     assert f"{run / 'run.json'} has 1 bytes where" in refused(run)
 
 
 def test_a_hub_that_is_not_reached(finished, tasks, tmp_path):
-    """In a process of its own, since the hub's client reads its setting once; there is no torch there."""
+    """In a process without torch: the hub's client reads its setting once."""
     code = (
         "import functools, sys\n"
         "from optima_tpu.evaluate import __main__ as command\n"
@@ -572,7 +580,7 @@ def test_a_hub_that_is_not_reached(finished, tasks, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, tmp_path):
-    """The first one reads texts and tasks and prints; both compute. What is wrong ends both, and is said once."""
+    """Process 0 reads and prints; an error ends both and is printed once."""
 
     def run(tested):
         command = ["-m", "optima_tpu.evaluate", str(finished.directory), "--perplexity", f"file:{text}", "--length", "64"]
@@ -586,11 +594,11 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
     record, expected = json.loads((tmp_path / "out" / "evaluation.json").read_text()), evaluated[0]
     assert record["tasks"]["tiny_group"]["metrics"]["acc"] == expected["tasks"]["tiny_group"]["metrics"]["acc"]
     for path in (("tasks", "tiny_rolling", "metrics", "byte_perplexity"), ("perplexity", f"file:{text}", "perplexity")):
-        found, wanted = (functools.reduce(lambda part, key: part[key], path, whole) for whole in (record, expected))
-        assert found == pytest.approx(wanted, rel=1e-5)
-    for task, told in (("tiny_empty", "document 1 of task tiny_empty"), ("tiny_late", "task tiny_late can't be scored")):
-        (first, _, said), (second, _, other) = run(task)
-        assert (first, second, other) == (2, 2, "") and told in said
+        actual, wanted = (functools.reduce(lambda part, key: part[key], path, results) for results in (record, expected))
+        assert actual == pytest.approx(wanted, rel=1e-5)
+    for task, message in (("tiny_empty", "document 1 of task tiny_empty"), ("tiny_late", "task tiny_late can't be scored")):
+        (first, _, error), (second, _, other) = run(task)
+        assert (first, second, other) == (2, 2, "") and message in error
 
 
 def test_the_settings_are_one_dataclass():

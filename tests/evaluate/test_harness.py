@@ -1,4 +1,4 @@
-"""Log-likelihoods on the mesh against the harness's own model for transformers (torch), on a tiny random Llama."""
+"""Log-likelihoods on a mesh against the harness with torch, on tiny Llamas."""
 
 import dataclasses
 import itertools
@@ -46,7 +46,7 @@ DOCUMENTS = instances("loglikelihood_rolling", [(SENTENCE * 5,), ("a",), (SENTEN
 
 @pytest.fixture(scope="module", params=["without BOS", "with BOS"])
 def folder(request, tmp_path_factory):
-    """A Hugging Face folder, whose tokenizer puts a BOS before every text or does not."""
+    """A model's folder whose tokenizer does or does not put a BOS first."""
     path = tiny_folder(tmp_path_factory.mktemp("harness") / "model", max_position_embeddings=CONTEXT)
     return with_bos(path) if request.param == "with BOS" else path
 
@@ -64,9 +64,9 @@ def opened(folder, shape=(1, 1), context=None):
     return DecoderLM(model, tokenizer, Progress(), context=context)
 
 
-def assert_close(found, expected):
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-5)
+def assert_close(actual, expected):
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose([value for value, _ in actual], [value for value, _ in expected], rtol=1e-5)
 
 
 def test_likelihoods_are_those_of_transformers(folder, reference):
@@ -80,7 +80,7 @@ def test_likelihoods_are_those_of_transformers(folder, reference):
 
 
 def test_the_likeliest_continuation_is_called_greedy(folder, reference):
-    lm, rng, asked = opened(folder), np.random.default_rng(0), []
+    lm, rng, requests = opened(folder), np.random.default_rng(0), []
 
     def likeliest(tokens):
         padded = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, 48 - len(tokens))))
@@ -92,10 +92,10 @@ def test_the_likeliest_continuation_is_called_greedy(folder, reference):
             greedy.append(likeliest(context + greedy))
         other = [greedy[0], (greedy[1] + 1) % 256]
         other.append(likeliest(context + other))  # after another token in the middle
-        asked += [(("", ""), context, tokens) for tokens in (greedy, greedy[:1], [*greedy[:2], (greedy[2] + 1) % 256], other)]
-    found = lm._loglikelihood_tokens(asked)
-    assert_close(found, reference._loglikelihood_tokens(asked, disable_tqdm=True))
-    assert [greedy for _, greedy in found] == [True, True, False, False] * 4
+        requests += [(("", ""), context, tokens) for tokens in (greedy, greedy[:1], [*greedy[:2], (greedy[2] + 1) % 256], other)]
+    answers = lm._loglikelihood_tokens(requests)
+    assert_close(answers, reference._loglikelihood_tokens(requests, disable_tqdm=True))
+    assert [greedy for _, greedy in answers] == [True, True, False, False] * 4
 
 
 def test_the_mesh_does_not_change_likelihoods(tmp_path):
@@ -145,11 +145,11 @@ def test_a_plan_has_every_text_once_and_keeps_to_its_bytes(decoder, count):
     assert [group.first for group in groups] == [0, *(group.last for group in groups[:-1])] and groups[-1].last == len(plan.texts)
     assert all(len(plan.texts[group.first]) <= group.length for group in groups)
     assert all(group.batch % decoder.mesh.shape["data"] == 0 for group in groups)
-    held = [sum(plan.tokens(group).size for group in part) * decoder.config.d_model * 4 for part in plan.waves]
-    assert max(held) <= wave
+    sizes = [sum(plan.tokens(group).size for group in part) * decoder.config.d_model * 4 for part in plan.waves]
+    assert max(sizes) <= wave
     places = [plan.places(group) for group in groups]
-    asked = sorted((int(request), int(target)) for part in places for request, target in zip(part.request, part.target))
-    assert asked == sorted((number, target) for number, request in enumerate(requests) for target in request.targets)
+    pairs = sorted((int(request), int(target)) for part in places for request, target in zip(part.request, part.target))
+    assert pairs == sorted((number, target) for number, request in enumerate(requests) for target in request.targets)
 
 
 def test_waves_do_not_change_likelihoods(decoder):

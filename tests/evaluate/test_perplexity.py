@@ -1,4 +1,7 @@
-"""Our perplexity against torch by the published protocol: one text, windows that do not overlap, mean over tokens."""
+"""Our perplexity against torch by the published protocol.
+
+One text is cut into windows that do not overlap, and the mean is over tokens.
+"""
 
 import functools
 
@@ -22,7 +25,7 @@ BOS, LENGTH = 256, 40
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Gives (folder, model of transformers) of a family whose tokenizer puts a BOS token before a text."""
+    """Gives a family's (folder, transformers' model); texts begin with BOS."""
     root = tmp_path_factory.mktemp("perplexity")
 
     @functools.cache
@@ -39,7 +42,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("family", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
 def test_perplexity_is_that_of_torch_with_bos_before_the_text_or_every_window(saved, family):
     folder, reference = saved(family)
-    found = {}
+    measured = {}
     for bos in ("text", "window", None):
         config = RunConfig(
             str(folder),
@@ -49,9 +52,9 @@ def test_perplexity_is_that_of_torch_with_bos_before_the_text_or_every_window(sa
         model = opened(config, (1, 1))
         tokens = read_texts(config, model).evaluation
         assert ("BOS" in tokens.how) == (bos == "window" or (bos is None and "Gemma" in family))
-        found[bos] = perplexity(model.decoder, tokens.ids)
+        measured[bos] = perplexity(model.decoder, tokens.ids)
     ids = byte_tokenizer()("\n\n".join(DOCUMENTS))["input_ids"]
-    assert found["text"] == pytest.approx(published(reference, [BOS, *ids], LENGTH), rel=1e-5)
-    assert found["window"] == pytest.approx(published(reference, ids, LENGTH, bos=BOS), rel=1e-5)
-    assert found[None] == found["window" if "Gemma" in family else "text"]
-    assert found["text"] != pytest.approx(found["window"], rel=1e-3)
+    assert measured["text"] == pytest.approx(published(reference, [BOS, *ids], LENGTH), rel=1e-5)
+    assert measured["window"] == pytest.approx(published(reference, ids, LENGTH, bos=BOS), rel=1e-5)
+    assert measured[None] == measured["window" if "Gemma" in family else "text"]
+    assert measured["text"] != pytest.approx(measured["window"], rel=1e-3)

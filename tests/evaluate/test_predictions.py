@@ -1,4 +1,4 @@
-"""Chunks of positions change no score, and are shorter where a vocabulary is large."""
+"""Chunks of positions change no score; large vocabularies get short ones."""
 
 import numpy as np
 import pytest
@@ -24,5 +24,5 @@ def test_chunks_of_any_length_give_the_same_scores(stretch):
 
     expected = tokens[:, 1:] * hidden[:, :-1].sum(axis=-1)
     np.testing.assert_allclose(per_token(score, tokens, hidden, stretch=stretch), expected, rtol=1e-5)
-    found = sum_over_windows(score, tokens, hidden, stretch=stretch)
-    np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-4, atol=1e-4)
+    sums = sum_over_windows(score, tokens, hidden, stretch=stretch)
+    np.testing.assert_allclose(sums, expected.sum(axis=1), rtol=1e-4, atol=1e-4)

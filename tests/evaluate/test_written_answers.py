@@ -1,4 +1,4 @@
-"""Tasks in which the model writes, against the harness's own model for transformers (torch), on tiny random models."""
+"""Tasks in which a model writes, against the harness's torch model."""
 
 import contextlib
 import functools
@@ -38,7 +38,7 @@ LETTERS = "abcdef"
 
 
 def pairs_tokenizer():
-    """Tokens of one byte and of two letters, 256 to 291; ``</s>`` (292, EOS) and ``<end>`` (293), both special."""
+    """Bytes, letter pairs (256 to 291), EOS ``</s>`` 292, ``<end>`` 293."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(first, second) for first in LETTERS for second in LETTERS]
     core = Tokenizer(models.BPE({text: index for index, text in enumerate([*alphabet, *map("".join, merges)])}, merges))
@@ -49,7 +49,7 @@ def pairs_tokenizer():
 
 
 def write_model(path, seed, liked=range(256, 294)):
-    """A folder of a tiny model that likes to write some tokens: those have the longest rows of the head."""
+    """Saves a tiny model with the head's rows for ``liked`` tokens tripled."""
     tokenizer = pairs_tokenizer()
 
     def change(arrays):
@@ -97,29 +97,29 @@ def test_answers_are_those_of_transformers(folder, reference):
     assert len(set(free)) > 6 and len({len(answer) for answer in free}) > 2  # some end at an EOS token
     # From the second letter of a token to the first of another.
     middle = next(answer[3:5] for answer in free if len(answer) > 9)
-    asked = [
+    requests = [
         (text, {"until": until, "max_gen_toks": new, "do_sample": False, "temperature": 0.0})
         for until, new in (([], 24), (middle, 24), ([middle, "e"], 20), (["<end>"], 24))
         for text in TEXTS
     ]
-    asked += [("a long text " * 30, {"until": ["\n\n"], "max_gen_toks": 24}), ("abc", {"max_new_tokens": 1})]
-    found = lm.generate_until(instances(asked))
-    assert found == theirs.generate_until(instances(asked), disable_tqdm=True)
-    assert found[: len(TEXTS)] == free
-    ended = [(answer, whole) for answer, whole in zip(found[len(TEXTS) :], free) if answer != whole]
-    assert ended and all(whole.startswith(answer + middle) for answer, whole in ended)
+    requests += [("a long text " * 30, {"until": ["\n\n"], "max_gen_toks": 24}), ("abc", {"max_new_tokens": 1})]
+    answers = lm.generate_until(instances(requests))
+    assert answers == theirs.generate_until(instances(requests), disable_tqdm=True)
+    assert answers[: len(TEXTS)] == free
+    ended = [(answer, complete) for answer, complete in zip(answers[len(TEXTS) :], free) if answer != complete]
+    assert ended and all(complete.startswith(answer + middle) for answer, complete in ended)
     # In another batch. An empty prompt is the token that comes before every text.
-    before, same, other = lm.generate_until(instances([("", asked[0][1]), ("</s>", asked[0][1]), asked[5]]))
-    assert before == same and other == found[5]
+    before, same, other = lm.generate_until(instances([("", requests[0][1]), ("</s>", requests[0][1]), requests[5]]))
+    assert before == same and other == answers[5]
 
 
 def test_prompts_of_a_chat_are_those_of_the_harness(folder, reference, capsys):
     lm, theirs = opened(folder), reference(folder)
-    said = [{"role": role, "content": f"the {role} says"} for role in ("system", "user", "assistant")]
+    turns = [{"role": role, "content": f"the {role} says"} for role in ("system", "user", "assistant")]
     for template in (CHAT, NO_SYSTEM):
         lm.tokenizer.chat_template = theirs.tokenizer.chat_template = template
         lm.__dict__.pop("_takes_system", None)
-        for messages, answer_next in ((said[:2], True), (said, False), (said[1:], False), (said[1:2], True)):
+        for messages, answer_next in ((turns[:2], True), (turns, False), (turns[1:], False), (turns[1:2], True)):
             expected = theirs.apply_chat_template([*messages], answer_next)
             assert lm.apply_chat_template([*messages], answer_next) == expected
         assert lm.chat_template(True) == theirs.chat_template(True) == template
@@ -136,10 +136,13 @@ ASKING = Asking(fewshot=2, chat=True, multiturn=True, system="Answer with a numb
 
 @pytest.fixture(scope="module")
 def school(tmp_path_factory):
-    """(pruned model, dense model, data of GSM8K): models that write digits, and what the first one answers to three of five."""
-    place = tmp_path_factory.mktemp("school")
-    folders = [write_model(place / name, seed, DIGITS) for seed, name in enumerate(("pruned", "dense"))]
-    data = place / "data"
+    """Returns (pruned model, dense model, data of GSM8K); both write digits.
+
+    The data has the pruned model's own answers to three of five questions.
+    """
+    root = tmp_path_factory.mktemp("school")
+    folders = [write_model(root / name, seed, DIGITS) for seed, name in enumerate(("pruned", "dense"))]
+    data = root / "data"
     data.mkdir()
 
     def write(split, answers):
@@ -178,21 +181,21 @@ def test_gsm8k_is_scored_offline_as_by_the_harness_for_both_models(school, refer
         assert main([str(pruned), "--against", str(dense), *words, "--output", str(tmp_path / "out")]) == 0
     record, harness = (json.loads((tmp_path / "out" / name).read_text()) for name in ("evaluation.json", "lm_eval.json"))
     result = record["tasks"]["gsm8k"]
-    found = result["metrics"]
-    assert found["exact_match,flexible-extract"] == 0.6 and found["exact_match,strict-match"] == 0
-    assert found["exact_match_stderr,flexible-extract"] == pytest.approx((0.6 * 0.4 / 4) ** 0.5)
+    scores = result["metrics"]
+    assert scores["exact_match,flexible-extract"] == 0.6 and scores["exact_match,strict-match"] == 0
+    assert scores["exact_match_stderr,flexible-extract"] == pytest.approx((0.6 * 0.4 / 4) ** 0.5)
     assert harness["chat_template"] == CHAT and harness["fewshot_as_multiturn"]
-    told = " ".join(printed.getvalue().split())
+    output = " ".join(printed.getvalue().split())
     for expected in (
         "model: writing 5 answers of up to 12 tokens, 5 at once",
         "tokens a second",
         "gsm8k exact_match,flexible-extract 5 0.6000 ± 0.24",
     ):
-        assert expected in told, told
+        assert expected in output, output
 
     from lm_eval.evaluator import evaluate
 
-    for folder, own in ((pruned, found), (dense, result["against"])):
+    for folder, own in ((pruned, scores), (dense, result["against"])):
         tasks = load_tasks(["gsm8k"], opened(folder), ASKING, str(TASKS / "gsm8k"), {"gsm8k": data})
         tasks["tasks"]["gsm8k"].set_fewshot_seed(seed=1234)
         theirs = task_results(tasks, evaluate(reference(folder), tasks, **ASKING.prompts))["gsm8k"]

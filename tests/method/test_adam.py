@@ -22,7 +22,7 @@ RATES = Adam().learning_rates
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A linear layer as it is: its data in float64, and the problem that the solver is given."""
+    """A linear layer: its data in float64, and the problem for the solver."""
 
     inputs: np.ndarray  # [tokens, d_in]
     problem: LayerProblem
@@ -37,7 +37,7 @@ class Layer:
         return self.inputs @ (np.asarray(weight, np.float64) - self.weight).T
 
     def loss(self, weight: np.ndarray) -> np.ndarray:
-        """Mean square over the tokens of what every output is off by."""
+        """The mean over tokens of the squared error of every output."""
         return np.mean(self.miss(weight) ** 2, axis=0)
 
 
@@ -53,7 +53,7 @@ def make_layer(seed: int, *, size_of_weights: float = 0.1, spread: float = 1.0) 
 
 
 def descend(layer: Layer, rate: float, steps: int = 20) -> np.ndarray:
-    """Every point that Adam visits, [steps + 1, d_out, d_in] float64: the published recipe, on the data."""
+    """Adam's published path on the data, [steps + 1, d_out, d_in] float64."""
     keep = np.asarray(layer.pruned.keep)
     weight = np.asarray(layer.pruned.weight, np.float64)
     first, second, visited = np.zeros_like(weight), np.zeros_like(weight), [weight]
@@ -68,7 +68,7 @@ def descend(layer: Layer, rate: float, steps: int = 20) -> np.ndarray:
 
 
 def best_of(layer: Layer, rates: tuple[float, ...], steps: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(weights, step, whether every rate ended above its start) of each row."""
+    """(weights, step, whether all rates end above the start) of each row."""
     runs = np.stack([descend(layer, rate, steps) for rate in rates])
     losses = np.stack([[layer.loss(weight) for weight in run] for run in runs])
     flat = losses.reshape(-1, ROWS)
@@ -89,7 +89,7 @@ def test_is_the_published_recipe(rates, steps):
 
 @pytest.mark.parametrize("rates", [*((rate,) for rate in RATES), RATES])
 def test_divergence_is_reported_and_never_handed_on(rates):
-    """Small weights behind inputs of very different scale: 1e-2 and 1e-3 overshoot in every row, 1e-4 in some."""
+    """Rates 1e-2 and 1e-3 overshoot in every row here, 1e-4 in some."""
     layer = make_layer(4, size_of_weights=3e-3, spread=2.0)
     solution = solve(Adam(learning_rates=rates), layer.problem, layer.pruned)
     _, _, diverged = best_of(layer, rates)
@@ -100,7 +100,7 @@ def test_divergence_is_reported_and_never_handed_on(rates):
 
 
 def test_a_start_that_no_step_improves_comes_back_to_the_last_bit():
-    """The optimum of an ill-conditioned layer, which even the smallest learning rate leaves upwards."""
+    """The start is an optimum that even the smallest rate leaves upwards."""
     layer = make_layer(5, spread=2.0)
     optimum = solve(Exact(), layer.problem, layer.pruned).weight
     solution = solve(Adam(), layer.problem, Pruned(optimum, layer.pruned.keep))

@@ -1,4 +1,4 @@
-"""ADMM against a float64 port of the algorithm, and what must hold of it without one."""
+"""ADMM against a float64 port of the algorithm, and by its properties."""
 
 import numpy as np
 import pytest

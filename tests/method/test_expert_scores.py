@@ -1,4 +1,4 @@
-"""The scores of experts against their published formulas, in float64, and the choice by them."""
+"""The scores of experts, and the choice by them, against float64 formulas."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +62,7 @@ def test_every_group_keeps_as_many_experts():
 
 
 def test_each_step_of_the_refit_lowers_the_objective_with_rounded_directions():
-    """Products with bfloat16 directions, and the errors that they add up to, in float64."""
+    """Directions are rounded to bfloat16; errors are computed in float64."""
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((TOKENS, EXPERTS, INNER)) * (rng.random((TOKENS, EXPERTS, 1)) < 0.5)
     target = rng.standard_normal((TOKENS, WIDTH))
@@ -80,10 +80,10 @@ def test_each_step_of_the_refit_lowers_the_objective_with_rounded_directions():
     before = jnp.array(np.mean(target**2, axis=0), jnp.float32)
     last = before
     for steps in (1, 2, 3):
-        found = refit(moments(target), jnp.array(gram, jnp.float32), before, passes, steps)
-        change = np.asarray(found.change, np.float64)
+        refitted = refit(moments(target), jnp.array(gram, jnp.float32), before, passes, steps)
+        change = np.asarray(refitted.change, np.float64)
         error = np.mean((target - outputs(change)) ** 2, axis=0)
-        np.testing.assert_allclose(found.after, error, rtol=1e-4)
+        np.testing.assert_allclose(refitted.after, error, rtol=1e-4)
         ridge = DAMPING * np.einsum("eii,eoi->o", gram, change**2)
         assert np.all(error + ridge < last)
         last = error + ridge

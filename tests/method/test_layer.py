@@ -1,4 +1,4 @@
-"""The mathematics stands alone: one layer is pruned with jax, numpy and jaxtyping, and nothing else."""
+"""One layer is pruned with no other packages than jax, numpy, jaxtyping."""
 
 import subprocess
 import sys

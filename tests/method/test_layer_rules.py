@@ -165,8 +165,8 @@ def test_a_pattern_of_neurons_leaves_the_other_layers_as_they_would_be_without_i
     places = (Place(("mlp.down_proj",), 16, "neurons"),)
     cut, coarse = Neurons(0.5, 8, 16, places), Neurons(0.5, total=16, places=places)
     assert check_layers((), cut, blocks) == {f"model.layers.{index}.mlp.down_proj": cut for index in range(2)}
-    found = check_layers([LayerRule("*", cut)], HALF, blocks)
-    assert [found[path] for path, _, _ in blocks] == [HALF, cut] * 2
+    patterns = check_layers([LayerRule("*", cut)], HALF, blocks)
+    assert [patterns[path] for path, _, _ in blocks] == [HALF, cut] * 2
     with pytest.raises(UserError, match="expected a layer to prune, but the pattern 0.5/neuron@8 leaves all of them dense"):
         check_layers((), cut, WIDE)
     with pytest.raises(
@@ -176,7 +176,7 @@ def test_a_pattern_of_neurons_leaves_the_other_layers_as_they_would_be_without_i
 
 
 def test_only_layers_of_experts_share_a_kind():
-    """The two layers of a CTRL's MLP are called ffn.0 and ffn.2, and read different inputs."""
+    """A CTRL's ffn.0 and ffn.2 are no experts: their inputs differ."""
     assert kind_name("mlp.experts.7.up_proj") == kind_name("mlp.experts.12.up_proj") == "mlp.experts.*.up_proj"
     assert [kind_name(name) for name in ("ffn.0", "ffn.2", "mlp.shared_experts.up_proj")] == [
         "ffn.0",

@@ -23,7 +23,7 @@ ROW_COUNT, SIZE = 12, 32
 
 @pytest.fixture(scope="module")
 def layer() -> tuple[LayerProblem, Pruned]:
-    """Correlated inputs of very different scale, as the features of a language model are."""
+    """Correlated inputs of very different scale, as in a language model."""
     rng = np.random.default_rng(0)
     mixing = np.eye(SIZE) + 0.5 * rng.standard_normal((SIZE, SIZE)) / np.sqrt(SIZE)
     inputs = rng.standard_normal((400, SIZE)) @ mixing * np.exp(1.5 * rng.standard_normal(SIZE)) * 0.1
@@ -36,10 +36,10 @@ exact = jax.jit(Exact())
 
 
 def excess(layer, solver: MPAX) -> float:
-    """Mean ``f - f*`` of the rows, relative to the mean square of their outputs."""
+    """Mean ``f - f*`` of the rows, relative to their outputs' mean square."""
     problem, pruned = layer
-    found, best = solver(problem, pruned).weight, exact(problem, pruned).weight
-    return float(jnp.mean((problem.value(found) - problem.value(best)) / problem.energy()))
+    solved, best = solver(problem, pruned).weight, exact(problem, pruned).weight
+    return float(jnp.mean((problem.value(solved) - problem.value(best)) / problem.energy()))
 
 
 in_rounds = jax.jit(mpax._solve_rows)
@@ -80,32 +80,32 @@ def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
     rows = mpax._Rows(jnp.zeros_like(weight), *(jnp.where(jnp.isnan(fixed), end, fixed) for end in (-jnp.inf, jnp.inf)))
     options = {"eps_abs": 1e-3, "eps_rel": 1e-3, "iteration_limit": limit, "primal_importance": 1.0}
     with jax.default_matmul_precision("highest"):
-        found, one_loop = in_rounds(options, hessian, rows), in_one_loop(options, hessian, rows)
-    np.testing.assert_array_equal(found.steps, one_loop.steps)
+        rounds, one_loop = in_rounds(options, hessian, rows), in_one_loop(options, hessian, rows)
+    np.testing.assert_array_equal(rounds.steps, one_loop.steps)
     for ended in ("optimal", "late"):
-        np.testing.assert_array_equal(getattr(found, ended), getattr(one_loop, ended))
+        np.testing.assert_array_equal(getattr(rounds, ended), getattr(one_loop, ended))
     size = jnp.linalg.norm(one_loop.change, axis=1, keepdims=True)
-    np.testing.assert_allclose(found.change / size, one_loop.change / size, atol=1e-5)
+    np.testing.assert_allclose(rounds.change / size, one_loop.change / size, atol=1e-5)
     if count > 1:  # some rows end in the first round and, where the limit is high, some in every other one
-        assert int(found.steps.min()) < 128 and int(found.steps.max()) >= limit
+        assert int(rounds.steps.min()) < 128 and int(rounds.steps.max()) >= limit
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 def test_the_gap_is_the_residual_of_the_damped_problem(layer, damping):
-    """In float64: of the optimality of the kept weights, as a share of the size of a row's output."""
+    """In float64: the residual of kept weights as a share of a row's size."""
     problem, pruned = layer
-    found = MPAX()(dataclasses.replace(problem, damping=damping), pruned)
+    solution = MPAX()(dataclasses.replace(problem, damping=damping), pruned)
     weight, hessian, _ = wide(problem, damping)
-    residual = (np.asarray(found.weight, np.float64) - weight) @ hessian / np.sqrt(np.diagonal(hessian))
+    residual = (np.asarray(solution.weight, np.float64) - weight) @ hessian / np.sqrt(np.diagonal(hessian))
     size = np.sqrt(np.sum(weight * (weight @ hessian), axis=1))
     expected = np.where(pruned.keep, np.abs(residual), 0).max(axis=1) / size
     assert expected.min() > 1e-4
-    np.testing.assert_allclose(found.gap, expected, rtol=1e-2)
+    np.testing.assert_allclose(solution.gap, expected, rtol=1e-2)
 
 
 @pytest.mark.slow  # of XLA alone
 def test_left_to_the_compiler_the_loop_has_a_collective_and_its_trace_leaves_the_root_logger_alone(layer):
-    """The devices agree on the end of every loop: what test_prune.py does not find in its programs is there to be found."""
+    """This is the collective that test_prune.py must not find in its loops."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     mesh = make_mesh("4x2")  # tests/conftest.py simulates 8 devices

@@ -131,23 +131,23 @@ def test_the_lowest_of_every_group_are_found_with_ties_by_index(shape, levels, g
     flat = np.where(np.isnan(scores), -np.inf, scores).reshape((rows, columns) if group == "row" else (1, -1))
     counts = rng.integers(0, flat.shape[1] + 1, (len(flat), 1)).astype(np.int32)
     expected = np.zeros(flat.shape, bool)
-    for line, count, found in zip(flat, counts[:, 0], expected):
-        found[np.argsort(line, kind="stable")[:count]] = True
-    found = jax.jit(lowest, static_argnames="group")(scores, counts, group)
-    assert (np.asarray(found).reshape(flat.shape) == expected).all()
+    for line, count, row in zip(flat, counts[:, 0], expected):
+        row[np.argsort(line, kind="stable")[:count]] = True
+    actual = jax.jit(lowest, static_argnames="group")(scores, counts, group)
+    assert (np.asarray(actual).reshape(flat.shape) == expected).all()
 
 
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_the_pairs_that_pay_are_those_of_two_sorted_lists(seed):
-    """With ties, and with infinities, as of what is kept already or pruned already; some rows are all of one kind."""
+    """With ties, infinities, and rows that are all kept or all pruned."""
     rng = np.random.default_rng(seed)
     win, cost = rng.choice([0.0, 1e-30, 0.5, 1.0, 3e20], size=(2, 5, 8)).astype(np.float32)
     keep = rng.random((5, 8)) < rng.choice([0.0, 0.5, 1.0], size=(5, 1))
     win[keep], cost[~keep] = -np.inf, np.inf
     pairs = zip(np.sort(-win, axis=1), np.sort(cost, axis=1))
-    found = jax.jit(pairs_that_pay)(win, cost)
-    assert found.tolist() == [np.sum(-dearest > cheapest) for dearest, cheapest in pairs] and found.dtype == jnp.int32
+    counts = jax.jit(pairs_that_pay)(win, cost)
+    assert counts.tolist() == [np.sum(-dearest > cheapest) for dearest, cheapest in pairs] and counts.dtype == jnp.int32
 
 
 def test_a_sparsity_below_one_leaves_a_weight():
@@ -209,11 +209,11 @@ def test_what_violates_whole_inputs_is_named():
 def test_totals_are_sums_that_do_not_depend_on_the_order_of_rows(rows, seed, exponent):
     rng = np.random.default_rng(seed)
     scores = (rng.standard_normal((rows, 8)) * 2.0**exponent * np.exp(rng.standard_normal(8))).astype(np.float32)
-    found = np.asarray(totals(jnp.asarray(scores)))
-    assert (found == totals(jnp.asarray(scores[rng.permutation(rows)]))).all()
+    result = np.asarray(totals(jnp.asarray(scores)))
+    assert (result == totals(jnp.asarray(scores[rng.permutation(rows)]))).all()
     sums = scores.sum(axis=0, dtype=np.float64)
     unit = 2.0 ** (30 - rows.bit_length() - np.frexp(np.abs(scores).max())[1])
-    np.testing.assert_allclose(found[0], sums * unit, rtol=1e-6, atol=1e-6 * np.abs(scores).max() * unit)
+    np.testing.assert_allclose(result[0], sums * unit, rtol=1e-6, atol=1e-6 * np.abs(scores).max() * unit)
 
 
 def test_an_input_with_an_unknown_score_goes_first():

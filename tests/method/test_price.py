@@ -1,4 +1,4 @@
-"""Prices and exchanges against solves in float64, and what they choose against all sets of inputs."""
+"""Prices and exchanges against float64 solves, choices against all sets."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ COUNT, SIZE, DAMPING = 8, 32, 0.05
 
 
 def least(problem: LayerProblem, kept: np.ndarray, damping: float = DAMPING) -> np.ndarray:
-    """The objective of every row at its optimum over some inputs, [..., rows] float64.
+    """Each row's optimal objective over kept inputs, [..., rows] float64.
 
     Args:
       kept: [..., count] int.
@@ -42,16 +42,16 @@ def test_a_price_is_what_the_optimum_loses_with_a_part(width, target):
     """Of each row and part, with some inputs gone already."""
     problem = layer(np.random.default_rng(30), COUNT, SIZE, target=target)
     left = np.repeat(np.arange(SIZE // width) % 4 != 1, width)
-    found = jax.jit(lambda problem, left: _Priced.of(problem, DAMPING).prices(left, width))(problem, jnp.asarray(left))
+    actual = jax.jit(lambda problem, left: _Priced.of(problem, DAMPING).prices(left, width))(problem, jnp.asarray(left))
     for part in range(SIZE // width):
         inside = np.arange(SIZE) // width == part
         if left[inside].all():
             lost = least(problem, np.flatnonzero(left & ~inside)) - least(problem, np.flatnonzero(left))
-            np.testing.assert_allclose(found[:, part], lost, rtol=2e-3)
+            np.testing.assert_allclose(actual[:, part], lost, rtol=2e-3)
 
 
 def test_parts_leave_one_after_the_other_and_the_rest_is_priced_again():
-    """With a step for every part: what is cheapest leaves, until as many are left as the pattern says."""
+    """With one part a step, the cheapest leaves until half are left."""
     problem, width = layer(np.random.default_rng(31), COUNT, SIZE), 2
     pattern = WholeInputs(0.5, multiple=1, total=SIZE // width)
     keep = np.asarray(select(Price(DAMPING, steps=SIZE // width // 2), problem, pattern).keep)
@@ -68,7 +68,7 @@ def test_parts_leave_one_after_the_other_and_the_rest_is_priced_again():
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_an_exchange_adds_what_the_optima_differ_by(width):
-    """Of each part that is left, for each that is not, with rows of different weights."""
+    """For every part left and every part gone, with unequal row weights."""
     problem, share = layer(np.random.default_rng(32), COUNT, SIZE, target="other"), np.linspace(1, 2, COUNT)
     left = np.arange(SIZE // width) % 2 == 1
 
@@ -90,7 +90,7 @@ def test_an_exchange_adds_what_the_optima_differ_by(width):
 
 
 def unit_rows(problem: LayerProblem) -> LayerProblem:
-    """The same with rows of the output energy 1, so that the price weighs them alike."""
+    """Scales rows to output energy 1, so that the price weighs them alike."""
     return dataclasses.replace(problem, weight=problem.weight / jnp.asarray(np.sqrt(energy(problem)), jnp.float32)[:, None])
 
 
@@ -101,16 +101,16 @@ def chosen(problem: LayerProblem, share: float, exchanges: int) -> np.ndarray:
 
 
 def test_exchanges_end_where_none_lowers_the_objective_here_at_the_best_of_all_sets():
-    """Half of 12 neurons leave, in 20 layers, and the objective of all 924 sets is known."""
+    """In 20 layers half of 12 neurons leave; all 924 sets are evaluated."""
     sets = np.asarray(list(itertools.combinations(range(12), 6)))
     gaps = []
     for seed in range(20):
         problem = unit_rows(layer(np.random.default_rng(seed), COUNT, 12))
         objectives = least(problem, sets).sum(axis=-1)
         backward, exchanged = (chosen(problem, 0.5, exchanges) for exchanges in (0, 20))
-        found = least(problem, exchanged).sum()
+        reached = least(problem, exchanged).sum()
         others = np.sum(np.isin(sets, exchanged), axis=1) == 5
-        assert found <= objectives[others].min() * (1 + 1e-5)
-        gaps.append((found / objectives.min() - 1, least(problem, backward).sum() / objectives.min() - 1))
+        assert reached <= objectives[others].min() * (1 + 1e-5)
+        gaps.append((reached / objectives.min() - 1, least(problem, backward).sum() / objectives.min() - 1))
     ends, starts = np.transpose(gaps)
     assert ends.max() < 1e-5 and np.sum(starts > 0.2) >= 3 and starts.max() > 0.7

@@ -1,4 +1,4 @@
-"""Integers and scales: on the grid, with zeros where the mask prunes, and never worse than rounding to the nearest."""
+"""Weights on the grid, zero where pruned, never worse than the nearest."""
 
 import functools
 from dataclasses import replace
@@ -44,24 +44,24 @@ def solved(target: str = "self") -> tuple[LayerProblem, Pruned]:
     return problem, Pruned(jnp.asarray(exact, jnp.float32), keep)
 
 
-def levels(quantizer: Quantizer, found: Quantized) -> tuple[np.ndarray, np.ndarray]:
+def levels(quantizer: Quantizer, quantized: Quantized) -> tuple[np.ndarray, np.ndarray]:
     """The integers and the scales of all weights."""
-    scale = np.repeat(np.asarray(found.scale), SIZE // found.scale.shape[1], axis=1)
-    return np.round(np.asarray(found.weight) / scale), scale
+    scale = np.repeat(np.asarray(quantized.scale), SIZE // quantized.scale.shape[1], axis=1)
+    return np.round(np.asarray(quantized.weight) / scale), scale
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
 def test_weights_are_integers_times_scales_and_pruned_ones_are_zero(quantizer, dtype):
     problem, pruned = solved()
-    found = quantize(quantizer, problem, pruned, dtype)
-    numbers, scale = levels(quantizer, found)
+    quantized = quantize(quantizer, problem, pruned, dtype)
+    numbers, scale = levels(quantizer, quantized)
     half = 2 ** (quantizer.bits - 1)
-    assert found.scale.shape == (ROWS, SIZE // (quantizer.group or SIZE)) and (scale > 0).all()
+    assert quantized.scale.shape == (ROWS, SIZE // (quantizer.group or SIZE)) and (scale > 0).all()
     assert numbers.min() >= -half and numbers.max() < half
-    np.testing.assert_array_equal((numbers * scale).astype(dtype).astype(np.float32), found.weight)
-    np.testing.assert_array_equal(found.scale.astype(dtype).astype(jnp.float32), found.scale)
-    for weight in (found.weight, found.nearest):
+    np.testing.assert_array_equal((numbers * scale).astype(dtype).astype(np.float32), quantized.weight)
+    np.testing.assert_array_equal(quantized.scale.astype(dtype).astype(jnp.float32), quantized.scale)
+    for weight in (quantized.weight, quantized.nearest):
         assert (
             not np.asarray(weight)[~np.asarray(pruned.keep)].any() and not np.signbit(np.asarray(weight) + 0.0)[weight == 0].any()
         )
@@ -74,9 +74,9 @@ def test_no_row_is_worse_than_its_nearest_integers_and_none_beats_its_optimum(ta
     best = row_objective(undamped, pruned.weight, DAMPING)
     values = []
     for sweeps in (0, 1, 2, 8):
-        found = quantize(Int4(group=8, sweeps=sweeps), problem, pruned)
-        values.append(row_objective(undamped, found.weight, DAMPING))
-    nearest = row_objective(undamped, found.nearest, DAMPING)
+        quantized = quantize(Int4(group=8, sweeps=sweeps), problem, pruned)
+        values.append(row_objective(undamped, quantized.weight, DAMPING))
+    nearest = row_objective(undamped, quantized.nearest, DAMPING)
     # Rounding of float32, whose objective is a difference of products of the size of the row's energy.
     noise = 1e-5 * np.abs(row_objective(undamped, np.zeros((ROWS, SIZE)), DAMPING))
     for value, before in zip(values, [nearest, *values]):
@@ -88,10 +88,10 @@ def test_no_row_is_worse_than_its_nearest_integers_and_none_beats_its_optimum(ta
 
 def test_where_the_descent_ends_no_integer_can_change_alone():
     problem, pruned = solved("other")
-    found = quantize(Int4(group=8, sweeps=40), problem, pruned)
+    quantized = quantize(Int4(group=8, sweeps=40), problem, pruned)
     undamped = LayerProblem(problem.weight, problem.hessian, problem.pull)
-    numbers, scale = levels(Int4(), found)
-    value = row_objective(undamped, found.weight, DAMPING)
+    numbers, scale = levels(Int4(), quantized)
+    value = row_objective(undamped, quantized.weight, DAMPING)
     noise = 1e-5 * np.abs(row_objective(undamped, np.zeros((ROWS, SIZE)), DAMPING))
     for column in range(SIZE):
         for step in (-1, 1):
@@ -103,11 +103,11 @@ def test_where_the_descent_ends_no_integer_can_change_alone():
 
 def test_the_compensation_is_that_of_the_optimal_brain_surgeon():
     problem, pruned = solved()
-    found = quantize(Int4(group=8, sweeps=0, clip=1), problem, pruned)
+    quantized = quantize(Int4(group=8, sweeps=0, clip=1), problem, pruned)
     matrix = np.asarray(problem.hessian, np.float64)
     matrix = matrix + DAMPING * np.diag(np.diag(matrix))
     matrix += 0.01 * np.mean(np.diag(matrix)) * np.eye(SIZE)
-    keep, scale = np.asarray(pruned.keep), np.repeat(np.asarray(found.scale, np.float64), 8, axis=1)
+    keep, scale = np.asarray(pruned.keep), np.repeat(np.asarray(quantized.scale, np.float64), 8, axis=1)
     expected = np.asarray(pruned.weight, np.float64)
     for j in range(SIZE):
         inverse = np.linalg.inv(matrix[j:, j:])  # of the inputs that are not fixed yet
@@ -115,14 +115,14 @@ def test_the_compensation_is_that_of_the_optimal_brain_surgeon():
         expected[:, j:] -= np.outer(expected[:, j] - fixed, inverse[0] / inverse[0, 0])
         expected[:, j] = fixed
     undamped = LayerProblem(problem.weight, problem.hessian, problem.pull)
-    ours = row_objective(undamped, found.weight, DAMPING)
+    ours = row_objective(undamped, quantized.weight, DAMPING)
     start = np.where(
-        (row_objective(undamped, expected, DAMPING) < row_objective(undamped, found.nearest, DAMPING))[:, None],
+        (row_objective(undamped, expected, DAMPING) < row_objective(undamped, quantized.nearest, DAMPING))[:, None],
         expected,
-        found.nearest,
+        quantized.nearest,
     )
-    np.testing.assert_allclose(found.weight, start, atol=1e-5)
-    assert ours.sum() < row_objective(undamped, found.nearest, DAMPING).sum()
+    np.testing.assert_allclose(quantized.weight, start, atol=1e-5)
+    assert ours.sum() < row_objective(undamped, quantized.nearest, DAMPING).sum()
 
 
 def test_rows_do_not_depend_on_each_other():
@@ -143,8 +143,8 @@ def test_a_row_without_weights_and_a_dead_input_stay_as_they_are():
     hessian = problem.hessian.at[2].set(0).at[:, 2].set(0)
     keep = pruned.keep.at[0].set(False).at[:, 2].set(True)
     pruned = Pruned(jnp.where(keep, pruned.weight, 0.0), keep)
-    found = quantize(Int4(group=8), LayerProblem(problem.weight, hessian, damping=DAMPING), pruned)
-    assert not found.weight[0].any() and np.isfinite(found.weight).all() and (found.scale > 0).all()
+    quantized = quantize(Int4(group=8), LayerProblem(problem.weight, hessian, damping=DAMPING), pruned)
+    assert not quantized.weight[0].any() and np.isfinite(quantized.weight).all() and (quantized.scale > 0).all()
 
 
 def test_the_mesh_does_not_change_the_integers():

@@ -42,7 +42,7 @@ def refined(solver, swaps: Swaps, pattern, problem, pruned, damping: float | Non
 
 
 def schur_by_eigenvalues(hessian: np.ndarray, damping: float, kept: float) -> np.ndarray:
-    """``s_j H_jj`` of the deterministic equivalent in float64; 0 for a dead input."""
+    """``s_j H_jj`` of the deterministic equivalent, float64; dead inputs 0."""
     diagonal = np.diagonal(hessian).astype(np.float64)
     scale = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
     values, vectors = np.linalg.eigh(np.where(np.eye(len(scale)) > 0, 1 + damping, hessian / scale / scale[:, None]))
@@ -54,7 +54,7 @@ def schur_by_eigenvalues(hessian: np.ndarray, damping: float, kept: float) -> np
 
 
 def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, pattern) -> list[tuple[int, int]]:
-    """The best (enters, leaves) of one row that win more than they cost, at most ``limit``."""
+    """A row's ``limit`` best (enters, leaves) that win more than they cost."""
     if isinstance(pattern, NM):
         groups = pattern.groups(np.arange(len(keep))[None])[0].tolist()
         pairs = [
@@ -81,7 +81,7 @@ def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, 
     ids=["row cg", "layer cg", "2:4 exact"],
 )
 def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, solver, selector, target):
-    """Against the exact minimiser on the mask that came, in float64; the second layer's inputs have a dead one among them."""
+    """Against exact float64 optima; the second layer has a dead input."""
     damping = solver.damping
     for seed, dead in ((0, []), (1, [3])):
         problem = layer(np.random.default_rng(seed), 12, 40, target=target)
@@ -97,11 +97,11 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
         start, solved = (
             row_objective(problem, oracle(problem, Pruned(None, mask & live), damping), damping) for mask in (before, keep)
         )
-        found = row_objective(problem, weight, damping)
+        objectives = row_objective(problem, weight, damping)
         scale = row_objective(problem, np.asarray(pruned.weight), damping)
-        assert (np.abs(found - solved) <= 1e-3 * np.abs(scale)).all(), "not solved on the mask that is returned"
-        assert (found <= start + 1e-5 * np.abs(scale)).all()
-        assert found.sum() < 0.97 * start.sum() if target == "self" else found.sum() < start.sum()
+        assert (np.abs(objectives - solved) <= 1e-3 * np.abs(scale)).all(), "not solved on the mask that is returned"
+        assert (objectives <= start + 1e-5 * np.abs(scale)).all()
+        assert objectives.sum() < 0.97 * start.sum() if target == "self" else objectives.sum() < start.sum()
         assert (keep != before).any() and not keep[:, dead].any()
         assert converged.all() and (steps > 0).any()
 
@@ -109,8 +109,8 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
 @pytest.mark.parametrize("kept", [0.5, 0.95, 1.0])
 def test_no_schur_complement_is_negative_where_a_row_keeps_more_than_the_hessian_has_directions(kept):
     x = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
-    found = np.asarray(schur(jnp.asarray(x.T @ x), 0.0, kept))
-    assert np.isfinite(found).all() and (found >= 0).all()
+    complements = np.asarray(schur(jnp.asarray(x.T @ x), 0.0, kept))
+    assert np.isfinite(complements).all() and (complements >= 0).all()
 
 
 def test_nothing_is_exchanged_where_float32_finds_no_inverse():
@@ -123,29 +123,29 @@ def test_traces_of_inverses_are_those_of_the_eigenvalues(size, off):
     hessian = correlated_hessian(np.random.default_rng(3), size, spread=0.1) + 0.05 * np.eye(size, dtype=np.float32)
     values = np.linalg.eigvalsh(hessian.astype(np.float64))
     shifts = np.float32([0.03, 0.3, 3.0])
-    found = jax.jit(lambda matrix, shifts: jax.lax.map(inverse_traces(matrix), shifts))(hessian, shifts)
-    np.testing.assert_allclose(found, [np.mean(1 / (values + shift)) for shift in shifts], rtol=off)
+    traces = jax.jit(lambda matrix, shifts: jax.lax.map(inverse_traces(matrix), shifts))(hessian, shifts)
+    np.testing.assert_allclose(traces, [np.mean(1 / (values + shift)) for shift in shifts], rtol=off)
 
 
 def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
-    """Against eigenvalues in float64, and against what exchanges really cost on random sets of inputs."""
+    """Against float64 eigenvalues, and exchange costs on random input sets."""
     rng = np.random.default_rng(2)
     hessian, damping = correlated_hessian(rng, 60), 0.01
     hessian[5] = hessian[:, 5] = 0.0
     diagonal = np.diagonal(hessian).astype(np.float64)
     live = diagonal > 0
     for kept in (0.3, 0.5, 0.75):
-        found = np.asarray(schur(jnp.asarray(hessian), damping, kept))
-        np.testing.assert_allclose(found, schur_by_eigenvalues(hessian, damping, kept), rtol=1e-3)
+        complements = np.asarray(schur(jnp.asarray(hessian), damping, kept))
+        np.testing.assert_allclose(complements, schur_by_eigenvalues(hessian, damping, kept), rtol=1e-3)
     scale = np.sqrt(np.where(live, diagonal, 1.0))
     matrix = np.where(np.eye(60) > 0, 1.0, hessian / scale / scale[:, None]) + damping * np.eye(60)
     costs = [[] for _ in range(60)]
     for _ in range(200):
         inside = rng.permutation(60)[:45]
-        for place, cost in zip(inside, 1 / np.diagonal(np.linalg.inv(matrix[np.ix_(inside, inside)]))):
-            costs[place].append(cost * diagonal[place])
+        for index, cost in zip(inside, 1 / np.diagonal(np.linalg.inv(matrix[np.ix_(inside, inside)]))):
+            costs[index].append(cost * diagonal[index])
     means = np.asarray([np.mean(cost) for cost in costs])
-    np.testing.assert_allclose(found[live], means[live], rtol=0.1)
+    np.testing.assert_allclose(complements[live], means[live], rtol=0.1)
     assert np.abs(diagonal[live] / means[live] - 1).max() > 0.5, "the diagonal alone would do"
 
 
@@ -156,19 +156,19 @@ def test_exchanges_are_the_best_pairs_that_pay():
         win, cost = rng.integers(0, 9, (2, 6, size)).astype(np.float32)
         keep = np.asarray(select(Magnitude(), layer(rng, 6, size), pattern).keep)
         limit = np.array([0, 1, 2, 3, 4, 4], np.int32)
-        found, count = jax.jit(pattern.exchange)(*map(jnp.asarray, (win, cost, keep, limit)))
+        actual, count = jax.jit(pattern.exchange)(*map(jnp.asarray, (win, cost, keep, limit)))
         for row, most in enumerate(limit):
             pairs = best_pairs(win[row], cost[row], keep[row], most, pattern)
             expected = keep[row].copy()
             for i, j in pairs:
                 expected[i], expected[j] = True, False
-            assert (np.asarray(found)[row] == expected).all() and count[row] == len(pairs)
+            assert (np.asarray(actual)[row] == expected).all() and count[row] == len(pairs)
 
 
 @pytest.mark.parametrize("rounds", [1, 5])
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=["row", "2:4"])
 def test_a_round_is_that_of_the_docstring(pattern, rounds):
-    """Against rounds in float64, with so many exchanges at once that they are too much for some rows, which then try half."""
+    """Against float64 rounds in which some rows must halve their exchanges."""
     damping, share = 0.3, 0.4
     problem = layer(np.random.default_rng(7), 24, 40, target="other")
     pruned = select(Wanda(), problem, pattern)

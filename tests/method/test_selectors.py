@@ -1,4 +1,4 @@
-"""The contract that every selector passes, and each against its published formula, in float64."""
+"""The contract of every selector, and each against its formula in float64."""
 
 import dataclasses
 
@@ -40,12 +40,15 @@ LAYER, SHAPES = Unstructured(0.6, "layer"), ((1, 1), (4, 2), (2, 4))
 
 
 def with_patterns(patterns, turns: bool = False):
-    """Every selector with every pattern that it takes; with ``turns`` each selector has one by turns, and the others are slow."""
+    """Parametrizes over every selector with every pattern that it takes.
+
+    With ``turns`` each selector has one pattern by turns, and its other patterns are slow.
+    """
     pairs = {f"{pattern}-{name}": (selector, pattern) for pattern in patterns for name, selector in SELECTORS.items()}
     taken = {
         name: pair for name, pair in pairs.items() if not (isinstance(pair[1], WholeInputs) and name.rpartition("-")[2] in SWEEPS)
     }
-    of_each = {name: 0 if name in SWEEPS else place % len(patterns) for place, name in enumerate(SELECTORS)}
+    of_each = {name: 0 if name in SWEEPS else index % len(patterns) for index, name in enumerate(SELECTORS)}
 
     def slow(name: str, pattern: Pattern) -> bool:
         return pattern != patterns[of_each[name.rpartition("-")[2]]] if turns else pattern in ALIKE
@@ -63,16 +66,16 @@ def problem_of(seed: int, weight: np.ndarray | None = None, hessian: np.ndarray 
 
 
 def four_bits(seed: int) -> np.ndarray:
-    """Weights of 15 levels, zero with either sign among them: most of them tie with others of their row."""
+    """Weights of 15 levels with zeros of both signs; most tie in their row."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 8, (COUNT, SIZE)) * rng.choice([-0.25, 0.25], (COUNT, SIZE))
 
 
 def assert_prunes_the_smallest(scores: np.ndarray, keep: np.ndarray, selector: Selector, pattern: Pattern, by_index: bool = True):
-    """Of what competes at once the smallest scores go, of equal ones those with the lower index, or any.
+    """Checks that the smallest of the scores that compete are pruned.
 
-    An unstructured mask may be chosen block by block of inputs. Whole inputs compete by the sums of their scores, for which it takes
-    scores whose sums are exact.
+    Of equal scores those with the lower index go, or any. An unstructured mask may be chosen block by block of inputs. Whole
+    inputs compete by the sums of their scores, for which it takes scores with exact sums.
     """
     if isinstance(pattern, WholeInputs):
         scores, keep, pattern = scores.sum(axis=0, keepdims=True), keep[:1], Unstructured(group="row")
@@ -123,7 +126,7 @@ def test_the_scale_of_a_row_does_not_matter(selector, pattern):
 
 @with_patterns(PATTERNS)
 def test_dead_inputs_go_first_and_poison_nothing(selector, pattern):
-    """One that sees nothing and one that sees rounding noise, whose weights grow a thousandfold."""
+    """One input is zero, one is noise; their weights then grow 1000-fold."""
     silent, noisy = dead = [3, 20]
     hessian = np.array(problem_of(14).hessian)
     for index, noise in ((silent, 0), (noisy, 1e-14)):
@@ -153,9 +156,9 @@ def test_a_layer_that_sees_nothing_loses_its_share_and_nothing_moves(selector, p
 
 @with_patterns(PATTERNS)
 def test_of_equal_weights_those_with_the_lower_index_go(selector, pattern):
-    """Weights of few levels, as a 4-bit checkpoint has, behind inputs that are all alike.
+    """Weights of few levels, as in a 4-bit checkpoint, behind equal inputs.
 
-    ADMM's scores are not those weights: of a pruned one and its equal that was kept the first scores more. Prices of whole inputs are
+    ADMM's scores are not those weights: a pruned weight scores more than its equal that was kept. Prices of whole inputs are
     sums of squares, each as a share of its row's.
     """
     weight = four_bits(16)
@@ -173,14 +176,14 @@ def test_groups_that_lie_apart_are_chosen_like_the_same_inputs_side_by_side(sele
     apart = NM(2, 4, stride=8)
     order = apart.order(SIZE)
     for problem in (problem_of(18), problem_of(18, four_bits(18))):
-        found, expected = select(selector, problem, apart), select(selector, problem.sorted(order), NM(2, 4))
-        np.testing.assert_array_equal(found.keep[:, order], expected.keep)
-        np.testing.assert_allclose(found.weight[:, order], expected.weight, atol=1e-4)
+        actual, expected = select(selector, problem, apart), select(selector, problem.sorted(order), NM(2, 4))
+        np.testing.assert_array_equal(actual.keep[:, order], expected.keep)
+        np.testing.assert_allclose(actual.weight[:, order], expected.weight, atol=1e-4)
 
 
 @with_patterns([LAYER, WholeInputs(0.3, multiple=8), Heads(0.4, total=4)], turns=True)
 def test_the_mask_is_that_of_one_device_on_a_mesh(selector, pattern):
-    """With one row on each of eight devices, all of them competing, also where ties have to be broken."""
+    """One row on each of eight devices; all rows compete, also with ties."""
     devices = mesh(4, 2)
     rows, everywhere = NamedSharding(devices, ROWS), NamedSharding(devices, P())
     for problem in (problem_of(17), problem_of(17, four_bits(17), np.eye(SIZE))):
@@ -251,7 +254,7 @@ def test_magnitude_looks_at_weights_alone():
 
 
 def test_shift_zero_ranks_the_weights_of_dead_inputs_by_size():
-    """With a dead input the plain score ties at zero and the first of them goes; the shifted one keeps the larger."""
+    """Plain scores of a dead input tie at zero; shifted ones rank by size."""
     hessian = jnp.diag(jnp.array([0.0, 0.0, 1.0, 4.0]))
     problem = LayerProblem(jnp.array([[5.0, 1.0, 0.1, 0.1]]), hessian)
     # Scores: 0, 0, 0.1, 0.2 against 5, 1, 0.1 sqrt(2), 0.1 sqrt(5).
@@ -263,7 +266,7 @@ def test_shift_zero_ranks_the_weights_of_dead_inputs_by_size():
 
 @contract
 def test_matrices_of_one_input_are_chosen_as_if_each_were_alone(selector):
-    """Different patterns, numbers of rows and linear terms; only the Hessian is shared."""
+    """Patterns, rows and linear terms differ; only the Hessian is shared."""
     first = layer(np.random.default_rng(5), COUNT, SIZE, target="other")
     rows = jnp.asarray(np.random.default_rng(6).standard_normal((3, SIZE)), jnp.float32)
     problems = (first, LayerProblem(rows, first.hessian, damping=first.damping))

@@ -1,4 +1,4 @@
-"""The shapes and dtypes that the method declares are checked while the tests run."""
+"""Shapes and dtypes that the method declares are checked in the tests."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""The contract that every solver passes, and that of those that reach the optimum, against a float64 oracle."""
+"""Contracts of all solvers and of the optimal ones, against float64."""
 
 import dataclasses
 
@@ -103,12 +103,12 @@ def test_reaches_the_optimum(solver, damping, gap, residual, target, pattern):
 
 @contract
 def test_rows_do_not_know_each_other(solver, damping):
-    """Half of them, each twice, in another order: as many rows as before, which is compiled already."""
+    """Half of the rows, each twice, in another order: nothing new compiles."""
     problem, pruned = problem_and_mask(2)
-    whole = solve(solver, problem, pruned, damping).weight
+    expected = solve(solver, problem, pruned, damping).weight
     order = np.random.default_rng(0).permutation(np.arange(ROWS) // 2 * 2)
     other = LayerProblem(problem.weight[order], problem.hessian), Pruned(*(array[order] for array in pruned))
-    assert np.abs(solve(solver, *other, damping).weight - whole[order]).max() <= 1e-4 * np.abs(whole).max()
+    assert np.abs(solve(solver, *other, damping).weight - expected[order]).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("solver, damping, wobble", SOLVERS.values(), ids=SOLVERS)
@@ -159,7 +159,7 @@ def test_dead_inputs_do_not_keep_the_others_from_the_optimum(solver, damping, ga
 @pytest.mark.parametrize("solver, damping, wobble", [SOLVERS[name] for name in OPTIMAL], ids=OPTIMAL)
 @pytest.mark.parametrize("power, dead", [(-14, False), (-22, True)])
 def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, damping, wobble, power, dead):
-    """An input in other units has its weights in other units: 4e-9 of the energy it had is enough, 6e-14 is not."""
+    """An input of 4e-9 of its former energy is alive, one of 6e-14 is dead."""
     problem = layer(np.random.default_rng(5), ROWS, SIZE, spread=0.0)
     pruned = select(Magnitude(), problem, Unstructured(0.5))
     once = solve(solver, problem, pruned, damping).weight
@@ -228,7 +228,7 @@ def test_no_row_gets_worse_after_the_cast(name, dtype):
     ],
 )
 def test_no_certificate_of_cg_lies(damping, tokens, target):
-    """Also where the Hessian is singular (16 tokens for 32 inputs) and where float32 is at its end."""
+    """Also for singular Hessians (16 tokens) and at the limit of float32."""
     for seed in range(5):
         problem, pruned = problem_and_mask(seed, target=target, tokens=tokens, spread=2.0)
         for tolerance in (1e-1, 1e-3):
@@ -255,7 +255,7 @@ def test_no_certificate_of_cg_lies(damping, tokens, target):
     ],
 )
 def test_the_rough_products_of_accelerators_do_for_a_direction_and_a_mask(monkeypatch, damping, bits):
-    """Three passes of a TPU keep 16 bits of a factor, TF32 keeps 11; here all factors are rounded to so many."""
+    """Factors are rounded to 16 bits (TPU, three passes) or 11 (TF32)."""
     problem = layer(np.random.default_rng(3), ROWS, SIZE, spread=1.0)
 
     def pruned_and_solved():
@@ -274,10 +274,10 @@ def test_the_rough_products_of_accelerators_do_for_a_direction_and_a_mask(monkey
 
     for module in (features, admm, inverses):
         monkeypatch.setattr(module, "rough_matmul", rounded)
-    pruned, found = pruned_and_solved()
-    assert found.converged.all() and found.steps.max() <= full.steps.max() + CG().cycle
+    pruned, solution = pruned_and_solved()
+    assert solution.converged.all() and solution.steps.max() <= full.steps.max() + CG().cycle
     best = row_objective(problem, oracle(problem, pruned, damping), damping)
-    assert (row_objective(problem, found.weight, damping) <= 1.002 * best).all()
+    assert (row_objective(problem, solution.weight, damping) <= 1.002 * best).all()
     assert best.sum() <= 1.01 * expected
 
 
@@ -290,18 +290,21 @@ def test_cg_reports_what_it_could_not_finish():
 @pytest.mark.parametrize("tokens", [None, 16], ids=["regular", "singular"])
 @pytest.mark.parametrize("damping", [1e-2, 0.3])
 def test_cg_certifies_rows_that_keep_all_weights(damping, tokens):
-    """Such a row reaches ``f = 0`` but for rounding, so its gap is a share of what the dense weights leave to be won."""
+    """Such a row reaches ``f = 0`` but for rounding.
+
+    Its gap is then a share of what the dense weights leave to be gained.
+    """
     problem = layer(np.random.default_rng(0), ROWS, 256, target="other", tokens=tokens)
-    found = solve(CG(), problem, Pruned(problem.weight, jnp.ones(problem.weight.shape, bool)), damping)
+    solution = solve(CG(), problem, Pruned(problem.weight, jnp.ones(problem.weight.shape, bool)), damping)
     weight, hessian, pull = wide(problem, damping)
     best = weight + np.linalg.solve(hessian, pull.T).T
-    least, before, after = (row_objective(problem, each, damping) for each in (best, weight, found.weight))
-    assert found.converged.all() and (after - least <= CG().tolerance * (before - least)).all()
+    least, before, after = (row_objective(problem, each, damping) for each in (best, weight, solution.weight))
+    assert solution.converged.all() and (after - least <= CG().tolerance * (before - least)).all()
 
 
 @pytest.mark.parametrize("refine", [None, Swaps()], ids=["alone", "with exchanges"])
 def test_cg_certifies_nothing_where_the_hessian_is_none(refine):
-    """A matrix that is not positive definite has no factor: a hand-made one here, rounding makes one of a large singular one."""
+    """An indefinite Hessian, as rounding may make of a large singular one."""
     problem = LayerProblem(jnp.ones((3, 2)), jnp.array([[1, 1.02], [1.02, 1]], jnp.float32))
     recipe = Recipe(Unstructured(0.5, "row"), Wanda(), CG(), refine=refine)
     pruned, rows = prune_layer(problem, recipe)
@@ -311,21 +314,23 @@ def test_cg_certifies_nothing_where_the_hessian_is_none(refine):
 
 @targets
 def test_a_rough_solve_of_cg_knows_where_it_ends(target):
-    """Objective and residual come from recurrences; here from the weights, in float64."""
+    """The recurrences give the objective and the residual of the weights."""
     problem, pruned = problem_and_mask(target=target)
     problem, damping = dataclasses.replace(problem, damping=0.3), 0.3
-    found = jax.jit(lambda problem, pruned: CG().prepare(problem.hessian, damping)(problem)(pruned, rough=True))(problem, pruned)
+    solution = jax.jit(lambda problem, pruned: CG().prepare(problem.hessian, damping)(problem)(pruned, rough=True))(
+        problem, pruned
+    )
     dense, hessian, pull = wide(problem, damping)
-    objective, before = (row_objective(problem, weight, damping) for weight in (found.weight, pruned.weight))
-    np.testing.assert_allclose(found.end.value, objective, rtol=1e-4)
-    residual = pull - (np.asarray(found.weight, np.float64) - dense) @ hessian
-    assert np.abs(found.end.residual - residual).max() < 1e-5 * np.abs(dense @ hessian).max()
-    assert (objective < before).all() and not found.converged.any() and (found.gap == np.inf).all()
-    assert (found.weight == np.where(pruned.keep, found.weight, 0)).all()
+    objective, before = (row_objective(problem, weight, damping) for weight in (solution.weight, pruned.weight))
+    np.testing.assert_allclose(solution.end.value, objective, rtol=1e-4)
+    residual = pull - (np.asarray(solution.weight, np.float64) - dense) @ hessian
+    assert np.abs(solution.end.residual - residual).max() < 1e-5 * np.abs(dense @ hessian).max()
+    assert (objective < before).all() and not solution.converged.any() and (solution.gap == np.inf).all()
+    assert (solution.weight == np.where(pruned.keep, solution.weight, 0)).all()
 
 
 def test_damping_bounds_how_far_weights_move():
-    """The baseline's trap: a nearly singular layer fits its calibration tokens with huge weights.
+    """Undamped, a nearly singular layer fits its tokens with huge weights.
 
     Inputs a, a + 1e-3 b and b, of which b is pruned: the optimum is the difference of the first two, times 1,000.
     """

@@ -1,4 +1,4 @@
-"""SparseGPT against a float64 port of the published algorithm, and what must hold of it without one."""
+"""SparseGPT against a float64 port of its algorithm, and by properties."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,7 @@
-"""The TPU kernel for N:M multiplies by matrices that strided patterns prune. Runs where ``tpu-inference`` is installed."""
+"""The TPU kernel for N:M multiplies by matrices that strided patterns prune.
+
+Runs where ``tpu-inference`` is installed.
+"""
 
 import functools
 import importlib.util
@@ -24,7 +27,7 @@ from optima_tpu.method.patterns import NM
     ids=str,
 )
 def test_the_kernel_multiplies_by_what_a_strided_pattern_prunes(pattern, dtype, transposed, shape, monkeypatch):
-    """In the interpreter of Pallas: no TPU is needed. ``pip install --no-deps tpu-inference`` is enough."""
+    """Interpreted, without a TPU: ``pip install --no-deps tpu-inference``."""
     if (package := importlib.util.find_spec("tpu_inference")) is None:
         pytest.skip("tpu-inference is not installed")
     path = Path(package.submodule_search_locations[0]) / "kernels/structured_sparse_matmul/v1/spmm.py"

@@ -1,4 +1,4 @@
-"""Thanos against a float64 port of its paper's algorithm, and what must hold whatever the port says."""
+"""Thanos against a float64 port of its paper, and by its properties."""
 
 import re
 
@@ -46,7 +46,7 @@ def test_weights_of_dead_inputs_that_stay_keep_their_values():
 
 
 def test_factorisations_that_run_side_by_side_are_done_where_they_are_called(monkeypatch):
-    """The masks of a group are chosen at the same time; two batches would wait for the same threads, and may for ever."""
+    """Two batches at once could wait for the same threads for ever."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # as where this was seen
     text = jax.jit(Thanos(block=16), static_argnums=1).lower(problem_of(24, 40), Unstructured(0.5)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @lapack" in line and 'num_batch_dims = "1"' in line]

@@ -1,4 +1,4 @@
-"""Pruned weights stay zero under any optimizer, and the others move as if the pruned ones did not exist."""
+"""Optimizers keep pruned weights at zero and move the rest as if alone."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def pruned(rng: np.random.Generator, *shape: int) -> jax.Array:
 
 
 def model(seed: int = 0) -> dict:
-    """Matrices alone and stacked over layers, a norm, a dense embedding with one zero."""
+    """A stacked matrix, a norm, a matrix, a dense embedding with one zero."""
     rng = np.random.default_rng(seed)
     embedding = jnp.asarray(rng.standard_normal((12, 8)), jnp.float32).at[3, 4].set(0)
     return {"layers": {"kernel": pruned(rng, 3, 8, 6), "scale": jnp.zeros((3,))}, "out": pruned(rng, 6, 4), "table": embedding}
@@ -58,7 +58,7 @@ def trained(optimizer: optax.GradientTransformation, parameters: dict, steps: in
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_pruned_weights_stay_zero_and_the_others_move(optimizer):
-    """In bfloat16, where optax also promotes; the tests below are in float32."""
+    """In bfloat16, where optax also promotes; tests below use float32."""
     parameters = jax.tree.map(lambda array: array.astype(jnp.bfloat16), model())
     masks = masks_of(parameters)
     after = trained(keep_zeros(optimizer, masks), parameters)
@@ -89,7 +89,7 @@ def test_masks_are_read_from_parameters_that_come_after_the_optimizer():
 
 @pytest.mark.parametrize("name", ["sgd with momentum", "adamw", "lion"])
 def test_kept_weights_move_as_in_a_model_without_the_pruned_ones(name):
-    """Elementwise optimizers: the kept weights alone, as a vector, are the oracle."""
+    """The oracle of an elementwise optimizer is the vector of kept weights."""
     weight = model()["out"]
     masks = masks_of({"out": weight})
     after = trained(keep_zeros(OPTIMIZERS[name], masks), {"out": weight})["out"]

@@ -1,4 +1,4 @@
-"""Hidden states on the hosts and on the devices are the same to all who use them."""
+"""Hidden states on the host and on devices give every caller equal values."""
 
 import numpy as np
 import pytest
@@ -16,21 +16,21 @@ def test_batches_of_a_part_are_taken_and_put_alike_on_hosts_and_devices(shape, f
     host = Activations.of(mesh(*shape), values.copy())
     device = host.on_devices(BATCH)
     copies = host.copy(), device.copy()
-    for whole in (host, device):
-        part = whole.part(first, last)
+    for states in (host, device):
+        part = states.part(first, last)
         assert len(part) == last - first and part.length == LENGTH
         with part.put_behind() as put:
             for batch in part.batches(BATCH):
-                there = batch.rows < last
-                expected = np.where(there[:, None, None], values[np.minimum(batch.rows, WINDOWS - 1)], 0)
-                assert (batch.hidden == expected).all() and (batch.there == there).all()
+                inside = batch.rows < last
+                expected = np.where(inside[:, None, None], values[np.minimum(batch.rows, WINDOWS - 1)], 0)
+                assert (batch.hidden == expected).all() and (batch.there == inside).all()
                 put(batch.rows, batch.hidden + 1)
     moved = values + ((first <= np.arange(WINDOWS)) & (np.arange(WINDOWS) < last))[:, None, None]
-    for whole in (host, device):
-        assert (whole.take(whole.rows) == moved).all(), "what is outside of the part was written"
+    for states in (host, device):
+        assert (states.take(states.rows) == moved).all(), "what is outside of the part was written"
     for copy in copies:
         assert (copy.take(copy.rows) == values).all()
-    rooms = [whole.room(WIDTH + 1) for whole in (host, device)]
+    rooms = [states.room(WIDTH + 1) for states in (host, device)]
     assert [room.take(room.rows).shape for room in rooms] == [(WINDOWS, LENGTH, WIDTH + 1)] * 2
 
 

@@ -1,4 +1,4 @@
-"""The kernel that computes attention on TPUs, interpreted here, and where it is used."""
+"""The attention kernel of TPUs, interpreted here, and where it is used."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def draw(dtype, *, size: int, width: int):
 
 
 def exact(q, k, v, sinks, *, window, cap):
-    """In float64."""
+    """Attention in float64."""
     q, k, v, sinks = (np.asarray(array, np.float64) for array in (q, k, v, sinks))
     k, v = (np.repeat(array, HEADS // KV_HEADS, axis=2) for array in (k, v))
     products = cap * np.tanh(np.einsum("bqhd,bshd->bhqs", q, k) * q.shape[-1] ** -0.5 / cap)
@@ -36,13 +36,16 @@ def exact(q, k, v, sinks, *, window, cap):
     return np.einsum("bhqs,bshd->bqhd", shares / (shares.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]), v)
 
 
-def error(found, wanted) -> float:
-    found, wanted = (np.asarray(array, np.float64) for array in (found, wanted))
-    return np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2))
+def error(actual, wanted) -> float:
+    actual, wanted = (np.asarray(array, np.float64) for array in (actual, wanted))
+    return np.sqrt(np.mean((actual - wanted) ** 2) / np.mean(wanted**2))
 
 
 def test_the_kernel_and_its_gradient_are_those_of_attention():
-    """Windows that differ from token to token, a cap, sinks, values narrower than keys, no whole block, on a mesh."""
+    """With a window for each token, a cap, sinks and narrow values, on a mesh.
+
+    The length of the text is no multiple of the kernel's block.
+    """
     arrays = draw(jnp.float32, size=24, width=16)
     window, grid = np.arange(LENGTH) % 40 + 1, mesh(2, 2)
 
@@ -58,12 +61,12 @@ def test_the_kernel_and_its_gradient_are_those_of_attention():
         lambda q, k, v, sinks: splash.attention(grid, q, k, v, jnp.asarray(window), Scores(None, 20.0, sinks), interpret=True)
     )
     assert error(kernel[0], exact(*arrays, window=window, cap=20.0)) < 2e-6
-    for found, wanted in zip(kernel, ours, strict=True):
-        assert error(found, wanted) < 5e-6
+    for actual, wanted in zip(kernel, ours, strict=True):
+        assert error(actual, wanted) < 5e-6
 
 
 def test_in_bfloat16_the_kernel_errs_by_the_rounding_of_the_queries():
-    """For heads of 64 the scale is a power of two, and nothing more is rounded than in ours; else the queries are, once more."""
+    """Scaled queries round once more unless the scale is a power of two."""
     for size in (64, 48):
         q, k, v, _ = draw(jnp.bfloat16, size=size, width=16)
         wide = attention(*(array.astype(jnp.float32) for array in (q, k, v)), Positions())
@@ -83,7 +86,7 @@ def test_in_bfloat16_the_kernel_errs_by_the_rounding_of_the_queries():
     ],
 )
 def test_the_kernel_takes_whole_texts_on_tpus(monkeypatch, dtype, axis, positions, taken):
-    """Not float16, not text that grows by a token, and no heads of keys that the model axis would have to cut."""
+    """The kernel takes no float16, no cache and no split key-value head."""
     q, k, *_ = draw(dtype, size=8, width=8)
     assert not splash.takes(mesh(1, axis), q, k, positions)
     monkeypatch.setattr(splash, "on_tpu", lambda mesh: True)
@@ -96,7 +99,7 @@ def test_the_kernel_takes_whole_texts_on_tpus(monkeypatch, dtype, axis, position
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("size, width", [(64, 64), (80, 80), (192, 128), (256, 256)])
 def test_the_compiler_of_a_tpu_that_is_not_here_takes_the_kernel(topology, dtype, size, width):
-    """Forward and backward, with a window, a cap and sinks, also where all products around it have full precision."""
+    """Forward and backward, with window, cap, sinks and highest precision."""
     grid = topology_machine(topology, "2x2").mesh
 
     def on_grid(*shape, spec=P("data", None, "model"), dtype=dtype):

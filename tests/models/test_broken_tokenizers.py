@@ -1,4 +1,4 @@
-"""A tokenizer whose files ask for too much is refused in one line that names them."""
+"""A tokenizer whose files ask for too much is refused in one line."""
 
 import json
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def blows_up(folder):
-    """A model whose tokenizer has a rule that needs exponentially many steps on a long word."""
+    """A model with a tokenizer rule of exponential cost on long words."""
     rule = {"type": "Split", "pattern": {"Regex": r"(\w+\s?)+$!"}, "behavior": "Isolated", "invert": False}
     changed(folder, "tokenizer.json", lambda settings: settings.update(pre_tokenizer=rule))
     return open_model(str(folder))

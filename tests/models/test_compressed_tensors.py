@@ -1,4 +1,4 @@
-"""Quantised runs, exported for the library compressed-tensors: the same model as the plain export."""
+"""Quantised exports for compressed-tensors hold the plain export's model."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(model) -> Path:
-    """A run over a tiny model: o_proj and down_proj in groups of 16, the other layers dense."""
+    """A tiny run: o_proj and down_proj in groups of 16, the others dense."""
     settings = ["--quantize", "int4", "--quantize.group", "16", "--layers", "*=dense,self_attn.o_proj=0.5,mlp.down_proj=0.5"]
     assert launch.main([str(model), *SMALL, *settings, "--preset", "fast", "--output", str(model.parent / "run")]) == 0
     return model.parent / "run"
@@ -56,7 +56,7 @@ def logits(folder: Path, **options) -> torch.Tensor:
 
 
 def assert_the_same(out: Path, plain: Path, bits: int) -> None:
-    """What both exports of one run say: integers, zeros, the other tensors, logits."""
+    """Checks that both exports agree: integers, zeros, tensors and logits."""
     dense, stored, masks = folder_tensors(plain), folder_tensors(out), read_masks(out)
     for name, keep in masks.items():
         module = name.removesuffix("weight")
@@ -71,15 +71,15 @@ def assert_the_same(out: Path, plain: Path, bits: int) -> None:
     assert counted == {name: int((dense[name] == 0).sum()) for name in masks}
     assert torch.equal(logits(out), logits(plain))
     for dtype in (None, "float16"):  # as this program reads both
-        mine, theirs = (open_model(str(folder), dtype) for folder in (out, plain))
-        assert mine.tensors.names() == theirs.tensors.names() and "quantization_config" not in mine.config.to_dict()
-        for name in mine.tensors.names():
+        ours, theirs = (open_model(str(folder), dtype) for folder in (out, plain))
+        assert ours.tensors.names() == theirs.tensors.names() and "quantization_config" not in ours.config.to_dict()
+        for name in ours.tensors.names():
             for index in ((...,), (slice(3, 9),), (..., slice(-8, None))):
-                assert_same(mine.tensors.read(name, index), theirs.tensors.read(name, index))
+                assert_same(ours.tensors.read(name, index), theirs.tensors.read(name, index))
 
 
 def assert_activations_are_rounded(out: Path, plain: Path, weights) -> None:
-    """The integers of the run, and layers of transformers whose inputs have 8 bits, token by token."""
+    """Checks int8 weights and, for each token, inputs rounded to 8 bits."""
     stored, dense = folder_tensors(out), folder_tensors(plain)
     assert all(stored[name].dtype == np.int8 and ((stored[name] == 0) == (dense[name] == 0)).all() for name in weights)
     model = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
@@ -100,16 +100,16 @@ def assert_activations_are_rounded(out: Path, plain: Path, weights) -> None:
 
 
 def assert_gguf_is_the_same(out: Path, plain: Path, bits: int, weights, scales) -> None:
-    """The integers of the run, behind scales in float16, and all other tensors; for transformers and for this program."""
+    """Checks the GGUF file's integers, float16 scales, tensors and logits."""
     dense, tensors = folder_tensors(plain), open_model(str(out / "model.gguf")).tensors
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == kinds["blk.0.attn_q.weight"] == f"Q{bits}_0" and kinds["output_norm.weight"] == "F32"
     for name, expected in dense.items():
-        found, expected = tensors.read(name), expected.astype(np.float32)
+        actual, expected = tensors.read(name), expected.astype(np.float32)
         if name in weights:
             half, scale = (scales[name].astype(dtype).astype(np.float32) for dtype in (np.float16, np.float32))
             expected = np.round(expected / scale) * half
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
     counted = {layer["name"]: layer["pruned"] for layer in json.loads((out / "optima_tpu.json").read_text())["layers"]}
     assert counted == {name: int((dense[name] == 0).sum()) for name in weights}
     theirs = logits(out, gguf_file="model.gguf")
@@ -191,10 +191,10 @@ def test_the_report_has_the_errors_around_the_quantisation(run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said, weights: weights.update(symmetric=False), "expected symmetric integers"),
-        (lambda said, weights: weights.update(actorder="group"), "actorder: expected null, got str"),
-        (lambda said, weights: weights.update(num_bits=3), "num_bits: invalid enum value 3"),
-        (lambda said, weights: weights.update(num_bits=8), "expected integers and scales of"),
+        (lambda settings, weights: weights.update(symmetric=False), "expected symmetric integers"),
+        (lambda settings, weights: weights.update(actorder="group"), "actorder: expected null, got str"),
+        (lambda settings, weights: weights.update(num_bits=3), "num_bits: invalid enum value 3"),
+        (lambda settings, weights: weights.update(num_bits=8), "expected integers and scales of"),
     ],
 )
 def test_integers_that_are_stored_otherwise_are_refused(run, tmp_path, change, message):

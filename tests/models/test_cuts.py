@@ -1,4 +1,4 @@
-"""Runs that cut neurons or heads are exported as ordinary smaller models, which compute what the run's model with zeros does."""
+"""Exports without the cut neurons or heads equal the model with zeros."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ TIMES = True  # its runs compare the speed, see conftest.py
 
 
 def cases():
-    """Every family from which parts can be cut: its first variant, those with biases, and those with other heads."""
+    """The first, bias and head variants of all families that can be cut."""
     # transformers 5.24 computes no text without images with the other class of Llama 4.
     for reference in (*REFERENCES, *(each for each in BESIDE_IMAGES if each is not LLAMA_IMAGES)):
         for index, (name, settings) in enumerate(reference.variants.items()):
@@ -72,12 +72,12 @@ def test_every_family_says_of_each_pattern_what_it_cuts_or_why_not():
 
 
 def of_inputs(model, name: str, columns: int):
-    """The matrix [d_out, d_in] of a model of transformers, which holds the experts of a block in one tensor, either way round."""
+    """A layer's matrix [d_out, d_in]; for an expert, from its stack."""
     weights = dict(model.named_parameters())
     if (expert := re.fullmatch(r"(.*\.layers\.\d+\.).*experts\.(\d+)\..*", name)) is None:
         return weights[name]
-    found = (weight for each, weight in weights.items() if each.startswith(expert[1]) and each.endswith("experts.down_proj"))
-    matrix = next(found)[int(expert[2])]
+    stacks = (weight for each, weight in weights.items() if each.startswith(expert[1]) and each.endswith("experts.down_proj"))
+    matrix = next(stacks)[int(expert[2])]
     return matrix if matrix.shape[1] == columns else matrix.T
 
 
@@ -106,11 +106,11 @@ def test_the_exported_model_computes_what_zeros_do(reference: Reference, setting
             stay = {keeps[name].reshape(kind.total, -1).any(axis=1).tobytes() for name in read}
             left = pattern.kept(kind.total)
             assert 0 < left < kind.total and {sum(each) for each in stay} == {left} and (len(stay) > 1 or len(read) == 1)
-            said = json.loads((tmp_path / "out" / "config.json").read_text())
-            said = said.get("text_config", said)
+            saved = json.loads((tmp_path / "out" / "config.json").read_text())
+            saved = saved.get("text_config", saved)
             for name, number in kind.config(left).items():
                 outer, _, inner = name.partition(".*.")
-                assert {each.get(inner, number) for each in said[outer].values()} == {number} if inner else said[name] == number
+                assert {each.get(inner, number) for each in saved[outer].values()} == {number} if inner else saved[name] == number
     with torch.no_grad():
         dense = model(tokens).logits
         for name, keep in keeps.items():
@@ -118,8 +118,8 @@ def test_the_exported_model_computes_what_zeros_do(reference: Reference, setting
         # In float64, which grouped products of experts don't take: a sum over fewer heads is rounded differently.
         for each in (model, small.eval()):
             each.double().set_experts_implementation("eager")
-        expected, found = (each(tokens).logits for each in (model, small))
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() < 0.1 * (dense - expected).abs().max()
+        expected, actual = (each(tokens).logits for each in (model, small))
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max() < 0.1 * (dense - expected).abs().max()
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def test_the_exported_model_computes_what_zeros_do(reference: Reference, setting
     ],
 )
 def test_what_a_family_cannot_lose_is_refused_by_name(model, pattern, why):
-    said = rf"expected a model whose .*s can be cut where the pattern is {pattern}, got {model}, {why}; take another pattern, such as 2:4"
-    with pytest.raises(UserError, match=f"^{said}$"):
+    message = rf"expected a model whose .*s can be cut where the pattern is {pattern}, got {model}, {why}; take another pattern, such as 2:4"
+    with pytest.raises(UserError, match=f"^{message}$"):
         on_model(RunConfig(model="here").changed(pattern=parse_pattern(pattern)), BY_MODEL[model].configuration({}))
 
 
 @pytest.mark.parametrize("model", ["Cohere2ForCausalLM", "OPTForCausalLM"])
 def test_a_width_of_heads_that_config_json_cannot_say_is_seen_when_it_is_read_again(model, monkeypatch):
-    """So that a family which says wrongly that its heads can be cut is refused too."""
+    """Also a family that wrongly declares its heads as a cut is refused."""
     config = BY_MODEL[model].configuration({})
     cut = Cut("heads", 6, 8, ("self_attn.o_proj",), {}, {"num_attention_heads": 1}, {"head_dim": 8})
     family = FAMILIES[model, config.model_type]
@@ -158,8 +158,8 @@ def test_a_width_of_heads_that_config_json_cannot_say_is_seen_when_it_is_read_ag
 
 def test_a_number_of_heads_that_transformers_refuses_is_refused_with_one_that_it_takes():
     config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, architectures=["LlamaForCausalLM"])
-    said = r"expected a share of LlamaForCausalLM .* got 0.25/head, which leaves 6 of 8 heads: .*64\) is not a multiple of .*6.*; take 0.5/head$"
-    with pytest.raises(UserError, match=said):
+    message = r"expected a share of LlamaForCausalLM .* got 0.25/head, which leaves 6 of 8 heads: .*64\) is not a multiple of .*6.*; take 0.5/head$"
+    with pytest.raises(UserError, match=message):
         on_model(RunConfig(model="here").changed(pattern=parse_pattern("0.25/head")), config)
     run = on_model(
         RunConfig(model="here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8")), config
@@ -180,9 +180,9 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
-    said = []
-    export(run, tmp_path / "out", say=said.append)
-    assert "48 of 64 neurons, 2 of 3 key-value heads in every block are left, and the others are not written" in said
+    lines = []
+    export(run, tmp_path / "out", say=lines.append)
+    assert "48 of 64 neurons, 2 of 3 key-value heads in every block are left, and the others are not written" in lines
     sidecar, config = (json.loads((tmp_path / "out" / name).read_text()) for name in ("optima_tpu.json", "config.json"))
     assert sidecar["cuts"] == {"neurons": {"left": [48], "total": 64}, "key-value heads": {"left": [2], "total": 3}}
     numbers = {"intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
@@ -208,8 +208,8 @@ def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
 def test_greeting_and_card_say_what_is_cut_and_not_what_was_asked_for(tmp_path):
     """Half of three heads is one head."""
     config, source = tiny_llama(intermediate_size=64)
-    asked = RunConfig("here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8"))
-    line = recipe_line(on_model(asked, config), Decoder.open(config, source, mesh(1, 1)))
+    requested = RunConfig("here").changed(pattern=parse_pattern("0.5/head"), layers=parse_layers("*=0.3/neuron@8"))
+    line = recipe_line(on_model(requested, config), Decoder.open(config, source, mesh(1, 1)))
     assert line.endswith(", 1 of 3 key-value heads cut, *=16 of 64 neurons cut") and "0.5" not in line
     run = pruned_run(tmp_path / "run", config, source, "0.5/head", "model.layers.1.*=dense")
     export(run, tmp_path / "out")
@@ -220,7 +220,7 @@ def test_what_is_deleted_was_zero_and_what_stays_is_the_runs_bit_for_bit(run, tm
     export(run, tmp_path / "out")
     source, tensors = CheckpointTensors(run), folder_tensors(tmp_path / "out")
     for name in source.names():
-        whole, left = source.load([name])[name], tensors[name]
+        expected, left = source.load([name])[name], tensors[name]
         block, part, layer = name.removesuffix(".weight").rpartition(".")[0].rpartition(".")[0], *name.split(".")[-3:-1]
         kept = (
             source.mask(f"{block}.{'mlp.down_proj' if part == 'mlp' else 'self_attn.o_proj'}.weight")[0]
@@ -228,11 +228,11 @@ def test_what_is_deleted_was_zero_and_what_stays_is_the_runs_bit_for_bit(run, tm
             else None
         )
         if layer in ("down_proj", "o_proj"):
-            assert not whole[:, ~kept].any()
-            whole = whole[:, kept]
+            assert not expected[:, ~kept].any()
+            expected = expected[:, kept]
         elif kept is not None:  # a key-value head of 4 dimensions has three queries
-            whole = whole[kept[::3] if layer in ("k_proj", "v_proj") else kept]
-        np.testing.assert_array_equal(left, whole)
+            expected = expected[kept[::3] if layer in ("k_proj", "v_proj") else kept]
+        np.testing.assert_array_equal(left, expected)
 
 
 def test_other_layers_keep_their_masks(tmp_path):
@@ -283,15 +283,15 @@ def test_what_cannot_be_cut_stays_as_zeros_and_the_export_says_why(pattern, laye
 
 
 def test_blocks_for_further_tokens_leave_with_the_parts_that_they_did_not_lose(tmp_path):
-    """They have as many neurons as before, which config.json no longer says."""
+    """Such blocks keep all neurons, which config.json no longer describes."""
     config, _, source = tiny(BY_MODEL["Glm4MoeForCausalLM"], {})
     further = {f"model.layers.46.mlp.experts.0.{name}.weight": np.ones((24, 36), np.float32) for name in ("up_proj", "gate_proj")}
     source.arrays.update(further)
-    said, run = [], pruned_run(tmp_path / "run", config, source, "0.25/neuron@4")
-    export(run, tmp_path / "out", say=said.append)
+    lines, run = [], pruned_run(tmp_path / "run", config, source, "0.25/neuron@4")
+    export(run, tmp_path / "out", say=lines.append)
     assert folder_tensors(tmp_path / "out").keys() == set(source.names()) - further.keys()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    assert "2 tensors for predicting tokens behind the next one did not lose these parts, and leave" in said
+    assert "2 tensors for predicting tokens behind the next one did not lose these parts, and leave" in lines
     dense, left = (sum(weight.size for weight in each.values()) for each in (source.arrays, folder_tensors(tmp_path / "out")))
     opened = Exported.open(run)
     columns = sum(layer.pruned for block in opened.source.run.blocks for layer in block.layers)  # counted as zeros
@@ -339,8 +339,8 @@ def command(tmp_path_factory, one_device) -> Command:
 
 def test_the_command_writes_a_smaller_model_in_every_form(command, tmp_path, capsys):
     model, run, words, printed, _ = command
-    said = "48 of 64 neurons, 2 of 3 key-value heads in every block (the exported model is without the others)"
-    assert f"kept        {said}\n" in printed
+    summary = "48 of 64 neurons, 2 of 3 key-value heads in every block (the exported model is without the others)"
+    assert f"kept        {summary}\n" in printed
     report = json.loads((run / "report.json").read_text())
     assert report["cuts"] == {"neurons": {"left": [48], "total": 64}, "key-value heads": {"left": [2], "total": 3}}
     assert report["removed"] == 2 * (2 * 16 + 12 + 4 + 4) * 36
@@ -376,8 +376,8 @@ def test_the_command_writes_a_smaller_model_in_every_form(command, tmp_path, cap
     assert all(f"{name}: {number}\n" in settings for name, number in numbers.items())
     export(run, tmp_path / "gguf", form="gguf")
     opened = open_model(str(tmp_path / "gguf" / "model.gguf"))
-    found = opened.config
-    assert (found.intermediate_size, found.num_attention_heads, found.num_key_value_heads, found.head_dim) == (48, 6, 2, 4)
+    sizes = opened.config
+    assert (sizes.intermediate_size, sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim) == (48, 6, 2, 4)
     for name in opened.tensors.names():
         np.testing.assert_array_equal(opened.tensors.read(name), small[name])
 
@@ -422,7 +422,10 @@ def test_no_speed_is_measured_of_a_model_that_keeps_its_zeros(tmp_path, one_devi
 
 
 def with_merges(folder: Path) -> Path:
-    """Gives a :func:`tiny_folder` a tokenizer that llama.cpp loads: each token is text of its own, and one is merged of two others."""
+    """Gives a :func:`tiny_folder` a tokenizer that llama.cpp loads.
+
+    Each token is a text of its own, and one token is merged from two others.
+    """
     path, digits = folder / "tokenizer.json", "0123456789abcdef"
     tokenizer = json.loads(path.read_text())
     words = [*digits, *(first + second for first in digits for second in digits)][:256]
@@ -458,7 +461,7 @@ def test_llama_cpp_predicts_the_next_token_as_the_run_does(words, tmp_path, one_
     tokens = np.random.default_rng(0).integers(3, 250, (10, 16)).astype(np.int32)
     logits = logits_of(open_evaluated(str(tmp_path / "run"), mesh(1, 1)).model.decoder, tokens)[:, -1].astype(np.float64)
     for prompt, own in zip(tokens, logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)):
-        asked = {"prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0, "ignore_eos": True, "logprobs": 10}
-        likeliest = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        request = {"prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0, "ignore_eos": True, "logprobs": 10}
+        likeliest = server.handle_completions(request)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         assert [each["id"] for each in likeliest] == np.argsort(-own)[:10].tolist()
         np.testing.assert_allclose([each["logprob"] for each in likeliest], np.sort(own)[:-11:-1], atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Mixtures of experts against the dense way, in which every expert computes every token."""
+"""Mixtures of experts against computing every expert on every token."""
 
 import functools
 
@@ -39,18 +39,18 @@ def test_grouped_products_are_those_of_each_group(counts):
     def sums(left, right):
         return np.stack([left[group == each].T @ right[group == each] for each in range(len(counts))])
 
-    for found, expected in (
+    for actual, expected in (
         (y, np.einsum("ri,roi->ro", x, weights[group])),
         (towards_x, np.einsum("ro,roi->ri", cotangent, weights[group])),
         (towards_weights, sums(cotangent, x)),
         (outer, sums(x, cotangent)),
     ):
-        assert found.shape == expected.shape
-        assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+        assert actual.shape == expected.shape
+        assert np.abs(actual - expected).max() < 2e-6 * np.abs(expected).max()
 
 
 def dense_way(x, router, experts, few, normalise):
-    """Every expert on every token, weighted by a share that is 0 for all but a few."""
+    """Runs every expert on every token; all but ``few`` shares are 0."""
     shares = jax.nn.softmax(x @ router.T)
     shares = jnp.where(shares >= jnp.sort(shares)[..., -few, None], shares, 0)
     shares = shares / shares.sum(axis=-1, keepdims=True) if normalise else shares
@@ -62,12 +62,12 @@ def dense_way(x, router, experts, few, normalise):
 def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
     config, _, tensors = tiny(FEW[model], {})
     decoder = Decoder.open(config, tensors, mesh(*shape))
-    whole, kinds = next(decoder.blocks([0])), decoder.family.linears[-3:]
+    block_weights, kinds = next(decoder.blocks([0])), decoder.family.linears[-3:]
     name = kinds[0].split(".")[0]
-    mine = {key: value for key, value in whole.items() if key.startswith(name)}
+    mixture_weights = {key: value for key, value in block_weights.items() if key.startswith(name)}
 
     def ours(parameters, x):
-        block = nnx.merge(decoder.graph, decoder.state(whole | parameters))
+        block = nnx.merge(decoder.graph, decoder.state(block_weights | parameters))
         return nnx.capture(getattr(block, name).routed_output, nnx.Intermediate)(x)[0]
 
     def theirs(parameters, x):
@@ -85,8 +85,8 @@ def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
             output, pull = jax.vjp(way, parameters, x)
             return output, *pull(cotangent)
 
-    found, expected = both_ways(ours, mine, placed), both_ways(theirs, jax.tree.map(np.asarray, mine), x)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    actual, expected = both_ways(ours, mixture_weights, placed), both_ways(theirs, jax.tree.map(np.asarray, mixture_weights), x)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
 
 
@@ -99,7 +99,7 @@ def test_more_experts_for_a_token_than_there_are_is_refused(model):
 
 
 def test_blocks_that_differ_write_what_a_pass_through_them_says():
-    """The first of two blocks has linear attention, which must not read the same tokens twice; prompts are read in chunks."""
+    """Prompts are read in chunks; linear attention reads no token twice."""
     reference = BY_MODEL["Qwen3_5ForCausalLM"]
     config, _, tensors = tiny(reference, {})
     decoder, prompts = Decoder.open(config, tensors, mesh(1, 1)), [Prompt((3, 1, 4), 8), Prompt((1, 5, 9, 2, 6, 5), 5)]

@@ -157,8 +157,8 @@ def test_markup_in_a_models_name_is_text_in_its_card(tmp_path):
 def test_the_card_says_of_a_gguf_file_that_its_numbers_were_converted(tmp_path, model):
     finished_run(tmp_path / "run", small_model(), model=model)
     export(tmp_path / "run", tmp_path / "out")
-    said = "the same as in the source, a GGUF file whose numbers were converted to float32."
-    assert (said in (tmp_path / "out" / "README.md").read_text()) == (model != "/home/me/tiny")
+    sentence = "the same as in the source, a GGUF file whose numbers were converted to float32."
+    assert (sentence in (tmp_path / "out" / "README.md").read_text()) == (model != "/home/me/tiny")
 
 
 def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(tmp_path):
@@ -212,7 +212,7 @@ def test_only_checkpoint_journal_and_assets_are_needed(run, tmp_path):
 
 
 def test_a_run_writes_every_weight_once_and_its_export_once_more(tmp_path, monkeypatch):
-    """By kind, in multiples of the model: written, and on the disk at the end."""
+    """Counts bytes written by kind and left on disk, in sizes of the model."""
     source, written = small_model(), collections.Counter()
     for name, array in source.arrays.items():
         if array.ndim == 2:
@@ -252,8 +252,8 @@ def test_a_repeat_of_an_export_that_is_whole_leaves_it(form, run, tmp_path, caps
     assert main(words) == 0 and "wrote" in capsys.readouterr().out
     before = snapshot(tmp_path)
     assert main(words) == 0 and snapshot(tmp_path) == before
-    said = capsys.readouterr().out
-    assert "holds this export already, whole by its checksums: nothing is left to do" in said and "wrote" not in said
+    printed = capsys.readouterr().out
+    assert "holds this export already, whole by its checksums: nothing is left to do" in printed and "wrote" not in printed
     others = [("--format", "packed" if form == "plain" else "plain"), ("--format", form, "--max-shard-size", "900")]
     for changed in others:
         assert main([*words[:2], *changed]) == 2 and "which is not empty" in only_error(capsys.readouterr().err)
@@ -286,8 +286,8 @@ def test_an_export_is_written_though_its_lines_find_no_room(run, tmp_path, monke
         monkeypatch.setattr(sys, "stdout", stream)
         assert main([str(run), str(tmp_path / "out")]) == 0
     assert is_export_of(run, tmp_path / "out")
-    said = capfd.readouterr().err
-    assert not said or said.startswith("all is written, but the output could not be printed: ")
+    message = capfd.readouterr().err
+    assert not message or message.startswith("all is written, but the output could not be printed: ")
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
@@ -347,15 +347,15 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     open_journal(tmp_path / "started", MANIFEST, ASSETS).save(0, *pruned_block(small_model(), 0))
     capsys.readouterr()
-    for arguments, said in (
+    for arguments, message in (
         ((run, tmp_path / "out"), "not empty"),
         ((tmp_path, tmp_path / "new"), "no run.json"),
         ((tmp_path / "started", tmp_path / "new"), "no checkpoint yet"),
         ((run, tmp_path / "new", "--max-shard-size", "big"), "shard size such as 5GB"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
-        told = capsys.readouterr()
-        assert said in only_error(told.err) and "writing" not in told.out
+        printed = capsys.readouterr()
+        assert message in only_error(printed.err) and "writing" not in printed.out
     assert not (tmp_path / "new").exists()
 
 

@@ -1,4 +1,4 @@
-"""A model without some of its blocks is an ordinary model, which computes what the whole one does with the identity in their place."""
+"""An export without blocks equals the model with identities instead."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ TOKENS = np.arange(40)[None] * 7 % 60
 
 
 def all_cases():
-    """Every family, by its first variant: without its first block, and without its last one."""
+    """Every family's first variant, without its first and its last block."""
     for reference in (*REFERENCES, *(each for each in BESIDE_IMAGES if each is not LLAMA_IMAGES)):
         name, settings = next(iter(reference.variants.items()))
         config = reference.configuration(settings)
@@ -55,14 +55,14 @@ CASES = [
 
 
 def test_only_blocks_that_others_depend_on_are_refused():
-    """transformers reads the last block of a Gemma 4 as one that attends to everything, whatever its config.json says."""
+    """transformers always gives a Gemma 4's last block full attention."""
     refused = {(reference.model, left_out): why for reference, _, _, left_out, why in all_cases() if why}
     gemmas = {(f"Gemma4{kind}", (1,)) for kind in ("ForCausalLM", "ForConditionalGeneration", "UnifiedForConditionalGeneration")}
     assert refused.keys() == {*gemmas, ("Qwen2MoeForCausalLM", (0,))}
 
 
 def without(model, left_out):
-    """The model of transformers with the identity in the place of some blocks."""
+    """Puts the identity in the place of some blocks; returns the model."""
     blocks = model.config.get_text_config().num_hidden_layers
     (layers,) = (
         part
@@ -87,8 +87,8 @@ def test_the_exported_model_computes_what_the_identity_in_their_place_does(refer
     assert small.config.get_text_config().num_hidden_layers == blocks - 1
     tokens = torch.from_numpy(TOKENS)
     with torch.no_grad():
-        expected, found = (each(tokens, use_cache=False).logits for each in (without(model, left_out), small.eval()))
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+        expected, actual = (each(tokens, use_cache=False).logits for each in (without(model, left_out), small.eval()))
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
     sidecar = json.loads((tmp_path / "out" / "optima_tpu.json").read_text())
     assert sidecar["cuts"] == {"blocks": {"left": [blocks - 1], "total": blocks}} and sidecar["layers"] == []
     assert sidecar["left_out"]["blocks"] == list(left_out)
@@ -121,10 +121,10 @@ def test_our_own_pass_through_the_export_skips_these_blocks(model, shape, tmp_pa
         Decoder.open(each.config, each.tensors, mesh(*shape)) for each in (Pretrained(config, source, {}, "", ""), small)
     )
     assert cut.config.blocks == dense.config.blocks - 1
-    expected, found = (
+    expected, actual = (
         logits(each, blocks) for each, blocks in ((dense, range(1, dense.config.blocks)), (cut, range(cut.config.blocks)))
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def logits(decoder, blocks):
@@ -166,9 +166,9 @@ def test_tensors_behind_the_last_block_stay_behind_it():
         *(f"model.layers.{index}.norm.weight" for index in range(5)),
         "vision.layers.1.norm.weight",
     )
-    tensors = MemoryTensors({name: np.full(1, place, np.float32) for place, name in enumerate(names)})
-    found = renumbered(tensors, "model.layers.{}.", (1, 3))
-    assert {name: int(found.read(name)[0]) for name in found.names()} == {
+    tensors = MemoryTensors({name: np.full(1, value, np.float32) for value, name in enumerate(names)})
+    actual = renumbered(tensors, "model.layers.{}.", (1, 3))
+    assert {name: int(actual.read(name)[0]) for name in actual.names()} == {
         "model.embed_tokens.weight": 0,
         **{f"model.layers.{new}.norm.weight": 1 + old for new, old in enumerate((0, 2, 4))},
         "vision.layers.1.norm.weight": 6,
@@ -213,10 +213,10 @@ def run(tmp_path_factory):
 
 
 def test_every_form_has_the_renumbered_blocks_and_nothing_of_the_others(run, tmp_path):
-    """Beside neurons that are cut from the blocks that stay, and masks of their other layers."""
-    said = []
-    export(run, tmp_path / "out", say=said.append)
-    assert "2 of 4 blocks, 48 of 64 neurons in every block are left, and the others are not written" in said
+    """With neurons cut from the blocks that stay, and masks on the rest."""
+    lines = []
+    export(run, tmp_path / "out", say=lines.append)
+    assert "2 of 4 blocks, 48 of 64 neurons in every block are left, and the others are not written" in lines
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 48)
     tensors, masks = folder_tensors(tmp_path / "out"), read_masks(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Decoders without a family of their own, against transformers' (torch), on tiny random models."""
+"""Decoders without a family of their own against transformers (torch)."""
 
 import importlib.util
 
@@ -41,7 +41,10 @@ BERT = dict(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_he
 
 
 def some(first: int):
-    """A third of the models, from ``first`` on; the others are slow. Every one of them has its logits compared on one device."""
+    """Parametrizes over all models; all but every third one are marked slow.
+
+    :func:`test_logits_agree_with_transformers` compares the logits of every model on one device.
+    """
     marks = [[pytest.mark.slow] * (index % 3 != first) for index in range(len(GENERAL))]
     return pytest.mark.parametrize(
         "reference", [pytest.param(each, id=each.model, marks=mark) for each, mark in zip(GENERAL, marks)]
@@ -54,7 +57,7 @@ def test_logits_agree_with_transformers(reference, settings):
 
 
 def test_logits_agree_where_layers_stand_between_the_last_block_and_the_head():
-    """A layer, a gelu and a norm, and a bias of the head that has two names."""
+    """A layer, a gelu, a norm, and a head bias that has two names."""
     reference = Reference("BertLMHeadModel", "BertConfig", BERT | dict(is_decoder=True), {})
     assert (compared(reference, {}) < 1e-5).all()
 
@@ -123,7 +126,7 @@ def test_the_output_of_attention_is_known_by_the_layer_that_reads_it(reference):
 
 
 def test_experts_read_the_tokens_that_torch_sends_them():
-    """On a mesh whose slices have tokens of their own, which are sorted by themselves."""
+    """On a mesh on which each slice sorts its own tokens."""
     config, model, tensors = tiny(MIXED, MIXED.first)
     decoder = Decoder.open(config, tensors, mesh(2, 2), batch=2)
     check_checkpoint(decoder)
@@ -197,7 +200,7 @@ def test_what_is_not_pruned_is_said():
 
 
 def test_a_layer_whose_input_cannot_be_seen_stays_dense():
-    """A state space model multiplies with the weight of such a layer itself."""
+    """A state space model multiplies by the layer's weight itself."""
     config = transformers.FalconMambaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, state_size=8)
     config.architectures = ["FalconMambaForCausalLM"]
     family = family_of(config)
@@ -206,7 +209,7 @@ def test_a_layer_whose_input_cannot_be_seen_stays_dense():
 
 
 def test_a_model_that_changes_its_buffers_has_them_as_they_were():
-    """A CTRL turns its table of positions into the dtype of its embedding, and the shell also looks at a model in bfloat16."""
+    """A CTRL casts its position table, and the shell also tries bfloat16."""
     shell = Shell(tiny_config("CTRLLMHeadModel"))
     before = {name: buffer.clone() for name, buffer in shell.model.named_buffers()}
     assert shell.follows
@@ -229,7 +232,7 @@ def test_experts_whose_gates_lie_between_their_other_outputs_are_pruned_as_the_f
 
 
 def test_a_kimi_linear_is_read_and_written_by_the_names_that_it_is_published_with():
-    """Its first block has an MLP, the second a mixture, which transformers alone calls alike."""
+    """Only transformers gives its MLP and its mixture the same name."""
     name, tokens = "KimiLinearForCausalLM", np.arange(2, 26, dtype=np.int32)[None]
     config = tiny_config(name, layer_types=["full_attention"] * 2)
     model = tiny_model(config)

@@ -1,4 +1,4 @@
-"""Continuations: every token follows from a pass over what is before it, whatever else is in the batch."""
+"""Every token is what a pass over its own text gives, in any batch."""
 
 import dataclasses
 
@@ -41,9 +41,9 @@ def test_every_token_is_the_likeliest_after_one_pass_over_those_before_it(writte
     for seed, answers in enumerate(written):
         alone = opened((1, 1), seed)
         for (prompt, new), answer in zip(PROMPTS, answers, strict=True):
-            whole = np.zeros((1, 96), np.int32)
-            whole[0, : len(prompt) + new] = [*prompt, *answer]
-            expected = logits_of(alone, whole)[0, len(prompt) - 1 : len(prompt) + new - 1, :VOCABULARY].argmax(axis=-1)
+            tokens = np.zeros((1, 96), np.int32)
+            tokens[0, : len(prompt) + new] = [*prompt, *answer]
+            expected = logits_of(alone, tokens)[0, len(prompt) - 1 : len(prompt) + new - 1, :VOCABULARY].argmax(axis=-1)
             assert answer == expected.tolist()
 
 
@@ -61,14 +61,14 @@ def test_neither_the_others_nor_the_mesh_change_an_answer(written):
 
 
 def test_a_plan_of_the_whole_model_serves_the_one_that_lost_blocks_heads_and_neurons():
-    """Fewer blocks alone, and a third of the heads and a half of the neurons alone: the rest of each model keeps its shape."""
-    whole = planned(opened((1, 1)), PROMPTS[:1])
+    """One lost blocks, the other a third of its heads and half its neurons."""
+    plan = planned(opened((1, 1)), PROMPTS[:1])
     for sizes in (
         {"num_hidden_layers": 2},
         {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 30},
     ):
         smaller = Decoder.open(*tiny_llama(**sizes), mesh(1, 1))
-        assert generate(smaller, whole) == generate(smaller, planned(smaller, PROMPTS[:1]))
+        assert generate(smaller, plan) == generate(smaller, planned(smaller, PROMPTS[:1]))
 
 
 def test_a_second_model_of_the_same_shape_compiles_nothing(caplog):
@@ -85,17 +85,17 @@ def test_a_second_model_of_the_same_shape_compiles_nothing(caplog):
 
 
 def test_a_batch_ends_when_all_of_its_answers_are_enough(written):
-    decoder, calls, asked = opened((1, 1)), [], []
+    decoder, calls, numbers = opened((1, 1)), [], []
     prompts = [prompt._replace(new=40) for prompt in PROMPTS[:3]]
     plan = planned(decoder, prompts)
 
     def enough(number, tokens):
-        asked.append(number)
+        numbers.append(number)
         return len(tokens) >= 9
 
     answers = generate(decoder, plan, enough, lambda: calls.append(1))
     assert [answer[:9] for answer in answers] == written[0][:3] and len(calls) == plan.steps == 2
-    assert sorted(asked) == [0, 1, 2] and [len(answer) for answer in answers] == [32, 27, 30]
+    assert sorted(numbers) == [0, 1, 2] and [len(answer) for answer in answers] == [32, 27, 30]
 
 
 def test_a_model_that_does_not_fit_and_one_that_overflows_are_told():

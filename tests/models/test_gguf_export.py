@@ -1,4 +1,4 @@
-"""Models as GGUF files: what llama.cpp's converter would write, which transformers and this program read as the same model."""
+"""Exported GGUF files match llama.cpp's and are read as the same model."""
 
 import dataclasses
 import json
@@ -56,8 +56,8 @@ def test_a_file_that_is_written_again_says_the_same(tmp_path, arch):
     # Tokens of spaces too: llama.cpp finds the user-defined ones in the text before it merges anything.
     fields = [gguf.GGUFReader(path).fields for path in (first, second)]
     for name in ("tokens", "token_type"):
-        said = [each[f"tokenizer.ggml.{name}"].contents() for each in fields]
-        assert said[0] == said[1], name
+        values = [each[f"tokenizer.ggml.{name}"].contents() for each in fields]
+        assert values[0] == values[1], name
     states = [
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype="float32").state_dict()
         for path in (first, second)
@@ -69,7 +69,10 @@ def test_a_file_that_is_written_again_says_the_same(tmp_path, arch):
 
 
 def test_large_norms_of_a_trained_gemma_are_exported(tmp_path):
-    """Those of Gemma 3 270M reach 1656. Plus 1 and minus 1, they come back within what float32 rounds at their size."""
+    """Norms of up to 1656, as in Gemma 3 270M, come back.
+
+    Adding 1 and subtracting it again rounds them in float32.
+    """
     test_gguf_families.write(tmp_path / "m.gguf", "gemma3")
     opened = open_model(str(tmp_path / "m.gguf"))
     arrays, rng = {name: opened.tensors.read(name) for name in opened.tensors.names()}, np.random.default_rng(0)
@@ -82,10 +85,10 @@ def test_large_norms_of_a_trained_gemma_are_exported(tmp_path):
     journal.save(0, {pruned: arrays[pruned] * keep}, {pruned: keep}, report, on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, MemoryTensors(arrays), mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out", form="gguf")
-    found = open_model(str(tmp_path / "out" / "model.gguf")).tensors
-    for name in found.names():
+    exported = open_model(str(tmp_path / "out" / "model.gguf")).tensors
+    for name in exported.names():
         expected = arrays[name] * keep if name == pruned else arrays[name]
-        np.testing.assert_allclose(found.read(name), expected, rtol=2**-23, atol=2**-23 if "norm" in name else 0)
+        np.testing.assert_allclose(exported.read(name), expected, rtol=2**-23, atol=2**-23 if "norm" in name else 0)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,10 @@ def test_large_norms_of_a_trained_gemma_are_exported(tmp_path):
     ids=["tied", "untied", "biases", "llama3"],
 )
 def test_a_pruned_llama_comes_back_bit_for_bit(tmp_path, dtype, settings):
-    """To this program with its whole configuration; to transformers where it reads biases and rotations from GGUF."""
+    """This program reads every configuration from the file.
+
+    transformers is compared where it reads them too: without biases and scaled rotations.
+    """
 
     def half(arrays):
         for name, array in arrays.items():
@@ -116,11 +122,11 @@ def test_a_pruned_llama_comes_back_bit_for_bit(tmp_path, dtype, settings):
     if "attention_bias" in settings or "rope_parameters" in settings:
         return
     with torch.no_grad():
-        found, expected = (
+        actual, expected = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)(torch.arange(48).reshape(2, 24)).logits
             for options in ({"gguf_file": "model.gguf"}, {})
         )
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def change_tokenizer(folder):

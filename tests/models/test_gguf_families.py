@@ -1,4 +1,4 @@
-"""GGUF files of Qwen 2 and Gemma 3, written as llama.cpp's converter writes them from a model of transformers."""
+"""Qwen 2 and Gemma 3 GGUF files, written as llama.cpp's converter does."""
 
 import gguf
 import numpy as np
@@ -58,7 +58,7 @@ def add_qwen(writer, config) -> dict[str, int]:
 
 
 def write(path, arch: str, change=lambda writer: None, without: tuple[str, ...] = ()):
-    """Returns the model that the file holds."""
+    """Writes a GGUF file; returns the model that the file holds."""
     name, settings = CASES[arch]
     reference = BY_MODEL[name]
     config, model, tensors = tiny(reference._replace(base=reference.base | settings), {})
@@ -114,7 +114,7 @@ def test_transformers_reads_the_same_tokenizer(tmp_path, arch):
 
 
 def test_a_special_token_outside_the_byte_alphabet_has_the_files_id(tmp_path):
-    """DeepSeek's distilled Qwens have such tokens. No token gets an id for which the embedding has no row."""
+    """As in DeepSeek's distilled Qwens; each id has a row of the embedding."""
     bos, user = "<｜begin▁of▁sentence｜>", "a word"
     tokens = [BPE[0], bos, user, *BPE[1:]]
     kinds = [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.USER_DEFINED] + [gguf.TokenType.NORMAL] * (len(BPE) - 1)
@@ -159,7 +159,7 @@ def test_a_stretched_gemma_is_read_and_a_stretched_qwen_refused(tmp_path):
     ],
 )
 def test_half_a_statement_of_the_stretch_is_read_as_llama_cpp_does(tmp_path, factor, kind, expected):
-    """A factor without a type is linear; a type without a factor is nothing."""
+    """A factor without a type is linear; a type alone does nothing."""
 
     def stretch(writer):
         if kind is not None:

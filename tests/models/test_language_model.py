@@ -1,4 +1,4 @@
-"""A model as one NNX module: the logits of the walk over its blocks, under jit, on a mesh, trained with its zeros held."""
+"""A model as one NNX module: logits, tensor names, training under masks."""
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ def test_logits_are_those_of_the_decoder_and_every_tensor_keeps_its_name(name):
     config, _, tensors = tiny(reference, reference.variants[FAMILIES[name]])
     decoder = Decoder.open(config, tensors, mesh(2, 2))
     model = LanguageModel(decoder)
-    found = nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
-    np.testing.assert_allclose(found, logits_of(decoder, TOKENS), rtol=1e-5, atol=1e-5)
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, TOKENS)
+    np.testing.assert_allclose(logits, logits_of(decoder, TOKENS), rtol=1e-5, atol=1e-5)
     assert model.tensors().keys() == set(decoder.tensor_names())
     for each, array in model.tensors().items():
         np.testing.assert_array_equal(array, tensors.arrays[each])

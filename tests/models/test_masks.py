@@ -1,4 +1,4 @@
-"""Imported masks: every format comes back bit for bit, and what does not fit is refused by name."""
+"""Imported masks come back bit for bit; misfits are refused by name."""
 
 import contextlib
 import hashlib
@@ -228,15 +228,15 @@ def test_torch_files_that_hold_something_else(tmp_path):
     torch.save({LAST: [1, 0]}, tmp_path / "list.pt")
     with pytest.raises(UserError, match=f"{LAST}: expected a dense matrix of 0 and 1 in .*, got list"):
         open_masks(str(tmp_path / "list.pt")).read(LAST, SHAPES[LAST])
-    for strange, said in ((torch.ones(3, 4).to_sparse(), "sparse_coo"), (torch.ones(3, 4, device="meta"), "empty .meta.")):
+    for strange, kind in ((torch.ones(3, 4).to_sparse(), "sparse_coo"), (torch.ones(3, 4, device="meta"), "empty .meta.")):
         torch.save({LAST: strange}, tmp_path / "strange.pt")
-        with pytest.raises(UserError, match=f"expected a dense matrix of 0 and 1 in .*strange.pt, got {said} Tensor"):
+        with pytest.raises(UserError, match=f"expected a dense matrix of 0 and 1 in .*strange.pt, got {kind} Tensor"):
             open_masks(str(tmp_path / "strange.pt")).read(LAST, (3, 4))
     torch.save({LAST: torch.full((3, 4), 0.25)}, tmp_path / "quarter.pt")
     with pytest.raises(UserError, match=f"{LAST}: expected a mask of 0 and 1, .* holds 0.25"):
         open_masks(str(tmp_path / "quarter.pt")).read(LAST, SHAPES[LAST])
-    whole = (tmp_path / "quarter.pt").read_bytes()
-    (tmp_path / "damaged.pt").write_bytes(whole[:300])
+    data = (tmp_path / "quarter.pt").read_bytes()
+    (tmp_path / "damaged.pt").write_bytes(data[:300])
     torch.save({LAST: torch.ones(3, 4)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for path in ("damaged.pt", "old.pt"):
         with pytest.raises(UserError, match=f"{path} is damaged or older than PyTorch 1.6"):
@@ -264,17 +264,17 @@ def test_without_torch_its_files_say_what_to_do_and_the_others_open(tmp_path, mo
 def test_the_mask_file_of_a_hub_model_is_taken_and_only_without_one_its_zeros(tmp_path, monkeypatch):
     masks = masks_of(dense_model())
     write_maskllm(tmp_path / "mask_compressed.npz", masks)
-    asked = []
+    requests = []
 
     def download(name, file, revision=None):
-        asked.append((name, file, revision))
+        requests.append((name, file, revision))
         if file == "mask_compressed.npz" and name == "org/masks":
             return str(tmp_path / file)
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr(optima_tpu.models.masks, "hf_hub_download", download)
     source = open_masks("org/masks@main")
-    assert (source.how, source.origin) == ("MaskLLM npz", "org/masks@main") and asked[-1][2] == "main"
+    assert (source.how, source.origin) == ("MaskLLM npz", "org/masks@main") and requests[-1][2] == "main"
     assert_holds(source, masks)
     folder = tiny_folder(tmp_path / "model")
     monkeypatch.setattr(optima_tpu.models.masks.hub, "download", lambda spec: folder)
@@ -307,8 +307,8 @@ def test_npz_files_that_hold_something_else(tmp_path):
         np.savez(tmp_path / "masks.npz", **arrays)
         with pytest.raises(UserError, match=message):
             open_masks(str(tmp_path / "masks.npz"))
-    whole = (tmp_path / "masks.npz").read_bytes()
-    (tmp_path / "masks.npz").write_bytes(whole[:-30])
+    data = (tmp_path / "masks.npz").read_bytes()
+    (tmp_path / "masks.npz").write_bytes(data[:-30])
     with pytest.raises(UserError, match="can't be read as an npz file"):
         open_masks(str(tmp_path / "masks.npz"))
 
@@ -462,8 +462,8 @@ def test_flipped_masks_are_refused_at_any_sparsity(tmp_path, pattern, n, m):
     np.savez(tmp_path / "flipped.npz", **{DOWN: ~keep})
     check_masks(open_masks(str(tmp_path / "good.npz")), *arguments)
     half = n * 2 == m
-    said = "keeps the smaller weights" if half else "its inverse fits the pattern"
-    with pytest.raises(UserError, match=f"{DOWN}: the mask looks flipped.*{said}.*again with 1 where"):
+    reason = "keeps the smaller weights" if half else "its inverse fits the pattern"
+    with pytest.raises(UserError, match=f"{DOWN}: the mask looks flipped.*{reason}.*again with 1 where"):
         check_masks(open_masks(str(tmp_path / "flipped.npz")), *arguments)
 
 
@@ -499,9 +499,9 @@ def test_damage_within_any_compression_is_named(tmp_path, compression):
     with zipfile.ZipFile(path, "w", compression) as archive, archive.open(f"{Q}.npy", "w") as file:
         np.lib.format.write_array(file, mask)
     assert open_masks(str(path)).read(Q, mask.shape).sum() == mask.sum()
-    whole, refusals = path.read_bytes(), []
-    for place in range(60, 160, 10):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+    data, refusals = path.read_bytes(), []
+    for index in range(60, 160, 10):
+        path.write_bytes(data[:index] + bytes([data[index] ^ 255]) + data[index + 1 :])
         try:  # not every byte of a compressed file counts
             assert (open_masks(str(path)).read(Q, mask.shape) == mask).all()
         except UserError as error:
@@ -522,6 +522,6 @@ def test_a_mask_of_a_folder_that_is_a_link_or_a_pipe_is_refused(tmp_path):
     torch.save(torch.ones(3, 4), tmp_path / "outside.pt")
     (folder / f"{LAST}.pt").symlink_to(tmp_path / "outside.pt")
     os.mkfifo(folder / f"{Q}.pt")
-    for name, said in ((LAST, "is a link to .*outside.pt, outside of the folder"), (Q, "is a pipe, a socket or a device")):
-        with pytest.raises(UserError, match=f"{name}.pt {said}"):
+    for name, reason in ((LAST, "is a link to .*outside.pt, outside of the folder"), (Q, "is a pipe, a socket or a device")):
+        with pytest.raises(UserError, match=f"{name}.pt {reason}"):
             open_masks(str(folder)).read(name, (3, 4))

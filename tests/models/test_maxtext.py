@@ -1,6 +1,7 @@
-"""The export for MaxText against its layout, written down here: names, axes, factors, settings. Without MaxText itself.
+"""The export for MaxText against its layout, which is written down here.
 
-``tests/test_ecosystem.py`` loads the same exports with MaxText, where it is installed.
+The layout is names, axes, factors and settings, and needs no MaxText. ``tests/test_ecosystem.py`` loads the same exports with
+MaxText, where it is installed.
 """
 
 import functools
@@ -59,7 +60,7 @@ def bias(array: np.ndarray) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """A tensor of a block: its name there, MaxText's name and shape, the way back, and its place among the experts."""
+    """A tensor of a block, by our name and as MaxText stores it."""
 
     ours: str
     path: str
@@ -76,7 +77,7 @@ MLP = [
 
 
 def mixture(ours: str, theirs: str, gate: str, up: str, down: str) -> list[Part]:
-    """A mixture of experts, of which one array has a matrix of every expert."""
+    """The parts of a mixture; one array has the matrices of all experts."""
     wide, narrow = ((EXPERTS, WIDTH, INNER), matrix(INNER)), ((EXPERTS, INNER, WIDTH), matrix(WIDTH))
     return [
         Part(f"{ours}.gate.weight", f"{theirs}/gate/kernel", (WIDTH, EXPERTS), matrix(EXPERTS)),
@@ -156,26 +157,26 @@ EXPECTED = {
 
 
 def placed(family: str, index: int, blocks: int, scan: bool) -> tuple[str, str, int | None]:
-    """Where MaxText has a block: prefix, suffix of the first name in it, and place in the stack."""
+    """Returns MaxText's prefix, first suffix and stack index of a block."""
     if family == "gemma2":
         suffix = "_global" if index % 2 else "_local"
         return ("layers", suffix, index // 2) if scan else (f"layers_{index // 2}", suffix, None)
     if family == "gemma3" and scan:
-        whole = blocks // 6 * 6
+        stacked = blocks // 6 * 6
         return (
             (f"layers/layers_{index % 6}", "", index // 6)
-            if index < whole
-            else (f"layers_remainder/layers_{index - whole}", "", None)
+            if index < stacked
+            else (f"layers_remainder/layers_{index - stacked}", "", None)
         )
     return ("layers", "", index) if scan else (f"layers_{index}", "", None)
 
 
 def items(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of an export by their path below params/params, on the host."""
+    """Reads an export's arrays by path below params/params, on the host."""
     tree = ocp.metadata(folder / "0", checkpointable_name="items").metadata
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
-    found = ocp.load(folder / "0", target, checkpointable_name="items")["params"]["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(found)
+    arrays = ocp.load(folder / "0", target, checkpointable_name="items")["params"]["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
@@ -212,13 +213,13 @@ def test_every_array_is_where_maxtext_has_it_and_the_settings_describe_it(pruned
     places = [placed(family, index, blocks, scan)[:2] for index in range(blocks)]
     shapes, seen = {}, {}
     for index in range(blocks):
-        prefix, suffix, place = placed(family, index, blocks, scan)
+        prefix, suffix, position = placed(family, index, blocks, scan)
         for part in BLOCKS[family]:
             first, rest = part.path.split("/", 1)
             path, name = f"decoder/{prefix}/{first}{suffix}/{rest}", f"model.layers.{index}.{part.ours}"
-            stack = 0 if place is None else places.count((prefix, suffix))
+            stack = 0 if position is None else places.count((prefix, suffix))
             shapes[path] = (part.shape[0], stack, *part.shape[1:]) if stack else part.shape
-            own = np.take(arrays[path], place, axis=1) if stack else arrays[path]
+            own = np.take(arrays[path], position, axis=1) if stack else arrays[path]
             seen[name] = part.back(own if part.expert is None else own[part.expert])
     factor = WIDTH**0.5 if family.startswith("gemma") else 1.0
     shapes |= {"token_embedder/embedding": (VOCAB, WIDTH), "decoder/decoder_norm/scale": (WIDTH,)}
@@ -233,13 +234,13 @@ def test_every_array_is_where_maxtext_has_it_and_the_settings_describe_it(pruned
         np.testing.assert_allclose(tensor, stored[name], rtol=1e-6, atol=3e-7, err_msg=name)
     for name, keep in masks.items():
         np.testing.assert_array_equal(seen[name] != 0, keep, err_msg=name)
-    found = settings(tmp_path / "out")
+    written = settings(tmp_path / "out")
     sizes = dict(base_emb_dim=WIDTH, base_num_query_heads=HEADS, base_num_kv_heads=KV_HEADS, head_dim=SIZE, base_mlp_dim=INNER)
     expected = sizes | dict(base_config="base.yml", vocab_size=VOCAB, scan_layers=scan) | EXPECTED[family]
-    assert {name: found[name] for name in expected} == expected
+    assert {name: written[name] for name in expected} == expected
     # Where MaxText insists on a name that it knows, it reads this model's sizes under the name.
     named = list((tmp_path / "out").glob("models/*.yml"))
-    assert [path.stem for path in named] == [found["model_name"]] * (family == "gemma3")
+    assert [path.stem for path in named] == [written["model_name"]] * (family == "gemma3")
     assert all(path.read_bytes() == (tmp_path / "out" / "maxtext.yml").read_bytes() for path in named)
 
 
@@ -291,10 +292,10 @@ def test_a_family_without_a_decoder_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_a_factor_is_rounded_once_and_makes_no_zero(dtype):
     weight = np.array([[3.0, 0.0, 6e-8, -1.0]]).astype(dtype)
-    found = Convert((4, 1), factor=0.3)(weight)
-    assert found.dtype == (np.float32 if dtype == np.float16 else dtype)  # float16 would lose the third weight
-    np.testing.assert_array_equal(found[:, 0], (np.float32(0.3) * weight[0].astype(np.float32)).astype(found.dtype))
-    np.testing.assert_array_equal(found[:, 0] == 0, weight[0] == 0)
+    converted = Convert((4, 1), factor=0.3)(weight)
+    assert converted.dtype == (np.float32 if dtype == np.float16 else dtype)  # float16 would lose the third weight
+    np.testing.assert_array_equal(converted[:, 0], (np.float32(0.3) * weight[0].astype(np.float32)).astype(converted.dtype))
+    np.testing.assert_array_equal(converted[:, 0] == 0, weight[0] == 0)
     assert Convert(shift=1.0)(weight).dtype == np.float32  # 1 + w in bfloat16 would lose most of w
 
 

@@ -44,7 +44,7 @@ def reference(**settings):
 
 
 def compared(reference: Reference, settings: dict, *, dtype=torch.float32, shape=(1, 1)) -> np.ndarray:
-    """The largest difference between our logits and transformers', relative to the largest logit, at every position."""
+    """Largest relative difference from transformers' logits by position."""
     config, model, tensors = tiny(reference, settings, dtype)
     tokens = np.random.default_rng(0).integers(1, 64, (3, 40)).astype(np.int32)
     return far_from(model, logits_of(Decoder.open(config, tensors, mesh(*shape), batch=2), tokens), tokens)
@@ -57,7 +57,7 @@ def test_logits_agree_with_transformers(reference, settings):
 
 @pytest.mark.parametrize("reference", apart("Llama4ForCausalLM"))  # which has mixtures of its own
 def test_logits_do_not_depend_on_the_mesh(reference):
-    """Three key-value heads do not divide two or four slices of the model axis, six heads do not divide four."""
+    """No axis here divides 3 key-value heads; 4 does not divide 6 heads."""
     for shape in ((4, 2), (2, 4)) if reference is REFERENCES[0] else ((4, 2),):
         assert (compared(reference, reference.first, shape=shape) < 1e-4).all()
 
@@ -84,7 +84,7 @@ def test_bfloat16_logits_agree_within_its_rounding(reference):
     ids=str,
 )
 def test_norms_round_where_the_reference_does(norm, theirs):
-    """In bfloat16, bit for bit but where float32 sums in another order fall on the other side of a rounding."""
+    """In bfloat16 few values differ: float32 sums may add in another order."""
     module, _, name = theirs.rpartition(".")
     expected = getattr(importlib.import_module("transformers.models." + module), name)(64, eps=1e-5).to(torch.bfloat16)
     rng = np.random.default_rng(0)
@@ -94,8 +94,8 @@ def test_norms_round_where_the_reference_does(norm, theirs):
     with torch.no_grad():
         expected.weight.copy_(torch.from_numpy(weight.astype(np.float32)))
         wanted = expected(torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)).float().numpy()
-    found = np.asarray(ours(jnp.asarray(x)).astype(jnp.float32))
-    assert (found != wanted).mean() < 0.005
+    actual = np.asarray(ours(jnp.asarray(x)).astype(jnp.float32))
+    assert (actual != wanted).mean() < 0.005
 
 
 @pytest.mark.parametrize(("reference", "settings"), CASES)
@@ -130,18 +130,18 @@ WIRINGS = [
 
 @pytest.mark.parametrize("reference", WIRINGS)
 def test_a_block_goes_on_from_the_output_of_attention(reference):
-    """With the input of ``Decoder.attended`` known, everything behind it is as before, and nothing before it matters."""
+    """Given the input of ``Decoder.attended``, layers before it are unused."""
     config, _, tensors = tiny(reference, reference.first)
     decoder = Decoder.open(config, tensors, mesh(1, 1)).at(1)
     parameters, attended = next(decoder.blocks([1])), decoder.attended
     hidden = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
-    whole, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 9))
+    expected, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 9))
 
     before = decoder.linears[: decoder.linears.index(attended)]
     broken = parameters | {name + ".weight": jnp.full_like(parameters[name + ".weight"], jnp.nan) for name in before}
     known = {attended: inputs[attended]}
     output, behind = compiled_forward(decoder.graph, decoder.state(broken), hidden, decoder.positions(1, 9), known)
-    np.testing.assert_array_equal(output, whole)
+    np.testing.assert_array_equal(output, expected)
     for name in decoder.linears[len(before) :]:
         np.testing.assert_array_equal(input_of(behind, name), input_of(inputs, name))
     assert len(before) > 0 and np.isfinite(output).all()
@@ -149,7 +149,7 @@ def test_a_block_goes_on_from_the_output_of_attention(reference):
 
 @pytest.mark.parametrize("high", [1.0, 0.5])
 def test_llama3_rope_without_a_range_between_its_factors_has_a_step(high):
-    """As transformers, which blends nothing then; and without a division by zero."""
+    """As in transformers, which then blends nothing; no division by zero."""
     parameters = LLAMA3 | dict(low_freq_factor=1.0, high_freq_factor=high)
     config = transformers.LlamaConfig(**BASE, rope_parameters=parameters)
     expected, _ = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")

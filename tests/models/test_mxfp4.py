@@ -44,13 +44,13 @@ def halves(rng, experts: int, d_in: int, d_out: int, scales: tuple[int, int] = (
 
 def expanded_by_transformers(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """[experts, d_in, d_out] bfloat16."""
-    found = mxfp4.convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
-    return found.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    matrices = mxfp4.convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales))
+    return matrices.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A tiny gpt-oss as it is published: experts in MXFP4, what else there is in bfloat16, no dtype in config.json."""
+    """A gpt-oss as published: experts in MXFP4, no dtype in config.json."""
     path = tmp_path_factory.mktemp("mxfp4") / "model"
     save(path, GPT_OSS, SIZES, torch.bfloat16)
     arrays, rng = folder_tensors(path), np.random.default_rng(0)
@@ -68,20 +68,20 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expanded(folder) -> Path:
     """The same, as transformers writes it in bfloat16."""
-    said = transformers.Mxfp4Config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=said, dtype=torch.bfloat16)
+    quantization = transformers.Mxfp4Config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
     model.save_pretrained(folder.parent / "expanded")
     return folder.parent / "expanded"
 
 
 def test_every_code_with_every_scale_is_what_transformers_reads():
-    """Bit for bit, except at the scale 255: the standard says NaN, where transformers has 2^128."""
+    """Except at scale 255: NaN by the standard, 2^128 in transformers."""
     blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 1, 16), (16, 256, 16))[None]
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8), (1, 16, 256))
-    found, expected = np.swapaxes(expand(blocks, scales), 1, 2), expanded_by_transformers(blocks.copy(), scales.copy())
-    last = found.shape[1] - 32
-    assert_same(found[:, :last], expected[:, :last])
-    assert np.isnan(found[:, last:]).all()
+    actual, expected = np.swapaxes(expand(blocks, scales), 1, 2), expanded_by_transformers(blocks.copy(), scales.copy())
+    last = actual.shape[1] - 32
+    assert_same(actual[:, :last], expected[:, :last])
+    assert np.isnan(actual[:, last:]).all()
 
 
 @pytest.mark.parametrize(
@@ -104,16 +104,16 @@ def test_parts_are_read_as_those_of_the_whole(index):
 
 def test_the_folder_is_the_model_that_transformers_expands(folder, expanded):
     for dtype in (None, "float32"):
-        mine, theirs = (open_model(str(where), dtype) for where in (folder, expanded))
-        assert mine.tensors.names() == theirs.tensors.names()
-        for name in mine.tensors.names():
-            assert_same(mine.tensors.read(name), theirs.tensors.read(name))
+        ours, theirs = (open_model(str(where), dtype) for where in (folder, expanded))
+        assert ours.tensors.names() == theirs.tensors.names()
+        for name in ours.tensors.names():
+            assert_same(ours.tensors.read(name), theirs.tensors.read(name))
     config = json.loads(open_model(str(folder)).assets["config.json"])
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
     assert open_declared(str(folder), None, 4).decoder.tensors.dtype(NAME) == ml_dtypes.bfloat16
 
     tokens = np.random.default_rng(0).integers(1, 256, (2, 24)).astype(np.int32)
-    logits = logits_of(Decoder.open(mine.config, mine.tensors, mesh(1, 1), batch=2), tokens)
+    logits = logits_of(Decoder.open(ours.config, ours.tensors, mesh(1, 1), batch=2), tokens)
     model = transformers.AutoModelForCausalLM.from_pretrained(expanded, attn_implementation="eager", dtype=torch.float32)
     assert (far_from(model, logits, tokens) < 1e-4).all()
 
@@ -135,8 +135,8 @@ def test_it_is_pruned_and_exported_in_bfloat16(folder, expanded, tmp_path):
         keep = masks.get(name, np.True_)
         assert_same(sparse.read(name), np.where(keep, dense.read(name), np.zeros_like(dense.read(name))))
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
-    _, found = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(found.values()), found
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A packed folder on simulated devices: the bits that unpacking gives, and little more than the kept weights travels."""
+"""Packed folders on devices: equal bits, and transfers of kept weights."""
 
 import jax
 import ml_dtypes
@@ -20,7 +20,7 @@ SPECS = [P(), P("data"), P(None, "model"), P("model", "data"), P(("data", "model
 
 
 def random_bits(dtype: np.dtype, keep: np.ndarray) -> np.ndarray:
-    """Any bits where ``keep``, among them NaNs with payloads and signs, denormals and -0.0; zeros elsewhere."""
+    """Random bits where ``keep``, with NaNs, denormals, -0.0; else zeros."""
     random = np.random.default_rng(0)
     bits = random.integers(0, 256, (*keep.shape, dtype.itemsize), np.uint8)
     bits[~keep] = 0
@@ -28,7 +28,7 @@ def random_bits(dtype: np.dtype, keep: np.ndarray) -> np.ndarray:
 
 
 def masks() -> dict[str, np.ndarray]:
-    """Half of the weights, at random and as 2:4; rows without and full of weights; no weight and all weights at all."""
+    """Random and 2:4 masks, empty and full rows, empty and full matrices."""
     order = np.random.default_rng(1).random((ROWS, COLUMNS))
     half = order < 0.5
     half[3], half[4], half[-1] = False, True, False
@@ -69,9 +69,9 @@ def test_the_bits_are_those_of_the_plain_folder_on_every_mesh(tmp_path, dtype):
             wanted = {
                 name: NamedSharding(grid, spec if array.shape == (ROWS, COLUMNS) else P()) for name, array in arrays.items()
             }
-            found = optima_tpu.load_packed(folder, lambda name, shape, wanted=wanted: wanted[name])
-            assert found.keys() == arrays.keys()
-            for name, array in found.items():
+            loaded = optima_tpu.load_packed(folder, lambda name, shape, wanted=wanted: wanted[name])
+            assert loaded.keys() == arrays.keys()
+            for name, array in loaded.items():
                 assert array.sharding == wanted[name] and (array.dtype, array.shape) == (arrays[name].dtype, arrays[name].shape)
                 assert np.asarray(array).tobytes() == opened.read(name).tobytes() == arrays[name].tobytes(), (name, spec)
 

@@ -1,4 +1,4 @@
-"""Packed checkpoints: bit for bit, no damaged byte accepted, nothing believed that a file says of itself."""
+"""Packed checkpoints are exact; damage and false claims are refused."""
 
 import filecmp
 import hashlib
@@ -79,10 +79,10 @@ def restored(source: Path, out: Path) -> Path:
     return out
 
 
-def assert_same_folder(got: Path, expected: Path) -> None:
-    names = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (got, expected)]
+def assert_same_folder(actual: Path, expected: Path) -> None:
+    names = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (actual, expected)]
     assert names[0] == names[1]
-    assert [name for name in names[0] if not filecmp.cmp(got / name, expected / name, shallow=False)] == []
+    assert [name for name in names[0] if not filecmp.cmp(actual / name, expected / name, shallow=False)] == []
 
 
 def bf16(values) -> tuple[str, tuple[int, ...], bytes]:
@@ -92,7 +92,10 @@ def bf16(values) -> tuple[str, tuple[int, ...], bytes]:
 
 @st.composite
 def tensors_of_any_kind(draw) -> tuple[Tensors, dict[str, np.ndarray]]:
-    """Tensors with random bits, of which a share is zero, and a mask for some: of all bits that are not zero, and of some others."""
+    """Draws tensors with random bits and zeros, and masks for some of them.
+
+    A mask keeps every weight whose bits are not all zero, and some zeros.
+    """
     tensors: Tensors = {}
     masks = {}
     for index in range(draw(st.integers(0, 4))):
@@ -126,8 +129,8 @@ def test_every_file_comes_back_byte_for_byte(tmp_path_factory, drawn, padding):
     packer.finish()
     out = restored(folder / "packed", folder / "out")
     assert (out / "model.safetensors").read_bytes() == source.read_bytes()
-    found = read_masks(out) if masks else {}
-    assert found.keys() == masks.keys() and all(np.array_equal(found[name], masks[name]) for name in masks)
+    stored = read_masks(out) if masks else {}
+    assert stored.keys() == masks.keys() and all(np.array_equal(stored[name], masks[name]) for name in masks)
     opened = Packed(folder / "packed")
     for name, (dtype, shape, data) in tensors.items():
         assert opened.read(name).tobytes() == data and opened.tensors[name][1:3] == (dtype, shape)
@@ -162,9 +165,9 @@ def test_rows_without_and_full_of_weights_signs_of_zero_and_payloads_of_nan(tmp_
     assert Packed(out).tensors["weight"].encoding == "sparse"
 
 
-def assert_same_folder_but_masks(got: Path, expected: Path) -> None:
-    (got / packed.MASKS).unlink()
-    assert_same_folder(got, expected)
+def assert_same_folder_but_masks(actual: Path, expected: Path) -> None:
+    (actual / packed.MASKS).unlink()
+    assert_same_folder(actual, expected)
 
 
 def test_a_mask_that_prunes_a_minus_zero_is_refused(tmp_path):
@@ -173,7 +176,7 @@ def test_a_mask_that_prunes_a_minus_zero_is_refused(tmp_path):
 
 
 def pruned_matrix(share: float, shape=(256, 512), nm: bool = False) -> np.ndarray:
-    """Normal weights of which the smallest are zero, overall or in each group of four."""
+    """Normal weights, the smallest zeroed overall or in each group of four."""
     weight = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
     size = np.abs(weight.astype(np.float32))
     if nm:
@@ -203,8 +206,8 @@ def test_the_smallest_encoding_is_taken(tmp_path):
         "dense": bf16(np.random.default_rng(0).standard_normal(4096)),
         "zeros": bf16(np.zeros(4096)),
     }
-    found = Packed(packed_folder(tmp_path, tensors)).tensors
-    assert {name: tensor.encoding for name, tensor in found.items()} == {"noise": "plain", "dense": "planes", "zeros": "sparse"}
+    stored = Packed(packed_folder(tmp_path, tensors)).tensors
+    assert {name: tensor.encoding for name, tensor in stored.items()} == {"noise": "plain", "dense": "planes", "zeros": "sparse"}
 
 
 # Damage.
@@ -212,7 +215,7 @@ def test_the_smallest_encoding_is_taken(tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A packed folder with one tensor of each encoding, a mask and a copied file."""
+    """A packed folder: a tensor of each encoding, a mask, a copied file."""
     folder = tmp_path_factory.mktemp("small")
     noise = np.random.default_rng(0).integers(0, 256, 40, np.uint8)
     weight = np.zeros((8, 24), ml_dtypes.bfloat16)
@@ -240,7 +243,7 @@ def copy(small, tmp_path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    """The one line with which a folder is refused; nothing may be left of an unpacking that failed."""
+    """Returns a folder's one-line refusal; checks that nothing is left."""
     line = refusals.refusal(unpacking.unpack, folder, folder.with_name("out"))
     assert not list(folder.parent.glob("out*"))
     return line
@@ -276,7 +279,7 @@ def test_no_byte_of_a_header_or_of_the_index_can_change_unseen(copy, file):
         assert re.search("copy the (file|folder) again", str(error.value))
     for damaged in (data[:-1], data + b"\0", b"", data[:5]):
         path.write_bytes(damaged)
-        assert file in (told := refusal(copy)) and "copy the file again" in told
+        assert file in (message := refusal(copy)) and "copy the file again" in message
     path.unlink()
     assert file in refusal(copy)
 
@@ -363,7 +366,7 @@ def test_offsets_outside_the_file_are_refused(copy, begin, end, expected):
 
 
 def with_part(folder: Path, index: int, part: bytes) -> None:
-    """Replaces a part of the tensor ``weight``, and whatever says how long it is."""
+    """Replaces a part of ``weight`` and updates every size and checksum."""
     opened = Packed(folder)
     parts = [bytes(stored) for stored in opened._parts("weight")]
     parts[index] = part
@@ -389,7 +392,10 @@ def frame(size: int, **how) -> bytes:
 
 
 def announcing(size: int) -> bytes:
-    """A frame that announces 24 bytes as some other number: magic, a descriptor for 8 bytes of size in one segment, the size."""
+    """A Zstandard frame that announces ``size`` bytes and holds none.
+
+    Magic number, descriptor of a size of 8 bytes in one segment, the size, an empty last block.
+    """
     return b"\x28\xb5\x2f\xfd" + b"\xe0" + struct.pack("<Q", size) + b"\x01\x00\x00"
 
 
@@ -567,14 +573,16 @@ def test_a_packed_folder_is_a_model(tmp_path, dtype):
     plain = tiny_folder(tmp_path / "plain")
     (tmp_path / "packed").mkdir()
     pack(plain, tmp_path / "packed")
-    expected, got = (open_model(str(folder), dtype) for folder in (plain, tmp_path / "packed"))
-    assert got.assets == expected.assets  # without the index, which would make another folder a packed one
-    assert got.tensors.names() == expected.tensors.names()
-    for name in got.tensors.names():
-        assert got.tensors.shape(name) == expected.tensors.shape(name) and got.tensors.dtype(name) == expected.tensors.dtype(name)
+    expected, actual = (open_model(str(folder), dtype) for folder in (plain, tmp_path / "packed"))
+    assert actual.assets == expected.assets  # without the index, which would make another folder a packed one
+    assert actual.tensors.names() == expected.tensors.names()
+    for name in actual.tensors.names():
+        assert actual.tensors.shape(name) == expected.tensors.shape(name) and actual.tensors.dtype(
+            name
+        ) == expected.tensors.dtype(name)
         for index in ((...,), (slice(1, 3),), (..., slice(None, None, 2))):
-            np.testing.assert_array_equal(got.tensors.read(name, index), expected.tensors.read(name, index))
-            assert got.tensors.read(name, index).flags.writeable
+            np.testing.assert_array_equal(actual.tensors.read(name, index), expected.tensors.read(name, index))
+            assert actual.tensors.read(name, index).flags.writeable
 
 
 def test_a_packed_model_is_pruned_as_the_plain_one(finished, tmp_path):

@@ -1,4 +1,4 @@
-"""Published configurations, built without a weight: names, shapes and sharding of models far larger than this machine."""
+"""Published configurations of large models, built without a weight."""
 
 import math
 
@@ -67,7 +67,7 @@ MIXTURES = {
 
 @pytest.fixture(scope="module", params=PUBLISHED, ids=str)
 def published(request):
-    """The decoder on a 4x2 mesh, the tensors of transformers' model (on torch's meta device), and its number of weights."""
+    """(decoder on a 4x2 mesh, torch's shapes by name, number of weights)."""
     architecture, kind, settings, parameters = PUBLISHED[request.param]
     config = getattr(transformers, kind)(**settings)
     config.architectures = [architecture]
@@ -95,8 +95,8 @@ def test_a_published_mixture_has_its_number_of_weights(name):
     architecture, kind, settings, parameters = MIXTURES[name]
     config = getattr(transformers, kind)(**settings)
     config.architectures = [architecture]
-    found = shapes(Decoder.open(config, MemoryTensors({}), mesh(4, 2)))
-    assert sum(map(math.prod, found.values())) == parameters
+    sizes = shapes(Decoder.open(config, MemoryTensors({}), mesh(4, 2)))
+    assert sum(map(math.prod, sizes.values())) == parameters
 
 
 def test_every_tensor_of_the_checkpoint_is_named_with_its_shape(published):

@@ -1,4 +1,4 @@
-"""A saved folder against what transformers' Auto classes make of the same folder, where config.json is not in their own form."""
+"""Folders with an unusual config.json against transformers' Auto classes."""
 
 import json
 import logging

@@ -22,11 +22,11 @@ def test_parts_of_experts_are_read_one_by_one_and_put_together_again():
             assert parts.shape(name) == expected.shape
             np.testing.assert_array_equal(parts.read(name), expected)
             np.testing.assert_array_equal(parts.read(name, (slice(1, 2), slice(0, 3))), expected[1:2, :3])
-        whole = Stacked(parts, stacks_among(parts.stacks, stacks))
-        assert whole.names() == ("x.experts.both",) and whole.shape("x.experts.both") == array.shape
-        members = {name: parts.read(name) for name in whole.members("x.experts.both")}
-        np.testing.assert_array_equal(whole.joined("x.experts.both", members), array)
-        assert all(np.array_equal(members[name], part) for name, part in whole.split("x.experts.both", array).items())
+        stacked = Stacked(parts, stacks_among(parts.stacks, stacks))
+        assert stacked.names() == ("x.experts.both",) and stacked.shape("x.experts.both") == array.shape
+        members = {name: parts.read(name) for name in stacked.members("x.experts.both")}
+        np.testing.assert_array_equal(stacked.joined("x.experts.both", members), array)
+        assert all(np.array_equal(members[name], part) for name, part in stacked.split("x.experts.both", array).items())
 
 
 def test_experts_are_read_one_by_one_and_put_together_again():
@@ -47,13 +47,13 @@ def test_experts_are_read_one_by_one_and_put_together_again():
         np.testing.assert_array_equal(parts.read(matrix, (..., slice(1, 3))), parts.read(matrix)[:, 1:3])
         np.testing.assert_array_equal(parts.read(bias), arrays[PREFIX + "gate_up_proj_bias"][number])
 
-    whole = Stacked(parts, stacks_among(parts.stacks, gpt_oss.FAMILY.stacks))
-    assert whole.names() == source.names()
+    stacked = Stacked(parts, stacks_among(parts.stacks, gpt_oss.FAMILY.stacks))
+    assert stacked.names() == source.names()
     for name, array in arrays.items():
-        assert (whole.shape(name), whole.dtype(name)) == (array.shape, array.dtype)
-        members = {member: parts.read(member) for member in whole.members(name)}
-        np.testing.assert_array_equal(whole.joined(name, members), array)
-        assert all(np.array_equal(members[member], part) for member, part in whole.split(name, array).items())
+        assert (stacked.shape(name), stacked.dtype(name)) == (array.shape, array.dtype)
+        members = {member: parts.read(member) for member in stacked.members(name)}
+        np.testing.assert_array_equal(stacked.joined(name, members), array)
+        assert all(np.array_equal(members[member], part) for member, part in stacked.split(name, array).items())
 
 
 def test_only_models_that_stack_have_stacks():

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was stored, and a file that is not whole is named."""
+"""Checkpoints are read as they were stored; a damaged file is named."""
 
 import errno
 import functools
@@ -126,14 +126,14 @@ def test_a_cast_rounds_once_and_is_recorded_in_the_config(folder):
 
 
 def test_a_cast_leaves_routers_that_decide_in_float32():
-    """As ``_keep_in_fp32_modules_strict`` of the model in transformers does."""
+    """As transformers' ``_keep_in_fp32_modules_strict`` does."""
     gate, bias, up = (f"model.layers.3.mlp.{name}" for name in ("gate.weight", "gate.e_score_correction_bias", "up_proj.weight"))
     stored = MemoryTensors({name: np.full((2, 2), 1 / 3, np.float32) for name in (gate, bias, up)})
     for name in ("DeepseekV2", "DeepseekV3", "Glm4Moe", "Glm4MoeLite"):
         family = family_named([f"{name}ForCausalLM"])
-        found = cast(stored, np.dtype(ml_dtypes.bfloat16), family.exact)
-        assert [found.dtype(each).name for each in (gate, bias, up)] == ["float32", "float32", "bfloat16"]
-        assert found.read(gate)[0, 0] == np.float32(1 / 3) and found.read(up).dtype == found.dtype(up)
+        converted = cast(stored, np.dtype(ml_dtypes.bfloat16), family.exact)
+        assert [converted.dtype(each).name for each in (gate, bias, up)] == ["float32", "float32", "bfloat16"]
+        assert converted.read(gate)[0, 0] == np.float32(1 / 3) and converted.read(up).dtype == converted.dtype(up)
     assert family_named(["Qwen2MoeForCausalLM"]).exact == ()
 
 
@@ -210,12 +210,12 @@ def test_a_file_of_the_hubs_cache_that_is_not_what_its_name_says_is_refused(fold
         digest = hashlib.sha256(data) if path.suffix == ".safetensors" else hashlib.sha1(b"blob %d\0" % len(data) + data)
         (blobs / digest.hexdigest()).write_bytes(data)
         (snapshot / path.name).symlink_to(blobs / digest.hexdigest())
-    asked = []
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: asked.append(name) or str(snapshot))
+    requests = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: requests.append(name) or str(snapshot))
     monkeypatch.setattr(hub, "download", functools.cache(hub.download.__wrapped__))  # nothing that another test has downloaded
     refuse_damaged_model("a/b")
     open_model("a/b")
-    assert asked == ["a/b"]  # who checks the files and who opens them ask the hub once
+    assert requests == ["a/b"]  # who checks the files and who opens them ask the hub once
     blob = (snapshot / name).resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"~")
     for spec in ("a/b", str(snapshot)):
@@ -389,7 +389,10 @@ def interleaved(weight, heads):
 
 
 def write_gguf(path, tensors, kinds=lambda name: Q.F32, arch="llama", split="smollm", theta=10000.0, extra=lambda writer: None):
-    """Writes the file as llama.cpp's converter does; returns what a reader should find, under Hugging Face names."""
+    """Writes a GGUF file as llama.cpp's converter does.
+
+    Returns the arrays that a reader should find, by their Hugging Face names.
+    """
     expected = {}
     with writing(path, arch, SimpleNamespace(**CONFIG, max_position_embeddings=128)) as writer:
         writer.add_rope_freq_base(theta)
@@ -410,7 +413,7 @@ def write_gguf(path, tensors, kinds=lambda name: Q.F32, arch="llama", split="smo
 
 
 def mixed(name):
-    """As published files are: norms in float32, the embedding finer than the rest."""
+    """Returns a kind as published files have it: norms are not quantised."""
     if name.endswith("norm.weight"):
         return Q.BF16 if name == "model.norm.weight" else Q.F32
     return {"model.embed_tokens.weight": Q.Q8_0, "model.layers.0.mlp.up_proj.weight": Q.F16}.get(name, Q.Q4_1)
@@ -435,9 +438,9 @@ def test_a_gguf_file_reads_back_as_the_model_it_was_made_from(tmp_path, kinds):
 def test_the_configuration_of_a_gguf_file_is_the_models(tmp_path):
     write_gguf(tmp_path / "m.gguf", llama_tensors())
     opened = open_model(str(tmp_path / "m.gguf"))
-    told = {"hidden_act": "silu", "max_position_embeddings": 128, "rope_scaling": None, "attention_bias": False}
-    told |= {"mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    assert json.loads(opened.assets["config.json"]) == CONFIG | told
+    others = {"hidden_act": "silu", "max_position_embeddings": 128, "rope_scaling": None, "attention_bias": False}
+    others |= {"mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    assert json.loads(opened.assets["config.json"]) == CONFIG | others
     assert opened.config.rope_parameters["rope_theta"] == 10000.0
 
 
@@ -532,6 +535,6 @@ def test_a_truncated_gguf_file_is_named(tmp_path, share):
     path = tmp_path / "m.gguf"
     write_gguf(path, llama_tensors())
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    said = "truncated or damaged: its header asks for more" if share else "no GGUF file"
-    with pytest.raises(UserError, match=f"m.gguf is {said}"):
+    reason = "truncated or damaged: its header asks for more" if share else "no GGUF file"
+    with pytest.raises(UserError, match=f"m.gguf is {reason}"):
         open_model(str(path))

@@ -1,4 +1,4 @@
-"""Bounds beside the types of fields: every declared one refuses what is beyond it, with the name and what to type."""
+"""Every bound of a field refuses what is beyond it, with name and advice."""
 
 import dataclasses
 import math
@@ -73,8 +73,8 @@ COMMANDS |= {("cut", CutStructures)}
     ],
 )
 def test_a_method_refuses_what_means_nothing(cls, setting, value, words):
-    said = refusal(cls, **{setting: value})
-    assert f".{setting}" in said and words in said
+    message = refusal(cls, **{setting: value})
+    assert f".{setting}" in message and words in message
 
 
 def beyond_of(bound: Bound | Filled) -> list[tuple[float | str, str]]:
@@ -95,7 +95,7 @@ def test_every_setting_is_held_to_its_bound(setting, cls):
     bounds = {name: each for name, hint in hints.items() for each in getattr(hint, "__metadata__", ())}
     for name, bound in bounds.items():
         several = "tuple" in str(hints[name])
-        for beyond, told in beyond_of(bound):
+        for beyond, text in beyond_of(bound):
             with pytest.raises(UserError, match=f"expected {setting and setting + '.'}{name} ") as refused:
                 cls(**needed | {name: (beyond,) if several else beyond})
-            assert f"got {told}" in str(refused.value)
+            assert f"got {text}" in str(refused.value)

@@ -1,4 +1,4 @@
-"""Run directories in Google Cloud Storage, against a server on this machine that speaks its protocol, and that can fail."""
+"""Run directories in Google Cloud Storage, on a local server that can fail."""
 
 import importlib.util
 import itertools
@@ -50,7 +50,7 @@ sys.exit(optima_tpu.launch.main(arguments))
 
 @pytest.fixture(scope="module")
 def served():
-    """A server of its own, in this process and in those that it starts; whoever tries again does so at once."""
+    """A storage server, also for subprocesses; clients retry without delay."""
     if importlib.util.find_spec("gcsfs") is None:
         pytest.skip("needs the package gcsfs")
     as_path(f"gs://{BUCKET}/any")  # sets what gcsfs reads when it is imported
@@ -239,17 +239,17 @@ def test_a_bucket_that_goes_on_failing_is_one_line_and_never_an_answer(bucket, s
         "folder": [lambda: files.complete(directory / "folder"), lambda: files.begin(directory / "folder")],
         "sha256-all.json": [lambda: checksums.known(directory), lambda: checksums.intact(directory, "k.json")],
     }  # fmt: skip
-    told = {
+    messages = {
         503: "HTTP status 503: ",
         403: "HTTP status 403: Forbidden",
         502: "HTTP status 502: ",
         "reset": "Connection reset",
         "short": "",
     }
-    for (fault, words), (name, each) in itertools.product(told.items(), works.items()):
+    for (fault, words), (name, each) in itertools.product(messages.items(), works.items()):
         for work in each:
             before = len(served.asked)
-            with served.failing(lambda asked, fault=fault: fault), pytest.raises(BucketError) as raised:
+            with served.failing(lambda request, fault=fault: fault), pytest.raises(BucketError) as raised:
                 work()
             assert f"{BUCKET}/run" in str(raised.value) and name in str(raised.value) and words in str(raised.value)
             assert "\n" not in str(raised.value) and len(served.asked) - before < 40
@@ -262,7 +262,7 @@ def test_an_object_that_arrives_shorter_or_changed_is_not_believed(bucket, serve
     for fault in ("short", "flipped"):
         with served.failing(now_and_then(served, [fault])):
             assert [path.read_bytes() for _ in range(6)] == [b"12345678"] * 6 and served.refused
-    with served.failing(lambda asked: "flipped"), pytest.raises(BucketError, match="gs://bucket/run/a: ChecksumError"):
+    with served.failing(lambda request: "flipped"), pytest.raises(BucketError, match="gs://bucket/run/a: ChecksumError"):
         path.read_bytes()
     served.joined.add("run/a")
     with served.failing(now_and_then(served, ["cut"])):
@@ -278,9 +278,9 @@ def test_checkpoints_in_a_bucket_that_fails_are_read_whole_or_not_at_all(bucket,
     assert len(served.refused) > 5
     for fault, words in ((403, "HTTP status 403"), (503, ""), ("cut", "")):
         for work in (lambda: read_metadata(path), lambda: load_group(path, "weights", tree["weights"])):
-            with served.failing(lambda asked, fault=fault: fault), pytest.raises(BucketError) as raised:
+            with served.failing(lambda request, fault=fault: fault), pytest.raises(BucketError) as raised:
                 work()
-            assert f"{bucket}/run/entry" in (said := str(raised.value)) and words in said and "\n" not in said
+            assert f"{bucket}/run/entry" in (message := str(raised.value)) and words in message and "\n" not in message
 
 
 @pytest.mark.slow
@@ -296,17 +296,17 @@ def test_a_run_in_a_bucket_that_fails_now_and_then_ends_with_the_same_bits(bucke
     assert_same_weights(fetched(directory, tmp_path / "run"), finished.directory)
     assert verify.main([str(directory)]) == 0
     for fault, words in ((403, "HTTP status 403"), (503, "HTTP status 503"), ("cut", "")):
-        with served.failing(lambda asked, fault=fault: fault):
+        with served.failing(lambda request, fault=fault: fault):
             for run in (main, verify.main, export.main):
                 arguments = {main: command, verify.main: [str(directory)], export.main: [str(directory), str(tmp_path / "out")]}[
                     run
                 ]
                 capsys.readouterr()
                 assert run(arguments) == 2
-                assert "gs://bucket/run" in (said := only_error(capsys.readouterr().err)) and words in said
-    with served.failing(lambda asked: 503 if "journal/" in asked.name and asked.kind == "media" else None):
+                assert "gs://bucket/run" in (message := only_error(capsys.readouterr().err)) and words in message
+    with served.failing(lambda request: 503 if "journal/" in request.name and request.kind == "media" else None):
         assert export.main([str(directory), str(tmp_path / "out")]) == 2
-        assert "gs://bucket/run/" in (said := only_error(capsys.readouterr().err)) and "damaged" not in said
+        assert "gs://bucket/run/" in (message := only_error(capsys.readouterr().err)) and "damaged" not in message
     assert not (tmp_path / "out").exists()
 
 
@@ -315,10 +315,10 @@ def test_a_request_without_an_answer_is_given_up(bucket, served, monkeypatch):
     path.write_bytes(b"1")
     assert 0 < conf["gcs"]["requests_timeout"].sock_read < 600
     monkeypatch.setitem(conf, "gcs", conf["gcs"] | {"requests_timeout": aiohttp.ClientTimeout(total=None, sock_read=0.1)})
-    with served.failing(lambda asked: "stall"), pytest.raises(BucketError, match="gs://bucket/run/a: .*Timeout"):
+    with served.failing(lambda request: "stall"), pytest.raises(BucketError, match="gs://bucket/run/a: .*Timeout"):
         path.read_bytes()
     stalled = iter(["stall"])
-    with served.failing(lambda asked: next(stalled, None)):
+    with served.failing(lambda request: next(stalled, None)):
         assert path.read_bytes() == b"1"
 
 
@@ -327,7 +327,7 @@ def test_arrays_that_do_not_arrive_are_asked_for_again(bucket, served, finished,
     directory = as_path(f"{bucket}/run")
     assert main([*finished.arguments, "--output", str(directory)]) == 0
     stalled = iter(["stall"])
-    with served.failing(lambda asked: next(stalled, None) if asked.kind == "media" and "/d/" in asked.name else None):
+    with served.failing(lambda request: next(stalled, None) if request.kind == "media" and "/d/" in request.name else None):
         assert export.main([str(directory), str(tmp_path / "hf")]) == 0
     assert len(served.refused) == 1
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (finished.directory / "hf/model.safetensors").read_bytes()

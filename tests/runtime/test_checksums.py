@@ -9,10 +9,10 @@ from optima_tpu.runtime.checksums import ALL, changes, listed, write_sums
 def test_every_bit_of_a_file_of_checksums_counts(tmp_path):
     (tmp_path / "a").write_bytes(b"model")
     write_sums(tmp_path)
-    whole, sums = (tmp_path / ALL).read_bytes(), listed(tmp_path)
+    data, sums = (tmp_path / ALL).read_bytes(), listed(tmp_path)
     assert not changes(tmp_path)
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         (tmp_path / ALL).write_bytes(flipped)
         try:

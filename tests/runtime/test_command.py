@@ -170,7 +170,10 @@ def test_a_signal_is_heard_wherever_the_work_is_and_waits_for_a_save(work, out, 
 
 
 def test_a_process_ends_before_a_scheduler_kills_it():
-    """Kubernetes and Slurm kill it 30 seconds after SIGTERM. A tenth of these is for the line and the end of the process."""
+    """Kubernetes and Slurm kill a process 30 seconds after SIGTERM.
+
+    A tenth of these is for the last line and the end of the process.
+    """
     assert max(signals._GRACE.values()) <= 27
 
 
@@ -207,10 +210,10 @@ def test_a_thread_that_hears_the_signal_late_lets_the_line_be_printed():
 
 def test_a_signal_to_one_process_ends_all_of_them_after_the_same_step():
     address = f"localhost:{free_port()}"
-    for status, out, said in at_once(["-W", "ignore", "-c", TOGETHER, address, number] for number in range(2)):
+    for status, out, error in at_once(["-W", "ignore", "-c", TOGETHER, address, number] for number in range(2)):
         assert "(solver.damping: 0 in process 0, 1 in process 1): start all of them with one command" in out and "mesh" not in out
         assert status == RESUME and "went on" not in out
-        assert "stopped by SIGTERM; the same command goes on" in without_gloo(said)
+        assert "stopped by SIGTERM; the same command goes on" in without_gloo(error)
 
 
 def test_an_error_that_all_processes_have_is_told_by_the_first(monkeypatch, capsys):
@@ -283,8 +286,8 @@ def test_a_help_text_that_nobody_reads_is_no_error_and_one_without_room_is_one_l
             assert cli.main(words) == status
         except SystemExit as exits:  # argparse's way
             assert (exits.code or 0) == status
-        said = capfd.readouterr().err
-        assert (not status and not said) or said == "error: the output could not be written: No space left on device\n"
+        message = capfd.readouterr().err
+        assert (not status and not message) or message == "error: the output could not be written: No space left on device\n"
 
 
 @pytest.mark.parametrize("write", [lambda text: Console(file=sys.stdout).print(text), lambda text: print(text, flush=True)])
@@ -460,7 +463,7 @@ def test_the_programs_that_were_not_read_for_longest_are_removed_where_all_take_
 
 @pytest.fixture
 def compilation_cache(monkeypatch):
-    """Puts jax's settings of its compilation cache back; the user's cache folder is ``mine``."""
+    """Restores jax's cache settings; the user's cache folder is ``mine``."""
     monkeypatch.setenv("OPTIMA_TPU_CACHE", "mine")
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: jax.config.values[name] for name in names}

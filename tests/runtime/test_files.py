@@ -1,4 +1,4 @@
-"""Files and folders appear whole, under temporary names that nobody can foresee, and nothing of anybody else is touched."""
+"""Files appear complete, through unguessable names, and touch no others."""
 
 import os
 import stat
@@ -100,8 +100,8 @@ def test_what_killed_programs_left_in_and_beside_a_folder_is_named_and_stays(tmp
     write_folder(out / "journal")
     left = [files.begin(out).parent, files.begin(out / "report.html").parent, files.begin(out / "journal" / "block_0001").parent]
     files.begin(tmp_path / "out.json"), files.begin(tmp_path / "another")
-    told = files.left_over(out)
-    assert told.startswith(f"left over: {', '.join(map(str, sorted(left)))}: a stopped program")
+    message = files.left_over(out)
+    assert message.startswith(f"left over: {', '.join(map(str, sorted(left)))}: a stopped program")
     assert all(path.is_dir() for path in left)
     assert files.left_over(tmp_path / "new") == files.left_over(tmp_path / "no" / "folder") == ""
 

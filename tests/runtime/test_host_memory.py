@@ -41,10 +41,13 @@ def test_memory_that_one_thread_has_freed_serves_the_next_one():
 
 
 def test_a_command_keeps_memory_before_it_reads_arguments(monkeypatch):
-    """Reading them may load a library that starts threads, whose arenas would then serve the devices."""
+    """Reading arguments may load a library that starts threads.
+
+    The arenas of these threads would then serve the devices.
+    """
     done = []
     monkeypatch.setattr(command, "keep_freed_memory", lambda: done.append("kept"))
     monkeypatch.setattr(command, "rehearsed", lambda *_, **__: done.append("read"))
-    monkeypatch.setattr(command, "real", lambda _: lambda asked: 0)
+    monkeypatch.setattr(command, "real", lambda _: lambda arguments: 0)
     assert command.main("plan", []) == 0
     assert done == ["kept", "read"]

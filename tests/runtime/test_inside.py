@@ -1,4 +1,4 @@
-"""What a folder says is data: nothing that it names leads out of it, and nothing in it keeps a reader waiting."""
+"""No name in a folder's files leads out of it, and no file blocks a reader."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ sys.addaudithook(_watch)  # stays, and does nothing outside of ``touched``
 
 @contextlib.contextmanager
 def touched() -> Iterator[list[str]]:
-    """Every path that Python opens, lists, makes, renames or removes in the body, with its links resolved."""
+    """Collects all paths that Python touches in the body, links resolved."""
     global _touched
     _touched = paths = []
     try:
@@ -63,7 +63,7 @@ def touched() -> Iterator[list[str]]:
 
 
 def contents(folder: Path) -> dict[str, tuple]:
-    """What a change, or a read on a file system that records reads, would change."""
+    """Modification time, inode and bytes of every path in a folder."""
     stats = ((path, path.stat()) for path in [folder, *sorted(folder.rglob("*"))])
     return {str(path): (at.st_mtime_ns, at.st_ino, path.read_bytes() if path.is_file() else None) for path, at in stats}
 
@@ -83,7 +83,7 @@ class Kind(NamedTuple):
 
 
 def change(path: Path, add: Callable[[dict], object]) -> None:
-    """Changes the record in a JSON file; the index of a packed folder is sealed again."""
+    """Changes the record of a JSON file; reseals a packed folder's index."""
     record = json.loads(path.read_text())
     add(record)
     was_sealed = record.pop("sha256", None)
@@ -171,7 +171,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def with_links(whole: Path, kind: str, root: Path) -> Path:
-    """A copy of a folder, with links in it to the folder beside it that nothing may touch."""
+    """Copies a folder and adds ``LINKS``, which lead out of it or into it."""
     folder = Path(shutil.copytree(whole / kind, root / kind))
     for name, target in LINKS.items():
         (folder / name).symlink_to(target)
@@ -199,7 +199,7 @@ def test_no_name_in_a_file_leads_out_of_its_folder(whole, tmp_path_factory, kind
     (victim := root / VICTIM).joinpath("sub").mkdir(parents=True)
     for name in ("model.safetensors", "sub/file"):
         (victim / name).write_bytes(b"a letter")
-    before, held = contents(victim), os.path.realpath(victim)
+    before, resolved = contents(victim), os.path.realpath(victim)
 
     @given(NAMES)
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -216,7 +216,7 @@ def test_no_name_in_a_file_leads_out_of_its_folder(whole, tmp_path_factory, kind
         with touched() as paths:
             refusals = [refusal(read, folder) for read in kind.readers]
         assert contents(victim) == before
-        assert [path for path in paths if Path(path).is_relative_to(held)] == []
+        assert [path for path in paths if Path(path).is_relative_to(resolved)] == []
         assert not outside or all(refusals)
 
     check()
@@ -261,8 +261,8 @@ def test_every_reader_refuses_a_link_out_of_the_folder_and_a_pipe(whole, tmp_pat
     before = contents(tmp_path)
     with touched() as paths, pytest.raises(UserError) as error:
         read(folder)
-    said = "is a link to .*outside" if replaced == "link" else "is a pipe, a socket or a device: copy its contents into a file"
-    assert re.search(f"{re.escape(str(path))} {said}", str(error.value))
+    reason = "is a link to .*outside" if replaced == "link" else "is a pipe, a socket or a device: copy its contents into a file"
+    assert re.search(f"{re.escape(str(path))} {reason}", str(error.value))
     assert str(tmp_path / "outside") not in paths and contents(tmp_path) == before
 
 

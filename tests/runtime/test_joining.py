@@ -1,4 +1,4 @@
-"""How processes come together: by their arguments, by what a platform announces, or not at all where there is one."""
+"""Processes join by arguments, by what a platform announces, or not at all."""
 
 import importlib.util
 import os
@@ -86,7 +86,10 @@ print(jax.process_index(), "of", jax.process_count())
 
 
 def joined(*environments: dict[str, str]) -> list[str]:
-    """Starts a process in each environment, at once. Returns what each prints: its index, and how many processes there are."""
+    """Starts one process in each environment, all at once.
+
+    Returns what each process prints: its index, and the number of processes.
+    """
     here = process_environment() | {"JAX_COORDINATOR_PORT": str(free_port())}
     here.pop("JAX_PLATFORMS", None)  # with it jax would not look for TPUs
     command = [sys.executable, "-c", JOINING]

@@ -1,4 +1,4 @@
-"""Records of JSON: what has another shape is refused in one line that names the file and the field."""
+"""JSON records of another shape are refused by file and field, in one line."""
 
 import json
 import math
