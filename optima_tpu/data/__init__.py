@@ -238,7 +238,7 @@ def refuse_overlap(
         if isinstance(calibration, File | Npy):
             calibration.check()  # a missing file is the more useful message
         raise UserError(
-            f"{'' if named else f'without {option} '}{both} would both read {part.place}: expected two different texts; give {option} another one, such as wikitext2, pydoc "
+            f"{'' if named else f'without {option} '}{both} would both read {part.text}: expected two different texts; give {option} another one, such as wikitext2, pydoc "
             "or file:PATH"
         )
 

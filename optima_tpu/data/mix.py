@@ -90,7 +90,7 @@ class Mix(TextSource):
         for first, second in itertools.combinations(self.texts, 2):
             if part := common_part(first.parts("calibration"), second.parts("calibration")):
                 raise UserError(
-                    f"expected different texts in a mix, got {first} and {second}, which both read {part.place}: add up their shares"
+                    f"expected different texts in a mix, got {first} and {second}, which both read {part.text}: add up their shares"
                 )
         order, later = self._order(draw.windows), self._order(draw.held_out)
         for k, text in enumerate(self.texts):

@@ -46,13 +46,13 @@ def unigram_perplexity(ids: np.ndarray) -> float:
 
 
 class Part(NamedTuple):
-    """Documents ``first`` to ``last - 1`` of the text at ``place``.
+    """Documents ``first`` to ``last - 1`` of ``text``.
 
     Without a ``last``, all documents from ``first`` on. ``config`` is the configuration of a data set. None, if none was named,
     stands for any.
     """
 
-    place: str
+    text: str
     first: int = 0
     last: int | None = None
     config: str | None = None
@@ -60,7 +60,7 @@ class Part(NamedTuple):
     def overlaps(self, other: "Part") -> bool:
         """Whether a document may be in both."""
         return (
-            self.place == other.place
+            self.text == other.text
             and (None in (self.config, other.config) or self.config == other.config)
             and (self.last is None or other.first < self.last)
             and (other.last is None or self.first < other.last)

@@ -541,7 +541,7 @@ def test_calibration_and_evaluation_on_the_same_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("calibration", "evaluation", "place"),
+    ("calibration", "evaluation", "shared"),
     [
         ("c4", "hub:Allenai/C4/en@train", "allenai/c4@train"),
         ("hub:a/b/c@train", "hub:A/B/c@train[:9]", "a/b@train"),
@@ -551,10 +551,10 @@ def test_calibration_and_evaluation_on_the_same_file_are_refused(tmp_path):
         ("hub:a/b@train", "hub:a/b/c@test", None),
     ],
 )
-def test_a_data_set_is_the_same_in_any_case_and_with_no_configuration_named(calibration, evaluation, place):
+def test_a_data_set_is_the_same_in_any_case_and_with_no_configuration_named(calibration, evaluation, shared):
     sources = data.parse_source(calibration), data.parse_source(evaluation)
     part = data.shared(*sources)
-    assert (part and part.place) == place
-    if place:
-        with pytest.raises(UserError, match=f"would both read {place}: "):
+    assert (part and part.text) == shared
+    if shared:
+        with pytest.raises(UserError, match=f"would both read {shared}: "):
             data.refuse_overlap(*sources)

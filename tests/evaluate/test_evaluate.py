@@ -387,7 +387,7 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "named, files, told",
+    "named, files, message",
     [
         ("training_split: train\ntest_split: test", "validation", "expected train.jsonl in {}"),
         ("training_split: train\ntest_split: test", "validation,test", "drawn from validation; add the file"),
@@ -402,7 +402,7 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
         ("", "validation", None),
     ],
 )  # as the task's file has it
-def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, told, tasks, tmp_path):
+def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, message, tasks, tmp_path):
     """Without them the harness draws examples from the scored documents."""
     (tmp_path / "far.yaml").write_text(CHOICE.replace("tiny_choice", "far").replace("path: json", f"path: no/such\n{named}"))
     folder = tmp_path / "data"
@@ -410,10 +410,10 @@ def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, t
     for split in files.split(","):
         shutil.copy(tasks / "choice.jsonl", folder / f"{split}.jsonl")
     load_tasks(["far"], None, Asking(fewshot=0), str(tmp_path), {"far": folder})
-    with contextlib.nullcontext() if told is None else pytest.raises(UserError) as refusal:
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError) as refusal:
         load_tasks(["far"], None, Asking(fewshot=1), str(tmp_path), {"far": folder})
-    if told is not None:
-        assert told.format(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+    if message is not None:
+        assert message.format(folder) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_every_model_sees_the_same_examples_before_a_question(tasks):

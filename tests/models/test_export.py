@@ -136,11 +136,11 @@ def test_the_folder_describes_itself(run, tmp_path):
     assert is_export_of(run, tmp_path / "out") and not is_export_of(run, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["", "journal", "checkpoint/hf", "hf/again"])
-def test_an_export_does_not_go_into_the_run_that_it_is_made_from(run, place):
+@pytest.mark.parametrize("folder", ["", "journal", "checkpoint/hf", "hf/again"])
+def test_an_export_does_not_go_into_the_run_that_it_is_made_from(run, folder):
     before = snapshot(run)
     with pytest.raises(UserError, match="expected a folder outside of the run directory"):
-        export(run, run / place)
+        export(run, run / folder)
     assert snapshot(run) == before
 
 

@@ -230,9 +230,9 @@ def test_sigterm_of_a_forked_child_is_its_own():
     assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")
 
 
-@pytest.mark.parametrize("status, found", [(None, 0), (1, 1)])
-def test_the_status_is_that_of_the_command(status, found):
-    assert guarded(lambda: status, "again") == found
+@pytest.mark.parametrize("status, expected", [(None, 0), (1, 1)])
+def test_the_status_is_that_of_the_command(status, expected):
+    assert guarded(lambda: status, "again") == expected
 
 
 @pytest.fixture
@@ -310,20 +310,20 @@ def test_ctrl_c_is_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    "given, found",
+    "given, expected",
     [
         ({}, {"XLA_CLIENT_MEM_FRACTION": "0.9"}),
         ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
     ],
 )
-def test_the_share_of_a_gpu_is_left_to_who_names_one(given, found, monkeypatch):
+def test_the_share_of_a_gpu_is_left_to_who_names_one(given, expected, monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     take_devices(RunConfig(model="a"))
-    assert {name: value for name, value in os.environ.items() if name.endswith("CLIENT_MEM_FRACTION")} == found
+    assert {name: value for name, value in os.environ.items() if name.endswith("CLIENT_MEM_FRACTION")} == expected
     os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)
 
 
