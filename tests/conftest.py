@@ -1,4 +1,4 @@
-"""Eight simulated devices for the whole suite, and the run that several tests look at."""
+"""Eight simulated devices for all tests, and a run that several tests read."""
 
 import contextlib
 import gc
@@ -64,7 +64,10 @@ with contextlib.suppress(ImportError):  # a newer Orbax may have it elsewhere
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items):
-    """The largest files come first, so that no worker is left with a long one while the other has nothing."""
+    """Puts the largest files first, and marks cells outside ``STAY`` as slow.
+
+    No worker is left with a long file while the other one has nothing.
+    """
     items.sort(key=lambda item: -item.path.stat().st_size)
     for item in items:
         if (stay := STAY.get(item.originalname)) and item.callspec.id not in stay:
@@ -77,14 +80,20 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """The garbage collector leaves alone what was imported, and comes seldom: it took a tenth of the time."""
+    """Keeps the garbage collector off imported objects, and calls it seldom.
+
+    Garbage collection took a tenth of the time.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_sessionfinish():
-    """Nor does it look through what the tests have made, which ends with the process: pytest would ask for that twice."""
+    """Keeps the garbage collector off what the tests have made.
+
+    pytest would collect the garbage twice, just before the process ends.
+    """
     gc.freeze()
 
 
@@ -94,7 +103,7 @@ _MANY_MAPS = 42_000
 
 @pytest.fixture(autouse=True, scope="module")
 def few_memory_maps():
-    """Forgets compiled programs behind a file of tests where a worker holds many."""
+    """Drops compiled programs after a file of tests if a worker holds many."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
@@ -104,7 +113,7 @@ def few_memory_maps():
 
 @pytest.fixture(autouse=True, scope="module")
 def empty_plots(request):
-    """The pages of runs have no drawings, but in the tests of reports and in files that say ``DRAWS``."""
+    """Leaves plots out of pages, except in tests/report or with ``DRAWS``."""
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "DRAWS", request.path.parent.name == "report"):
             leave_plots_empty(patch)
@@ -113,7 +122,10 @@ def empty_plots(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def unmeasured_speed(request):
-    """Runs that cut a model do not compare its speed, which takes as long as the rest of them, but in files that say ``TIMES``."""
+    """Runs that cut a model measure no speed, except in files with ``TIMES``.
+
+    Measuring the speed takes as long as the rest of such a run.
+    """
     from optima_tpu.report.contents import Speed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +136,7 @@ def unmeasured_speed(request):
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Commands that name no mesh take one device: programs that are not split compile in half of the time."""
+    """Commands without a mesh take one device, which halves compilation."""
     from optima_tpu.evaluate import run as evaluating
     from optima_tpu.pipeline import inputs
     from optima_tpu.pipeline.recover import run as recovering
@@ -148,7 +160,10 @@ class FinishedRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> FinishedRun:
-    """Half of every row of a tiny model, on a 4x2 mesh. The tolerance is tight, so that runs on other meshes agree."""
+    """A run that pruned half of every row of a tiny model, on a 4x2 mesh.
+
+    The tolerance is tight, so that runs on other meshes agree.
+    """
     from optima_tpu.launch import main
     from tests.support.runs import SMALL
     from tests.support.tiny_models import tiny_folder

@@ -1,4 +1,4 @@
-"""The record of one machine: complete on a CPU, and whole when the machine is taken away in the middle."""
+"""A machine's record: complete on a CPU, whole if the machine goes away."""
 
 import json
 import os
@@ -45,11 +45,11 @@ def test_every_part_has_its_rows(record):
 
 @pytest.mark.slow
 def test_the_results_are_those_of_float64(record):
-    found = {name: numbers for name, *numbers in rows(record, "results")}
+    by_method = {name: numbers for name, *numbers in rows(record, "results")}
     for name in ("wanda", "magnitude", "sparsegpt", "thanos", "admm", "price"):
-        masks, weights, *_ = found[f"`{name}`"]
+        masks, weights, *_ = by_method[f"`{name}`"]
         assert masks == 0 and weights < 1e-5
-    assert found["`exact`"][2] < 1e-9 and found["`cg`"][2] < 2e-3 and found["`mpax`"][2] < 1e-2
+    assert by_method["`exact`"][2] < 1e-9 and by_method["`cg`"][2] < 2e-3 and by_method["`mpax`"][2] < 1e-2
 
 
 @pytest.mark.slow

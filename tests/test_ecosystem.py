@@ -1,6 +1,7 @@
-"""Pruned models in MaxText, Tunix and Qwix, by their own code. They need Python 3.12 and an environment of their own.
+"""Pruned models in MaxText, Tunix and Qwix, by their own code.
 
-docs/guides/jax-programs.md says how to make it; there: python -m pytest -m slow -n 0 tests/test_ecosystem.py
+The tests need Python 3.12 and an environment of their own, which docs/guides/jax-programs.md describes. Run them there:
+python -m pytest -m slow -n 0 tests/test_ecosystem.py
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Whatever is in a file or on a command line: a result, or one line that says what is wrong. Never a traceback."""
+"""Any file or command line gives a result or one line, never a traceback."""
 
 import json
 import typing
@@ -30,14 +30,16 @@ DRAWS = True  # its pages have their drawings, see conftest.py
 
 
 def tried(check: Any, strategy: st.SearchStrategy, examples: int) -> None:
-    """Runs ``check`` on values of a strategy, on the same ones at every call."""
+    """Runs ``check`` on a strategy's values, the same ones at every call."""
     few = settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     few(given(strategy)(check))()
 
 
 def damaged(content: bytes) -> st.SearchStrategy[bytes]:
-    """Up to three flipped bits, half of the times near the beginning, where headers are; or a file that is cut short; or JSON with
-    another value in some place."""
+    """Content with flipped bits, or cut short, or JSON with another value.
+
+    Up to three bits are flipped, half of the times near the beginning, where headers are.
+    """
     byte = st.integers(0, 200) | st.integers(0, max(1, len(content)))
     flips = st.lists(st.tuples(byte, st.integers(0, 7)), min_size=1, max_size=3)
     ways = flips.map(lambda places: bits_flipped(content, places)) | st.integers(0, len(content)).map(lambda end: content[:end])
@@ -56,8 +58,8 @@ def assert_refused_or_read(kind: Kind, folder: Path, examples: int) -> None:
     assert outcome(kind, folder, content) == "read"
 
     def check(changed: bytes) -> None:
-        found = outcome(kind, folder, changed)
-        assert found == "refused" or not kind.checked or changed == content
+        result = outcome(kind, folder, changed)
+        assert result == "refused" or not kind.checked or changed == content
 
     tried(check, damaged(content), examples)
 
@@ -89,8 +91,8 @@ def configurations(draw: st.DrawFn) -> bytes:
     variants = [(reference, variant) for reference in REFERENCES for variant in reference.variants.values()]
     reference, variant = draw(st.sampled_from(variants))
     content = json.dumps(reference.configuration(variant).to_dict()).encode()
-    for place, value in draw(st.lists(st.tuples(st.integers(0, 1 << 20), st.sampled_from(REPLACEMENTS)), min_size=1, max_size=2)):
-        content = value_replaced(content, place, value)
+    for index, value in draw(st.lists(st.tuples(st.integers(0, 1 << 20), st.sampled_from(REPLACEMENTS)), min_size=1, max_size=2)):
+        content = value_replaced(content, index, value)
     return content
 
 
@@ -140,7 +142,7 @@ def values_of(kind: Any) -> st.SearchStrategy[str]:
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    """Settings of a run under their own names, with values of their types or of others."""
+    """A run's settings by their names, with values of right or wrong types."""
     methods = {setting: draw(st.sampled_from(sorted(names))) for setting, names in CHOICES.items()}
     chosen = draw(st.lists(st.sampled_from(sorted(methods)), max_size=4, unique=True))
     argv = [word for setting in chosen for word in (f"--{setting}", methods[setting])]
@@ -153,7 +155,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 
 def assert_parsed(argv: list[str]) -> None:
-    """The command line is refused in one line, or its settings survive being written as a command line."""
+    """Asserts a refusal in one line, or settings that survive a round trip."""
     try:
         config = parse(argv)
     except UserError as error:

@@ -22,7 +22,7 @@ FILE = Path(__file__).parents[1] / "examples" / "nano.py"
 
 
 class Run(NamedTuple):
-    """A finished run of the preset ``fast`` over a tiny model, and the windows that it read."""
+    """A finished run of preset ``fast`` on a tiny model, and its windows."""
 
     model: Path
     directory: Path
@@ -55,10 +55,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pruned(nano, run):
-    """Every tensor of the model in float32, its pruned matrices by the file."""
+    """All tensors of the model in float32, as examples/nano.py prunes them."""
     weights = {name: array.astype("float32") for name, array in nano.load(run.model).items()}
-    found = nano.pruned(weights, nano.Shape.read(run.model), run.tokens)
-    return weights | {name: matrix for name, matrix, _, _ in found}
+    matrices = nano.pruned(weights, nano.Shape.read(run.model), run.tokens)
+    return weights | {name: matrix for name, matrix, _, _ in matrices}
 
 
 def test_masks_are_equal_and_weights_agree_to_rounding(pruned, run):

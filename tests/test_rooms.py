@@ -1,4 +1,4 @@
-"""The rooms of the package import only what is below them; pyproject.toml names their order."""
+"""Rooms of the package import only the rooms below, as pyproject.toml says."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def test_imports_go_one_way():
 
 
 def test_every_file_of_the_package_is_in_its_wheel():
-    """Setuptools takes the modules of a package, and of its other files only those that pyproject.toml names."""
+    """Setuptools takes only modules and files that pyproject.toml names."""
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     named = {f"{package.replace('.', '/')}/{name}" for package, names in data.items() for name in names}
     other = {path for path in (ROOT / "optima_tpu").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """Gives the folder of a model's first variant."""
+    """Function of a model's name: the folder of its first variant."""
     from tests.launch.test_families import save_first
 
     root = tmp_path_factory.mktemp("families")
@@ -16,7 +16,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def halved(saved, tmp_path_factory):
-    """Gives the exported folder of a model's first variant with two of four weights left."""
+    """Function of a model's name: its first variant's export, pruned 2:4."""
     from tests.launch.test_families import BEST, BY_TORCH, HALF, pruned
 
     root = tmp_path_factory.mktemp("halved")

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input is one line that says so, and nothing on the disk changes."""
+"""Wrong input gives one line that says so, and nothing on disk changes."""
 
 import dataclasses
 import errno
@@ -43,12 +43,12 @@ def refused(tmp_path, capfd):
     def run(*arguments, output=tmp_path / "run"):
         before = snapshot(output)
         status = main([*map(str, arguments), "--output", str(output)])
-        printed, said = capfd.readouterr()
-        assert status == 2 and only_error(said) and "Traceback" not in said + printed
+        printed, error = capfd.readouterr()
+        assert status == 2 and only_error(error) and "Traceback" not in error + printed
         after = snapshot(output)
         # A run that reads all of the model before it finds what is wrong has made, and locked, the directory for its result.
         assert after == before or (not before and after.keys() <= {str(output), str(output / LOCK)})
-        return said
+        return error
 
     return run
 
@@ -207,7 +207,10 @@ def test_weights_of_zeros(refused, tmp_path, names, message):
 
 
 def test_libraries_say_nothing_before_the_one_line(tmp_path):
-    """In a process of their own, since the hub's client reads its setting once. transformers warns of the ids."""
+    """Takes a process of its own: the hub's client reads its setting once.
+
+    transformers warns of the ids.
+    """
     model = tiny_folder(tmp_path / "model")
     odd = {"bos_token_id": 99999, "rope_scaling": {"type": "odd", "factor": 2.0}}
     (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | odd))
@@ -221,8 +224,8 @@ def test_libraries_say_nothing_before_the_one_line(tmp_path):
     )
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = python("-c", code, tmp_path / "run", f"{model} {model} no-such-owner/no-such-model", *SMALL, **hub)
-    *said, statuses = done.stdout.splitlines()
-    assert {line.split()[0] for line in said} == {"starting", "opening"} and (done.returncode, statuses) == (0, "[2, 2, 2]"), (
+    *printed, statuses = done.stdout.splitlines()
+    assert {line.split()[0] for line in printed} == {"starting", "opening"} and (done.returncode, statuses) == (0, "[2, 2, 2]"), (
         done.stderr
     )
     no_devices, odd_rope, no_hub = done.stderr.splitlines()
@@ -263,7 +266,7 @@ def test_activations_that_overflow_in_float32_are_not_advised_float32(refused, t
 
 
 def test_no_room_for_a_small_file(one_device, model, tmp_path, monkeypatch, capsys):
-    """The same command goes on from each of them."""
+    """After each failure, the same command goes on."""
 
     def full(path, data, write=Path.write_bytes):
         if path.name.startswith(name):
@@ -275,8 +278,8 @@ def test_no_room_for_a_small_file(one_device, model, tmp_path, monkeypatch, caps
     monkeypatch.setattr(Path, "write_bytes", full)
     for name in ("dense.json", "allocation.json", "report.json"):
         assert main(command) == 2
-        said = only_error(capsys.readouterr().err)
-        assert said.startswith(f"error: could not write {tmp_path / 'run' / name}: No space left on device; ")
+        error = only_error(capsys.readouterr().err)
+        assert error.startswith(f"error: could not write {tmp_path / 'run' / name}: No space left on device; ")
     monkeypatch.undo()
     assert main(command) == 0
 
@@ -318,8 +321,8 @@ def devices(platform: str, slices: int, each: int) -> list[Device]:
 @pytest.mark.parametrize("data, model", [(1, 8), (2, 4), (8, 1), (4, 2)])
 def test_any_mesh_of_gpus_on_several_hosts(monkeypatch, data, model):
     monkeypatch.setattr(jax, "devices", lambda: devices("gpu", 2, 4))
-    found = _between_hosts(data, model)
-    assert found.shape == (data, model) and [device.id for device in found.flat] == list(range(8))
+    grid = _between_hosts(data, model)
+    assert grid.shape == (data, model) and [device.id for device in grid.flat] == list(range(8))
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,16 @@ def checked(folder, name: str, capsys) -> tuple[int, str]:
 
 @pytest.mark.parametrize(("name", "ways"), [("GPTJForCausalLM", ["general"]), ("LlamaForCausalLM", ["family", "general"])])
 def test_every_way_agrees_with_torch(tmp_path, capsys, name, ways):
-    status, said = checked(tmp_path, name, capsys)
-    assert status == 0 and said.startswith(f"model        {tmp_path}: {name}\n")
-    assert [line.split()[0] for line in said.splitlines() if "the logits agree with torch: " in line] == ways
-    assert "weights to prune in" in said and " MiB in float32" in said
+    status, printed = checked(tmp_path, name, capsys)
+    assert status == 0 and printed.startswith(f"model        {tmp_path}: {name}\n")
+    assert [line.split()[0] for line in printed.splitlines() if "the logits agree with torch: " in line] == ways
+    assert "weights to prune in" in printed and " MiB in float32" in printed
 
 
 def test_a_difference_is_said_and_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(block, "project", lambda x, weight: project(x, weight) * 1.01)
-    status, said = checked(tmp_path, "OlmoForCausalLM", capsys)
+    status, printed = checked(tmp_path, "OlmoForCausalLM", capsys)
     assert (
         status == 1
-        and "\ngeneral      refused: the general way cannot run a OlmoForCausalLM: the input of self_attn.o_proj" in said
+        and "\ngeneral      refused: the general way cannot run a OlmoForCausalLM: the input of self_attn.o_proj" in printed
     )

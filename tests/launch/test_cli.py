@@ -94,8 +94,8 @@ def test_every_option_has_dashes_or_underscores(module):
     for action in own:
         (name,) = (name for name in action.option_strings if name.startswith("--"))
         value = [] if action.nargs == 0 else ["0.5" if action.choices is None else list(action.choices)[-1]]
-        found = [parser.parse_known_args([*"abc", "--" + name[2:].replace("-", dash), *value])[0] for dash in "-_"]
-        assert found[0] == found[1] and vars(found[0])[action.dest] != action.default
+        parsed = [parser.parse_known_args([*"abc", "--" + name[2:].replace("-", dash), *value])[0] for dash in "-_"]
+        assert parsed[0] == parsed[1] and vars(parsed[0])[action.dest] != action.default
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One flipped bit, in whatever file of a run or of an exported folder: it is repaired or named, never believed."""
+"""One flipped bit in any file of a run or an export is repaired or named."""
 
 import collections
 import json
@@ -25,9 +25,9 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size and path.name not in DRAWN)
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, bit: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place // 8 % len(data)] ^= 1 << place % 8
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
     path.write_bytes(data)
 
 
@@ -106,8 +106,8 @@ def test_a_damaged_export_is_named_first_and_nothing_is_measured_again(finished,
     run = Path(shutil.copytree(finished.directory, tmp_path / "run"))
     flip(run / "hf/model.safetensors", 999_999)
     assert main([*finished.arguments, "--output", str(run)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.index("hf is damaged: ") < said.index("stages: exporting for transformers, reporting")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.index("hf is damaged: ") < printed.index("stages: exporting for transformers, reporting")
     seconds = json.loads((run / "report.json").read_text())["seconds"]
     assert not {"dense perplexity", "pruned perplexity"} & seconds.keys()
     assert not verified(run).damaged
@@ -128,10 +128,10 @@ def test_whatever_is_damaged_at_once_is_made_again_and_said(finished, tmp_path, 
         middle = path.read_bytes().rindex(b"random") if path.name == "run.json" else path.stat().st_size // 2
         flip(path, 8 * middle)
     assert main([*finished.arguments, "--output", str(run)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for name in ("run.json", "dense.json", "report.json", "assets/config.json", "checkpoint"):
-        assert f"{name} has changed since it was written; it is made again" in said or f"{name} is damaged" in said, name
-    assert "hf is damaged: " in said
+        assert f"{name} has changed since it was written; it is made again" in printed or f"{name} is damaged" in printed, name
+    assert "hf is damaged: " in printed
     assert_same_weights(run, finished.directory)
     assert not verified(run).damaged
     for path in victims:
@@ -159,8 +159,11 @@ def test_a_damaged_model_is_neither_exported_nor_evaluated_nor_pruned(finished, 
 
 @pytest.mark.slow
 def test_three_hundred_bits(finished, stopped, tmp_path, capsys):
-    """A hundred bits in each of a finished run, a stopped run and an exported folder. Prints what became of them."""
-    draw, found = random.Random(0), collections.Counter()
+    """Flips 100 bits each in a finished run, a stopped run and an export.
+
+    Prints what became of the bits.
+    """
+    draw, outcomes = random.Random(0), collections.Counter()
     folders = {"finished": finished.directory, "stopped": stopped, "exported": finished.directory / "hf"}
     for which, source in folders.items():
         files = files_of(source)
@@ -173,21 +176,21 @@ def test_three_hundred_bits(finished, stopped, tmp_path, capsys):
                 status = main([*command, "--output", str(tmp_path / "again")])
             else:
                 status = main([*finished.arguments, "--output", str(folder)])
-            said = capsys.readouterr()
-            assert status in (0, 2) and "Traceback" not in said.err, (path, said.err)
+            captured = capsys.readouterr()
+            assert status in (0, 2) and "Traceback" not in captured.err, (path, captured.err)
             if status == 2:
-                assert said.err.count("\n") == 1 and (path.name in said.err or ALL in said.err), (path, said.err)
-                found[which, "named"] += 1
+                assert captured.err.count("\n") == 1 and (path.name in captured.err or ALL in captured.err), (path, captured.err)
+                outcomes[which, "named"] += 1
             elif which == "exported":
                 assert path.name == "README.md", path  # which nothing reads
-                found[which, "not read"] += 1
+                outcomes[which, "not read"] += 1
             else:
                 assert_same_weights(folder, finished.directory)
                 assert not verified(folder).damaged
                 same = path.exists() and path.read_bytes() == (source / path.relative_to(folder)).read_bytes()
-                found[which, "as before" if same else "made anew"] += 1
+                outcomes[which, "as before" if same else "made anew"] += 1
             shutil.rmtree(folder)
             shutil.rmtree(tmp_path / "again", ignore_errors=True)
     with capsys.disabled():
-        print("\n" + "\n".join(f"{which}: {count} {what}" for (which, what), count in sorted(found.items())))
-    assert found.total() == 300
+        print("\n" + "\n".join(f"{which}: {count} {what}" for (which, what), count in sorted(outcomes.items())))
+    assert outcomes.total() == 300

@@ -1,4 +1,4 @@
-"""Every family, and models without one, from a folder that transformers saved to one that transformers loads."""
+"""Whole runs of every family, and of models without one."""
 
 import io
 from importlib.util import find_spec
@@ -58,7 +58,7 @@ def slow_where(names: list[str], slow: set[str]) -> list:
 
 
 def save_first(family: str, folder: Path) -> Path:
-    """Saves a model's first variant as transformers does: several files, bfloat16. Returns the folder."""
+    """Saves a model's first variant in bfloat16, as several files."""
     reference = (REFERENCE | BY_TORCH)[family]
     sizes = {
         **{name: dict(vocab_size=258) for name in BY_TORCH},
@@ -88,7 +88,7 @@ def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> 
 
 
 def configured(model: Path, directory: Path, **settings) -> RunConfig:
-    """A run over a few short windows of a text that comes with Python, measured on random tokens."""
+    """A run on a few short windows of pydoc, evaluated on random tokens."""
     return RunConfig(
         model=str(model),
         output=str(directory),
@@ -176,8 +176,8 @@ def test_a_run_that_cuts_goes_on_to_the_same_bits_and_exports_what_its_zeros_com
         stop_after_the_first_block(patch)
         pruned(saved(family), tmp_path / "stopped", shape, **cuts)
     again = pruned(saved(family), tmp_path / "stopped", shape, **cuts)
-    expected, found = (folder_tensors(each / "hf") for each in (whole, again))
-    assert expected.keys() == found.keys() and all(found[name].tobytes() == expected[name].tobytes() for name in found)
+    expected, resumed = (folder_tensors(each / "hf") for each in (whole, again))
+    assert expected.keys() == resumed.keys() and all(resumed[name].tobytes() == expected[name].tobytes() for name in resumed)
     zeros, small = CheckpointTensors(whole), open_model(str(whole / "hf"), "float32")
     dense = open_model(str(saved(family)), "float32").config
     tokens = np.random.default_rng(0).integers(1, 256, (3, 40)).astype(np.int32)
@@ -186,7 +186,7 @@ def test_a_run_that_cuts_goes_on_to_the_same_bits_and_exports_what_its_zeros_com
     # A sum over fewer terms is rounded otherwise: by at most 7.7e-7 where this was measured, but by 4.9e-6 in Qwen3-Next.
     bound = 5e-6 if family == "Qwen3NextForCausalLM" else 1e-6
     assert np.abs(logits[0] - logits[1]).max() <= bound * np.abs(logits[0]).max()
-    assert sum(each.size for each in found.values()) < sum(each.size for each in folder_tensors(saved(family)).values())
+    assert sum(each.size for each in resumed.values()) < sum(each.size for each in folder_tensors(saved(family)).values())
     assert_loads(whole / "hf", family, shape)
 
 
@@ -200,8 +200,8 @@ def test_a_model_that_stores_its_experts_in_one_tensor_is_packed_but_not_as_inte
         (folder / name).stat().st_size for folder, name in ((small, "packed-model.safetensors"), (plain, "model.safetensors"))
     )
     assert size < 0.8 * whole and "pruned matrices" not in sizes(Packed(small))
-    found, read = (open_model(str(folder)).tensors for folder in (small, plain))
-    assert found.names() == read.names() and all(np.array_equal(found.read(name), read.read(name)) for name in read.names())
+    packed, read = (open_model(str(folder)).tensors for folder in (small, plain))
+    assert packed.names() == read.names() and all(np.array_equal(packed.read(name), read.read(name)) for name in read.names())
     for form in ("compressed-tensors", "compressed-tensors-w8a8", "gguf", "maxtext"):
         with pytest.raises(
             UserError, match=f"^expected --format plain or packed for a .* experts in one tensor, .* got {form}: [^\n]*$"
@@ -211,7 +211,7 @@ def test_a_model_that_stores_its_experts_in_one_tensor_is_packed_but_not_as_inte
 
 
 def assert_loads(folder: Path, family: str, shape: tuple[int, int]) -> None:
-    """transformers finds every tensor that it wants and no other, and computes what we compute."""
+    """transformers loads all tensors and no other, and computes our logits."""
     loaded, information = getattr(transformers, family).from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager", dtype="float32"
     )
@@ -232,7 +232,10 @@ HALVED = [*LAYOUTS, *WITHOUT_RUN, *RELATIVES]
 
 @pytest.mark.parametrize("family", slow_where(HALVED, set(HALVED) - OWN - set(LAYOUTS)))
 def test_a_model_with_half_of_its_weights_comes_back_and_loads_in_transformers(saved, tmp_path, family):
-    """Without a run, whose solver knows no family: every second weight of each layer is zero, the others are bit for bit."""
+    """Every second weight of a layer is zero, the others keep their bits.
+
+    The test makes no run, since a run's solver knows no family.
+    """
     dense = open_model(str(saved(family)))
     decoder = Decoder.open(dense.config, dense.tensors, mesh(1, 1))
     journal = begun(tmp_path / "run", assets=dense.assets)
@@ -250,9 +253,9 @@ def test_a_model_with_half_of_its_weights_comes_back_and_loads_in_transformers(s
     assert {name: (array.shape, array.dtype) for name, array in before.items()} == {
         name: (array.shape, array.dtype) for name, array in after.items()
     }
-    found = open_model(str(tmp_path / "out")).tensors
+    exported = open_model(str(tmp_path / "out")).tensors
     for name, array in expected.items():
-        assert_same(found.read(name), array)
+        assert_same(exported.read(name), array)
     assert (tmp_path / "out/config.json").read_bytes() == (saved(family) / "config.json").read_bytes()
     if family not in LAYOUTS or family == "Phi3ForCausalLM":  # else transformers loads the model of a run
         assert_loads(tmp_path / "out", family, (1, 1))

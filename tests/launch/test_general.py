@@ -1,4 +1,4 @@
-"""Models without a family of their own in whole runs; test_families.py has what they share with every family."""
+"""Whole runs of models without a family; test_families.py has the rest."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ LAYOUTS = {"GPT2LMHeadModel", "BloomForCausalLM"}
 
 
 def assert_perplexity_of_torch(directory: Path, name: str, config: RunConfig) -> None:
-    """What a run measured of its pruned model is what transformers computes of the exported one."""
+    """transformers computes the run's perplexity from the exported model."""
     ids = read_texts(config, opened(config, (1, 1))).evaluation.ids
     model = getattr(transformers, name).from_pretrained(directory / "hf", dtype="float32", attn_implementation="eager")
     with torch.no_grad():
@@ -58,7 +58,10 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{kind}-{name}") for kind, names in KINDS.items() for name in names])
 def test_every_kind_of_model_goes_from_file_to_file(tmp_path, name):
-    """Its logits are torch's; pruned on one device and on meshes, it is what transformers loads; a stop leaves the same bits."""
+    """The model's logits are torch's, and transformers loads its exports.
+
+    The runs are on one device and on meshes. A stopped run ends with the same bits.
+    """
     source = tmp_path / "model"
     tiny_model(tiny_config(name, vocab_size=258)).save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
@@ -84,7 +87,10 @@ def test_every_kind_of_model_goes_from_file_to_file(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["GraniteMoeForCausalLM", "NemotronHForCausalLM", "JetMoeForCausalLM", "BertLMHeadModel"])
 def test_the_table_of_decoders_is_true(name):
-    """Experts in one tensor, blocks of several kinds, a loop that depends on values, layers behind the last block."""
+    """Each of these models is an unusual kind of decoder.
+
+    In order: experts in one tensor, blocks of several kinds, a loop that depends on values, layers behind the last block.
+    """
     record = recorded(Path(__file__).parents[2] / "docs/results/records/decoders.json")
     assert general_models.row(name, general_models.outcome(name)) == record[f"`{name}`"]
 

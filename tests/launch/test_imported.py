@@ -26,12 +26,12 @@ def imported(model, output, path, *arguments):
 
 @pytest.fixture(scope="module")
 def masks(finished):
-    """The masks that the finished run exported, as an npz of matrices that a test may damage."""
+    """The finished run's exported masks, which tests save and damage."""
     return read_masks(finished.directory / "hf")
 
 
 def test_the_masks_of_one_run_are_those_of_another(finished, tmp_path, capsys):
-    """By the mask file, and by the zeros of the exported model alone; in the second the weights are the masked dense ones."""
+    """By mask file, or by zeros alone, which give the masked dense weights."""
     exported = finished.directory / "hf"
     reference = read_masks(exported)
     dense = folder_tensors(finished.model)
@@ -111,8 +111,8 @@ def test_a_run_with_other_masks_is_another_run(finished, masks, tmp_path, capsys
     np.savez(path, **masks | {name: keep})
     capsys.readouterr()
     assert imported(finished.model, tmp_path / "run", *arguments) == 2
-    said = "holds another run: the masks of selector.path have changed. To resume it, undo what has changed"
-    assert said in capsys.readouterr().err
+    message = "holds another run: the masks of selector.path have changed. To resume it, undo what has changed"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

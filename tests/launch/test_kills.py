@@ -1,4 +1,4 @@
-"""Kills and signals at random times, in one and two processes: every run goes on to the bits of a run that nothing stopped.
+"""Killed and signalled runs, in one or two processes, end with equal bits.
 
 python -m pytest -m slow tests/launch/test_kills.py
 """
@@ -46,14 +46,14 @@ def start(arguments: list[str], count: int) -> list[subprocess.Popen]:
 
 def finish(arguments: list[str], count: int) -> None:
     started = start(arguments, count)
-    said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * count, said
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * count, errors
 
 
 def unstopped(root: Path, count: int, arguments: list[str]) -> tuple[int, list[str], Path, float]:
-    """(count, arguments, directory, seconds) of a run in ``count`` processes that nothing stopped.
+    """An unstopped run in ``count`` processes.
 
-    It runs twice: the second time everything is compiled.
+    Returns (count, arguments, directory, seconds) of the second of two runs, for which everything is compiled already.
     """
     for name in ("first", "run"):
         began = time.monotonic()
@@ -71,7 +71,7 @@ def whole(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fewer_experts(tmp_path_factory):
-    """A run that removes experts, solves and prunes the others, and trains the routers."""
+    """A run that removes experts, prunes the others and trains the routers."""
     from tests.pipeline.test_cut_runs import mixture_folder  # needs torch
 
     root = tmp_path_factory.mktemp("experts")
@@ -90,7 +90,7 @@ def test_a_killed_removal_of_experts_goes_on_to_the_same_bits(fewer_experts, tmp
 
 
 def killed_at_random(whole: tuple[int, list[str], Path, float], tmp_path: Path, seed: int) -> None:
-    """Kills a run at a random moment, and compares what it ends with when it is started again."""
+    """Kills a run at a random moment, restarts it and compares the result."""
     count, arguments, expected, seconds = whole
     arguments = [*arguments, "--output", str(tmp_path / "run")]
     chance = random.Random(seed)
@@ -118,11 +118,11 @@ def test_a_signalled_run_ends_with_its_status_and_goes_on_to_the_same_bits(whole
     # Ctrl-C on a terminal reaches all processes, and so do most schedulers.
     for process in started:
         process.send_signal(sent)
-    said = [process.communicate(timeout=300)[1] for process in started]
+    errors = [process.communicate(timeout=300)[1] for process in started]
     statuses = [process.returncode for process in started]
-    assert statuses in ([STATUS[sent]] * count, [0] * count), said
-    assert "Traceback" not in "".join(said)
+    assert statuses in ([STATUS[sent]] * count, [0] * count), errors
+    assert "Traceback" not in "".join(errors)
     if statuses[0]:
-        assert all(sum(line.startswith("stopped") for line in without_gloo(text)) == 1 for text in said), said
+        assert all(sum(line.startswith("stopped") for line in without_gloo(text)) == 1 for text in errors), errors
     finish(arguments, count)
     assert_same_weights(tmp_path / "run", expected)

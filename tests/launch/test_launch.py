@@ -1,4 +1,4 @@
-"""The whole way: a folder in, the command line, a folder out that transformers loads."""
+"""Whole runs by the command line, to a folder that transformers loads."""
 
 import json
 import re
@@ -27,7 +27,7 @@ OF_ONE_SHAPE = ["--layers", ",".join(f"*.{name}_proj=dense" for name in ("q", "k
 
 
 def assert_pruned(source: Path, exported: Path, pattern: str, matrices: int = LAYERS * BLOCKS) -> None:
-    """Exactly the pattern's zeros in every pruned matrix, counted in the files, and every other bit as it was."""
+    """Asserts exact zeros in pruned matrices, and other tensors unchanged."""
     before, after, masks = folder_tensors(source), folder_tensors(exported), read_masks(exported)
     assert before.keys() == after.keys() and len(masks) == matrices
     assert all(name.endswith("_proj.weight") for name in masks)

@@ -1,4 +1,4 @@
-"""The scripts in launch/: what they would run, and that several local processes start, fail and stop together."""
+"""Scripts in launch/: what they would run, and processes on one machine."""
 
 import argparse
 import importlib.util
@@ -65,8 +65,8 @@ def test_scripts_are_sound(name):
     program = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
     if program is None:
         pytest.skip("shellcheck is not installed (extra test)")
-    found = subprocess.run([program, LAUNCH / name], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+    checked = subprocess.run([program, LAUNCH / name], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_dry_run_of_local_processes():
@@ -115,10 +115,10 @@ def test_the_name_of_a_job_is_a_dns_label(script, name):
 
 def test_xpk_takes_the_command():
     parser = pytest.importorskip("xpk.parser.core")
-    found = argparse.ArgumentParser()
-    parser.set_parser(found)
+    xpk_parser = argparse.ArgumentParser()
+    parser.set_parser(xpk_parser)
     result = run("xpk.sh", "--dry-run", *ARGUMENTS, OPTIMA_IMAGE="i", XPK_ENV="--dry-run", **ON_A_CLUSTER["xpk.sh"])
-    taken = found.parse_args(shlex.split(result.stdout)[1:])
+    taken = xpk_parser.parse_args(shlex.split(result.stdout)[1:])
     assert taken.workload == "optima" and taken.dry_run and taken.restart_on_exit_codes == f"{LOST},{RESUME}"
 
 

@@ -1,4 +1,4 @@
-"""Folders that a user may not read or write: one line, before any work, and nothing taken for whole that was not read."""
+"""Folders that a user may not read or write give one line, before any work."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def public(finished):
 
 def test_what_a_user_may_not_read_or_write_is_named_in_one_line(finished, public):
     def locked(copy: str, inside: str = ".", mode: int = 0) -> Path:
-        """A copy of the model or the run, in which one file or folder can't be read, or with mode 555 written."""
+        """A copy whose ``inside`` has ``mode``: 0 unreadable, 555 readonly."""
         name = copy + inside.replace("/", "-")
         folder = Path(shutil.copytree(public / copy, public / name))
         (folder / inside).chmod(mode)
@@ -80,8 +80,8 @@ def test_what_a_user_may_not_read_or_write_is_named_in_one_line(finished, public
     done = python("-W", "ignore", "-c", AS_ORDINARY_USER, json.dumps([command for command, _ in cases]))
     assert done.returncode == 0, done.stderr
     wrong = [
-        (command, status, said)
-        for (command, named), (status, said) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True)
-        if status != 2 or only_error(said).count(os.strerror(13)) != 1 or named not in said
+        (command, status, printed)
+        for (command, named), (status, printed) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True)
+        if status != 2 or only_error(printed).count(os.strerror(13)) != 1 or named not in printed
     ]
     assert not wrong

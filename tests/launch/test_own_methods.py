@@ -1,4 +1,4 @@
-"""Methods of the user's own, in a file outside the package: used by their import path, from the working directory."""
+"""A user's own methods, by import path from the working directory."""
 
 import json
 import re
@@ -80,7 +80,7 @@ class Thawed(Selector):
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory) -> Iterator[Path]:
+def module_folder(tmp_path_factory) -> Iterator[Path]:
     """A folder with the user's module and a model."""
     root = tmp_path_factory.mktemp("lab")
     tiny_folder(root / "model", num_hidden_layers=1)
@@ -94,10 +94,10 @@ def there(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def lab(there, monkeypatch) -> Path:
+def lab(module_folder, monkeypatch) -> Path:
     """The working directory, in which the user's module is."""
-    monkeypatch.chdir(there)
-    return there
+    monkeypatch.chdir(module_folder)
+    return module_folder
 
 
 def launch(*arguments: str) -> int:
@@ -117,8 +117,8 @@ def test_a_selector_of_ones_own_prunes_and_is_named(lab, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         launch(*own, "--help")
-    told = capsys.readouterr().out
-    assert "--selector.strength X" in told and "how much the weight counts beside its input; 1 is Wanda" in " ".join(told.split())
+    page = capsys.readouterr().out
+    assert "--selector.strength X" in page and "how much the weight counts beside its input; 1 is Wanda" in " ".join(page.split())
     # Other code under the same name is another run.
     (lab / "my_lab" / "methods.py").write_text(OWN + "\n# edited\n")
     assert launch(*own, "--selector.strength", "1", "--solver", "null", "--output", "own") == 2
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_it_is_one_line(lab, capsys, arguments, words):
 
 
 def test_an_installed_command_finds_what_is_in_the_working_directory(tmp_path):
-    """A script of pip's puts its own folder on the path of modules, and not the working directory."""
+    """pip's scripts put their own folder on sys.path, not the working one."""
     (tmp_path / "own_lab.py").write_text(OWN)
     script = (
         "import os, sys; sys.path = [place for place in sys.path if place not in ('', os.getcwd())]; sys.argv[0] = 'optima'; "

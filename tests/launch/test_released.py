@@ -1,4 +1,7 @@
-"""What a released version wrote opens in this one. ``python -m tests.support.release tests/released`` adds a version."""
+"""What a released version wrote opens in this one.
+
+``python -m tests.support.release tests/released`` adds a version.
+"""
 
 import json
 import shutil
@@ -17,7 +20,10 @@ RELEASED = ROOT / "tests" / "released"
 
 @pytest.fixture(params=sorted(path.name for path in RELEASED.iterdir()))
 def released(request, tmp_path, monkeypatch) -> Path:
-    """A copy of a version's model, run and packed folder, which is the working directory, as it was of the run."""
+    """A copy of a version's model, run and packed folder.
+
+    The copy is the working directory, as the original was for the run.
+    """
     folder = Path(shutil.copytree(RELEASED / request.param, tmp_path / "released"))
     monkeypatch.chdir(folder)
     return folder

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on to the same bits with the same command, and to nothing else with another one."""
+"""A stopped run resumes to the same bits, with its own command alone."""
 
 import itertools
 import json
@@ -22,11 +22,11 @@ from tests.support.runs import assert_close_weights, assert_same_weights, only_e
 
 @pytest.fixture(scope="module")
 def killed(finished, tmp_path_factory) -> Path:
-    """A folder of directories of runs, by the moment, as a process that is killed then leaves them.
+    """Folder of copies of a run, each named by the moment of its kill.
 
-    Each is copied while a run goes on: of a process that ends at once exactly the files stay. tests/pipeline/test_interrupted.py kills
-    processes. Every layer of a block is one of four calls of ``prune_group``; ``commit`` is called for the hidden states and then for the
-    journal entry of every block.
+    Each is copied while a run goes on: of a process that ends at once exactly these files stay.
+    tests/pipeline/test_interrupted.py kills processes. A block takes four calls of ``prune_group``. ``commit`` is called for
+    the hidden states and then for the journal entry of every block.
     """
     root = tmp_path_factory.mktemp("killed")
 
@@ -65,8 +65,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, killed, capsys, moment,
     assert finished_blocks(run) == list(range(blocks))
     left = [path for path in (run / "journal").iterdir() if "partial" in path.name]
     assert bool(left) == (moment == "while saving")
-    for place, path in enumerate(run.rglob("*")):  # nothing is decided by times, which a clock that jumps makes wrong
-        os.utime(path, (place % 2 * 2**32,) * 2)  # 1970 or 2106
+    for index, path in enumerate(run.rglob("*")):  # nothing is decided by times, which a clock that jumps makes wrong
+        os.utime(path, (index % 2 * 2**32,) * 2)  # 1970 or 2106
     assert main([*finished.arguments, "--output", str(run)]) == 0
     assert f"resuming     {blocks} of 3 blocks done" in capsys.readouterr().out
     assert_same_weights(run, finished.directory)
@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, killed, capsys, moment,
 
 
 def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):
-    """Only the perplexity, which another evaluation text may have been given for, is measured and reported again."""
+    """Only perplexity is measured again: the evaluation text may differ."""
 
     def files():
         return {

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C from the first moment of a process on: its status, one line and no traceback."""
+"""SIGTERM and Ctrl-C at any moment give a status, one line, no traceback."""
 
 import os
 import signal
@@ -67,9 +67,9 @@ def test_a_signal_while_a_command_imports_its_modules(model, tmp_path, module, a
     process = start(
         "-m", f"optima_tpu.{module.split()[0]}", *words, folder=tmp_path, PYTHONPATH=path, SIGNAL_AT=at, SIGNAL=str(int(sent))
     )
-    said = process.communicate(timeout=120)[1]
+    error = process.communicate(timeout=120)[1]
     status, line = ENDS[sent]
-    assert process.returncode == status and said.startswith(line) and said.count("\n") == 1, said
+    assert process.returncode == status and error.startswith(line) and error.count("\n") == 1, error
     assert not (tmp_path / "run").exists()
 
 
@@ -114,8 +114,8 @@ def test_a_signal_at_every_moment_of_the_start(model, tmp_path, moment, sent):
     process = start("-m", "optima_tpu.launch", "--model", model, *SMALL, "--output", "run", folder=tmp_path)
     time.sleep(moment / 1000)
     process.send_signal(sent)
-    said = process.communicate(timeout=120)[1]
+    error = process.communicate(timeout=120)[1]
     status, line = ENDS[sent]
-    if moment < 200 and (process.returncode == -sent or "Fatal Python error: init" in said):  # Python itself was not up yet
+    if moment < 200 and (process.returncode == -sent or "Fatal Python error: init" in error):  # Python itself was not up yet
         return
-    assert process.returncode == status and said.startswith(line) and said.count("\n") == 1, said
+    assert process.returncode == status and error.startswith(line) and error.count("\n") == 1, error

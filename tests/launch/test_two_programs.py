@@ -1,4 +1,4 @@
-"""Two commands that write one folder at the same moment: one wins whole, and the other says so in one line."""
+"""Of two commands that write one folder, one wins and the other says so."""
 
 import subprocess
 import sys
@@ -53,11 +53,11 @@ def test_the_first_of_two_commands_has_the_folder_and_the_other_leaves_nothing(r
         assert "writing and checking" in late.stdout.readline() and late.stdout.readline() == "written\n"
         assert unpack.main([str(packed), str(out)]) == 0
         before = snapshot(out)
-        _, said = late.communicate("\n", timeout=120)
-    assert late.returncode == 2 and "another program has written" in only_error(said) and str(out) in said
+        _, error = late.communicate("\n", timeout=120)
+    assert late.returncode == 2 and "another program has written" in only_error(error) and str(out) in error
     assert [path.name for path in out.parent.iterdir()] == ["out"] and snapshot(out) == before
-    found = verified(out)
-    assert not found.damaged and not found.unlisted
+    checked = verified(out)
+    assert not checked.damaged and not checked.unlisted
 
 
 def test_an_evaluation_is_refused_before_its_work_where_another_program_is_at_work(finished, tmp_path, capsys):

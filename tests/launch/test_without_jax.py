@@ -1,4 +1,4 @@
-"""Arguments are read, explained and refused before the libraries load, with the same words as afterwards."""
+"""Arguments are read and refused before libraries load, in the same words."""
 
 import contextlib
 import inspect
@@ -102,7 +102,11 @@ def narrow(monkeypatch):
 
 
 def here(words: list[str], module: str = "") -> list:
-    """What a command does in this process, or a module that is run by its name: status, or the library that it imports first."""
+    """[status, output, errors] of a command in this process.
+
+    The status names the library that the command imports first, if it imports one. With ``module``, the module is
+    run by its name.
+    """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -121,7 +125,7 @@ def here(words: list[str], module: str = "") -> list:
 def without_libraries(
     commands: list[list[str]], modules: list[str] | None = None, libraries: tuple[str, ...] | None = None
 ) -> list[list]:
-    """What commands do in one process that may import no library: [status, what is printed, errors]."""
+    """[status, output, errors] of commands in a process without libraries."""
     few = f"\nLIBRARIES = {libraries}\n" if libraries else ""
     child = subprocess.run(
         [sys.executable, "-c", CHILD + few + inspect.getsource(here) + EACH],
@@ -169,7 +173,7 @@ def test_a_module_run_by_its_name_refuses_before_the_libraries_load(narrow):
 
 
 def refused_by_modules(commands: dict[str, list[str]], libraries: tuple[str, ...] | None = None) -> list[list]:
-    """What the modules of commands do that are run by their names, as :func:`without_libraries`."""
+    """:func:`without_libraries` for modules of commands, run by name."""
     modules = [COMMANDS[name].module + (".__main__" if name in ("evaluate", "report") else "") for name in commands]
     return without_libraries([*commands.values()], modules, libraries)
 
@@ -254,5 +258,5 @@ def test_a_clash_of_files_is_refused_from_the_arguments(narrow, tmp_path):
     texts = ["--calibration.source", f"file:{tmp_path}/a.txt", "--evaluation.source", f"file:{tmp_path}/../{tmp_path.name}/a.txt"]
     for given, without in ((texts, ""), (texts[:2], "without --evaluation.source ")):
         ((status, _, message),) = without_libraries([["prune", "configs", *given]])
-        said = f"error: {without}calibration and evaluation would both read {tmp_path}/a.txt: expected two different texts"
-        assert status == 2 and said in message
+        refusal = f"error: {without}calibration and evaluation would both read {tmp_path}/a.txt: expected two different texts"
+        assert status == 2 and refusal in message

@@ -1,4 +1,4 @@
-"""A sweep's file, for the tests of what it may say, and programs of trainings that are traced once for a file of tests."""
+"""Fixtures: a small sweep's file, and training programs traced once a file."""
 
 import functools
 
@@ -10,13 +10,16 @@ from tests.support.sweeps import write_sweep
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes the file of a small sweep with the changes that it is given. Returns the path."""
+    """Function of changes: writes a small sweep's file, returns its path."""
     return functools.partial(write_sweep, tmp_path / "small.yaml")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def traced_once():
-    """Trainers of like blocks on one mesh share their programs. Tracing them again for each took half of a test's time."""
+    """Lets trainers of equal blocks on one mesh share their traced programs.
+
+    Tracing the programs again for each trainer took half of a test's time.
+    """
     programs = {}
 
     def shared(name):

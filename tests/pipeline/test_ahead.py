@@ -32,11 +32,11 @@ def call(name="twice"):
 
 def waiting(programs):
     """Compiles all programs and returns how many threads did."""
-    with compiled_ahead(programs) as found:
+    with compiled_ahead(programs) as programs_ahead:
         for kind in programs:
-            found.wait(kind)
-        found.wait("a step without programs")
-        return {id(future) for futures in found.compiling.values() for future in futures}
+            programs_ahead.wait(kind)
+        programs_ahead.wait("a step without programs")
+        return {id(future) for futures in programs_ahead.compiling.values() for future in futures}
 
 
 def test_equal_programs_are_compiled_once():
@@ -66,9 +66,9 @@ def test_the_walk_calls_what_was_compiled(preset, shape):
     calls = solver_calls(walk, [0, 1], 6)
     compiled = sum(map(len, calls.values()))
     prune_group.clear_cache()
-    with compiled_ahead(calls) as found:
+    with compiled_ahead(calls) as programs_ahead:
         for kind in calls:
-            found.wait(kind)
+            programs_ahead.wait(kind)
     assert prune_group._cache_size() == 0  # of programs that were called
     programs = []
 

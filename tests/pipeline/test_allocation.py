@@ -1,4 +1,4 @@
-"""Blocks trade whole weights: as many go as with one sparsity for all, from where the rule says."""
+"""Blocks trade sparsity as a rule asks; the model loses as many weights."""
 
 import dataclasses
 import json
@@ -50,8 +50,8 @@ def measured(model: Decoder, recipe: Recipe, allocation) -> Allocated:
 @given(st.lists(st.floats(-8, 8), min_size=1, max_size=40))
 def test_rounding_keeps_the_sum(numbers):
     wanted = np.asarray(numbers) - np.mean(numbers)
-    found = rounded(wanted)
-    assert found.sum() == 0 and (np.abs(found - wanted) < 1 + 1e-6).all()
+    integers = rounded(wanted)
+    assert integers.sum() == 0 and (np.abs(integers - wanted) < 1 + 1e-6).all()
 
 
 @given(st.floats(0.3, 0.7), st.sampled_from([(48, 96), (576, 1536), (4096, 14336), (896, 4864)]), st.integers(-5, 5))
@@ -65,7 +65,7 @@ def test_a_step_is_the_same_share_of_every_layer(sparsity, inputs, steps):
 
 @given(st.lists(st.tuples(st.floats(-6, 1), st.floats(0.01, 3)), min_size=2, max_size=12), st.integers(1, 6))
 def test_measured_is_the_minimum(blocks, most):
-    """No two blocks can trade a little and lose less, by what was measured of them."""
+    """No small trade between two blocks lowers the total measured loss."""
     low, rise = np.asarray(blocks).T
     wanted = Measured().wanted(np.exp(np.stack([low, low + rise], axis=1)), SparsitySteps(0.02, most))
     assert abs(wanted.sum()) < 1e-6 and (np.abs(wanted) < most + 1e-6).all()
@@ -83,12 +83,12 @@ def test_blocks_trade_with_those_of_their_size(allocation, data):
     number = st.floats(1e-6, 1.0)
     scores = np.asarray(data.draw(st.lists(st.tuples(number, number), min_size=len(weights), max_size=len(weights))))
     steps = SparsitySteps(1 / 48, 3)
-    found = allocate(allocation, scores, weights, steps)
+    moves = allocate(allocation, scores, weights, steps)
     reach = math.ceil(allocation.reach / steps.size) if isinstance(allocation, OWL) else steps.most
-    assert (np.abs(found) <= reach).all()
+    assert (np.abs(moves) <= reach).all()
     for size in set(weights):
-        mine = found[np.asarray(weights) == size]
-        assert mine.sum() == 0 and (size or not mine.any())
+        own = moves[np.asarray(weights) == size]
+        assert own.sum() == 0 and (size or not own.any())
 
 
 def test_more_outliers_keep_more():
@@ -101,7 +101,7 @@ def test_more_outliers_keep_more():
 def test_outliers_are_counted_as_published():
     """Against numpy in float64, with the inputs of the dense model."""
     model = decoder(num_hidden_layers=2)
-    found = measured(model, RECIPE, OWL(outlier=2.0))
+    allocation = measured(model, RECIPE, OWL(outlier=2.0))
     hidden, groups = model.embed(TOKENS[:WINDOWS]), linear_groups(model)
     for index in range(2):
         block = next(model.blocks([index]))
@@ -114,19 +114,19 @@ def test_outliers_are_counted_as_published():
                 for name in names
             ]
         )
-        assert found.scores[index] == pytest.approx([np.mean(scores > 2 * scores.mean())], abs=2 / scores.size)
+        assert allocation.scores[index] == pytest.approx([np.mean(scores > 2 * scores.mean())], abs=2 / scores.size)
         model.apply(index, block, hidden)
 
 
 def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
     model = decoder(num_hidden_layers=2)
     # Two steps of 1/48; what the run itself does to the layers does not count.
-    mine = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None, layers=ONE)
-    found = measured(model, mine, Measured(limit=0.05))
+    run_recipe = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None, layers=ONE)
+    allocation = measured(model, run_recipe, Measured(limit=0.05))
     hidden, groups, index = model.embed(TOKENS[:WINDOWS]), (("mlp.down_proj",),), 1
     model.apply(0, next(model.blocks([0])), hidden)
     statistics = accumulate(model, index, Capture(groups), (Stream(next(model.blocks([index])), hidden),))
-    for sparsity, loss in zip((0.6 - 2 / 48, 0.6 + 2 / 48), found.scores[index]):
+    for sparsity, loss in zip((0.6 - 2 / 48, 0.6 + 2 / 48), allocation.scores[index]):
         recipe = Recipe(Unstructured(sparsity), Wanda(), CG())
         pruned, _, _ = prune_calibrated(model, index, next(model.blocks([index])), groups, statistics, recipe)
         changed = {model.prefix(index) + name: np.asarray(value) for name, value in pruned.items()}
@@ -145,9 +145,11 @@ def test_the_mesh_does_not_change_the_allocation(allocation):
 
 def test_layers_with_a_rule_are_left_out():
     model, rules = decoder(), parse_layers("self_attn.*=dense,model.layers.1.*=0.3/row")
-    found = measured(model, dataclasses.replace(RECIPE, layers=rules), OWL())
-    assert found.sparsity[1] is None is found.scores[1] and found.sparsity[0] + found.sparsity[2] == pytest.approx(1.2)
-    assert [rule.path for rule in allocation_rules(found, model, RECIPE.pattern)] == ["model.layers.0.*", "model.layers.2.*"]
+    allocation = measured(model, dataclasses.replace(RECIPE, layers=rules), OWL())
+    assert allocation.sparsity[1] is None is allocation.scores[1] and allocation.sparsity[0] + allocation.sparsity[
+        2
+    ] == pytest.approx(1.2)
+    assert [rule.path for rule in allocation_rules(allocation, model, RECIPE.pattern)] == ["model.layers.0.*", "model.layers.2.*"]
     with pytest.raises(UserError, match="--allocation uniform"):
         measured(model, dataclasses.replace(RECIPE, layers=parse_layers("*=0.3/row")), OWL())
 

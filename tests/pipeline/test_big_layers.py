@@ -1,4 +1,4 @@
-"""Layers whose Hessian is split over the model axis, and rows that are solved in batches: the same solution, in less memory."""
+"""Split Hessians and batches of rows: the same solution in less memory."""
 
 import contextlib
 import dataclasses
@@ -63,27 +63,30 @@ def test_the_inverse_of_a_matrix_in_columns(devices, size, panel):
         )
     )(matrix)
     exact = np.linalg.inv(matrix.astype(np.float64))
-    for found in (inverse, np.asarray(root, np.float64).T @ root):
-        assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
+    for computed in (inverse, np.asarray(root, np.float64).T @ root):
+        assert np.abs(computed - exact).max() < 2e-6 * np.abs(exact).max()
     assert (np.triu(root, 1) == 0).all()
 
 
 @pytest.mark.parametrize("size, panel", [(26, 8), (36, 128), (600, 128)])
 def test_halves_and_panels_of_a_whole_matrix_give_the_same_inverse(size, panel):
-    """26 is grown to 32; 600 is more than two leaves. The first is what runs on CPUs and GPUs, the second on TPUs."""
+    """CPUs and GPUs run the halves, TPUs the panels.
+
+    The halves pad 26 to 32, and 600 is more than two leaves.
+    """
     matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
     exact = np.linalg.inv(np.linalg.cholesky(matrix.astype(np.float64)))
     whole, by_panels = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, panel))(matrix)
     for root in (by_panels, inverse_cholesky(jnp.asarray(matrix))):
         assert np.abs(root - exact).max() < 1e-5 * np.abs(exact).max() and (np.triu(root, 1) == 0).all()
-    for found in (whole, inverse(jnp.asarray(matrix), 0.01)):
-        assert np.abs(found - exact.T @ exact).max() < 1e-5 * np.abs(exact.T @ exact).max()
+    for computed in (whole, inverse(jnp.asarray(matrix), 0.01)):
+        assert np.abs(computed - exact.T @ exact).max() < 1e-5 * np.abs(exact.T @ exact).max()
     assert np.isnan(inverse_by_panels(-jnp.asarray(matrix), WHOLE, panel)[1]).any()
 
 
 @pytest.mark.parametrize("make", [functools.partial(inverse, ridge=0.01), inverse_cholesky])
 def test_a_tpu_gets_the_small_program(make):
-    """Lowered for it without one: a loop where the other platforms have the halves, whose program grows with the matrix."""
+    """A TPU's program is a loop; a GPU's program grows with the matrix."""
 
     def lowered(platform: str, size: int) -> str:
         matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
@@ -95,20 +98,26 @@ def test_a_tpu_gets_the_small_program(make):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_an_inverse_that_chooses_takes_three_passes_on_a_tpu_where_the_ridge_allows_it(devices):
-    """What the program asks for: HIGH is three passes of a TPU's matrix unit, HIGHEST is six. The product R'R is always rough."""
+    """HIGH takes three passes of a TPU's matrix unit, HIGHEST takes six.
 
-    def asked(ridge: float, platform: str) -> set[str]:
+    The product R'R is always rough.
+    """
+
+    def precisions(ridge: float, platform: str) -> set[str]:
         with jax.sharding.use_abstract_mesh(mesh(devices, 1).abstract_mesh):
             traced = jax.jit(functools.partial(inverse, ridge=ridge)).trace(jax.ShapeDtypeStruct((2048, 2048), jnp.float32))
             text = traced.lower(lowering_platforms=(platform,)).as_text()
         return set(re.findall(r"dot_general.*precision = \[(\w+)", text))
 
-    assert asked(ROUGH_RIDGE, "tpu") == {"HIGH"}
-    assert asked(ROUGH_RIDGE / 2, "tpu") == asked(ROUGH_RIDGE, "cuda") == {"HIGH", "HIGHEST"}
+    assert precisions(ROUGH_RIDGE, "tpu") == {"HIGH"}
+    assert precisions(ROUGH_RIDGE / 2, "tpu") == precisions(ROUGH_RIDGE, "cuda") == {"HIGH", "HIGHEST"}
 
 
 def test_the_smallest_ridge_of_a_rough_inverse_is_far_above_its_rounding(monkeypatch):
-    """Products of factors of 16 bits, as in three passes, of the Hessian of 512 inputs and 64 tokens."""
+    """Rounds factors to 16 bits, as a product in three passes does.
+
+    The Hessian has 512 inputs, of 64 tokens.
+    """
     hessian = correlated_hessian(np.random.default_rng(0), 512, tokens=64, spread=2.0)
     scale = np.sqrt(np.diagonal(hessian))
     matrix = hessian / scale / scale[:, None] + ROUGH_RIDGE * np.eye(512, dtype=np.float32)
@@ -118,21 +127,24 @@ def test_the_smallest_ridge_of_a_rough_inverse_is_far_above_its_rounding(monkeyp
         return matmul(*(jax.lax.reduce_precision(array, 8, 15) for array in (a, b)))
 
     monkeypatch.setattr(blocked_cholesky, "rough_matmul", rounded)
-    found, _ = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, product=rounded))(matrix)
-    assert np.abs(np.diagonal(found) / np.diagonal(exact) - 1).max() < 0.01
-    assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)
+    computed, _ = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, product=rounded))(matrix)
+    assert np.abs(np.diagonal(computed) / np.diagonal(exact) - 1).max() < 0.01
+    assert np.linalg.norm(computed - exact) < 0.01 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_all_devices_make_an_inverse_together(inside):
-    """Where rows are split by hand, as for solvers, and where the compiler does it, as for selectors: five columns a device."""
+    """Inside ``shard_map``, as solvers call it, and outside, as selectors do.
+
+    Each device has five columns.
+    """
     grid, matrix = mesh(4, 2), correlated_hessian(np.random.default_rng(0), 40) + 0.01 * np.eye(40, dtype=np.float32)
     by_hand = jax.shard_map(together, mesh=grid, in_specs=P(), out_specs=P(), check_vma=False)
     with contextlib.nullcontext() if inside else jax.sharding.use_abstract_mesh(grid.abstract_mesh):
         inverse, root = jax.jit(by_hand if inside else together)(jax.device_put(matrix, NamedSharding(grid, P())))
     exact = np.linalg.inv(matrix.astype(np.float64))
-    for found in (inverse, np.asarray(root, np.float64).T @ root):
-        assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
+    for computed in (inverse, np.asarray(root, np.float64).T @ root):
+        assert np.abs(computed - exact).max() < 2e-6 * np.abs(exact).max()
     assert (np.triu(root, 1) == 0).all()
 
 
@@ -146,7 +158,7 @@ def test_all_devices_make_an_inverse_together(inside):
     ],
 )
 def test_tpus_share_every_inverse_of_a_layer(recipe):
-    """Lowered for them without any. Others, and TPUs for which panels would be narrow, make their own."""
+    """Other platforms and TPUs with narrow panels make their own inverses."""
 
     def reductions(platform: str, size: int) -> int:
         arrays = (jax.ShapeDtypeStruct((64, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
@@ -158,7 +170,7 @@ def test_tpus_share_every_inverse_of_a_layer(recipe):
 
 
 def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monkeypatch):
-    """Masks, exchanges and solves of one layer; here the simulated devices are told to share."""
+    """Simulated devices share in the mask, exchanges and solve of a layer."""
     problem = layer(np.random.default_rng(5), 24, 64, spread=0.5)
     recipe = Recipe(Unstructured(0.5, "row"), ADMM(), CG(tolerance=1e-5), refine=Swaps())
 
@@ -169,16 +181,16 @@ def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monke
     (alone,), (kept,), _ = pruned(mesh(1, 1))
     monkeypatch.setattr("optima_tpu.method.linalg.features._FEWEST_COLUMNS", 8)
     monkeypatch.setattr(shared, "_made", lambda matrix, each, by_all: by_all(matrix))
-    (found,), (keep,), _ = pruned(mesh(4, 2))
+    (shared_weight,), (keep,), _ = pruned(mesh(4, 2))
     np.testing.assert_array_equal(keep, kept)
     # Near an optimum an objective that is right to 1e-7, as in float32, leaves the weights free by the root of it.
-    np.testing.assert_allclose(found, alone, atol=1e-3)
-    values = (row_objective(problem, weight, recipe.damping) for weight in (found, alone))
+    np.testing.assert_allclose(shared_weight, alone, atol=1e-3)
+    values = (row_objective(problem, weight, recipe.damping) for weight in (shared_weight, alone))
     np.testing.assert_allclose(*values, rtol=1e-5)
 
 
 def test_panels_that_do_not_divide_the_columns():
-    """Ten columns a device in three panels of four: two of the identity are added to each device, and taken away again."""
+    """Two identity columns pad each device's ten to three panels of four."""
     test_the_inverse_of_a_matrix_in_columns(2, 20, 4)
 
 
@@ -191,7 +203,10 @@ def problem_and_mask():
 
 @functools.lru_cache
 def solved(shape, where):
-    """Four steps and a certificate. Later, where little is left to gain, it is the rounding that the certificate counts."""
+    """Solution of CG with four steps, and its certificate.
+
+    After more steps little is left to gain, and the certificate would count rounding.
+    """
     solver = CG(tolerance=1e-9, max_steps=4)
     return jax.device_get(jax.jit(RowSharding(mesh(*shape), where).solve(solver))(*problem_and_mask()))
 
@@ -199,15 +214,15 @@ def solved(shape, where):
 @pytest.mark.parametrize("shape, where", [((1, 4), SPLIT), ((4, 2), RowLayout(True, 2))])
 def test_the_layout_does_not_change_the_solution(shape, where):
     problem, pruned = problem_and_mask()
-    found, whole = solved(shape, where), solved((1, 1), RowLayout())
-    np.testing.assert_allclose(found.weight, whole.weight, atol=1e-5)
-    np.testing.assert_allclose(found.gap, whole.gap, rtol=1e-4)
-    assert (found.weight[~np.asarray(pruned.keep)] == 0).all()
+    laid_out, whole = solved(shape, where), solved((1, 1), RowLayout())
+    np.testing.assert_allclose(laid_out.weight, whole.weight, atol=1e-5)
+    np.testing.assert_allclose(laid_out.gap, whole.gap, rtol=1e-4)
+    assert (laid_out.weight[~np.asarray(pruned.keep)] == 0).all()
     _, hessian, pull = wide(problem, 1e-2)
     best = row_objective(problem, oracle(problem, pruned, 1e-2), 1e-2)
     gain = row_objective(problem, pruned.weight, 1e-2) - best
     optimum = best + np.sum(pull * np.linalg.solve(hessian, pull.T).T, axis=1)  # counted from the unconstrained one
-    for solution in (found, whole):
+    for solution in (laid_out, whole):
         excess = row_objective(problem, solution.weight, 1e-2) - best
         assert (excess < 0.05 * gain).all() and (excess <= solution.gap * optimum * (1 + 1e-3)).all()
 
@@ -217,7 +232,10 @@ ROWS, SIZE = 320, 192
 
 @functools.lru_cache
 def compiled(where, shape):
-    """``prune_group`` with the Hessians as calibration leaves them, at other sizes than the memory model was fitted to."""
+    """Compiles ``prune_group`` with Hessians as calibration leaves them.
+
+    The memory model was fitted to other sizes.
+    """
     grid = mesh(*shape)
     columns = NamedSharding(grid, P(None, MODEL))
     hessian = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32, sharding=columns)
@@ -227,7 +245,11 @@ def compiled(where, shape):
 
 
 def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hessian():
-    """An iteration: two all-gathers and two all-reduces. The check after a cycle: two and two. A panel of the inverse: one."""
+    """Counts the collectives in the body of each loop.
+
+    An iteration has two all-gathers and two all-reduces, and so has the check after a cycle. A panel of the inverse has one
+    all-reduce.
+    """
     text = compiled(SPLIT, (2, 4)).as_text()
     assert "f32[192,48]" in text and not re.search(r"\[(1,)?192,192\]", text)
     assert "[320,192]" not in text, "all rows on one device"
@@ -243,10 +265,10 @@ def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hes
 
 @pytest.mark.parametrize("where, shape", [(RowLayout(False, 32), (1, 1)), (SPLIT, (2, 4))])
 def test_the_memory_model_bounds_what_xla_reports(where, shape):
-    found = compiled(where, shape).memory_analysis()
-    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    told = GroupLoad(SIZE, ROWS, RECIPE.footprint()).bytes(mesh(*shape), where.split, where.rows or ROWS // shape[0])
-    assert total < told < 1.6 * total
+    analysis = compiled(where, shape).memory_analysis()
+    total = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    bound = GroupLoad(SIZE, ROWS, RECIPE.footprint()).bytes(mesh(*shape), where.split, where.rows or ROWS // shape[0])
+    assert total < bound < 1.6 * total
 
 
 DENSE_TARGETS = DenseTarget(0.5), DenseTarget(0.5, 0.5)
@@ -261,11 +283,11 @@ def test_the_memory_model_bounds_what_xla_reports_with_held_out_tokens(change):
     residual = dict(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),)) if drifts else {}
     both = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),), **residual)
     drift = dict.fromkeys(("drift", "held_out_drift"), both) if dense else {}
-    found = prune_group.lower(*group_arguments((weight,), hessian, recipe, mesh(1, 1), held_out=hessian, **drift))
-    analysis = found.compile().memory_analysis()
+    lowered = prune_group.lower(*group_arguments((weight,), hessian, recipe, mesh(1, 1), held_out=hessian, **drift))
+    analysis = lowered.compile().memory_analysis()
     total = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-    told = GroupLoad(size, rows, recipe.footprint(), streams=1 + dense, residual=drifts).bytes(mesh(1, 1), False, rows)
-    assert total < told < 1.6 * total
+    bound = GroupLoad(size, rows, recipe.footprint(), streams=1 + dense, residual=drifts).bytes(mesh(1, 1), False, rows)
+    assert total < bound < 1.6 * total
     # Exchanges compare all inputs of a row, and integers are rounded one input after the other.
     assert recipe.footprint().split == (recipe.refine is None and recipe.quantize is None)
 
@@ -282,9 +304,9 @@ def test_the_layout_follows_from_the_budget():
     assert choose(15 * GIB) == SPLIT
     assert choose(8 * GIB).split and choose(8 * GIB).rows < 4096
     for budget in (8, 15, 22.5):  # what was chosen fits
-        found = choose(budget * GIB)
-        each = 4096 if found.split else 1024
-        assert GroupLoad(28672, 8192, cg.footprint()).bytes(grid, found.split, found.rows or each) <= budget * GIB
+        chosen = choose(budget * GIB)
+        each = 4096 if chosen.split else 1024
+        assert GroupLoad(28672, 8192, cg.footprint()).bytes(grid, chosen.split, chosen.rows or each) <= budget * GIB
     assert choose(15 * GIB, dataclasses.replace(cg, solver=None)).split is False
     block = block_of({"mlp.down_proj": (8192, 28672)}, grid)
     weights = 2.5 * 4 * 8192 * 28672  # of the block, which no axis splits here
@@ -339,14 +361,17 @@ def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
     cut = functools.partial(block_passes, block, 0, (("a",), ("b",), ("c",)), recipe)
     assert [each.groups for each in cut(math.inf)] == [(("a",), ("b",), ("c",))]
     assert described(cut(math.inf)) == ""
-    found = cut(4 * 2 * 4 * 256 * 256)  # a quarter is what the last one takes
-    assert [each.groups for each in found] == [(("a",), ("b",)), (("c",),)]
-    assert "in 2 passes" in described(found) and described(found, 2) == ""
+    passes = cut(4 * 2 * 4 * 256 * 256)  # a quarter is what the last one takes
+    assert [each.groups for each in passes] == [(("a",), ("b",)), (("c",),)]
+    assert "in 2 passes" in described(passes) and described(passes, 2) == ""
 
 
 @pytest.mark.parametrize("shape, times", [((8, 1), 1), ((4, 2), 1.5), ((1, 1), 2)])
 def test_a_layers_own_hessians_are_counted_once_where_they_are_used_as_they_come(shape, times):
-    """In columns they are gathered first: another copy. And alone a TPU's panels take as much again."""
+    """Hessians in columns are gathered first, which takes another copy.
+
+    On one device, a TPU's panels take as much memory again.
+    """
     size, rows = 2048, 64
     recipe = Recipe(Unstructured(0.5, "row"), ADMM(), CG(), refine=Swaps())
     take = GroupLoad(size, rows, recipe.footprint()).bytes(mesh(*shape), False, -(-rows // math.prod(shape)))
@@ -359,20 +384,23 @@ def test_a_layers_own_hessians_are_counted_once_where_they_are_used_as_they_come
 
 
 def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
-    """One group in batches, another split, in several passes: all of it from the parameters that the block had."""
+    """One group goes in batches and another is split, in several passes.
+
+    All passes start from the parameters that the block had.
+    """
     decoder = Decoder.open(*tiny_llama(), mesh(2, 4), batch=2)
     tokens = np.random.default_rng(1).integers(0, 64, (8, 24)).astype(np.int32)
     groups = (("mlp.gate_proj",), ("mlp.down_proj",))
     whole, small = decoder.embed(tokens), decoder.embed(tokens)
     monkeypatch.setattr("optima_tpu.pipeline.memory_plan._FEW_ROWS", 4)
     monkeypatch.setattr("optima_tpu.pipeline.memory_plan._HESSIANS_SHARE", 0.05)
-    told = []
-    monkeypatch.setattr("optima_tpu.pipeline.walk.block_passes", lambda *a: told.append(block_passes(*a)) or told[-1])
+    planned = []
+    monkeypatch.setattr("optima_tpu.pipeline.walk.block_passes", lambda *a: planned.append(block_passes(*a)) or planned[-1])
     weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, windows=4)
     same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, windows=4, budget=86_000)
-    assert described(told[0]) == "" and len(told[1]) > 1
-    assert {where.split for part in told[1] for where in part.layouts} == {False, True}, told[1]
-    assert any(where.rows for part in told[1] for where in part.layouts), told[1]
+    assert described(planned[0]) == "" and len(planned[1]) > 1
+    assert {where.split for part in planned[1] for where in part.layouts} == {False, True}, planned[1]
+    assert any(where.rows for part in planned[1] for where in part.layouts), planned[1]
     assert list(masks) == list(other_masks)
     for name, weight in weights.items():
         assert np.abs(weight - same[name]).max() < 1e-3 * np.abs(weight).max()
@@ -387,15 +415,15 @@ def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
 
 
 def test_blocks_are_laid_out_once_beside_the_hidden_states_that_stay_on_accelerators(monkeypatch):
-    """Where the layers fit only without the states, once more."""
+    """Blocks are laid out again if the layers fit only without the states."""
     decoder, laid_out = Decoder.open(*tiny_llama(), mesh(2, 2), batch=2), []
     monkeypatch.setattr(memory_plan, "block_passes", lambda *a: laid_out.append(a[1]) or block_passes(*a))
     monkeypatch.setattr(memory_plan, "_STATES_SHARE", 1)
 
     def fit(budget, devices=decoder.mesh.abstract_mesh):
         laid_out.clear()
-        found = memory_plan.fitted(dataclasses.replace(decoder, mesh=devices), groups_of_blocks(decoder), RECIPE, (4, 24), budget)
-        return found.states, laid_out.count(0)
+        plan = memory_plan.fitted(dataclasses.replace(decoder, mesh=devices), groups_of_blocks(decoder), RECIPE, (4, 24), budget)
+        return plan.states, laid_out.count(0)
 
     assert fit(GIB, decoder.mesh) == (0, 1)  # these are CPU devices
     states, times = fit(GIB)
@@ -412,6 +440,6 @@ def test_blocks_are_laid_out_once_beside_the_hidden_states_that_stay_on_accelera
 def test_a_layer_that_does_not_fit_is_named_before_anything_is_done(tmp_path, capsys):
     arguments = ["--model", str(tiny_folder(tmp_path / "model")), "--mesh", "2x4", "--output", str(tmp_path / "run"), *SMALL]
     assert main([*arguments, "--device_memory", "0.00001"]) == 2
-    said = capsys.readouterr().err
-    assert "model.layers.0.self_attn.q_proj has 36 inputs" in said and "GiB" in said and "--device_memory" in said
+    error = capsys.readouterr().err
+    assert "model.layers.0.self_attn.q_proj has 36 inputs" in error and "GiB" in error and "--device_memory" in error
     assert not (tmp_path / "run" / "journal").exists()

@@ -1,4 +1,4 @@
-"""A share of the weights that may stay becomes a number of neurons or heads: the largest that it allows."""
+"""A share of weights to keep becomes the most neurons or heads it allows."""
 
 import pytest
 from transformers import LlamaConfig
@@ -25,7 +25,10 @@ LIKE_SMOLLM2 = LlamaConfig(
 
 
 def weights(neurons=NEURONS, heads=HEADS, blocks=BLOCKS):
-    """Of embedding and last norm, and of every block's norms, q, k, v, o, with heads of width 64, and three matrices of the MLP."""
+    """Number of the model's weights, with heads of width 64.
+
+    Counts the embedding, the last norm, and in every block the norms, q, k, v, o and three matrices of the MLP.
+    """
     return (VOCABULARY + 1) * WIDTH + blocks * WIDTH * (2 + heads * 64 * (3 + 1 + 1 + 3) + 3 * neurons)
 
 
@@ -45,12 +48,12 @@ def asked(to, pattern="dense", layers="", **cut):
     ],
 )
 def test_as_many_stay_as_the_share_allows(to, settings, rule, stays, one_more):
-    """Beside what else is cut; and a run that is read again means the same."""
-    found = on_model(asked(to, **settings), LIKE_SMOLLM2)
-    assert layers_text(found.recipe.layers[-1:]) == rule
+    """Other cuts count too, and a second ``on_model`` changes nothing."""
+    config = on_model(asked(to, **settings), LIKE_SMOLLM2)
+    assert layers_text(config.recipe.layers[-1:]) == rule
     assert stays <= to * weights() < one_more
-    assert found.cut.to is None and on_model(found, LIKE_SMOLLM2) == found
-    assert found.run_directory == asked(to, **settings).run_directory
+    assert config.cut.to is None and on_model(config, LIKE_SMOLLM2) == config
+    assert config.run_directory == asked(to, **settings).run_directory
 
 
 @pytest.mark.parametrize(
@@ -99,8 +102,10 @@ def test_a_number_of_heads_that_transformers_does_not_read_is_no_choice(to, left
 
 def test_parts_that_a_family_cannot_lose_are_refused_with_others():
     model = BY_MODEL["Olmo2ForCausalLM"].configuration({})
-    said = "expected a model whose heads can be cut where cut.by is head, got Olmo2.*, whose heads are .*; take --cut.by neuron$"
-    with pytest.raises(UserError, match=said):
+    expected = (
+        "expected a model whose heads can be cut where cut.by is head, got Olmo2.*, whose heads are .*; take --cut.by neuron$"
+    )
+    with pytest.raises(UserError, match=expected):
         on_model(asked(0.9, by="head"), model)
 
 

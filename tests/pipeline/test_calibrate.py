@@ -35,11 +35,11 @@ def test_layers_that_read_one_input_are_found():
 
 
 def test_blocks_whose_heads_differ_in_width_have_groups_of_their_own():
-    """Where the first block has the wider heads, so that its rotary tables fit no other; its keys are its values."""
+    """The first block has the wider heads, and its keys are its values."""
     reference = BY_MODEL["Gemma4ForCausalLM"]
     config, _, tensors = tiny(reference, reference.variants["no window first"])
-    found = groups_of_blocks(Decoder.open(config, tensors, mesh(1, 1)))
-    queries = [tuple(name.removeprefix("self_attn.") for name in groups[0]) for groups in found]
+    by_block = groups_of_blocks(Decoder.open(config, tensors, mesh(1, 1)))
+    queries = [tuple(name.removeprefix("self_attn.") for name in groups[0]) for groups in by_block]
     assert queries == [("q_proj", "k_proj"), ("q_proj", "k_proj", "v_proj"), ("q_proj", "k_proj")]
 
 
@@ -89,15 +89,15 @@ def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
     for expert in range(config.num_experts):
         hessian, tokens, _ = statistics[f"mlp.experts.{expert}.gate_proj", f"mlp.experts.{expert}.up_proj"]
         rows = np.asarray(input_of(inputs, f"mlp.experts.{expert}.up_proj"), np.float64).reshape(77, -1)
-        mine = rows.any(axis=1)
-        assert tokens == mine.sum() == statistics[(f"mlp.experts.{expert}.down_proj",)].tokens
+        reached = rows.any(axis=1)
+        assert tokens == reached.sum() == statistics[(f"mlp.experts.{expert}.down_proj",)].tokens
         assert 0 < tokens < 77
-        assert np.abs(hessian - rows[mine].T @ rows[mine] / 77).max() < 1e-5 * np.abs(rows.T @ rows / 77).max()
-        assert (rows[mine & (sent > 0)] == shared[mine & (sent > 0)]).all(), "experts of one token read the same"
+        assert np.abs(hessian - rows[reached].T @ rows[reached] / 77).max() < 1e-5 * np.abs(rows.T @ rows / 77).max()
+        assert (rows[reached & (sent > 0)] == shared[reached & (sent > 0)]).all(), "experts of one token read the same"
         hidden_rows = np.asarray(input_of(inputs, f"mlp.experts.{expert}.down_proj"), np.float64).reshape(77, -1)
         expected = hidden_rows.T @ hidden_rows / 77
         assert np.abs(statistics[(f"mlp.experts.{expert}.down_proj",)].hessian - expected).max() < 1e-5 * np.abs(expected).max()
-        shared[mine], sent = rows[mine], sent + mine
+        shared[reached], sent = rows[reached], sent + reached
     assert (sent == config.num_experts_per_tok).all()
 
     # With borrowed tokens, the layers that read the block's input count the mean over all tokens too, as a share of their inputs.

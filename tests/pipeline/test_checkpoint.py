@@ -269,7 +269,7 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
 
 
 def test_the_blocks_are_plain_orbax_checkpoints(tmp_path):
-    """As the page on the run directory shows how to read them."""
+    """Reads them as the page on the run directory shows."""
     source = small_model()
     fake_run.finished_run(tmp_path, source)
     metadata = ocp.metadata(tmp_path / "checkpoint").custom_metadata
@@ -371,7 +371,10 @@ def test_a_journal_that_is_removed_under_its_run_is_told_in_one_line(tmp_path):
 
 
 def test_one_checkpoint_is_read_while_another_is_saved(tmp_path):
-    """As where the next block is read ahead: Orbax gives its operations numbers of the whole process."""
+    """A walk reads the next block ahead while it saves one.
+
+    Orbax numbers its operations across the whole process.
+    """
     tree = {"weights": {str(index): jnp.ones((4, 4)) for index in range(4)}}
     save_tree(tmp_path / "read", tree, {})
     done = threading.Event()

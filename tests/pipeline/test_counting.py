@@ -1,4 +1,4 @@
-"""Programs are counted as they are written: products and factorisations exactly, bytes by one rule, on each device."""
+"""Work per device: products and factorisations exact, bytes by one rule."""
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,9 @@ MATRIX = 4 * SIZE * SIZE
 
 
 def work(function, *arguments, on: Machine | None = None) -> Work:
-    found = counted(Call(jax.jit(function), arguments), on or machine())
-    assert not found.unknown
-    return found.work
+    counts = counted(Call(jax.jit(function), arguments), on or machine())
+    assert not counts.unknown
+    return counts.work
 
 
 def test_products_count_by_dtype_and_precision_and_factorisations_by_themselves():
@@ -95,32 +95,32 @@ def test_a_loop_counts_as_often_as_it_runs(loop):
         with usual_turns(5):
             return lax.while_loop(lambda x: jnp.any(x < 1), lambda x: matmul(x, w), x)
 
-    found = work(program, X, W)
-    assert found.wide == 5 * PRODUCT
-    assert found.traffic == pytest.approx(5 * (2 * ARRAY + MATRIX + (loop == "while") * ARRAY), rel=1e-2)
+    total = work(program, X, W)
+    assert total.wide == 5 * PRODUCT
+    assert total.traffic == pytest.approx(5 * (2 * ARRAY + MATRIX + (loop == "while") * ARRAY), rel=1e-2)
 
 
 def test_a_loop_that_says_nothing_counts_once_and_is_named():
     def program(x, w):
         return lax.while_loop(lambda x: jnp.any(x < 1), lambda x: matmul(x, w), x)
 
-    found = counted(Call(jax.jit(program), (X, W)), machine())
-    (where,) = found.unknown
-    assert found.work.wide == PRODUCT and "test_counting.py" in where
+    counts = counted(Call(jax.jit(program), (X, W)), machine())
+    (where,) = counts.unknown
+    assert counts.work.wide == PRODUCT and "test_counting.py" in where
 
-    # What is said holds inside of calls and of branches, and not inside of the loop itself.
-    def said(x, w):
+    # ``usual_turns`` holds inside of calls and of branches, and not inside of the loop itself.
+    def branched(x, w):
         with usual_turns(3):
             return lax.cond(jnp.any(x > 0), jax.jit(program), lambda x, w: x, x, w)
 
-    assert work(said, X, W).wide == 3 * PRODUCT
+    assert work(branched, X, W).wide == 3 * PRODUCT
 
     def nested(x, w):
         with usual_turns(3):
             return lax.while_loop(lambda x: jnp.any(x < 1), lambda x: program(x, w), x)
 
-    found = counted(Call(jax.jit(nested), (X, W)), machine())
-    assert found.work.wide == 3 * PRODUCT and found.unknown == {where}
+    counts = counted(Call(jax.jit(nested), (X, W)), machine())
+    assert counts.work.wide == 3 * PRODUCT and counts.unknown == {where}
 
 
 def test_of_branches_the_largest_counts_and_of_platforms_the_machines_own():
@@ -141,9 +141,9 @@ def test_the_work_of_a_device_is_its_share():
     def outside(x, w):
         return matmul(x, matmul(w, w)) + 1
 
-    found = work(outside, x, whole, on=on)
-    assert found.wide == PRODUCT / 8 + 2 * SIZE**3  # what no device shares is computed by each
-    assert found.traffic == 2 * ARRAY / 8 + 4 * MATRIX
+    total = work(outside, x, whole, on=on)
+    assert total.wide == PRODUCT / 8 + 2 * SIZE**3  # what no device shares is computed by each
+    assert total.traffic == 2 * ARRAY / 8 + 4 * MATRIX
 
     def inside(x, w):
         return jax.shard_map(matmul, mesh=on.mesh, in_specs=(ROWS, P()), out_specs=ROWS, check_vma=False)(x, w)
@@ -181,7 +181,7 @@ def test_what_was_narrow_before_it_was_converted_counts_so():
 
 
 def test_a_kernel_counts_the_steps_that_do_something_and_holds_the_rest_on_the_chip():
-    """That of attention, causal: with 4 blocks of queries and of keys 10 of 16 steps."""
+    """Causal attention on 4 blocks of queries and keys does 10 of 16 steps."""
     heads, length, size = 4, 2048, 128
     arrays = [struct(2, length, count, size, dtype=jnp.bfloat16) for count in (heads, heads, heads)]
     on = machine()
@@ -189,9 +189,9 @@ def test_a_kernel_counts_the_steps_that_do_something_and_holds_the_rest_on_the_c
     def attend(q, k, v):
         return splash.attention(on.mesh, q, k, v, None)
 
-    found = work(attend, *arrays, on=on)
-    assert found.flops == found.narrow == 10 / 16 * 2 * (2 * heads * 2 * length**2 * size)
-    assert found.traffic < 4 * 2 * heads * length**2 / 2  # half of the scores in float32
+    total = work(attend, *arrays, on=on)
+    assert total.flops == total.narrow == 10 / 16 * 2 * (2 * heads * 2 * length**2 * size)
+    assert total.traffic < 4 * 2 * heads * length**2 / 2  # half of the scores in float32
 
 
 @pytest.mark.parametrize("chosen", [range(8), range(3)], ids=["all", "some"])
@@ -204,12 +204,12 @@ def test_experts_count_the_rows_that_are_sent_to_them(chosen):
 
     routed = Routed(struct(few * rows, SIZE), struct(4, rows // 4, few, dtype=jnp.int32), experts, 1)
     before = TokenStatistics(struct(len(chosen), SIZE, SIZE), struct(len(chosen), dtype=jnp.int32))
-    found = work(sums, before, routed, struct(4, dtype=jnp.bool_), on=on)
-    assert found.flops == pytest.approx(2 * few * rows * len(chosen) / experts * SIZE**2)
+    total = work(sums, before, routed, struct(4, dtype=jnp.bool_), on=on)
+    assert total.flops == pytest.approx(2 * few * rows * len(chosen) / experts * SIZE**2)
 
 
 def test_bytes_are_fewer_than_those_of_the_cpus_compiler_and_flops_are_the_same():
-    """It fuses less than the rule assumes."""
+    """The CPU's compiler fuses less than the rule assumes."""
 
     def elements(x, y, w):
         return jax.nn.softmax(jnp.where(x > 0, x, 0) * y, axis=1), jnp.tanh(matmul(x * y, w)) * x
@@ -219,9 +219,9 @@ def test_bytes_are_fewer_than_those_of_the_cpus_compiler_and_flops_are_the_same(
         (elements, (struct(512, 256), struct(512, 256), struct(256, 256))),
         (lambda problem, weight: problem.errors(weight), (problem, struct(512, 256))),
     ):
-        found, compiled = work(call, *arguments, on=machine(here=True)), jax.jit(call).lower(*arguments).compile().cost_analysis()
-        assert 0.97 < found.flops / compiled["flops"] <= 1
-        assert 0.5 < found.traffic / compiled["bytes accessed"] <= 1
+        total, compiled = work(call, *arguments, on=machine(here=True)), jax.jit(call).lower(*arguments).compile().cost_analysis()
+        assert 0.97 < total.flops / compiled["flops"] <= 1
+        assert 0.5 < total.traffic / compiled["bytes accessed"] <= 1
 
 
 def pruning(recipe: Recipe, rows: int, size: int, on: Machine, **options):
@@ -238,12 +238,16 @@ def test_every_loop_of_every_method_says_how_often_it_runs(pattern):
         for cls in CHOICES[setting].values():
             if cls not in (None, Imported):
                 methods = (cls(), CG()) if setting == "selector" else (Wanda(), cls())
-                found = pruning(Recipe(pattern, *methods), 32, 16, machine())
-                assert not found.unknown and found.work.flops > 0, cls
+                counts = pruning(Recipe(pattern, *methods), 32, 16, machine())
+                assert not counts.unknown and counts.work.flops > 0, cls
 
 
 def test_a_solve_counts_its_usual_steps_on_every_device():
-    """Two products in each step of the default solver, two more after every fourth, one at the start; others measure the result."""
+    """Counts the products of the default solver's steps, checks and result.
+
+    Each step takes two products, the check after every fourth step two more, and the start one. Measuring the solver's result
+    takes others.
+    """
     rows, size = 4096, 256
     steps = usual_steps(size, CG().damping)
     for on, devices in ((machine(), 1), (machine(4, 2), 8)):
@@ -274,10 +278,10 @@ def test_inverses_are_shared_by_the_tpus_that_make_them():
                 with jax.sharding.use_abstract_mesh(on.mesh):
                     return call(matrix)
 
-            found = work(program, struct_on(on.mesh, (size, size), jnp.dtype(jnp.float32), P()), on=on)
+            total = work(program, struct_on(on.mesh, (size, size), jnp.dtype(jnp.float32), P()), on=on)
             products = (6 * size**3 + 2 * size**2 * panel) / devices + 2 * size**2 * panel  # each device has the whole panel
-            assert {name for name in ("narrow", "wide", "rough") if getattr(found, name)} == kinds
-            assert found.flops - found.factor == pytest.approx(products)
+            assert {name for name in ("narrow", "wide", "rough") if getattr(total, name)} == kinds
+            assert total.flops - total.factor == pytest.approx(products)
     halves = work(lambda matrix: inverse(matrix, 1.0), struct(size, size), on=machine(here=True))
     assert halves.flops == pytest.approx(2 * size**3, rel=0.05)
 

@@ -24,7 +24,7 @@ JITTED = type(jax.jit(lambda x: x))
 
 
 class Exporter:
-    """Exports what jitted functions of the package are called with, each program once.
+    """Exports each program that jitted functions of the package run, once.
 
     Attributes:
       programs: the exported programs, by the function's name and by what it was called with.
@@ -55,22 +55,22 @@ class Exporter:
 
 @pytest.fixture
 def exporter(monkeypatch):
-    found, jit = Exporter(), jax.jit
+    exporting, jit = Exporter(), jax.jit
 
     def jit_here(function, **options):
         inner = function.func if isinstance(function, functools.partial) else function
         jitted = jit(function, **options)
-        return found.wrap(jitted) if inner.__module__.startswith("optima_tpu") else jitted
+        return exporting.wrap(jitted) if inner.__module__.startswith("optima_tpu") else jitted
 
-    names = [found.name for found in pkgutil.walk_packages(optima_tpu.__path__, "optima_tpu.")]
+    names = [module_info.name for module_info in pkgutil.walk_packages(optima_tpu.__path__, "optima_tpu.")]
     # All of them first: what is imported later would take the wrapped functions for its own.
     for module in [importlib.import_module(name) for name in names if not name.endswith("__main__")]:
         for attribute, value in list(vars(module).items()):
             if isinstance(value, JITTED):
-                monkeypatch.setattr(module, attribute, found.wrap(value))
+                monkeypatch.setattr(module, attribute, exporting.wrap(value))
     monkeypatch.setattr(jax, "jit", jit_here)
     monkeypatch.setattr(memory_plan, "on_cpu", lambda mesh: False)  # passes as on accelerators
-    return found
+    return exporting
 
 
 @pytest.mark.slow
@@ -97,7 +97,10 @@ def test_every_program_of_a_run_is_lowered_for_gpus(exporter, tmp_path, settings
 
 @pytest.mark.slow
 def test_the_forward_pass_of_every_family_is_lowered_for_gpus(tmp_path):
-    """With the Hessians of its layers, for each kind of block: mixtures, linear attention, latent attention."""
+    """Each kind of block is lowered with the Hessians of its layers.
+
+    The kinds include mixtures, linear attention and latent attention.
+    """
     pytest.importorskip("torch")  # which the references of the families import
     from tests.support.references import REFERENCES
 

@@ -1,4 +1,7 @@
-"""Blocks are left out by what that does to the predictions, and the walk goes on toward the dense model of all blocks."""
+"""Blocks are left out by their effect on the predictions.
+
+The walk then aims at the dense model with all of its blocks.
+"""
 
 import dataclasses
 import functools
@@ -50,7 +53,7 @@ def dense_model(shape=(1, 1), blocks=5) -> Model:
 
 
 def divergence(model: Model, left_out: tuple[int, ...]) -> float:
-    """``KL(dense || without)`` of a prediction, from the logits of the two whole models in float64."""
+    """Mean ``KL(dense || without)`` of the predictions, in float64."""
     both = [model.decoder, without_blocks(model, left_out).decoder]
     p, q = (log_probabilities(each) for each in both)
     return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)[:, :-1]))
@@ -100,7 +103,7 @@ def test_the_time_of_the_choices_follows_from_the_text_that_the_dense_model_read
 
 
 def test_the_dense_stream_passes_what_the_pruned_stream_skips():
-    """So a block behind is fitted toward the dense model's own output."""
+    """A later block is thus fitted toward the dense model's own output."""
     model, left_out = dense_model(), (0, 1, 3)
     decoder = without_blocks(model, left_out).decoder
     walk = Walk(
@@ -138,20 +141,23 @@ def test_a_run_says_which_weights_it_prunes_and_which_it_moves_alone(words, told
     greet(console, config, model, SimpleNamespace(calibration=text, evaluation=text), tmp_path, "")
     left = model.decoder.config.blocks - config.cut.blocks
     of_block = sum(math.prod(model.decoder.block_shapes[f"{name}.weight"]) for name in model.decoder.linears)
-    said = console.file.getvalue()
-    assert told.format(f"{left * of_block:,}") in said and ("prunes no weight, and nothing moves one" in said) == idle
+    printed = console.file.getvalue()
+    assert told.format(f"{left * of_block:,}") in printed and ("prunes no weight, and nothing moves one" in printed) == idle
 
 
 def test_the_distance_from_the_dense_model_is_that_of_the_predictions():
     model = dense_model()
-    found = distance(model.decoder, without_blocks(model, (1, 3)).decoder, TOKENS, left_out=2).distance
-    assert abs(found.kl - divergence(model, (1, 3))) < 1e-5 * found.kl and len(found.hidden_errors) == 1
+    measured = distance(model.decoder, without_blocks(model, (1, 3)).decoder, TOKENS, left_out=2).distance
+    assert abs(measured.kl - divergence(model, (1, 3))) < 1e-5 * measured.kl and len(measured.hidden_errors) == 1
     with pytest.raises(UserError, match="expected a model of 4 blocks, as in the dense model, got 3"):
         distance(model.decoder, without_blocks(model, (1, 3)).decoder, TOKENS, left_out=1)
 
 
 def test_a_model_may_be_cut_alone(one_device, tmp_path, capsys, monkeypatch):
-    """With --pattern dense no weight changes, nothing has a mask, and no text passes through the blocks for nothing."""
+    """With --pattern dense no weight changes, and nothing has a mask.
+
+    The walk passes no text through the blocks.
+    """
     monkeypatch.setattr(walk, "_streams_before", None)
     model = tiny_folder(tmp_path / "model", num_hidden_layers=4)
     words = ["--model", str(model), "--output", str(tmp_path / "run"), "--cut.blocks", "2", "--pattern", "dense"]

@@ -1,4 +1,4 @@
-"""Runs that cut whole structures before the walk: what holds for each kind of them."""
+"""Runs that cut whole structures before the walk, of every kind."""
 
 import functools
 import itertools
@@ -111,7 +111,7 @@ def cut(request):
 
 @pytest.fixture(scope="module")
 def whole_run(cut, one_device, tmp_path_factory):
-    """(words of the command without its output, directory) of a run that nothing stopped."""
+    """An unstopped run: its command without --output, and its directory."""
     root = tmp_path_factory.mktemp("cut")
     words = ["--model", str(cut.model(root / "model")), *cut.words.split(), *SMALL]
     assert main([*words, "--output", str(root / "run")]) == 0
@@ -132,7 +132,7 @@ def test_the_report_has_what_left(cut, whole_run):
 
 
 def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(cut, whole_run, tmp_path, monkeypatch):
-    """Behind the first choice, and behind the first block that was pruned."""
+    """Stops after the first choice and after the first pruned block."""
     (words, expected), run = whole_run, tmp_path / "run"
     once = functools.partial(cut.once, getattr(cutting, cut.choice))
     for chosen, stop in ((1, lambda patch: patch.setattr(cutting, cut.choice, once)), (2, stop_after_the_first_block)):
@@ -150,12 +150,12 @@ def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bits(cut, whole_run, tm
 
 def test_the_exported_model_computes_what_the_run_measured(whole_run):
     _, run = whole_run
-    found, exported = (logits_of(open_evaluated(str(each), mesh(1, 1)).model.decoder, TOKENS) for each in (run, run / "hf"))
-    assert np.array_equal(found, exported)
+    measured, exported = (logits_of(open_evaluated(str(each), mesh(1, 1)).model.decoder, TOKENS) for each in (run, run / "hf"))
+    assert np.array_equal(measured, exported)
 
 
 def test_training_goes_on_from_the_smaller_model(cut, whole_run, tmp_path):
-    """Toward the dense model as a whole, with the zeros held."""
+    """The training aims at the whole dense model and holds the zeros."""
     _, run = whole_run
     out = tmp_path / "out"
     words = ["--tokens", "256", "--source", "random", "--evaluation", "random", "--windows", "4", "--length", "32"]
@@ -171,7 +171,7 @@ def test_training_goes_on_from_the_smaller_model(cut, whole_run, tmp_path):
 
 
 def test_training_begins_from_the_exported_folder_too(whole_run):
-    """Its record names what it is without, and its masks are those of the run."""
+    """The folder's record names what was cut; its masks equal the run's."""
     _, run = whole_run
     configs = [RecoverConfig(str(each), tokens="256") for each in (run, run / "hf")]
     both = [open_start(config, mesh(4, 2), lambda spec: None).record for config in configs]
@@ -251,7 +251,10 @@ def test_transformers_loads_the_model_and_computes_what_the_run_measured(model, 
 
 
 def assert_is_told_and_loads(model: str, run: Path, some: int, total: int) -> None:
-    """A run that left ``some`` of ``total`` experts says so everywhere, and transformers computes what it measured."""
+    """Checks what a run with ``some`` of ``total`` experts says and exports.
+
+    Its card and page name the experts that stay, and transformers computes the logits that the run measured.
+    """
     small, info = getattr(transformers, model).from_pretrained(
         run / "hf", attn_implementation="eager", dtype="float32", output_loading_info=True
     )

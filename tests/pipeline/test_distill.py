@@ -1,4 +1,4 @@
-"""Distillation: the gradient of the whole model, masks held exactly, the same result on every mesh and after every stop."""
+"""Distillation: exact gradients and masks, equal on meshes and after stops."""
 
 import dataclasses
 import itertools
@@ -47,7 +47,7 @@ ROOM = 2.0**40
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def pruned(request, tmp_path_factory):
-    """The arguments of a run whose blocks are pruned, at random, and its directory."""
+    """Arguments and directory of a run whose blocks are pruned at random."""
     root, arrays, random = tmp_path_factory.mktemp("pruned"), {}, np.random.default_rng(0)
     model, journal = tiny_folder(root / "model", dtype=request.param, change=arrays.update), begun(root / "run")
     for block in range(3):
@@ -67,7 +67,10 @@ def windows():
 
 
 class Trained(NamedTuple):
-    """What a distillation that nothing stopped came to, on the 2x2 mesh: its outcome, the trained weights, the pruned ones."""
+    """Result of an unstopped distillation on the 2x2 mesh.
+
+    ``before`` holds the pruned weights, ``weights`` the trained ones.
+    """
 
     outcome: Outcome
     weights: dict[str, np.ndarray]
@@ -110,13 +113,15 @@ def run(pruned, windows, shape=(2, 2), method=METHOD, advance=lambda: None) -> t
     arguments, directory = pruned
     journal = Journal(directory)
     inputs = inputs_of(opened(parse(arguments), shape).decoder, journal, windows, method)
-    found = distill(inputs, Counted(advance))
-    keep_outcome(directory, found)
-    return found, journal
+    outcome = distill(inputs, Counted(advance))
+    keep_outcome(directory, outcome)
+    return outcome, journal
 
 
 def stopped_in_step_6(before: int = 3):
-    """An ``advance`` that raises SIGTERM's exception behind the second step after the check behind step 4.
+    """An ``advance`` that raises SIGTERM's exception at step 6.
+
+    Step 6 is the second step after the check behind step 4.
 
     Args:
       before: calls before the first check, one for each block of the dense model.
@@ -132,14 +137,14 @@ def stopped_in_step_6(before: int = 3):
 
 def result(journal: Journal) -> dict[str, np.ndarray]:
     entries = [trained_block(journal.directory, index) for index in sorted(journal.finished)]
-    found = OrbaxTensors(entries)
-    return found.load(found.names())
+    tensors = OrbaxTensors(entries)
+    return tensors.load(tensors.names())
 
 
 @in_float32
 @pytest.mark.parametrize("budget", [ROOM, 0.0], ids=["kept", "done again"])
 def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
-    """Block by block, in batches, on a mesh, against one ``jax.grad`` through all blocks on one device."""
+    """Blockwise gradients on a mesh equal one ``jax.grad`` on one device."""
     arguments, directory = pruned
     journal, tokens, rate = Journal(directory), windows[0][:8], jnp.float32(1e-3)
     dense = dataclasses.replace(opened(parse(arguments), (4, 2)).decoder, batch=1)
@@ -149,36 +154,36 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
     for index, parameters in enumerate(dense.blocks(range(3))):
         dense.apply(index, parameters, final)
     positions = [dense.positions(index, 32) for index in range(3)]
-    found = [trainer.zeros() for _ in blocks]
+    gradients = [trainer.zeros() for _ in blocks]
     for pruned_batch, dense_batch in zip(dense.embed(tokens).batches(1), final.batches(1)):
         hidden, pulls = pruned_batch.hidden, []
-        for block, place in zip(blocks, positions):
-            counted = trainer.bytes_kept(block, hidden, place)
-            hidden, pull = trainer.ahead(block, hidden, place, keep=budget > 0)
+        for block, block_positions in zip(blocks, positions):
+            counted = trainer.bytes_kept(block, hidden, block_positions)
+            hidden, pull = trainer.ahead(block, hidden, block_positions, keep=budget > 0)
             pulls.append(pull)
             if budget:
                 assert counted / 8 <= bytes_on_device(*jax.tree.leaves(pull)) <= counted
         targets, valid = pruned_batch.place(tokens), pruned_batch.valid
         _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, hidden, targets, valid)
         for index in (2, 1, 0):
-            found[index], cotangent = trainer.backward(pulls.pop(), cotangent, found[index])
+            gradients[index], cotangent = trainer.backward(pulls.pop(), cotangent, gradients[index])
 
     def loss(masters):
         hidden = jnp.asarray(dense.embed(tokens).values)
-        for own, block, place in zip(masters, blocks, positions):
-            hidden = forward(dense.graph, dense.state(block.fixed | own), hidden, place)[0]
+        for own, block, block_positions in zip(masters, blocks, positions):
+            hidden = forward(dense.graph, dense.state(block.fixed | own), hidden, block_positions)[0]
         logits = [head_logits(head, states)[:, :-1] for states in (jnp.asarray(final.values), hidden)]
         return jnp.mean(METHOD.loss(*logits, jnp.asarray(tokens[:, 1:])))
 
     expected = jax.jit(jax.grad(loss))([block.masters for block in blocks])
     share = jnp.float32(1 / (8 * 31))
-    for own, theirs in zip(found, expected):
+    for own, theirs in zip(gradients, expected):
         for name, gradient in own.items():
             assert np.abs(share * gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
     # A step updates each block behind its own backward pass, and the blocks before it read none of it.
     model = TrainedBlocks(trainer, journal, head, positions, others)
     model.step(TrainingStream(tokens, dense.embed(tokens), final), float(rate))
-    for moved, block, gradient in zip(model.blocks, blocks, found):
+    for moved, block, gradient in zip(model.blocks, blocks, gradients):
         for name, expected in trainer.update(block, gradient, share, rate).masters.items():
             assert (moved.masters[name] == expected).all(), name
 
@@ -233,7 +238,7 @@ def test_what_was_stopped_ends_with_the_same_bits_and_is_not_gone_on_from_where_
 
 @in_float32
 def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, windows, monkeypatch):
-    """The check in the middle is the best; the state behind it has its weights too."""
+    """The middle check is the best; the later state holds its weights too."""
     losses, seen = {0: 3.0, 4: 1.0, 8: 2.0}, {}
 
     def measure(model, stream):
@@ -247,15 +252,18 @@ def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, win
         run(pruned, windows, advance=stopped_in_step_6())
     outcome, journal = run(pruned, windows)
     assert outcome.kept == 4 and [check.held_out for check in outcome.checks] == [3, 1, 2]
-    found = result(journal)
+    weights = result(journal)
     for index in range(3):
         for name, expected in seen[index, 4].items():
-            assert (found[f"model.layers.{index}.{name}"] == expected).all() and (expected != seen[index, 8][name]).any(), name
+            assert (weights[f"model.layers.{index}.{name}"] == expected).all() and (expected != seen[index, 8][name]).any(), name
 
 
 @in_float32
 def test_what_does_not_help_is_refused_and_nothing_is_written(pruned, windows, monkeypatch):
-    """Trained on one token over and over, held out on others. No state either: the training is much shorter than a save."""
+    """Trains on one repeated token, and holds out other tokens.
+
+    No state is saved either: the training is much shorter than a save.
+    """
     monkeypatch.setattr(states, "_save", lambda path, *rest: pytest.fail(f"wrote {path}"))
     one = np.full_like(windows[0], 7), windows[1]
     outcome, _ = run(pruned, one, method=dataclasses.replace(METHOD, learning_rate=0.05))
@@ -317,16 +325,16 @@ def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
 @in_float32
 def test_a_step_with_fewer_windows_than_slices_says_what_to_type(pruned):
     decoder = opened(parse(pruned[0]), (4, 2)).decoder
-    told = [Trainer(decoder, KL(batch=batch)).idle for batch in (2, 1, 4)]
-    assert told[0].startswith(
+    messages = [Trainer(decoder, KL(batch=batch)).idle for batch in (2, 1, 4)]
+    assert messages[0].startswith(
         "2 of 4 slices of the data axis compute padding, for a step trains on 2 windows: take --distill.batch 4"
     )
-    assert "on 1 window: take --distill.batch 4, or" in told[1] and not told[2]
+    assert "on 1 window: take --distill.batch 4, or" in messages[1] and not messages[2]
 
 
 @in_float32
 def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(pruned, windows, tmp_path, monkeypatch):
-    """Every pass through a model that takes time is one of them, so that nothing comes behind the last second that was told."""
+    """Each long pass through a model is a step, so the time left ends at 0."""
 
     class Steps(Counted):
         def advance(self):
@@ -362,8 +370,8 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
     left = train(None)
     assert len(ahead) >= METHOD.steps and not any(ahead)
     steps = [step.kind for step in training_steps(METHOD, 3)]
-    said = {"check": "measuring the held-out text", "dense model reads the text": "the dense model reads the text"}
-    assert begun == [(kind, said[kind]) for kind in steps if kind in said]
+    descriptions = {"check": "measuring the held-out text", "dense model reads the text": "the dense model reads the text"}
+    assert begun == [(kind, descriptions[kind]) for kind in steps if kind in descriptions]
     assert left == [*reversed(range(len(left)))]
     for folder in ("distilled", "distillation"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
@@ -396,13 +404,13 @@ def test_the_rate_is_the_minimum_of_a_parabola(best):
 @pytest.mark.parametrize("falls, least", [(lambda rate: -(rate**2), 0.1), (lambda rate: rate, 0)])
 def test_a_rate_is_one_that_was_tried_where_a_loss_is_no_parabola(falls, least):
     tried = []
-    found = rate_of_descent(lambda rate: tried.append(rate) or 1 + falls(rate), 1.0)
-    assert found in tried and found > least
+    chosen = rate_of_descent(lambda rate: tried.append(rate) or 1 + falls(rate), 1.0)
+    assert chosen in tried and chosen > least
 
 
 @in_float32
 def test_a_rate_that_was_found_trains_as_one_that_was_given(pruned, windows):
-    """Also where the training was stopped, between two trials and behind the search."""
+    """Also if the training stops between two trials and after the search."""
     method, calls = dataclasses.replace(METHOD, learning_rate=None), itertools.count(1)
 
     def stop():
@@ -415,12 +423,12 @@ def test_a_rate_that_was_found_trains_as_one_that_was_given(pruned, windows):
             run(pruned, windows, method=method, advance=stop)
     assert any((pruned[1] / "distillation").iterdir())
     outcome, journal = run(pruned, windows, method=method)
-    found = result(journal)
+    weights = result(journal)
     assert 0 < outcome.after < outcome.before
     given, journal = run(pruned, windows, method=dataclasses.replace(METHOD, learning_rate=outcome.learning_rate))
     assert given.checks == outcome.checks and given.learning_rate == outcome.learning_rate
     for name, weight in result(journal).items():
-        assert (weight == found[name]).all(), name
+        assert (weight == weights[name]).all(), name
 
 
 @pytest.mark.parametrize(
@@ -438,7 +446,10 @@ def test_wrong_settings_are_one_line(argv, said):
 
 
 def test_a_whole_run(one_device, tmp_path, capsys):
-    """The run says that it is trained, measures both models, and another number of windows is another run."""
+    """The run says that it trains, and measures both models.
+
+    Another number of windows is another run.
+    """
     model, output = tiny_folder(tmp_path / "model"), tmp_path / "run"
     command = ["--model", str(model), "--output", str(output), "--selector", "wanda", "--solver", "null", *SMALL]
     command += ["--distill", "kl", "--distill.windows", "16", "--distill.learning_rate", "1e-3"]
@@ -451,12 +462,12 @@ def test_a_whole_run(one_device, tmp_path, capsys):
     assert "held-out divergence" in printed
     lines = ["starting ", f"opening      {model}", "reading      random", "model  "]  # not one of them after a long silence
     assert [printed.index(line) for line in lines] == sorted(map(printed.index, lines))
-    # How much a training reads is told once in each place, and alike.
+    # How much a training reads is printed once in each place, and alike.
     card, page = ((output / name).read_text() for name in ("hf/README.md", "report.html"))
-    told = r"\d+ steps? on [\d,]+ tokens"
-    assert {*re.findall(told, printed + card + page)} == {trained_on(outcome.checks[-1].step, outcome.tokens)}
-    assert len(re.findall(told, printed)) == 2 and len(re.findall(told, card)) == len(re.findall(told, page)) == 1
-    assert re.search(rf"training     divergence from the dense model, all: {told}, 2 windows of ", printed)
+    pattern = r"\d+ steps? on [\d,]+ tokens"
+    assert {*re.findall(pattern, printed + card + page)} == {trained_on(outcome.checks[-1].step, outcome.tokens)}
+    assert len(re.findall(pattern, printed)) == 2 and len(re.findall(pattern, card)) == len(re.findall(pattern, page)) == 1
+    assert re.search(rf"training     divergence from the dense model, all: {pattern}, 2 windows of ", printed)
     journal = Journal(output)
     tensors = CheckpointTensors(output)
     for name, weight in result(journal).items():

@@ -50,7 +50,7 @@ def test_the_statistics_of_experts_are_those_of_each_expert_on_its_tokens(model,
     values = np.random.default_rng(0).standard_normal((windows, 9, decoder.config.d_model)).astype(np.float32)
     block = ExpertBlock.of(decoder, index, names, parameters, values.shape[1])
     text = BlockText(decoder.batch, Activations.of(decoder.mesh, values), {})
-    found = functools.reduce(add_statistics, (sums for sums, _ in block.outputs(lambda: block.sent(text))))
+    totals = functools.reduce(add_statistics, (sums for sums, _ in block.outputs(lambda: block.sent(text))))
 
     alone = Decoder.open(config, tensors, mesh(1, 1))
     sown = sown_inputs(alone, index, values)
@@ -60,13 +60,13 @@ def test_the_statistics_of_experts_are_those_of_each_expert_on_its_tokens(model,
     rows, share = np.asarray(routed.rows, np.float64), shares[order]
     for expert in range(decoder.config.experts):
         path = names.down.replace("*", str(expert))
-        mine = chosen[order] == expert
-        outputs = rows[mine] @ np.asarray(parameters[path + ".weight"], np.float64).T
+        own_rows = chosen[order] == expert
+        outputs = rows[own_rows] @ np.asarray(parameters[path + ".weight"], np.float64).T
         if path + ".bias" in parameters:
             outputs += np.asarray(parameters[path + ".bias"], np.float64)
         norms = np.linalg.norm(outputs, axis=1)
-        expected = mine.sum(), norms.sum(), (norms**2).sum(), (share[mine] * norms).sum()
-        np.testing.assert_allclose([float(array[expert]) for array in found if array is not None], expected, rtol=1e-5)
+        expected = own_rows.sum(), norms.sum(), (norms**2).sum(), (share[own_rows] * norms).sum()
+        np.testing.assert_allclose([float(array[expert]) for array in totals if array is not None], expected, rtol=1e-5)
 
 
 def sown_inputs(decoder: Decoder, index: int, values: np.ndarray):
@@ -77,7 +77,10 @@ def sown_inputs(decoder: Decoder, index: int, values: np.ndarray):
 
 
 def opened(model: str, shape: tuple[int, int]) -> tuple[Model, ExpertCut]:
-    """A tiny model that loses half of its experts, or fewer where a token is sent to more."""
+    """A tiny model, and a cut of half of its experts.
+
+    Fewer experts are cut where a token is sent to more of them.
+    """
     reference, settings = BY_MODEL[model], {}
     if "n_group" in reference.base:
         settings = dict(n_routed_experts=12)
@@ -119,7 +122,7 @@ TOKENS = np.random.default_rng(1).integers(0, 60, (3, 16)).astype(np.int32)
 
 @pytest.fixture(scope="module", params=GRID)
 def halved(request):
-    """(whole model, what it loses, the experts that each block keeps, the model of these, its logits)."""
+    """Whole model, cut, kept experts by block, small model, and its logits."""
     model, cut = opened(*request.param)
     kept = [block.stay for block in ExpertRemoval(model, cut, REAP()).blocks(TOKENS)]
     assert len(kept) == model.decoder.config.blocks and {len(stay) for stay in kept} - {0} == {cut.kept} and cut.kept < cut.total
@@ -128,7 +131,7 @@ def halved(request):
 
 
 def test_transformers_computes_the_same_of_the_exported_model(halved, tmp_path):
-    model, cut, kept, small, found = halved
+    model, cut, kept, small, logits = halved
     left = LeftOut(experts=ExpertsLeft(cut.total, tuple(BlockExperts(stay) for stay in kept)))
     export(run_without(tmp_path / "run", model, small, left), tmp_path / "out")
     loaded, info = getattr(transformers, model.pretrained.origin).from_pretrained(
@@ -136,11 +139,11 @@ def test_transformers_computes_the_same_of_the_exported_model(halved, tmp_path):
     )
     assert not any(info.values()), info
     text = loaded.language_model if model.pretrained.origin == LLAMA_IMAGES.model else loaded  # its forward asks for images
-    assert (far_from(text, found, TOKENS) <= 2e-5).all()
+    assert (far_from(text, logits, TOKENS) <= 2e-5).all()
 
 
 def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_them(halved, monkeypatch):
-    model, cut, kept, _, found = halved
+    model, cut, kept, _, logits = halved
     never = np.zeros((len(kept), cut.total), np.float32)
     for index, stay in enumerate(kept):
         never[index, [expert for expert in range(cut.total) if expert not in stay]] = -np.inf
@@ -150,12 +153,12 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
         traced = jax.jit(lambda *given: run_block.__wrapped__(*given), static_argnums=0)
         monkeypatch.setattr("optima_tpu.models.decoder.run_block", traced)
 
-        def told(x, weight, *rest, index=index):
-            found = project(x, weight, *rest)
-            return found + never[index] if len(weight) == cut.total else found
+        def masking_project(x, weight, *rest, index=index):
+            scores = project(x, weight, *rest)
+            return scores + never[index] if len(weight) == cut.total else scores
 
         for module in (routers, layers):
-            monkeypatch.setattr(module, "project", told)
+            monkeypatch.setattr(module, "project", masking_project)
         corrected = {
             name: value + jnp.where(never[index] < 0, -1e9, 0) if name.endswith("e_score_correction_bias") else value
             for name, value in parameters.items()
@@ -165,7 +168,7 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
     head = decoder.head()
     for batch in hidden.batches(decoder.batch):
         expected = np.asarray(run_head(head, batch.hidden))[batch.there]
-        assert np.abs(found[batch.rows[batch.there]] - expected).max() <= 1e-6 * np.abs(expected).max()
+        assert np.abs(logits[batch.rows[batch.there]] - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
@@ -175,9 +178,9 @@ def test_the_refit_is_the_ridge_regression_of_all_experts_jointly(name, shape):
     """Against the normal equations of all experts, in float64."""
     model, cut = opened(name, shape)
     decoder, names, tokens = model.decoder, cut.names, np.random.default_rng(1).integers(0, 60, (5, 16)).astype(np.int32)
-    found = next(ExpertRemoval(model, cut, REAP(), steps=60).blocks(tokens))
+    refitted = next(ExpertRemoval(model, cut, REAP(), steps=60).blocks(tokens))
     parameters, hidden = next(decoder.blocks([0])), decoder.embed(tokens)
-    fewer = without_experts(model, cut, [found.stay, *[range(cut.kept)] * (decoder.config.blocks - 1)]).decoder
+    fewer = without_experts(model, cut, [refitted.stay, *[range(cut.kept)] * (decoder.config.blocks - 1)]).decoder
     (y, *_), (yhat, features, down) = (
         mixed_by_hand(each, names, next(each.blocks([0])), np.asarray(hidden.values)) for each in (decoder, fewer)
     )
@@ -187,11 +190,11 @@ def test_the_refit_is_the_ridge_regression_of_all_experts_jointly(name, shape):
     ridge = np.diag(0.1 * np.diag(gram) + (np.diag(gram) == 0))
     change = np.linalg.solve(gram + ridge, pull.T).T
     assert blocks[-1] == cut.kept - 1
-    solved = np.stack([np.asarray(found.down[names.down.replace("*", str(number)) + ".weight"]) for number in range(cut.kept)])
+    solved = np.stack([np.asarray(refitted.down[names.down.replace("*", str(number)) + ".weight"]) for number in range(cut.kept)])
     expected = down + change.reshape(-1, cut.kept, width).swapaxes(0, 1)
     assert np.abs(solved - expected).max() <= 1e-4 * np.abs(expected).max()
     errors = [np.sum(error**2) / np.sum(y**2) for error in (y - yhat, y - yhat - features @ change.T)]
-    np.testing.assert_allclose([found.error_before, found.error_after], errors, rtol=1e-4)
+    np.testing.assert_allclose([refitted.error_before, refitted.error_after], errors, rtol=1e-4)
     assert errors[1] < 0.9 * errors[0] and parameters
 
 
@@ -203,7 +206,7 @@ def test_the_price_of_an_expert_is_what_the_output_loses_without_it_when_the_oth
     block, text = ExpertBlock.of(decoder, 0, cut.names, parameters, hidden.length), BlockText(decoder.batch, hidden, {})
     experts, rows, width = block.down.shape
     sents = kept(lambda: block.sent(text), keep=True)
-    found = np.asarray(block.prices(sents, text.tokens, rows, steps=60))
+    computed = np.asarray(block.prices(sents, text.tokens, rows, steps=60))
     _, features, down = mixed_by_hand(decoder, cut.names, next(decoder.blocks([0])), np.asarray(hidden.values))
     expected = []
     for expert in range(experts):
@@ -213,27 +216,31 @@ def test_the_price_of_an_expert_is_what_the_output_loses_without_it_when_the_oth
         ridge = np.diag(0.1 * np.diag(gram) + (np.diag(gram) == 0))
         moved = others @ np.linalg.solve(gram + ridge, others.T @ output / len(others))
         expected.append(np.sum((output - moved) ** 2) / len(others))
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    np.testing.assert_allclose(computed, expected, rtol=1e-3)
     few = np.asarray(block.prices(sents, text.tokens, 8, steps=60))
-    assert np.all(np.abs(np.log(few / found)) < np.log(2))  # an estimate from 8 random sums of the outputs
+    assert np.all(np.abs(np.log(few / computed)) < np.log(2))  # an estimate from 8 random sums of the outputs
 
 
 def mixed_by_hand(decoder: Decoder, names: ExpertNames, parameters, values: np.ndarray):
-    """The output of the mixture of block 0 [tokens, d_out], the inputs of all its experts times their shares, and down, in float64."""
+    """The mixture of block 0, computed in float64.
+
+    Returns its output [tokens, d_out], the inputs of all its experts times their shares [tokens, experts * width], and the
+    experts' ``down`` [experts, d_out, width].
+    """
     alone = dataclasses.replace(decoder, mesh=mesh(1, 1))
-    place = {name: np.asarray(value) for name, value in parameters.items()}
-    sown = compiled_forward(alone.graph, alone.state(place), values, alone.config.positions(0, values.shape[1]))[1]
+    arrays = {name: np.asarray(value) for name, value in parameters.items()}
+    sown = compiled_forward(alone.graph, alone.state(arrays), values, alone.config.positions(0, values.shape[1]))[1]
     routed, shares = sown[names.down.replace("*", "0")], np.asarray(sown[names.shares], np.float64)
     chosen, few = np.asarray(routed.chosen).reshape(-1), shares.shape[-1]
     rows = np.argsort(np.argsort(chosen, kind="stable"), kind="stable")
     inputs = np.asarray(routed.rows, np.float64)[rows] * shares.reshape(-1, 1)
     layers = [names.down.replace("*", str(number)) for number in range(routed.experts)]
-    down = np.stack([np.asarray(place[layer + ".weight"], np.float64) for layer in layers])
+    down = np.stack([np.asarray(arrays[layer + ".weight"], np.float64) for layer in layers])
     features = np.zeros((len(chosen) // few, routed.experts, down.shape[2]))
     features[np.arange(len(chosen)) // few, chosen] = inputs
     output = np.einsum("tei,eoi->to", features, down)
-    if layers[0] + ".bias" in place:
-        weighed = shares.reshape(-1, 1) * np.stack([place[layer + ".bias"] for layer in layers])[chosen]
+    if layers[0] + ".bias" in arrays:
+        weighed = shares.reshape(-1, 1) * np.stack([arrays[layer + ".bias"] for layer in layers])[chosen]
         output += weighed.reshape(len(output), few, -1).sum(axis=1)
     return output, features.reshape(len(output), -1), down
 
@@ -246,9 +253,9 @@ def test_a_removal_goes_on_behind_the_blocks_that_are_done(steps, tmp_path):
     first, *others = removal.blocks(tokens)
     begun = keep_block(tmp_path, 0, model.decoder.prefix(0), first)
     again = dataclasses.replace(removal, keep=False)  # what passes compute again has the same bits
-    for expected, found in zip(others, again.blocks(tokens, [begun], tmp_path), strict=True):
-        assert found.stay == expected.stay and found.down.keys() == expected.down.keys()
-        assert all(np.array_equal(found.down[name], value) for name, value in expected.down.items())
+    for expected, resumed in zip(others, again.blocks(tokens, [begun], tmp_path), strict=True):
+        assert resumed.stay == expected.stay and resumed.down.keys() == expected.down.keys()
+        assert all(np.array_equal(resumed.down[name], value) for name, value in expected.down.items())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs that are killed, or that find no room on the disk, in processes of their own."""
+"""Runs in their own processes that are killed, or find the disk full."""
 
 import pytest
 
@@ -135,6 +135,6 @@ for i in range(moments):
 
 @pytest.mark.parametrize(("kills", "moments"), [(5, 1), pytest.param(8, 3, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(tmp_path, kills, moments):
-    """At this many accesses to its files, spread over the run, and at this many moments."""
+    """Kills at ``kills`` accesses to files, and at ``moments`` moments."""
     result = python("-W", "ignore", "-c", KILLED_RUNS, tmp_path, kills, moments)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""A stage's result is made once and kept; the same function tells what lies ahead."""
+"""A stage's result is made once and kept; the same code lists the stages."""
 
 import contextlib
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from optima_tpu.report.pace import Step
 
 
 class Shown:
-    """A progress that remembers what it was told."""
+    """A progress that records its stages."""
 
     def __init__(self):
         self.stages, self.ahead = [], ()
@@ -26,7 +26,7 @@ class Shown:
 
 
 def stage(name, kept, made, seconds=1):
-    """A stage that keeps its result in ``kept``, and says in ``made`` that it was done."""
+    """A stage that stores its result in ``kept`` and its name in ``made``."""
 
     def make(work, *inputs):
         made.append(name)
@@ -37,7 +37,7 @@ def stage(name, kept, made, seconds=1):
 
 
 def take(kept):
-    """A run of three stages, the last of which reads the results of the others."""
+    """Runs three stages; the last one reads the results of the others."""
     made, progress = [], Shown()
     first, second, last = (stage(name, kept, made) for name in ("first", "second", "last"))
 
@@ -67,7 +67,10 @@ def test_what_is_kept_is_not_made_again(known):
 
 
 def test_a_stage_begins_where_an_earlier_start_ended():
-    """Blocks 0 to 22 of 30 are pruned: what enters block 23 is computed for long before it begins."""
+    """With blocks 0 to 22 of 30 pruned, the progress starts at 23.
+
+    Computing what enters block 23 takes long before block 23 begins.
+    """
     progress = Shown()
     work = StageWork(SimpleNamespace(left=7), progress, contextlib.ExitStack())
     walk = Stage(

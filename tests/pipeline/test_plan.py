@@ -1,4 +1,4 @@
-"""A plan is made from config.json alone, and says what the programs of a run need."""
+"""A plan needs config.json alone, and says what a run's programs need."""
 
 import dataclasses
 import json
@@ -69,7 +69,10 @@ def machine_of(devices, name="there", **chip) -> Machine:
 
 
 def compiling(machine: Machine, *programs: str):
-    """Compiles the programs whose names begin so; the others are compiled in other tests."""
+    """Compiles only the programs whose names begin with one of ``programs``.
+
+    Other tests compile the others.
+    """
     compile_call = compiler(machine, lambda line: None)
     return lambda what, call: compile_call(what, call) if what.startswith(programs) else None
 
@@ -80,8 +83,8 @@ def test_a_mesh_splits_the_dimensions_of_a_v5e_alone(topology, splits):
     if splits:
         assert tuple(topology_machine(topology, "8x2", compiling=False).mesh.shape.values()) == (8, 2)
     else:
-        said = f"mesh 8x2 splits a dimension of {topology}, which jax.make_mesh does not do there: the nearest that fits is --mesh 4x4"
-        with pytest.raises(UserError, match=said):
+        text = f"mesh 8x2 splits a dimension of {topology}, which jax.make_mesh does not do there: the nearest that fits is --mesh 4x4"
+        with pytest.raises(UserError, match=text):
             topology_machine(topology, "8x2", compiling=False)
 
 
@@ -95,12 +98,12 @@ def test_a_loop_that_does_not_say_how_often_it_runs_is_named(tmp_path):
     for solver, named in ((CG(), 0), (Mine(), 1)):
         config = run_config(config_folder(tmp_path), solver=solver)
         plan = make_plan(config, open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE))
-        said = [line for line in plan.to_json()["assumptions"] if "does not say how often it usually runs" in line]
-        assert len(said) == named and all("test_plan.py" in line for line in said)
+        notes = [line for line in plan.to_json()["assumptions"] if "does not say how often it usually runs" in line]
+        assert len(notes) == named and all("test_plan.py" in line for line in notes)
 
 
 def test_products_that_only_choose_take_a_tpu_half_as_long():
-    """Three passes of its matrix unit for six."""
+    """A TPU's matrix unit takes three passes instead of six."""
     tpu = topology_machine("v5e:1x1", None, compiling=False)
     assert Work(rough=1e12).seconds(tpu) == Work(wide=1e12).seconds(tpu) / 2
 
@@ -125,8 +128,8 @@ def test_a_slice_has_whole_hosts(text, near):
 
 def test_a_plan_for_a_slice_that_nobody_lends_says_so():
     assert topology_machine("v5e:4x4", None, compiling=False).notes[1:] == ()
-    said = topology_machine("v5e:6x4", None, compiling=False).notes[0]
-    assert said == "Google Cloud has v5e slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips, and none of 24"
+    note = topology_machine("v5e:6x4", None, compiling=False).notes[0]
+    assert note == "Google Cloud has v5e slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips, and none of 24"
 
 
 @pytest.mark.parametrize(
@@ -166,11 +169,11 @@ def test_times_on_a_busy_machine_are_those_without_the_other_programs(monkeypatc
     monkeypatch.setattr(topology, "_measure", lambda dtype, clock: rates[clock is time.perf_counter])
     cores = os.cpu_count()
 
-    def found(load: float) -> Machine:
+    def machine_at(load: float) -> Machine:
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
         return local_machine(None, np.dtype("float32"), compiling=False)
 
-    quiet, busy = found(0.5 * cores), found(3.0 * cores)
+    quiet, busy = machine_at(0.5 * cores), machine_at(3.0 * cores)
     assert busy.chip.wide == 4 * quiet.chip.wide
     assert len(quiet.notes) == 1 and "take" not in quiet.notes[0] and "about 4 times as long" in busy.notes[0]
 
@@ -200,7 +203,10 @@ def test_offline_a_plan_asks_for_the_one_file_that_it_reads(monkeypatch, tmp_pat
 
 
 def test_the_tokens_of_the_evaluation_are_those_of_the_run(tmp_path):
-    """With the tokenizer exactly, without it by the characters; a text that would be downloaded is not counted."""
+    """Exact with the tokenizer; without it, estimated from the characters.
+
+    A text that would be downloaded is not counted.
+    """
     (tmp_path / "bare").mkdir()
     whole, bare = str(tiny_folder(tmp_path / "whole")), config_folder(tmp_path / "bare")
 
@@ -217,7 +223,7 @@ def test_the_tokens_of_the_evaluation_are_those_of_the_run(tmp_path):
 
 
 def test_the_plan_of_simulated_devices(tmp_path):
-    """Compiled for the mesh that is here: what is printed of the solver's loop is what the README promises."""
+    """Compiled for this mesh, the solver's loop has no collective."""
     config = run_config(config_folder(tmp_path))
     model = open_declared(config.model, None, config.batch).on(mesh(4, 2))
     plan = make_plan(config, model, machine_of(mesh(4, 2), "here"))
@@ -233,7 +239,10 @@ def test_the_plan_of_simulated_devices(tmp_path):
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
 def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, preset):
-    """A pass ends at the last input that it needs, and reads the output of attention where an earlier pass keeps it."""
+    """A pass ends at the last input that it needs.
+
+    It reads the output of attention where an earlier pass keeps that output.
+    """
     text = {"source": "random", "windows": 8, "length": 64, "held_out": 0}
     folder = config_folder(tmp_path, **SIZES, num_hidden_layers=1)
     few = (
@@ -249,7 +258,10 @@ def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, pr
 
 
 def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
-    """Compiled as training calls them; FLOPs and bytes are those that the compiler counts, and nothing is pruned."""
+    """Compiles the programs as training calls them; nothing is pruned.
+
+    FLOPs and bytes are those that the compiler counts.
+    """
     folder = config_folder(tmp_path, **SIZES, num_hidden_layers=2, vocab_size=512, max_position_embeddings=256)
     text = Calibration("random", length=129, held_out=4)
 
@@ -308,7 +320,10 @@ def test_a_setting_of_recover_is_told_by_the_name_that_it_has_in_a_plan(capsys):
 
 
 def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(monkeypatch, tmp_path, capsys):
-    """Also of the default model, which is pruned with windows of 512 tokens; another one stands in for its file here."""
+    """Also for the default model, which is pruned with 512-token windows.
+
+    Another model's file stands in for it here.
+    """
     monkeypatch.setattr("optima_tpu.pipeline.plan.plan.make_plan", lambda *_, **__: sys.exit())  # the greeting comes before it
     model = config_folder(tmp_path, max_position_embeddings=4096)
     monkeypatch.setattr("optima_tpu.pipeline.plan.model.open_declared", lambda spec, *rest: open_declared(model, *rest))
@@ -320,7 +335,7 @@ def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(monkeypa
 
 
 def window_flops(model, length, wanted=None, known=()):
-    """FLOPs of one window through a block, for the inputs ``wanted``, or for the output of the block."""
+    """FLOPs of a window in a block, up to inputs ``wanted`` or the output."""
     decoder, (state, hidden, positions) = model.decoder, Entering.of(model.decoder, length, 1)
     inputs = {name: jax.ShapeDtypeStruct((1, length, decoder.input_width(name)), hidden.dtype) for name in known}
     program = PassProgram(decoder.graph, decoder.mesh, tuple(wanted or ()), output=wanted is None)
@@ -435,8 +450,8 @@ def test_the_passes_of_a_block_are_found_in_one_look_at_its_weights_however_many
     assert len(looks) == 1 and len(passes) > 1
     assert tuple(names for part in passes for names in part.groups) == groups
     # A pass takes groups as long as their statistics, of two sets of tokens, fit its share.
-    held = [sum(2 * 4 * decoder.input_width(names[0]) ** 2 for names in part.groups) for part in passes]
-    assert max(held) <= 0.25 * 5e6 < held[0] + 8 * 96**2
+    bytes_held = [sum(2 * 4 * decoder.input_width(names[0]) ** 2 for names in part.groups) for part in passes]
+    assert max(bytes_held) <= 0.25 * 5e6 < bytes_held[0] + 8 * 96**2
 
 
 def test_what_does_not_fit_is_said_with_numbers(tmp_path):
@@ -445,8 +460,8 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     plan = make_plan(config, model, small)
     assert len(plan.too_large) == 2 and not plan.to_json()["fits"]
     assert "and its block with the other Hessians alone takes" in plan.refused and "--device_memory" in plan.refused
-    said = "\n".join(summary(plan))
-    assert "does not fit down [36, 60]" in said and "try --batch 1 and --mesh 2x4, which splits more over the same" in said
+    shown = "\n".join(summary(plan))
+    assert "does not fit down [36, 60]" in shown and "try --batch 1 and --mesh 2x4, which splits more over the same" in shown
 
     text = dataclasses.replace(config.calibration, source="self")
     whole = make_plan(dataclasses.replace(config, calibration=text, device_memory=1e-5), model, machine_of(SLICE))
@@ -484,7 +499,7 @@ def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path
 
 
 def test_the_plan_of_fewer_blocks_is_that_of_the_shallower_model_and_of_the_choice(tmp_path):
-    """The dense model is as deep as before, and is read again for each choice."""
+    """The dense model keeps its depth, and is read again for each choice."""
 
     def plan(depth, left_out=0):
         config = run_config(config_folder(tmp_path, num_hidden_layers=depth), cut=CutStructures(left_out))
@@ -507,9 +522,9 @@ def test_a_plan_that_fits_closely_says_so(tmp_path):
     plan = make_plan(config, open_declared(config.model, None, config.batch).on(SLICE), machine_of(SLICE))
     for share, warned in (0.5, False), (0.9, True):
         memory = int(max(program.memory for program in plan.programs) / share)
-        told = summary(dataclasses.replace(plan, machine=machine_of(SLICE, memory=memory)))
-        assert any("leave a quarter free" in line for line in told) == warned
-        assert told[0].startswith("fits closely" if warned else "fits  ")
+        lines = summary(dataclasses.replace(plan, machine=machine_of(SLICE, memory=memory)))
+        assert any("leave a quarter free" in line for line in lines) == warned
+        assert lines[0].startswith("fits closely" if warned else "fits  ")
     # The programs of a CPU's devices and what a host holds are in one memory.
     taken = sum(plan.storage.host.values()) + SLICE.size * max(program.memory for program in plan.programs)
     here = dataclasses.replace(plan, machine=machine_of(SLICE, memory=2**40)._replace(here=True))
@@ -530,7 +545,7 @@ def test_collectives_are_told_apart_by_loops():
 
 
 def test_what_a_tpu_sums_and_slices_is_a_reduce_scatter():
-    """The TPU's compiler has no instruction of this name outside of a computation that it calls so."""
+    """In TPU programs a computation has this name, but no instruction has."""
     text = """
 %all-reduce-scatter.3 (input: f32[8,16]) -> f32[2,16] {
   %input = f32[8,16]{1,0} parameter(0)
@@ -549,8 +564,8 @@ ENTRY %main (input: f32[8,16]) -> (f32[2,16], bf16[4]) {
 
 
 def test_the_collectives_of_a_plan_take_their_bytes_over_a_link():
-    found = Compiled(1.0, moved={"all-gather": 1_000, "all-reduce": 500})
-    program = Program("step", "training", 10, None, None, Work(), 0, found)
+    compilation = Compiled(1.0, moved={"all-gather": 1_000, "all-reduce": 500})
+    program = Program("step", "training", 10, None, None, Work(), 0, compilation)
     machine = machine_of(mesh(4, 2))
     assert CHIPS["v5e"].link == 50e9  # of 400 GB/s, by four links in two directions
     assert program.communication(machine) == pytest.approx(10 * 2_000 / 50e9)
@@ -576,16 +591,16 @@ def test_products_kernels_and_transfers_are_read_from_the_text():
 
 
 def test_counted_products_and_memory_agree_with_the_compiler():
-    """Without a solver nothing loops, so that the compiler's count is whole."""
+    """Without a solver nothing loops, so the compiler counts everything."""
     rows, size = 64, 256
     problem = jax.ShapeDtypeStruct((rows, size), jnp.float32)
     hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
     recipe = Recipe(Unstructured(0.5), Wanda(), None)
     shapes, grid = ((problem,), hessian), mesh(1, 1)
-    found = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid, held_out=hessian)))
+    without_solver = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid, held_out=hessian)))
     call = Call(prune_group, group_arguments(*shapes, recipe, grid, held_out=hessian))
     work, _ = counted(call, machine_of(grid, "here")._replace(here=True))
-    assert 0.95 < work.flops / found.flops < 1.05
+    assert 0.95 < work.flops / without_solver.flops < 1.05
     recipe = Recipe(Unstructured(0.5), Wanda(), CG())
     with_solver = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid)))
     assert 0.5 < GroupLoad(size, rows, recipe.footprint()).bytes(grid, False, rows) / with_solver.memory < 2
@@ -614,7 +629,7 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert "expected --json in an existing folder" in capsys.readouterr().err
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
     assert "expected --calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
-    for words, said in (
+    for words, message in (
         (["--topology", "v5e-8"], "a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got 'v5e-8'; type v5e:2x4\n"),
         (["--topology", "v5litepod-16"], "type v5e:4x4"),
         (["--topology", "v5e:4x2", "--mesh", "4x4"], "error: mesh 4x4 needs 16 devices, v5e:4x2 has 8: the nearest that fits"),
@@ -622,7 +637,7 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
         (["--recover", "2kk"], "expected --recover as a number such as 200k, 50M or 1000000, got 2kk"),
     ):
         assert main([*arguments[:2], *words]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 LLAMA_8B = {
@@ -654,21 +669,21 @@ def test_the_readmes_plan_is_that_of_its_page_and_has_its_numbers(tmp_path, caps
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
     readme, page = (ROOT / name for name in ("README.md", "docs/guides/plans.md"))
     (line,) = re.findall(r"^optima plan (.*)$", readme.read_text(), re.M)
-    command, _, told = line.partition("  # ")
+    command, _, comment = line.partition("  # ")
     assert f"\noptima plan {command}\n" in page.read_text()
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     assert main(command.replace("meta-llama/Llama-3.1-8B", str(tmp_path)).split()) == 0
     printed = capsys.readouterr().out
     memory = re.search(r"at most ([\d.]+) of 16.0 GiB, counted, in", printed)[1]
     time = re.search(r"Time, about ([\d:]+ min) in all", printed)[1]
-    assert f"{memory} of 16 GiB" in told and time in told and "counted" in told
+    assert f"{memory} of 16 GiB" in comment and time in comment and "counted" in comment
     (row,) = re.findall(r"^\| Llama-3.1-8B .*$", page.read_text(), re.M)
     assert f"| {memory} of 16 GiB |" in row and f"| {time} |" in row
     assert "All numbers are counted by a simple model, and none is compiled." in printed
 
 
 def test_the_export_is_as_large_as_planned(finished):
-    """Of the files of a run the only ones that nothing compresses."""
+    """Exported files are the only ones of a run that nothing compresses."""
     config = RunConfig(str(finished.model), calibration=Calibration("random", windows=8, length=32))
     model = open_declared(config.model, None, config.batch)
     planned = storage(model, config, machine_of(SLICE), pruned_layers(config, model.decoder)).disk["export for transformers"]
@@ -678,7 +693,7 @@ def test_the_export_is_as_large_as_planned(finished):
 
 @pytest.mark.skipif(not topology.has_libtpu(), reason="needs libtpu: pip install '.[tpu]'")
 def test_a_slice_that_is_not_here(tmp_path):
-    """The solver as the TPU's compiler makes it: replicated Hessians, and nothing is sent inside a loop."""
+    """With replicated Hessians, the TPU's solver loop has no collective."""
     config = run_config(config_folder(tmp_path), solver=CG(cycle=1), mesh="2x2")
     target = topology_machine("v5e:2x2", config.mesh)
     assert (target.hosts, target.notes) == (1, ())

@@ -1,4 +1,4 @@
-"""The walk over a block: the same on every mesh, without communication in the solve, compiled once."""
+"""Pruning a block: equal on every mesh, compiled once, solved locally."""
 
 import dataclasses
 import functools
@@ -46,19 +46,19 @@ RECIPES = {
 
 @functools.cache
 def walk(recipe, shape, blocks=3):
-    """Prunes a tiny model; returns (weights, masks) of every block, and the last hidden states."""
+    """Prunes a tiny model: (weights, masks, reports) by block, last states."""
     decoder = Decoder.open(*tiny_llama(), mesh(*shape), batch=2)
     hidden = decoder.embed(np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32))
     groups = linear_groups(decoder)
-    found = []
+    pruned = []
     for index in range(blocks):
         parameters, masks, reports = walk_block(decoder, index, hidden, groups, recipe)
-        found.append((jax.device_get(parameters), jax.device_get(masks), reports))
-    return found, hidden
+        pruned.append((jax.device_get(parameters), jax.device_get(masks), reports))
+    return pruned, hidden
 
 
 def recipes(*slow: str):
-    """Every recipe; what ``slow`` shows another test holds too, for less."""
+    """Parametrizes a test by recipe; names in ``slow`` are marked slow."""
     each = [pytest.param(recipe, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, recipe in RECIPES.items()]
     return pytest.mark.parametrize("recipe", each)
 
@@ -97,7 +97,10 @@ def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
     ],
 )
 def test_groups_that_lie_apart_are_pruned_like_the_same_inputs_side_by_side(preset, layout):
-    """Of two matrices with one input, 2:4@8 and 2:4 of the sorted inputs: the same masks, weights and errors, on held-out tokens too."""
+    """2:4@8 equals 2:4 on reordered inputs: masks, weights and errors.
+
+    Two matrices share the inputs. Their errors on held-out tokens are equal too.
+    """
     apart, rng = NM(2, 4, stride=8), np.random.default_rng(8)
     order, rows = apart.order(32), (9, 14)
 
@@ -128,21 +131,21 @@ def test_groups_that_lie_apart_are_pruned_like_the_same_inputs_side_by_side(pres
             held_out_drift=unseen,
         )
 
-    for weight, keep, happened, other_weight, other_keep, other in zip(*pruned(apart, np.arange(32)), *pruned(NM(2, 4), order)):
+    for weight, keep, outcome, other_weight, other_keep, other in zip(*pruned(apart, np.arange(32)), *pruned(NM(2, 4), order)):
         np.testing.assert_array_equal(keep[:, order], other_keep)
         np.testing.assert_allclose(weight[:, order], other_weight, atol=1e-3 * np.abs(other_weight).max())
         for name in ("before", "after", "held_out", "dense", "exchanged"):
-            found, expected = getattr(happened, name), getattr(other, name)
-            assert (found is None) == (expected is None) == (preset == "fast" and name in ("dense", "exchanged"))
-            if found is not None:
+            value, expected = getattr(outcome, name), getattr(other, name)
+            assert (value is None) == (expected is None) == (preset == "fast" and name in ("dense", "exchanged"))
+            if value is not None:
                 # Against the dense model's outputs an error is a small difference of terms as large as their energy.
-                np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * happened.energy.max())
-        assert happened.after.sum() < happened.before.sum()
+                np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-5 * outcome.energy.max())
+        assert outcome.after.sum() < outcome.before.sum()
 
 
 @pytest.mark.parametrize("solver", [CG(), MPAX()], ids=["cg", "mpax"])
 def test_the_solve_has_no_collective_inside_its_loop_and_does_not_copy_the_hessian_per_row(solver):
-    """Compiled for eight devices: every while loop's body is free of communication."""
+    """On eight devices, no while loop's body has a collective."""
     rows, size = 128, 64  # of the rows of one device
     shapes = (jax.ShapeDtypeStruct((8 * rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
     recipe = Recipe(Unstructured(0.5), Wanda(), solver)
@@ -187,7 +190,10 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
 
 
 def test_weights_of_a_selector_that_are_no_numbers_are_refused():
-    """All inputs of a layer are one: its Hessian cannot be factorised without a damping worth the name."""
+    """All inputs of the layer are equal, so its Hessian is singular.
+
+    A damping this small does not make it positive definite.
+    """
     decoder = Decoder.open(*tiny_llama(), mesh(1, 1))
     parameters, name = next(decoder.blocks([0])), "self_attn.o_proj"
     singular = (TokenStatistics(jnp.ones((parameters[name + ".weight"].shape[1],) * 2), jnp.int32(99)),)
@@ -207,7 +213,10 @@ def test_rows_that_the_mesh_does_not_divide_are_solved_alike():
 
 
 def test_nothing_moves_where_nothing_goes_on_any_mesh():
-    """A linear term from one product less the same from another leaves rounding, which ADMM would follow."""
+    """ADMM would follow the rounding of a linear term.
+
+    A linear term from one product less the same term from another product is rounding alone.
+    """
     rng = np.random.default_rng(3)
     weights = tuple(jnp.asarray(rng.standard_normal((rows, 256)), jnp.float32) for rows in (576, 192, 192))
     hessian = jnp.asarray(correlated_hessian(rng, 256), jnp.float32)
@@ -218,7 +227,7 @@ def test_nothing_moves_where_nothing_goes_on_any_mesh():
 
 @recipes("2:4 mpax")  # no solver measures the errors
 def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
-    """Of both layers that read one input, from the inputs themselves; the second has a bias, which is in no error."""
+    """Checks two layers that read one input; a bias changes no error."""
     rng = np.random.default_rng(0)
     inputs, unseen = (rng.standard_normal((tokens, 24)) @ rng.standard_normal((24, 24)) for tokens in (96, 40))
     dense = tuple(jnp.asarray(rng.standard_normal((rows, 24)), jnp.float32) for rows in (8, 12))
@@ -227,10 +236,13 @@ def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
     masked, _, _ = prune_matrices(dense, hessian, Recipe(recipe.pattern, recipe.selector, None), mesh(2, 2))
     for weight, before, after, rows in zip(dense, masked, new, reports):
         bias = rng.standard_normal(len(weight))
-        for x, energy, told in ((inputs, rows.energy, (rows.before, rows.after)), (unseen, rows.held_out[0], rows.held_out[1:])):
+        for x, energy, reported in (
+            (inputs, rows.energy, (rows.before, rows.after)),
+            (unseen, rows.held_out[0], rows.held_out[1:]),
+        ):
             output = x @ np.asarray(weight, np.float64).T
             np.testing.assert_allclose(energy, (output**2).mean(axis=0), rtol=1e-4)
-            for final, value in zip((before, after), told):
+            for final, value in zip((before, after), reported):
                 change = (x @ np.asarray(final, np.float64).T + bias) - (output + bias)
                 np.testing.assert_allclose(value, (change**2).mean(axis=0), rtol=1e-3)
 
@@ -264,7 +276,7 @@ def test_held_out_windows_do_not_touch_the_weights():
 
 @pytest.mark.parametrize("accept", [PerRow(), PerLayer()], ids=["per row", "per layer"])
 def test_a_solver_is_judged_by_its_own_damped_objective(accept):
-    """ADMM without damping leaves less of the undamped error than a damped solver does on any mask near by."""
+    """Undamped ADMM leaves a smaller undamped error than a damped solver."""
     problem = layer(np.random.default_rng(3), 12, 32, tokens=48, spread=2.0)
     selector, pattern = ADMM(damping=0.0), Unstructured(0.5)
     start = prune_layer(problem, Recipe(pattern, selector, None))[0].weight

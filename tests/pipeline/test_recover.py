@@ -1,4 +1,4 @@
-"""Recovery: the same training from a run, from its export and from a plain checkpoint, resumable, with every zero held."""
+"""Recovery of runs, exports and plain checkpoints: resumable, zeros held."""
 
 import json
 import shutil
@@ -51,13 +51,14 @@ def report(directory) -> dict:
 
 def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(pruned):
     recovered = report(pruned / "recovered")
-    found = read_outcome(pruned / "recovered")
-    assert recovered["distillation"] == json_values(found)
-    assert found.kept and found.after < found.before and found.seconds > 0
-    assert found.tokens == 512 and all(check.perplexity > 1 for check in found.checks)
-    assert found.perplexity_before == pytest.approx(report(pruned / "run")["perplexity"]["pruned"], rel=1e-6)
+    outcome = read_outcome(pruned / "recovered")
+    assert recovered["distillation"] == json_values(outcome)
+    assert outcome.kept and outcome.after < outcome.before and outcome.seconds > 0
+    assert outcome.tokens == 512 and all(check.perplexity > 1 for check in outcome.checks)
+    assert outcome.perplexity_before == pytest.approx(report(pruned / "run")["perplexity"]["pruned"], rel=1e-6)
     names = [
-        [layer["name"] for block in found["blocks"] for layer in block["layers"]] for found in (report(pruned / "run"), recovered)
+        [layer["name"] for block in record["blocks"] for layer in block["layers"]]
+        for record in (report(pruned / "run"), recovered)
     ]
     assert names[0] == names[1]
     before, after = (folder_tensors(pruned / name / "hf") for name in ("run", "recovered"))
@@ -92,12 +93,12 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     assert main(command) == 0  # finished: nothing is done again
     assert "finished     nothing is left to do" in capsys.readouterr().out
     assert main([*command, "--seed", "1"]) == 2
-    told = capsys.readouterr().err
-    assert "calibration.seed is 0 there, 1 here" in told and f"optima_tpu.recover {folder} --" in told
+    error = capsys.readouterr().err
+    assert "calibration.seed is 0 there, 1 here" in error and f"optima_tpu.recover {folder} --" in error
 
 
 def folder_of(path, family, change):
-    """A tiny folder in bfloat16: of a Llama without torch, or as transformers saves another family."""
+    """Saves a tiny bfloat16 model: a Llama without torch, others with it."""
     if family == "Llama":
         return tiny_folder(path, dtype="bfloat16", change=change, num_hidden_layers=2)
     from tests.support.references import BY_MODEL, save, torch
@@ -149,7 +150,7 @@ def test_a_directory_of_other_files_is_refused_before_a_model_is_opened(pruned, 
 
 
 def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch, capsys):
-    """In the third step, after a check behind the second, which nothing but the next state keeps."""
+    """Stops in step 3; only the next state keeps the check after step 2."""
     command = [str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]
     step, steps = TrainedBlocks.step, []
 
@@ -186,7 +187,10 @@ def test_mesh_and_parts_of_the_text_change_rounding_alone(pruned, tmp_path, monk
 
 
 def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
-    """From a recovered model, whose norms have moved, and a text that is too short: it is read once, and the command says so."""
+    """Trains the norms of a recovered model on a text that is too short.
+
+    The text is read once, and the command says so.
+    """
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 105, 970))))
     settings = dict(source=f"file:{text}", evaluation="random", windows=4, length=32)
@@ -203,9 +207,9 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     assert moved and all(before[name].ndim == 1 for name in moved)
     masks = [read_masks(path / "hf") for path in (pruned / "recovered", tmp_path / "out")]
     assert masks[0].keys() == masks[1].keys() and all((masks[0][name] == masks[1][name]).all() for name in masks[0])
-    found = report(tmp_path / "out")["distillation"]
-    assert found["tokens"] == 20 * 32
-    assert found["checks"][-1]["perplexity"] == pytest.approx(np.exp(found["checks"][-1]["held_out"]))
+    distillation = report(tmp_path / "out")["distillation"]
+    assert distillation["tokens"] == 20 * 32
+    assert distillation["checks"][-1]["perplexity"] == pytest.approx(np.exp(distillation["checks"][-1]["held_out"]))
 
 
 @pytest.mark.parametrize(

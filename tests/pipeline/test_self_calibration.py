@@ -1,4 +1,7 @@
-"""Text that the model writes itself: the cache gives the logits of one pass, tokens follow them, and a run keeps its text."""
+"""Calibration text that the model writes itself.
+
+The cache gives the logits of one pass, tokens follow the logits, and a run keeps its text.
+"""
 
 import dataclasses
 
@@ -42,7 +45,10 @@ START, END = 3, 5
 
 
 def logits_by_cache(decoder: Decoder, tokens: np.ndarray, read: int) -> np.ndarray:
-    """[windows, length - read, vocab] after all tokens but the first ones: ``read`` tokens of every window at once, then one a step."""
+    """Logits [windows, length - read, vocab] after tokens ``read`` to last.
+
+    Reads ``read`` tokens of every window at once, then one token a step.
+    """
     windows, length = tokens.shape
 
     @jax.jit
@@ -64,7 +70,10 @@ CACHES = ("MinistralForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM", "Deep
 
 @pytest.mark.parametrize("reference", apart(*CACHES, "SmolLM3ForCausalLM"))
 def test_logits_with_a_cache_are_those_of_one_pass(reference):
-    """Of transformers, with which our own pass is compared elsewhere. 40 tokens: longer than every window here."""
+    """Compares with transformers on 40 tokens, more than any sliding window.
+
+    Other tests compare the pass without a cache with transformers.
+    """
     settings = reference.variants[VARIANTS.get(reference.model, next(iter(reference.variants)))]
     config, model, tensors = tiny(reference, settings)
     tokens = np.random.default_rng(0).integers(1, 64, (3, 40)).astype(np.int32)
@@ -75,7 +84,7 @@ def test_logits_with_a_cache_are_those_of_one_pass(reference):
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probabilities():
-    """The chi-square statistic of 20,000 draws, five degrees of freedom: above 25.7 once in 10,000 seeds."""
+    """Chi-square, 5 degrees of freedom: above 25.7 once in 10,000 seeds."""
     logits, temperature, count = np.array([2.0, 1.0, 0.0, -1.0, 0.5, 0.2, 9.0, 9.0], np.float32), 0.7, 20_000
     keys = jax.random.split(jax.random.key(0), count)
     drawn = np.asarray(jax.jit(choose)(jnp.tile(logits, (count, 1)), Sampling(6, temperature), keys))
@@ -101,7 +110,7 @@ def write(model, shape: tuple[int, int], windows: int, at_once: int, **options) 
 
 
 def test_every_token_follows_the_logits_of_those_before_it(written):
-    """What one pass over the finished windows says, and the random numbers, give the same tokens."""
+    """One pass over the finished windows and the noise give the tokens."""
     model, windows = written
     logits = logits_of(Decoder.open(*model, mesh(1, 1)), windows)[:, :-1, :60].astype(np.float64)
     keys = [jax.random.fold_in(jax.random.key(7), window) for window in range(5)]
@@ -164,7 +173,7 @@ def arguments(folder) -> list[str]:
 
 @pytest.mark.parametrize("bos", [True, False], ids=["with BOS", "without BOS"])
 def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, bos):
-    """After an EOS in the middle of a window comes a BOS where every text has one, and what the model draws where none has."""
+    """After an EOS comes a BOS if texts begin with one, else a drawn token."""
     folder = tiny_folder(tmp_path / "model")
     text = Calibration("self?temperature=9", windows=16, length=64)
     config = RunConfig(model=str(with_bos(folder) if bos else folder), output=str(tmp_path / "run"), calibration=text)
@@ -219,7 +228,7 @@ def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys)
 
 
 def test_what_the_model_writes_beside_a_text_stands_between_the_drawn_and_the_held_out_windows(tmp_path):
-    """Other windows are those of a run in which the model writes nothing; what it writes, those of one in which it writes all."""
+    """Drawn and written windows equal those of runs with one kind alone."""
     folder = tiny_folder(tmp_path / "model")
 
     def texts(distill: KL | None = None, **text) -> Texts:
@@ -265,9 +274,9 @@ def test_a_training_reads_what_the_model_wrote_for_it_and_a_stopped_run_keeps_it
     assert kept.shape == (4, 32) and (kept[:, 0] == 256).all()
     monkeypatch.setattr(self_calibration, "generate", None)
     assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "4 of the 8 windows written by the dense model" in said and "that the model wrote itself" not in said
-    assert "4 steps on 256 tokens" in said
+    printed = capsys.readouterr().out
+    assert "4 of the 8 windows written by the dense model" in printed and "that the model wrote itself" not in printed
+    assert "4 steps on 256 tokens" in printed
 
 
 def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monkeypatch, capsys):

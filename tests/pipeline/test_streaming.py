@@ -1,4 +1,4 @@
-"""A model is read block by block: what is held of it does not grow with its depth."""
+"""A model is read block by block: memory does not grow with its depth."""
 
 import io
 import math
@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny_folder
 
 
 class Watched:
-    """A TensorSource that knows how many bytes of what it gave are still held by someone."""
+    """A TensorSource that counts the bytes of its arrays still in memory."""
 
     def __init__(self, source):
         self.source, self.given, self.peak = source, [], 0
@@ -29,7 +29,9 @@ class Watched:
     def read(self, name, index=(...,)):
         array = np.array(self.source.read(name, index))
         # A view: whoever keeps the data keeps it, and numpy's own arrays can be referred to weakly.
-        self.given = [(held, size) for held, size in self.given if held() is not None] + [(weakref.ref(array), array.nbytes)]
+        self.given = [(reference, size) for reference, size in self.given if reference() is not None] + [
+            (weakref.ref(array), array.nbytes)
+        ]
         self.peak = max(self.peak, sum(size for _, size in self.given))
         return array.view()
 

@@ -1,4 +1,4 @@
-"""A table is its cells' runs, each of them done once, and it says what they found."""
+"""A sweep runs each cell of a table once, and reports their results."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def perplexity_of(config) -> float:
 
 
 class StandIn:
-    """Runs that take no time, in place of ``run`` and what it reads. Counts what is done."""
+    """Replaces ``run`` and its readers by instant ones, and counts calls."""
 
     def __init__(self, monkeypatch):
         self.counts, self.ran, self.stop, self.code = Counter(), [], {}, "0+1"
@@ -197,8 +197,8 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
         assert f"- {line}\n" in text
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 6
     fields = json.loads((tmp_path / "out" / "table.json").read_text())
-    found = [(field["update"], field["seeds"], field["perplexity"]) for field in fields]
-    assert found == [("none", 2, 24.5), ("cg", 2, 20.5), ("none", 2, 26.5)]
+    cells = [(field["update"], field["seeds"], field["perplexity"]) for field in fields]
+    assert cells == [("none", 2, 24.5), ("cg", 2, 20.5), ("none", 2, 26.5)]
     assert fields[2]["perplexity_spread"] == pytest.approx(0.5**0.5) and fields[2]["error_after"] is None
     assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 1 + 3
     printed = capsys.readouterr().out
@@ -378,8 +378,8 @@ def test_a_cell_whose_report_is_damaged_is_run_again(sweep, stand_in, tmp_path):
 def test_any_error_of_a_cell_is_its_own(sweep, stand_in, tmp_path, capsys):
     stand_in.stop = {"wanda_cg_50_4-windows_seed-0": RuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")}
     assert sweep() == 1 and len(stand_in.ran) == 4
-    told = capsys.readouterr()
-    assert "failed: RuntimeError: RESOURCE_EXHAUSTED: out of memory\n" in told.out and "Traceback" in told.err
+    captured = capsys.readouterr()
+    assert "failed: RuntimeError: RESOURCE_EXHAUSTED: out of memory\n" in captured.out and "Traceback" in captured.err
     assert [entry["state"] for entry in read_results(tmp_path)] == ["finished", "failed", "finished", "finished"]
     stand_in.stop = {}
     assert sweep() == 0 and stand_in.ran[4:] == ["wanda_cg_50_4-windows_seed-0"]
@@ -399,7 +399,7 @@ def test_only_the_cells_that_were_asked_for_run(sweep, stand_in, tmp_path):
 
 @pytest.fixture
 def beside(sweep, stand_in, monkeypatch):
-    """A command of another terminal, from its beginning to its end inside the first cell that is run."""
+    """Runs another terminal's command to its end inside the first cell."""
 
     def call(*argv, code="0+1", then=None):
         def run(config, **inputs):
@@ -418,8 +418,8 @@ def test_the_last_to_write_keeps_what_another_terminal_has_finished(sweep, stand
     beside("--only", "magnitude")
     assert sweep("--only", "wanda") == 0
     assert [name.partition("_50")[0] for name in stand_in.ran] == ["magnitude_none", "magnitude_cg", "wanda_none", "wanda_cg"]
-    found = [(entry["state"], entry["perplexity"]) for entry in read_results(tmp_path)]
-    assert found == [("finished", perplexity) for perplexity in (24, 20, 26, 22)]
+    cells = [(entry["state"], entry["perplexity"]) for entry in read_results(tmp_path)]
+    assert cells == [("finished", perplexity) for perplexity in (24, 20, 26, 22)]
 
 
 def test_a_cell_that_was_another_terminal_s_has_not_failed_once_that_has_finished_it(sweep, beside, tmp_path):
@@ -502,7 +502,7 @@ def test_a_sweep_in_several_processes_is_refused(sweep, stand_in, capsys, option
 
 
 def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, capsys):
-    """Interrupted inside its third cell; its cells are what the command line of a single run gives."""
+    """Interrupted in its third cell; each cell equals a single run."""
     texts = {"calibration": {"source": "random", "windows": 8, "length": 32}, "evaluation": {"source": "random", "windows": 8}}
     run = {"model": str(finished.model), "mesh": "4x2", **texts}
     updates = {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "tolerance": 1e-6}}}

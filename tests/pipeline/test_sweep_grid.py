@@ -1,4 +1,4 @@
-"""A sweep's file says which cells there are, and the table says what came out of each."""
+"""A sweep's file defines the cells, and its table has their results."""
 
 import csv
 import re
@@ -118,11 +118,11 @@ def test_the_command_line_goes_over_all_cells(file):
 
 def test_seeds_that_draw_the_same_tokens_are_no_repetitions(file):
     path = file(seeds=[0, 1])
-    said = (
+    message = (
         "expected one seed where calibration.source is npy:ids.npy, got 0 and 1: a source of token ids draws the same tokens "
         "for every seed; write seeds: [0]"
     )
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_grid(path, ["--calibration.source", "npy:ids.npy"])
     rules = [{"seed": 1, "mask": "magnitude"}, {"seed": 0, "mask": "wanda"}]
     assert len(read_grid(file(seeds=[0, 1], leave_out=rules), ["--calibration.source", "npy:ids.npy"]).cells) == 8
@@ -151,9 +151,9 @@ def test_the_output_is_the_command_line_s_then_the_file_s_then_the_name(file):
 
 def test_differences_tell_what_varies_and_nothing_else(file):
     masks = {"wanda": {"selector": {"name": "wanda", "shift_zero": True}}, "magnitude": {"selector": "magnitude"}}
-    told = differences(read_grid(file(masks=masks, seeds=[0, 1])).cells)
-    assert told[1] == "pattern 0.5/row, selector wanda, selector.shift_zero True, solver cg, solver.damping 0.25"
-    assert told[-2] == "pattern 2:4, layers self_attn.*=dense, selector magnitude, solver null"
+    descriptions = differences(read_grid(file(masks=masks, seeds=[0, 1])).cells)
+    assert descriptions[1] == "pattern 0.5/row, selector wanda, selector.shift_zero True, solver cg, solver.damping 0.25"
+    assert descriptions[-2] == "pattern 2:4, layers self_attn.*=dense, selector magnitude, solver null"
 
 
 ERRORS = [

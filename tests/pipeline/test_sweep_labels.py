@@ -1,4 +1,4 @@
-"""A label of a sweep stands for the settings under it, whatever the command line says."""
+"""A sweep's label stands for its settings, whatever the command line says."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""configs/tables: the paper's tables are sweeps with the paper's settings, and every command in a header is one."""
+"""configs/tables: sweeps with the paper's settings, and their commands."""
 
 import functools
 import re
@@ -43,8 +43,8 @@ def grid_of(name: str, *settings: str) -> CellGrid:
 
 def commands(name: str, module: str) -> list[list[str]]:
     """The words of the header's commands, after the module."""
-    found = re.findall(rf"^#   python -m optima_tpu\.{module} (.*)$", TABLES[name].read_text(), re.MULTILINE)
-    return [shlex.split(text) for text in found]
+    texts = re.findall(rf"^#   python -m optima_tpu\.{module} (.*)$", TABLES[name].read_text(), re.MULTILINE)
+    return [shlex.split(text) for text in texts]
 
 
 def published_models(name: str) -> list[str]:
@@ -59,9 +59,9 @@ def test_there_is_a_file_for_every_table_and_one_that_runs_here():
 @pytest.mark.parametrize("name", sorted(TABLES))
 def test_every_command_of_a_header_is_a_sweep(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where no cell was begun
-    found = commands(name, "sweep")
-    assert found[0] == [f"configs/tables/{name}.yaml"]
-    for path, *rest in found:
+    sweeps = commands(name, "sweep")
+    assert sweeps[0] == [f"configs/tables/{name}.yaml"]
+    for path, *rest in sweeps:
         assert sweep([str(ROOT / path), *rest, "--dry-run"]) == 0, capsys.readouterr().err
         assert "to run" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Dense target, recapture inside the block, and what is chosen on held-out tokens."""
+"""Dense target, recapture in the block, and choices on held-out tokens."""
 
 import dataclasses
 import io
@@ -74,11 +74,11 @@ def tokens(count=8):
 def walk(recipe, shape=(1, 1), blocks=2, windows=5, groups=GROUPS):
     decoder = decoder_on(shape)
     hidden, dense = decoder.embed(tokens()), decoder.embed(tokens())
-    found = [
+    pruned = [
         jax.device_get(walk_block(decoder, index, hidden, groups, recipe, windows=windows, dense=dense))
         for index in range(blocks)
     ]
-    return found, hidden, dense
+    return pruned, hidden, dense
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,11 @@ def walk(recipe, shape=(1, 1), blocks=2, windows=5, groups=GROUPS):
     ],
 )
 def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
-    """In float64 from the very inputs; 7 windows divide no mesh, and OPT's biases make something of the zeros behind them.
+    """Compares the drift with float64 products of the inputs themselves.
 
-    The last layer of OPT has so few outputs that their drift is cheaper than that of the inputs. Of its Hessian two panels are
-    accumulated, since no devices share its columns.
+    7 windows divide no mesh, and OPT's biases make nonzero values of the zeros that pad them. The last layer of OPT has so few
+    outputs that their drift is cheaper than the drift of the inputs. Its Hessian is accumulated in two panels, since no devices
+    share its columns.
     """
     settings, shape = ({"ffn_dim": 112}, (8, 1)) if architecture == "OPT" else ({}, (4, 2))
     decoder, rng = Decoder.open(*small(architecture, **settings), mesh(*shape), batch=1), np.random.default_rng(0)
@@ -113,7 +114,7 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
         for parameters, x in ((pruned, hidden), (whole, dense))
     )
     for names, (hessian, _, drift) in zip(groups, statistics, strict=True):
-        x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
+        x, other = (np.asarray(by_name[names[0]], np.float64).reshape(77, -1) for by_name in (inputs, theirs))
         around = AROUND.get(names[0])
         share = np.full((77, 1), 1 / 77)  # of every token in a mean
         if weigh and around:
@@ -121,9 +122,9 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
             assert share.max() > 1.5 * share.min()
             share /= share.sum()
 
-        def same(found, left, right, share=share):
+        def same(computed, left, right, share=share):
             expected = left.T @ (share * right)
-            return found.dtype == np.float32 and np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+            return computed.dtype == np.float32 and np.abs(computed - expected).max() < 1e-5 * np.abs(expected).max()
 
         outputs = [(other - x) @ np.asarray(whole[name + ".weight"], np.float64).T for name in names]
         assert same(hessian, x, x)
@@ -197,7 +198,7 @@ def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
         compiled_forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense)
     )
     for (name,), (_, _, drift) in zip(groups, statistics):
-        x, other = (np.asarray(input_of(found, name), np.float64).reshape(77, -1) for found in (inputs, theirs))
+        x, other = (np.asarray(input_of(by_name, name), np.float64).reshape(77, -1) for by_name in (inputs, theirs))
         both = x.any(axis=1) & other.any(axis=1)
         assert 0 < both.sum() < x.any(axis=1).sum()
         expected = (other - x)[both].T @ x[both] / 77
@@ -207,7 +208,10 @@ def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
 
 
 def two_sets(rng, rows=12, size=24):
-    """Dense weights, and of calibration and held-out tokens the inputs in both streams, float64."""
+    """Dense weights, and two token sets with the inputs of both streams.
+
+    The sets are calibration and held-out tokens. The inputs are float64.
+    """
     mixing, loss = rng.standard_normal((size, size)), rng.standard_normal((size, size)) / 12
     sets = []
     for count in (160, 90):
@@ -217,7 +221,10 @@ def two_sets(rng, rows=12, size=24):
 
 
 def statistics_of(weight, x, other, lost=None):
-    """Of the inputs in both streams, and where the layer adds to a residual stream of what that has lost [tokens, d_out]."""
+    """Hessian and drift of the inputs ``x`` and ``other`` of the two streams.
+
+    ``lost`` [tokens, d_out] is the drift of the residual stream, for a layer that adds to the stream.
+    """
     difference = other - x
     return (
         jnp.asarray(x.T @ x / len(x), jnp.float32),
@@ -230,14 +237,18 @@ def statistics_of(weight, x, other, lost=None):
 
 
 def group_of(weight, sets, recipe, shape=(1, 1), layout=RowLayout(), few=False):
-    """Args: few: the drift is held for the outputs, as ``accumulate`` does it where there are few of them."""
+    """Prunes one layer: its weights, mask, row outcomes and problem.
+
+    Args:
+      few: hold the drift for the outputs, as ``accumulate`` does where there are few outputs.
+    """
     (hessian, drift), (unseen, unseen_drift) = (statistics_of(weight, *streams) for streams in sets)
     pull = recipe.target.alpha * weight @ drift.cross
     pull += recipe.target.gamma * drift.residual[0] if drift.residual else 0
     if few:
         drift, unseen_drift = (each._replace(cross=None, outputs=(weight @ each.cross,)) for each in (drift, unseen_drift))
-    told = dict(held_out=unseen, layout=layout, drift=drift, held_out_drift=unseen_drift)
-    (new,), (keep,), (rows,) = prune_matrices((jnp.asarray(weight),), hessian, recipe, mesh(*shape), **told)
+    options = dict(held_out=unseen, layout=layout, drift=drift, held_out_drift=unseen_drift)
+    (new,), (keep,), (rows,) = prune_matrices((jnp.asarray(weight),), hessian, recipe, mesh(*shape), **options)
     return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, pull)
 
 
@@ -261,8 +272,8 @@ def test_the_minimiser_is_that_of_the_normal_equations(shape, layout, few):
     energy, before, after, drift = np.asarray(rows.dense, np.float64)
     dense = weight.astype(np.float64)
     np.testing.assert_allclose(energy, ((sets[1][1] @ dense.T) ** 2).mean(axis=0), rtol=1e-4)
-    for told, end in ((before, np.where(keep, weight, 0)), (after, new), (drift, weight)):
-        np.testing.assert_allclose(told, dense_error(sets[1], dense, end), rtol=1e-3)
+    for reported, end in ((before, np.where(keep, weight, 0)), (after, new), (drift, weight)):
+        np.testing.assert_allclose(reported, dense_error(sets[1], dense, end), rtol=1e-3)
     assert after.sum() < before.sum()
 
 
@@ -281,9 +292,9 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
     plain, same, *_ = group_of(weight, sets, dataclasses.replace(recipe, target=DenseTarget(1.0)), shape, layout)
     assert (same == keep).all()
 
-    def missed(found, x, other, lost):
-        """Each row's mean squared distance from the dense output and the half of what the stream has lost."""
-        return ((x @ np.asarray(found, np.float64).T - other @ weight.astype(np.float64).T - 0.5 * lost) ** 2).mean(axis=0)
+    def missed(weights, x, other, lost):
+        """Each row's mean squared error toward dense output + ``lost`` / 2."""
+        return ((x @ np.asarray(weights, np.float64).T - other @ weight.astype(np.float64).T - 0.5 * lost) ** 2).mean(axis=0)
 
     assert missed(new, *sets[0]).sum() < 0.9 * missed(plain, *sets[0]).sum()
     # The report tells the distance from the dense output alone.
@@ -292,7 +303,10 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
 
 @pytest.mark.parametrize("pattern", ["0.5/layer", *(pytest.param(each, marks=pytest.mark.slow) for each in ("0.5/row", "2:4"))])
 def test_best_is_the_same_on_every_mesh(pattern):
-    """ADMM, exchanges, the dense target and the stream's drift together, with rows that divide no mesh; and with the drift of outputs."""
+    """ADMM, exchanges and residual drift, with rows that divide no mesh.
+
+    One run holds the drift of the inputs, the other one the drift of the outputs.
+    """
     rng = np.random.default_rng(5)
     weight, sets = two_sets(rng, rows=15)
     sets = [(x, other, 0.3 * rng.standard_normal((len(x), 15))) for x, other in sets]
@@ -305,7 +319,7 @@ def test_best_is_the_same_on_every_mesh(pattern):
 
 
 def test_a_selector_aims_at_the_target_too():
-    """ADMM against its float64 port, at a share of the dense outputs and of the residual stream's drift."""
+    """ADMM with dense target and residual drift equals its float64 port."""
     rng = np.random.default_rng(5)
     weight, sets = two_sets(rng)
     sets = [(x, other, 5 * rng.standard_normal((len(x), 12))) for x, other in sets]
@@ -318,11 +332,11 @@ def test_a_selector_aims_at_the_target_too():
 
 @pytest.mark.parametrize("refine", [None, Swaps(2, 0.1)])
 def test_layers_of_one_input_may_each_have_a_pattern(refine):
-    """Also one that prunes nothing: it keeps all weights, and its error begins at 0."""
+    """A layer that prunes nothing keeps all weights; its error starts at 0."""
     rules = parse_layers("self_attn.q_proj=0.25,self_attn.k_proj=0/row")
     groups = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)
-    found, *_ = walk(dataclasses.replace(DRIFTING, layers=rules, refine=refine), groups=groups)
-    for _, masks, reports in found:
+    blocks, *_ = walk(dataclasses.replace(DRIFTING, layers=rules, refine=refine), groups=groups)
+    for _, masks, reports in blocks:
         assert {report.name: report.sparsity for report in reports} == dict(zip((*groups[0], *groups[1]), (0.25, 0, 0.5, 0.5)))
         assert masks["self_attn.k_proj.weight"].all()
         assert [report.name for report in reports if report.error_before == 0] == ["self_attn.k_proj"]
@@ -338,14 +352,14 @@ def test_making_up_for_the_residual_stream_keeps_it_closer_to_the_dense_models()
 
 
 def test_alpha_0_is_the_papers_target_to_the_last_bit():
-    found, paper = walk(dataclasses.replace(TIGHT, target=DenseTarget(0.0)))[0], walk(TIGHT)[0]
-    for (weights, _, reports), (others, _, papers) in zip(found, paper, strict=True):
+    zero_alpha, paper = walk(dataclasses.replace(TIGHT, target=DenseTarget(0.0)))[0], walk(TIGHT)[0]
+    for (weights, _, reports), (others, _, papers) in zip(zero_alpha, paper, strict=True):
         for name, weight in weights.items():
             assert weight.tobytes() == others[name].tobytes(), name
         for report, other in zip(reports, papers, strict=True):
             assert report.dense_after is not None and other.dense_after is None
             assert structs.replace(report, dense_before=None, dense_after=None, dense_drift=None) == other
-    assert found[1][2][0].dense_drift > found[0][2][0].dense_drift == 0  # both streams begin alike
+    assert zero_alpha[1][2][0].dense_drift > zero_alpha[0][2][0].dense_drift == 0  # both streams begin alike
 
 
 def test_the_mesh_changes_no_weights():
@@ -364,7 +378,7 @@ def test_the_mesh_changes_no_weights():
 
 
 def test_recapture_is_a_walk_from_input_to_input():
-    """By hand: the statistics of one layer after the other, each from the block as it is by then."""
+    """By hand, each layer's statistics come from the block as it then is."""
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(TIGHT, recapture=True)
     hidden, again = decoder.embed(tokens()), decoder.embed(tokens())
     weights, masks, _ = walk_block(decoder, 0, hidden, GROUPS, recipe, windows=5)
@@ -382,7 +396,7 @@ def test_recapture_is_a_walk_from_input_to_input():
 
 
 def test_what_a_pass_keeps_for_those_behind_it():
-    """The output of attention; and the last layer's input, where the devices share the memory of the host."""
+    """Attention's output, and the last input if devices share host memory."""
 
     def kept(decoder, recipe):
         return [part.kept for part in block_passes(decoder, 0, linear_groups(decoder), recipe, math.inf)]
@@ -396,7 +410,7 @@ def test_what_a_pass_keeps_for_those_behind_it():
 
 
 def test_a_dense_target_is_a_walk_of_two_streams():
-    """By hand: what a layer reads as pruned so far against the same in the dense block, behind one that is pruned."""
+    """By hand, each layer reads the block as pruned so far and as it was."""
     decoder, recipe = decoder_on((1, 1)), DRIFTING
     hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
     for index in range(2):
@@ -420,7 +434,10 @@ def test_a_dense_target_is_a_walk_of_two_streams():
     "preset, resident", [pytest.param("fast", False, marks=pytest.mark.slow), ("best", False), ("best", True)]
 )
 def test_a_run_that_goes_on_repeats_the_bits_of_both_streams(preset, resident):
-    """So does one whose hidden states stay on the devices, where those of the first were on the host. On a mesh the compiler rounds a block otherwise in another program: what is left out of it changes how devices share it."""
+    """Also if its hidden states stay on devices and the first run's did not.
+
+    On a mesh, XLA may round a block differently in another program: what the program leaves out changes how devices share it.
+    """
     recipe = parse(["--preset", preset, "--layers", "*.1.*.o_proj=dense"]).recipe
     # The masks do not matter, and those of these compile in a moment.
     decoder, recipe = decoder_on((2, 2)), dataclasses.replace(recipe, selector=Wanda(), solver=None, refine=None)
@@ -447,7 +464,7 @@ def test_the_dense_stream_goes_through_a_block_that_stays_dense():
 
 
 def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """After two blocks: with the hidden states of both models behind the first one, and without them."""
+    """Resumes after two blocks, with and without the saved hidden states."""
     decoder, recipe = decoder_on((1, 1)), BEYOND
 
     def prune(path):
@@ -499,12 +516,12 @@ def test_a_pass_has_room_for_half_as_many_inputs_of_a_dense_target():
 
 
 def test_the_plan_counts_both_streams(tmp_path):
-    there = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    machine = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
     folder = config_folder(tmp_path)
 
     def plan(**settings):
         config = run_config(folder, layers=(), **settings)
-        return make_plan(config, open_declared(config.model, None, config.batch).on(there.mesh), there)
+        return make_plan(config, open_declared(config.model, None, config.batch).on(machine.mesh), machine)
 
     paper, beyond = plan(), plan(target=DenseTarget(gamma=0.5, weigh_tokens=True), recapture=True)
     assert beyond.storage.hidden == 2 * paper.storage.hidden

@@ -1,4 +1,4 @@
-"""The steps that stages name before they begin are those that they take; the time left of the whole run is made from them."""
+"""Stages take the steps that they name before; these give the time left."""
 
 import io
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from tests.support.tiny_models import tiny_folder
 
 @pytest.fixture
 def stages(monkeypatch) -> list[tuple[str, int, set[str], int]]:
-    """Of every stage that ended: its name, the steps that were left, their kinds at its begin, the stages that it counted ahead."""
+    """Of each ended stage: name, steps left, kinds at start, stages ahead."""
     ended, begin, end = [], Progress.stage, Progress.end_stage
 
     def stage(progress, name, total, steps=None, counted="", done=0):

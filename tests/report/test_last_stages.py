@@ -1,4 +1,4 @@
-"""What the last stages measure of single tokens and of what models write, in runs of a tiny model."""
+"""Losses of single tokens and continuations, in runs of a tiny model."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """The command of a run over a text of words, without --output, and the directory of that run."""
+    """Command without --output, and directory, of a run on a text of words."""
     root = tmp_path_factory.mktemp("words")
     random = np.random.default_rng(0)
     for name in ("a.txt", "b.txt"):
@@ -55,19 +55,19 @@ def test_losses_of_tokens_are_those_of_the_logits(length, shape):
     peak = logits.max(axis=-1, keepdims=True)
     total = np.log(np.exp(logits - peak).sum(axis=-1)) + peak[..., 0]
     expected = total - np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    found = token_losses(decoder, tokens)
-    assert found.shape == (5, length - 1) and found.dtype == np.float32
-    assert np.abs(found - expected).max() < 1e-5 * expected.max()
+    losses = token_losses(decoder, tokens)
+    assert losses.shape == (5, length - 1) and losses.dtype == np.float32
+    assert np.abs(losses - expected).max() < 1e-5 * expected.max()
     assert perplexity(decoder, tokens) == pytest.approx(np.exp(expected.mean()), rel=1e-6)
 
 
 def test_a_run_says_which_tokens_got_worse(words):
-    found, run = record(words[1]), words[1]
+    report, run = record(words[1]), words[1]
     losses = np.load(run / "dense_losses.npy")
     assert losses.shape == (4, 31) and losses.dtype == np.float32
-    assert np.exp(losses.mean(dtype=np.float64)) == pytest.approx(found["perplexity"]["dense"], rel=1e-6)
-    tokens = found["tokens"]
-    rise = np.log(found["perplexity"]["pruned"] / found["perplexity"]["dense"])
+    assert np.exp(losses.mean(dtype=np.float64)) == pytest.approx(report["perplexity"]["dense"], rel=1e-6)
+    tokens = report["tokens"]
+    rise = np.log(report["perplexity"]["pruned"] / report["perplexity"]["dense"])
     assert tokens["tokens"] == 124 and tokens["mean"] == pytest.approx(rise, abs=1e-6)
     assert sum(tokens["shares"]) == pytest.approx(1)
     assert all(len(each["token"]) == 1 for each in tokens["worst"])  # a token is a byte
@@ -92,10 +92,10 @@ def test_a_run_that_goes_on_has_the_dense_losses_of_its_first_part(words, tmp_pa
 
 
 def test_both_models_continue_the_prompts(words):
-    run, found = words[1], record(words[1])["continuations"]
-    assert json.loads((run / "continuations.json").read_text()) == found
-    assert [each["prompt"] for each in found["texts"]] == [prompt.replace("\n", "⏎") for prompt in writing.PROMPTS]
-    for each in found["texts"]:
+    run, continuations = words[1], record(words[1])["continuations"]
+    assert json.loads((run / "continuations.json").read_text()) == continuations
+    assert [each["prompt"] for each in continuations["texts"]] == [prompt.replace("\n", "⏎") for prompt in writing.PROMPTS]
+    for each in continuations["texts"]:
         dense, pruned = each["dense"], each["pruned"]
         assert dense[0] == pruned[0] and (dense[1] != pruned[1] or not dense[1])
     assert "What the models write" in (run / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""A text without variety, and a dense model that predicts nothing: the greeting, the summary and the page say so."""
+"""Runs say if a text has no variety, or the dense model predicts nothing."""
 
 import json
 import math
@@ -57,15 +57,15 @@ def test_the_page_says_it_under_unusual(tmp_path):
 
 
 def test_a_run_says_it_before_its_first_step_and_at_its_end(one_device, tmp_path, capsys):
-    """Every norm is 0, so every token has the same probability; and the text is one letter."""
+    """Norms of 0 give all tokens one probability; the text is one letter."""
     norms = lambda arrays: [array.fill(0) for name, array in arrays.items() if "norm" in name]  # noqa: E731
     model = tiny_folder(tmp_path / "model", change=norms, num_hidden_layers=1)
     (tmp_path / "a.txt").write_text("a" * 4000)
     words = f"--calibration.source file:{tmp_path / 'a.txt'} --evaluation.source random --evaluation.windows 4 --solver null"
     sizes = "--calibration.windows 4 --calibration.length 64 --calibration.held_out 0 --export false"
     assert main([str(model), *words.split(), *sizes.split(), "--output", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out
-    greeting, _, rest = said.partition("dense perplexity")
+    printed = capsys.readouterr().out
+    greeting, _, rest = printed.partition("dense perplexity")
     assert "unusual      the calibration text is hardly more than one token" in greeting
     assert (
         rest.count("the dense model does not predict the evaluation text (perplexity 258") == 2

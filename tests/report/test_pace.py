@@ -1,4 +1,4 @@
-"""The time left, from sequences of steps and seconds that stand for machines of many kinds."""
+"""The time left, from steps and seconds of many kinds of machines."""
 
 import pytest
 
@@ -64,7 +64,10 @@ def test_a_kind_that_was_never_measured_takes_the_rate_of_the_kind_that_it_is_li
 
 
 def test_the_time_of_a_whole_run_comes_from_stages_that_share_their_steps():
-    """Dense perplexity, pruning, the same perplexity of the pruned model; within a tenth of the truth from block 1 on."""
+    """From block 1 on, the estimate is within a tenth of the truth.
+
+    The run measures the dense perplexity, prunes, and measures the pruned perplexity.
+    """
     perplexity = [Step("evaluation")] * 10
     pace = after(("evaluation", 8.0), *[("evaluation", 1.0)] * 9)
     ahead, pruning = [perplexity, [Step("prompts", 0)]], [step for _ in range(10) for step in block(True)]
@@ -80,7 +83,7 @@ def test_the_time_of_a_whole_run_comes_from_stages_that_share_their_steps():
 
 
 def test_the_time_of_a_run_is_unknown_while_that_of_a_stage_is_unless_it_is_short():
-    """A sum without the pruning, or without a training, was half of the truth and less."""
+    """A sum without pruning or training was at most half of the truth."""
     pace, steps = after(("evaluation", 8.0), ("evaluation", 1.0)), [Step("evaluation")] * 9
     assert remaining(pace, steps, [[Step("training step")] * 3, steps]).run is None
     left = remaining(pace, steps, [steps, [Step("prompts", 0)] * 2])

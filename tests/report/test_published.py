@@ -1,4 +1,4 @@
-"""The first sentence about a result has its number, its error and the published range, and calls nothing good."""
+"""A result's first sentence: number, error and published range, no praise."""
 
 import math
 import re
@@ -45,14 +45,14 @@ def test_measured_rows_stand_in_the_file_that_they_name():
 
 
 def test_the_first_sentence_is_the_number_and_how_sure_it_is():
-    said = result(reported(1.33))
-    assert said.startswith("Perplexity 20.00 → 26.60: 1.33 times the dense model’s, worse (1.30 to 1.36 with two standard errors")
+    line = result(reported(1.33))
+    assert line.startswith("Perplexity 20.00 → 26.60: 1.33 times the dense model’s, worse (1.30 to 1.36 with two standard errors")
     assert (
         "Published methods at 50% with models of about this size: OPT-125M 1.21 times (FISTAPruner) to 1.43 times (Wanda), "
-        in said
+        in line
     )
-    assert "on WikiText-2; SmolLM2-135M 1.75 times (OPTIMA from SparseGPT) to 2.27 times (Wanda), on WikiText-2 and C4." in said
-    assert not re.search("good|usual|poor|known|rule of thumb", said, re.IGNORECASE)
+    assert "on WikiText-2; SmolLM2-135M 1.75 times (OPTIMA from SparseGPT) to 2.27 times (Wanda), on WikiText-2 and C4." in line
+    assert not re.search("good|usual|poor|known|rule of thumb", line, re.IGNORECASE)
     assert "how sure that is was not measured" in result(reported(1.33, error=None))
     assert "how sure that is was not measured" in result(reported(tokens=None))
 
@@ -60,20 +60,20 @@ def test_the_first_sentence_is_the_number_and_how_sure_it_is():
 @pytest.mark.parametrize("error", [0.005, 0.05, 0.5, 1e300])
 @pytest.mark.parametrize("ratio", [0.9, 0.99, 1.01, 1.3, 2.2, 2.4, 9.0])
 def test_two_standard_errors_decide_what_is_said(ratio, error):
-    said, sure = result(reported(ratio, error=error)), 2 * error
-    assert ("no difference that this text can show" in said) == (abs(math.log(ratio)) <= sure)
-    assert ("above all of them" in said) == (math.log(ratio / (66.21 / 29.19)) > sure)
-    assert ("below all of them" in said) == (math.log((33.54 / 27.67) / ratio) > sure)
+    line, sure = result(reported(ratio, error=error)), 2 * error
+    assert ("no difference that this text can show" in line) == (abs(math.log(ratio)) <= sure)
+    assert ("above all of them" in line) == (math.log(ratio / (66.21 / 29.19)) > sure)
+    assert ("below all of them" in line) == (math.log((33.54 / 27.67) / ratio) > sure)
 
 
 def test_a_model_with_one_row_has_no_range():
-    said = result(reported(1.5, settings={"pattern": "2:4"}, weights=7_620_000_000))
-    assert "Qwen2.5-7B 1.66 times (SparseGPT), on WikiText-2." in said
+    line = result(reported(1.5, settings={"pattern": "2:4"}, weights=7_620_000_000))
+    assert "Qwen2.5-7B 1.66 times (SparseGPT), on WikiText-2." in line
 
 
 def test_on_another_text_the_range_is_given_and_nothing_said_of_it():
-    said = result(reported(9.0, text="pydoc"))
-    assert "2.27 times (Wanda)" in said and "measured on another text" in said and "of them" not in said
+    line = result(reported(9.0, text="pydoc"))
+    assert "2.27 times (Wanda)" in line and "measured on another text" in line and "of them" not in line
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_on_another_text_the_range_is_given_and_nothing_said_of_it():
     ],
 )
 def test_where_nothing_is_published_the_number_stands_alone(changes):
-    said = result(reported(**changes))
-    assert "1.50 times the dense model’s, worse" in said and "ublished" not in said
+    line = result(reported(**changes))
+    assert "1.50 times the dense model’s, worse" in line and "ublished" not in line
     assert comparable(reported(**changes)) == []
 
 
@@ -113,5 +113,5 @@ def test_trained_and_quantised_models_are_not_compared():
     trained = Outcome((Check(0, 0.5), Check(3, 0.4)), 3, 5_000)
     assert "The model was trained after it was pruned, so" in result(reported(distillation=trained))
     refused = Outcome((Check(0, 0.5), Check(3, 0.6)), 0, 5_000)
-    said = result(reported(distillation=refused, settings={"recover": {"model": "runs/x"}}))
-    assert said.endswith("The weights are those of runs/x: training lowered no loss on held-out text.") and "ublished" not in said
+    line = result(reported(distillation=refused, settings={"recover": {"model": "runs/x"}}))
+    assert line.endswith("The weights are those of runs/x: training lowered no loss on held-out text.") and "ublished" not in line

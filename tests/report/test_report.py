@@ -1,4 +1,4 @@
-"""What is told is what happened."""
+"""Reports, progress lines and summaries say what happened."""
 
 import io
 import json
@@ -129,10 +129,10 @@ def test_a_layer_without_held_out_tokens_has_no_error_on_them():
     ones, nothing = np.ones(4), np.zeros((4, 4))
     rows = RowOutcomes(ones, ones, ones, ones, ones, ones > 0, ones < 0, nothing[:3], nothing)
     others = {"block": 0, "name": "mlp.experts.0.up_proj", "dead_inputs": 0, "tokens": 9}
-    found = layer_report(rows, (4, 8), 16, others)
-    assert {found.held_out_before, found.held_out_after, found.dense_before, found.dense_after, found.dense_drift} == {None}
-    found = layer_report(rows._replace(held_out=nothing[:3] + 2), (4, 8), 16, others)
-    assert (found.held_out_before, found.held_out_after, found.dense_after) == (1, 1, None)
+    record = layer_report(rows, (4, 8), 16, others)
+    assert {record.held_out_before, record.held_out_after, record.dense_before, record.dense_after, record.dense_drift} == {None}
+    record = layer_report(rows._replace(held_out=nothing[:3] + 2), (4, 8), 16, others)
+    assert (record.held_out_before, record.held_out_after, record.dense_after) == (1, 1, None)
 
 
 def test_sparsity_counts_weights_not_layers():
@@ -212,8 +212,8 @@ def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
         clock.now += seconds
         progress.advance()
     left = ["2.0 s, about 56 s", "4.0 s, about 1:21 min", "4.0 s, about 1:44 min"]
-    told = [line.partition(" of 30): ")[2] for line in out.file.getvalue().splitlines()[2:]]
-    assert told == ["10.0 s", *(f"{each} left for pruning" for each in left)]
+    endings = [line.partition(" of 30): ")[2] for line in out.file.getvalue().splitlines()[2:]]
+    assert endings == ["10.0 s", *(f"{each} left for pruning" for each in left)]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -226,9 +226,9 @@ def test_a_silent_stage_says_how_far_it_is_ever_less_often_where_no_bar_shows_it
             progress.note("a line")  # the next one need not come before a minute from here
         clock.now += 4
         progress.advance()
-    told = [line for line in out.file.getvalue().splitlines() if " of 60 is done, " in line]
+    lines = [line for line in out.file.getvalue().splitlines() if " of 60 is done, " in line]
     expected = [(12, 3, "3:48 min"), (32, 8, "3:28 min"), (72, 18, "2:48 min"), (132, 33, "1:48 min"), (220, 55, "20 s")]
-    assert told == [
+    assert lines == [
         f"{hms(second):>7}  dense perplexity, step {step} of 60 is done, about {left} left for dense perplexity"
         for second, step, left in ([] if terminal else expected)
     ]
@@ -305,7 +305,7 @@ def test_a_stage_that_an_earlier_one_measured_says_its_time_before_it_begins(clo
 
 
 def test_a_long_step_says_what_is_done_before_its_end(clock):
-    """Not only at the end of the step: the first block was silent for 4:31 minutes."""
+    """Once, the first block was silent for 4:31 minutes until it ended."""
     out = console()
     progress = Progress(out, clock)
     progress.stage("pruning", total=2, steps=[Step("calibrating"), Step("solving")] * 2)

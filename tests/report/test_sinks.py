@@ -1,4 +1,7 @@
-"""Sinks get every block once and in order, also of a run that was stopped, and are asked for before anything else."""
+"""Sinks get every block once and in order, also of a stopped run.
+
+A missing package is named before anything is read.
+"""
 
 import json
 import struct
@@ -19,7 +22,7 @@ BLOCKS = [BlockReport(block, 1.5, tuple(layer for layer in layers(0) if layer.bl
 
 
 class Memory:
-    """A sink that remembers."""
+    """A sink that records its steps."""
 
     def __init__(self):
         self.steps = []
@@ -84,15 +87,15 @@ def scalars(folder) -> list[tuple[int, str, float]]:
     """(step, name, value) of the event files in a folder."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    values = []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:  # records of a length, its checksum, an event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            values += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
             data = data[16 + length :]
-    return found
+    return values
 
 
 def test_event_files_hold_every_step_once_also_after_a_second_start(tmp_path):
@@ -101,15 +104,15 @@ def test_event_files_hold_every_step_once_also_after_a_second_start(tmp_path):
         sink = sinks.TensorBoard(tmp_path / "tensorboard")
         sinks.Steps([sink], range(3), FakeJournal().report).follow()
         sink.close()
-    found = scalars(tmp_path / "tensorboard")
-    assert len(found) == len({(step, name) for step, name, _ in found}) == 3 * (1 + 11 * 7)
+    values = scalars(tmp_path / "tensorboard")
+    assert len(values) == len({(step, name) for step, name, _ in values}) == 3 * (1 + 11 * 7)
     assert {
         (layer.block, f"error_after/{layer.name}", np.float32(layer.error_after)) for block in BLOCKS for layer in block.layers
-    } <= set(found)
+    } <= set(values)
 
 
 def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp_path, monkeypatch):
-    logged, asked = [], []
+    logged, calls = [], []
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", {"code": "first"}, {})
 
@@ -119,17 +122,17 @@ def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp
         def log(self, values, step):
             logged.append((step, values))
 
-    fake = SimpleNamespace(Error=RuntimeError, Settings=dict, init=lambda **options: asked.append(options) or Run())
+    fake = SimpleNamespace(Error=RuntimeError, Settings=dict, init=lambda **options: calls.append(options) or Run())
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
         sink = sinks.WeightsAndBiases("project", tmp_path / "run", {"model": "x"})
     for step in range(4):
         sink.write(step, {"a": step})
     assert logged == [(2, {"a": 2}), (3, {"a": 3})]
-    assert asked[0]["id"] == asked[1]["id"] and asked[0]["project"] == "project" and asked[0]["resume"] == "allow"
+    assert calls[0]["id"] == calls[1]["id"] and calls[0]["project"] == "project" and calls[0]["resume"] == "allow"
     write_run(tmp_path / "run", {"code": "another, in the place of the first"}, {})
     sinks.WeightsAndBiases("project", tmp_path / "run", {"model": "x"})
-    assert asked[2]["id"] != asked[0]["id"]
+    assert calls[2]["id"] != calls[0]["id"]
 
     def refuse(**options):
         raise RuntimeError("no API key\nconfigured")
@@ -140,7 +143,7 @@ def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp
 
 
 def test_a_sink_that_cannot_be_closed_fails_no_run(tmp_path, monkeypatch, capsys):
-    """A run is finished when its sinks are closed: an error there is printed, and the result is returned."""
+    """A finished run prints the sink's error, and still returns its result."""
 
     def fail(sink):
         raise OSError(28, "No space left on device")

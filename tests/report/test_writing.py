@@ -1,4 +1,4 @@
-"""Which tokens got worse, and what the models write: counted right, shown as text, whatever is in it."""
+"""Which tokens got worse, and what models write: counted, shown as text."""
 
 import math
 
@@ -25,13 +25,13 @@ def changes(rise, dense=1.0, decode=lambda ids: " ".join(map(str, ids))):
 
 def test_every_token_is_in_one_class():
     rise = np.array([[-3.0, -1.0, -0.2, 0.0, 0.05, 0.2, 1.0, 3.0]])
-    found = changes(rise, dense=4.0)
-    assert found.shares == (0.125, 0.125, 0.125, 0.25, 0.125, 0.125, 0.125) and found.edges == EDGES
-    assert found.tokens == 8 and found.mean == pytest.approx(rise.mean(), abs=1e-6)
-    assert found.mean_stderr is None  # of one window
+    changed = changes(rise, dense=4.0)
+    assert changed.shares == (0.125, 0.125, 0.125, 0.25, 0.125, 0.125, 0.125) and changed.edges == EDGES
+    assert changed.tokens == 8 and changed.mean == pytest.approx(rise.mean(), abs=1e-6)
+    assert changed.mean_stderr is None  # of one window
     windows = np.random.default_rng(0).normal(0.3, 1, (5, 8)).astype(np.float32)
     assert changes(windows).mean_stderr == pytest.approx(windows.mean(axis=1).std(ddof=1) / 5**0.5, rel=1e-4)
-    assert found.median == pytest.approx(0.025, abs=1e-6) and found.rise_share == pytest.approx(3 / 0.05, rel=1e-3)
+    assert changed.median == pytest.approx(0.025, abs=1e-6) and changed.rise_share == pytest.approx(3 / 0.05, rel=1e-3)
     assert changes(np.zeros((2, 3))).rise_share is None and changes(np.zeros((2, 3))).worst == ()
 
 
@@ -49,9 +49,9 @@ def test_the_worst_tokens_have_their_place_their_text_and_both_probabilities():
 
 def test_it_stays_small_whatever_the_text():
     random = np.random.default_rng(0)
-    found = changes(random.normal(size=(50, 511)), decode=lambda ids: "𝒳" * 1000)
-    assert len(found.worst) == 10
-    assert len(encoded(found)) < 22_000  # twelve bytes for each of these letters
+    changed = changes(random.normal(size=(50, 511)), decode=lambda ids: "𝒳" * 1000)
+    assert len(changed.worst) == 10
+    assert len(encoded(changed)) < 22_000  # twelve bytes for each of these letters
 
 
 def test_what_is_not_printed_has_a_sign():
