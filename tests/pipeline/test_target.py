@@ -168,8 +168,8 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
             assert (taps[[*residuals.values()][-1].after] == units).all()
 
 
-@pytest.mark.parametrize("architecture, told", [("Llama", True), ("Gemma2", False)])
-def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(architecture, told, tmp_path):
+@pytest.mark.parametrize("architecture, aims", [("Llama", True), ("Gemma2", False)])
+def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(architecture, aims, tmp_path):
     reference = next(reference for reference in REFERENCES if reference.model.startswith(architecture))
     config, _, tensors = tiny(reference, reference.first)
     model = SimpleNamespace(
@@ -179,7 +179,7 @@ def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(arch
     texts, console = SimpleNamespace(calibration=text, evaluation=text), Console(file=io.StringIO(), width=200)
     greet(console, parse(["--preset", "best", "--pattern", "2:4"]), model, texts, tmp_path, "")
     assert "dense target 0.5" in console.file.getvalue()
-    assert ("residual drift 0.5, weighted tokens" in console.file.getvalue()) == told
+    assert ("residual drift 0.5, weighted tokens" in console.file.getvalue()) == aims
 
 
 def test_a_token_that_one_model_sends_elsewhere_has_no_drift():

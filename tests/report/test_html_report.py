@@ -443,7 +443,7 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "shown"),
     [
         ("2 windows of file:/home/me/x.txt, a BOS token before each", "2 windows of file:x.txt, a BOS token before each"),
         ("file:/home/me/my texts/of 2:4/x.jsonl?field=a/b", "file:x.jsonl?field=a/b"),
@@ -455,8 +455,8 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
         ("mixed: 3 of file:/home/me/a.txt, packed; 1 of npy:/b/c.npy", "mixed: 3 of file:a.txt, packed; 1 of npy:c.npy"),
     ],
 )
-def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, told):
-    assert without_folders(text) == (told or text)
+def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, shown):
+    assert without_folders(text) == (shown or text)
 
 
 def test_experts_are_one_kind_of_layer(tmp_path):

@@ -87,20 +87,20 @@ def told_of(**changes) -> str:
     return writing.tokens([run])[0].text[0]
 
 
-@pytest.mark.parametrize("mean, noise, told", [(0.128, 0.05, True), (0.0004, None, False), (0.09, 0.05, False)])
-def test_a_share_of_a_rise_that_may_be_none_is_not_told(mean, noise, told):
-    assert ("of the total rise" in told_of(mean=mean, mean_stderr=noise)) == told
+@pytest.mark.parametrize("mean, noise, certain", [(0.128, 0.05, True), (0.0004, None, False), (0.09, 0.05, False)])
+def test_a_share_of_a_rise_that_may_be_none_is_not_told(mean, noise, certain):
+    assert ("of the total rise" in told_of(mean=mean, mean_stderr=noise)) == certain
 
 
 @pytest.mark.parametrize(
-    "mean, median, told",
+    "mean, median, sentence",
     [
         (0.285, 0.145, "The loss rises by 0.285 nats on average; its median rises by 0.145 nats."),
         (-0.0075, 0.0, "The loss falls by 0.00750 nats on average; its median does not change."),
     ],
 )
-def test_a_loss_rises_or_falls_by_a_positive_number(mean, median, told):
-    assert told in told_of(mean=mean, median=median)
+def test_a_loss_rises_or_falls_by_a_positive_number(mean, median, sentence):
+    assert sentence in told_of(mean=mean, median=median)
 
 
 def test_text_with_markup_is_shown_and_not_run(tmp_path, unplotted):  # noqa: F811
