@@ -1,4 +1,7 @@
-"""Measurements that are not part of the tests: times as ratios within one process, errors against published errors."""
+"""Measurements that are not part of the tests.
+
+Times are ratios within one process. Errors stand beside published errors.
+"""
 
 from optima_tpu.runtime.host_memory import keep_freed_memory
 

@@ -1,4 +1,4 @@
-"""Where the time of a block goes: seconds of each stage, averaged over some blocks after the first.
+"""Measures the seconds of each stage of a block, as means over some blocks.
 
     python -m benchmarks.block_time --blocks 6 --variant="--preset fast" --variant="--preset best" -- --calibration.windows 32
 
@@ -55,14 +55,14 @@ def block_seconds(
     config: RunConfig, model: Model, texts: Texts, blocks: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """The mean seconds of each stage, and of the whole "block"."""
-    decoder, recipe, found = model.decoder, config.recipe, collections.defaultdict(float)
+    decoder, recipe, seconds = model.decoder, config.recipe, collections.defaultdict(float)
     counts = False  # not in the first block
 
     def timed(call: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         def measured(*arguments: Any, **options: Any) -> Any:
             started = clock()
             result = jax.block_until_ready(call(*arguments, **options))
-            found[name(*arguments)] += counts * (clock() - started) / blocks
+            seconds[name(*arguments)] += counts * (clock() - started) / blocks
             return result
 
         return measured
@@ -84,8 +84,8 @@ def block_seconds(
         for index in range(blocks + 1):
             counts, parameters, started = index > 0, next(decoder.blocks([index])), clock()
             jax.block_until_ready(walk.prune_block(planned, index, parameters, streams).parameters)
-            found["block"] += counts * (clock() - started) / blocks
-    return dict(found)
+            seconds["block"] += counts * (clock() - started) / blocks
+    return dict(seconds)
 
 
 if __name__ == "__main__":

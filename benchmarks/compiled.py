@@ -1,10 +1,10 @@
-"""Reads from the TPU compiler's text how the programs of a run multiply, attend, and whether they wait for the host.
+"""Counts products, kernels and host transfers in programs compiled for a TPU.
 
     python -m benchmarks.compiled --topology v5e:4x2 -- --model ./folder-with-config.json --mesh 4x2 --preset distilled
 
-No TPU is needed, but the extra `tpu`. The programs are those of `optima plan`, and two more: the forward pass of a pruned block, and
-the head that measures perplexity. The body of a loop counts once. The programs are compiled with the least effort, as by `optima
-plan --quick`, which changes none of these counts.
+The counts come from the compiler's text. This needs no TPU, but the extra `tpu`. The programs are those of `optima plan`, and
+two more: the forward pass of a pruned block, and the head that measures perplexity. The body of a loop counts once. The
+programs are compiled with the least effort, as by `optima plan --quick`, which changes none of these counts.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts: list[tuple[str, str]] = []
 
     def read(what: str, call: Call) -> Compiled:
-        """Compiles, and keeps the text; the memory of the program does not matter here."""
+        """Keeps a call and its compiled text. Does not measure its memory."""
         start = time.monotonic()
         calls.append(call)
         texts.append((what.rpartition(":")[0] or what, calls[-1].lower().compile(dict(machine.options or {})).as_text() or ""))
@@ -74,18 +74,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def products(hlo: str) -> dict[tuple[str, int], int]:
-    """Counts the matrix products of a program for a TPU, by the wider dtype of their factors and by passes of the matrix unit.
+    """Counts a TPU program's matrix products by dtype and number of passes.
 
-    ``("f32", 6)`` are float32 products at full precision. A product of bfloat16 arrays is exact in one pass at every precision. The
-    body of a loop counts once. What a kernel multiplies is not in the text.
+    The dtype is the wider one of the factors, passes are those of the matrix unit. ``("f32", 6)`` are float32 products at full
+    precision. A product of bfloat16 arrays is exact in one pass at every precision. The body of a loop counts once. The text
+    does not show what a kernel multiplies.
     """
     made = dict(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[", hlo, re.MULTILINE))
     passes: collections.Counter[tuple[str, int]] = collections.Counter()
     for factors, rest in re.findall(r" (?:convolution|dot)\(([^)]*)\)(.*)", hlo):
         dtypes = {made[name.split("%")[-1].strip()] for name in factors.split(",")}
-        asked = re.search(r"operand_precision=\{(\w+)", rest)
+        match = re.search(r"operand_precision=\{(\w+)", rest)
         wide = max(dtypes, key=lambda dtype: int(re.sub(r"\D", "", dtype) or 0))
-        passes[wide, _PASSES[asked[1] if asked else "default"] if wide == "f32" else 1] += 1
+        passes[wide, _PASSES[match[1] if match else "default"] if wide == "f32" else 1] += 1
     return dict(passes)
 
 
@@ -96,7 +97,10 @@ def kernels(hlo: str) -> dict[str, int]:
 
 
 def host_transfers(hlo: str) -> list[str]:
-    """What waits for the host, or moves an array to it or from it, while the program runs: instructions, and targets of calls."""
+    """Lists what waits for the host or exchanges arrays with it at run time.
+
+    An entry is the name of an instruction or the target of a call.
+    """
     return [
         *re.findall(r" (infeed|outfeed)\(", hlo),
         *re.findall(r" (send|recv)\([^\n]*is_host_transfer=true", hlo),

@@ -1,6 +1,8 @@
-"""Measures peak memory and compilations of a run for several numbers of blocks; both must not grow.
+"""Measures peak memory and compilations of runs over the number of blocks.
 
     python -m benchmarks.depth [FOLDER]
+
+Neither may grow with the number of blocks.
 
 Creates random Llamas of 4, 8 and 16 equal blocks (3.1 million parameters each, float32) and prunes each model in its own process
 on 8 simulated CPU devices. Prints for each:
@@ -43,7 +45,7 @@ SETTINGS = [
 
 
 def measure(model: Path, out: Path) -> None:
-    """Prunes a model in this process and prints its memory and compilations as JSON."""
+    """Prunes a model here and prints its memory and compilations as JSON."""
     import jax
 
     from optima_tpu import launch
@@ -57,8 +59,8 @@ def measure(model: Path, out: Path) -> None:
     jax.monitoring.register_event_duration_secs_listener(heard)
 
     def counted(progress, report):
-        held = sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
-        most[0] = max(most[0], held)
+        device_bytes = sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
+        most[0] = max(most[0], device_bytes)
         own[0] = max(own[0], int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
         layer(progress, report)
 
@@ -88,9 +90,9 @@ def main(folder: Path) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
-        sizes = [found[key] / 2**20 for key in ("host", "own", "arrays")]
-        print("{:>6}  {:>24.0f}  {:>18.0f}  {:>26.1f}".format(blocks, *sizes), f"{found['compilations']:>18}", flush=True)
+        measured = json.loads(done.stdout.splitlines()[-1])
+        sizes = [measured[key] / 2**20 for key in ("host", "own", "arrays")]
+        print("{:>6}  {:>24.0f}  {:>18.0f}  {:>26.1f}".format(blocks, *sizes), f"{measured['compilations']:>18}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Sends tiny pruned models to MaxText, Tunix and Qwix, by their own code, and prints whether they arrive and stay pruned.
+"""Checks that pruned models load in MaxText, Tunix and Qwix and stay pruned.
 
     python -m benchmarks.ecosystem [maxtext] [tunix] [training] [qwix]
 
-Prints for each:
+The models are tiny, and each program loads them by its own code. Prints for each:
 
 - maxtext, tunix: the largest difference between its logits and ours, relative to the largest logit, in float32; and how many of its
   weights are zero, against the masks
@@ -76,7 +76,7 @@ class Arrival(NamedTuple):
     pruned: int
 
     def right(self, within: float) -> bool:
-        """Whether the logits are the same within this, and the zeros are those of the masks."""
+        """Whether logits agree and as many weights are 0 as masks prune."""
         return self.difference < within and self.zeros == self.pruned
 
 
@@ -95,7 +95,10 @@ class Left(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """A pruned model: its run, its plain export, our logits for TOKENS, and the number of pruned weights."""
+    """A pruned model, and what another program must reproduce.
+
+    ``folder`` is its plain export. ``logits`` are ours for TOKENS. ``pruned`` counts its pruned weights.
+    """
 
     run: Path
     folder: Path
@@ -168,7 +171,7 @@ def arrives_in_maxtext(name: str, scan: bool) -> Arrival:
 
 
 def trained_by_maxtext(steps: int, keep: bool, name: str = "llama") -> Left:
-    """Trains one of MODELS with MaxText's pre-training loop, its AdamW with weight decay, and synthetic text."""
+    """Trains one of MODELS on synthetic text with MaxText's own loop."""
     from maxtext.optimizers import optimizers
     from maxtext.trainers.pre_train import train
     from maxtext.utils import model_creation_utils
@@ -257,7 +260,7 @@ def arrives_in_tunix(name: str, **changed: Any) -> Arrival:
 
 
 def trained_by_tunix(steps: int, keep: bool, name: str = "qwen3") -> Left:
-    """Trains one of TUNIX with its PeftTrainer, all weights, AdamW with weight decay, random text."""
+    """Trains all weights of one of TUNIX with Tunix's PeftTrainer."""
     from tunix.sft import peft_trainer, utils
 
     with tempfile.TemporaryDirectory() as folder:
@@ -287,7 +290,10 @@ def trained_by_tunix(steps: int, keep: bool, name: str = "qwen3") -> Left:
 
 
 def quantized_by_qwix(name: str = "llama") -> Arrival:
-    """Quantises one of TUNIX, as Tunix loaded it, to int8 with Qwix. The zeros are those of the integers where the masks prune."""
+    """Quantises one of TUNIX to int8 with Qwix, as Tunix loaded it.
+
+    The zeros are the integers that are 0 where the masks prune.
+    """
     import qwix
 
     with tempfile.TemporaryDirectory() as folder:
@@ -298,30 +304,31 @@ def quantized_by_qwix(name: str = "llama") -> Arrival:
         causal = jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
         small = qwix.quantize_model(theirs, qwix.PtqProvider(rules), jnp.asarray(TOKENS), jnp.arange(LENGTH)[None], None, causal)
         integers = {path[:-2]: value[...] for path, value in nnx.to_flat_state(nnx.state(small)) if path[-1] == "qvalue"}
-        found = sum(int(jnp.sum((value == 0) & ~masks[path][...].reshape(value.shape))) for path, value in integers.items())
-        return Arrival(_difference(_tunix_logits(small), model.logits), found, model.pruned)
+        zeros = sum(int(jnp.sum((value == 0) & ~masks[path][...].reshape(value.shape))) for path, value in integers.items())
+        return Arrival(_difference(_tunix_logits(small), model.logits), zeros, model.pruned)
 
 
 def with_qwix_integers(folder: Path, output: Path) -> Arrival:
-    """Writes a copy of an exported folder whose pruned matrices have the values of Qwix's int8, a scale for each row.
+    """Writes a copy of an exported folder with the values of Qwix's int8.
 
-    The difference is the largest one of a weight, relative to the largest weight of its matrix.
+    Each row of a pruned matrix has one scale. The difference is the largest one of a weight, relative to the largest weight of
+    its matrix.
     """
     import qwix
 
     masks = read_masks(folder)
     shutil.copytree(folder, output, ignore=shutil.ignore_patterns("*.safetensors", "*.npz", "sha256*", "optima_tpu.json"))
-    found, largest = 0, 0.0
+    zeros, largest = 0, 0.0
     for file in sorted(folder.glob("*.safetensors")):
         tensors = safetensors.numpy.load_file(file)
         for name in masks.keys() & tensors.keys():
             weight = tensors[name]
             values = np.asarray(qwix.dequantize(qwix.quantize(jnp.asarray(weight), "int8", channelwise_axes=(0,))))
-            found += int(np.sum((values == 0) & ~masks[name]))
+            zeros += int(np.sum((values == 0) & ~masks[name]))
             largest = max(largest, float(np.abs(values - weight).max() / np.abs(weight).max()))
             tensors[name] = values.astype(weight.dtype)
         safetensors.numpy.save_file(tensors, output / file.name, {"format": "pt"})
-    return Arrival(largest, found, sum(int(np.sum(~keep)) for keep in masks.values()))
+    return Arrival(largest, zeros, sum(int(np.sum(~keep)) for keep in masks.values()))
 
 
 @contextlib.contextmanager
@@ -347,28 +354,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "maxtext" in what:
         for name in MODELS:
             for scan in (True, False):
-                found = arrives_in_maxtext(name, scan)
-                right.append(_print(f"maxtext {name} {'scanned' if scan else 'unscanned'}", found, found.right(2e-5)))
+                arrival = arrives_in_maxtext(name, scan)
+                right.append(_print(f"maxtext {name} {'scanned' if scan else 'unscanned'}", arrival, arrival.right(2e-5)))
     if "tunix" in what:
         for name in TUNIX:
-            found = arrives_in_tunix(name)
-            right.append(_print(f"tunix {name}", found, found.right(2e-5)))
+            arrival = arrives_in_tunix(name)
+            right.append(_print(f"tunix {name}", arrival, arrival.right(2e-5)))
     if "qwix" in what:
-        found = with_qwix_integers(arguments.folder, arguments.output) if arguments.folder else quantized_by_qwix()
-        right.append(_print(f"qwix int8 {arguments.folder or 'llama'}", found, found.right(0.1)))
+        arrival = with_qwix_integers(arguments.folder, arguments.output) if arguments.folder else quantized_by_qwix()
+        right.append(_print(f"qwix int8 {arguments.folder or 'llama'}", arrival, arrival.right(0.1)))
     if "training" in what:
         for program, train in {"tunix": trained_by_tunix, "maxtext": trained_by_maxtext}.items():
             for keep in (True, False):
                 left = train(arguments.steps, keep)
-                said = f"{arguments.steps} steps of {program} {'with' if keep else 'without'} keep_zeros"
-                held = left.zeros == left.pruned and left.moved > 0.9
-                right.append(_print(said, left, held if keep else left.zeros < 0.01 * left.pruned))
+                title = f"{arguments.steps} steps of {program} {'with' if keep else 'without'} keep_zeros"
+                stayed = left.zeros == left.pruned and left.moved > 0.9
+                right.append(_print(title, left, stayed if keep else left.zeros < 0.01 * left.pruned))
     return 0 if all(right) else 1
 
 
-def _print(what: str, found: Arrival | Left, right: bool) -> bool:
+def _print(what: str, result: Arrival | Left, right: bool) -> bool:
     numbers = (
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in found._asdict().items()
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in result._asdict().items()
     )
     print(what, *numbers, *([] if right else ["WRONG"]), flush=True)
     return right

@@ -1,6 +1,8 @@
-"""The cost of a mixture of experts: its own way, in groups, against the dense way, in which every expert computes every token.
+"""Compares a mixture of experts computed in groups with the dense way.
 
     python -m benchmarks.experts
+
+In groups, an expert computes the tokens that chose it. The dense way, every expert computes every token.
 
 For each number of experts, and of experts a token, it compares the calibration step of one mixture: its forward pass, and the
 Hessians of the inputs of all experts. FLOPs are those of the products, counted from the shapes. Seconds are medians of runs that
@@ -65,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def both_ways(arguments: argparse.Namespace, experts: int, few: int) -> tuple[tuple[Callable, Callable], tuple[Any, ...]]:
-    """The calibration step the dense way and in groups, (parameters, hidden states) -> (output, Hessians), and their inputs."""
+    """Returns the calibration step in both ways, and the inputs of both.
+
+    The ways are (dense, groups). Each maps (parameters, hidden states) to (output, Hessians).
+    """
     width, inner = arguments.width, arguments.inner
     sizes = dict(d_model=width, d_embedding=width, blocks=1, vocab=2, tied=True, heads=1, kv_heads=1, head_dim=width, eps=1e-6)
     rope = Rope.from_hf(dict(rope_type="default", rope_theta=1e4))
@@ -79,27 +84,27 @@ def both_ways(arguments: argparse.Namespace, experts: int, few: int) -> tuple[tu
     @jax.jit
     def grouped(state: nnx.State, x: Array) -> tuple[Array, list[Array]]:
         output, taps = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(x)
-        found = []
+        hessians = []
         for name, size in (("up_proj", width), ("down_proj", inner)):
             (read,) = taps["experts"][0][name]["x"]
             zeros = TokenStatistics(jnp.zeros((experts, size, size)), jnp.zeros(experts, jnp.int32))
-            found.append(add_routed(mesh, numbers, zeros, [read], valid, ()).hessian)
-        return output, found
+            hessians.append(add_routed(mesh, numbers, zeros, [read], valid, ()).hessian)
+        return output, hessians
 
     @jax.jit
     def dense(state: nnx.State, x: Array) -> tuple[Array, list[Array]]:
         mixture = nnx.merge(graph, state)
         chosen, values = mixture.gate(x)
         shares = jnp.sum(jax.nn.one_hot(chosen, experts) * values[..., None], axis=-2)
-        outputs, found = [], []
+        outputs, hessians = [], []
         for number, expert in enumerate(mixture.experts):
             share = shares[..., number, None]
             read = jnp.where(share > 0, x, 0)
             gate, up = (project(read, getattr(expert, name).weight[...]) for name in NAMES[:2])
             between = jax.nn.silu(gate) * up
             outputs.append(share * project(between, expert.down_proj.weight[...]))
-            found.append((gram(read, mesh), gram(between, mesh)))
-        return functools.reduce(jnp.add, outputs), [jnp.stack(each) for each in zip(*found)]
+            hessians.append((gram(read, mesh), gram(between, mesh)))
+        return functools.reduce(jnp.add, outputs), [jnp.stack(each) for each in zip(*hessians)]
 
     return (dense, grouped), (state, hidden)
 
@@ -111,7 +116,7 @@ def seconds(way: Callable, inputs: tuple[Any, ...]) -> float:
 
 
 def largest_difference(first: Any, second: Any) -> float:
-    """The largest difference relative to the array's largest entry, over all pairs of arrays."""
+    """Returns the largest relative difference over all pairs of arrays."""
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     return max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in pairs)
 

@@ -1,14 +1,14 @@
-"""Experts that few tokens reach: what they gain from tokens of the mean over all tokens (``borrow``), in a trained mixture.
+"""Measures what ``borrow`` gains for experts that few tokens reach.
 
     python -m benchmarks.mixture c4.jsonl mixture
     python -m benchmarks.few_tokens mixture
     python -m benchmarks.few_tokens mixture --pattern 2:4 --windows 16 --variant "--preset best"
 
-Prunes the experts of the mixture block by block, as a run does, and leaves attention dense. For each variant it prints two tables.
-First, the loss of the pruned model on held-out documents, for each number of calibration windows and each draw. Second, by the number
-of calibration tokens that reached an expert, the error of its gate and up on the held-out tokens that reach it: with ``borrow 0``, and
-as a ratio to that for the others (geometric mean over experts, for each draw). With a dense-model target it is the error against the
-dense model.
+With ``borrow``, an expert also counts tokens of the mean over all tokens. Prunes the experts of a trained mixture block by
+block, as a run does, and leaves attention dense. For each variant it prints two tables. First, the loss of the pruned model on
+held-out documents, for each number of calibration windows and each draw. Second, by the number of calibration tokens that
+reached an expert, the error of its gate and up on the held-out tokens that reach it: with ``borrow 0``, and as a ratio to that
+for the others (geometric mean over experts, for each draw). With a dense-model target it is the error against the dense model.
 """
 
 import argparse
@@ -32,10 +32,12 @@ VARIANTS = ("--preset fast", "--preset fast --solver.damping 0.3", "--preset bes
 
 
 class Found(NamedTuple):
-    """Attributes:
-    loss: of the pruned model on held-out windows.
-    tokens: [matrices] int, calibration tokens that reached the expert of each gate and up.
-    errors: [matrices], held-out error of each; NaN where no held-out token reached it.
+    """What was measured of one pruned mixture.
+
+    Attributes:
+      loss: of the pruned model on held-out windows.
+      tokens: [matrices] int, calibration tokens that reached the expert of each gate and up.
+      errors: [matrices], held-out error of each; NaN where no held-out token reached it.
     """
 
     loss: float
@@ -61,19 +63,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = f"--calibration.source file:{arguments.folder}/calibration.jsonl --evaluation.source file:{arguments.folder}/held_out.jsonl"
     text += f" --calibration.length {LENGTH} --calibration.held_out 0 --evaluation.windows {arguments.held_out}"
     for variant in arguments.variant or VARIANTS:
-        found: dict[tuple[str, ...], Found] = {}
+        results: dict[tuple[str, ...], Found] = {}
         for key in itertools.product(arguments.windows.split(","), arguments.seeds.split(","), borrows):
             settings = "--calibration.windows {} --calibration.seed {} --borrow {}".format(*key)
             where = f"--model {arguments.folder}/model --pattern {arguments.pattern} --layers self_attn.*=dense"
             config = parse(shlex.split(f"{variant} {where} {text} {settings}"))
-            found[key] = pruned(config, shared)
+            results[key] = pruned(config, shared)
         dense = math.log(perplexity(shared.model(config).decoder, shared.texts(config).evaluation.ids))
         print(f"\n`{variant} --pattern {arguments.pattern}`; the loss of the dense mixture is {dense:.4f}\n")
-        print_tables(found, borrows)
+        print_tables(results, borrows)
 
 
 def pruned(config: RunConfig, shared: Shared) -> Found:
-    """Prunes the mixture; the held-out windows of every layer are those of the evaluation text."""
+    """Prunes the mixture, with the evaluation text as held-out windows."""
     decoder, texts, windows = shared.model(config).decoder, shared.texts(config), config.calibration.fitted
     tokens = np.concatenate([texts.calibration.ids, texts.evaluation.ids])
     streams = Streams(*(decoder.embed(tokens) for _ in range(config.recipe.target.streams)))
@@ -90,18 +92,18 @@ def pruned(config: RunConfig, shared: Shared) -> Found:
     )
 
 
-def print_tables(found: dict[tuple[str, ...], Found], borrows: Sequence[str]) -> None:
+def print_tables(results: dict[tuple[str, ...], Found], borrows: Sequence[str]) -> None:
     """Prints the two tables described above, as Markdown."""
     first, *others = borrows
-    windows, seeds = (list(dict.fromkeys(each)) for each in list(zip(*found))[:2])
+    windows, seeds = (list(dict.fromkeys(each)) for each in list(zip(*results))[:2])
     print(f"| windows | {' | '.join(f'borrow {borrow}' for borrow in borrows)} |\n|---|{'---|' * len(borrows)}")
     for count in windows:
-        losses = (", ".join(f"{found[count, seed, borrow].loss:.4f}" for seed in seeds) for borrow in borrows)
+        losses = (", ".join(f"{results[count, seed, borrow].loss:.4f}" for seed in seeds) for borrow in borrows)
         print(f"| {count} | {' | '.join(losses)} |")
     print(f"\n| tokens | matrices | borrow {first} | {' | '.join(f'borrow {borrow}' for borrow in others)} |")
     print(f"|---|---|---|{'---|' * len(others)}")
-    draws = [{borrow: _joined([found[count, seed, borrow] for count in windows]) for borrow in borrows} for seed in seeds]
-    edges = [0, 1, 32, 64, 128, 256, 512, 1024, 2048, max(max(each.tokens) for each in found.values()) + 1]
+    draws = [{borrow: _joined([results[count, seed, borrow] for count in windows]) for borrow in borrows} for seed in seeds]
+    edges = [0, 1, 32, 64, 128, 256, 512, 1024, 2048, max(max(each.tokens) for each in results.values()) + 1]
     for low, high in itertools.pairwise(edges):
         cells, counts = [], []
         for draw in draws:
@@ -120,8 +122,8 @@ def print_tables(found: dict[tuple[str, ...], Found], borrows: Sequence[str]) ->
             print(f"| {low} to {high - 1} | {', '.join(map(str, counts))} | {' | '.join(texts)} |")
 
 
-def _joined(found: Sequence[Found]) -> Found:
-    return Found(0.0, *(np.concatenate(each) for each in list(zip(*found))[1:]))
+def _joined(results: Sequence[Found]) -> Found:
+    return Found(0.0, *(np.concatenate(each) for each in list(zip(*results))[1:]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What removing half of the experts of trained mixtures costs: by score, with the refit, and with the routers trained behind it.
+"""Measures what trained mixtures lose without half of their experts.
 
     python -m benchmarks.mixture c4.jsonl mixture0
     python -m benchmarks.mixture c4.jsonl mixture1 --seed 1
     python -m benchmarks.fewer_experts mixture0 mixture1 --runs runs --other wiki.test.raw.txt
 
-Each mixture is one draw, whose number is the seed of its calibration text. Prints, and writes as a record, the loss above that of the
-dense mixture: on the first windows of its held-out documents, by which settings are chosen, on the windows behind these, and on the
-second half of a text of another kind. Where experts are chosen by the other text, its first half calibrates. Runs that are in the
-folder are not done again.
+Rows differ in the score that chooses experts, in the refit, and in a training of the routers behind it. Each mixture is one
+draw, whose number is the seed of its calibration text. Prints, and writes as a record, the loss above that of the dense
+mixture: on the first windows of its held-out documents, by which settings are chosen, on the windows behind these, and on the
+second half of a text of another kind. Where experts are chosen by the other text, its first half calibrates. Runs that are in
+the folder are not done again.
 """
 
 import argparse
@@ -38,7 +39,10 @@ AS_THEY_ARE, SOLVED, ROUTERS = f"{EXPERTS} --cut.refit 0", EXPERTS, f"{EXPERTS} 
 
 
 class Case(NamedTuple):
-    """A row: what is taken, what is done with the others, the settings, and whether the text of another kind calibrates."""
+    """A row of the table, and the settings of its runs.
+
+    ``taken`` leaves the model. ``left`` says what is done with the rest. With ``other`` the text of another kind calibrates.
+    """
 
     taken: str
     left: str
@@ -92,23 +96,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     dense = [losses(folder / "model", folder, second) for folder in arguments.folders]
     rows = [["nothing: the loss itself", "-", "-", *cells(dense)]]
     for case in CASES:
-        found = []
+        increases = []
         for draw, (folder, before) in enumerate(zip(arguments.folders, dense)):
             run = arguments.runs / "-".join(re.findall(r"[a-z0-9]+", f"{' '.join(case.row)} {draw}"))
             words = f"{case.words(folder, first, draw)} --output {run}"
             if not (run / "report.json").exists() and prune(shlex.split(words)):
                 raise SystemExit(f"no result: {words}")
-            found.append(losses(run, folder, second) - before)
-        rows.append([*case.row, *cells(found)])
+            increases.append(losses(run, folder, second) - before)
+        rows.append([*case.row, *cells(increases)])
         print(" | ".join(rows[-1]), flush=True)
         if arguments.record:
             record = json.loads(arguments.record.read_text("utf-8"))
             arguments.record.write_text(json.dumps(record | {"rows": rows}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def cells(found: Sequence[np.ndarray]) -> list[str]:
-    """For each text the numbers of all draws."""
-    return [", ".join(f"{each:.4f}" for each in draws) for draws in zip(*found)]
+def cells(values: Sequence[np.ndarray]) -> list[str]:
+    """Returns a cell for each text, with the numbers of all draws."""
+    return [", ".join(f"{each:.4f}" for each in draws) for draws in zip(*values)]
 
 
 def write_halves(text: Path, folder: Path) -> tuple[Path, Path]:
@@ -122,7 +126,10 @@ def write_halves(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def losses(model: Path, folder: Path, other: Path) -> np.ndarray:
-    """The losses of a model [texts]: to choose by, of the same kind, of another kind."""
+    """Returns the losses of a model, [texts].
+
+    The texts are: to choose by, of the same kind, of another kind.
+    """
     opened = open_evaluated(str(model), make_mesh("1x1"), None, 64).model
     tokenizer = load_tokenizer(opened.pretrained)
     own, others = (

@@ -1,8 +1,8 @@
-"""Compares the speed of one block's calibration with transformers in torch, on the same cores in float32.
+"""Compares the speed of one block with transformers in torch.
 
     python -m benchmarks.forward 10
 
-Times three steps, each on the same hidden states, including transfers from and to the host:
+Times three steps on the same cores in float32, each on the same hidden states, including transfers from and to the host:
 
 - the forward pass alone
 - the calibration step: forward pass and Hessians of the four distinct inputs of the block's linear layers. In torch, hooks add
@@ -104,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("backward", backward, peer.backward, differences[2]),
     ):
         pairs = [(seconds(ours), seconds(theirs, hidden.values)) for _ in range(arguments.repeats)]
-        mine, other = (tokens.size / statistics.median(times) for times in zip(*pairs))
+        own_rate, torch_rate = (tokens.size / statistics.median(times) for times in zip(*pairs))
         ratio = statistics.median(second / first for first, second in pairs)
-        print(f"| {name} | {mine:.0f} | {other:.0f} | {ratio:.2f} | {difference:.1e} |")
+        print(f"| {name} | {own_rate:.0f} | {torch_rate:.0f} | {ratio:.2f} | {difference:.1e} |")
 
 
 def seconds(run: Callable, *inputs) -> float:
@@ -116,7 +116,7 @@ def seconds(run: Callable, *inputs) -> float:
 
 
 def largest_difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-    """The largest difference relative to the array's largest entry, over all pairs of arrays."""
+    """Returns the largest relative difference over all pairs of arrays."""
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
 
 

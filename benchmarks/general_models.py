@@ -1,4 +1,4 @@
-"""Which causal language models of the installed transformers this program runs.
+"""Checks which causal models of the installed transformers this program runs.
 
     python -m benchmarks.general_models --record docs/results/records/decoders.json
     python -m benchmarks.general_models --only MambaForCausalLM,JambaForCausalLM
@@ -106,22 +106,25 @@ def classes() -> list[str]:
     """Every causal language model of the installed transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found: set[str] = set()
+    class_names: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        found |= {names} if isinstance(names, str) else set(names)
-    return sorted(found)
+        class_names |= {names} if isinstance(names, str) else set(names)
+    return sorted(class_names)
 
 
 def sizes_of(config: Any, layers: int = 2) -> dict[str, Any]:
-    """The sizes that a configuration has a name for, and those of the configurations in it: images and sound have one layer."""
-    known = config.to_dict()
+    """Returns the sizes that a configuration has names for.
+
+    Inner configurations get their sizes too; those of images and sound have one layer.
+    """
+    fields = config.to_dict()
     sizes = {
         key: value
         for key, value in SIZES.items()
-        if key in known and not (known[key] is None and key not in ("n_inner", "head_dim"))
+        if key in fields and not (fields[key] is None and key not in ("n_inner", "head_dim"))
     }
-    if "kv_lora_rank" in known:
-        sizes |= {key: value for key, value in LATENT.items() if key in known}
+    if "kv_lora_rank" in fields:
+        sizes |= {key: value for key, value in LATENT.items() if key in fields}
     sizes |= {key: layers for key in sizes if key in LAYERS}
     inner = {key: getattr(config, key, None) for key in config.sub_configs}
     return sizes | {
@@ -142,7 +145,7 @@ def tiny_config(name: str, **settings: Any) -> Any:
 
 
 def tiny_model(config: Any) -> Any:
-    """A random model of a configuration in torch, with biases and norms that matter, in float32."""
+    """Makes a random float32 model in torch, whose biases and norms matter."""
     import torch
     import transformers
 
@@ -195,7 +198,7 @@ def outcome(name: str) -> Outcome:
 
 
 def outcome_within(name: str, seconds: float) -> Outcome:
-    """:func:`outcome` in a process of its own."""
+    """Calls :func:`outcome` in a process of its own, for so long at most."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         try:
             return pool.apply_async(outcome, (name,)).get(seconds)
@@ -215,18 +218,18 @@ def outcomes(names: Sequence[str], seconds: float = 600, workers: int = 1) -> It
         yield from zip(names, pool.map(lambda name: outcome_within(name, seconds), names), strict=True)
 
 
-def row(name: str, found: Outcome) -> list[str]:
+def row(name: str, result: Outcome) -> list[str]:
     """The row of a class in the record."""
-    said = found.why.replace("|", "/").replace("<", "&lt;")
-    return [f"`{name}`", found.way, f"`{said}`" if found.way == "general" else said or "-"]
+    reason = result.why.replace("|", "/").replace("<", "&lt;")
+    return [f"`{name}`", result.way, f"`{reason}`" if result.way == "general" else reason or "-"]
 
 
-def write_record(path: Path, name: str, found: Outcome) -> None:
+def write_record(path: Path, name: str, result: Outcome) -> None:
     """Writes the row of a class into the record; the others stay."""
     import torch
     import transformers
 
-    new = row(name, found)
+    new = row(name, result)
     table = recorded(path) | {new[0]: new}
     counts = collections.Counter(way for _, way, _ in table.values())
     facts = {
@@ -261,12 +264,12 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
-    known = {each.strip("`") for each in recorded(chosen.record)}
-    named = chosen.only.split(",") if chosen.only else sorted(set(classes()) - known)
-    for name, found in outcomes(named, chosen.seconds, chosen.workers):
-        print(name, *found, sep="\t", flush=True)
+    recorded_names = {each.strip("`") for each in recorded(chosen.record)}
+    named = chosen.only.split(",") if chosen.only else sorted(set(classes()) - recorded_names)
+    for name, result in outcomes(named, chosen.seconds, chosen.workers):
+        print(name, *result, sep="\t", flush=True)
         if chosen.record:
-            write_record(chosen.record, name, found)
+            write_record(chosen.record, name, result)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Compares the speed of written answers with transformers in torch, on the same cores in float32.
+"""Compares the speed of generation with transformers in torch.
 
     python -m benchmarks.generation
 
-Both continue the same prompts of different lengths with the most likely tokens, all at once and with a key-value cache: torch by
-``generate`` with padding on the left. Prompts are pieces of the source of Python's ``argparse``. The first call of each, in which
-programs are compiled, does not count. Runs alternate, so that other load on the machine affects both. Seconds are medians; the
-ratio is the median over pairs. Our call reads the weights first; that time is measured alone too, and not in the ratio. Needs the
-extra ``test``.
+On the same cores in float32, both continue the same prompts of different lengths with the most likely tokens, all at once and
+with a key-value cache: torch by ``generate`` with padding on the left. Prompts are pieces of the source of Python's
+``argparse``. The first call of each, in which programs are compiled, does not count. Runs alternate, so that other load on the
+machine affects both. Seconds are medians; the ratio is the median over pairs. Our call reads the weights first; that time is
+measured alone too, and not in the ratio. Needs the extra ``test``.
 """
 
 import argparse
@@ -82,18 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers, seconds = zip(*(_timed([ours, read, theirs], clock) for _ in range(arguments.repeats + 1)))
     own, _, other = answers[-1]
     same = sum(first == second for first, second in zip(own, other))
-    whole, reading, torch_time = np.array(seconds[1:]).T
-    ratio = statistics.median(torch_time / (whole - reading))
+    our_time, reading, torch_time = np.array(seconds[1:]).T
+    ratio = statistics.median(torch_time / (our_time - reading))
     count = arguments.new * arguments.prompts
     print(
-        f"{count} tokens after {len(prompts)} prompts of {min(sizes)} to {max(sizes)} tokens: {statistics.median(whole):.2f} s here, "
+        f"{count} tokens after {len(prompts)} prompts of {min(sizes)} to {max(sizes)} tokens: {statistics.median(our_time):.2f} s here, "
         f"{statistics.median(reading):.2f} s of them to read the weights; {statistics.median(torch_time):.2f} s in torch. "
         f"{ratio:.2f} times the speed of torch. {same} of {len(own)} answers are the same"
     )
 
 
 def _timed(works: Sequence[Callable[[], Any]], clock: Callable[[], float]) -> tuple[list[Any], list[float]]:
-    """What each function gives, and its seconds."""
+    """Calls each function. Returns the results and the seconds."""
     results, seconds = [], []
     for work in works:
         start = clock()

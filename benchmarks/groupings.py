@@ -1,8 +1,9 @@
-"""Other groups of 2:4, to tell what a stride costs from what any change of the groups does: patterns for ``--pattern``.
+"""Patterns of 2:4 in other groups, for ``--pattern``.
 
     python -m benchmarks.layer_errors 30 --preset fast --pattern "benchmarks.groupings:Shuffled?seed=1"
 
-``layer_errors`` prints the errors of all layers and the perplexity. ``optima prune`` takes such a pattern too.
+They tell what a stride costs from what any change of the groups costs. ``layer_errors`` prints the errors of all layers and the
+perplexity. ``optima prune`` takes such a pattern too.
 """
 
 import abc
@@ -19,11 +20,11 @@ _WINDOW = 64
 
 
 class Regrouped(Pattern):
-    """2:4 of inputs in another order, which keeps every input in its window of 64."""
+    """2:4 of reordered inputs; every input stays in its window of 64."""
 
     @abc.abstractmethod
     def windows(self, count: int) -> list[np.ndarray]:
-        """The order of the inputs of every window, [64] int each, counted inside the window."""
+        """The order of the inputs of each window, [64] int from 0 to 63."""
 
     @property
     def span(self) -> int:
@@ -45,7 +46,7 @@ class Regrouped(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled(Regrouped):
-    """Groups of four of the 64 inputs of a window, drawn anew for every window."""
+    """Groups of four inputs of a window of 64, drawn anew for every window."""
 
     seed: int = 0
 
@@ -56,7 +57,10 @@ class Shuffled(Regrouped):
 
 @dataclasses.dataclass(frozen=True)
 class Rolled(Regrouped):
-    """Groups of neighbours that begin ``by`` inputs later; the last group of a window takes its first inputs."""
+    """Groups of neighbours that begin ``by`` inputs later.
+
+    The last group of a window takes the window's first inputs.
+    """
 
     by: int = 2
 

@@ -1,11 +1,11 @@
-"""Compares our answers with those of the harness's own transformers model (torch), request by request, on a real model.
+"""Compares our answers with the harness's own transformers model in torch.
 
     python -m benchmarks.harness_parity --data arc_easy=FOLDER,piqa=FOLDER --limit 200
     python -m benchmarks.harness_parity --data gsm8k=FOLDER --fewshot 4 --gen_kwargs max_gen_toks=128
 
-Where a written answer differs, it names the first two tokens that do, and how far apart torch's logits of them are. The harness's
-model writes one answer at a time; it scores 16 texts at once. Needs the extra ``test``. The options mean the same as in ``python
--m optima_tpu.evaluate --help``.
+Compares request by request, on a real model. Where a written answer differs, it names the first two tokens that do, and how far
+apart torch's logits of them are. The harness's model writes one answer at a time; it scores 16 texts at once. Needs the extra
+``test``. The options mean the same as in ``optima evaluate --help``.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from optima_tpu.runtime.mesh import make_mesh, simulate_devices
 
 
 def write_folder(model: str, folder: Path) -> Path:
-    """Writes a dense model as a Hugging Face folder in float32, and returns the folder."""
+    """Writes a dense float32 model for transformers. Returns the folder."""
     pretrained = open_model(model, "float32")
     for name, content in pretrained.assets.items():
         (folder / name).write_bytes(content)
@@ -43,10 +43,10 @@ def write_folder(model: str, folder: Path) -> Path:
 
 
 def answers(samples: list[dict[str, Any]]) -> tuple[np.ndarray, list[bool]]:
-    """The log-likelihoods of all requests of a task, and their greedy flags (rolling requests have none)."""
-    found = [response for sample in samples for responses in sample["resps"] for response in responses]
-    values = [response[0] if isinstance(response, tuple) else response for response in found]
-    return np.asarray(values, np.float64), [response[1] for response in found if isinstance(response, tuple)]
+    """Returns log-likelihoods and greedy flags; rolling requests have none."""
+    all_responses = [response for sample in samples for responses in sample["resps"] for response in responses]
+    values = [response[0] if isinstance(response, tuple) else response for response in all_responses]
+    return np.asarray(values, np.float64), [response[1] for response in all_responses if isinstance(response, tuple)]
 
 
 def written(samples: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
@@ -55,7 +55,7 @@ def written(samples: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
 
 
 def differences(reference: HFLM, ours: dict[int, tuple[str, str]], theirs: dict[int, tuple[str, str]]) -> Iterator[str]:
-    """A line for each answer that differs, with torch's logits of the first two tokens that do."""
+    """Yields a line with torch's logits for each answer that differs."""
     tokenizer, end = reference.tokenizer, reference.eot_token_id
     for document, (prompt, answer) in ours.items():
         given, other = theirs[document]
@@ -63,14 +63,14 @@ def differences(reference: HFLM, ours: dict[int, tuple[str, str]], theirs: dict[
         if answer == other:
             continue
         start = reference.tok_encode(prompt)
-        found, expected = ([*tokenizer.encode(text, add_special_tokens=False), end] for text in (answer, other))
-        same = next(place for place, (one, two) in enumerate(zip(found, expected)) if one != two)
+        own_tokens, expected = ([*tokenizer.encode(text, add_special_tokens=False), end] for text in (answer, other))
+        same = next(index for index, (one, two) in enumerate(zip(own_tokens, expected)) if one != two)
         with torch.no_grad():
-            logits = reference.model(torch.tensor([start + found[:same]])).logits[0, -1]
-        mine, best = (float(logits[tokens[same]]) for tokens in (found, expected))
+            logits = reference.model(torch.tensor([start + own_tokens[:same]])).logits[0, -1]
+        own_logit, best = (float(logits[tokens[same]]) for tokens in (own_tokens, expected))
         yield (
-            f"document {document}: {same} tokens are the same, then {tokenizer.decode(found[same])!r} here and "
-            f"{tokenizer.decode(expected[same])!r} in torch, whose logits are {mine:.6f} and {best:.6f}, {best - mine:.1e} apart; "
+            f"document {document}: {same} tokens are the same, then {tokenizer.decode(own_tokens[same])!r} here and "
+            f"{tokenizer.decode(expected[same])!r} in torch, whose logits are {own_logit:.6f} and {best:.6f}, {best - own_logit:.1e} apart; "
             f"the largest is {float(logits.max()):.6f}"
         )
 
@@ -99,8 +99,8 @@ def main() -> None:
         tasks=",".join(entry.partition("=")[0] for entry in chosen.data.split(",")),
     )
     simulate_devices(chosen.cpu_devices)
-    with tempfile.TemporaryDirectory() as place, Progress() as progress:
-        folder = str(write_folder(config.model, Path(place)))
+    with tempfile.TemporaryDirectory() as temporary, Progress() as progress:
+        folder = str(write_folder(config.model, Path(temporary)))
         model, tokenizer, _ = open_evaluated(folder, make_mesh(chosen.mesh))
         lm = DecoderLM(model, tokenizer, progress)
         tasks = load_tasks(config.task_names, lm, config.asking, data=config.folders)
@@ -117,9 +117,9 @@ def main() -> None:
     for name in config.task_names:
         samples = ours["samples"][name], theirs["samples"][name]
         if name in writes:
-            found, expected = map(written, samples)
-            apart = list(differences(reference, found, expected))
-            print(f"{name}: {len(found)} written answers, {len(found) - len(apart)} the same", *apart, sep="\n  ")
+            own_answers, expected = map(written, samples)
+            apart = list(differences(reference, own_answers, expected))
+            print(f"{name}: {len(own_answers)} written answers, {len(own_answers) - len(apart)} the same", *apart, sep="\n  ")
         else:
             print(f"{name}: {scored(*map(answers, samples))}")
         for side, result in (("here", ours), ("transformers", theirs)):
@@ -130,10 +130,10 @@ def main() -> None:
 
 def scored(ours: tuple[np.ndarray, list[bool]], theirs: tuple[np.ndarray, list[bool]]) -> str:
     """How far log-likelihoods are apart, from :func:`answers`."""
-    (found, greedy), (expected, likeliest) = ours, theirs
-    error = np.abs(found - expected) / np.abs(expected)
+    (values, greedy), (expected, likeliest) = ours, theirs
+    error = np.abs(values - expected) / np.abs(expected)
     return (
-        f"{len(found)} log-likelihoods, largest relative difference {error.max():.1e}, greedy flags "
+        f"{len(values)} log-likelihoods, largest relative difference {error.max():.1e}, greedy flags "
         f"{'the same' if greedy == likeliest else 'DIFFER'}"
     )
 

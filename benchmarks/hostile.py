@@ -1,4 +1,4 @@
-"""Hostile cases by the hundred: damaged files, random command lines, signals and kills. Counts what became of them.
+"""Counts the outcomes of damaged files, random commands, signals and kills.
 
     python -m benchmarks.hostile files --cases 0:2000 --add hostile.json
     python -m benchmarks.hostile signals --processes 2 --cases 0:252 --add hostile.json
@@ -122,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for outcome, count in sorted(tally.counts.items()):
         print(f"{count:6} {outcome}")
     if options.add:
-        known = json.loads(options.add.read_text()) if options.add.exists() else {}
-        counts = collections.Counter(known.get(", ".join(what), {})) + tally.counts
-        options.add.write_text(json.dumps(known | {", ".join(what): dict(sorted(counts.items()))}, indent=1))
+        earlier = json.loads(options.add.read_text()) if options.add.exists() else {}
+        counts = collections.Counter(earlier.get(", ".join(what), {})) + tally.counts
+        options.add.write_text(json.dumps(earlier | {", ".join(what): dict(sorted(counts.items()))}, indent=1))
     return int(any(outcome.startswith("WRONG") for outcome in tally.counts))
 
 
@@ -151,7 +151,7 @@ def drawn(strategy: st.SearchStrategy, number: int, seed: str, check: Callable[[
 
 
 def files(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
-    """Every kind gets the same number of cases, or one more."""
+    """Tries damaged files, with equally many cases for every kind."""
     from tests import test_fuzz as fuzz  # which imports torch
 
     kinds = fuzz.KINDS | {"configurations": None}
@@ -161,15 +161,15 @@ def files(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
         own = folder / name
         if kind is None:
             own.mkdir()
-            kind, strategy, whole = fuzz.Kind("config.json", own.mkdir, fuzz.read_declared), fuzz.configurations(), b""
+            kind, strategy, original = fuzz.Kind("config.json", own.mkdir, fuzz.read_declared), fuzz.configurations(), b""
         else:
             if kind.write is not tiny_folder:
                 own.mkdir()
             kind.write(own)
-            whole = (own / kind.file).read_bytes()
-            strategy = fuzz.damaged(whole)
+            original = (own / kind.file).read_bytes()
+            strategy = fuzz.damaged(original)
         if share[name]:
-            check = functools.partial(_file, tally, name, kind, own, fuzz.outcome, whole)
+            check = functools.partial(_file, tally, name, kind, own, fuzz.outcome, original)
             drawn(strategy, share[name], f"{name} {options.seed} {cases.start}", check)
         done += share[name]
         yield done
@@ -178,32 +178,32 @@ def files(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
         tally.wrong("more than 2 GiB", f"{peak} KiB")
 
 
-def _file(tally: Tally, name: str, kind: Any, folder: Path, outcome: Callable[..., str], whole: bytes, changed: bytes) -> None:
+def _file(tally: Tally, name: str, kind: Any, folder: Path, outcome: Callable[..., str], original: bytes, changed: bytes) -> None:
     began = time.process_time()
     try:
-        found = outcome(kind, folder, changed)
+        result = outcome(kind, folder, changed)
     except Exception:
         tally.wrong("a traceback", name, changed[:300], traceback.format_exc())
         return
     if time.process_time() - began > SECONDS:
         tally.wrong(f"more than {SECONDS} s", name, changed[:300])
-    elif kind.checked and found == "read" and changed != whole:
+    elif kind.checked and result == "read" and changed != original:
         tally.wrong("believed against its checksum", name, changed[:300])
     else:
-        tally.good({"read": "read", "refused": "refused in one line"}[found])
+        tally.good({"read": "read", "refused": "refused in one line"}[result])
 
 
 # Processes.
 
 
-def forked(work: Callable[[], int | None], printed: Path, said: Path) -> int:
-    """Starts ``work`` in a process that has imported what this one has. Returns its number."""
+def forked(work: Callable[[], int | None], printed: Path, errors: Path) -> int:
+    """Forks a process that does ``work``. Returns its process id."""
     if child := os.fork():
         return child
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
-        for path, stream in ((printed, 1), (said, 2)):
+        for path, stream in ((printed, 1), (errors, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         status = work() or 0
@@ -219,18 +219,21 @@ def forked(work: Callable[[], int | None], printed: Path, said: Path) -> int:
 
 
 def ended(child: int) -> tuple[int, float]:
-    """The exit status of a process, negative for the signal that ended it, and its seconds of a core. Kills one that hangs."""
-    until, found = time.monotonic() + HANGS, 0
-    while not found:
+    """Waits for a process. Returns its exit status and its CPU seconds.
+
+    The status is negative for the signal that ended the process. Kills a process that hangs.
+    """
+    until, finished = time.monotonic() + HANGS, 0
+    while not finished:
         time.sleep(0.01)
-        found, status, used = os.wait4(child, os.WNOHANG)
-        if not found and time.monotonic() > until:
+        finished, status, used = os.wait4(child, os.WNOHANG)
+        if not finished and time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 
 
 def in_child(folder: Path, work: Callable[[], int | None]) -> None:
-    """Does what would take this process's devices in another one."""
+    """Does in another process what would take the devices of this one."""
     status, _ = ended(forked(work, folder / "printed", folder / "said"))
     if status:
         raise RuntimeError((folder / "said").read_text())
@@ -245,7 +248,10 @@ def write_model(folder: Path) -> None:
 
 
 def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
-    """Nine of ten are runs, the others go to all commands. One of eight runs whose settings are read is done."""
+    """Tries random command lines: nine of ten are runs.
+
+    The others go to all commands. Of the runs whose settings are read, one of eight is done.
+    """
     from tests import test_fuzz as fuzz
 
     write_model(folder)
@@ -272,10 +278,10 @@ def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
 
     commands = st.sampled_from(sorted(named)).flatmap(others)
     for start in range(cases.start, cases.stop, BATCH):
-        part, found = range(start, min(start + BATCH, cases.stop)), list[list[str]]()
-        drawn(runs if start // BATCH % 10 else commands, len(part) + 1, f"{options.seed} {start}", found.append)
+        part, argvs = range(start, min(start + BATCH, cases.stop)), list[list[str]]()
+        drawn(runs if start // BATCH % 10 else commands, len(part) + 1, f"{options.seed} {start}", argvs.append)
         # Hypothesis draws the simplest value first, which is always the same one.
-        for number, argv in zip(part, found[1:]):
+        for number, argv in zip(part, argvs[1:]):
             _line(tally, folder, argv, number % 8 == 1)
         yield part.stop
 
@@ -313,16 +319,16 @@ def _line(tally: Tally, folder: Path, argv: list[str], work_too: bool) -> None:
         return cli.main()
 
     status, used = ended(forked(work, folder / "printed", folder / "said"))
-    said = (folder / "said").read_text(errors="replace")
-    facts = (argv, f"status {status}, {used:.1f} s", said[-1500:])
+    stderr_text = (folder / "said").read_text(errors="replace")
+    facts = (argv, f"status {status}, {used:.1f} s", stderr_text[-1500:])
     shutil.rmtree(own)
-    if "Traceback" in said:
+    if "Traceback" in stderr_text:
         tally.wrong("a traceback", *facts)
-    elif status == 2 and said.startswith("error: ") and said.count("\n") == 1:
+    elif status == 2 and stderr_text.startswith("error: ") and stderr_text.count("\n") == 1:
         tally.good("refused in one line")
     elif status == 0 or (status == 1 and argv[0] == "verify"):
         tally.good("done")
-    elif used > SECONDS - 1 and status in (-signal.SIGKILL, -signal.SIGXCPU) and not said:
+    elif used > SECONDS - 1 and status in (-signal.SIGKILL, -signal.SIGXCPU) and not stderr_text:
         tally.good(f"at work after {SECONDS} s of a core")
         print("at work:", *argv)
     else:
@@ -363,7 +369,7 @@ class Stops:
         return ["--model", str(self.folder / "model"), *SMALL, "--preset", "fast", *devices, "--output", str(output)]
 
     def fork(self, output: Path) -> list[int]:
-        """Forks the processes of the run. Returns their numbers."""
+        """Forks the processes of the run. Returns their process ids."""
         port = free_port()
 
         def work(number: int) -> int:
@@ -399,10 +405,10 @@ class Stops:
             raise RuntimeError(f"a run that nothing stops ended with {statuses}: {self.said()}")
 
     def compare(self, output: Path) -> str:
-        """What differs from the run that nothing stopped, in the exported weights and masks; empty if nothing does."""
-        whole = self.folder / "whole/hf"
-        names = [path.name for path in whole.iterdir() if path.suffix in (".safetensors", ".npz")]
-        different = [name for name in names if (output / "hf" / name).read_bytes() != (whole / name).read_bytes()]
+        """Names files that differ from the unstopped run's; empty if none."""
+        expected = self.folder / "whole/hf"
+        names = [path.name for path in expected.iterdir() if path.suffix in (".safetensors", ".npz")]
+        different = [name for name in names if (output / "hf" / name).read_bytes() != (expected / name).read_bytes()]
         return f"other bits in {', '.join(different)}" if different or len(names) != 2 else ""
 
     def go_on(self, tally: Tally, output: Path, facts: object) -> None:
@@ -420,7 +426,7 @@ class Stops:
 
 
 def signals(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
-    """SIGTERM and Ctrl-C to all processes of a run, as from a terminal and from most schedulers."""
+    """Sends SIGTERM or Ctrl-C to all processes of a run, as schedulers do."""
     stops, output, facts = Stops(folder, options.processes, options.compile), folder / "run", []
     for number in cases:
         chance = random.Random(f"signals {options.seed} {number}")
@@ -432,14 +438,14 @@ def signals(tally: Tally, options: argparse.Namespace, cases: range, folder: Pat
             os.kill(child, sent)
         facts.append((number, sent.name, moment))
         statuses = [ended(child)[0] for child in started]
-        told = tally_signal(tally, sent, statuses, stops.said(), moment if early else 9.0, facts[-1])
+        stopped = tally_signal(tally, sent, statuses, stops.said(), moment if early else 9.0, facts[-1])
         if early and not (output / "run.json").exists():
             if left := [path.name for path in output.rglob("*") if path.name != "run.lock"]:
                 tally.wrong("stopped before anything was written, and left files", facts[-1], left)
             else:
                 tally.good("nothing was written yet")
             shutil.rmtree(output, ignore_errors=True)
-        elif early or not told or len(facts) >= CHAIN or number == cases[-1]:
+        elif early or not stopped or len(facts) >= CHAIN or number == cases[-1]:
             stops.go_on(tally, output, facts)
         else:
             yield number + 1
@@ -448,27 +454,31 @@ def signals(tally: Tally, options: argparse.Namespace, cases: range, folder: Pat
         yield number + 1
 
 
-def tally_signal(tally: Tally, sent: signal.Signals, statuses: list[int], said: list[str], moment: float, facts: object) -> bool:
+def tally_signal(
+    tally: Tally, sent: signal.Signals, statuses: list[int], errors: list[str], moment: float, facts: object
+) -> bool:
     """Counts how a signalled run ended. Returns whether it was stopped."""
     status, line = ENDS[sent]
-    texts = [without_gloo(text) for text in said]
-    python = [found == -sent or (found == 1 and text.startswith(STARTING)) for found, text in zip(statuses, said)]
-    if moment < 0.2 and any(python) and all(own or found == status for own, found in zip(python, statuses)):
+    texts = [without_gloo(text) for text in errors]
+    python = [
+        exit_status == -sent or (exit_status == 1 and text.startswith(STARTING)) for exit_status, text in zip(statuses, errors)
+    ]
+    if moment < 0.2 and any(python) and all(own or exit_status == status for own, exit_status in zip(python, statuses)):
         tally.good("ended by the signal before Python was up")
     elif statuses == [0] * len(statuses):
         tally.good("was done already, status 0")
         return False
     elif statuses != [status] * len(statuses):
-        tally.wrong("another status", facts, statuses, said)
+        tally.wrong("another status", facts, statuses, errors)
     elif not all(len(text) == 1 and text[0].startswith(line) for text in texts):
-        tally.wrong("something else than one line", facts, statuses, said)
+        tally.wrong("something else than one line", facts, statuses, errors)
     else:
         tally.good(f"status {status} and one line")
     return True
 
 
 def kills(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
-    """SIGKILL to one process of a run, or to all."""
+    """Sends SIGKILL to one process of a run, or to all."""
     stops, output, facts = Stops(folder, options.processes, options.compile), folder / "run", []
     for number in cases:
         chance = random.Random(f"kills {options.seed} {number}")
@@ -480,9 +490,9 @@ def kills(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
             os.kill(started[victim], signal.SIGKILL)
         statuses = [ended(child)[0] for child in started]
         facts.append((number, moment, victims, statuses))
-        for place, status in enumerate(statuses):
-            if place not in victims:
-                survivor(tally, status, stops.said()[place], facts[-1])
+        for index, status in enumerate(statuses):
+            if index not in victims:
+                survivor(tally, status, stops.said()[index], facts[-1])
         tally.good("killed" if any(statuses) else "was done already")
         if len(facts) >= CHAIN or not any(statuses) or number == cases[-1]:
             stops.go_on(tally, output, facts)
@@ -490,33 +500,33 @@ def kills(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
         yield number + 1
 
 
-def survivor(tally: Tally, status: int, said: str, facts: object) -> None:
+def survivor(tally: Tally, status: int, errors: str, facts: object) -> None:
     """Counts how a process ended whose peer was killed."""
     # jax aborts a process that waits for another to connect.
-    known = {0: "ended with 0", 69: "ended with 69", -signal.SIGABRT: "aborted by jax"}
-    if status == 2 and re.search(JOINING, said):
+    expected = {0: "ended with 0", 69: "ended with 69", -signal.SIGABRT: "aborted by jax"}
+    if status == 2 and re.search(JOINING, errors):
         tally.good("the other process waited for it to join, and ended with 2")
-    elif status not in known or (status == 69 and "Traceback" in said):
-        tally.wrong("the other process ended otherwise", facts, said)
+    elif status not in expected or (status == 69 and "Traceback" in errors):
+        tally.wrong("the other process ended otherwise", facts, errors)
     else:
-        tally.good(f"the other process {known[status]}")
+        tally.good(f"the other process {expected[status]}")
 
 
 # Two commands at once.
 
 
 class Writers:
-    """Commands that write a folder, and what each of them writes when it is alone."""
+    """Commands that write a folder, and what each one writes when alone."""
 
     def __init__(self, folder: Path, stops: Stops):
-        self.folder, whole, other = folder, stops.folder / "whole", folder / "other"
+        self.folder, run, other = folder, stops.folder / "whole", folder / "other"
         if not other.exists():
             in_child(folder, lambda: launch.main([*stops.arguments(other, 0, 0), "--pattern", "0.25"]))
         packed = folder / "packed" / "out"  # a model card names its folder
         self.commands = {
-            "export": ["export", str(whole)],
+            "export": ["export", str(run)],
             "export of another run": ["export", str(other)],
-            "export --packed": ["export", "--packed", str(whole)],
+            "export --packed": ["export", "--packed", str(run)],
             "unpack": ["unpack", str(packed)],
         }
         self.alone: dict[str, dict[str, bytes]] = {}
@@ -543,18 +553,18 @@ def pairs(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
     writers = Writers(folder, stops)
     for number in cases:
         chance = random.Random(f"pairs {options.seed} {number}")
-        runs, place = number % 5 == 4, folder / "pair"
+        runs, pair = number % 5 == 4, folder / "pair"
         names = ["run", "run"] if runs else chance.choices([*writers.commands], k=2)
         moment = chance.uniform(0, 1) * (stops.seconds if runs else writers.seconds[names[0]])
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(pair, ignore_errors=True)
         started = []
         for which, name in enumerate(names):
-            argv = ["prune", *stops.arguments(place / "out", 0, 0)] if runs else [*writers.commands[name], str(place / "out")]
+            argv = ["prune", *stops.arguments(pair / "out", 0, 0)] if runs else [*writers.commands[name], str(pair / "out")]
             started.append(writers.start(argv, which))
             time.sleep(0 if which else moment)
         statuses = [ended(child)[0] for child in started]
-        said = [(folder / f"said{which}").read_text() for which in range(2)]
-        tally_pair(tally, writers, stops, place, names, statuses, said, (number, names, moment))
+        errors = [(folder / f"said{which}").read_text() for which in range(2)]
+        tally_pair(tally, writers, stops, pair, names, statuses, errors, (number, names, moment))
         yield number + 1
 
 
@@ -562,27 +572,30 @@ def tally_pair(
     tally: Tally,
     writers: Writers,
     stops: Stops,
-    place: Path,
+    pair: Path,
     names: list[str],
     statuses: list[int],
-    said: list[str],
+    errors: list[str],
     facts: object,
 ) -> None:
-    """Compares a folder that two commands wrote with what the one that ended with 0 writes alone."""
+    """Compares a folder that two commands wrote with what the winner writes.
+
+    The winner is the command that ended with 0.
+    """
     winners = [name for name, status in zip(names, statuses) if not status]
-    out, runs = place / "out", names == ["run", "run"]
+    out, runs = pair / "out", names == ["run", "run"]
     # What is whole already ends with 0 again: a finished run, and an export or an unpacking of the same run to the same folder. The
     # bytes below decide whether it was whole.
     if sorted(statuses) not in ([0, 2], [0, 0]):
-        tally.wrong("other statuses", facts, statuses, said)
-    elif any(text.count("\n") != 1 or not text.startswith("error: ") for text, status in zip(said, statuses) if status):
-        tally.wrong("not one line", facts, said)
-    elif [path.name for path in place.iterdir()] != ["out"]:
-        tally.wrong("something is left beside it", facts, sorted(place.iterdir()))
-    elif (found := verified(out)).damaged or found.unlisted:
-        tally.wrong("it does not verify", facts, found)
+        tally.wrong("other statuses", facts, statuses, errors)
+    elif any(text.count("\n") != 1 or not text.startswith("error: ") for text, status in zip(errors, statuses) if status):
+        tally.wrong("not one line", facts, errors)
+    elif [path.name for path in pair.iterdir()] != ["out"]:
+        tally.wrong("something is left beside it", facts, sorted(pair.iterdir()))
+    elif (checked := verified(out)).damaged or checked.unlisted:
+        tally.wrong("it does not verify", facts, checked)
     elif stops.compare(out) if runs else contents(out) != writers.alone[winners[0]]:
-        tally.wrong("it is neither command's", facts, said)
+        tally.wrong("it is neither command's", facts, errors)
     else:
         late = "was done already" if all(not status for status in statuses) else "said so"
         tally.good(f"one {'run' if runs else 'command'} won whole, and the other {late}")

@@ -1,12 +1,12 @@
-"""Prints the layer errors of the first blocks without pruning the others; for all blocks, also the perplexity.
+"""Prints the layer errors of the first blocks without pruning the others.
 
     python -m benchmarks.layer_errors 11 --solver mpax --accept per_layer --selector.shift_zero true
     python -m benchmarks.layer_errors 30 --selector sparsegpt --solver mpax --accept per_layer --beside cg,cg-undamped
 
 Takes the settings of ``optima_tpu.launch`` after the number of blocks. Prints the mean over all layers of the relative error
-``||X W' - X V'||^2 / ||X W'||^2``, for the selector's and for the final weights, and for the final weights on held-out windows. A
-full run gives the same errors, because a block does not depend on later blocks. With all blocks, the perplexity on
-``--evaluation.source`` is also the same as in a full run.
+``||X W' - X V'||^2 / ||X W'||^2``, for the selector's and for the final weights, and for the final weights on held-out windows.
+A full run gives the same errors, because a block does not depend on later blocks. With all blocks, it also prints the
+perplexity on ``--evaluation.source``, which is the same as in a full run.
 
 ``--beside`` also solves every layer with other solvers, on the same inputs and with the same mask, and counts the layers in which
 such a solver leaves a larger error than the run's solver. Later blocks get the weights of the run's solver.
@@ -70,16 +70,16 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
     decoder, windows, recipe = model.decoder, config.calibration.fitted, config.recipe
     calibration, evaluation, *_ = read_texts(config, model)
     hidden, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
-    layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, groups_of_blocks(decoder), windows)
+    layers, by_rival, walk = [], defaultdict(list), Walk(decoder, recipe, groups_of_blocks(decoder), windows)
     others = {}
     for name in beside:
         rival = dataclasses.replace(recipe, solver=BESIDE[name], accept=PerRow())
         others[name] = dataclasses.replace(walk, recipe=rival)
     for index in range(blocks):
-        whole = next(decoder.blocks([index]))
+        dense_block = next(decoder.blocks([index]))
         for name, rival in others.items():
-            found[name] += prune_block(rival, index, whole, Streams(hidden.copy())).layers
-        pruned, _, reports = prune_block(walk, index, whole, Streams(hidden))[:3]
+            by_rival[name] += prune_block(rival, index, dense_block, Streams(hidden.copy())).layers
+        pruned, _, reports = prune_block(walk, index, dense_block, Streams(hidden))[:3]
         decoder.apply(index, pruned, other)
         layers += reports
         print(
@@ -88,20 +88,20 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
             sep="  ",
             flush=True,
         )
-    _print_means(layers, found)
+    _print_means(layers, by_rival)
     if blocks == decoder.config.blocks:
         value = perplexity_of(token_nll(decoder, other, evaluation.ids).sum(axis=1, dtype=np.float64), evaluation.ids)
         print(f"perplexity {value:.3f}, on {evaluation.how}")
 
 
-def _print_means(layers: Sequence[LayerReport], found: Mapping[str, Sequence[LayerReport]]) -> None:
+def _print_means(layers: Sequence[LayerReport], by_rival: Mapping[str, Sequence[LayerReport]]) -> None:
     before, after = (statistics.fmean(getattr(r, name) for r in layers) for name in ("error_before", "error_after"))
     held_out = [r.held_out_after for r in layers if r.held_out_after is not None]
     print(
         f"mean over {len(layers)} layers: selector {before:.4f}, final {after:.4f}"
         + (f", held out {statistics.fmean(held_out):.4f}" if held_out else "")
     )
-    for name, reports in found.items():
+    for name, reports in by_rival.items():
         ratios = {f"block {r.block} {r.name}": r.error_after / s.error_after for r, s in zip(reports, layers)}
         worse = {layer: ratio for layer, ratio in ratios.items() if ratio > 1}
         print(

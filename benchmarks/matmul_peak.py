@@ -1,11 +1,11 @@
-"""Measures the throughput of the conjugate-gradient loop, relative to the machine's float32 matrix products.
+"""Measures the throughput of cg's loop relative to large matrix products.
 
     python -m benchmarks.matmul_peak
 
-Uses random Hessians. The time of the iterations is the difference between a run of several cycles and a run of one cycle, which
-excludes the factorisation before the loop. Every cycle multiplies with a [d_in, d_in] matrix twice in each of its iterations and
-twice for its certificate. The reference are large square products in the same precision, the fastest of several sizes. Both
-alternate within one process.
+Uses random Hessians in float32. The time of the iterations is the difference between a run of several cycles and a run of one
+cycle, which excludes the factorisation before the loop. Every cycle multiplies with a [d_in, d_in] matrix twice in each of its
+iterations and twice for its certificate. The reference are large square products in the same precision, the fastest of several
+sizes. Both alternate within one process.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def random_problem(size: int, rows: int):
-    """A random problem with half of the weights pruned and correlated inputs, so that the Hessian is ill-conditioned."""
+    """Draws a half pruned problem with an ill-conditioned Hessian."""
     rng = np.random.default_rng(0)
     spectrum = np.arange(1, size + 1, dtype=np.float32) ** -0.5
     inputs = (rng.standard_normal((2 * size, size), np.float32) * spectrum) @ rng.standard_normal((size, size), np.float32)

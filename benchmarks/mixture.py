@@ -1,11 +1,11 @@
-"""Trains a small mixture of experts on a text file, for measurements that need a trained router. Needs torch.
+"""Trains a small mixture of experts on a text file. Needs torch.
 
     python -m benchmarks.mixture c4.jsonl mixture
 
-Of every ten documents, eight train, one is for calibration and one is held out. Writes FOLDER/model, which ``transformers`` and
-``optima prune`` load, FOLDER/calibration.jsonl and FOLDER/held_out.jsonl. Prints the loss on the held-out documents beside the loss
-of counted unigrams and bigrams, and how the held-out tokens are divided among the experts. One thread and fixed seeds: the same
-weights each time.
+It serves measurements that need a trained router. Of every ten documents, eight train, one is for calibration and one is held
+out. Writes FOLDER/model, which ``transformers`` and ``optima prune`` load, FOLDER/calibration.jsonl and FOLDER/held_out.jsonl.
+Prints the loss on the held-out documents beside the loss of counted unigrams and bigrams, and how the held-out tokens are
+divided among the experts. One thread and fixed seeds: the same weights each time.
 """
 
 import argparse
@@ -90,13 +90,16 @@ def learn_tokenizer(texts: Sequence[str], size: int) -> transformers.PreTrainedT
 
 
 def joined(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> np.ndarray:
-    """The tokens of all texts, with the end token behind each, as windows [windows, LENGTH]."""
+    """Returns all texts' tokens, each with an end token, [windows, LENGTH]."""
     ids = np.concatenate([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts])
     return ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
 
 
 def train(model: torch.nn.Module, windows: np.ndarray, arguments: argparse.Namespace) -> None:
-    """AdamW with a warm-up and a linear decline to zero, over the windows in a new order in every pass."""
+    """Trains with AdamW, over the windows in a new order in every pass.
+
+    The learning rate has a warm-up and a linear decline to zero.
+    """
     rng, steps, started = np.random.default_rng(arguments.seed), arguments.steps, time.process_time()
     passes = math.ceil(steps * arguments.windows / len(windows))
     order = np.concatenate([rng.permutation(len(windows)) for _ in range(passes)])
@@ -123,15 +126,15 @@ def train(model: torch.nn.Module, windows: np.ndarray, arguments: argparse.Names
 
 @torch.inference_mode()
 def describe(model: torch.nn.Module, training: np.ndarray, held_out: np.ndarray) -> None:
-    """Prints the loss on held-out windows and the shares of their tokens that reach each expert."""
+    """Prints the held-out loss and the shares of tokens that reach experts."""
     model.eval()
     config, losses, reached = model.config, [], 0
     for batch in torch.from_numpy(held_out).split(16):
-        found = model(input_ids=batch, output_router_logits=True)
+        output = model(input_ids=batch, output_router_logits=True)
         losses.append(
-            torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+            torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
         )
-        chosen = torch.stack(found.router_logits).topk(config.num_experts_per_tok).indices
+        chosen = torch.stack(output.router_logits).topk(config.num_experts_per_tok).indices
         reached += torch.nn.functional.one_hot(chosen, config.num_experts).sum((1, 2)).numpy()
     loss = float(sum(losses)) / held_out[:, 1:].size
     unigrams, bigrams = counted_losses(training, held_out, config.vocab_size)
@@ -143,15 +146,18 @@ def describe(model: torch.nn.Module, training: np.ndarray, held_out: np.ndarray)
 
 
 def counted_losses(training: np.ndarray, held_out: np.ndarray, vocab: int) -> tuple[float, float]:
-    """The losses of unigrams, one added to each count, and of bigrams with 0.75 taken from each count for them."""
+    """Returns the losses of unigrams and of bigrams on held-out windows.
+
+    Unigrams have one added to each count. Bigrams have 0.75 taken from each count for the unigrams.
+    """
     once = np.bincount(training.ravel(), minlength=vocab) + 1.0
     once /= once.sum()
     pairs, counts = np.unique(training[:, :-1].astype(np.int64) * vocab + training[:, 1:], return_counts=True)
     totals, kinds = (np.bincount(pairs // vocab, weights, minlength=vocab) for weights in (counts, None))
     before, after = held_out[:, :-1].ravel().astype(np.int64), held_out[:, 1:].ravel()
     wanted = before * vocab + after
-    places = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
-    seen = np.where(pairs[places] == wanted, counts[places] - 0.75, 0.0)
+    indices = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
+    seen = np.where(pairs[indices] == wanted, counts[indices] - 0.75, 0.0)
     total = np.maximum(totals[before], 1)
     left = np.where(totals[before] > 0, 0.75 * kinds[before] / total, 1.0)
     return -float(np.log(once[after]).mean()), -float(np.log(seen / total + left * once[after]).mean())

@@ -1,4 +1,4 @@
-"""Compares finished runs by the distance of every layer's output from the dense model's output.
+"""Compares finished runs by each layer output's distance from the dense one.
 
     python -m benchmarks.output_errors runs/paper runs/best
 
@@ -54,24 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     means = np.mean(list(errors.values()), axis=0)
-    for place, name in enumerate(names):
-        print(f"{name}: {means[place][0]:.2%}, tokens weighed {means[place][1]:.2%}, means over {len(errors)} layers")
-        for kind, what in enumerate(("", ", tokens weighed") if place else ()):
-            worse = {layer: found[[0, place], kind] for layer, found in errors.items() if found[place, kind] > found[0, kind]}
+    for index, name in enumerate(names):
+        print(f"{name}: {means[index][0]:.2%}, tokens weighed {means[index][1]:.2%}, means over {len(errors)} layers")
+        for kind, what in enumerate(("", ", tokens weighed") if index else ()):
+            worse = {layer: by_run[[0, index], kind] for layer, by_run in errors.items() if by_run[index, kind] > by_run[0, kind]}
             print(
                 f"  larger than in {names[0]}{what}: {len(worse)} layers",
-                *(f"{layer} {mine:.4f} for {first:.4f}" for layer, (first, mine) in worse.items()),
+                *(f"{layer} {later:.4f} for {first:.4f}" for layer, (first, later) in worse.items()),
                 sep="  ",
             )
 
 
 def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -> Errors:
-    """The errors described above for every pruned layer, by name. Works in a single process.
+    """Returns the errors described above by layer. Works in one process.
 
     Args:
       tokens: [windows, length] int32.
     """
-    models, found = (dense, *runs), {}
+    models, errors = (dense, *runs), {}
     streams, linears = [model.embed(tokens) for model in models], sum(linear_groups(dense), ())
     count, behind = dense.config.blocks, _streams_behind(dense, linears)
     for index, blocks in enumerate(zip(*(model.blocks(range(count)) for model in models))):
@@ -82,21 +82,24 @@ def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -
             hidden, valid = tuple(part.hidden for part in batch), batch[0].valid
             sums += np.asarray(_sums(dense.graph, linears, behind, states, weights, hidden, valid, positions), np.float64)
         for name, (reference, *lost) in zip(linears, sums):
-            found[dense.prefix(index) + name] = np.stack(lost) / reference
+            errors[dense.prefix(index) + name] = np.stack(lost) / reference
         for model, parameters, stream in zip(models, blocks, streams):
             model.apply(index, parameters, stream)
-    return found
+    return errors
 
 
 def _streams_behind(decoder: Decoder, linears: Sequence[str]) -> tuple[str | None, ...]:
-    """For every layer, the name of the residual stream after its attention or MLP; None if there is none."""
+    """Names the residual stream behind each layer's attention or MLP.
+
+    None if there is no such stream.
+    """
     behind = {name.split(".")[0]: residual.after for name, residual in decoder.family.residuals.items()}
     return tuple(behind.get(name.split(".")[0]) for name in linears)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(graph, linears, behind, states, weights, hidden, valid, positions) -> Array:
-    """Sums over the tokens of a batch: squares of each layer's dense outputs, then of every run's difference from them.
+    """Sums squares over a batch: of dense outputs, of each run's differences.
 
     Args:
       linears: names of layers.

@@ -1,4 +1,4 @@
-"""Measures what packing saves and what it costs, relative to copying the weights and to zstd alone.
+"""Measures the size and time of packed weights, beside a copy and zstd.
 
     python -m benchmarks.packing FOLDER [FOLDER ...] [--dtype bfloat16]
 
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             record, seconds = measured(plain, room, arguments.repeats)
             sizes.append("| " + " | ".join((name, *record)) + " |")
             copied = seconds["copy"]
-            for way, took in seconds.items():
-                times.append(f"| {name} | {way} | {took:.3f} | {took / copied:.1f} |")
+            for way, elapsed in seconds.items():
+                times.append(f"| {name} | {way} | {elapsed:.3f} | {elapsed / copied:.1f} |")
             large = plain_folder(name, arguments.dtype, room / "large", arguments.copies)
             for folder in (plain, large):
                 peaks.append(f"| {name} | {weight_bytes(folder) / 2**20:.0f} | {peak(folder) / 2**20:.0f} |")
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plain_folder(model: str, dtype: str | None, folder: Path, copies: int = 1) -> Path:
-    """Writes a model's weights as one file per copy, and its masks if it has some."""
+    """Writes a model's weights, a file for each copy, and its masks if any."""
     folder.mkdir()
     source = open_model(model, dtype).tensors
     tensors = {name: source.read(name) for name in source.names()}
@@ -119,7 +119,7 @@ def fresh(folder: Path) -> Path:
 
 
 def measured(plain: Path, room: Path, repeats: int) -> tuple[list[str], dict[str, float]]:
-    """The row of sizes, and the seconds of each way: the fastest of several runs."""
+    """Returns the row of sizes, and the fastest seconds of each way."""
     (path,) = plain.glob("*.safetensors")
     masks = masks_in(plain)
     small, unpacked, compressed, copy = (room / name for name in ("packed", "unpacked", "compressed.zst", "copy"))
@@ -152,7 +152,10 @@ def stream(source: Path, target: Path, codec: Callable) -> None:
 
 
 def peak(folder: Path) -> int:
-    """The most bytes that a process holds in memory while it packs and unpacks a folder. It imports nothing but the module."""
+    """Returns the peak memory of packing and unpacking a folder, in bytes.
+
+    The process imports nothing but the module.
+    """
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         command = [sys.executable, "-c", _PEAK, str(Path(packed.__file__).parent), str(folder), temporary]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -1,4 +1,4 @@
-"""What the rounded products of accelerators do to cg and ADMM, emulated on a CPU.
+"""Emulates the rounded products of accelerators in cg and ADMM, on a CPU.
 
     python -m benchmarks.passes 6 --tokens tokens.npy
 
@@ -39,19 +39,19 @@ MASKS = ADMM(damping=0.1, levels=6, iterations=4, inverses=2)
 
 
 def rounded(bits: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A product with factors of so many bits."""
+    """Makes a product whose factors have so many bits."""
     return lambda a, b: features.matmul(*(jax.lax.reduce_precision(array, 8, bits - 1) for array in (a, b)))
 
 
 def round_to(bits: int) -> None:
-    """From now on the products that only choose have factors of so many bits."""
+    """From now on, products that only choose have factors of so many bits."""
     for module in (features, admm, inverses):
         module.rough_matmul = rounded(bits)
     jax.clear_caches()  # JAX keeps the parts of an inverse as it traced them
 
 
 def round_inverses_to(bits: int) -> None:
-    """From now on the inverses that only choose are made by products with factors of so many bits."""
+    """From now on, inverses that only choose use factors of so many bits."""
 
     def inverse(matrix: jax.Array, ridge: float) -> jax.Array:
         with mock.patch.multiple(inverses, matmul=rounded(bits), rough_matmul=rounded(bits)):
@@ -63,7 +63,7 @@ def round_inverses_to(bits: int) -> None:
 
 
 def print_inverses(problem: LayerProblem, name: str) -> None:
-    """The lines of a layer with rounded inverses."""
+    """Prints the lines of a layer with rounded inverses."""
     recipe = parse(["--preset", "best"]).recipe
     selector, pattern = recipe.selector, Unstructured(0.5, "row")
     assert selector is not None, "best makes its own masks"
@@ -98,16 +98,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if index < options.block:
             decoder.apply(index, parameters, hidden)
     groups = linear_groups(decoder)
-    found = accumulate(decoder, options.block, Capture(groups), (Stream(parameters, hidden),))
+    all_statistics = accumulate(decoder, options.block, Capture(groups), (Stream(parameters, hidden),))
     if options.inverses:
         print("| layer | factors of | rows without a mask | error behind exchanges and solve |\n|---|---|---:|---:|")
-        for names, statistics in zip(groups, found):
+        for names, statistics in zip(groups, all_statistics):
             print_inverses(LayerProblem(parameters[names[-1] + ".weight"], statistics.hessian), names[-1])
         return
     print(
         "| layer | factors of | steps at 0.01 | steps at 0.1 | mask that differs | error of its optimum |\n|---|---|---:|---:|---:|---:|"
     )
-    for names, statistics in zip(groups, found):
+    for names, statistics in zip(groups, all_statistics):
         problem = LayerProblem(parameters[names[-1] + ".weight"], statistics.hessian, damping=0.1)
         masks: list[np.ndarray] = []  # the first one is that of full products
         for way, bits in BITS.items():

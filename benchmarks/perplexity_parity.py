@@ -1,4 +1,4 @@
-"""Compares our perplexity with transformers in torch, by the published protocol in float32.
+"""Compares our perplexity with transformers in torch, in float32.
 
     python -m benchmarks.perplexity_parity
     python -m benchmarks.perplexity_parity --text file:wiki.test.raw.txt --windows 21
@@ -82,7 +82,7 @@ def published(
     bos: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> float:
-    """The perplexity of a text, given as token ids, computed as in the scripts of SparseGPT and Wanda.
+    """Returns a text's perplexity as the scripts of SparseGPT and Wanda do.
 
     Args:
       windows: number of windows to use, from the start; None takes all.

@@ -1,11 +1,11 @@
-"""Compares the device memory of a plan with the memory that pruning one block takes, on simulated devices.
+"""Compares a plan's device memory with the memory of pruning one block.
 
     python -m benchmarks.plan_memory --mesh 4x2
 
-A block is pruned as in a run: calibration with held-out windows, pruning, forward pass of the pruned block, on a random Llama.
-Simulated devices keep their arrays in this process's memory. So the measured value is the growth of the resident set: its peak
-(VmHWM, reset before) minus its size before. A first block is pruned to compile; the second, with new weights, is measured. Linux
-only.
+A block is pruned on simulated devices as in a run: calibration with held-out windows, pruning, forward pass of the pruned
+block, on a random Llama. Simulated devices keep their arrays in this process's memory. So the measured value is the growth of
+the resident set: its peak (VmHWM, reset before) minus its size before. A first block is pruned to compile; the second, with new
+weights, is measured. Linux only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from optima_tpu.runtime.mesh import simulate_devices
 
 
 class RandomTensors:
-    """A ``TensorSource`` that draws random tensors. Every read returns a new copy, as reading a file does."""
+    """A ``TensorSource`` that draws tensors. Every read returns a new copy."""
 
     def __init__(self, declared):
         self.declared = declared
@@ -46,7 +46,7 @@ class RandomTensors:
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Bytes of this process's resident set, or with "VmHWM" its peak since the last reset."""
+    """Returns the resident set in bytes; with "VmHWM" its peak since reset."""
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 

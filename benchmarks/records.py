@@ -1,4 +1,4 @@
-"""Writes what a benchmark measured into a record of docs/results/records, whose other rows and notes stay."""
+"""Writes the rows of a benchmark into a record of docs/results/records."""
 
 import collections
 import json
@@ -13,22 +13,23 @@ OTHERS = "the others"
 
 def commit() -> str | None:
     """The commit of this checkout; None if it is none."""
-    found = subprocess.run(
+    process = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
-    return found.stdout.strip() or None
+    return process.stdout.strip() or None
 
 
 def recorded(path: Path | None) -> dict[str, list[Any]]:
-    """The rows of a record by their first cells; none where there is no record yet."""
+    """Returns a record's rows by their first cells; empty without a record."""
     record = json.loads(path.read_text()) if path and path.is_file() else {"rows": []}
     return {row[0]: row for row in record["rows"]}
 
 
 def write_rows(path: Path, facts: Mapping[str, Any], rows: Sequence[Sequence[Any]]) -> None:
-    """Puts rows into a record, each in the place of the one with the same first cell, with the commit of this checkout.
+    """Writes rows into a record, with the commit of this checkout.
 
-    The other rows stay with their commits, and so do the notes and the hardware, which people write.
+    A row replaces the row with the same first cell. The other rows keep their commits. Notes and hardware stay, because people
+    write them.
 
     Args:
       facts: the record's other fields.
@@ -37,19 +38,19 @@ def write_rows(path: Path, facts: Mapping[str, Any], rows: Sequence[Sequence[Any
     table = recorded(path) | {row[0]: list(row) for row in rows}
     commits = _by_row(before.get("commit"), recorded(path)) | dict.fromkeys((row[0] for row in rows), commit())
     kept = {name: before[name] for name in ("notes", "hardware") if name in before}
-    written = before | facts | kept | {"commit": _told(commits), "rows": list(table.values())}
+    written = before | facts | kept | {"commit": _grouped(commits), "rows": list(table.values())}
     path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
 
 
-def _by_row(told: Any, names: Mapping[str, Any]) -> dict[str, str | None]:
-    if not isinstance(told, dict):
-        return dict.fromkeys(names, told)
-    named = {name: each for group, each in told.items() if group != OTHERS for name in group.split(", ")}
-    return {name: named.get(name, told.get(OTHERS)) for name in names}
+def _by_row(commits: Any, names: Mapping[str, Any]) -> dict[str, str | None]:
+    if not isinstance(commits, dict):
+        return dict.fromkeys(names, commits)
+    named = {name: each for group, each in commits.items() if group != OTHERS for name in group.split(", ")}
+    return {name: named.get(name, commits.get(OTHERS)) for name in names}
 
 
-def _told(commits: Mapping[str, str | None]) -> str | dict[str, str | None] | None:
-    """A record's ``commit``."""
+def _grouped(commits: Mapping[str, str | None]) -> str | dict[str, str | None] | None:
+    """Groups rows by their commits, as a record's ``commit`` holds them."""
     (most, _), *others = collections.Counter(commits.values()).most_common()
     groups = {each: ", ".join(name for name in commits if commits[name] == each) for each, _ in others}
     return {**{name: each for each, name in groups.items()}, OTHERS: most} if others else most

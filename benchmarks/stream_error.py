@@ -1,8 +1,9 @@
-"""Compares recipes by their drift from the dense model over the first blocks: a quick test before a whole run.
+"""Compares recipes by their drift from the dense model over the first blocks.
 
     python -m benchmarks.stream_error --blocks 8 --variant="" --variant="--selector wanda" -- --preset best --pattern 2:4
 
-For each variant, after every block, it prints the relative error of the hidden state, averaged over tokens,
+This is a quick test before a whole run. For each variant, after every block, it prints the relative error of the hidden state,
+averaged over tokens,
 
     ||x_pruned - x_dense||^2 / ||x_dense||^2
 
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for variant, config in zip(variants, configs):
         print(variant or "(no further settings)", flush=True)
         started = time.perf_counter()
-        found = stream_errors(config, shared.model(config), shared.texts(config), arguments.blocks)
-        for index, (held_out, other) in enumerate(found):
+        errors = stream_errors(config, shared.model(config), shared.texts(config), arguments.blocks)
+        for index, (held_out, other) in enumerate(errors):
             print(
                 f"  block {index}: held out {held_out:.2%}, evaluation text {other:.2%}, {time.perf_counter() - started:.0f} s",
                 flush=True,
@@ -58,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def variants_parser(benchmark: str, text: str | None) -> argparse.ArgumentParser:
-    """The parser of a benchmark that compares recipes; ``text`` is its docstring, whose first paragraph it shows."""
+    """Makes the parser of a benchmark that compares recipes.
+
+    ``text`` is the benchmark's docstring. Its first paragraph becomes the description.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark}", description=(text or "").split("\n\n")[0])
     parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe; repeatable")
     parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch for all variants, after --")
@@ -66,7 +70,7 @@ def variants_parser(benchmark: str, text: str | None) -> argparse.ArgumentParser
 
 
 def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
-    """Raises UserError for a recipe that needs more than one walk over the blocks, or for too many blocks."""
+    """Raises UserError for a recipe of several walks, or too many blocks."""
     if isinstance(config.recipe.selector, Imported) or config.allocation.measures:
         raise UserError(
             "expected a selector other than imported and the same sparsity for every block, got another recipe: leave out "
@@ -78,18 +82,18 @@ def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
 
 
 def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
-    """Yields the errors after every block: (on held-out windows, on the evaluation text)."""
+    """Yields (held-out error, evaluation text's error) after every block."""
     decoder, windows, recipe = model.decoder, config.calibration.fitted, config.recipe
     walk = Walk(decoder, recipe, groups_of_blocks(decoder), windows)
     hidden, other = (decoder.embed(text.ids) for text in (texts.calibration, texts.evaluation))
     dense, other_dense = hidden.copy(), other.copy()
     for index in range(blocks):
-        whole = next(decoder.blocks([index]))
+        dense_block = next(decoder.blocks([index]))
         before = dense.copy() if recipe.target.dense_stream else None
-        pruned = prune_block(walk, index, whole, Streams(hidden, before)).parameters
+        pruned = prune_block(walk, index, dense_block, Streams(hidden, before)).parameters
         decoder.apply(index, pruned, other)
         for states in (dense, other_dense):
-            decoder.apply(index, whole, states)
+            decoder.apply(index, dense_block, states)
         yield mean_error(hidden.part(windows, len(hidden)), dense.part(windows, len(dense))), mean_error(other, other_dense)
 
 

@@ -1,4 +1,4 @@
-"""Computes digests of the weights of many runs, to check that a change of the code changed no bit of any weight.
+"""Writes digests of many runs' weights, to compare two commits bit for bit.
 
     python -m benchmarks.weight_digests MODELS OUT.json [--mesh 4x2] [--only TEXT] [--against OTHER.json]
 
@@ -74,7 +74,7 @@ RECIPES = {
 
 
 def make_models(root: Path) -> None:
-    """Writes tiny models of four families with random weights, created by ``transformers``."""
+    """Writes tiny random models of four families, by ``transformers``."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -100,22 +100,25 @@ def make_models(root: Path) -> None:
 
 
 def digest(run: Path) -> dict[str, object]:
-    """Digests of all exported weights and of the layer reports, and the perplexity. Reports may differ by rounding alone."""
-    found = hashlib.sha256()
+    """Returns digests of weights and layer reports, and the perplexity.
+
+    Reports may differ by rounding alone.
+    """
+    hasher = hashlib.sha256()
     for file in sorted((run / "hf").glob("*.safetensors")):
-        found.update(file.read_bytes())
+        hasher.update(file.read_bytes())
     report = json.loads((run / "report.json").read_text())
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
     numbers = json.dumps([[layer[key] for key in sorted(layer) if key != "name"] for layer in layers])
     return {
-        "weights": found.hexdigest()[:24],
+        "weights": hasher.hexdigest()[:24],
         "layers": hashlib.sha256(numbers.encode()).hexdigest()[:24],
         "perplexity": report["perplexity"]["pruned"],
     }
 
 
 def recipe_masks(chosen: argparse.Namespace, folder: Path) -> Path:
-    """Path of the copied model of the recipe "wanda"; the recipe "imported" uses its masks."""
+    """Path of the copied model of "wanda", for the masks of "imported"."""
     return Path(f"{chosen.out}.{folder.name}.{chosen.mesh}")
 
 
@@ -136,7 +139,7 @@ def main() -> int:
     from optima_tpu.launch import main as launch
 
     data, model = map(int, chosen.mesh.split("x"))
-    found: dict[str, object] = {}
+    digests: dict[str, object] = {}
     other = json.loads(chosen.against.read_text()) if chosen.against else {}
     different = 0
     names = chosen.recipes.split(",") if chosen.recipes else list(RECIPES)
@@ -146,7 +149,7 @@ def main() -> int:
             if chosen.only not in key:
                 continue
             with tempfile.TemporaryDirectory() as directory:
-                said = io.StringIO()
+                printed = io.StringIO()
                 recipe = [word.replace("WANDAS_RUN", str(recipe_masks(chosen, folder))) for word in RECIPES[name]]
                 arguments = [
                     "--model",
@@ -161,25 +164,25 @@ def main() -> int:
                     "--output",
                     f"{directory}/run",
                 ]
-                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
                     try:
                         status: object = launch(arguments)
                     except Exception as error:  # an error is a result too: both versions must fail in the same way
                         status = f"{type(error).__name__}: {error}"[:200]
                 jax.clear_caches()  # hundreds of compiled programs would exceed the system's limit of memory maps
-                found[key] = digest(Path(directory) / "run") if status == 0 else {"failed": str(status)}
+                digests[key] = digest(Path(directory) / "run") if status == 0 else {"failed": str(status)}
                 if name == "wanda" and status == 0:
                     shutil.copytree(Path(directory) / "run" / "hf", recipe_masks(chosen, folder), dirs_exist_ok=True)
-            verdict = "" if key not in other else "same" if other[key] == found[key] else f"DIFFERENT from {other[key]}"
+            verdict = "" if key not in other else "same" if other[key] == digests[key] else f"DIFFERENT from {other[key]}"
             if verdict == "same" or key not in other:
                 pass
-            elif other[key].get("weights") == found[key].get("weights"):  # type: ignore[union-attr]
+            elif other[key].get("weights") == digests[key].get("weights"):  # type: ignore[union-attr]
                 verdict = "same weights, other reported numbers"
             else:
                 different += 1
-            print(key, json.dumps(found[key]), verdict, flush=True)
-            chosen.out.write_text(json.dumps(found, indent=1))
-    print(f"{len(found)} runs" + (f", {different} with other weights" if chosen.against else ""))
+            print(key, json.dumps(digests[key]), verdict, flush=True)
+            chosen.out.write_text(json.dumps(digests, indent=1))
+    print(f"{len(digests)} runs" + (f", {different} with other weights" if chosen.against else ""))
     return 1 if different else 0
 
 

@@ -1,11 +1,12 @@
-"""Times whole runs, each in its own process: by default Wanda alone, and Wanda with ``cg``.
+"""Times whole runs: by default Wanda alone, and Wanda with ``cg``.
 
     python -m benchmarks.whole_run
     python -m benchmarks.whole_run --repeats 3 -- --calibration.source c4 --mesh 2x1
     python -m benchmarks.whole_run --variant="--preset fast" --variant="--preset best" -- --pattern 0.5/row
 
-Takes further settings of ``optima_tpu.launch`` after ``--``. Runs alternate; times are medians and ratios are ratios of medians.
-"pruning" is a stage of the run: calibration, masks, solver, the pruned block's outputs, the journal, and all compilation.
+Each run has its own process. Takes further settings of ``optima_tpu.launch`` after ``--``. Runs alternate; times are medians
+and ratios are ratios of medians. "pruning" is a stage of the run: calibration, masks, solver, the pruned block's outputs, the
+journal, and all compilation.
 """
 
 import argparse
@@ -59,27 +60,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         *arguments.settings,
     ]
     variants = arguments.variant or VARIANTS
-    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for _ in range(arguments.repeats):
         for variant in variants:
-            found[variant].append(timed([*command, *shlex.split(variant)]))
-            print(variant, found[variant][-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+            runs[variant].append(timed([*command, *shlex.split(variant)]))
+            print(variant, runs[variant][-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     print(f"{' '.join(command[1:])}, medians of {arguments.repeats}.\n")
     print("| stage |", *(f"{variant}, s |" for variant in variants), *(f"{variant}, ratio |" for variant in variants[1:]))
     print("|---" * 2 * len(variants) + "|")
-    for stage in found[variants[0]][0]:
-        medians = [statistics.median(run[stage] for run in found[variant]) for variant in variants]
+    for stage in runs[variants[0]][0]:
+        medians = [statistics.median(run[stage] for run in runs[variant]) for variant in variants]
         print(f"| {stage} |", *(f"{value:.1f} |" for value in medians), *(f"{value / medians[0]:.2f} |" for value in medians[1:]))
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Elapsed seconds of each stage of a run and of its whole process. The run writes to a temporary folder."""
+    """Returns the elapsed seconds of a run's stages and of its process."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         subprocess.run([*command, "--output", folder], check=True, stdout=subprocess.DEVNULL)
-        whole = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
         with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-            return json.load(file)["seconds"] | {"whole process": whole}
+            return json.load(file)["seconds"] | {"whole process": elapsed}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""How the time of an update grows with the width of a layer: ADMM, the solve, the exchanges, and the inverses in them.
+"""Measures how the time of an update grows with the width of a layer.
 
     taskset -c 0 python -m benchmarks.width --cpu --shapes 576x1536,896x4864,256x8192
 
-Random weights and random, correlated inputs, with the methods of a preset. The unit is the time of one product of all rows with a
-[d_in, d_in] matrix, measured beside the methods: what does not grow with the width in this unit grows like the products of a solve.
-Compiling is not counted. Every number is the fastest of ``--repeats`` runs.
+The parts are ADMM, the solve, the exchanges, and the inverses in them, with the methods of a preset. Weights and correlated
+inputs are random. The unit is the time of one product of all rows with a [d_in, d_in] matrix, measured beside the methods: what
+does not grow with the width in this unit grows like the products of a solve. Compiling is not counted. Every number is the
+fastest of ``--repeats`` runs.
 """
 
 import argparse
@@ -80,7 +81,10 @@ def lines(recipe: Recipe, problem: LayerProblem, repeats: int, clock: Callable[[
 
 
 def random_problem(size: int, rows: int, damping: float) -> LayerProblem:
-    """Normal weights; inputs of which half of the energy is common to many, with a spectrum like ``1 / rank``."""
+    """Draws normal weights and correlated inputs.
+
+    Half of the inputs' energy is common to many of them, with a spectrum like ``1 / rank``.
+    """
     rng, common = np.random.default_rng(0), min(size, 1024)
     shared = rng.standard_normal((common, size), np.float32) * (np.arange(1, common + 1, dtype=np.float32) ** -0.5)[:, None]
     hessian = matmul(jnp.asarray(shared.T), jnp.asarray(shared))

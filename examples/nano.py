@@ -1,4 +1,4 @@
-"""Prunes a Llama-like language model: the whole method in one file, for reading.
+"""Prunes a Llama-like model: the whole method in one file, for reading.
 
     python examples/nano.py MODEL_FOLDER CALIBRATION.txt OUT_FOLDER
 
@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path) -> "Shape":
-        """From ``config.json``. Exits for a model that this file does not compute."""
+        """Reads ``config.json``. Exits if this file cannot run the model."""
         config = json.loads((folder / "config.json").read_text())
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind, rotation = config["architectures"][0], rope.get("rope_type", "default")
@@ -87,7 +87,7 @@ def rotated(x: Array, theta: float) -> Array:
 
 
 def block(weights: Mapping[str, Array], x: Array, shape: Shape) -> tuple[Array, dict[str, Array]]:
-    """One decoder layer. Returns its output, and the input of each group of linear layers."""
+    """Returns a decoder layer's output and the input of each layer group."""
 
     def linear(name: str, x: Array) -> Array:
         return x @ weights[name + ".weight"].T
@@ -111,7 +111,7 @@ run_block = jax.jit(block, static_argnames="shape")
 
 @jax.jit
 def head_loss(norm: Array, head: Array, hidden: Array, tokens: Array, eps: float) -> Array:
-    """The negative log-likelihood of every token but the first, summed for each window [batch]."""
+    """Sums each window's negative log-likelihood, first token left out."""
     scores = jax.nn.log_softmax(normalised(hidden[:, :-1], norm, eps) @ head.T)
     return -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=2)[..., 0].sum(axis=1)
 
@@ -129,7 +129,7 @@ def embedded(weights: Mapping[str, Array], tokens: np.ndarray) -> list[Array]:
 
 
 def perplexity(weights: Mapping[str, Array], shape: Shape, tokens: np.ndarray) -> float:
-    """``exp`` of the mean negative log-likelihood of the windows [windows, length]."""
+    """Returns the model's perplexity on token windows [windows, length]."""
     hidden = embedded(weights, tokens)
     for index in range(shape.blocks):
         own = block_weights(weights, index)
@@ -146,7 +146,10 @@ def perplexity(weights: Mapping[str, Array], shape: Shape, tokens: np.ndarray) -
 
 @jax.jit
 def wanda_mask(weight: Array, hessian: Array) -> Array:
-    """[d_out, d_in] bool: each row keeps the weights with the largest ``|w_ij| sqrt(H_jj)``; of equals the later ones stay."""
+    """Keeps the largest ``|w_ij| sqrt(H_jj)`` of each row, [d_out, d_in] bool.
+
+    Of equal scores the later ones stay.
+    """
     score = jnp.abs(weight) * jnp.sqrt(jnp.diagonal(hessian))
     rank = jnp.argsort(jnp.argsort(score, axis=1, stable=True), axis=1)
     return rank >= math.floor(round(score.shape[1] * SPARSITY, 6))
@@ -165,7 +168,9 @@ class Descent(NamedTuple):
 
 @jax.jit
 def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
-    """Moves the kept weights of all rows. Returns (weights [d_out, d_in], certified gaps [d_out]).
+    """Moves the kept weights of all rows close to each row's optimum.
+
+    Returns (weights [d_out, d_in], certified gaps [d_out]).
 
     In variables that give the Hessian a unit diagonal, ``D = (v - w) sqrt(H_jj)``, with ``A`` the scaled Hessian plus the damping,
     every row minimises ``f(D) = D A D'`` over its kept coordinates; pruned ones are fixed at ``D_j = -w_j sqrt(H_jj)``.
@@ -184,7 +189,7 @@ def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
     free = keep & live
 
     def measured(path: Descent) -> Descent:
-        """Residual and certificate by exact products, which end the drift of the recurrences."""
+        """Computes residual and certificate anew, to end rounding drift."""
         residual = -path.change @ matrix
         value = -jnp.sum(path.change * residual, axis=1)
         bound = jnp.sum((jnp.where(free, residual, 0.0) @ root.T) ** 2, axis=1)
@@ -222,7 +227,10 @@ def objective(weight: Array, hessian: Array, dense: Array) -> Array:
 
 @jax.jit
 def pruned_layer(stored: Array, hessian: Array) -> tuple[Array, Array, Array]:
-    """Prunes one matrix [d_out, d_in]. Returns (weights in its dtype, objective before the solve [d_out], objective after)."""
+    """Prunes one matrix [d_out, d_in].
+
+    Returns (weights in its dtype, objective before the solve [d_out], objective after).
+    """
     dense = stored.astype(jnp.float32)
     keep = wanda_mask(dense, hessian)
     masked = jnp.where(keep, dense, 0.0)
@@ -234,9 +242,10 @@ def pruned_layer(stored: Array, hessian: Array) -> tuple[Array, Array, Array]:
 
 
 def pruned(weights: Mapping[str, Array], shape: Shape, tokens: np.ndarray) -> Iterator[tuple[str, Array, float, float]]:
-    """Yields (name, weights, objective before the solve, objective after) of every linear layer, block by block.
+    """Prunes block by block, and yields each linear layer.
 
-    A block's Hessians are those of the dense block, on what the pruned blocks before it give.
+    Yields (name, weights, objective before the solve, objective after). A block's Hessians are those of the dense block, on
+    what the pruned blocks before it give.
     """
     hidden = embedded(weights, tokens)
     for index in range(shape.blocks):
@@ -259,7 +268,7 @@ def pruned(weights: Mapping[str, Array], shape: Shape, tokens: np.ndarray) -> It
 
 
 def windows(folder: Path, text: str) -> np.ndarray:
-    """Token ids [windows, LENGTH] of a text; the last incomplete window is left out."""
+    """Returns the complete windows of a text, token ids [windows, LENGTH]."""
     ids = np.array(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, np.int32)
     return ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
 
@@ -270,7 +279,7 @@ def load(folder: Path) -> dict[str, Array]:
 
 
 def save(weights: Mapping[str, Array], source: Path, out: Path) -> None:
-    """Writes a folder for ``transformers``: the weights, with configuration and tokenizer of the source."""
+    """Writes weights, configuration and tokenizer for ``transformers``."""
     out.mkdir(parents=True)
     for file in source.glob("*.json"):
         if not file.name.endswith(".index.json"):

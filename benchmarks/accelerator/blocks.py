@@ -26,7 +26,10 @@ _WALK = "calibration", "pruning", "pruned blocks forward", "hidden states to and
 
 
 def block(sizes: Sizes, shape: str, preset: str) -> Iterator[tuple[object, ...]]:
-    """Yields (shape, preset, seconds the first time, seconds, planned seconds, peak GiB, planned peak GiB)."""
+    """Prunes a block twice; yields its times and memory beside its plan.
+
+    A row is (shape, preset, seconds the first time, seconds, planned seconds, peak GiB, planned peak GiB).
+    """
     config, model = _run(sizes, shape, preset)
     decoder, text = with_weights(model), config.calibration
     budget, groups = device_budget(None), groups_of_blocks(decoder)
@@ -52,7 +55,7 @@ def block(sizes: Sizes, shape: str, preset: str) -> Iterator[tuple[object, ...]]
 
 
 def plan(sizes: Sizes, shape: str, preset: str) -> Iterator[tuple[object, ...]]:
-    """Yields (shape, preset, planned seconds, planned peak GiB), of programs that are compiled for these devices."""
+    """Yields (shape, preset, planned seconds, GiB) of compiled programs."""
     planned, worst = _planned(*_run(sizes, shape, preset), compiling=True)
     yield shape, f"`{preset}`", planned, worst / GIB
 
@@ -63,13 +66,16 @@ def _run(sizes: Sizes, shape: str, preset: str) -> tuple[RunConfig, DeclaredMode
 
 
 def _planned(config: RunConfig, model: DeclaredModel, compiling: bool) -> tuple[float, int]:
-    """The seconds of a block and the peak of memory that a plan gives: on a device, or of all devices that share the host's memory."""
+    """Returns a block's planned seconds and the planned peak of memory.
+
+    The peak is of one device, or of all devices if they share the host's memory.
+    """
     machine = local_machine(None, model.dtype, compiling)
-    found = make_plan(config, model.on(machine.mesh), machine)
-    seconds = sum(found.seconds.get(stage, 0.0) for stage in _WALK) / model.decoder.config.blocks
-    return seconds, max(program.memory for program in found.programs) * (machine.mesh.size if machine.platform == "cpu" else 1)
+    run_plan = make_plan(config, model.on(machine.mesh), machine)
+    seconds = sum(run_plan.seconds.get(stage, 0.0) for stage in _WALK) / model.decoder.config.blocks
+    return seconds, max(program.memory for program in run_plan.programs) * (machine.mesh.size if machine.platform == "cpu" else 1)
 
 
 def _peak() -> int:
-    """The most bytes that were in use on a device since this process began; 0 where devices do not say."""
+    """Returns a device's peak of bytes in use; 0 where devices do not say."""
     return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())

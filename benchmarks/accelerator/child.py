@@ -1,4 +1,7 @@
-"""The process of one part: prints each row as a line of JSON as soon as it is known. ``python -m benchmarks.accelerator`` starts it."""
+"""Runs one part in its own process, and prints each row at once as JSON.
+
+``python -m benchmarks.accelerator`` starts it.
+"""
 
 import importlib
 import json
@@ -11,7 +14,7 @@ from benchmarks.accelerator.parts import FULL, SMALL
 
 
 def rounded(value: Any) -> Any:
-    """A cell of the record: numbers with three digits, and None for those that are not finite."""
+    """Rounds a number to three digits; one that is not finite is None."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.3g}") if math.isfinite(value) else None

@@ -30,7 +30,7 @@ def known_chip() -> Chip | None:
 
 
 def devices(sizes: Sizes) -> Iterator[tuple[str, str]]:
-    """Yields (what, value)."""
+    """Yields facts about the devices and the software: (what, value)."""
     first, chip = jax.devices()[0], known_chip()
     yield "platform", first.platform
     yield "devices", f"{jax.device_count()} x {_cpu_name() if first.platform == 'cpu' else first.device_kind}"

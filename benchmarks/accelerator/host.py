@@ -1,4 +1,4 @@
-"""What a model writes in a second, and what the devices wait for the host."""
+"""Measures how fast a model writes, and how long devices wait for the host."""
 
 import time
 from collections.abc import Iterator
@@ -21,7 +21,10 @@ _PROMPT, _NEW = 32, 128
 
 
 def generation(sizes: Sizes, case: tuple[str, int]) -> Iterator[tuple[object, ...]]:
-    """Yields (shape, windows at once, tokens/s, the limit of the memory's bandwidth, % of it)."""
+    """Yields (shape, windows at once, tokens/s, limit, % of the limit).
+
+    The limit is the memory's bandwidth, in tokens/s.
+    """
     shape, windows = case
     _, model = declared(shape, sizes.dtype)
     decoder = with_weights(model)
@@ -45,9 +48,9 @@ def host(sizes: Sizes) -> Iterator[tuple[object, ...]]:
     array = np.ones(sizes.moved // 4, np.float32)
     assumed = TRANSFER / 1e9
     yield "to a device", array.nbytes / 1e9 / fastest(lambda: jax.device_put(array, first)), "GB/s", assumed
-    held, taken = jax.device_put(array, first), []
+    device_array, taken = jax.device_put(array, first), []
     for _ in range(5):
-        fresh = jax.block_until_ready(held + 1)  # an array keeps its copy on the host
+        fresh = jax.block_until_ready(device_array + 1)  # an array keeps its copy on the host
         started = time.perf_counter()
         np.array(fresh)
         taken.append(time.perf_counter() - started)

@@ -1,4 +1,7 @@
-"""The table of the parts of the record, in the order of their worth. Imports no JAX: the parts take the devices, each in its process."""
+"""The table of the parts of the record, the most valuable first.
+
+Imports no JAX: each part takes the devices in its own process.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -113,7 +116,10 @@ class Part(NamedTuple):
 
 
 def _columns(*names: str, **units: str) -> tuple[Mapping[str, str], ...]:
-    """Columns by their names; a name with an underscore for each space has the unit that is given for it."""
+    """Makes columns from names and units.
+
+    A keyword of ``units`` is a column's name with an underscore for each space.
+    """
     return tuple({"name": name} | ({"unit": unit} if (unit := units.get(name.replace(" ", "_"))) else {}) for name in names)
 
 

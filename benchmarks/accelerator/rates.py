@@ -1,4 +1,4 @@
-"""How much of the chip's peak the parts of a run reach, on the first device."""
+"""Measures the shares of the first device's peak that parts of a run reach."""
 
 import math
 import time
@@ -41,7 +41,10 @@ def fastest(function: Callable[..., Any], *arrays: Any, repeats: int = 5) -> flo
 
 
 def rates(sizes: Sizes) -> Iterator[tuple[object, ...]]:
-    """Yields (part, precision, TFLOP/s, % of a large product here, % of the published peak)."""
+    """Yields the rates of the parts beside a large product and the peak.
+
+    A row is (part, precision, TFLOP/s, % of a large product here, % of the published peak).
+    """
     tokens, rows, inputs = sizes.layer
     chip, large = known_chip(), {}
 

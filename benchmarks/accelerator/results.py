@@ -1,4 +1,4 @@
-"""Every selector and solver on one layer: on the devices in float32, and what it gives elsewhere."""
+"""Compares every selector and solver on a layer with float64 and a CPU."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,21 +20,24 @@ _HALF = parse_pattern("0.5/row")
 
 
 class Result(NamedTuple):
-    """The weights and the mask [rows, inputs] that a method leaves, on the host."""
+    """A method's weights and mask [rows, inputs], on the host."""
 
     weight: np.ndarray
     keep: np.ndarray
 
 
 class Layer(NamedTuple):
-    """A layer [rows, inputs] and its Hessian, with numbers that float32 has, in float64."""
+    """A layer [rows, inputs] and its Hessian, in float64.
+
+    All numbers are exact in float32.
+    """
 
     weight: np.ndarray
     hessian: np.ndarray
 
     @classmethod
     def drawn(cls, rows: int, inputs: int) -> "Layer":
-        """Random weights, and the Hessian of correlated inputs of very different size."""
+        """Draws weights, and the Hessian of correlated, uneven inputs."""
         rng = np.random.default_rng(0)
         spectrum = np.arange(1, inputs + 1) ** -0.5
         tokens = (rng.standard_normal((2 * inputs, inputs)) * spectrum) @ rng.standard_normal((inputs, inputs))
@@ -42,12 +45,12 @@ class Layer(NamedTuple):
         return cls(*(each.astype(np.float32).astype(np.float64) for each in drawn))
 
     def problem(self, dtype: type) -> LayerProblem:
-        """The problem of the rows, on the device and in the precision in force."""
+        """The problem of the rows, on the device in force."""
         return LayerProblem(jnp.asarray(self.weight, dtype), jnp.asarray(self.hessian, dtype), damping=DAMPING)
 
     @property
     def damped(self) -> np.ndarray:
-        """``A = H + D diag H``, of which a row's objective is ``(v - w) A (v - w)'``."""
+        """``A = H + D diag H``; a row's objective: ``(v - w) A (v - w)'``."""
         return self.hessian + DAMPING * np.diag(np.diag(self.hessian))
 
     def objective(self, weight: np.ndarray) -> np.ndarray:
@@ -74,7 +77,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every selector and every solver of the package, and the exchange of masks."""
+    """Yields every selector and solver, and the exchange of masks."""
     for name, kind in CHOICES["selector"].items():
         if kind is not None and kind.chooses:
             yield Case(f"`{name}`", _selects(kind(), parse_pattern("0.5/input@8") if kind is Price else _HALF), False)
@@ -103,14 +106,21 @@ def computed(case: Case, layer: Layer, dtype: type) -> Result:
 
 
 def differences(ours: Result, theirs: Result) -> tuple[float, float]:
-    """The share of the masks' entries that differ, in percent, and the largest difference of a weight in a row with the same mask."""
+    """Returns how far two results are apart: (masks, weights).
+
+    Masks: the percentage of entries that differ. Weights: the largest difference in a row with the same mask, relative to the
+    largest weight.
+    """
     same = (ours.keep == theirs.keep).all(axis=1)
     weights = np.abs(ours.weight - theirs.weight)[same].max(initial=0.0) / np.abs(theirs.weight).max()
     return 100 * float((ours.keep != theirs.keep).mean()), float(weights)
 
 
 def results(sizes: Sizes) -> Iterator[tuple[object, ...]]:
-    """Yields (method, masks and weights from float64's, objective above the optimum, masks and weights from the CPU's)."""
+    """Yields each method's differences from float64 and from the CPU.
+
+    A row is (method, masks, weights, objective above the optimum, masks, weights): three against float64, two against the CPU.
+    """
     layer, cpu = Layer.drawn(*sizes.problem), jax.devices("cpu")[0]
     for case in cases():
         ours = computed(case, layer, jnp.float32)

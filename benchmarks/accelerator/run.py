@@ -1,4 +1,7 @@
-"""A whole run, and the same run killed and resumed. This process leaves the devices to the runs."""
+"""Times a whole run, and the same run killed and resumed.
+
+This process leaves the devices to the runs.
+"""
 
 import hashlib
 import importlib.util
@@ -20,7 +23,7 @@ from benchmarks.accelerator.parts import SHAPES, SMALL, Sizes
 
 
 def write_model(folder: Path, shape: str) -> None:
-    """Writes a Llama with drawn weights and a tokenizer of bytes, as ``transformers`` would."""
+    """Writes a random Llama and a byte tokenizer as ``transformers`` does."""
     sizes = SHAPES[shape]
     config = LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=512)
     config.architectures = ["LlamaForCausalLM"]
@@ -56,11 +59,11 @@ def write_model(folder: Path, shape: str) -> None:
 
 
 def digest(run: Path) -> str:
-    """Of all exported weights."""
-    found = hashlib.sha256()
+    """Returns the SHA-256 of all exported weights."""
+    hasher = hashlib.sha256()
     for file in sorted((run / "hf").glob("*.safetensors")):
-        found.update(file.read_bytes())
-    return found.hexdigest()
+        hasher.update(file.read_bytes())
+    return hasher.hexdigest()
 
 
 def runs(sizes: Sizes) -> Iterator[tuple[str, float, str | None]]:

@@ -1,4 +1,4 @@
-"""What test files share: problems and oracles, tiny models, runs and processes."""
+"""What tests share: problems, oracles, tiny models, runs and processes."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""A server on this machine that speaks Google Cloud Storage's protocol as far as gcsfs and TensorStore use it, and that can fail."""
+"""A local server of Google Cloud Storage's protocol that can fail.
+
+It speaks the protocol as far as gcsfs and TensorStore use it.
+"""
 
 import base64
 import contextlib
@@ -23,7 +26,13 @@ class Object(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A request: GET, POST, ..., and what it is about, such as "media", "stat", "list", "upload", "part" or "delete" of a name."""
+    """A request to the server.
+
+    Attributes:
+      method: GET, POST, ...
+      kind: such as "media", "stat", "list", "upload", "part" or "delete".
+      name: of the object, or a prefix of names.
+    """
 
     method: str
     kind: str
@@ -52,13 +61,13 @@ class Bucket:
         self.objects: dict[str, Object] = {}
         self.asked: list[Asked] = []
         self.refused: list[Asked] = []
-        self.fault: Callable[[Asked], Fault | None] = lambda asked: None
+        self.fault: Callable[[Asked], Fault | None] = lambda request: None
         self.generations, self.uploads, self.lock = itertools.count(1), dict[str, bytes](), threading.Lock()
         self.closed, self.joined = threading.Event(), set[str]()
 
     @contextlib.contextmanager
     def failing(self, fault: Callable[[Asked], Fault | None]) -> Iterator[None]:
-        """Requests fail as ``fault`` says while the body of the ``with`` runs."""
+        """Makes requests fail as ``fault`` says, inside the ``with``."""
         self.fault, before = fault, self.fault
         self.refused.clear()
         try:
@@ -72,14 +81,17 @@ class Bucket:
 
 
 def now_and_then(bucket: Bucket, faults: list[Fault], every: int = 3, most: int = 2) -> Callable[[Asked], Fault | None]:
-    """Every third request fails, with one fault after the other, but none more than twice in a row."""
+    """Makes every third request fail, with one fault after the other.
+
+    No request fails more than twice in a row.
+    """
     drawn, numbers, rows = itertools.cycle(faults), itertools.count(1), dict[Asked, int]()
 
-    def fault(asked: Asked) -> Fault | None:
-        if next(numbers) % every or rows.get(asked, 0) >= most:
-            rows.pop(asked, None)
+    def fault(request: Asked) -> Fault | None:
+        if next(numbers) % every or rows.get(request, 0) >= most:
+            rows.pop(request, None)
             return None
-        rows[asked] = rows.get(asked, 0) + 1
+        rows[request] = rows.get(request, 0) + 1
         return next(drawn)
 
     return fault
@@ -87,7 +99,7 @@ def now_and_then(bucket: Bucket, faults: list[Fault], every: int = 3, most: int 
 
 @contextlib.contextmanager
 def serving() -> Iterator[tuple[Bucket, str]]:
-    """A bucket of the name ``BUCKET``, and the address of its server."""
+    """Starts a server. Yields the bucket ``BUCKET`` and the address."""
     bucket = Bucket()
     handler = type("Handler", (_Handler,), {"bucket": bucket})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -113,19 +125,19 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = dict(parse_qsl(url.query, keep_blank_values=True))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        found = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?", url.path)
-        if not found:
+        match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?", url.path)
+        if not match:
             return self._answer(404, b"{}")
-        where, name_of_bucket, name = found[1], found[2], unquote(found[3] or "")
+        where, name_of_bucket, name = match[1], match[2], unquote(match[3] or "")
         kind = self._kind(where, name, query)
         if kind == "upload" and not name:
             name = query.get("name") or json.loads(_parts(body, self.headers["Content-Type"])[0])["name"]
-        asked = Asked(self.command, kind, name or query.get("prefix", ""))
+        request = Asked(self.command, kind, name or query.get("prefix", ""))
         with self.bucket.lock:
-            self.bucket.asked.append(asked)
-            fault = self.bucket.fault(asked)
+            self.bucket.asked.append(request)
+            fault = self.bucket.fault(request)
             if fault is not None:
-                self.bucket.refused.append(asked)
+                self.bucket.refused.append(request)
         self.fault = fault
         if isinstance(fault, int):
             return self._answer(fault, json.dumps({"error": {"code": fault, "message": "the test says so"}}).encode())
@@ -163,29 +175,29 @@ class _Handler(BaseHTTPRequestHandler):
     def _media(self, name, query, body):
         if name not in self.bucket.objects:
             return 404, b"No such object"
-        found = self.bucket.objects[name]
-        if query.get("ifGenerationNotMatch") == str(found.generation):
+        stored = self.bucket.objects[name]
+        if query.get("ifGenerationNotMatch") == str(stored.generation):
             return 304, b""
-        if query.get("ifGenerationMatch", str(found.generation)) != str(found.generation):
+        if query.get("ifGenerationMatch", str(stored.generation)) != str(stored.generation):
             return 412, b""
-        if query.get("generation", str(found.generation)) != str(found.generation):
+        if query.get("generation", str(stored.generation)) != str(stored.generation):
             return 404, b"No such generation"
         about = self._described(name)
         headers = {
-            "x-goog-generation": str(found.generation),
+            "x-goog-generation": str(stored.generation),
             "x-goog-hash": f"crc32c={about['crc32c']}" + ("" if name in self.bucket.joined else f",md5={about['md5Hash']}"),
-            "x-goog-stored-content-length": str(len(found.data)),
+            "x-goog-stored-content-length": str(len(stored.data)),
         }
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
         if not span:
-            return 200, found.data, headers
+            return 200, stored.data, headers
         if not span[1]:
-            first, last = max(0, len(found.data) - int(span[2])), len(found.data) - 1
+            first, last = max(0, len(stored.data) - int(span[2])), len(stored.data) - 1
         else:
-            first, last = int(span[1]), min(int(span[2] or len(found.data) - 1), len(found.data) - 1)
-        if first >= len(found.data):
+            first, last = int(span[1]), min(int(span[2] or len(stored.data) - 1), len(stored.data) - 1)
+        if first >= len(stored.data):
             return 416, b"InvalidRange"
-        return 206, found.data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(found.data)}"}
+        return 206, stored.data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(stored.data)}"}
 
     def _list(self, name, query, body):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -203,13 +215,13 @@ class _Handler(BaseHTTPRequestHandler):
                 items.append(self._described(each))
         start = int(query.get("pageToken") or 0)
         stop = start + int(query.get("maxResults") or 1000)
-        found = {"kind": "storage#objects", "items": items[start:stop], "prefixes": list(prefixes) if not start else []}
-        return 200, json.dumps(found | ({"nextPageToken": str(stop)} if stop < len(items) else {})).encode()
+        page = {"kind": "storage#objects", "items": items[start:stop], "prefixes": list(prefixes) if not start else []}
+        return 200, json.dumps(page | ({"nextPageToken": str(stop)} if stop < len(items) else {})).encode()
 
     def _upload(self, name, query, body):
         match = query.get("ifGenerationMatch")
-        there = self.bucket.objects[name].generation if name in self.bucket.objects else 0
-        if match is not None and int(match) != there:
+        current = self.bucket.objects[name].generation if name in self.bucket.objects else 0
+        if match is not None and int(match) != current:
             return 412, b""
         if query["uploadType"] == "resumable":
             number = str(next(self.bucket.generations))
@@ -222,14 +234,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _part(self, name, query, body):
         name, number = query["name"], query["upload_id"]
-        first, whole = re.fullmatch(r"bytes (\d+|\*)(?:-\d+)?/(\d+|\*)", self.headers["Content-Range"]).groups()
-        there = self.bucket.uploads[number]
+        first, total = re.fullmatch(r"bytes (\d+|\*)(?:-\d+)?/(\d+|\*)", self.headers["Content-Range"]).groups()
+        received = self.bucket.uploads[number]
         if first != "*":
-            there = there[: int(first)] + body
-        self.bucket.uploads[number] = there
-        if whole == "*" or len(there) < int(whole):
-            return 308, b"", {"Range": f"bytes=0-{len(there) - 1}"} if there else {}
-        self.bucket.put(name, there)
+            received = received[: int(first)] + body
+        self.bucket.uploads[number] = received
+        if total == "*" or len(received) < int(total):
+            return 308, b"", {"Range": f"bytes=0-{len(received) - 1}"} if received else {}
+        self.bucket.put(name, received)
         return 200, json.dumps(self._described(name)).encode()
 
     def _delete(self, name, query, body):
@@ -275,11 +287,11 @@ def _parts(body: bytes, content_type: str) -> list[bytes]:
     """The two bodies of a multipart upload: the description and the data."""
     boundary = b"--" + re.search(r'boundary="?([^";]+)', content_type)[1].encode()
     sections = body.split(boundary)[1:-1]
-    found = []
+    bodies = []
     for section in sections:
         head = re.search(rb"\r?\n\r?\n", section)
-        found.append(re.sub(rb"\r?\n\Z", b"", section[head.end() :], count=1))
-    return found
+        bodies.append(re.sub(rb"\r?\n\Z", b"", section[head.end() :], count=1))
+    return bodies
 
 
 def _crc32c(data: bytes) -> int:

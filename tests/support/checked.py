@@ -1,4 +1,4 @@
-"""The type checker of the functions of ``optima_tpu.method`` while tests run; see ``tests/conftest.py``."""
+"""Checks types in ``optima_tpu.method`` while tests run; see conftest.py."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,10 +13,10 @@ _AS_TYPE_CHECKERS = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def checked(function: Function) -> Function:
-    """The function with its arguments and its result checked, but for two kinds.
+    """Makes a function check the types of its arguments and its result.
 
-    Values are trees, whose leaves may be shapes or shardings in the place of arrays: what makes one takes anything. And beartype
-    (0.23) has no check for a generic NamedTuple in a signature: ``TokenSets``, ``Given``, ``Best``.
+    Two kinds are not checked. Constructors take anything, because the leaves of a tree may be shapes or shardings instead of
+    arrays. And beartype (0.23) has no check for a generic NamedTuple in a signature: ``TokenSets``, ``Given``, ``Best``.
     """
     if function.__name__ == "__init__":
         return function

@@ -1,4 +1,4 @@
-"""Tiny models of the families that MaxText, Tunix and this program know, as configurations of transformers."""
+"""Configurations of tiny models that MaxText, Tunix and this program know."""
 
 from typing import Any
 

@@ -50,7 +50,7 @@ ENTRIES: dict[str, Any] = {
 
 
 def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerReport:
-    """Twenty of forty weights pruned, every row converged, nothing unusual."""
+    """Makes a layer's report: half of it pruned, every row converged."""
     return structs.replace(
         LayerReport(
             block=block,
@@ -74,7 +74,7 @@ def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerRep
 
 
 def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
-    """Errors that the update halves or so, on held-out text a little less."""
+    """Makes layers' reports, with errors that the update about halves."""
     random, made = np.random.default_rng(seed), []
     for block in range(blocks):
         for name in NAMES:
@@ -87,7 +87,10 @@ def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
 def write_run(
     directory: Path, config=EMBEDDED, reports: list[LayerReport] | None = None, weighed: Sequence[str] = (), pruning: float = 3.0
 ) -> Path:
-    """A run directory with nothing but its report, as ``optima_tpu.pipeline.run`` writes it: a second for each block."""
+    """Writes a run directory with nothing but its report.
+
+    ``optima_tpu.pipeline.run`` writes such a report. Each block took a second.
+    """
     reports = layers(0) if reports is None else reports
     directory.mkdir(parents=True)
     entries = {"configuration": to_dict(config), "seconds": {"pruning": pruning}, "weighed_layers": tuple(weighed)}
@@ -96,7 +99,7 @@ def write_run(
 
 
 def blocks_of(reports: Sequence[LayerReport]) -> list[BlockReport]:
-    """The layers in blocks, each of which took a second."""
+    """Puts the layers into blocks, each of which took a second."""
     return [
         BlockReport(index, 1.0, tuple(layer for layer in reports if layer.block == index))
         for index in dict.fromkeys(layer.block for layer in reports)
@@ -104,13 +107,16 @@ def blocks_of(reports: Sequence[LayerReport]) -> list[BlockReport]:
 
 
 def report_of(blocks: Sequence[BlockReport], **changes: Any) -> Report:
-    """A report that is on no disk."""
+    """Makes a report that is on no disk."""
     with tempfile.TemporaryDirectory() as folder:
         return write_report(Path(folder, "report.json"), ENTRIES | changes, blocks)
 
 
 def write_other_places() -> None:
-    """What is no finished run, in the working directory: an empty folder, a run that was only started, a text."""
+    """Writes what is no finished run into the working directory.
+
+    These are an empty folder, a run that was only started, and a text.
+    """
     for name in ("empty", "started"):
         Path(name).mkdir()
     put_json(Path("started/run.json"), {"manifest": MANIFEST, "configuration": to_dict(EMBEDDED)})

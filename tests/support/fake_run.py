@@ -1,4 +1,4 @@
-"""A small model in memory, and a run over it, for the tests of checkpoints and exports."""
+"""A small model and a run over it, for tests of checkpoints and exports."""
 
 import functools
 import json
@@ -55,7 +55,10 @@ def write_checkpoint(journal: Journal, source: TensorSource, mesh: Mesh, **optio
 
 
 def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, BlockReport, tuple[Activations]]:
-    """What a run saves of a block: half of every row pruned, the other weights moved. The same at every call."""
+    """Returns what a run saves of a block, the same at every call.
+
+    Half of every row is pruned, and the other weights are moved.
+    """
     random = np.random.default_rng([1, block])
     weights, masks = {}, {}
     for name in (f"model.layers.{block}.{linear}.weight" for linear in LINEARS):
@@ -68,7 +71,7 @@ def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, BlockRe
 
 
 def block_report(block: int, masks: Mapping[str, np.ndarray]) -> BlockReport:
-    """The record of a block with these masks, by the names of the layers inside it."""
+    """Makes the record of a block with these masks, by layer name."""
     return BlockReport(block, 0.0, tuple(_report_on(block, name, keep) for name, keep in masks.items()))
 
 
@@ -88,7 +91,9 @@ def pruned_run(
     layers: str = "",
     left_out: tuple[int, ...] = (),
 ) -> Path:
-    """A run over the model that a configuration of transformers describes: half of every row is pruned at random.
+    """Writes a run over a model with random masks.
+
+    A configuration of transformers describes the model. Without a pattern, half of every row is pruned.
 
     Args:
       pattern, layers: another pattern, and rules for layers, as they are typed. Weights are pruned by random scores.
@@ -104,7 +109,7 @@ def pruned_run(
 def run_without(
     directory: Path, whole: Model, cut: Model, left: LeftOut, pattern: str | None = "dense", layers: str = ""
 ) -> Path:
-    """As :func:`pruned_run`, of a model that is without what ``left`` names."""
+    """Like :func:`pruned_run`, for a model without what ``left`` names."""
     (config, source), decoder = (cut.pretrained.config, cut.pretrained.tensors), cut.decoder
     manifest = MANIFEST if pattern is None else MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": pattern, "layers": layers}}
     journal = open_journal(directory, manifest, whole.pretrained.assets, to_dict(SMALL))
@@ -133,7 +138,7 @@ def _kept(pattern: Pattern, scores: jax.Array) -> jax.Array:
 
 
 def begun(directory: Path, manifest=MANIFEST, assets=ASSETS) -> Journal:
-    """A run that has no block yet."""
+    """Opens a run that has no block yet."""
     return open_journal(directory, manifest, assets, to_dict(SMALL))
 
 
@@ -161,6 +166,6 @@ def finished_run(
 
 
 def assert_same(got: np.ndarray, expected: np.ndarray) -> None:
-    """Equal in dtype, shape and every bit."""
+    """Asserts equality in dtype, shape and every bit."""
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
     assert got.tobytes() == expected.tobytes()

@@ -1,4 +1,4 @@
-"""Every kind of file that the program reads: how to write a small one, and how to read it as the program does."""
+"""How to write and read a small file of every kind that the program reads."""
 
 import contextlib
 import gzip
@@ -65,19 +65,19 @@ class Kind(NamedTuple):
 
 
 def _open(folder: Path) -> Any:
-    """Everything that is read of a model: configuration, every tensor, tokenizer."""
+    """Reads all of a model: configuration, every tensor, tokenizer."""
     pretrained = open_model(str(folder))
     decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh(1, 1), 4)
-    names, there = decoder.tensor_names(), set(pretrained.tensors.names())
+    names, stored = decoder.tensor_names(), set(pretrained.tensors.names())
     decoder.config.positions(0, 8)
     for name in names:
-        if name in there:
+        if name in stored:
             pretrained.tensors.read(name)
     return load_tokenizer(pretrained)("a text")["input_ids"]
 
 
 def tiny_gguf(path: Path) -> None:
-    """A Llama with the words of byte-level BPE."""
+    """Writes a Llama with the words of byte-level BPE."""
     from tokenizers import pre_tokenizers
 
     words = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt", "th"]
@@ -117,8 +117,8 @@ def _token_ids(folder: Path) -> Any:
 
 
 def _cached(folder: Path) -> Any:
-    found = TokenCache(folder).load("key")
-    return None if found is None else (found.ids.tolist(), found.how, found.available)
+    tokens = TokenCache(folder).load("key")
+    return None if tokens is None else (tokens.ids.tolist(), tokens.how, tokens.available)
 
 
 def _report(folder: Path) -> None:
@@ -177,8 +177,8 @@ def _page(folder: Path) -> None:
 def _cells(folder: Path) -> None:
     fake_reports.write_run(folder / "cell")
     shutil.rmtree(folder / "cell/none", ignore_errors=True)
-    told = {"state": "finished", "perplexity": 3.0, "dense": 2.0, "report": "cell/report.json"}
-    (folder / "results.json").write_bytes(encoded([CellResult("wanda", "cg", "0.5", count, 0, **told) for count in (8, 16)]))
+    common = {"state": "finished", "perplexity": 3.0, "dense": 2.0, "report": "cell/report.json"}
+    (folder / "results.json").write_bytes(encoded([CellResult("wanda", "cg", "0.5", count, 0, **common) for count in (8, 16)]))
 
 
 KNOWN = {
@@ -217,7 +217,7 @@ def _outcome(folder: Path) -> None:
 
 
 def _without(sums: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """The same folder without the checksums, so that the file's own reader is tried."""
+    """Removes the checksums, so that the file's own reader is tried."""
 
     def write(folder: Path) -> None:
         sums(folder)
@@ -295,28 +295,34 @@ REPLACEMENTS = (
 """What a value in a file of JSON is replaced with."""
 
 
-def bits_flipped(content: bytes, places: list[tuple[int, int]]) -> bytes:
-    """``content`` with the bits (byte, bit) flipped; a byte beyond the end is counted from the beginning again."""
+def bits_flipped(content: bytes, bits: list[tuple[int, int]]) -> bytes:
+    """Returns ``content`` with the bits (byte, bit) flipped.
+
+    A byte beyond the end is counted from the beginning again.
+    """
     changed = bytearray(content)
-    for byte, bit in places:
+    for byte, bit in bits:
         changed[byte % len(changed)] ^= 1 << bit
     return bytes(changed)
 
 
-def value_replaced(content: bytes, place: int, value: Any) -> bytes:
-    """JSON with one of its values, counted depth first, replaced; or removed, if the replacement is the value itself."""
+def value_replaced(content: bytes, index: int, value: Any) -> bytes:
+    """Replaces one value of a JSON document, counted depth first.
+
+    Removes the value if the replacement is equal to it.
+    """
     document = json.loads(content)
-    places: list[tuple[Any, Any]] = []
+    slots: list[tuple[Any, Any]] = []
 
     def look(value: Any) -> None:
         for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            places.append((value, key))
+            slots.append((value, key))
             look(value[key])
 
     look(document)
-    if not places:
+    if not slots:
         return json.dumps(value).encode()
-    owner, key = places[place % len(places)]
+    owner, key = slots[index % len(slots)]
     if owner[key] == value:
         del owner[key]
     else:
@@ -325,7 +331,10 @@ def value_replaced(content: bytes, place: int, value: Any) -> bytes:
 
 
 def outcome(kind: Kind, folder: Path, content: bytes) -> str:
-    """What comes of the file with this content: "read", or "refused" in one line. Any other exception passes."""
+    """Reads a file with this content. Returns "read" or "refused".
+
+    A refusal is a UserError of one line. Any other exception passes.
+    """
     (folder / kind.file).write_bytes(content)
     quiet = io.StringIO()
     try:

@@ -30,7 +30,7 @@ def gguf_name(name: str, parts: dict[str, str] = PARTS) -> str:
 
 @contextmanager
 def writing(path, arch: str, sizes) -> Iterator[gguf.GGUFWriter]:
-    """Writes a file with the sizes of a configuration, to which the body adds words and tensors."""
+    """Writes a file with these sizes; the body adds words and tensors."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(sizes.max_position_embeddings)
     writer.add_embedding_length(sizes.hidden_size)

@@ -7,7 +7,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 
 def block_of(shapes: dict[str, tuple[int, int]], mesh: Mesh, residuals: tuple[str, ...] = ()) -> SimpleNamespace:
-    """What ``memory_plan`` asks of a decoder, for a model whose blocks have these layers in float32.
+    """Makes a decoder as far as ``memory_plan`` reads one.
+
+    All blocks have these layers in float32.
 
     Args:
       shapes: [d_out, d_in] by the layer's name.

@@ -1,4 +1,4 @@
-"""What a model computes, in a form that is short rather than fast: what tests and measurements compare with."""
+"""What a model computes, in short and slow forms, to compare with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ run_head = jax.jit(head_logits)
 
 
 def logits_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
-    """Logits [samples, length, vocab] float32 of a few sequences, on the host."""
+    """Returns logits [samples, length, vocab] float32 on the host."""
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         decoder.apply(index, parameters, hidden)
@@ -26,7 +26,7 @@ def logits_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
 
 
 def input_of(inputs: Mapping[str, Any], name: str) -> Array:
-    """The input [batch, length, d_in] of a layer, from the inputs that ``forward`` gives.
+    """Picks a layer's input [batch, length, d_in] from those of ``forward``.
 
     For the layer of an expert it is a copy, with zeros for the tokens of other experts.
     """

@@ -5,6 +5,6 @@ from markupsafe import Markup
 
 
 def leave_plots_empty(patch: pytest.MonkeyPatch) -> None:
-    """Plots have nothing in them until the patch is undone."""
+    """Leaves plots empty until the patch is undone."""
     patch.setattr("optima_tpu.report.plots.lines", lambda panels, prefix, **options: [Markup("<svg></svg>") for _ in panels])
     patch.setattr("optima_tpu.report.plots.cells", lambda *arguments, **options: Markup("<svg></svg>"))

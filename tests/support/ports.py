@@ -1,4 +1,7 @@
-"""Published selectors in float64 numpy, by loops from their formulas; of our code only counts of a pattern and levels of ADMM."""
+"""Published selectors in float64 numpy, by loops from their formulas.
+
+Of our code they use only the counts of a pattern and the levels of ADMM.
+"""
 
 import numpy as np
 
@@ -9,7 +12,9 @@ from optima_tpu.method.selectors import ADMM
 def thanos(
     weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Thanos (Ilin and Richtarik, arXiv 2504.05346, without outlier rows): one inverse a block, one linear solve a row.
+    """Prunes by Thanos: one inverse a block, one linear solve a row.
+
+    Source: Ilin and Richtarik, arXiv 2504.05346, without outlier rows.
 
     Returns:
       (weights, keep), each [d_out, d_in].
@@ -50,9 +55,10 @@ def thanos(
 def sparsegpt(
     weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """SparseGPT (Frantar and Alistarh, 2023, algorithm 1): an explicit inverse, input after input, no lazy updates.
+    """Prunes by SparseGPT, input after input, with an explicit inverse.
 
-    With exact counts where the published code prunes one more a block, and dead inputs scored 0 but not set to zero.
+    Source: Frantar and Alistarh, 2023, algorithm 1, without lazy updates. Counts are exact, where the published code prunes one
+    more a block. Dead inputs are scored 0 but not set to zero.
 
     Returns:
       (weights, keep), each [d_out, d_in].
@@ -91,7 +97,9 @@ def sparsegpt(
 def admm(
     weight: np.ndarray, hessian: np.ndarray, linear: np.ndarray, pattern: Pattern, selector: ADMM
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ADMM for mask and weights (Meng et al., ALPS, 2024, equation 5); no dead inputs.
+    """Finds mask and weights by ADMM; there are no dead inputs.
+
+    Source: Meng et al., ALPS, 2024, equation 5.
 
     The first step is one of Richardson's with the inverse at ``sigma``, written as in a textbook: by the residual of the exact step.
 

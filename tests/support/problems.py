@@ -28,7 +28,10 @@ ALIKE = (PATTERNS[1], PATTERNS[4])
 
 
 def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None = None, spread: float = 1.0) -> np.ndarray:
-    """``X'X / n`` [size, size] float32 of correlated inputs whose scales spread over ``exp(+-spread)``."""
+    """Draws ``X'X / n`` [size, size] float32 of correlated inputs.
+
+    Their scales spread over ``exp(+-spread)``.
+    """
     tokens = tokens or 8 * size
     mixing = np.eye(size) + 0.3 * rng.standard_normal((size, size)) / np.sqrt(size) * 3
     x = rng.standard_normal((tokens, size)) @ mixing * np.exp(spread * rng.standard_normal(size))
@@ -36,7 +39,7 @@ def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None =
 
 
 def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self", **hessian) -> LayerProblem:
-    """A random layer; ``target="other"`` asks for something else than its own outputs."""
+    """Draws a layer; ``target="other"`` aims at other outputs than its own."""
     problem = LayerProblem(
         jnp.asarray(rng.standard_normal((rows, size)), jnp.float32), jnp.asarray(correlated_hessian(rng, size, **hessian))
     )
@@ -48,7 +51,10 @@ def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def solve(solver: Solver, problem: LayerProblem, pruned: Pruned, damping: float | None = None) -> Solution:
-    """Runs a solver, compiled once for each choice and shape; with the damping that is its default, or with another one."""
+    """Runs a solver, compiled once for each choice and shape.
+
+    ``damping`` None stands for the solver's default.
+    """
     damping = solver.damping if damping is None else damping
     return solver(dataclasses.replace(problem, damping=damping), pruned)
 
@@ -68,7 +74,10 @@ def groups(array, pattern: Pattern) -> np.ndarray:
 
 
 def assert_obeys(pruned: Pruned, pattern: Pattern):
-    """The exact number of zeros in every comparison group, none of them negative, and numbers everywhere else."""
+    """Asserts the exact number of zeros in every comparison group.
+
+    No zero is negative, and all weights are finite.
+    """
     weight, keep = np.asarray(pruned.weight), np.asarray(pruned.keep)
     assert weight.dtype == np.float32 and keep.dtype == bool and weight.shape == keep.shape
     if isinstance(pattern, WholeInputs):
@@ -83,7 +92,7 @@ def assert_obeys(pruned: Pruned, pattern: Pattern):
 
 
 def wide(problem: LayerProblem, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(weight, damped Hessian, e) in float64, with ``e`` as float32 holds it."""
+    """Returns (weight, damped Hessian, e) in float64; ``e`` was float32."""
     hessian = np.asarray(problem.hessian, np.float64)
     return (
         np.asarray(problem.weight, np.float64),
@@ -98,7 +107,10 @@ def linear_of(problem: LayerProblem) -> np.ndarray:
 
 
 def oracle(problem: LayerProblem, pruned: Pruned, damping: float = 0.0) -> np.ndarray:
-    """The optimal weights of every row, float64, by a linear solve on the kept inputs (numpy, no code of ours)."""
+    """Returns the optimal weights of every row, float64.
+
+    Each row is a linear solve on its kept inputs, in numpy without code of ours.
+    """
     weight, hessian, pull = wide(problem, damping)
     keep, target = np.asarray(pruned.keep), weight @ hessian + pull
     solved = np.zeros_like(weight)
@@ -109,7 +121,10 @@ def oracle(problem: LayerProblem, pruned: Pruned, damping: float = 0.0) -> np.nd
 
 
 def row_objective(problem: LayerProblem, weight: np.ndarray, damping: float = 0.0) -> np.ndarray:
-    """``(v - w) H (v - w)' - 2 e (v - w)'`` of every row in float64, damped if asked."""
+    """Returns ``(v - w) H (v - w)' - 2 e (v - w)'`` of every row in float64.
+
+    ``damping`` adds its share of ``diag H`` to ``H``.
+    """
     dense, hessian, pull = wide(problem, damping)
     change = np.asarray(weight, np.float64) - dense
     return np.sum(change * (change @ hessian - 2 * pull), axis=1)

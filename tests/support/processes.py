@@ -54,20 +54,26 @@ def free_port() -> int:
 
 
 def without_gloo(printed: str) -> list[str]:
-    """The lines of a process but for those of gloo, whose threads print them in pieces, between each other's."""
+    """Returns the lines of a process without those of gloo.
+
+    Threads of gloo print their lines in pieces, between each other's.
+    """
     pieces = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : "
     return [line for line in re.sub(pieces, "", printed).splitlines() if line.strip("0123456789 ")]
 
 
 def process_environment() -> dict[str, str]:
-    """Of processes on the CPU that import what this one does, but for torch."""
+    """The environment of CPU processes: imports as here, but no torch."""
     path = [str(CHILDREN), str(ROOT), *sys.path]
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path)}
 
 
 @contextlib.contextmanager
 def hearing_ctrl_c() -> Iterator[None]:
-    """Processes that are started meanwhile hear SIGINT. They would ignore it if this one does, as in the background of a shell."""
+    """Lets processes that start meanwhile receive SIGINT.
+
+    They would ignore SIGINT if this process does, as in the background of a shell.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -76,7 +82,7 @@ def hearing_ctrl_c() -> Iterator[None]:
 
 
 def python(*arguments, **environment: str) -> subprocess.CompletedProcess:
-    """Runs Python in a process of its own, with its output piped; ``environment`` is added to this one's."""
+    """Runs Python with its output piped; ``environment`` is added to ours."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=process_environment() | environment,
@@ -87,7 +93,7 @@ def python(*arguments, **environment: str) -> subprocess.CompletedProcess:
 
 
 def at_once(commands: Iterable[Sequence], **environment: str) -> list[tuple[int, str, str]]:
-    """Runs Python in several processes at the same time. Returns the exit status and the output of each."""
+    """Runs Python processes at once: (exit status, stdout, stderr) of each."""
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -105,11 +111,14 @@ def at_once(commands: Iterable[Sequence], **environment: str) -> list[tuple[int,
 def several(
     arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, ...], ...] = ((), ())
 ) -> list[tuple[int, str, str]]:
-    """Runs the command in two processes of four devices. Returns the exit status and the output of each.
+    """Runs the command in two processes of four devices.
 
     Args:
       killed_at: block before which the second process is killed.
-      own: what each process is told that the others are not.
+      own: further arguments of each process.
+
+    Returns:
+      (exit status, stdout, stderr) of each.
     """
     start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(len(own))]
     return at_once(

@@ -1,4 +1,4 @@
-"""Matrices and blocks pruned in one call, with what a test leaves out filled in."""
+"""Prunes matrices and blocks in one call; fills in what a test leaves out."""
 
 import dataclasses
 import functools
@@ -35,11 +35,14 @@ def measure(hessian: Array, dense: Array, old: Array, new: Array):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowOutcomes]:
-    """Prunes one matrix on one device: selector, solver, cast, acceptance. What ``prune_group`` does on a mesh is the same."""
+    """Prunes one matrix on one device: selector, solver, cast, acceptance.
+
+    ``prune_group`` does the same on a mesh.
+    """
     problem = dataclasses.replace(problem, damping=recipe.damping)
     pruned = recipe.selector(problem, recipe.pattern)
-    found = recipe.update(recipe.pattern)(problem, pruned)
-    return accept_rows(TokenSets(problem), pruned, found, recipe.accept if recipe.solver else None, jnp.dtype(dtype), measure)
+    solution = recipe.update(recipe.pattern)(problem, pruned)
+    return accept_rows(TokenSets(problem), pruned, solution, recipe.accept if recipe.solver else None, jnp.dtype(dtype), measure)
 
 
 def group_arguments(
@@ -63,14 +66,17 @@ def group_arguments(
 
 
 def prune_matrices(weights, hessian, recipe: Recipe, mesh: Mesh, **options):
-    """``prune_group`` of matrices that read one input: their weights, their masks, and what happened to their rows."""
-    return tuple(zip(*(found[:3] for found in prune_group(*group_arguments(weights, hessian, recipe, mesh, **options)))))
+    """Prunes matrices of one input. Returns weights, masks, row outcomes."""
+    return tuple(zip(*(outcome[:3] for outcome in prune_group(*group_arguments(weights, hessian, recipe, mesh, **options)))))
 
 
 def prune_calibrated(
     decoder: Decoder, index: int, parameters: Mapping[str, Array], groups: Groups, statistics, recipe: Recipe, **options
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
-    """``prune_groups`` of layers whose statistics are here, :class:`TokenSets` or those of calibration tokens alone."""
+    """Prunes layers whose statistics are given, by ``prune_groups``.
+
+    ``statistics`` are :class:`TokenSets`, or statistics of calibration tokens alone.
+    """
     sets = tuple(each if isinstance(each, TokenSets) else TokenSets(each) for each in statistics)
     walk = Walk(decoder, recipe, (groups,) * (index + 1), windows=0, **options)
     return prune_groups(walk, index, parameters, Pass(groups, (ON_EVERY_DEVICE,) * len(groups)), sets)[:3]
@@ -90,7 +96,10 @@ def walk_block(
     budget: float = math.inf,
     dense: Activations | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
-    """One step of the walk, by default of a block that is read here, calibrated on all windows: parameters, masks, reports."""
+    """Takes one step of the walk. Returns (parameters, masks, reports).
+
+    By default the block is read from the decoder and calibrated on all windows.
+    """
     walk = Walk(decoder, recipe, (groups,) * (index + 1), len(hidden) if windows is None else windows, budget, given, tell)
     parameters = next(decoder.blocks([index])) if parameters is None else parameters
     return prune_block(walk, index, parameters, Streams(hidden, dense))[:3]

@@ -99,7 +99,7 @@ DELTA = dict(
 
 
 class Reference(NamedTuple):
-    """The class of transformers (and of its configuration), a tiny size, and the options of the family, each with its values.
+    """A class of transformers, its configuration, tiny sizes, and variants.
 
     Texts are 40 tokens long: longer than every window here.
 
@@ -120,7 +120,10 @@ class Reference(NamedTuple):
         return next(iter(self.variants.values()))
 
     def configuration(self, settings: dict, **options):
-        """The configuration with these settings. It gets copies: transformers writes into dictionaries that it is given."""
+        """Makes the configuration with these settings.
+
+        It gets copies, because transformers writes into dictionaries that it is given.
+        """
         made = getattr(transformers, self.config)(**copy.deepcopy(self.base | settings), **options)
         made.architectures = [self.model]
         return made
@@ -565,7 +568,10 @@ MIXED = Reference(
 
 
 def apart(*own: str) -> list:
-    """The references as parameters of a test: those of relatives are slow, but for the ``own`` whose layers differ where it looks."""
+    """Returns the references as parameters of a test.
+
+    Relatives are slow, except the ``own``, whose layers differ where the test looks.
+    """
     return [
         pytest.param(each, id=each.model, marks=[pytest.mark.slow] * (each.relative and each.model not in own))
         for each in REFERENCES
@@ -577,14 +583,17 @@ MIXTURES = tuple(reference.model for reference in REFERENCES if {"num_experts_pe
 
 
 def far_from(model, logits: np.ndarray, tokens: np.ndarray, **options) -> np.ndarray:
-    """At every position the largest difference of logits from those of a torch model, relative to its largest logit."""
+    """Returns the largest relative difference from torch at every position."""
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(tokens).long(), **options).logits.float().numpy()
     return np.abs(logits - expected).max(axis=-1) / np.abs(expected).max()
 
 
 def tiny(reference: Reference, settings: dict, dtype=torch.float32):
-    """A random model of transformers, with biases and norms that matter, and its tensors as a checkpoint has them."""
+    """Returns (configuration, random model, its tensors as in a checkpoint).
+
+    Noise on all parameters makes biases and norms matter.
+    """
     torch.manual_seed(0)
     config = reference.configuration(settings, attn_implementation="eager")
     model = getattr(transformers, reference.model)(config).eval().to(dtype)
@@ -608,7 +617,9 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
 
 
 def as_saved(tensors: dict[str, np.ndarray], mixtral: bool = False) -> dict[str, np.ndarray]:
-    """transformers keeps the experts of a block in one array, and stores each of their matrices by itself.
+    """Splits the arrays of experts into matrices, as files store them.
+
+    transformers keeps the experts of a block in one array.
 
     Args:
       mixtral: whether they are stored under the names of a Mixtral.
@@ -710,7 +721,7 @@ BY_MODEL = {reference.model: reference for reference in (*REFERENCES, *BESIDE_IM
 
 
 def save(path: Path, reference: Reference, settings: dict, dtype=torch.float32, **options):
-    """Saves a random model as transformers does, with a tokenizer of bytes. Returns the model."""
+    """Saves a random model with a byte tokenizer. Returns the model."""
     _, model, _ = tiny(reference, settings, dtype)
     model.save_pretrained(path, **options)
     byte_tokenizer().save_pretrained(path)
@@ -718,7 +729,10 @@ def save(path: Path, reference: Reference, settings: dict, dtype=torch.float32, 
 
 
 def small(architecture: str, **settings):
-    """(configuration of transformers, its tensors) of a Llama whose sizes divide no mesh, or of another family."""
+    """Makes (configuration of transformers, tensors) of a tiny model.
+
+    A Llama has sizes that divide no mesh.
+    """
     if architecture == "Llama":
         return tiny_llama(**settings)
     config, _, tensors = tiny(next(reference for reference in REFERENCES if reference.model.startswith(architecture)), settings)

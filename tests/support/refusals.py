@@ -1,4 +1,4 @@
-"""What a person reads who gave something wrong."""
+"""The error that a person reads who typed something wrong."""
 
 from collections.abc import Callable
 

@@ -1,9 +1,10 @@
-"""Makes a tiny run, its export and a packed folder with this version, which later versions must open.
+"""Writes a tiny run, its export and a packed folder for later versions.
 
     python -m tests.support.release FOLDER
 
-FOLDER/VERSION gets the dense model, a random Llama of one block, the run directory with its export in ``hf/``, without report.html,
-and the packed folder. ``tests/launch/test_released.py`` opens every version that ``tests/released`` has.
+Later versions must open them. FOLDER/VERSION gets the dense model, a random Llama of one block, the run directory with its
+export in ``hf/``, without report.html, and the packed folder. ``tests/launch/test_released.py`` opens every version that
+``tests/released`` has.
 """
 
 import importlib.metadata

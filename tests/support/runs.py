@@ -41,7 +41,7 @@ def opened(config: RunConfig, shape: tuple[int, int]) -> Model:
 
 
 def stop_after_the_first_block(monkeypatch) -> None:
-    """Ctrl-C, once the first block of a run is saved."""
+    """Raises KeyboardInterrupt once a run has saved its first block."""
     save = Journal.save
 
     def stopped(journal, index, *rest):
@@ -53,7 +53,7 @@ def stop_after_the_first_block(monkeypatch) -> None:
 
 
 def only_error(said: str) -> str:
-    """What a refused command prints on stderr: exactly one line, which says that it is an error."""
+    """Asserts that a refused command printed one line, an error."""
     assert said.startswith("error: ") and said.count("\n") == 1, said
     return said
 
@@ -67,13 +67,13 @@ def folder_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of the last change of everything in a directory, and of itself; empty where there is none."""
+    """Maps a directory and its files to (size, mtime_ns); empty without it."""
     paths = [directory, *directory.rglob("*")] if directory.exists() else []
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def assert_same_weights(directory: Path, expected: Path) -> None:
-    """The exported files and the checkpoint hold the same bits."""
+    """Asserts that exported files and checkpoint hold the same bits."""
     names = sorted(path.name for path in (expected / "hf").iterdir() if path.suffix in (".safetensors", ".npz"))
     assert "pruning_masks.npz" in names and len(names) == 2
     for name in names:
@@ -85,7 +85,7 @@ def assert_same_weights(directory: Path, expected: Path) -> None:
 
 
 def assert_close_weights(directory: Path, expected: Path) -> None:
-    """The same masks, and the same weights within what another order of summation changes."""
+    """Asserts equal masks, and weights equal up to the order of summation."""
     masks, expected_masks = (read_masks(path / "hf") for path in (directory, expected))
     weights, expected_weights = (folder_tensors(path / "hf") for path in (directory, expected))
     assert masks.keys() == expected_masks.keys() and weights.keys() == expected_weights.keys()

@@ -13,7 +13,7 @@ TABLE = {
 
 
 def write_sweep(path: Path, **changes) -> str:
-    """Writes a sweep's file; keys that are changed to None are left out. Returns the path."""
+    """Writes a sweep's file without keys that are None. Returns the path."""
     document = {key: value for key, value in (TABLE | changes).items() if value is not None}
     path.write_text(yaml12.dump(document))
     return str(path)

@@ -40,7 +40,7 @@ class MemoryTensors:
 
 
 def tiny_llama(seed: int = 0, **settings):
-    """(configuration of transformers, MemoryTensors) of a random Llama whose sizes divide no mesh; no torch needed."""
+    """Makes a random Llama whose sizes divide no mesh: (config, tensors)."""
     config = LlamaConfig(
         **(
             dict(
@@ -61,7 +61,7 @@ def tiny_llama(seed: int = 0, **settings):
 
 
 def random_tensors(config: PretrainedConfig, seed: int = 0) -> MemoryTensors:
-    """Random float32 tensors of the model that a configuration of transformers describes; no torch needed."""
+    """Draws float32 tensors for a configuration of transformers."""
     rng = np.random.default_rng(seed)
     decoder = Decoder.open(config, MemoryTensors({}), mesh(1, 1))
     arrays = {}
@@ -74,7 +74,7 @@ def random_tensors(config: PretrainedConfig, seed: int = 0) -> MemoryTensors:
 
 
 def byte_tokenizer():
-    """A tokenizer of one token a byte, and ``<s>`` (256, BOS) and ``</s>`` (257, EOS)."""
+    """A tokenizer of bytes, ``<s>`` (256, BOS) and ``</s>`` (257, EOS)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -86,7 +86,11 @@ def byte_tokenizer():
 def tiny_folder(
     path: Path, *, dtype: str = "float32", change: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None, **settings
 ) -> Path:
-    """Writes a :func:`tiny_llama` as a Hugging Face folder: two shards, and a tokenizer of one token a byte; no torch needed.
+    """Writes a :func:`tiny_llama` as a Hugging Face folder.
+
+    It has two shards, and a tokenizer of one token a byte.
+
+    It has two shards, and a tokenizer of one token a byte.
 
     Args:
       change: edits the tensors, by name, before they are written.
@@ -108,7 +112,7 @@ def tiny_folder(
 
 
 def with_bos(folder: Path) -> Path:
-    """Makes the tokenizer of a :func:`tiny_folder` put a BOS before every text, as those of Llama and Gemma do."""
+    """Makes a :func:`tiny_folder`'s tokenizer put BOS before every text."""
     tokenizer = byte_tokenizer()
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
     tokenizer.save_pretrained(folder)

@@ -1,6 +1,7 @@
-"""In the processes that tests start there is no torch, as where only the program is installed. Python imports this file first.
+"""Hides torch from the processes that tests start.
 
-transformers would import torch where it is, which takes nearly as long as everything else that a command imports.
+Python imports this file first. Such a process sees what an installation of the program alone has. transformers would import
+torch, which takes nearly as long as everything else that a command imports.
 """
 
 from importlib.machinery import PathFinder
