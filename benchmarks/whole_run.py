@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
-    parser.add_argument("--windows", type=int, default=40, help="windows for measuring perplexity")
+    parser.add_argument("--measured", type=int, default=40, help="windows for measuring perplexity")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each")
     parser.add_argument(
         "--variant",
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--calibration.length",
         str(arguments.length),
         "--evaluation.windows",
-        str(arguments.windows),
+        str(arguments.measured),
         *arguments.settings,
     ]
     variants = arguments.variant or VARIANTS

@@ -555,8 +555,6 @@ def _values(action: argparse.Action) -> str:
     return {"+": f"{name} [{name} ...]", "*": f"[{name} ...]", "?": f"[{name}]"}.get(str(action.nargs), name)
 
 
-# The Python interface.
-
 # Results.
 
 

@@ -146,10 +146,7 @@ def perplexity(weights: Mapping[str, Array], shape: Shape, tokens: np.ndarray) -
 
 @jax.jit
 def wanda_mask(weight: Array, hessian: Array) -> Array:
-    """Keeps the largest ``|w_ij| sqrt(H_jj)`` of each row, [d_out, d_in] bool.
-
-    Of equal scores the later ones stay.
-    """
+    """Keeps each row's largest ``|w| sqrt(H_jj)``; of equal ones the later."""
     score = jnp.abs(weight) * jnp.sqrt(jnp.diagonal(hessian))
     rank = jnp.argsort(jnp.argsort(score, axis=1, stable=True), axis=1)
     return rank >= math.floor(round(score.shape[1] * SPARSITY, 6))
@@ -168,9 +165,7 @@ class Descent(NamedTuple):
 
 @jax.jit
 def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
-    """Moves the kept weights of all rows close to each row's optimum.
-
-    Returns (weights [d_out, d_in], certified gaps [d_out]).
+    """Solves all rows. Returns (weights [d_out, d_in], gaps [d_out]).
 
     In variables that give the Hessian a unit diagonal, ``D = (v - w) sqrt(H_jj)``, with ``A`` the scaled Hessian plus the damping,
     every row minimises ``f(D) = D A D'`` over its kept coordinates; pruned ones are fixed at ``D_j = -w_j sqrt(H_jj)``.
@@ -227,10 +222,7 @@ def objective(weight: Array, hessian: Array, dense: Array) -> Array:
 
 @jax.jit
 def pruned_layer(stored: Array, hessian: Array) -> tuple[Array, Array, Array]:
-    """Prunes one matrix [d_out, d_in].
-
-    Returns (weights in its dtype, objective before the solve [d_out], objective after).
-    """
+    """Returns (weights, objective before the solve [d_out], and after)."""
     dense = stored.astype(jnp.float32)
     keep = wanda_mask(dense, hessian)
     masked = jnp.where(keep, dense, 0.0)

@@ -1,13 +1,30 @@
 """What the benchmarks print of a model: the same as a whole run."""
 
+import contextlib
 import json
 import re
+import runpy
 import statistics
+import sys
+from pathlib import Path
 
 import pytest
 
+import benchmarks
 from benchmarks import layer_errors, records
 from optima_tpu.report.runs import read_report
+
+COMMANDS = [path.stem for path in sorted(Path(benchmarks.__path__[0]).glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_explains_itself(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with contextlib.suppress(SystemExit):
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert re.search("usage: |python -m ", capsys.readouterr().out)
 
 
 @pytest.mark.slow
