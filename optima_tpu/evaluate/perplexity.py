@@ -69,7 +69,7 @@ def token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray, between
         if number:
             between()
         nll = fetch(_batch_nll(head, batch.hidden, batch.place(tokens), stretch))
-        losses[batch.rows[batch.there]] = nll[batch.there]
+        losses[batch.rows[batch.filled]] = nll[batch.filled]
     return losses
 
 

@@ -277,19 +277,19 @@ class Batch:
 
     Attributes:
       rows: [size] which windows.
-      there: [size] bool, False for the padding of the last batch.
+      filled: [size] bool, False for the padding of the last batch.
       hidden: [size, length, d_model].
     """
 
     mesh: Mesh
     rows: np.ndarray
-    there: np.ndarray
+    filled: np.ndarray
     hidden: Array
 
     @property
     def valid(self) -> Array:
-        """:attr:`there` on the mesh, sharded like the windows."""
-        return on_mesh(self.mesh, self.rows, lambda rows: self.there[np.isin(self.rows, rows)], ())
+        """:attr:`filled` on the mesh, sharded like the windows."""
+        return on_mesh(self.mesh, self.rows, lambda rows: self.filled[np.isin(self.rows, rows)], ())
 
     def place(self, values: np.ndarray) -> Array:
         """One row of ``values`` [windows, ...] for each window of the batch.

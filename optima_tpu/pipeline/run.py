@@ -23,13 +23,13 @@ from optima_tpu.pipeline.cutting import cutting
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.stages import TRAINING, UNTRAINED
 from optima_tpu.pipeline.distill.train import refuse_large
-from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.inputs import Texts, manifest_of, on_model, open_model_on_mesh, pruned_layers, read_texts, token_digest
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.opened import Opened, TextPerplexity
+from optima_tpu.pipeline.opening_lines import greet
 from optima_tpu.pipeline.plan.model import config_apart, open_declared
 from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows

@@ -21,12 +21,12 @@ from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import read_allocation, with_sparsities
 from optima_tpu.pipeline.cutting import PrunedModel, kept_by, pruned_model, read_left_out, walk_of
 from optima_tpu.pipeline.distill.outcome import trained_block
-from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
 from optima_tpu.pipeline.keeping import Stage, StageWork
 from optima_tpu.pipeline.memory_plan import block_bytes
 from optima_tpu.pipeline.opened import Opened, TextPerplexity
+from optima_tpu.pipeline.opening_lines import recipe_line
 from optima_tpu.pipeline.perplexities import (
     changes,
     keep_perplexity,

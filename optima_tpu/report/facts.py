@@ -127,7 +127,7 @@ class _Update(NamedTuple):
 
     @property
     def direction(self) -> str:
-        """What the update did to the error, in a word; empty without a solver."""
+        """What the update did to the error; empty without a solver."""
         return became(mean(self.layers, self.before), mean(self.layers, self.after), percent) if self.report.solver else ""
 
     def fact(self, title: str, name: str, text: str, judged: bool = True) -> Fact:

@@ -185,11 +185,11 @@ def test_windows_are_spread_evenly_and_come_back_in_order():
         hidden = Activations.of(mesh(*shape), states.copy()).part(3, 11)
         seen = []
         for batch in hidden.batches(2):
-            seen.extend(batch.rows[batch.there])
-            expected = np.where(batch.there[:, None, None], states[np.minimum(batch.rows, 10)], 0)
+            seen.extend(batch.rows[batch.filled])
+            expected = np.where(batch.filled[:, None, None], states[np.minimum(batch.rows, 10)], 0)
             assert (np.asarray(batch.hidden) == expected).all()
-            assert (np.asarray(batch.valid) == batch.there).all()
-            assert (np.asarray(batch.place(np.arange(11)))[batch.there] == batch.rows[batch.there]).all()
+            assert (np.asarray(batch.valid) == batch.filled).all()
+            assert (np.asarray(batch.place(np.arange(11)))[batch.filled] == batch.rows[batch.filled]).all()
             hidden.put(batch.rows, batch.hidden + 1)
         assert sorted(seen) == list(range(3, 11))
         assert (hidden.values == states[3:] + 1).all()

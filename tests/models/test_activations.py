@@ -23,7 +23,7 @@ def test_batches_of_a_part_are_taken_and_put_alike_on_hosts_and_devices(shape, f
             for batch in part.batches(BATCH):
                 inside = batch.rows < last
                 expected = np.where(inside[:, None, None], values[np.minimum(batch.rows, WINDOWS - 1)], 0)
-                assert (batch.hidden == expected).all() and (batch.there == inside).all()
+                assert (batch.hidden == expected).all() and (batch.filled == inside).all()
                 put(batch.rows, batch.hidden + 1)
     moved = values + ((first <= np.arange(WINDOWS)) & (np.arange(WINDOWS) < last))[:, None, None]
     for states in (host, device):

@@ -29,8 +29,8 @@ from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import Cut
 from optima_tpu.pipeline import speed
-from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.inputs import on_model
+from optima_tpu.pipeline.opening_lines import recipe_line
 from optima_tpu.plan import main as planning
 from optima_tpu.recover import main as recover
 from optima_tpu.unpack import unpack

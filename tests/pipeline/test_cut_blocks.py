@@ -31,8 +31,8 @@ from optima_tpu.models.decoder import Decoder, head_logits
 from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline import cutting, stages, walk
 from optima_tpu.pipeline.cut_blocks import TRIED, choices
-from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
+from optima_tpu.pipeline.opening_lines import greet
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import open_start
 from optima_tpu.pipeline.walk import Streams, Walk, WholeDense, _pass_left_out, prune_block
@@ -64,7 +64,7 @@ def log_probabilities(decoder: Decoder) -> np.ndarray:
     for index, parameters in zip(blocks, decoder.blocks(blocks)):
         decoder.apply(index, parameters, hidden)
     batches = hidden.batches(2)
-    logits = np.concatenate([fetch(head_logits(decoder.head(), each.hidden))[each.there] for each in batches]).astype(np.float64)
+    logits = np.concatenate([fetch(head_logits(decoder.head(), each.hidden))[each.filled] for each in batches]).astype(np.float64)
     return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 
 

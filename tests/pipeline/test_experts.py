@@ -167,8 +167,8 @@ def test_the_model_without_experts_is_the_whole_one_whose_router_never_chooses_t
     monkeypatch.undo()
     head = decoder.head()
     for batch in hidden.batches(decoder.batch):
-        expected = np.asarray(run_head(head, batch.hidden))[batch.there]
-        assert np.abs(logits[batch.rows[batch.there]] - expected).max() <= 1e-6 * np.abs(expected).max()
+        expected = np.asarray(run_head(head, batch.hidden))[batch.filled]
+        assert np.abs(logits[batch.rows[batch.filled]] - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Prompt, Sampling, choose, generate, plan_generation
 from optima_tpu.models.whole_model import empty_cache, load, step
 from optima_tpu.pipeline import self_calibration
-from optima_tpu.pipeline.greeting import short_text
 from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.opening_lines import short_text
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.processes import several

@@ -32,10 +32,10 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.layers import scaled
 from optima_tpu.pipeline.calibrate import Stream, accumulate
-from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.journal import DENSE, Journal, open_journal
 from optima_tpu.pipeline.layer_groups import groups_of_blocks, in_sequence, linear_groups
 from optima_tpu.pipeline.memory_plan import Kept, block_passes
+from optima_tpu.pipeline.opening_lines import greet
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine

@@ -21,7 +21,7 @@ def logits_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
         decoder.apply(index, parameters, hidden)
     head, logits = decoder.head(), np.empty((*tokens.shape, decoder.config.vocab), np.float32)
     for batch in hidden.batches(decoder.batch):
-        logits[batch.rows[batch.there]] = np.asarray(run_head(head, batch.hidden))[batch.there]
+        logits[batch.rows[batch.filled]] = np.asarray(run_head(head, batch.hidden))[batch.filled]
     return logits
 
 

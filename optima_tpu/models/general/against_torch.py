@@ -80,7 +80,7 @@ def logits(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         decoder.apply(index, parameters, hidden)
     head, run = decoder.head(), jax.jit(head_logits)
-    return np.concatenate([np.asarray(run(head, batch.hidden))[batch.there] for batch in hidden.batches(decoder.batch)])
+    return np.concatenate([np.asarray(run(head, batch.hidden))[batch.filled] for batch in hidden.batches(decoder.batch)])
 
 
 def _pruned(decoder: Decoder) -> str:

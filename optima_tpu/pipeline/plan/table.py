@@ -9,7 +9,7 @@ from optima_tpu.config.run_config import RunConfig
 from optima_tpu.config.written import on_preset
 from optima_tpu.errors import plural
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.greeting import recipe_line, training_words
+from optima_tpu.pipeline.opening_lines import recipe_line, training_words
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.plan import Plan
 from optima_tpu.pipeline.plan.topology import GIB, Machine

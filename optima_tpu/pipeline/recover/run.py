@@ -24,11 +24,11 @@ from optima_tpu.pipeline.arguments import recovery_texts
 from optima_tpu.pipeline.cutting import pruned_model, take_left_out
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
-from optima_tpu.pipeline.greeting import training_words
 from optima_tpu.pipeline.inputs import Texts, on_model
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
 from optima_tpu.pipeline.keeping import Keep, Stage, StageWork
 from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.opening_lines import training_words
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish, measuring

@@ -13,7 +13,7 @@ from msgspec import structs
 from optima_tpu.config.run_config import to_dict
 from optima_tpu.config.written import on_preset
 from optima_tpu.errors import UserError, plural
-from optima_tpu.pipeline.greeting import short_text
+from optima_tpu.pipeline.opening_lines import short_text
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.averages import averages
