@@ -45,10 +45,7 @@ def make_parser() -> Parser:
         dest="form",
         choices=tuple(forms.FORMS),
         default=forms.Plain.name,
-        help="plain: every weight in the dtype of the source; packed: as --packed; compressed-tensors: the integers and scales of a "
-        "run with --quantize, for transformers with the package compressed-tensors, and for vLLM; compressed-tensors-w8a8: the same of "
-        "a run with int8 by rows, with activations rounded to 8 bits when the model runs; gguf: a file for llama.cpp, of Llama, Qwen 2 "
-        "and Gemma 3; maxtext: MaxText's Orbax layout with its settings in maxtext.yml (default: %(default)s)",
+        help="; ".join(f"{name}: {form.text}" for name, form in forms.FORMS.items()) + " (default: %(default)s)",
     )
     parser.add_argument(
         "--unscanned",
@@ -95,12 +92,13 @@ def run(chosen: argparse.Namespace) -> None:
     if not outcome.anew:
         return
     print(f"wrote {chosen.out}")
-    if next_step := forms.FORMS[chosen.form].next:
-        print(next_step.replace("FOLDER", str(as_path(chosen.out).absolute())))
+    form = forms.FORMS[chosen.form]
+    if form.next:
+        print(form.next.replace("FOLDER", str(as_path(chosen.out).absolute())))
     if chosen.form == forms.PackedForm.name:
         print(sizes(Packed(Path(chosen.out))))
-    elif forms.FORMS[chosen.form].compact:
-        print(_weight_files(chosen.form, outcome.dense, weights_on_disk(as_path(chosen.out))))
+    elif form.compact:
+        print(_weight_files(form.name, outcome.dense, weights_on_disk(as_path(chosen.out), form.weights)))
 
 
 def _alone_in_run(run: Path, out: Path) -> contextlib.AbstractContextManager[None]:

@@ -67,9 +67,9 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def weights_on_disk(folder: Path) -> int:
-    """Bytes of the files of weights in an exported folder."""
-    return sum(size_on_disk(path) for path in files_below(folder) if path.suffix in (".safetensors", ".gguf"))
+def weights_on_disk(folder: Path, suffixes: Sequence[str] = (".safetensors",)) -> int:
+    """Bytes of the files of weights in an exported folder, by their suffix."""
+    return sum(size_on_disk(path) for path in files_below(folder) if path.suffix in suffixes)
 
 
 def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockReport]) -> Report:

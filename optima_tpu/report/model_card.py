@@ -31,12 +31,14 @@ class Card(NamedTuple):
       assets: the source's files; config.json, the licence and the model card are read.
       facts: of report.json; None of a run that has no report.
       library: the library that loads the folder.
+      use: the paragraph on the files and their use; empty for the one on safetensors.
     """
 
     sidecar: Sidecar
     assets: Mapping[str, bytes]
     facts: RunFacts | None
     library: str
+    use: str = ""
 
     @property
     def recipe(self) -> RecipeSettings:

@@ -10,7 +10,7 @@
     OUT/README.md                   model card
     OUT/sha256-all.json             the checksums of these files
 
-Another ``--format`` writes another form of the model; see ``forms.py``.
+Another ``--format`` writes another form of the model; see ``forms/``.
 """
 
 import math
@@ -135,7 +135,7 @@ def _write(folder: Path, writer: Form, written_as: ExportForm, facts: RunFacts |
         (folder / name).write_bytes(data)
     zeros = writer.write(folder)
     sidecar = _sidecar(run, zeros, written_as)
-    (folder / CARD).write_text(model_card(Card(sidecar, run.assets, facts, writer.library)), encoding="utf-8")
+    (folder / CARD).write_text(model_card(Card(sidecar, run.assets, facts, writer.library, writer.card)), encoding="utf-8")
     others = {str(path.relative_to(folder)) for path in files_in(folder) if path.suffix != ".safetensors"}
     files = sorted({*writer.shards, *([MASKS] if list(run.source.pruned()) else []), *others})
     (folder / SIDECAR).write_bytes(encoded(structs.replace(sidecar, files=tuple(files)), indent=2))
