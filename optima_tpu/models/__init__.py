@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import deepseek, gemma, gemma4, general, gpt_oss, llama, llama4, mixtures, opt, phi3, qwen_next, relatives
+from optima_tpu.models import deepseek, gemma, gemma4, gpt_oss, llama, llama4, mixtures, opt, phi3, qwen_next, relatives
 from optima_tpu.models.family import Family
+from optima_tpu.models.general import family as general_family
 
 FAMILIES: Mapping[tuple[str, str], Family] = {
     **relatives.FAMILIES,
@@ -86,7 +87,7 @@ def family_of(config: Any, by_torch: bool = False) -> Family:
     name = next(filter(_types, names), None)
     if name is None or by_torch:
         refuse_architecture(names, config.model_type)
-        return _causal(general.family(config), config)
+        return _causal(general_family(config), config)
     if config.model_type not in (types := _types(name)):
         raise UserError(
             f"expected the model_type {' or '.join(types)} of a {name}, got {config.model_type!r}, as which "

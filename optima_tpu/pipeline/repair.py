@@ -14,14 +14,10 @@ from optima_tpu.models.checkpoints.export import FOLDER
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
 from optima_tpu.models.checkpoints.packed import INDEX
 from optima_tpu.pipeline.allocate import ALLOCATION
-from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.cutting import LEFT_OUT
 from optima_tpu.pipeline.distill.outcome import OUTCOME
-from optima_tpu.pipeline.experts import EXPERTS
 from optima_tpu.pipeline.journal import finished_blocks
-from optima_tpu.pipeline.self_calibration import CALIBRATION
-from optima_tpu.pipeline.speed import MEASURED
-from optima_tpu.report.file import REPORT
+from optima_tpu.report.run_directory import names_kept
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, recorded_command
 from optima_tpu.runtime.buckets import BucketError
 from optima_tpu.runtime.checksums import ALL, MISSING, SUMS, changes, damage, forget, known, listed
@@ -39,10 +35,10 @@ def perplexity_files(model: str) -> tuple[str, str]:
 
 _PAIRS = tuple(map(perplexity_files, ("dense", "pruned")))
 """One pass over the text measures both files of a pair."""
-_FOLDERS = ("journal", "activations", "distilled", "distillation", EXPERTS)
+_FOLDERS = names_kept("by block")
 """The folders of the folders that are written block by block, or check by check."""
 
-_RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, LEFT_OUT, OUTCOME, CONTINUED.name, MEASURED.name, CALIBRATION, REPORT)
+_RECORDS = names_kept("whole")
 """The files beside the folders that a resume reads back. The results of evaluations are read by the report alone."""
 
 

@@ -148,8 +148,8 @@ def measuring(
     keep(stages.SENDING, sinks, results)
     if config.export:
         keep(stages.EXPORTING, results)
-    prompts = keep(CONTINUING, pruned) if continues(config) else None
-    return keep(stages.REPORTING, results, pruned, memory, prompts)
+    entries = {"memory": memory, "continuations": keep(CONTINUING, pruned) if continues(config) else None}
+    return keep(stages.REPORTING, results, pruned, entries)
 
 
 def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, summary: Summary = print_summary) -> Report:

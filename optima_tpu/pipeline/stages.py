@@ -6,7 +6,7 @@ journal keeps block by block.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from msgspec import structs
@@ -37,19 +37,7 @@ from optima_tpu.pipeline.perplexities import (
 )
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import WRITING, block_steps, prune_model
-from optima_tpu.report.contents import (
-    Allocated,
-    Continuations,
-    FileSizes,
-    MemoryPeaks,
-    ModelFacts,
-    Outcome,
-    Perplexities,
-    Report,
-    RunFacts,
-    Speed,
-    TextFacts,
-)
+from optima_tpu.report.contents import Allocated, FileSizes, ModelFacts, Outcome, Perplexities, Report, RunFacts, Speed, TextFacts
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.pace import Step
@@ -259,13 +247,14 @@ def _export(work: StageWork, results: Results) -> bool:
 EXPORTING = Stage("exporting for transformers", _export, _read_export, _export_steps)
 
 
-def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: MemoryPeaks, prompts: Continuations | None) -> Report:
+def _report(work: StageWork, results: Results, pruned: PrunedModel, entries: Mapping[str, Any]) -> Report:
+    """Writes the report. ``entries`` are fields of it from other stages."""
     opened = work.opened
     directory = opened.directory
     exports = {"transformers": directory / FOLDER} if opened.config.export else {}
     files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | exports
     facts = _model_facts(opened.model)
-    entries = structs.asdict(_facts(opened, results)) | {
+    settled = structs.asdict(_facts(opened, results)) | {
         "manifest": opened.manifest,
         "configuration": opened.configuration,
         "environment": environment(opened.model.decoder.mesh),
@@ -274,8 +263,6 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
         "allocation": results.allocation,
         "weighed_layers": tuple(_weighed_layers(opened)),
         "seconds": dict(work.progress.seconds),
-        "memory": memory,
-        "continuations": prompts,
         "files": {what: str(path) for what, path in files.items()},
     }
 
@@ -290,7 +277,7 @@ def _report(work: StageWork, results: Results, pruned: PrunedModel, memory: Memo
             "cuts": dict(exported.cuts.counts),
             "removed": exported.removed() + left_out,
         }
-        return write_report(directory / REPORT, entries | measured_here, pruned.checkpoint.run.blocks)
+        return write_report(directory / REPORT, {**settled, **entries, **measured_here}, pruned.checkpoint.run.blocks)
 
     report: Report = from_first(write)
     return report

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import family_of, gemma4
+from optima_tpu.models import FAMILIES, family_named, family_of, gemma4
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.decoder import Decoder
@@ -22,7 +22,21 @@ from optima_tpu.models.rope import Rope
 from tests.support.meshes import mesh
 from tests.support.oracles import input_of, logits_of
 from tests.support.pruning import compiled_forward
-from tests.support.references import BASE, BY_MODEL, LLAMA3, MIXTURES, REFERENCES, Reference, apart, far_from, tiny
+from tests.support.references import (
+    BASE,
+    BY_MODEL,
+    GEMMA4_IMAGES,
+    LLAMA3,
+    LLAMA_IMAGES,
+    MIXTURES,
+    MULTIMODAL,
+    QWEN_IMAGES,
+    REFERENCES,
+    Reference,
+    apart,
+    far_from,
+    tiny,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -217,3 +231,11 @@ def test_an_architecture_that_does_not_fit_is_refused_with_the_reason(model, mod
     config = dict(architectures=[f"Gemma3nFor{model}"], model_type=model_type)
     with pytest.raises(UserError, match=f"Gemma3nFor{model} .model_type {model_type}., where later blocks read keys"):
         read_config(json.dumps(config | (dict(text_config=sizes) if model_type == "gemma3n" else sizes)).encode(), "a model")
+
+
+def test_every_family_has_a_reference():
+    """One reference is enough for equal families, and for text halves."""
+    references = [*REFERENCES, MULTIMODAL, QWEN_IMAGES, GEMMA4_IMAGES, LLAMA_IMAGES]
+    compared = [family_named([reference.model]) for reference in references]
+    halves = {"Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForCausalLM"}
+    assert {name for (name, _), family in FAMILIES.items() if not any(family is each for each in compared)} == halves

@@ -1,17 +1,23 @@
 """A stage's result is made once and kept; the same code lists the stages."""
 
 import contextlib
+import importlib
+import pkgutil
 from types import SimpleNamespace
 
 import pytest
 
+from optima_tpu import pipeline
 from optima_tpu.config.parse import parse
 from optima_tpu.pipeline import run, stages
 from optima_tpu.pipeline.allocate import ALLOCATING
 from optima_tpu.pipeline.cutting import CUTTING
 from optima_tpu.pipeline.distill.stages import TRAINING, UNTRAINED
 from optima_tpu.pipeline.keeping import Keeper, Stage, StageWork, traced
+from optima_tpu.pipeline.repair import perplexity_files
 from optima_tpu.report.pace import Step
+from optima_tpu.report.run_directory import names_kept
+from optima_tpu.runtime.kept import KeptRecord
 
 
 class Shown:
@@ -100,3 +106,12 @@ def test_a_run_has_the_stages_that_its_settings_ask_for(settings, expected):
     optional = {ALLOCATING, CUTTING, TRAINING, UNTRAINED, stages.WRITTEN_TEXT}
     config = parse(["org/model", "--pattern", "0.5/row", *settings])
     assert set(traced(lambda keep: run.pruning(config, keep))) & optional == expected
+
+
+def test_every_record_that_a_stage_keeps_is_compared_with_its_checksum():
+    """Without its row of FILES a resume reads a damaged record as it is."""
+    names = [module.name for module in pkgutil.walk_packages(pipeline.__path__, pipeline.__name__ + ".")]
+    values = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    kept = {value.name for value in values if isinstance(value, KeptRecord)}
+    assert {"speed.json", "left_out.json"} < kept <= set(names_kept("whole"))
+    assert {*perplexity_files("dense"), *perplexity_files("pruned")} <= set(names_kept("whole"))

@@ -23,7 +23,7 @@ from optima_tpu.report.file import size_on_disk
 from optima_tpu.report.findings import FINDINGS, TRADED, finding_lines, unusual
 from optima_tpu.report.page import render, write_page
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.run_files import FILES
+from optima_tpu.report.run_directory import FILES
 from optima_tpu.report.runs import FinishedRun, read_report, read_runs
 from optima_tpu.report.view import NONE
 from optima_tpu.runtime.records import encoded

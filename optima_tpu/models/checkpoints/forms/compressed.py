@@ -1,4 +1,4 @@
-"""The integers and scales of a quantised run, as compressed-tensors has them."""
+"""Integers and scales of a quantised run, as compressed-tensors has them."""
 
 import json
 from pathlib import Path

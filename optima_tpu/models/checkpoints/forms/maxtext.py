@@ -1,4 +1,4 @@
-"""MaxText's Orbax layout with its settings, which ``transformers`` cannot load."""
+"""MaxText's Orbax layout with its settings, not for ``transformers``."""
 
 from pathlib import Path
 from typing import Any
