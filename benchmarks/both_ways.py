@@ -45,7 +45,10 @@ SIZES = dict(
     head_dim=64,
     max_position_embeddings=256,
 )
-TEXTS = "--calibration.source pydoc --calibration.windows 8 --calibration.length 256 --evaluation.source random --evaluation.windows 4"
+TEXTS = (
+    "--calibration.source pydoc --calibration.windows 8 --calibration.length 256 "
+    "--evaluation.source random --evaluation.windows 4"
+)
 WINDOWS, LENGTH = 4, 256
 """The hidden states that a block is timed on."""
 
@@ -145,9 +148,9 @@ def facts() -> dict[str, Any]:
     ]
     return {
         "title": "A family here, and the general way",
-        "shows": "The same run of `fast` by both ways: the share of the masks' entries that are equal, the perplexities, and what each "
-        "process took. A ratio is that of the general way to the family, of the CPU seconds of one block or of what it takes beside its "
-        "arguments.",
+        "shows": "The same run of `fast` by both ways: the share of the masks' entries that are equal, the perplexities, and "
+        "what each process took. A ratio is that of the general way to the family, of the CPU seconds of one block or of what it "
+        "takes beside its arguments.",
         "reading": None,
         "commands": [
             "python -m benchmarks.both_ways --record docs/results/records/both-ways.json",

@@ -3,8 +3,8 @@
     python -m benchmarks.checksums [--work FOLDER] -- --preset fast --calibration.windows 8 ...
 
 Runs ``optima prune`` once with the settings after ``--``, and counts the CPU seconds of its threads while they compute checksums.
-Prints the CPU seconds of the run as a ratio to those without its checksums. Then compares every file of the run directory with its
-checksum, and reads the same files without doing so, in alternation; both read from the page cache.
+Prints the CPU seconds of the run as a ratio to those without its checksums. Then compares every file of the run directory with
+its checksum, and reads the same files without doing so, in alternation; both read from the page cache.
 """
 
 import argparse

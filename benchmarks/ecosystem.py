@@ -4,11 +4,11 @@
 
 The models are tiny, and each program loads them by its own code. Prints for each:
 
-- maxtext, tunix: the largest difference between its logits and ours, relative to the largest logit, in float32; and how many of its
-  weights are zero, against the masks
+- maxtext, tunix: the largest difference between its logits and ours, relative to the largest logit, in float32; and how many of
+  its weights are zero, against the masks
 - training: how many zeros are left after some steps of its own trainer, with and without ``optima_tpu.keep_zeros``
-- qwix: the zeros of its integers against the masks; with ``--folder`` those of an exported folder, of which it writes a copy with the
-  values of the integers, to be evaluated
+- qwix: the zeros of its integers against the masks; with ``--folder`` those of an exported folder, of which it writes a copy with
+  the values of the integers, to be evaluated
 
 Its exit status is 1 where a zero is elsewhere, or a difference larger than rounding.
 
@@ -186,7 +186,9 @@ def trained_by_maxtext(steps: int, keep: bool, name: str = "llama") -> Left:
         return _left(before, after)
 
 
-_TRAINING = f"max_target_length={LENGTH} learning_rate=0.001 warmup_steps_fraction=0.1 adam_weight_decay=0.1 enable_tensorboard=false".split()
+_TRAINING = (
+    f"max_target_length={LENGTH} learning_rate=0.001 warmup_steps_fraction=0.1 adam_weight_decay=0.1 enable_tensorboard=false"
+).split()
 
 
 def _left(before: Any, after: Any) -> Left:

@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variant", action="append", metavar="SETTINGS", help="method settings of a run; repeatable")
     arguments = parser.parse_args(argv)
     shared, borrows = Shared(), arguments.borrow.split(",")
-    text = f"--calibration.source file:{arguments.folder}/calibration.jsonl --evaluation.source file:{arguments.folder}/held_out.jsonl"
+    folder = arguments.folder
+    text = f"--calibration.source file:{folder}/calibration.jsonl --evaluation.source file:{folder}/held_out.jsonl"
     text += f" --calibration.length {LENGTH} --calibration.held_out 0 --evaluation.windows {arguments.held_out}"
     for variant in arguments.variant or VARIANTS:
         results: dict[tuple[str, ...], Found] = {}

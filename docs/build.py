@@ -680,8 +680,8 @@ _CUTS = """
 {cut-neurons | neurons of Wanda's smallest sums, and heads (`--layers "*=0.33/head"`), solved | C4} | {SPEED `0.25/neuron,0.33/head`} |
 """
 _SPEED = (
-    "float32: {cut-speed | CUT | weights} MB instead of {cut-speed | dense | weights} | [{cut-speed | CUT | reading} times dense in "
-    "reading, {cut-speed | CUT | writing} in writing](docs/results/cuts.md#cut-speed)"
+    "float32: {cut-speed | CUT | weights} MB instead of {cut-speed | dense | weights} | [{cut-speed | CUT | reading} times dense "
+    "in reading, {cut-speed | CUT | writing} in writing](docs/results/cuts.md#cut-speed)"
 )
 
 

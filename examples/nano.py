@@ -4,8 +4,8 @@
 
 MODEL_FOLDER is a dense model in the format of Hugging Face; of one that is pruned already every objective is 0.
 
-Half of the weights of every linear layer go. Which half, Wanda's score says (Sun et al., 2023). Then the weights that stay move, so
-that the layer's output on the calibration text changes least: one small quadratic program for each output row (OPTIMA, 2025,
+Half of the weights of every linear layer go. Which half, Wanda's score says (Sun et al., 2023). Then the weights that stay move,
+so that the layer's output on the calibration text changes least: one small quadratic program for each output row (OPTIMA, 2025,
 arXiv:2512.13886), solved until a bound proves that the objective is within 0.1% of its minimum. The masks are those of
 ``optima prune MODEL --preset fast``, and the weights agree to rounding (tests/test_nano.py).
 
@@ -167,12 +167,12 @@ class Descent(NamedTuple):
 def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
     """Solves all rows. Returns (weights [d_out, d_in], gaps [d_out]).
 
-    In variables that give the Hessian a unit diagonal, ``D = (v - w) sqrt(H_jj)``, with ``A`` the scaled Hessian plus the damping,
-    every row minimises ``f(D) = D A D'`` over its kept coordinates; pruned ones are fixed at ``D_j = -w_j sqrt(H_jj)``.
+    In variables that give the Hessian a unit diagonal, ``D = (v - w) sqrt(H_jj)``, with ``A`` the scaled Hessian plus the
+    damping, every row minimises ``f(D) = D A D'`` over its kept coordinates; pruned ones are fixed at ``D_j = -w_j sqrt(H_jj)``.
 
-    The inverse ``P`` of the whole ``A`` preconditions every row, whatever its mask. It also bounds what is left to gain: with ``r``
-    the residual on kept coordinates, ``f - f* = r A_KK^-1 r' <= r P r'``, since a principal block of an inverse dominates the
-    inverse of the block. The gap is this bound as a share of the least that ``f*`` can be.
+    The inverse ``P`` of the whole ``A`` preconditions every row, whatever its mask. It also bounds what is left to gain: with
+    ``r`` the residual on kept coordinates, ``f - f* = r A_KK^-1 r' <= r P r'``, since a principal block of an inverse dominates
+    the inverse of the block. The gap is this bound as a share of the least that ``f*`` can be.
     """
     diagonal = jnp.diagonal(hessian)
     live = diagonal > 1e-12 * jnp.max(diagonal)  # an input that is always 0 says nothing about its weights

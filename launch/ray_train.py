@@ -6,10 +6,10 @@ Ray's JaxTrainer starts and joins the processes, and each of them calls optima_t
     python launch/ray_train.py --gpu --workers 8 -- --model meta-llama/Llama-3.1-8B --mesh 4x2 --output /shared/run
     python launch/ray_train.py --workers 2 -- --model ./tiny --output /tmp/run          CPU devices, to try it
 
-Needs: ray[train] 2.60 or newer (pip install "ray[train]") and this package on all nodes, with its extra tpu or gpu, and gcs for a bucket;
-an --output that every node can access, as a whole path or gs://BUCKET/FOLDER. Behind -- come the arguments of optima_tpu.launch.
-Ray replaces lost nodes and starts the processes again, as often as --restarts allows: the run goes on after its last finished block.
-An error that you must correct (exit status 2) ends the job at once. Exit status: the run's.
+Needs: ray[train] 2.60 or newer (pip install "ray[train]") and this package on all nodes, with its extra tpu or gpu, and gcs for a
+bucket; an --output that every node can access, as a whole path or gs://BUCKET/FOLDER. Behind -- come the arguments of
+optima_tpu.launch. Ray replaces lost nodes and starts the processes again, as often as --restarts allows: the run goes on after
+its last finished block. An error that you must correct (exit status 2) ends the job at once. Exit status: the run's.
 """
 
 import argparse

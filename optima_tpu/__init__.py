@@ -4,8 +4,8 @@ The rooms of the package. Each imports only rooms above it in this list:
 
 - ``errors``: the exception whose message the user reads.
 - ``runtime``: where a program runs: mesh, processes, device memory, files, signals.
-- ``method``: the mathematics. ``layer`` prunes one array, ``problem`` states the objective of a row. ``patterns``, ``selectors``, ``solvers``,
-  ``mask_swaps`` and ``acceptance`` work on the rows of one Hessian. ``recipe`` holds a choice of each.
+- ``method``: the mathematics. ``layer`` prunes one array, ``problem`` states the objective of a row. ``patterns``, ``selectors``,
+  ``solvers``, ``mask_swaps`` and ``acceptance`` work on the rows of one Hessian. ``recipe`` holds a choice of each.
 - ``config``: from a command line or a YAML file to the ``RunConfig`` of a run.
 - ``report``: what a run prints and writes about itself.
 - ``models``: families, the decoder, activations, checkpoints, imported masks.
@@ -13,8 +13,8 @@ The rooms of the package. Each imports only rooms above it in this list:
 - ``evaluate``: perplexity, distance from the dense model, the evaluation harness.
 - ``pipeline``: the run itself: ``run``, the walk over the blocks, the journal; and plans and sweeps of runs.
 - ``api``: the Python interface. Its names can also be imported from here: ``optima_tpu.prune``.
-- ``launch``, ``recover``, ``plan``, ``check``, ``sweep``, ``export``, ``push``, ``unpack``, ``verify``, ``figures``: the command lines.
-  ``cli``: the command ``optima``, which calls them.
+- ``launch``, ``recover``, ``plan``, ``check``, ``sweep``, ``export``, ``push``, ``unpack``, ``verify``, ``figures``: the command
+  lines. ``cli``: the command ``optima``, which calls them.
 """
 
 import importlib
@@ -23,8 +23,8 @@ import sys
 
 from optima_tpu.runtime import signals
 
-# python -m optima_tpu.launch imports this package before any other code of the command can run, and then JAX for a second or more.
-# While Python looks for the module, sys.argv begins with -m in place of its name.
+# python -m optima_tpu.launch imports this package before any other code of the command can run, and then JAX for a second or
+# more. While Python looks for the module, sys.argv begins with -m in place of its name.
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith(__name__ + "."):
     signals.listen()
 

@@ -316,8 +316,8 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
         if isinstance(training, Mapping):
             if {"windows", "written"} & training.keys():
                 raise UserError(
-                    "expected distill without windows and written in a recovery: tokens says how many windows there are, and source "
-                    "what they are read from"
+                    "expected distill without windows and written in a recovery: tokens says how many windows there are, and "
+                    "source what they are read from"
                 )
             training = {"name": "kl", **training}
         settings["distill"] = chosen_run({"model": str(model), "distill": training}).distill
@@ -361,10 +361,10 @@ def prune_layer(
 ) -> PrunedLayer:
     """Prunes one matrix: chooses the mask, then solves for the kept weights.
 
-    For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
-    where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs to that
-    problem, the errors to this one. All matrix products are float32 at full precision. On accelerators those that only choose a
-    direction or a mask are rougher.
+    For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in
+    ``K``, where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs
+    to that problem, the errors to this one. All matrix products are float32 at full precision. On accelerators those that only
+    choose a direction or a mask are rougher.
 
     Arrays are of numpy or JAX, or tensors of PyTorch, such as the ``layer.weight`` of a ``torch.nn.Linear``.
 
@@ -372,7 +372,8 @@ def prune_layer(
       weight: [d_out, d_in], dense.
       inputs: ``X`` [..., d_in], the layer's calibration inputs; every leading axis counts tokens.
       hessian: [d_in, d_in], ``X'X / n`` in the place of ``inputs``.
-      mask: [d_out, d_in] bool, True where a weight stays; in the place of a selector. It must fit ``pattern``, where that is named.
+      mask: [d_out, d_in] bool, True where a weight stays; in the place of a selector. It must fit ``pattern``, where that is
+        named.
       settings: of the method, as for ``prune``: ``pattern``, ``selector``, ``solver``, ``accept``, ``refine``, ``quantize``,
         ``preset``.
         Without a preset the base is ``fast``: Wanda's mask and ``cg``.
@@ -381,7 +382,8 @@ def prune_layer(
       Weights, mask and the certificate of every row.
 
     Raises:
-      UserError: shapes that do not fit, values that are not finite, a mask that violates the pattern, or a setting that needs a whole model.
+      UserError: shapes that do not fit, values that are not finite, a mask that violates the pattern, or a setting that needs a
+        whole model.
     """
     config = chosen_run({"preset": "fast", **settings, "model": _LAYER})
     _refuse_of_model(config, settings)
@@ -398,7 +400,8 @@ def _check_mask(keep: Array, config: RunConfig, settings: Mapping[str, Any]) -> 
         raise UserError("expected either mask=ARRAY or a selector, which chooses the mask, got both: leave one out")
     if "pattern" in settings and (violation := config.recipe.pattern.violation(np.asarray(keep))):
         raise UserError(
-            f"expected a mask of the pattern {config.recipe.pattern}, got another one: {violation}; leave pattern out, or name the mask's own"
+            f"expected a mask of the pattern {config.recipe.pattern}, got another one: {violation}; leave pattern out, or name "
+            "the mask's own"
         )
 
 
@@ -426,8 +429,8 @@ def _refuse_of_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
         remedies = [f"leave {' and '.join(by_caller)} out"] if by_caller else []
         remedies += [f"take preset='fast' in the place of {settings.get('preset')!r}"] if len(by_caller) < len(names) else []
         raise UserError(
-            f"expected settings of one layer, got {names[0]}, which needs a whole model{others}; {' and '.join(remedies)}, or call "
-            "optima_tpu.prune"
+            f"expected settings of one layer, got {names[0]}, which needs a whole model{others}; {' and '.join(remedies)}, or "
+            "call optima_tpu.prune"
         )
 
 

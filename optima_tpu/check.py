@@ -15,10 +15,10 @@ def make_parser() -> Parser:
     """The parser of the command line."""
     parser = Parser(
         prog=program("check"),
-        description="Opens a model and runs one window of random tokens in float32, by its code in torch and by this program: by its "
-        "family where it has one here, and in the general way, which takes that code onto JAX. Says how far the logits are apart, "
-        "which layers would be pruned, and the memory of a block. Writes nothing. The exit status is 0 only if a way agrees with "
-        "torch.",
+        description="Opens a model and runs one window of random tokens in float32, by its code in torch and by this program: by "
+        "its family where it has one here, and in the general way, which takes that code onto JAX. Says how far the logits are "
+        "apart, which layers would be pruned, and the memory of a block. Writes nothing. The exit status is 0 only if a way "
+        "agrees with torch.",
     )
     parser.add_argument("model", help="a Hugging Face folder, or a hub id (org/name)")
     parser.add_argument("--length", type=int, default=128, help="tokens of the window (default: 128)")

@@ -37,8 +37,8 @@ def make_parser() -> Parser:
         action="store_const",
         const=forms.PackedForm.name,
         default=forms.Plain.name,
-        help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, and "
-        "that optima unpack makes the plain folder of",
+        help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, "
+        "and that optima unpack makes the plain folder of",
     )
     form.add_argument(
         "--format",
@@ -51,7 +51,8 @@ def make_parser() -> Parser:
         "--unscanned",
         dest="scan_layers",
         action="store_false",
-        help="with --format maxtext: every block has arrays of its own (scan_layers: false), where all blocks are stacked otherwise",
+        help="with --format maxtext: every block has arrays of its own (scan_layers: false), where all blocks are stacked "
+        "otherwise",
     )
     return parser
 
@@ -62,8 +63,8 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     chosen, rest = parser.parse_known_args(arguments)
     if any(re.match(r"--quantize\b", word) for word in rest):
         raise UserError(
-            f"--quantize is a setting of {program('prune')}, which chooses the integers: prune again with it and another --output, "
-            "then export that run"
+            f"--quantize is a setting of {program('prune')}, which chooses the integers: prune again with it and another "
+            "--output, then export that run"
         )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

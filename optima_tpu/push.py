@@ -38,8 +38,9 @@ def make_parser() -> Parser:
 
     parser = Parser(
         prog=program("push"),
-        description="Publishes the exported folder of a pruned model, with its card, masks and checksums, on the Hugging Face hub. "
-        "It lists what would go out, looks whether the repository is there, and asks before anything goes out. Log in with hf auth login.",
+        description="Publishes the exported folder of a pruned model, with its card, masks and checksums, on the Hugging Face "
+        "hub. It lists what would go out, looks whether the repository is there, and asks before anything goes out. Log in with "
+        "hf auth login.",
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or an exported folder such as its hf/")
     parser.add_argument("repository", metavar="ORG/NAME", help="where to; made if it does not exist")

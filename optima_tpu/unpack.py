@@ -16,8 +16,8 @@ def make_parser() -> Parser:
     """The parser of the command line."""
     parser = Parser(
         prog=program("unpack"),
-        description="Writes the folder that transformers loads, from a folder that optima export --packed wrote. Every file is the "
-        "same as in the plain export, byte for byte.",
+        description="Writes the folder that transformers loads, from a folder that optima export --packed wrote. Every file is "
+        "the same as in the plain export, byte for byte.",
     )
     parser.add_argument("packed", help="packed folder")
     parser.add_argument("out", help="folder to write; must not exist, or must be empty")

@@ -21,9 +21,9 @@ def make_parser() -> Parser:
     """The parser of the command line."""
     parser = Parser(
         prog=program("verify"),
-        description="Compares every file of a run directory or of an exported folder with the checksum that was written with it, and "
-        "names the files that are damaged, missing, or were added later. Changes nothing. The exit status is 0 only if every file "
-        "matches and none was added.",
+        description="Compares every file of a run directory or of an exported folder with the checksum that was written with it, "
+        "and names the files that are damaged, missing, or were added later. Changes nothing. The exit status is 0 only if every "
+        "file matches and none was added.",
     )
     parser.add_argument("folder", help="run directory, finished or stopped, or an exported folder such as its hf/")
     return parser

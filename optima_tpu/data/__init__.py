@@ -238,8 +238,8 @@ def refuse_overlap(
         if isinstance(calibration, File | Npy):
             calibration.check()  # a missing file is the more useful message
         raise UserError(
-            f"{'' if named else f'without {option} '}{both} would both read {part.text}: expected two different texts; give {option} another one, such as wikitext2, pydoc "
-            "or file:PATH"
+            f"{'' if named else f'without {option} '}{both} would both read {part.text}: expected two different texts; give "
+            f"{option} another one, such as wikitext2, pydoc or file:PATH"
         )
 
 

@@ -144,8 +144,8 @@ def download(repository: str, name: str) -> Path:
 
 def _downloaded(repository: str, name: str) -> Path:
     elsewhere = (
-        f"download the file elsewhere with `hf download --repo-type dataset {repository} {name}` and give it as file:PATH, or take "
-        "a text of this machine, such as pydoc"
+        f"download the file elsewhere with `hf download --repo-type dataset {repository} {name}` and give it as file:PATH, or "
+        "take a text of this machine, such as pydoc"
     )
     # Exception, because the HTTP library below has its own exceptions, whose names change with its version.
     with refusing(Exception, f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded", elsewhere):

@@ -48,8 +48,9 @@ class Mix(TextSource):
             )
         if any(isinstance(each, SelfGenerated) for each in texts):
             raise UserError(
-                f"expected a mix of stored texts, got {text!r}: for text that the model writes beside them give --calibration.written "
-                "and its number of windows, or name what it wrote for another run as npy:RUN/calibration.npy"
+                f"expected a mix of stored texts, got {text!r}: for text that the model writes beside them give "
+                "--calibration.written and its number of windows, or name what it wrote for another run as "
+                "npy:RUN/calibration.npy"
             )
         if len(set(texts)) < len(texts):
             raise UserError(f"expected different texts in a mix, got {text!r}: add up the shares of each")
@@ -61,7 +62,8 @@ class Mix(TextSource):
     def documents(self, split: Split) -> Iterator[str]:
         """Always raises UserError: a mix is nothing to measure on."""
         raise UserError(
-            f"expected one text to measure on, got the mix {self}: name one for the evaluation, such as wikitext2, pydoc or file:PATH"
+            f"expected one text to measure on, got the mix {self}: name one for the evaluation, such as wikitext2, pydoc or "
+            "file:PATH"
         )
 
     def parts(self, split: Split) -> Iterable[Part]:
@@ -85,18 +87,21 @@ class Mix(TextSource):
           drawn: the windows of one text, the held-out ones last.
 
         Raises:
-          UserError: a text would get no window, or two texts may share documents: held-out windows would hold what was calibrated on.
+          UserError: a text would get no window, or two texts may share documents: held-out windows would hold what was calibrated
+            on.
         """
         for first, second in itertools.combinations(self.texts, 2):
             if part := common_part(first.parts("calibration"), second.parts("calibration")):
                 raise UserError(
-                    f"expected different texts in a mix, got {first} and {second}, which both read {part.text}: add up their shares"
+                    f"expected different texts in a mix, got {first} and {second}, which both read {part.text}: add up their "
+                    "shares"
                 )
         order, later = self._order(draw.windows), self._order(draw.held_out)
         for k, text in enumerate(self.texts):
             if k not in order:
                 raise UserError(
-                    f"expected at least one of the {what} from each text in {self}, got {len(order)} and none of {text}: take more"
+                    f"expected at least one of the {what} from each text in {self}, got {len(order)} and none of {text}: take "
+                    "more"
                 )
         shares = [(int(np.sum(order == k)), int(np.sum(later == k))) for k in range(len(self.texts))]
         parts = [

@@ -62,7 +62,8 @@ def calibration_windows(
        drawn start. Further documents are not tokenised. On a large corpus this is SparseGPT's draw of random documents.
     2. The documents with more than ``length`` tokens hold ``windows * length`` or more together: windows drawn with
        replacement, every window of these documents equally likely. On one long text this is SparseGPT's random start.
-       Held-out windows are drawn again until they overlap no calibration window; if no room is left for them, the next case holds.
+       Held-out windows are drawn again until they overlap no calibration window; if no room is left for them, the next case
+       holds.
     3. All documents together hold ``windows * length`` or more: they are joined in the order of the visit,
        ``separator`` between two of them, and the first ``windows * length`` tokens are cut into consecutive windows.
 
@@ -99,13 +100,16 @@ def calibration_windows(
         which = "one document" if len(long) == 1 else plural(len(long), "document")
         how = f"{windows} {drawn} from {which} of {origin} longer than a window{more}"
     elif total >= needed:
-        how = f"{plural(count, 'consecutive window')} of {length} tokens of {plural(read, 'document')} of {origin}, packed in an order {drawn}{more}"
+        how = (
+            f"{plural(count, 'consecutive window')} of {length} tokens of {plural(read, 'document')} of {origin}, packed in an "
+            f"order {drawn}{more}"
+        )
         return Tokens(np.concatenate(packed)[:needed].reshape(count, length), how, total)
     else:
         raise UserError(
-            f"{origin} holds {total} tokens of calibration text, {plural(count, 'window')} of {length} need {needed}, and {total // length} "
-            "would fit: give a longer text, or ask for fewer or shorter windows (calibration.windows, calibration.held_out and "
-            "distill.windows count together); calibration.written lets the model write some"
+            f"{origin} holds {total} tokens of calibration text, {plural(count, 'window')} of {length} need {needed}, and "
+            f"{total // length} would fit: give a longer text, or ask for fewer or shorter windows (calibration.windows, "
+            "calibration.held_out and distill.windows count together); calibration.written lets the model write some"
         )
     return Tokens(np.stack([long[document][start : start + length] for document, start in places]), how, int(sizes.sum()))
 
@@ -177,7 +181,10 @@ def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, sepa
             f"{origin} holds {total} tokens of text, one window needs {length}: give a longer text or shorter windows"
         )
     ids = np.concatenate(parts)[: count * length].reshape(count, length)
-    how = f"{plural(count, 'consecutive window')} of {length} tokens of {plural(len(parts), 'document')} of {origin}, packed in random order"
+    how = (
+        f"{plural(count, 'consecutive window')} of {length} tokens of {plural(len(parts), 'document')} of {origin}, packed in "
+        "random order"
+    )
     return Tokens(ids, how, total)
 
 

@@ -115,7 +115,8 @@ class TFDS(TextSource):
             for name in _classes(json.loads(path.read_bytes())):
                 if not name.startswith("tensorflow_datasets."):  # the library would import its module
                     raise UserError(
-                        f"{path}: expected features of TFDS alone, got {name}, a class that is never imported: make the data set again"
+                        f"{path}: expected features of TFDS alone, got {name}, a class that is never imported: make the data set "
+                        "again"
                     )
 
     def _spec(self, builder: "ReadOnlyBuilder", split: Split) -> str:

@@ -58,13 +58,13 @@ def read_rules(settings: Mapping[str, Any]) -> Rules:
     if normalized["do_sample"]:
         raise UserError(
             f"expected answers of the most likely tokens, got do_sample {settings.get('do_sample')} and temperature "
-            f"{settings.get('temperature')}, which ask for sampled tokens: give --gen_kwargs do_sample=false,temperature=0, or run "
-            "lm-eval on the exported folder"
+            f"{settings.get('temperature')}, which ask for sampled tokens: give --gen_kwargs do_sample=false,temperature=0, or "
+            "run lm-eval on the exported folder"
         )
     if unknown := sorted(normalized.keys() - _KNOWN):
         raise UserError(
-            f"expected settings of written answers out of {', '.join(sorted(_KNOWN))}, got {', '.join(unknown)}: run lm-eval on the "
-            "exported folder"
+            f"expected settings of written answers out of {', '.join(sorted(_KNOWN))}, got {', '.join(unknown)}: run lm-eval on "
+            "the exported folder"
         )
     Bound(1).refuse("max_gen_toks", normalized["max_gen_toks"])
     return Rules(normalized["max_gen_toks"], tuple(until))

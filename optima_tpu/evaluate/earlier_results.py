@@ -72,7 +72,8 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
             return dict(earlier)
     raise UserError(
         f"expected --against_results with results of the model that --against names, got {folder} with results of "
-        f"{' and '.join(arguments['pretrained'] for arguments, _ in results)} (other weights, or another dtype): give another directory, or leave --against_results out"
+        f"{' and '.join(arguments['pretrained'] for arguments, _ in results)} (other weights, or another dtype): give another "
+        "directory, or leave --against_results out"
     )
 
 

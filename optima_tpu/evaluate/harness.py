@@ -145,8 +145,9 @@ class DecoderLM(TemplateLM):
             rules = read_rules(request.args[1])
         if rules.new >= self.max_length:
             raise UserError(
-                f"task {request.task_name} asks for answers of up to {rules.new} tokens, expected fewer than the {self.max_length} "
-                f"tokens that the model reads at once: give --gen_kwargs max_gen_toks={max(self.max_length // 2, 1)} or another number"
+                f"task {request.task_name} asks for answers of up to {rules.new} tokens, expected fewer than the "
+                f"{self.max_length} tokens that the model reads at once: give --gen_kwargs "
+                f"max_gen_toks={max(self.max_length // 2, 1)} or another number"
             )
         return rules
 
@@ -265,8 +266,9 @@ class DecoderLM(TemplateLM):
                 "applied; transformers applies it"
             )
         self._begin(
-            f"{self._name}: writing {plural(len(distinct), 'answer')} of up to {max(question.rules.new for question in distinct)} tokens, "
-            f"{max(len(batch.prompts) for batch in plan.batches)} at once",
+            f"{self._name}: writing {plural(len(distinct), 'answer')} of up to "
+            f"{max(question.rules.new for question in distinct)} tokens, {max(len(batch.prompts) for batch in plan.batches)} at "
+            "once",
             [Step("writing answers")] * plan.steps,
         )
         began = time.monotonic()

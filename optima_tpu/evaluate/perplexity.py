@@ -91,7 +91,8 @@ def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray | Arr
 def overflow(decoder: Decoder, tokens: np.ndarray, which: str = "model") -> UserError:
     """The error for a text [1, length] whose output is not finite."""
     return UserError(
-        f"{_first_broken(decoder, tokens)} holds NaN or infinite values: {decoder.overflowed.replace('the model', f'the {which}', 1)}"
+        f"{_first_broken(decoder, tokens)} holds NaN or infinite values: "
+        f"{decoder.overflowed.replace('the model', f'the {which}', 1)}"
     )
 
 

@@ -98,8 +98,8 @@ class _Subject:
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> EvaluationRecord:
     """Measures a model, writes and returns its record, and prints a table.
 
-    Models, mesh, texts, tasks and their data are all checked before the first block is computed. Only process 0 has the results of
-    tasks.
+    Models, mesh, texts, tasks and their data are all checked before the first block is computed. Only process 0 has the results
+    of tasks.
 
     Raises:
       UserError: an input error that the user can correct.

@@ -118,8 +118,8 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
             return TaskDict(tasks=loaded["tasks"], groups={}, group_map={})
         except OSError as error:  # no network, an unknown or gated data set, a missing file
             raise UserError(
-                f"the data set of task {name} is not on this machine and can't be downloaded ({one_line(error)}): fill the Hugging "
-                f"Face cache on a machine with a network{_or_files(manager, name)}"
+                f"the data set of task {name} is not on this machine and can't be downloaded ({one_line(error)}): fill the "
+                f"Hugging Face cache on a machine with a network{_or_files(manager, name)}"
             ) from error
 
 
@@ -326,8 +326,8 @@ def _as_user_error(error: UserError | OverflowError) -> UserError:
     if isinstance(error, UserError):
         return error
     return UserError(
-        f"a perplexity among the tasks is larger than any number of 64 bits ({one_line(error)}): the model does not predict the texts; "
-        "leave that task out, or check the model"
+        f"a perplexity among the tasks is larger than any number of 64 bits ({one_line(error)}): the model does not predict the "
+        "texts; leave that task out, or check the model"
     )
 
 

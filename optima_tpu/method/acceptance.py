@@ -122,8 +122,8 @@ def accept_rows(
 ) -> tuple[Pruned, RowOutcomes]:
     """Takes the solver's weights, and any new mask, in the accepted rows.
 
-    Weights are compared after the cast to the stored dtype, by the values of ``problems.calibration``, damping included. The reported
-    errors are without damping and without residual-drift correction; held-out tokens are only reported.
+    Weights are compared after the cast to the stored dtype, by the values of ``problems.calibration``, damping included. The
+    reported errors are without damping and without residual-drift correction; held-out tokens are only reported.
 
     Args:
       problems: the one that was solved, and its rows on held-out tokens, without damping.

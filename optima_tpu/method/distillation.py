@@ -54,21 +54,22 @@ class Distillation(Method, abc.ABC):
     """Trains the pruned model by gradients through blocks, with masks held.
 
     Attributes:
-      windows: number of training windows of calibration.length tokens, from the calibration text, or written by the model where that
-        is self; in addition to the calibration windows. More tokens help most.
-      written: number of further training windows that the dense model writes itself, which need no text. The whole model must fit the
-        devices.
-      passes: how often training reads each window. A second and a third pass over few windows still lower the held-out loss a little.
-      batch: windows in one step of Adam. More steps from the same text lower the held-out loss more. On a mesh whose data axis has more
-        devices than this, some compute padding: take at least as many.
+      windows: number of training windows of calibration.length tokens, from the calibration text, or written by the model where
+        that is self; in addition to the calibration windows. More tokens help most.
+      written: number of further training windows that the dense model writes itself, which need no text. The whole model must fit
+        the devices.
+      passes: how often training reads each window. A second and a third pass over few windows still lower the held-out loss a
+        little.
+      batch: windows in one step of Adam. More steps from the same text lower the held-out loss more. On a mesh whose data axis
+        has more devices than this, some compute padding: take at least as many.
       learning_rate: the peak learning rate of kept weights. The learning rate rises over the first steps and then falls along a
         cosine. null takes the one whose first step lowers the held-out loss most, by trying a few.
       norm_factor: the learning rate of the norms' gains and of biases, as a multiple of learning_rate; 0 leaves them as they are.
-      train: the parameters that are trained: "norms" only the norms' gains and biases, "weights" only the kept weights, "all" both.
-        "routers" trains only the routers of a mixture, which do not know that experts were removed or pruned.
+      train: the parameters that are trained: "norms" only the norms' gains and biases, "weights" only the kept weights, "all"
+        both. "routers" trains only the routers of a mixture, which do not know that experts were removed or pruned.
       warmup: number of steps in which the learning rate rises.
-      checks: how often the held-out loss is measured; the state of the best check is kept. null takes one check for every 128 steps, at
-        least 4.
+      checks: how often the held-out loss is measured; the state of the best check is kept. null takes one check for every 128
+        steps, at least 4.
     """
 
     words: ClassVar[str]
@@ -190,9 +191,9 @@ class CrossEntropy(Distillation):
 def rate_of_descent(loss: Callable[[float], float], before: float) -> float:
     """The learning rate whose single step lowers a loss most.
 
-    Rates three times apart are tried: from 1e-4 downward until the next lower one lowers the loss less, or upward as long as the next
-    higher one lowers it more. The parabola ``before + a r + b r^2`` through the losses of no step, of the best rate and of the one
-    below it has its minimum at ``-a / 2b``, which is returned, though at least half and at most twice the best rate.
+    Rates three times apart are tried: from 1e-4 downward until the next lower one lowers the loss less, or upward as long as the
+    next higher one lowers it more. The parabola ``before + a r + b r^2`` through the losses of no step, of the best rate and of
+    the one below it has its minimum at ``-a / 2b``, which is returned, though at least half and at most twice the best rate.
 
     Args:
       loss: the loss after one step with a rate, from the same weights each time; infinite where it cannot be computed.

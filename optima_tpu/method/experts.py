@@ -203,8 +203,8 @@ class Refit(NamedTuple):
 
         1/n sum_t |y_t - sum_e g_e(t) V_e h_e(t)|^2 + d sum_e sum_j A_e,jj |v_e,j - w_e,j|^2,    A_e = 1/n sum_t g_e(t)^2 h h'
 
-    over all experts jointly, where ``y`` is the output of the whole mixture for the same input and W are the dense weights. The rows
-    are independent problems.
+    over all experts jointly, where ``y`` is the output of the whole mixture for the same input and W are the dense weights. The
+    rows are independent problems.
 
     Attributes:
       change: ``V - W``, [experts, d_out, d_in] float32.

@@ -70,10 +70,10 @@ def prune_layer(
 ) -> PrunedLayer:
     """Prunes one weight matrix: chooses a mask and solves for kept weights.
 
-    For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
-    where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs to that
-    problem, the errors to this one. All matrix products are float32 at full precision. On accelerators those that only choose a
-    direction or a mask are rougher.
+    For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in
+    ``K``, where ``H = X'X / n`` (OPTIMA, equation 6). A solver with a damping ``d`` adds ``d diag(H)`` to ``H``: the gap belongs
+    to that problem, the errors to this one. All matrix products are float32 at full precision. On accelerators those that only
+    choose a direction or a mask are rougher.
 
     Args:
       weight: [d_out, d_in], dense.

@@ -13,9 +13,9 @@ the sets ``K`` of the same size, by the deterministic equivalent of a random pri
     s_j = 1 / [(A + t I)^-1]_jj - t    with t such that    tr A (A + t I)^-1 = |K|
 
 A round exchanges weights whose win exceeds the cost, solves again, and keeps the new mask of a row only if the row's objective
-fell. So no row gets worse, however rough the estimate is, with a solver that does not leave its start for a worse point. The given
-mask is solved in full, and so is the last one. The solves between them may be rough, since each point that they reach bounds from
-above what its mask is worth: ``CG`` takes two steps in each.
+fell. So no row gets worse, however rough the estimate is, with a solver that does not leave its start for a worse point. The
+given mask is solved in full, and so is the last one. The solves between them may be rough, since each point that they reach
+bounds from above what its mask is worth: ``CG`` takes two steps in each.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ from optima_tpu.runtime.loops import usual_turns
 if TYPE_CHECKING:
     from optima_tpu.method.recipe import Recipe
 
-# Newton steps for log t, each with an inverse, from where random vectors put t. They end after a short step, since each step squares
-# the error: nearly always after the first.
+# Newton steps for log t, each with an inverse, from where random vectors put t. They end after a short step, since each step
+# squares the error: nearly always after the first.
 _MOST_STEPS = 6
 _SHORT_STEP = 0.1
 _USUAL_STEPS = 1
@@ -248,8 +248,8 @@ def _estimated_ridge(matrix: Float32[Array, "d_in d_in"], damping: float, kept: 
         above = middle * trace(middle) > 1 - kept
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
-    # The mean of t / (lambda + t) over the eigenvalues rises in t. It is at least its value at their mean, A_jj, since it is convex in
-    # lambda, and at most its value at the smallest.
+    # The mean of t / (lambda + t) over the eigenvalues rises in t. It is at least its value at their mean, A_jj, since it is
+    # convex in lambda, and at most its value at the smallest.
     bounds = jnp.float32(damping * (1 - kept) / kept), jnp.float32((1 + damping) * (1 - kept) / kept)
     low, high = jax.lax.fori_loop(0, _HALVINGS, halved, bounds)
     return jnp.sqrt(low * high)

@@ -21,8 +21,8 @@ class RowOutcomes(NamedTuple):
       dense: [4, d_out] float32, the same three against the dense model's outputs on held-out tokens, and the error of dense
         weights.
       exchanged: int32, number of kept weights that the selector had pruned; None if masks are not refined.
-      quantized: [2, d_out] float32, as ``after`` once the weights are rounded to the nearest integers, and as they are stored; None
-        if they are not quantised. ``after``, ``held_out`` and ``dense`` are of the weights before.
+      quantized: [2, d_out] float32, as ``after`` once the weights are rounded to the nearest integers, and as they are stored;
+        None if they are not quantised. ``after``, ``held_out`` and ``dense`` are of the weights before.
       quantized_held_out: [2, d_out] float32, the same on held-out tokens.
       quantized_dense: [2, d_out] float32, the same against the dense model's outputs on held-out tokens.
     """

@@ -104,8 +104,8 @@ class Quantizer(Method):
         for pattern in recipe.patterns:
             if isinstance(pattern, WholeInputs) and self.group is not None:
                 raise UserError(
-                    f"expected one scale for a row where the pattern is {pattern.text()}, which takes groups of inputs apart, got groups "
-                    f"of {self.group}; take --quantize.group null"
+                    f"expected one scale for a row where the pattern is {pattern.text()}, which takes groups of inputs apart, "
+                    f"got groups of {self.group}; take --quantize.group null"
                 )
 
     def check(self, d_in: int) -> None:
@@ -119,7 +119,8 @@ class Quantizer(Method):
 
     def footprint(self) -> Footprint:
         """The device memory of quantising rows."""
-        # H, A, U and what the factorisation of U needs. Of a row: dense, solved, pull, change, scales, and the result of each step.
+        # H, A, U and what the factorisation of U needs. Of a row: dense, solved, pull, change, scales, and the result of each
+        # step.
         return Footprint(hessians=5, vectors=9)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned, dtype: np.dtype) -> Quantized:

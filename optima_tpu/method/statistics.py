@@ -22,8 +22,8 @@ class Drift(NamedTuple):
       residual: for each layer of the group ``Q = (R_d - R)'X / n_tokens`` [d_out, d_in] float32, columns over the model axis,
         with ``R`` the residual stream that the layer's output is added to. None for a layer that does not add to the stream,
         empty if it was not requested.
-      outputs: for each layer of the group ``W B = (D W')'X / n_tokens`` [d_out, d_in] float32 with its dense weights ``W``, columns
-        over the model axis; empty if ``cross`` is held.
+      outputs: for each layer of the group ``W B = (D W')'X / n_tokens`` [d_out, d_in] float32 with its dense weights ``W``,
+        columns over the model axis; empty if ``cross`` is held.
     """
 
     cross: Float32[Array, "d_in d_in"] | None

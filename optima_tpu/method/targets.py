@@ -6,9 +6,9 @@ lies a share ``alpha`` of the way from its own outputs to the dense model's. The
 
     mean (X v - X w - alpha D w)^2  =  (v - w) H (v - w)' - 2 alpha (w B) (v - w)'  +  alpha^2 mean (D w)^2
 
-This is the objective of ``problem.LayerProblem`` with ``g = w H + alpha w B``, up to a constant. ``B`` is accumulated directly and
-not computed from ``X_d'X``, because it would be a small difference of large numbers. For layers with few outputs ``W B = (D W')'X``
-takes fewer operations.
+This is the objective of ``problem.LayerProblem`` with ``g = w H + alpha w B``, up to a constant. ``B`` is accumulated directly
+and not computed from ``X_d'X``, because it would be a small difference of large numbers. For layers with few outputs
+``W B = (D W')'X`` takes fewer operations.
 
 A layer whose output is added to the residual stream can also correct the drift of that stream. With ``s = R_d - R`` the drift of
 the one feature that a row adds to, and ``q`` the row of ``Q = (R_d - R)'X / n_tokens`` that belongs to it,

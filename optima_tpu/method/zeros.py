@@ -53,9 +53,9 @@ def keep_zeros(
 
     Args:
       optimizer: any optimizer of optax.
-      masks: as from :func:`masks_of`, of the structure of the parameters. A bool may stand for an array of it. None reads them from
-        the zeros of the parameters at every update: nothing is stored, and what is zero then stays zero. A kept weight that becomes
-        exactly zero on the way stays so too, and a matrix that begins with zeros (of an adapter) is not trained.
+      masks: as from :func:`masks_of`, of the structure of the parameters. A bool may stand for an array of it. None reads them
+        from the zeros of the parameters at every update: nothing is stored, and what is zero then stays zero. A kept weight that
+        becomes exactly zero on the way stays so too, and a matrix that begins with zeros (of an adapter) is not trained.
       least: as for :func:`masks_of`, where there are no masks.
 
     Raises:

@@ -1,7 +1,8 @@
 """A pretrained decoder on a mesh, one block at a time.
 
-Weights stay in the checkpoint until a block is requested. Hidden states stay on the hosts and go to the devices in batches, unless a walk
-keeps them there. So the devices hold one block and two batches, and the hosts hold one more block, for a model of any depth.
+Weights stay in the checkpoint until a block is requested. Hidden states stay on the hosts and go to the devices in batches,
+unless a walk keeps them there. So the devices hold one block and two batches, and the hosts hold one more block, for a model of
+any depth.
 """
 
 import collections
@@ -38,8 +39,8 @@ from optima_tpu.runtime.processes import together
 class Decoder:
     """A model that is read block by block.
 
-    Blocks may differ in their layers: ``graph``, ``state``, ``block_shapes``, ``linears`` and ``sharding`` are those of the blocks like
-    block ``config.kind``, and :meth:`at` gives the decoder of another block.
+    Blocks may differ in their layers: ``graph``, ``state``, ``block_shapes``, ``linears`` and ``sharding`` are those of the
+    blocks like block ``config.kind``, and :meth:`at` gives the decoder of another block.
 
     Attributes:
       family: see ``optima_tpu.models``.

@@ -24,8 +24,9 @@ class Sizes:
       key_heads: number of keys and queries; each is read by ``heads / key_heads`` heads that follow one another.
       key_dim, value_dim: width of a key or query, and of a value.
       kernel: how many tokens the convolution sees.
-      joined: whether the outputs of two layers hold what belongs to each key head, one head after the other: queries, keys, values
-        and gates, and the rates. If not, four layers project queries, keys and values, the gates, and each of the two rates.
+      joined: whether the outputs of two layers hold what belongs to each key head, one head after the other: queries, keys,
+        values and gates, and the rates. If not, four layers project queries, keys and values, the gates, and each of the two
+        rates.
     """
 
     heads: int

@@ -244,8 +244,8 @@ class Experts(nnx.Module):
     """A router and its experts.
 
     Every layer of an expert sows the :class:`Routed` input that all experts read. The mixture sows the ``shares`` of each token's
-    experts, which multiply their outputs: 1 where the shares multiply the inputs. If the rows that the narrow layers read are set as
-    ``known`` of the first expert's narrow layer, nothing computes them.
+    experts, which multiply their outputs: 1 where the shares multiply the inputs. If the rows that the narrow layers read are set
+    as ``known`` of the first expert's narrow layer, nothing computes them.
 
     Attributes:
       mesh: the mesh that the block runs on; None for one device.

@@ -46,8 +46,8 @@ class Sampling(NamedTuple):
       vocabulary: only ids below it are written; an embedding may have rows without a token.
       temperature: 0 takes the likeliest token, of equally likely ones that of the smaller id.
       seed: of what is drawn.
-      follow: a token, and the one that is written after it instead of a chosen one. This begins the next document of the same text,
-        which still attends to the text before it, as in pretraining on packed documents.
+      follow: a token, and the one that is written after it instead of a chosen one. This begins the next document of the same
+        text, which still attends to the text before it, as in pretraining on packed documents.
     """
 
     vocabulary: int

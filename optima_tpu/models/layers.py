@@ -177,7 +177,8 @@ def attention(q: Array, k: Array, v: Array, positions: Positions, scores: Scores
     """Causal softmax attention, [batch, length, heads, width of the values].
 
     Products and softmax are computed in float32, for a stretch of queries at a time with the keys that these can see: half the
-    products of the full square, and no array of [length, length]. On TPUs a kernel computes it, where :func:`splash.takes` says so.
+    products of the full square, and no array of [length, length]. On TPUs a kernel computes it, where :func:`splash.takes` says
+    so.
 
     Args:
       q: queries.

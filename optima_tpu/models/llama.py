@@ -120,8 +120,8 @@ def read_sizes(config: Any, activation: str | None = "silu", eps: str = "rms_nor
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads or head_dim < 2 or head_dim % 2:
         raise UserError(
-            f"expected heads of an even width in equal groups, got {heads} heads of {head_dim}, and {kv_heads} key-value heads in "
-            "config.json: check the file"
+            f"expected heads of an even width in equal groups, got {heads} heads of {head_dim}, and {kv_heads} key-value heads "
+            "in config.json: check the file"
         )
     return dict(
         d_model=config.hidden_size,

@@ -49,8 +49,8 @@ def read_config(config: Any) -> OPTConfig:
     activation = supported(config, "activation_function", *ACTIVATIONS)
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
-            f"expected a hidden_size that num_attention_heads divides, got {config.hidden_size} and {config.num_attention_heads} in "
-            "config.json: check the file"
+            f"expected a hidden_size that num_attention_heads divides, got {config.hidden_size} and {config.num_attention_heads} "
+            "in config.json: check the file"
         )
     return OPTConfig(
         d_model=config.hidden_size,

@@ -175,8 +175,8 @@ FAMILIES: Mapping[tuple[str, str], Family] = {
     ("StableLmForCausalLM", "stablelm"): relative(
         _stablelm, eps="layer_norm_eps", rope=partial_rope_of, cuts={**llama.FAMILY.cuts, "head": NO_HEAD_DIM}
     ),
-    # Command R and Aya (cohere), Command R7B and Command A (cohere2): attention and MLP side by side, reading one norm, which has no
-    # bias. In cohere2 most blocks have a window, and those without one do not rotate (NoPE).
+    # Command R and Aya (cohere), Command R7B and Command A (cohere2): attention and MLP side by side, reading one norm, which has
+    # no bias. In cohere2 most blocks have a window, and those without one do not rotate (NoPE).
     ("CohereForCausalLM", "cohere"): relative(
         lambda config: dict(**_cohere(config), qk_norm=_weights_of_each_head if config.use_qk_norm else None),
         eps="layer_norm_eps",

@@ -18,7 +18,8 @@ def read_run(argv: Sequence[str]) -> RunConfig:
     """The run that a command line asks for, see :func:`parse`.
 
     Raises:
-      UserError: a setting is wrong; the model or a file of text is missing; the texts, or mesh and devices, contradict each other.
+      UserError: a setting is wrong; the model or a file of text is missing; the texts, or mesh and devices, contradict each
+        other.
     """
     config = parse(argv)
     if refuse_wrong(config, [config.model], config.texts):

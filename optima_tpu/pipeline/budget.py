@@ -81,13 +81,14 @@ class _Staying:
         """
         if not self.counts:
             raise UserError(
-                f"expected cut.by with a multiple below {self.total:,}, the {self.called} of a block, got {self.part.multiple}; take "
-                f"--cut.by {self.part.word}@{max(1, self.total // 8)}"
+                f"expected cut.by with a multiple below {self.total:,}, the {self.called} of a block, got {self.part.multiple}; "
+                f"take --cut.by {self.part.word}@{max(1, self.total // 8)}"
             )
         others = self.left.narrow(self.config.recipe).weights / self.dense.weights
         if wanted_share >= others:
             raise UserError(
-                f"expected cut.to below {others:.3g}, the share that stays with what else is cut, got {wanted_share:g}; leave out cut.to"
+                f"expected cut.to below {others:.3g}, the share that stays with what else is cut, got {wanted_share:g}; leave "
+                "out cut.to"
             )
 
 
@@ -108,7 +109,8 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
     assert isinstance(part, WholeParts), "cut.by names parts"
     if other := next((each for each in config.recipe.patterns if isinstance(each, type(part))), None):
         raise UserError(
-            f"expected no other share of {part.word}s where cut.to is {wanted_share:g}, got {other.text()}; leave out one of the two"
+            f"expected no other share of {part.word}s where cut.to is {wanted_share:g}, got {other.text()}; leave out one of the "
+            "two"
         )
     parts = _Staying(config, model, part, declared(model))
     parts.refuse(wanted_share)
@@ -117,8 +119,8 @@ def on_budget(config: RunConfig, model: PretrainedConfig, console: Console | Non
         least = parts.readable(parts.counts)
         lowest = math.ceil(1000 * parts.share(least)) / 1000
         raise UserError(
-            f"expected cut.to of at least {lowest:g}, which {least:,} of {parts.total:,} {parts.called} leave, got {wanted_share:g}; take it, "
-            "or leave out more blocks by --cut.blocks"
+            f"expected cut.to of at least {lowest:g}, which {least:,} of {parts.total:,} {parts.called} leave, got "
+            f"{wanted_share:g}; take it, or leave out more blocks by --cut.blocks"
         )
     if console:
         say(

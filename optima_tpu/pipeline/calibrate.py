@@ -60,8 +60,9 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     numbers is exact. A token that either model does not send to an expert has no drift in this expert: the outputs cannot be
     compared.
 
-    With ``borrow`` the Hessian of an expert's ``Family.shared`` layers is ``(n_e H_e + k H_all) / n`` with ``k = borrow d_in``, where
-    ``n_e`` of the ``n`` tokens are sent to the expert, and ``H_e`` and ``H_all`` are the means over its own and over all tokens.
+    With ``borrow`` the Hessian of an expert's ``Family.shared`` layers is ``(n_e H_e + k H_all) / n`` with ``k = borrow d_in``,
+    where ``n_e`` of the ``n`` tokens are sent to the expert, and ``H_e`` and ``H_all`` are the means over its own and over all
+    tokens.
 
     Args:
       index: the block's number, for messages.
@@ -79,7 +80,8 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     with contextlib.ExitStack() as stack:
         passes = [_StreamPass.open(stack, decoder, index, *each) for each in zip(programs, streams)]
         for batches in zip(*(each.batches() for each in passes)):
-            # Waits, or nothing would keep the inputs of many batches from being on the devices; no name keeps those of the last one.
+            # Waits, or nothing would keep the inputs of many batches from being on the devices; no name keeps those of the last
+            # one.
             inputs = [each.through(*batch) for each, batch in zip(passes, batches)]
             sums = add_batch(adding, sums, jax.block_until_ready(inputs), weights, batches[0][0].valid)
             del inputs

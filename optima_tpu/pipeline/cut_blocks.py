@@ -1,14 +1,14 @@
 """Chooses blocks to leave out by the change of the model's predictions.
 
-One block after the other is left out: the one without which ``KL(dense || without)`` of the next-token distribution on the held-out
-windows is smallest, given those that are left out already. Only the blocks that turn the stream least are tried, by
+One block after the other is left out: the one without which ``KL(dense || without)`` of the next-token distribution on the
+held-out windows is smallest, given those that are left out already. Only the blocks that turn the stream least are tried, by
 
     1 - cos(x_b, x_b+1)        mean over the tokens
 
-of the hidden states before and behind a block, the score by which ShortGPT (Men et al., 2024, arXiv:2403.03853) leaves out blocks.
-A try passes the windows through the blocks behind the one that it leaves out, and no others. All tries of a choice pass through the
-blocks together, so every block is read once for them. For the scores of the next choice the windows pass once more through the
-blocks behind the one that was left out.
+of the hidden states before and behind a block, the score by which ShortGPT (Men et al., 2024, arXiv:2403.03853) leaves out
+blocks. A try passes the windows through the blocks behind the one that it leaves out, and no others. All tries of a choice pass
+through the blocks together, so every block is read once for them. For the scores of the next choice the windows pass once more
+through the blocks behind the one that was left out.
 """
 
 import itertools

@@ -88,8 +88,8 @@ class CutBlock(NamedTuple):
     Attributes:
       stay: the experts that stay, ascending; empty for a block without a mixture.
       down: their solved weights, by name inside the block; empty where the dense weights stay.
-      error_before, error_after: ``|y - yhat|^2 / |y|^2`` of the mixture's output on the calibration text, with the dense weights and with
-        the solved ones; None where none were solved.
+      error_before, error_after: ``|y - yhat|^2 / |y|^2`` of the mixture's output on the calibration text, with the dense weights
+        and with the solved ones; None where none were solved.
     """
 
     stay: tuple[int, ...]
@@ -140,7 +140,8 @@ class ExpertRemoval:
                 fewer.apply(index, parameters, hidden)
         for index, parameters in zip(others, decoder.blocks(others)):
             if mixed[index]:
-                # Attention is that of the whole block. Its program is that of the block with fewer experts, as where a run goes on.
+                # Attention is that of the whole block. Its program is that of the block with fewer experts, as where a run goes
+                # on.
                 first_experts = _with_only(parameters, self.cut.names, range(self.cut.kept))
                 yield self._cut(index, fewer, parameters, BlockText.before(fewer, index, first_experts, hidden))
             else:
@@ -346,8 +347,8 @@ def refit_squares(mesh: Mesh, sent: Sent, direction: Array) -> Array:
 def _mean(parts: Iterator[Any], count: int) -> Any:
     """The sum of the parts of all batches, divided by the tokens.
 
-    Waits for each part: otherwise the parts of many batches would be on the devices at once, and so many programs that exchange data
-    would be queued that the threads of a CPU's simulated devices wait for each other without end.
+    Waits for each part: otherwise the parts of many batches would be on the devices at once, and so many programs that exchange
+    data would be queued that the threads of a CPU's simulated devices wait for each other without end.
     """
     total = jax.block_until_ready(next(parts))
     for part in parts:

@@ -48,8 +48,8 @@ def halved(mesh: Mesh | AbstractMesh) -> bool:
 @jax.jit
 def whole(sums: Array) -> Array:
     """A symmetric matrix from what is on and above its diagonal."""
-    # Not a choice between the matrix and its transpose: for 2,048, 4,096 or 8,192 rows XLA of jax 0.10 compiles that for minutes on a
-    # CPU, and the program crashes.
+    # Not a choice between the matrix and its transpose: for 2,048, 4,096 or 8,192 rows XLA of jax 0.10 compiles that for minutes
+    # on a CPU, and the program crashes.
     return jnp.triu(sums) + jnp.triu(sums, 1).T
 
 

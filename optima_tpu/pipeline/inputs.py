@@ -42,8 +42,8 @@ class Texts(NamedTuple):
       calibration: the windows that the model is calibrated on, and after them the held-out windows.
       evaluation: the windows that the model is scored on.
       distillation: [windows, length] int32, the windows that the pruned model is trained on; None without distillation.
-      written: [windows, length] int32, those that the dense model wrote, for ``calibration`` and then for ``distillation``; None if
-        it wrote none.
+      written: [windows, length] int32, those that the dense model wrote, for ``calibration`` and then for ``distillation``; None
+        if it wrote none.
     """
 
     calibration: Tokens

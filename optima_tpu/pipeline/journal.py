@@ -2,7 +2,8 @@
 
     RUN/run.json                what a resume must agree with, and the full configuration
     RUN/assets/                 the source's configuration, tokenizer, licence and model card, byte for byte
-    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks, scales and report. RUN/checkpoint
+    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks, scales and report.
+    RUN/checkpoint
                                 refers to them: no block is written a second time
     RUN/activations/block_0000/ the hidden states after one of the last blocks, one file for each process; with a dense target
                                 the dense model's hidden states too. Removed when all blocks are finished
@@ -15,8 +16,8 @@ prunes a damaged block again.
 
 Hidden states are written before the journal entry of their block, and older ones are removed after it. Hidden states that are
 missing or damaged, or that later blocks need, are computed again from the finished blocks. Hidden states of many windows are
-larger than a block, so they are written only when computing them again would take as long as the setting ``recompute`` says. That is
-a forward pass through each block since the last save, a small part of what it took to prune them.
+larger than a block, so they are written only when computing them again would take as long as the setting ``recompute`` says. That
+is a forward pass through each block since the last save, a small part of what it took to prune them.
 
 Orbax's own checkpoint manager (0.12) is not used, although each entry is an Orbax checkpoint. It too gives a step its name only
 when it is written, but it lacks what a journal needs. It stores no checksum of the arrays: a flipped bit is loaded as if it had
@@ -195,8 +196,8 @@ class Journal:
       recompute: minutes of passes between two saves of hidden states; a run that goes on repeats at most these.
       finished: the indices of the blocks that are saved and not damaged.
       damaged: {index: reason} of the damaged blocks, for messages. A damaged block does not count as finished.
-      repeated: seconds of the passes that bring the last saved hidden states to where the walk is, at most: some count with the sums
-        that they were made for. The walk adds to them.
+      repeated: seconds of the passes that bring the last saved hidden states to where the walk is, at most: some count with the
+        sums that they were made for. The walk adds to them.
     """
 
     def __init__(self, directory: Path, recompute: int = 0):

@@ -6,9 +6,9 @@ A run is a plain function of a ``keep``, which gives it the result of one stage 
     journal = keep(JOURNAL, dense)
     blocks = keep(PRUNING, journal)
 
-``keep`` reads what an earlier start of the same run kept, or does the stage. So a resumed run does what is left, and no function asks
-what was done. Before a run begins, the same function is traced: called with a ``keep`` that only lists the stages, to know what lies
-ahead. It may therefore branch on settings, and not on results.
+``keep`` reads what an earlier start of the same run kept, or does the stage. So a resumed run does what is left, and no function
+asks what was done. Before a run begins, the same function is traced: called with a ``keep`` that only lists the stages, to know
+what lies ahead. It may therefore branch on settings, and not on results.
 """
 
 import contextlib

@@ -275,8 +275,8 @@ class _Block:
         if left <= 0:
             used = self.budget - left
             return (
-                f"{self.prefix}{name} has {load.d_in} inputs, and its block with the other Hessians alone takes {used / GIB:.3g} GiB "
-                f"on a device, expected less than {self.budget / GIB:.3g} GiB, the --device_memory: give at least "
+                f"{self.prefix}{name} has {load.d_in} inputs, and its block with the other Hessians alone takes {used / GIB:.3g} "
+                f"GiB on a device, expected less than {self.budget / GIB:.3g} GiB, the --device_memory: give at least "
                 f"{(used + least) / GIB:.3g}, or a --mesh with a larger model axis that divides {load.d_in}"
             )
         return (

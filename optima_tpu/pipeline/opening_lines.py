@@ -38,7 +38,8 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     # Which blocks leave is not chosen yet, and those before the first of them stay as they are.
     refitted = f", {'up to ' * bool(config.cut.blocks)}{weights[False]:,} to re-fit" if weights[False] else ""
     lines = [
-        f"model        {model.pretrained.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, {weights[True]:,} weights to prune{refitted}",
+        f"model        {model.pretrained.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, {weights[True]:,} weights "
+        f"to prune{refitted}",
         f"preset       {on_preset(config)}",
         f"recipe       {recipe_line(config, decoder)}",
         f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",

@@ -1,7 +1,7 @@
 """What is damaged in a run directory, and what of it is done again.
 
-Journal, hidden states and distilled blocks are not looked at here: whoever reads them compares their checksums, and does a damaged
-block again.
+Journal, hidden states and distilled blocks are not looked at here: whoever reads them compares their checksums, and does a
+damaged block again.
 """
 
 import re
@@ -142,8 +142,8 @@ def _remedy(folder: Path) -> str:
         code = record.manifest.get("code") if record else None
         if code not in (None, code_version()):  # a run goes on with the code that began it
             return (
-                f"optima-tpu {code} made this run, and this is {code_version()}, which does not go on with it: with that version, {command} "
-                "writes again what is damaged; with this one, take another --output"
+                f"optima-tpu {code} made this run, and this is {code_version()}, which does not go on with it: with that "
+                f"version, {command} writes again what is damaged; with this one, take another --output"
             )
         return f"{command} writes again what is damaged, and keeps the rest"
     form = " --packed" if (folder / INDEX).is_file() else ", with its --format"

@@ -26,8 +26,8 @@ from optima_tpu.runtime.processes import from_first, is_first, together
 CALIBRATION = "calibration.npy"
 
 ADVICE = (
-    "to write its own calibration text, take a --mesh with a larger model axis, a --dtype of fewer bytes, shorter windows, a larger "
-    "--device_memory, or only stored text: another --calibration.source (c4, file:PATH), no --calibration.written and no "
+    "to write its own calibration text, take a --mesh with a larger model axis, a --dtype of fewer bytes, shorter windows, a "
+    "larger --device_memory, or only stored text: another --calibration.source (c4, file:PATH), no --calibration.written and no "
     "--distill.written"
 )
 """What to do if the model does not fit the devices as a whole."""

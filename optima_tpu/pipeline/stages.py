@@ -117,7 +117,8 @@ def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> 
 
 
 JOURNAL = Stage("recording", _record)
-"""Writes into the run directory, as the first unless the model wrote text. By then every weight was read, and the model has computed in its dtype."""
+"""Writes into the run directory, as the first unless the model wrote text. By then every weight was read, and the model has
+computed in its dtype."""
 
 
 def _open_sinks(work: StageWork, journal: Journal) -> Steps:

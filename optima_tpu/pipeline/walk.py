@@ -117,8 +117,8 @@ class PrunedBlock(NamedTuple):
       masks: by parameter name, [d_out, d_in] bool.
       layers: a report for every pruned layer.
       scales: by parameter name, [d_out, groups], of the weights that were quantised.
-      seconds: of the passes that :func:`repeat_block` makes again, of all streams, at most: those of the calibration count with their
-        sums.
+      seconds: of the passes that :func:`repeat_block` makes again, of all streams, at most: those of the calibration count with
+        their sums.
     """
 
     parameters: dict[str, Array]
@@ -244,8 +244,8 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
 
     The Hessians come from the dense block, which reads the output of the pruned blocks before it, as in the paper. One pass
     accumulates them, or several passes if not all Hessians fit on the devices. With ``recapture`` each part of
-    ``layer_groups.in_sequence`` has its own passes, through the block as pruned so far. A pass may keep inputs of layers, which no later layer
-    changes: the passes behind it and the pruned block go on from there (``memory_plan.Kept``).
+    ``layer_groups.in_sequence`` has its own passes, through the block as pruned so far. A pass may keep inputs of layers, which
+    no later layer changes: the passes behind it and the pruned block go on from there (``memory_plan.Kept``).
 
     Args:
       parameters: the dense block's parameters, by name inside the block, on the mesh.

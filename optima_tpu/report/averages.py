@@ -12,8 +12,8 @@ _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_bef
 def averages(results: Iterable[CellResult]) -> list[dict[str, Any]]:
     """Averages over seeds for each mask, update, pattern and window count.
 
-    ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`CellResult` has its mean over
-    the finished seeds; the name with ``_spread`` has the sample standard deviation, None for fewer than two seeds.
+    ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`CellResult` has its mean
+    over the finished seeds; the name with ``_spread`` has the sample standard deviation, None for fewer than two seeds.
     """
     groups: dict[tuple, list[CellResult]] = {}
     for result in results:

@@ -118,8 +118,8 @@ class BlockExperts(Record, frozen=True):
 
     Attributes:
       stay: their indices in the dense model, ascending; empty for a block without a mixture.
-      error_before, error_after: ``|y - yhat|^2 / |y|^2`` of the mixture's output on the calibration text, with the dense weights of down
-        and with the solved ones; None where none were solved.
+      error_before, error_after: ``|y - yhat|^2 / |y|^2`` of the mixture's output on the calibration text, with the dense weights
+        of down and with the solved ones; None where none were solved.
     """
 
     stay: tuple[Count, ...] = ()
@@ -188,7 +188,8 @@ class ModelFacts(Record, frozen=True):
 
     Attributes:
       weights: how many it has, in all its tensors.
-      active: how many of them a token passes through: of experts, only those that it is sent to. None in reports of earlier versions.
+      active: how many of them a token passes through: of experts, only those that it is sent to. None in reports of earlier
+        versions.
     """
 
     origin: str
@@ -309,8 +310,8 @@ class Speed(Record, frozen=True):
 
     Attributes:
       how: the devices, the dtype and the tokens, in words; empty where nothing was measured.
-      dense, cut: the fastest reading and the fastest token of a few turns, which the models took one after the other; None where they
-        were not measured.
+      dense, cut: the fastest reading and the fastest token of a few turns, which the models took one after the other; None where
+        they were not measured.
       reason: why they were not; empty if they were.
     """
 

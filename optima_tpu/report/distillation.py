@@ -16,8 +16,8 @@ def distilled_line(report: Report) -> str:
     loss, before, after = _loss(report), number(outcome.before), number(outcome.after)
     if not outcome.kept:
         return (
-            f"refused: none of {outcome.amount} lowered the {loss} on held-out text, {before} nats; the model keeps its weights from before. "
-            "Try a smaller learning rate, or more text"
+            f"refused: none of {outcome.amount} lowered the {loss} on held-out text, {before} nats; the model keeps its weights "
+            "from before. Try a smaller learning rate, or more text"
         )
     gain = percent(1 - outcome.after / outcome.before)
     took = f"it took {duration(outcome.seconds)}"
@@ -42,8 +42,8 @@ def _text(report: Report) -> str:
     what = f"the whole model was trained with fixed masks, to lower the {_loss(report)}"
     shown = ", ".join(f"{what} {number(each, 4)}" for what, each in report.perplexities.items())
     return (
-        f"After it was pruned, {what}. This is training, not one-shot pruning. The step with the least loss on held-out windows was "
-        f"kept. Perplexity: {shown}. Layer errors on this page "
+        f"After it was pruned, {what}. This is training, not one-shot pruning. The step with the least loss on held-out windows "
+        f"was kept. Perplexity: {shown}. Layer errors on this page "
         "were measured before."
     )
 

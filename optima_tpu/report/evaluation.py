@@ -30,8 +30,8 @@ class Distance(Record, frozen=True):
         after that block (the logit lens, nostalgebraist 2020); None if not requested. Only the last entry compares predictions.
         The head was trained on the last stream only: it reads early streams badly and misses changes that only later blocks use.
       agreements: ``agreement`` for every block, computed in the same way; None if not requested.
-      log_ratio_stderr: standard error of the logarithm of the ratio of both perplexities, which is the mean rise of a token's loss;
-        None too where an earlier version measured the distance.
+      log_ratio_stderr: standard error of the logarithm of the ratio of both perplexities, which is the mean rise of a token's
+        loss; None too where an earlier version measured the distance.
     """
 
     kl: float

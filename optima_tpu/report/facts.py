@@ -145,8 +145,8 @@ def _sparsity(report: Report) -> Fact:
     # What leaves with a cut besides zeros, such as the rows that made a neuron, is in the second share alone.
     others = f"; with the {report.removed:,} other weights that leave with what was cut" if report.removed else ""
     note = (
-        f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}{others}, {percent(report.model_sparsity)} of all "
-        f"{report.model.weights:,} weights of the model"
+        f"of the {report.weights:,} weights in {plural(len(report.layers), 'matrix')}{others}, {percent(report.model_sparsity)} "
+        f"of all {report.model.weights:,} weights of the model"
     )
     return Fact("Sparsity", [percent(report.sparsity)], note, "sparsity", rows=rows)
 
@@ -162,7 +162,10 @@ def _cuts(report: Report) -> Fact | None:
     )
     if report.left_out.experts and report.model.active:
         left = report.model.weights - report.removed
-        note += f"; {left:,} of {report.model.weights:,} weights are left, and a token still passes through about {report.model.active:,}"
+        note += (
+            f"; {left:,} of {report.model.weights:,} weights are left, and a token still passes through about "
+            f"{report.model.active:,}"
+        )
     return Fact("Kept", [parts_left(report.cuts)], f"({note})", "kept")
 
 
@@ -182,8 +185,8 @@ def _refit(report: Report) -> Fact | None:
         return None
     before, after = (mean(left.blocks, error) for error in ("error_before", "error_after"))
     note = (
-        f"{became(before, after, percent)}, mean squared error of the mixtures' output on the calibration text, of its energy; each "
-        "block and its experts: left_out.json"
+        f"{became(before, after, percent)}, mean squared error of the mixtures' output on the calibration text, of its energy; "
+        "each block and its experts: left_out.json"
     )
     return Fact("Experts solved", [percent(before), percent(after)], note, "refit", ("before", "after"))
 

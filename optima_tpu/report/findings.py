@@ -134,8 +134,8 @@ FINDINGS: Sequence[Finding] = (
 )
 TRADED = Finding(
     "",
-    "as a dense target intends, the update raised the error of the layer's own output on held-out text, but not the distance to the "
-    "dense model's output",
+    "as a dense target intends, the update raised the error of the layer's own output on held-out text, but not the distance to "
+    "the dense model's output",
     _traded,
     lambda both: f"{_change(both[0])}; against dense {_change(both[1])}",
     lambda both: _rise(both[0]),

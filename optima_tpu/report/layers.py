@@ -73,7 +73,8 @@ def _error_paragraphs(runs: Sequence[FinishedRun]) -> list[str]:
     text = [
         "The error of a layer is the squared change of its output relative to the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
         "the dense weights W, the pruned weights V, and the layer’s inputs X in the pruned model. Before: with the selector’s "
-        "weights. After: with the solver’s weights. Lower is better. Held-out text is calibration text that no weight was fitted to."
+        "weights. After: with the solver’s weights. Lower is better. Held-out text is calibration text that no weight was fitted "
+        "to."
     ]
     for run in runs:
         if caveat := held_out_caveat(run.report.settings):

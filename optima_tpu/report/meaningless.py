@@ -2,10 +2,10 @@
 
 Two criteria, both against what the frequencies of a text's tokens give (:func:`optima_tpu.data.unigram_perplexity`):
 
-- A text whose unigram perplexity is below :data:`LEAST` says as little as one of so few tokens in equal shares. C4 has some 1,000, a
-  text of bytes 20.
-- A dense model whose perplexity is not below the text's unigram perplexity predicts it no better than a table of frequencies does,
-  which reads no context at all. Random weights end here.
+- A text whose unigram perplexity is below :data:`LEAST` says as little as one of so few tokens in equal shares. C4 has some
+  1,000, a text of bytes 20.
+- A dense model whose perplexity is not below the text's unigram perplexity predicts it no better than a table of frequencies
+  does, which reads no context at all. Random weights end here.
 """
 
 from optima_tpu.report.contents import RunFacts
@@ -33,8 +33,9 @@ def unpredicted(dense: float, unigram: float, which: str = "dense model") -> str
     if dense < unigram or poor_text("evaluation", unigram):
         return ""
     return (
-        f"the {which} does not predict the evaluation text (perplexity {number(dense, 4)}; the frequencies of the text's tokens alone "
-        f"give {number(unigram, 4)}), so no number behind it means anything: check that it is the right, undamaged model for this text"
+        f"the {which} does not predict the evaluation text (perplexity {number(dense, 4)}; the frequencies of the text's tokens "
+        f"alone give {number(unigram, 4)}), so no number behind it means anything: check that it is the right, undamaged model "
+        "for this text"
     )
 
 

@@ -17,8 +17,8 @@ class Step(NamedTuple):
 
     Attributes:
       kind: steps of one kind run the same programs, in whatever stage they are.
-      work: how much it is, compared with other steps of its kind, and of the kind ``like``; 0 for a short step at the end of a run,
-        which the time left leaves out.
+      work: how much it is, compared with other steps of its kind, and of the kind ``like``; 0 for a short step at the end of a
+        run, which the time left leaves out.
       like: the kind whose rate stands in while no step of ``kind`` was measured; empty if none does.
     """
 

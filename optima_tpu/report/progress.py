@@ -86,13 +86,13 @@ class Progress:
             progress.stage("pruning", total=30)
             for index in range(first, 30):
                 progress.block(index, 30)
-                ...                                         # progress.begin() before each part, progress.layer() behind each layer
-                progress.advance()
+                ...                                         # progress.begin() before each part, progress.layer() behind each
+                layer progress.advance()
 
     Prints one line for every stage and every finished block. On a terminal, a bar below these lines shows the step, what is being
-    done, and the time left of the stage and of the run. Elsewhere a stage that prints nothing for ten seconds prints a line with the
-    same, in the middle of a step too; then after 20 and 40 seconds, and every minute. Only process 0 prints. Create it after the
-    devices are initialised, because it asks JAX for the process index.
+    done, and the time left of the stage and of the run. Elsewhere a stage that prints nothing for ten seconds prints a line with
+    the same, in the middle of a step too; then after 20 and 40 seconds, and every minute. Only process 0 prints. Create it after
+    the devices are initialised, because it asks JAX for the process index.
 
     All estimates come from one :class:`Pace`, which lasts as long as the run: a stage whose steps are of a kind that an earlier
     stage measured has a time left before it begins.
@@ -177,7 +177,8 @@ class Progress:
         """
         if self._steps and self._pace.is_new(self._steps[0].kind):
             self._say(
-                f"block {index} ({index + 1} of {count}): its programs are compiled first, or read from an earlier run; blocks like it reuse them"
+                f"block {index} ({index + 1} of {count}): its programs are compiled first, or read from an earlier run; blocks "
+                "like it reuse them"
             )
         self._done, self._total, self._block, self._block_start, self._layers = index, count, index, self._clock(), []
         self._bars.update(self._task, total=count, completed=index)

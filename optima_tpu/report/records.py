@@ -44,8 +44,8 @@ class LayerReport(Record, frozen=True):
       dense_before: error of the selector's weights against the dense model.
       dense_after: error of the final weights against the dense model.
       dense_drift: error of the dense weights against the dense model, caused by the pruned layers before this one.
-      corrects_stream: whether the update also corrects what the residual stream lost before the layer's output is added to it. Then no
-        error of the layer's own output says how near the update came to its aim, and these errors may rise.
+      corrects_stream: whether the update also corrects what the residual stream lost before the layer's output is added to it.
+        Then no error of the layer's own output says how near the update came to its aim, and these errors may rise.
       damping, alpha: what version 0.2.0 chose on held-out tokens, where it did.
       exchanged: number of kept weights that the selector had pruned; as many weights that it had kept were pruned instead. None
         if masks are not refined.

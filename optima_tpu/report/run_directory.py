@@ -30,8 +30,9 @@ FILES: Mapping[str, RunFile] = {
     ),
     "hf": RunFile(
         "the pruned model for transformers: weights as safetensors, the source’s config.json, generation_config.json, tokenizer "
-        "and chat template, which weights were kept (pruning_masks.npz, one bit each; not where parts were cut and nothing else is "
-        "pruned), the recipe and every layer’s errors (optima_tpu.json), a model card (README.md), checksums (sha256-all.json)",
+        "and chat template, which weights were kept (pruning_masks.npz, one bit each; not where parts were cut and nothing else "
+        "is pruned), the recipe and every layer’s errors (optima_tpu.json), a model card (README.md), checksums "
+        "(sha256-all.json)",
         "to use the model",
     ),
     "checkpoint": RunFile(

@@ -145,8 +145,8 @@ _ENTRIES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "masks": (("selector",), "the masks of selector.path have changed"),
     "weights": (("selector",), "the weights of selector.path have changed"),
 }
-"""Entry of the manifest -> the settings that decide it, by the first parts of their names; and what has changed if the entry differs and
-none of these settings does, empty for both values of the entry."""
+"""Entry of the manifest -> the settings that decide it, by the first parts of their names; and what has changed if the entry
+differs and none of these settings does, empty for both values of the entry."""
 
 
 def _differences(

@@ -24,8 +24,8 @@ def print_summary(console: Console, report: Report, directory: Path, sentence: C
 
     The summary has the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
-    A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from. A run without
-    its model, see :func:`without_model`, has no line about the model's size.
+    A recovery solved no layer: in the place of the table and of unusual layers it names the model that it began from. A run
+    without its model, see :func:`without_model`, has no line about the model's size.
 
     Args:
       sentence: what the result is, in words.

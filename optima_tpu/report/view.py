@@ -103,8 +103,8 @@ def command(name: str, *words: str) -> str:
 def without_folders(text: str) -> str:
     """Removes folders from a source: "file:/home/me/x.txt" is "file:x.txt".
 
-    Each part of the text, between "; " as in the text on a mix, names at most one source, before any other "/". Names of data sets
-    are kept: "tfds:mine/plain@/home/me/data" becomes "tfds:mine/plain@data". A source "hub:" has no folders.
+    Each part of the text, between "; " as in the text on a mix, names at most one source, before any other "/". Names of data
+    sets are kept: "tfds:mine/plain@/home/me/data" becomes "tfds:mine/plain@data". A source "hub:" has no folders.
     """
     # Folders may contain spaces. The text after the source has no "/", except in an option after its "?".
     return "; ".join(re.sub(r"\b(file:|npy:|tfds:[^@]*@)[^?]*/", r"\1", part) for part in text.split("; "))

@@ -48,8 +48,8 @@ def tokens(runs: Sequence[FinishedRun]) -> list[Section]:
             )
             (folded if run.label else tables).append(table)
     text.append(
-        "The loss of a token is −ln of the probability that the model gives it; the perplexity is e to the power of the mean loss. "
-        "A rise of 0.1 nats multiplies the probability by 0.90, a rise of 2 nats by 0.14."
+        "The loss of a token is −ln of the probability that the model gives it; the perplexity is e to the power of the mean "
+        "loss. A rise of 0.1 nats multiplies the probability by 0.90, a rise of 2 nats by 0.14."
     )
     return [Section("tokens", "Which tokens got worse", text, tables=tables, folded=folded)]
 

@@ -7,9 +7,10 @@ A bucket has no renames, no locks and no folders. But an object appears whole or
 ``optima_tpu.runtime.files`` uses this to tell finished folders from unfinished ones. Other stores are refused, because Orbax does
 not write to them.
 
-A bucket fails now and then. gcsfs tries six times in half a minute, TensorStore 33 times in a quarter of an hour, and neither waits
-longer than two minutes for a byte. What fails then is a :class:`BucketError`, which is no statement about the object: a file that could
-not be looked at is neither missing nor damaged. gcsfs compares the MD5 of what it transfers with that of the store.
+A bucket fails now and then. gcsfs tries six times in half a minute, TensorStore 33 times in a quarter of an hour, and neither
+waits longer than two minutes for a byte. What fails then is a :class:`BucketError`, which is no statement about the object: a
+file that could not be looked at is neither missing nor damaged. gcsfs compares the MD5 of what it transfers with that of the
+store.
 """
 
 import contextlib

@@ -13,11 +13,11 @@ from optima_tpu.runtime.mesh import platform
 _PROCESSORS = Path("/proc/cpuinfo")
 
 _MOST = 2 << 30
-"""Bytes of compiled programs that a command leaves in the user's cache folder when it starts. A program for a CPU took 20 kB in the
-middle and 265 kB at most, those of an evaluation and of half a run of SmolLM2-135M together 1 MB: so nobody who prunes a few models
-loses one, and the folder of who tries a thousand shapes stays small beside a model. Not by ``jax_compilation_cache_max_size``: jax then
-reads a file for every stored program at every new one, keeps nothing more in a folder that it filled without the limit, nor behind a
-program that was killed between its two files."""
+"""Bytes of compiled programs that a command leaves in the user's cache folder when it starts. A program for a CPU took 20 kB in
+the middle and 265 kB at most, those of an evaluation and of half a run of SmolLM2-135M together 1 MB: so nobody who prunes a few
+models loses one, and the folder of who tries a thousand shapes stays small beside a model. Not by
+``jax_compilation_cache_max_size``: jax then reads a file for every stored program at every new one, keeps nothing more in a
+folder that it filled without the limit, nor behind a program that was killed between its two files."""
 
 
 def keep_compiled_programs() -> None:
@@ -25,8 +25,8 @@ def keep_compiled_programs() -> None:
 
     Does nothing if the user chose a folder or turned the cache off.
 
-    Programs for a CPU are machine code of that CPU's instructions: another CPU that shares the home directory might stop at one it
-    does not know. So each kind of CPU has its own folder.
+    Programs for a CPU are machine code of that CPU's instructions: another CPU that shares the home directory might stop at one
+    it does not know. So each kind of CPU has its own folder.
 
     Raises:
       UserError: see :func:`platform`.

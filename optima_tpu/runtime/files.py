@@ -217,7 +217,8 @@ def commit(partial: Path, final: Path) -> None:
         if error.errno not in _OCCUPIED:
             raise
         raise UserError(
-            f"another program has written {final} meanwhile, and this one has written nothing: use that one, or choose another name"
+            f"another program has written {final} meanwhile, and this one has written nothing: use that one, or choose another "
+            "name"
         ) from error
     partial.parent.rmdir()
     descriptor = os.open(final.parent, os.O_RDONLY)

@@ -16,10 +16,10 @@ def keep_freed_memory() -> None:
     Otherwise the C library returns arrays of tens of MB to the system.
 
     XLA's CPU devices allocate the temporary arrays of a program at every call. The system hands out fresh pages, 4 KB at a time,
-    filled with zeros: for 100 MB that takes 0.04 s of a core, as long as a product of 8 GFLOP. So arrays of up to 1 GiB come from the
-    heap, which keeps what is freed until :func:`give_back_freed_memory`. One arena, since each of the others ends at 64 MiB. Call it
-    before any library starts a thread, as pyarrow does, and jax with its devices: the arena of that thread stays, and is given to
-    others. Does nothing where JAX_PLATFORMS names no CPU, with another C library than glibc, or with one before 2.35.
+    filled with zeros: for 100 MB that takes 0.04 s of a core, as long as a product of 8 GFLOP. So arrays of up to 1 GiB come from
+    the heap, which keeps what is freed until :func:`give_back_freed_memory`. One arena, since each of the others ends at 64 MiB.
+    Call it before any library starts a thread, as pyarrow does, and jax with its devices: the arena of that thread stays, and is
+    given to others. Does nothing where JAX_PLATFORMS names no CPU, with another C library than glibc, or with one before 2.35.
     """
     if "cpu" not in os.environ.get("JAX_PLATFORMS", "cpu") or platform.libc_ver()[0] != "glibc":
         return

@@ -1,8 +1,8 @@
 """Confines readers to a folder: no name leads out of it or blocks them.
 
-Folders travel between people, so a name in one of their files is data: a list of checksums, an index of weights, the record of a data
-set. :func:`inside` is the only way from such a name to a path. :func:`own` is the rule for files that a reader lists itself. The
-stand-alone ``models/checkpoints/packed.py`` repeats the rule, since it imports nothing from here.
+Folders travel between people, so a name in one of their files is data: a list of checksums, an index of weights, the record of a
+data set. :func:`inside` is the only way from such a name to a path. :func:`own` is the rule for files that a reader lists itself.
+The stand-alone ``models/checkpoints/packed.py`` repeats the rule, since it imports nothing from here.
 """
 
 import os
@@ -84,7 +84,8 @@ def own(folder: Path, path: Path) -> Path:
 def refuse_special(path: Path) -> None:
     """Refuses pipes, sockets and devices: a reader may wait for them forever.
 
-    Pipes that this process was started with pass: ``/dev/stdin``, and what a shell makes of ``<(COMMAND)``. So does ``/dev/null``.
+    Pipes that this process was started with pass: ``/dev/stdin``, and what a shell makes of ``<(COMMAND)``. So does
+      ``/dev/null``.
 
     Raises:
       OutsideError: it is one. A path that does not exist passes.

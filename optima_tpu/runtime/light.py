@@ -1,10 +1,10 @@
 """Runs functions of this package without the libraries they do not use.
 
-Settings are declared beside the mathematics: the module of a solver imports JAX, its dataclass has the names, types, defaults, help
-texts and checks of the solver's options. Reading or refusing settings needs the second alone, and importing JAX takes half a second
-to several. So the modules are loaded once more, beside the real ones, with :class:`_Absent` in the place of each library. It can be
-named, as in annotations, decorators and base classes. Whatever needs its value raises :class:`NeedsLibraries`, and the real function
-is called. So a function either does here what it does with its libraries, or nothing.
+Settings are declared beside the mathematics: the module of a solver imports JAX, its dataclass has the names, types, defaults,
+help texts and checks of the solver's options. Reading or refusing settings needs the second alone, and importing JAX takes half a
+second to several. So the modules are loaded once more, beside the real ones, with :class:`_Absent` in the place of each library.
+It can be named, as in annotations, decorators and base classes. Whatever needs its value raises :class:`NeedsLibraries`, and the
+real function is called. So a function either does here what it does with its libraries, or nothing.
 """
 
 import builtins

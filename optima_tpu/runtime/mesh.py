@@ -100,8 +100,8 @@ def refuse_count(mesh: tuple[int, int], count: int, kind: str, processes: int) -
         simulates = kind == "cpu" and not left and 0 < each <= MOST_DEVICES
         hint = f", or --cpu_devices {each}{where} to simulate it" if simulates else ""
         raise UserError(
-            f"mesh {data}x{model} needs {plural(data * model, 'device')}, there {'is' if count == 1 else 'are'} {count} ({kind}): "
-            f"choose a mesh whose product is {count}{hint}"
+            f"mesh {data}x{model} needs {plural(data * model, 'device')}, there {'is' if count == 1 else 'are'} {count} "
+            f"({kind}): choose a mesh whose product is {count}{hint}"
         )
 
 
@@ -134,7 +134,8 @@ def platform() -> str:
         wanted = jax.config.values["jax_platforms"]
         raise UserError(
             f"expected devices of JAX_PLATFORMS={wanted}, but JAX finds none ({one_line(error)}): install JAX for them "
-            "(pip install '.[gpu]' or '.[tpu]' in the directory of the repository) on a machine that has them, or unset JAX_PLATFORMS"
+            "(pip install '.[gpu]' or '.[tpu]' in the directory of the repository) on a machine that has them, or unset "
+            "JAX_PLATFORMS"
         ) from error
 
 
@@ -151,8 +152,8 @@ def simulate_devices(count: int | None) -> None:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         raise UserError(
-            f"expected cpu_devices before JAX has started, which has {plural(jax.device_count(), 'device')} now: restart Python, or "
-            "leave cpu_devices out"
+            f"expected cpu_devices before JAX has started, which has {plural(jax.device_count(), 'device')} now: restart Python, "
+            "or leave cpu_devices out"
         ) from None
 
 

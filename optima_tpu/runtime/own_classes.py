@@ -1,7 +1,8 @@
 """The user's own classes, by import path: "my_lab.masks:MyMask".
 
-Only :func:`import_class` imports, and only what the person typed or wrote in a file for ``--config``. Run directories and exported
-folders travel between people, so an import path in their records is text: it is shown and compared, and stands for nothing to run.
+Only :func:`import_class` imports, and only what the person typed or wrote in a file for ``--config``. Run directories and
+exported folders travel between people, so an import path in their records is text: it is shown and compared, and stands for
+nothing to run.
 """
 
 import dataclasses

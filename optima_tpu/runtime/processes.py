@@ -296,8 +296,8 @@ def _open_mpi_5() -> bool:
         return False
     if importlib.util.find_spec("mpi4py") is None:
         raise UserError(
-            "Open MPI 5 and newer do not say where process 0 is: pip install mpi4py, or give every process --coordinator HOST:PORT "
-            "--num_processes $OMPI_COMM_WORLD_SIZE --process_id $OMPI_COMM_WORLD_RANK"
+            "Open MPI 5 and newer do not say where process 0 is: pip install mpi4py, or give every process --coordinator "
+            "HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE --process_id $OMPI_COMM_WORLD_RANK"
         )
     return True
 
@@ -316,8 +316,8 @@ def _initialize(
 def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:
     """Waits until every process has reported to process 0.
 
-    ``jax.distributed.initialize`` waits too, but in jax 0.10.2 and 0.12.0.1 XLA aborts the waiting processes at its time-out: they
-    print a stack trace that names no missing process, and end by SIGABRT instead of with an exit status of this program.
+    ``jax.distributed.initialize`` waits too, but in jax 0.10.2 and 0.12.0.1 XLA aborts the waiting processes at its time-out:
+    they print a stack trace that names no missing process, and end by SIGABRT instead of with an exit status of this program.
     """
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + timeout

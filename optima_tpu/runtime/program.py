@@ -20,8 +20,8 @@ class Command(NamedTuple):
     Attributes:
       text: what the command does, for ``optima --help``.
       module: what ``python -m`` runs for it.
-      read: "module:name" of the function from arguments to what is asked for; empty for ``read`` in ``module``. ``runtime.light`` calls
-        it, so it only reads and checks.
+      read: "module:name" of the function from arguments to what is asked for; empty for ``read`` in ``module``. ``runtime.light``
+        calls it, so it only reads and checks.
       run: "module:name" of the function from that to the exit status, None for 0; empty for ``run`` in ``module``.
       again: what the same command does when it is typed again.
       opens: from what is asked for to the settings that name the model and the processes; None if no model is opened.

@@ -2,8 +2,8 @@
 
 A file of another shape is refused in one line that names the file and the field.
 
-A file that this program writes is a :class:`Record`; of a file from elsewhere a TypedDict declares what is read. ``msgspec`` compares
-the values with the type, so a range stands beside it: ``Annotated[int, msgspec.Meta(ge=1)]``.
+A file that this program writes is a :class:`Record`; of a file from elsewhere a TypedDict declares what is read. ``msgspec``
+compares the values with the type, so a range stands beside it: ``Annotated[int, msgspec.Meta(ge=1)]``.
 """
 
 import json
@@ -90,8 +90,8 @@ def parse_record(data: bytes | str, kind: type[T], where: object, remedy: str = 
 def encoded(values: Any, indent: int | None = None) -> bytes:
     """A record as JSON with a line break. Infinity and NaN become null.
 
-    Every record of a run, of an evaluation and of a sweep is written by this function: ``json.dumps`` would end in a traceback, or
-    write NaN and Infinity, which JavaScript and jq do not read.
+    Every record of a run, of an evaluation and of a sweep is written by this function: ``json.dumps`` would end in a traceback,
+    or write NaN and Infinity, which JavaScript and jq do not read.
     """
     return f"{json.dumps(json_values(values), indent=indent, allow_nan=False)}\n".encode()
 

@@ -26,12 +26,13 @@ INTERRUPTED = 130
 
 _STATUS: Mapping[int, int] = MappingProxyType({signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED})
 _GRACE = {signal.SIGTERM: 20.0, signal.SIGINT: 2.0}
-"""Signal -> seconds until the thread ends the process, as in the middle of a long compilation. Kubernetes and Slurm kill a process
-30 seconds after SIGTERM: the line and the status come before that. A user waits at Ctrl-C."""
+"""Signal -> seconds until the thread ends the process, as in the middle of a long compilation. Kubernetes and Slurm kill a
+process 30 seconds after SIGTERM: the line and the status come before that. A user waits at Ctrl-C."""
 SAVING = "stopping after the save that is under way; a second signal ends at once"
 """What the thread prints where the grace is over and a save keeps the process."""
 _SAME = 0.5
-"""Seconds in which a signal that comes again counts as the same: ``timeout`` and terminals send one to a process and to its group."""
+"""Seconds in which a signal that comes again counts as the same: ``timeout`` and terminals send one to a process and to its
+group."""
 
 
 class Stopped(BaseException):
@@ -187,8 +188,8 @@ class _Listener:
     def leave(self) -> None:
         """Ends a process whose work is done; lets any other end by itself.
 
-        Python would go on to free every module, and what the libraries hold. That takes more than a CPU second, and ten seconds where
-        SIGTERM stopped a large model on busy cores: a scheduler has few left then.
+        Python would go on to free every module, and what the libraries hold. That takes more than a CPU second, and ten seconds
+        where SIGTERM stopped a large model on busy cores: a scheduler has few left then.
         """
         for number in self._before:  # Python gives its handlers back to the system and takes a while to end
             signal.signal(number, signal.SIG_IGN)

@@ -102,8 +102,8 @@ LAYOUTS = ["LlamaForCausalLM", "OPTForCausalLM", "Qwen3MoeForCausalLM", "Phi3For
 WITHOUT_RUN = ["Gemma2ForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM"]  # which test_fewer_blocks.py exports to transformers
 
 
-# A test below writes every weight of each layout without a run, and the test of what transformers loads compares all that a run does
-# not prune.
+# A test below writes every weight of each layout without a run, and the test of what transformers loads compares all that a run
+# does not prune.
 @pytest.mark.parametrize("family", slow_where([*FAMILIES, *BY_TORCH], {*FAMILIES, *BY_TORCH}))
 def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, family):
     source = saved(family)
@@ -135,8 +135,8 @@ def test_a_pruned_model_is_the_same_on_any_mesh(saved, halved, tmp_path, family)
         assert np.abs(one[name] - others[name])[same].max() < 3e-3 * np.abs(one[name]).max(), name
 
 
-# The first two have problems of many shapes; what is new in their checkpoints has a relative, too, or a model that reads images. The
-# half model of the third is loaded below.
+# The first two have problems of many shapes; what is new in their checkpoints has a relative, too, or a model that reads images.
+# The half model of the third is loaded below.
 @pytest.mark.parametrize(
     "family",
     slow_where(

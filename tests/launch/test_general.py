@@ -67,7 +67,8 @@ def test_every_kind_of_model_goes_from_file_to_file(tmp_path, name):
     byte_tokenizer().save_pretrained(source)
     assert against_torch.compared(str(source), 40).agrees
     perplexities = []
-    # Nearly all of the time goes to compiling: one run with and one without the dense stream on each side, not both on every mesh.
+    # Nearly all of the time goes to compiling: one run with and one without the dense stream on each side, not both on every
+    # mesh.
     for shape, settings in (((1, 1), BEST), ((2, 4), BEST), ((4, 2), HALF)):
         directory = pruned(source, tmp_path / f"{shape}", shape, **settings)
         assert_perplexity_of_torch(directory, name, configured(source, directory, **settings))

@@ -196,8 +196,8 @@ def test_the_folder_says_how_many_parts_are_left(run, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert ", cut to 48 of 64 neurons, 2 of 3 key-value heads in every block\n" in card
     assert (
-        "key-value heads in every block are left, the others are deleted, and the matrices that read them were changed to compensate. All other"
-        in card
+        "key-value heads in every block are left, the others are deleted, and the matrices that read them were changed to "
+        "compensate. All other" in card
     )
     assert (
         "- sparse" not in card and "ordinary smaller model" in card and "not smaller" not in card and "pruning_masks" not in card

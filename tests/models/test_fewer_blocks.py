@@ -38,8 +38,8 @@ def all_cases():
             yield reference, name, settings, left_out, why_unreadable(config, left_out)
 
 
-# Without its first block, from which all others get new numbers; one family without its last, and one whose first cannot go. What of
-# a relative belongs to one block is in the test of settings below, and test_cuts.py exports every relative to transformers.
+# Without its first block, from which all others get new numbers; one family without its last, and one whose first cannot go. What
+# of a relative belongs to one block is in the test of settings below, and test_cuts.py exports every relative to transformers.
 CASES = [
     pytest.param(
         reference,
@@ -183,9 +183,9 @@ def test_tensors_behind_the_last_block_stay_behind_it():
         (
             "Qwen2MoeForCausalLM",
             2,
-            "expected a model without whose blocks config.json describes the others where cut.blocks is 2, got Qwen2MoeForCausalLM: "
-            "without block 0 block 1 would be read as a block of another kind; leave out cut.blocks, and cut neurons by --pattern "
-            "0.25/neuron",
+            "expected a model without whose blocks config.json describes the others where cut.blocks is 2, got "
+            "Qwen2MoeForCausalLM: without block 0 block 1 would be read as a block of another kind; leave out cut.blocks, and "
+            "cut neurons by --pattern 0.25/neuron",
         ),
     ],
 )

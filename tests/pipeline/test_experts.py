@@ -109,7 +109,8 @@ CUT = {
     "Gemma4ForCausalLM": (4, 2),
     GEMMA4_IMAGES.model: None,
 }
-"""The mesh of each model in the ordinary suite, None where another has its experts, router and words; the slow one takes every model on every mesh of the grid."""
+"""The mesh of each model in the ordinary suite, None where another has its experts, router and words; the slow one takes every
+model on every mesh of the grid."""
 GRID = [
     pytest.param((model, shape), marks=[pytest.mark.slow] * (shape != of_suite), id=f"{model}-{shape[0]}x{shape[1]}")
     for model, of_suite in CUT.items()

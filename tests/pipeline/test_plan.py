@@ -386,7 +386,8 @@ def test_a_plan_that_removes_experts_is_of_the_smaller_model(tmp_path):
     assert [each.calls for each in (others[-1], dense.programs[-1])] == [3 * 4, 3 * 8]  # of the solver, for w2 of every expert
     assert cut.seconds["removing experts"] > 0 and "removing experts" not in dense.seconds
     decoder = open_declared(base.model, None, base.batch).on(SLICE).decoder
-    # For 6 windows on a slice: the stream and the output of attention, split over 2 devices, two experts' inputs, and a float32 output.
+    # For 6 windows on a slice: the stream and the output of attention, split over 2 devices, two experts' inputs, and a float32
+    # output.
     size = 6 * 32 * (2 * (32 + 32 + 2 * 96) + 4 * 32)
     kept = [kept_of_mixture(decoder, decoder.family.experts.down, (16, 32), budget) for budget in (4 * size, 4 * size - 4)]
     assert kept == [size, 0]

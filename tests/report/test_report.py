@@ -360,7 +360,8 @@ def test_a_resumed_walk_begins_where_the_earlier_start_ended_and_says_what_it_do
         clock.now += seconds
     assert out.file.getvalue().splitlines() == [
         "   0:00  pruning",
-        "   0:30  pruning, step 23 of 30 is done, getting the hidden states that enter block 23 (first time, slower), time left not known yet",
+        "   0:30  pruning, step 23 of 30 is done, getting the hidden states that enter block 23 (first time, slower), time left "
+        "not known yet",
         "   0:30  block 23 (24 of 30): its programs are compiled first, or read from an earlier run; blocks like it reuse them",
     ]
     assert progress.left() == "about 8 s left for pruning"  # not of the 30 seconds before the block

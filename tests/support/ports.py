@@ -101,7 +101,8 @@ def admm(
 
     Source: Meng et al., ALPS, 2024, equation 5.
 
-    The first step is one of Richardson's with the inverse at ``sigma``, written as in a textbook: by the residual of the exact step.
+    The first step is one of Richardson's with the inverse at ``sigma``, written as in a textbook: by the residual of the exact
+    step.
 
     Returns:
       (weights, keep), each [d_out, d_in].

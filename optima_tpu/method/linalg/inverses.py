@@ -14,8 +14,8 @@ from optima_tpu.method.linalg.features import WHOLE, Features, Product, divided,
 
 _LEAF = 256  # matrices up to this size are factorised in one call
 
-# From this ridge on, R too has rounded products on TPUs, where it only chooses. With factors of 16 bits, as three passes keep, the
-# inverses of SmolLM2's Hessians (576 and 1,536 inputs, some with massive activations) are then off by at most 5e-4; at 0.001
+# From this ridge on, R too has rounded products on TPUs, where it only chooses. With factors of 16 bits, as three passes keep,
+# the inverses of SmolLM2's Hessians (576 and 1,536 inputs, some with massive activations) are then off by at most 5e-4; at 0.001
 # by 1.3e-3.
 ROUGH_RIDGE = 0.01
 

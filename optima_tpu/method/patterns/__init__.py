@@ -36,7 +36,8 @@ def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pa
 
     Args:
       group: the comparison group of a plain "0.5", as in the published selector.
-      own: makes the pattern of an import path. :func:`import_pattern` for a text that the person typed; by default nothing is imported.
+      own: makes the pattern of an import path. :func:`import_pattern` for a text that the person typed; by default nothing is
+        imported.
 
     Raises:
       UserError: the text is none of these.

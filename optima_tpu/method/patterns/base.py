@@ -33,8 +33,8 @@ class Pattern(abc.ABC):
 
     Attributes:
       group: "row" where weights of different rows never compete, else "layer".
-      span: number of inputs in a comparison group, consecutive in :meth:`order`, must divide d_in; None if the group is a whole row
-        or matrix.
+      span: number of inputs in a comparison group, consecutive in :meth:`order`, must divide d_in; None if the group is a whole
+        row or matrix.
       free: whether the pruned weights may be anywhere in a comparison group, so that sparsities can be allocated to blocks.
       sparsity: the share of weights that are pruned.
       damping: the least damping of the objective where the person names none and the solver has some of its own.

@@ -58,7 +58,8 @@ class WholeInputs(Pattern):
         if self.sparsity and not 0 < kept < parts:
             rounded = f", since the kept number is rounded up to a multiple of {self.multiple}" * (kept > 0 and self.multiple > 1)
             raise UserError(
-                f"{self.text()} {'prunes' if kept else 'leaves'} none of {plural(parts, self.word)}{rounded}; take {self._instead(parts)}"
+                f"{self.text()} {'prunes' if kept else 'leaves'} none of {plural(parts, self.word)}{rounded}; take "
+                f"{self._instead(parts)}"
             )
         return min(kept, parts)
 
@@ -154,7 +155,8 @@ class WholeParts(WholeInputs):
     The model's family says which layers read the parts (``Family.cuts``).
 
     Attributes:
-      places: the kinds of parts, each of which loses the share; it is no pattern for other layers. Empty until the model is known.
+      places: the kinds of parts, each of which loses the share; it is no pattern for other layers. Empty until the model is
+        known.
     """
 
     places: tuple[Place, ...] = ()
@@ -193,8 +195,8 @@ class Heads(WholeParts):
     def parts_in(self, columns: int) -> int:
         if not self.total:
             raise UserError(
-                f"expected a model, which says how wide a {self.word} is, where the pattern is {self.text()}, got a layer alone; take "
-                f"{self.sparsity!r}/{WholeInputs.word}"
+                f"expected a model, which says how wide a {self.word} is, where the pattern is {self.text()}, got a layer alone; "
+                f"take {self.sparsity!r}/{WholeInputs.word}"
             )
         return self.total
 

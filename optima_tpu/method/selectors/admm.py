@@ -51,8 +51,8 @@ class ADMM(Selector):
         z = v + y / rho  where that is largest in its comparison group, 0 elsewhere
         y = y + rho (v - z)
 
-    Neighbouring levels may share an inverse, at ``sigma`` in the middle of their ``damping + rho``. The first step is then one step
-    of Richardson's iteration from the last ``v``, with this inverse as its preconditioner:
+    Neighbouring levels may share an inverse, at ``sigma`` in the middle of their ``damping + rho``. The first step is then one
+    step of Richardson's iteration from the last ``v``, with this inverse as its preconditioner:
 
         v = (g + damping w + rho z - y + (sigma - damping - rho) v_last) (A + sigma I)^-1
 

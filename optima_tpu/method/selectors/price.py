@@ -33,13 +33,13 @@ class Price(Selector):
 
         v_G ([A^-1]_GG)^-1 v_G'
 
-    as in the optimal brain surgeon (Hassibi and Stork, 1993), for groups in ZipLM (Kurtic et al., 2023) and OSSCAR (Meng et al., 2024,
-    arXiv:2403.12983).
+    as in the optimal brain surgeon (Hassibi and Stork, 1993), for groups in ZipLM (Kurtic et al., 2023) and OSSCAR (Meng et al.,
+    2024, arXiv:2403.12983).
 
-    A pattern of whole inputs, neurons or heads loses its parts backward: the cheapest leave, the others compensate, and the rest is
-    priced again, ``steps`` times. The price of a part is summed over all rows, each as a share of the energy ``w H w'`` of the row's
-    output. Without that, the few rows that feed channels with massive activations decide alone. Other patterns take the price of
-    each weight alone, in one step.
+    A pattern of whole inputs, neurons or heads loses its parts backward: the cheapest leave, the others compensate, and the rest
+    is priced again, ``steps`` times. The price of a part is summed over all rows, each as a share of the energy ``w H w'`` of the
+    row's output. Without that, the few rows that feed channels with massive activations decide alone. Other patterns take the
+    price of each weight alone, in one step.
 
     Then parts that left come in for others. Of one input ``i`` for another ``j``, with ``K`` the inputs that are left, the
     residual ``r_i = e_i - (v - w) A_i``, ``u = -A_KK^-1 A_Ki`` and ``s = A_ii + A_iK u``, the objective of a row changes by
@@ -56,8 +56,9 @@ class Price(Selector):
       damping: ``d``, a ridge around the dense weights, as a share of the Hessian's diagonal. With little of it, the prices of
         correlated inputs are those of the calibration tokens alone.
       steps: how often the parts that are left are priced. Each takes an inverse of the Hessian.
-      exchanges: the most rounds in which parts that left come in for others, as long as the objective falls. Each takes an inverse and
-        two more products of its size; with heads, an inverse for each head that left. Patterns of single weights make none.
+      exchanges: the most rounds in which parts that left come in for others, as long as the objective falls. Each takes an
+        inverse and two more products of its size; with heads, an inverse for each head that left. Patterns of single weights make
+        none.
     """
 
     group: ClassVar[Literal["row", "layer"]] = "row"

@@ -9,8 +9,8 @@
 
 ``config.json`` says so under ``quantization_config``. Weights of 8 bits are packed too. What the library calls ``int-quantized``
 (``compressors/naive_quantized``) is for models whose activations are quantised as well, and vLLM refuses it for others. There the
-weight is ``NAME.weight`` int8, with ``NAME.weight_scale``, and whoever loads the model rounds the inputs of a layer to 8 bits, with a
-scale for each token.
+weight is ``NAME.weight`` int8, with ``NAME.weight_scale``, and whoever loads the model rounds the inputs of a layer to 8 bits,
+with a scale for each token.
 """
 
 import functools

@@ -105,8 +105,8 @@ def refuse_unreadable(pattern: Pattern, model: PretrainedConfig) -> None:
         take = next((other.text() for other in near if not why_unreadable(other, model)), "another pattern, such as 2:4")
         leaves = ", ".join(f"{left} of {parts.total} {parts.called}" for left, parts in zip(kept, pattern.places))
         raise UserError(
-            f"expected a share of {architecture_of(model)} with which transformers reads its new config.json, got {pattern.text()}, which leaves "
-            f"{leaves}: {why}; take {take}"
+            f"expected a share of {architecture_of(model)} with which transformers reads its new config.json, got "
+            f"{pattern.text()}, which leaves {leaves}: {why}; take {take}"
         )
 
 
@@ -202,7 +202,10 @@ def _without(cuts: Cuts, source: CheckpointTensors, kind: Cut, names: list[str],
     cuts = cuts._replace(counts={**cuts.counts, kind.called: count})
     if len(kept) > 1:
         numbers = " or ".join(f"{left:,}" for left in count.left)
-        why = f"pruned {kind.called} stay as zeros, since the blocks keep {numbers} of {kind.total:,}, and config.json has one number for all"
+        why = (
+            f"pruned {kind.called} stay as zeros, since the blocks keep {numbers} of {kind.total:,}, and config.json has one "
+            "number for all"
+        )
         return cuts._replace(zeros_stay=(*cuts.zeros_stay, why))
     return cuts._replace(
         parts={**cuts.parts, **parts}, whole=cuts.whole | whole, settings={**cuts.settings, **kind.config(*kept)}

@@ -70,14 +70,15 @@ def export(
 
     Args:
       run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.
-      out: a new or empty folder, or one that holds only this export or its remains; in a bucket, also remains of an export that was
-        killed.
+      out: a new or empty folder, or one that holds only this export or its remains; in a bucket, also remains of an export that
+        was killed.
       report: the run's report for the model card; None takes report.json, if the run has one.
       form: one of ``FORMS``.
       say: called with a line about what is written, before it is written.
 
     Raises:
-      UserError: the run is not finished, it cannot have this form, ``out`` is in use or cannot hold this form, or the disk is full.
+      UserError: the run is not finished, it cannot have this form, ``out`` is in use or cannot hold this form, or the disk is
+        full.
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out, run_directory = as_path(out).resolve(), as_path(run_directory)

@@ -109,8 +109,8 @@ def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
     named = architecture_of(model)
     if family_named(model.architectures) is None:
         raise UserError(
-            f"expected a model of a family of this program where cut.blocks is {cut.blocks}, got {named}, which runs by its own code in "
-            "torch and names its blocks in ways of its own; leave out cut.blocks"
+            f"expected a model of a family of this program where cut.blocks is {cut.blocks}, got {named}, which runs by its own "
+            "code in torch and names its blocks in ways of its own; leave out cut.blocks"
         )
     blocks = family_of(model).read_config(model).blocks
     if cut.blocks >= blocks:
@@ -119,8 +119,8 @@ def refuse_uncuttable(cut: CutStructures, model: PretrainedConfig) -> None:
     if blocks - len(whys) < cut.blocks:
         first = next(iter(whys))
         raise UserError(
-            f"expected a model without whose blocks config.json describes the others where cut.blocks is {cut.blocks}, got {named}: "
-            f"without block {first} {whys[first]}; leave out cut.blocks, and cut neurons by --pattern 0.25/neuron"
+            f"expected a model without whose blocks config.json describes the others where cut.blocks is {cut.blocks}, got "
+            f"{named}: without block {first} {whys[first]}; leave out cut.blocks, and cut neurons by --pattern 0.25/neuron"
         )
 
 

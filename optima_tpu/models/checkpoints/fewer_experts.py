@@ -74,7 +74,8 @@ def expert_cut(experts: float, model: PretrainedConfig) -> ExpertCut:
         )
         take = "leave out cut.experts" if nearest is None else f"take --cut.experts {total - nearest}"
         raise UserError(
-            f"expected cut.experts to remove some and leave enough of the {total} experts of {named}, got {experts:g}: {reasons}; {take}"
+            f"expected cut.experts to remove some and leave enough of the {total} experts of {named}, got {experts:g}: "
+            f"{reasons}; {take}"
         )
     return ExpertCut(names, int(kept), total, groups.total)
 

@@ -226,8 +226,8 @@ def _kind(name: str, source: TensorSource, quantizer: Quantizer | None) -> Kind:
         return _PLAIN[str(source.dtype(name))] if len(shape) > 1 else Kind.F32
     if (group := quantizer.group or shape[1]) % BLOCK:
         raise UserError(
-            f"expected a scale for a multiple of {BLOCK} inputs for a GGUF file, got one for {group} in {name}; repeat the run with "
-            f"--quantize.group {BLOCK}, or take --format compressed-tensors"
+            f"expected a scale for a multiple of {BLOCK} inputs for a GGUF file, got one for {group} in {name}; repeat the run "
+            f"with --quantize.group {BLOCK}, or take --format compressed-tensors"
         )
     return _INTEGERS[quantizer.bits]
 
@@ -265,8 +265,8 @@ def _integer_blocks(name: str, weight: np.ndarray, scale: np.ndarray, kind: Kind
     exact = scale.astype(np.float32)
     if not np.all(np.abs(half.astype(np.float32) - exact) <= _ROUNDED * exact):
         raise UserError(
-            f"expected scales that float16 holds, as GGUF has them, got {exact.min():.3g} to {exact.max():.3g} in {name}; take --format "
-            "compressed-tensors"
+            f"expected scales that float16 holds, as GGUF has them, got {exact.min():.3g} to {exact.max():.3g} in {name}; take "
+            "--format compressed-tensors"
         )
     half = np.repeat(half, group // BLOCK, axis=1)[..., None]
     if kind is Kind.Q8_0:

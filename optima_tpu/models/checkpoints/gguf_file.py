@@ -73,8 +73,8 @@ class GGUFSource(Tensors):
             )
         for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
             unread = (
-                f"the GGUF file stores {tensor.name} as {GGMLQuantizationType(kind).name}, which the gguf library can't dequantise: "
-                "give another quantisation of the model"
+                f"the GGUF file stores {tensor.name} as {GGMLQuantizationType(kind).name}, which the gguf library can't "
+                "dequantise: give another quantisation of the model"
             )
             with refusing(NotImplementedError, unread):
                 dequantize(np.asarray(tensor.data[:1]) if tensor.data.ndim > 1 else np.asarray(tensor.data), kind)

@@ -129,7 +129,8 @@ Sizes = TypedDict(
     },
     total=False,
 )
-"""What is read of an architecture's own metadata, with the bounds of this program. Lists are refused with a message of their own."""
+"""What is read of an architecture's own metadata, with the bounds of this program. Lists are refused with a message of their
+own."""
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:

@@ -7,7 +7,8 @@
 MaxText differs from Hugging Face:
 
 - A matrix is [d_in, d_out], and heads are an axis of their own: [d_model, heads, head_dim], [heads, head_dim, d_model].
-- With ``scan_layers`` the blocks are stacked along axis 1 of one array. Gemma 2 stacks pairs of blocks, Gemma 3 six blocks and six.
+- With ``scan_layers`` the blocks are stacked along axis 1 of one array. Gemma 2 stacks pairs of blocks, Gemma 3 six blocks and
+  six.
 - Most of its decoders do not scale the products of queries and keys: the factor is in the weights of the queries.
 - Gemma's norms hold ``1 + w``, and its embedding ``sqrt(d_model)`` times the table.
 - With ``rope_type: llama3.1`` the dimensions of a head that rotate together are neighbours.
@@ -108,7 +109,8 @@ class MaxTextArrays(NamedTuple):
     def files(self) -> dict[str, str]:
         """The files of settings, by their path in the folder."""
         name = self.settings["model_name"]
-        # MaxText reads the sizes of a model that it knows over those of a file, and looks for them in models/ beside the file first.
+        # MaxText reads the sizes of a model that it knows over those of a file, and looks for them in models/ beside the file
+        # first.
         return {FILE: self._yml()} | ({} if name == "default" else {f"models/{name}.yml": self._yml()})
 
     def _yml(self) -> str:
@@ -236,7 +238,8 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
     kind = _KINDS.get(next(iter(hf_config.architectures or ()), ""))
     if kind is None:
         raise UserError(
-            f"expected a model of {', '.join(_KINDS)} for MaxText, got {', '.join(hf_config.architectures or ())}: take --format plain"
+            f"expected a model of {', '.join(_KINDS)} for MaxText, got {', '.join(hf_config.architectures or ())}: take --format "
+            "plain"
         )
     config = family.read_config(hf_config)
     assert isinstance(config, llama.LlamaConfig), "all of these families have this configuration"

@@ -60,8 +60,8 @@ def without_mxfp4(stored: TensorSource) -> ComputedTensors:
         kinds = stored.dtype(name + BLOCKS), stored.dtype(name + SCALES)
         if len(blocks) != 4 or blocks[3] != _BYTES or scales != blocks[:3] or {*kinds} != {np.dtype(np.uint8)}:
             raise UserError(
-                f"{name + BLOCKS}: expected uint8 [experts, d_out, groups, {_BYTES}] and scales in uint8 [experts, d_out, groups], "
-                f"got {kinds[0]} {list(blocks)} and {kinds[1]} {list(scales)}: download the model again"
+                f"{name + BLOCKS}: expected uint8 [experts, d_out, groups, {_BYTES}] and scales in uint8 [experts, d_out, "
+                f"groups], got {kinds[0]} {list(blocks)} and {kinds[1]} {list(scales)}: download the model again"
             )
         shape = blocks[0], blocks[2] * _INPUTS, blocks[1]
         computed[name] = LazyTensor(shape, np.dtype(ml_dtypes.bfloat16), functools.partial(_read, stored, name))

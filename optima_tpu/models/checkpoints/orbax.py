@@ -1,6 +1,7 @@
 """The checkpoint of a finished run, and all use of Orbax.
 
-    RUN/checkpoint/             an Orbax checkpoint of the tensors that belong to no block; its custom metadata names the blocks' own
+    RUN/checkpoint/             an Orbax checkpoint of the tensors that belong to no block; its custom metadata names the blocks'
+    own
 
 A block is written once: its Orbax checkpoint in the journal, or behind a training the one in RUN/distilled, is its part of the
 whole. RUN/checkpoint gets its name in one step, after its contents are on the disk. No other module imports Orbax.

@@ -45,8 +45,8 @@ PLAIN, PLANES, SPARSE = "plain", "planes", "sparse"
 _LARGEST_HEADER = 100_000_000  # as safetensors allows; of the index too
 _MOST_ELEMENTS = 2**60  # numpy refuses shapes beyond, also those with a 0
 PIECE = 2**20
-"""Elements of a tensor that are coded or decoded at a time: their bytes, planes and mask stay in a processor's cache. In multiples
-of 8, so that a piece of a mask begins with a byte."""
+"""Elements of a tensor that are coded or decoded at a time: their bytes, planes and mask stay in a processor's cache. In
+multiples of 8, so that a piece of a mask begins with a byte."""
 
 
 class PackedError(Exception):

@@ -188,8 +188,8 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
         one.
 
     Raises:
-      UserError: the file is no JSON object, a size in it is above every bound, transformers does not know the model type, the file
-        names no architecture or one that does not fit, or the weights are quantised.
+      UserError: the file is no JSON object, a size in it is above every bound, transformers does not know the model type, the
+        file names no architecture or one that does not fit, or the weights are quantised.
     """
     record: dict[str, Any] = dict(parse_record(config, DeclaredKind, f"{where}: config.json", _CHECK))
     refuse_architecture(record.get("architectures") or (), record.get("model_type"))  # before its sizes look wrong
@@ -319,5 +319,6 @@ def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
     for dtype in by_dtype.keys() - set(DTYPES.values()):
         remedy = "take --dtype float32" if dtype == np.float64 else "give the model as it was before it was quantised"
         raise UserError(
-            f"expected float32, bfloat16 or float16, got {plural(len(by_dtype[dtype]), 'tensor')} in {dtype} ({some(by_dtype[dtype])}); {remedy}"
+            f"expected float32, bfloat16 or float16, got {plural(len(by_dtype[dtype]), 'tensor')} in {dtype} "
+            f"({some(by_dtype[dtype])}); {remedy}"
         )

@@ -54,8 +54,8 @@ def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
         except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
             if _asks_for_code(pretrained.assets):
                 raise UserError(
-                    f"{pretrained.origin}: tokenizer_config.json asks for code of the model's own (auto_map), which is never run: "
-                    "expected a tokenizer.json, or a tokenizer class that transformers has; take them from the base model"
+                    f"{pretrained.origin}: tokenizer_config.json asks for code of the model's own (auto_map), which is never "
+                    "run: expected a tokenizer.json, or a tokenizer class that transformers has; take them from the base model"
                 ) from error
             raise UserError(
                 f"the tokenizer of {pretrained.origin} can't be read ({one_line(error)}): download its tokenizer files again"

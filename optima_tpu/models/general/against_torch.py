@@ -91,6 +91,6 @@ def _pruned(decoder: Decoder) -> str:
     weights = sum(math.prod(alike.block_shapes[f"{name}.weight"]) for alike in blocks for name in alike.linears)
     largest = max(sum(map(math.prod, alike.block_shapes.values())) for alike in kinds)
     return (
-        f"{plural(decoder.config.blocks, 'block')} of {plural(len(kinds), 'kind')}, {weights:,} weights to prune in {some(names, 12)}; "
-        f"the largest block has {4 * largest / 2**20:,.1f} MiB in float32"
+        f"{plural(decoder.config.blocks, 'block')} of {plural(len(kinds), 'kind')}, {weights:,} weights to prune in "
+        f"{some(names, 12)}; the largest block has {4 * largest / 2**20:,.1f} MiB in float32"
     )

@@ -79,8 +79,8 @@ class GeneralConfig(DecoderConfig):
         for name, largest in differences(self, kind, length):
             if not largest < NEAR:
                 raise self.shell.refusal(
-                    f"the {name} of its block {kind} differs from torch by {largest:.2g} of the largest value at {length} tokens, "
-                    f"more than {NEAR:g}"
+                    f"the {name} of its block {kind} differs from torch by {largest:.2g} of the largest value at {length} "
+                    f"tokens, more than {NEAR:g}"
                 )
         self.checked[kind] = length
 
@@ -333,8 +333,8 @@ def _note(shell: Shell, kinds: Sequence[int], linears: Sequence[str]) -> str:
     others = sorted(matrices - {f"{name}.weight" for name in linears})
     kept = f", and {some(others)} of the blocks" if others else ""
     return (
-        f"the code of transformers' {shell.name}, by torchax: it prunes {', '.join(linears)}; embedding, norms, head{kept} stay as they "
-        "are. It cannot write text"
+        f"the code of transformers' {shell.name}, by torchax: it prunes {', '.join(linears)}; embedding, norms, head{kept} stay "
+        "as they are. It cannot write text"
     )
 
 

@@ -97,4 +97,5 @@ class Names:
 
 
 _UNDONE: list[list[tuple[type, int]]] = [[(SplitModulelist, 0)], [(Chunk, 1), (SplitModulelist, 0)], [(Chunk, 0)]]
-"""What makes a parameter's tensors of it: of every expert; of every expert, several along the outputs; several along the outputs."""
+"""What makes a parameter's tensors of it: of every expert; of every expert, several along the outputs; several along the
+outputs."""

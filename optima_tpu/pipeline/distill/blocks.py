@@ -106,8 +106,8 @@ class Trainer:
             return ""
         return (
             f"{slices - windows} of {slices} slices of the data axis compute padding, for a step trains on "
-            f"{plural(windows, 'window')}: take --distill.batch {slices}{' and more windows' * (self.method.pass_windows < slices)}, "
-            "or a mesh with a smaller data axis"
+            f"{plural(windows, 'window')}: take --distill.batch "
+            f"{slices}{' and more windows' * (self.method.pass_windows < slices)}, or a mesh with a smaller data axis"
         )
 
     def bytes_on_device(self) -> int:

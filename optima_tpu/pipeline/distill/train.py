@@ -231,7 +231,8 @@ def finite(value: float, step: int) -> float:
     """A loss after a step. Raises UserError where it is not finite."""
     if not np.isfinite(value):
         raise UserError(
-            f"the loss is {value} after {plural(step, 'step')} of training; try a smaller --distill.learning_rate, or --dtype float32"
+            f"the loss is {value} after {plural(step, 'step')} of training; try a smaller --distill.learning_rate, or --dtype "
+            "float32"
         )
     return value
 

@@ -25,8 +25,9 @@ WRITING = 0.5e9
 _PROGRAM = GIB
 """Bytes of host memory before the first array: Python, jax, transformers, compiled programs."""
 _COMPRESSED, _MASK = 0.5, 0.2
-"""The share of the bytes of zeros that Orbax's compression saves at least: random weights in bfloat16, float16 and float32 lost 0.77 and
-more of them, from a quarter of zeros to three quarters. And bytes of a compressed entry of a mask: random masks took 0.19."""
+"""The share of the bytes of zeros that Orbax's compression saves at least: random weights in bfloat16, float16 and float32 lost
+0.77 and more of them, from a quarter of zeros to three quarters. And bytes of a compressed entry of a mask: random masks took
+0.19."""
 
 
 def storage(
@@ -42,7 +43,8 @@ def storage(
     Args:
       patterns: the pattern of every pruned matrix, by its whole path.
       kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
-      calibrates: whether the calibration text passes through the blocks; it does not where they are pruned already, or stay dense.
+      calibrates: whether the calibration text passes through the blocks; it does not where they are pruned already, or stay
+        dense.
     """
     text, quantizer = config.calibration, config.recipe.quantize
     hidden = calibrates * (text.fitted + text.held_out) * text.window_length * model.state_bytes * config.recipe.target.streams
@@ -84,7 +86,8 @@ def _host_memory(model: DeclaredModel, machine: Machine, hidden: int, beside: in
     block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
     share = -(-hidden // hosts)
-    # Devices that use the memory of the host hold the head three times, in a file, as read and on a device, and the logits at once.
+    # Devices that use the memory of the host hold the head three times, in a file, as read and on a device, and the logits at
+    # once.
     logits = decoder.batch * stretch_of(decoder.batch, decoder.config.vocab) * decoder.config.vocab
     head = on_cpu * (3 * table + 4 * logits)
     # A save to the journal makes one more copy; embedding the tokens needs the whole table.
@@ -201,13 +204,14 @@ def assumptions(config: RunConfig, machine: Machine, shares: Iterable[Share], un
     """
     chip, share = machine.chip, f"{100 * machine.utilisation:.0f}%"
     words = [
-        f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype, of {chip.wide / 1e12:,.4g} in float32, "
-        f"and of {chip.rough / 1e12:,.4g} where they only choose, memory traffic at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
+        f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype, of {chip.wide / 1e12:,.4g} in "
+        f"float32, and of {chip.rough / 1e12:,.4g} where they only choose, memory traffic at {share} of "
+        f"{chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
         f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s",
     ]
     words.append(
-        "FLOPs and bytes are counted in the run's own programs, without overlap; a loop that ends when rows have converged counts as "
-        "often as it usually runs, and what is computed element by element between two products as one pass over memory"
+        "FLOPs and bytes are counted in the run's own programs, without overlap; a loop that ends when rows have converged "
+        "counts as often as it usually runs, and what is computed element by element between two products as one pass over memory"
     )
     words += [f"the loop at {loop} does not say how often it usually runs, and counts once" for loop in sorted(unknown)]
     unknown_text = "" if config.evaluation.windows else " (evaluation.windows is null, and the text is not on this machine)"
@@ -223,8 +227,8 @@ def assumptions(config: RunConfig, machine: Machine, shares: Iterable[Share], un
         words.append("starting and compiling, which take minutes at the first run of a model of this shape, are not counted")
     if machine.compiles and machine.chip.link and machine.mesh.size > 1:
         words.append(
-            f"a chip sends {machine.chip.link / 1e9:g} GB/s to a neighbour, and a collective uses one link of each; those inside loops "
-            "count once, and those of forward passes beside the programs of the table do not"
+            f"a chip sends {machine.chip.link / 1e9:g} GB/s to a neighbour, and a collective uses one link of each; those inside "
+            "loops count once, and those of forward passes beside the programs of the table do not"
         )
     elif machine.mesh.size > 1:
         words.append("communication is not counted")

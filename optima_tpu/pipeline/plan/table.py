@@ -44,7 +44,8 @@ def greeting(config: RunConfig, model: DeclaredModel, machine: Machine, recoveri
     return [
         f"model    {model.origin}: {config.cut.of_blocks(model.decoder.config.blocks)}, only its configuration is read",
         *recipe,
-        f"text     {text.source}, {text.windows} x {text.window_length} tokens{written}, and {plural(text.held_out, 'window')} held out",
+        f"text     {text.source}, {text.windows} x {text.window_length} tokens{written}, and {plural(text.held_out, 'window')} "
+        "held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
         *(f"note     {note}" for note in (*machine.notes, *filter(None, [idle]))),
@@ -127,7 +128,8 @@ def _rows(plan: Plan) -> str:
         if layout.rows or layout.split
     ]
     rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
-    return f"row batch    {f'{rows} at once; ' if solved else ''}{plural(plan.batch, 'window')} a device in a step of the forward pass"
+    at_once = f"{rows} at once; " if solved else ""
+    return f"row batch    {at_once}{plural(plan.batch, 'window')} a device in a step of the forward pass"
 
 
 def _host(plan: Plan) -> list[str]:

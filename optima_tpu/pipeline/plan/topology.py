@@ -306,8 +306,8 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     if first.platform == "cpu" and (load := os.getloadavg()[0]) > cores:
         clock = _computed
         notes.append(
-            f"other programs keep the {plural(cores, 'core')} of this machine busy (load {load:.1f}): the times are those of a machine "
-            f"without them, but for compiling. Beside them a run takes about {1 + load / cores:.0f} times as long"
+            f"other programs keep the {plural(cores, 'core')} of this machine busy (load {load:.1f}): the times are those of a "
+            f"machine without them, but for compiling. Beside them a run takes about {1 + load / cores:.0f} times as long"
         )
     narrow, wide, rough, bandwidth = (rate / sharing for rate in _measure(dtype, clock))
     chip = Chip(first.device_kind, memory, narrow, wide, rough, 0.3 * wide, bandwidth, None, "measured here")

@@ -108,7 +108,8 @@ class _Step(NamedTuple):
 
 _BESIDE = "dense model and checks of the training"
 _Part = tuple[str, int, int, Call]
-"""Name and number of calls of a program, the bytes that it takes on a device besides its arguments by a simple model, and the program."""
+"""Name and number of calls of a program, the bytes that it takes on a device besides its arguments by a simple model, and the
+program."""
 
 
 def training_programs(

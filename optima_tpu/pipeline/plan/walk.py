@@ -160,7 +160,8 @@ def forward_passes(model: DeclaredModel, machine: Machine, config: RunConfig, ki
     def of_streams(kind: _Kind, inputs: Kept) -> float:
         return sum(width(kind, names) for names in inputs[:streams]) / streams
 
-    # Every stream moves what a pass keeps once, and what a pass reads once; the pruned block reads what is known of its own stream.
+    # Every stream moves what a pass keeps once, and what a pass reads once; the pruned block reads what is known of its own
+    # stream.
     moved = sum(
         count
         * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)

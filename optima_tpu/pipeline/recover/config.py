@@ -24,8 +24,8 @@ _PROGRAM = program("recover")
 _DESCRIPTION = f"""\
 Trains a pruned model on more text, with its masks held, and measures what that wins back. This is training, not one-shot pruning.
 
-MODEL is a run directory, an exported folder, or any pruned checkpoint: a Hugging Face folder or a hub id whose zeros are the mask.
-The result is a run directory of its own, with report.html and hf/.
+MODEL is a run directory, an exported folder, or any pruned checkpoint: a Hugging Face folder or a hub id whose zeros are the
+mask. The result is a run directory of its own, with report.html and hf/.
 
 examples:
   {_PROGRAM} runs/llama --tokens 50M --mesh 4x2
@@ -54,8 +54,8 @@ class RecoverConfig(Devices):
       tokens: how many tokens training reads: 200k, 50M, or a plain number. Must be given. More tokens help most.
       against: the dense model; null takes the model that the record of MODEL names. The record must match the model.
       source: the text to train on, named as in calibration.source of a run; null takes the text that MODEL was calibrated on.
-      length: tokens in each window; null takes as many as the windows had that MODEL was calibrated on, and without a record 2048, or the
-        model's context if that is shorter.
+      length: tokens in each window; null takes as many as the windows had that MODEL was calibrated on, and without a record
+        2048, or the model's context if that is shorter.
       seed: which windows are drawn; the same seed gives the same windows.
       held_out: number of windows that nothing is trained on; they decide which step is kept.
       distill: how the model is trained: kl or cross_entropy, with the options that they have in a run, without windows.

@@ -67,8 +67,8 @@ def recover(config: RecoverConfig, console: Console | None = None) -> Report:
     windows = config.distill.filled(max(0, len(drawn.ids) - config.held_out))
     if windows < 1:
         raise UserError(
-            f"expected a text of more than {plural(config.held_out, 'window')} of {length} tokens, which are held out, got {len(drawn.ids)} in "
-            f"{source}: give a longer text, or fewer --held-out"
+            f"expected a text of more than {plural(config.held_out, 'window')} of {length} tokens, which are held out, got "
+            f"{len(drawn.ids)} in {source}: give a longer text, or fewer --held-out"
         )
     run_config = _run_config(config, start.base(dense, config.model), source, evaluation, length, windows)
     run_config = together(lambda: on_model(run_config, start.dense.pretrained.config))
@@ -209,7 +209,8 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
     method, text = opened.config.distill, opened.config.calibration
     assert method is not None
     lines = [
-        f"model        {config.model}: {opened.config.cut.of_blocks(opened.model.decoder.config.blocks)}, {plural(len(start.names), 'pruned matrix')}",
+        f"model        {config.model}: {opened.config.cut.of_blocks(opened.model.decoder.config.blocks)}, "
+        f"{plural(len(start.names), 'pruned matrix')}",
         f"dense model  {start.dense.pretrained.origin}",
         f"training     {training_words(method, text.window_length)}",
         "             this is training, not one-shot pruning",
@@ -218,7 +219,8 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
     ]
     if text.windows < config.training_windows(text.window_length):
         lines.append(
-            f"             {text.source} has no more: {config.token_count:,} tokens were asked for; more --distill.passes read the windows again"
+            f"             {text.source} has no more: {config.token_count:,} tokens were asked for; more --distill.passes read "
+            "the windows again"
         )
     scored = opened.texts.evaluation
     lines.append(f"evaluation   {', '.join(filter(None, (scored.how, scored.cache)))}")

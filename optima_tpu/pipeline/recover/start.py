@@ -148,14 +148,15 @@ def open_start(config: RecoverConfig, mesh: Mesh, opening: Callable[[str], None]
     decided = record.decided
     if decided and decided.recipe.quantize:
         raise UserError(
-            f"expected a model whose weights were not quantised, got one of {decided.recipe.quantize.name} in {config.model}: training moves weights "
-            "off their integers; prune again without --quantize"
+            f"expected a model whose weights were not quantised, got one of {decided.recipe.quantize.name} in {config.model}: "
+            "training moves weights off their integers; prune again without --quantize"
         )
     spec = config.against or record.dense
     if spec is None:
         text = "" if config.source else " and --source with a text to train on"  # no record names that either
         raise UserError(
-            f"expected --against with the dense model{text}, got none, and {config.model} has no record of the model that was pruned"
+            f"expected --against with the dense model{text}, got none, and {config.model} has no record of the model that was "
+            "pruned"
         )
     # As it was opened to be pruned; without a record, in the dtype of the pruned model.
     stored = decoder.tensors.dtype(decoder.root + decoder.family.embedding).name
@@ -201,8 +202,8 @@ def _record(spec: str, decoder: Decoder) -> _Record:
         folder = path.resolve().parent
         named = f", {folder}" if (folder / RUN).is_file() else ""
         raise UserError(
-            f"expected blocks of the dense model's size, got {spec}, an export whose blocks have fewer {inner}; give the directory of its "
-            f"run{named}"
+            f"expected blocks of the dense model's size, got {spec}, an export whose blocks have fewer {inner}; give the "
+            f"directory of its run{named}"
         )
     beside = known_record(path.resolve().parent / RUN, RunRecord)
     settings = beside.settings if beside and beside.manifest == exported.manifest else None

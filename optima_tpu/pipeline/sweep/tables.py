@@ -230,8 +230,8 @@ def refuse_loss(grid: CellGrid, force: bool = False) -> None:
     theirs = [grid.output / name for name in _FILES if (grid.output / name).exists()]
     if theirs and not force and not (grid.output / "cells").is_dir() and not _results(grid.output / _RESULTS):
         raise UserError(
-            f"expected --output with a new directory or that of a sweep, got {grid.output}, which holds another {theirs[0].name}: "
-            "choose another, or add --force to replace it"
+            f"expected --output with a new directory or that of a sweep, got {grid.output}, which holds another "
+            f"{theirs[0].name}: choose another, or add --force to replace it"
         )
     cells = {str(cell) for cell in grid.cells}
     lost = [str(result) for result in _results(grid.output / _RESULTS) if result.state == "finished" and str(result) not in cells]

@@ -46,6 +46,6 @@ class CompressedW8A8(Compressed):
         super().__init__(run, written_as)
         if (self.quantizer.bits, self.quantizer.group) != (8, None):
             raise UserError(
-                f"expected a run with --quantize int8 --quantize.group null to export as {self.name}, whose programs take a scale "
-                f"for each row, got {run.directory} with {self.quantizer}; take --format {Compressed.name}"
+                f"expected a run with --quantize int8 --quantize.group null to export as {self.name}, whose programs take a "
+                f"scale for each row, got {run.directory} with {self.quantizer}; take --format {Compressed.name}"
             )

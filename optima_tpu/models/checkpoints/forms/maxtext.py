@@ -21,8 +21,8 @@ class MaxText(Form):
     text = "MaxText's Orbax layout with its settings in maxtext.yml"
     card = (
         "`0/items` holds the parameters in MaxText's layout, and maxtext.yml the settings that belong to it: `maxtext.yml "
-        "load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER`, with absolute paths, are arguments of MaxText's trainer. That "
-        "trainer moves the zeros too, unless `optima_tpu.keep_zeros` wraps its optimizer."
+        "load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER`, with absolute paths, are arguments of MaxText's trainer. "
+        "That trainer moves the zeros too, unless `optima_tpu.keep_zeros` wraps its optimizer."
     )
     library = "maxtext"
     next = (

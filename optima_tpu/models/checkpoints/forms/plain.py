@@ -1,7 +1,7 @@
 """Safetensors as ``transformers`` loads them, and the same packed.
 
-The weights of the plain form are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to
-load.
+The weights of the plain form are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse
+to load.
 """
 
 import json
