@@ -26,6 +26,11 @@ def _trees():
     return {path: ast.parse(path.read_text()) for path in paths}
 
 
+@functools.cache
+def _lines(path):
+    return path.read_text().splitlines()
+
+
 def _nodes(root):
     """Every node of the files below a folder, with its file."""
     return ((path, node) for path, tree in _trees().items() if path.is_relative_to(root) for node in ast.walk(tree))
@@ -46,7 +51,7 @@ def test_a_docstring_begins_with_a_line_that_ends_before_column_80():
         f"{path.relative_to(_HOUSE)}:{node.body[0].lineno}"
         for path, node in _nodes(_HOUSE)
         if isinstance(node, documented) and ast.get_docstring(node) is not None
-        if len(path.read_text().splitlines()[node.body[0].lineno - 1]) >= _WIDTH
+        if len(_lines(path)[node.body[0].lineno - 1]) >= _WIDTH
     ]
     assert long == []
 
