@@ -64,7 +64,6 @@ __all__ = [
     "refuse_overlap",
     "shared",
     "stream_tokens",
-    "texts_of",
     "token_digest",
     "tokenizing",
     "unigram_perplexity",
@@ -108,11 +107,6 @@ def parse_source(text: str) -> Source:
         f"tfds:NAME@DIR, hub:ORG/NAME@SPLIT, or several with their shares, such as c4:0.5,pydoc:0.5), got {text!r}"
         + (did_you_mean(text, [*NAMED, "self"]) or "; for a text of your own write file: before its path")
     )
-
-
-def texts_of(source: Source) -> tuple[Source, ...]:
-    """The texts of a mix; any other source alone."""
-    return source.texts if isinstance(source, Mix) else (source,)
 
 
 def read_by_all(source: Source) -> TypeGuard[TFDS]:
@@ -235,8 +229,7 @@ def refuse_overlap(
       option: its option that names another text for the second.
     """
     if part := shared(calibration, evaluation):
-        if isinstance(calibration, File | Npy):
-            calibration.check()  # a missing file is the more useful message
+        calibration.check()  # a missing file is the more useful message
         raise UserError(
             f"{'' if named else f'without {option} '}{both} would both read {part.text}: expected two different texts; give "
             f"{option} another one, such as wikitext2, pydoc or file:PATH"
@@ -281,9 +274,8 @@ def check_sources(*sources: str | None) -> None:
 def check_files(*sources: str | None) -> None:
     """Raises UserError for a source's missing file. None is skipped."""
     for source in filter(None, sources):
-        for text in texts_of(parse_source(source)):
-            if isinstance(text, File | Npy):
-                text.check()
+        for text in parse_source(source).each_text():
+            text.check()
 
 
 def _preceded(tokens: Tokens, bos: int | None) -> Tokens:

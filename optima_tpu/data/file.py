@@ -39,6 +39,7 @@ class File(TextSource):
 
     path: Path
     field: str = "text"
+    here = True
 
     @staticmethod
     def parse(text: str) -> "File":

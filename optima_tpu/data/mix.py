@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from optima_tpu.data.sampling import Draw
-from optima_tpu.data.self_generated import SelfGenerated
 from optima_tpu.data.source import Part, Source, Split, TextSource, Tokens, common_part
 from optima_tpu.errors import UserError
 
@@ -46,7 +45,7 @@ class Mix(TextSource):
             raise UserError(
                 f"expected shares above 0 whose sum is 1, as in c4:0.5,pydoc:0.5, got {text!r}, in sum {sum(shares):g}"
             )
-        if any(isinstance(each, SelfGenerated) for each in texts):
+        if any(each.by_model for each in texts):
             raise UserError(
                 f"expected a mix of stored texts, got {text!r}: for text that the model writes beside them give "
                 "--calibration.written and its number of windows, or name what it wrote for another run as "
@@ -58,6 +57,9 @@ class Mix(TextSource):
 
     def __str__(self) -> str:
         return ",".join(f"{text}:{np.format_float_positional(share, trim='-')}" for text, share in zip(self.texts, self.shares))
+
+    def each_text(self) -> tuple[Source, ...]:
+        return self.texts
 
     def documents(self, split: Split) -> Iterator[str]:
         """Always raises UserError: a mix is nothing to measure on."""

@@ -20,6 +20,7 @@ class Npy(TokenSource):
     """
 
     path: Path
+    here = True
 
     @staticmethod
     def parse(text: str) -> "Npy":

@@ -17,6 +17,8 @@ class PyDoc(TextSource):
     calibration. The text differs a little between versions of Python.
     """
 
+    here = True
+
     def __str__(self) -> str:
         return "pydoc"
 

@@ -21,6 +21,7 @@ class SelfGenerated(TextSource):
     """
 
     temperature: float = 1.0
+    by_model = True
 
     @staticmethod
     def parse(text: str) -> "SelfGenerated":

@@ -3,7 +3,7 @@
 import abc
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import ClassVar, Literal, NamedTuple, cast, overload
 
 import numpy as np
 
@@ -77,7 +77,21 @@ class AnySource:
     """What a source can say of itself without reading all of its text.
 
     A frozen dataclass; its ``str`` is what the user types.
+
+    Attributes:
+      by_model: whether the model to be pruned writes the text.
+      here: whether the text is on this machine if it is anywhere.
     """
+
+    by_model: ClassVar[bool] = False
+    here: ClassVar[bool] = False
+
+    def each_text(self) -> tuple["Source", ...]:
+        """The texts of a mix; any other source alone."""
+        return (cast("Source", self),)
+
+    def check(self) -> None:  # most sources know it only when they read
+        """Raises UserError for a file that does not exist."""
 
     def parts(self, split: Split) -> Iterable[Part]:
         """The parts of texts read for a split; none if unknown.

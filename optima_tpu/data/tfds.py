@@ -41,6 +41,7 @@ class TFDS(TextSource):
     directory: Path
     split: str | None = None
     field: str = "text"
+    here = True
 
     @staticmethod
     def parse(text: str) -> "TFDS":

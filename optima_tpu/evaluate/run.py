@@ -290,7 +290,7 @@ def _has_seen(calibration: str, text: data.Source) -> bool:
         except UserError:  # the calibration data set is not on this machine, so it cannot be the text to measure on
             return False
 
-    return any(map(seen, data.texts_of(data.parse_source(calibration))))
+    return any(map(seen, data.parse_source(calibration).each_text()))
 
 
 def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:

@@ -57,7 +57,7 @@ def recovery_texts(source: str, evaluation: str | None) -> tuple[data.Source, da
       UserError: both are the same, or nothing can be trained on the first.
     """
     parsed, other = data.parse_source(source), data.parse_source(evaluation or source)
-    if isinstance(parsed, data.SelfGenerated):
+    if parsed.by_model:
         raise UserError(
             f"expected --source with a stored text, got {source}, which the model writes: c4, wikitext2, pydoc or file:PATH"
         )

@@ -141,7 +141,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     # The evaluation text first: an error in it should appear before the model writes for minutes.
     evaluation = kept(other, "evaluation", pretrained, lambda: from_first(score), **scored)
     write = functools.partial(self_calibration, config, *model, console)
-    if isinstance(source, data.SelfGenerated):
+    if source.by_model:
         together(lambda: check_ids([evaluation.ids], model))
         return Texts.of_written(config, write(), evaluation)
     drawn = calibration(source)

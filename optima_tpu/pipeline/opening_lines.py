@@ -7,7 +7,7 @@ from rich.console import Console
 
 from optima_tpu.config.run_config import Calibration, RunConfig, weights_settings
 from optima_tpu.config.written import on_preset
-from optima_tpu.data import SelfGenerated, parse_source, unigram_perplexity
+from optima_tpu.data import parse_source, unigram_perplexity
 from optima_tpu.errors import plural
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.patterns import DENSE, Dense
@@ -96,7 +96,7 @@ def short_text(text: Calibration, widest: int, writes: bool) -> str:
     if tokens >= _FEW * widest:
         return ""
     advice = f"{tokens:,} tokens are few for layers of {widest:,} inputs: take --calibration.windows {text.windows + more}"
-    if not writes or isinstance(parse_source(text.source), SelfGenerated):
+    if not writes or parse_source(text.source).by_model:
         return advice
     return f"{advice}, or let the model write more by --calibration.written {text.written + more}"
 

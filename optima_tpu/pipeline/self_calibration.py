@@ -53,7 +53,7 @@ def _training_windows(config: RunConfig) -> int:
 
 def _writes_all(config: RunConfig) -> bool:
     """Whether the model writes all of the calibration text."""
-    return isinstance(parse_source(config.calibration.source), SelfGenerated)
+    return parse_source(config.calibration.source).by_model
 
 
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:

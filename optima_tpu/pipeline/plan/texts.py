@@ -4,7 +4,6 @@ import dataclasses
 
 from optima_tpu import data
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.data import TFDS, File, Npy, PyDoc
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
@@ -27,7 +26,7 @@ def counted(config: RunConfig, model: DeclaredModel) -> RunConfig:
     If the text is not on this machine, returns the run as it is.
     """
     source = data.parse_source(config.evaluation.source or config.calibration.source)
-    if not isinstance(source, PyDoc | File | Npy | TFDS):
+    if not source.here:
         return config
     try:
         windows = _windows(source, config, model)
@@ -36,9 +35,9 @@ def counted(config: RunConfig, model: DeclaredModel) -> RunConfig:
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, windows=windows))
 
 
-def _windows(source: PyDoc | File | Npy | TFDS, config: RunConfig, model: DeclaredModel) -> int:
+def _windows(source: data.Source, config: RunConfig, model: DeclaredModel) -> int:
     length, most = config.evaluation.length or config.calibration.window_length, config.evaluation.windows
-    if isinstance(source, Npy):
+    if isinstance(source, data.TokenSource):
         vocabulary = model.decoder.config.vocab
         return len(source.tokens("evaluation", vocabulary=vocabulary, windows=most, length=length, seed=0).ids)
     pretrained = model.opened.pretrained
