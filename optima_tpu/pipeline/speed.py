@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.method.patterns import WholeParts
 from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
@@ -85,7 +84,7 @@ def _turn(decoder: Decoder, windows: int, length: int, written: int) -> Callable
 
 def cuts(config: RunConfig) -> bool:
     """Whether the exported model may be without parts of the dense one."""
-    parts = any(isinstance(pattern, WholeParts) for pattern in config.recipe.patterns)
+    parts = any(pattern.cuts for pattern in config.recipe.patterns)
     return config.export and (parts or bool(config.cut.counts))
 
 

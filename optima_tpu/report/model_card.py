@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from optima_tpu.config.flat import flat, typed
 from optima_tpu.errors import legible, plural
-from optima_tpu.method.patterns import WholeParts, parse_pattern
+from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.report.contents import BLOCKS, EXPERTS, CutCount, Outcome, RunFacts, Sidecar, only_experts, parts_left
 from optima_tpu.report.layer_means import held_out_caveat, mean, sparsity
 from optima_tpu.report.licence import licence_of
@@ -105,7 +105,7 @@ def _title(card: Card) -> str:
     pattern = parse_pattern(card.recipe.pattern)
     cut = f"cut to {parts_left(card.sidecar.cuts)}" if card.sidecar.cuts else ""
     # The zeros of other layers, or of parts that are not cut: the share of parts in the pattern is none of weights.
-    zeros = f"to {percent(sparsity(card.sidecar.masked))} zeros" if isinstance(pattern, WholeParts) else str(pattern)
+    zeros = f"to {percent(sparsity(card.sidecar.masked))} zeros" if pattern.cuts else str(pattern)
     refitted = "re-fitted" * bool(_refitted(card))
     return " and ".join(filter(None, [cut, f"pruned {zeros}" if card.has_zeros else refitted]))
 

@@ -36,12 +36,14 @@ class Pattern(abc.ABC):
       span: number of inputs in a comparison group, consecutive in :meth:`order`, must divide d_in; None if the group is a whole
         row or matrix.
       free: whether the pruned weights may be anywhere in a comparison group, so that sparsities can be allocated to blocks.
+      cuts: whether what is pruned leaves the exported model, so that no zeros and no mask stay.
       sparsity: the share of weights that are pruned.
       damping: the least damping of the objective where the person names none and the solver has some of its own.
     """
 
     group: str = "row"
     free: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
     damping: ClassVar[float] = 0.0
     sparsity: float = math.nan
 

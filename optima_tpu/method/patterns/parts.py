@@ -159,6 +159,8 @@ class WholeParts(WholeInputs):
         known.
     """
 
+    cuts = True
+
     places: tuple[Place, ...] = ()
 
     def __str__(self) -> str:

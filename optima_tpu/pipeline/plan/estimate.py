@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.evaluate.predictions import stretch_of
-from optima_tpu.method.patterns import Pattern, WholeParts
+from optima_tpu.method.patterns import Pattern
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import DeclaredModel
@@ -59,7 +59,7 @@ def storage(
         masked = sum(
             math.prod(shape)
             for path, shape in shapes.items()
-            if served is model or not isinstance(patterns[path], WholeParts)  # what is cut needs no mask
+            if served is model or not patterns[path].cuts  # what is cut needs no mask
         )
         disk["export for transformers"] = served.bytes + masked // 8
     left = sum(disk.values()) - disk["hidden states"]
