@@ -71,7 +71,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_read(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS | PAGES)
-def test_many_damaged_files(name, tmp_path, monkeypatch):
+def test_a_thousand_damages_of_each_file_are_refused_or_read(name, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "lines", lambda given, *_, **__: ["<svg></svg>" for _ in given])
     monkeypatch.setattr(plots, "cells", lambda *_, **__: "<svg></svg>")
     assert_refused_or_read((KINDS | PAGES)[name], tmp_path / "folder", 1000)
@@ -111,7 +111,7 @@ def test_a_configuration_with_another_value_is_refused_in_one_line_or_read(tmp_p
 
 
 @pytest.mark.slow
-def test_many_configurations(tmp_path):
+def test_five_thousand_configurations_are_refused_or_read(tmp_path):
     assert_configurations(tmp_path / "model", 5000)
 
 
@@ -182,6 +182,6 @@ def test_a_command_line_is_refused_in_one_line_or_means_what_it_says():
 
 
 @pytest.mark.slow
-def test_many_command_lines():
+def test_a_thousand_command_lines_are_refused_or_parsed():
     tried(assert_parsed, command_lines(), 1000)
     tried(assert_evaluation_parsed, EVALUATIONS, 1000)

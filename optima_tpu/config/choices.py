@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from optima_tpu.config.names import REPLACED
 from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.acceptance import PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
@@ -112,6 +113,9 @@ def canonical_name(setting: str, text: str) -> str:
     for name in CHOICES[setting]:
         if plain_name(text) == plain_name(name):
             return name
+    for former, instead in REPLACED.get(setting, {}).items():
+        if plain_name(text) == plain_name(former):
+            raise UserError(f"there is no {setting} {former} any more, since it earned next to nothing: take {instead}")
     own = f", or the import path of your own, such as my_lab.masks:{OPEN[setting].__name__}" if setting in OPEN else ""
     near = _as_option(setting, text) or did_you_mean(text, CHOICES[setting])
     raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}{own}, got {text!r}{near}")

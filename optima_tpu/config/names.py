@@ -38,9 +38,14 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 """A setting's name in the codes of papers and in other libraries -> its name here, and a value."""
 
-GONE: Mapping[str, tuple[Any, ...]] = MappingProxyType({"target.weigh_by_loss": (0.0,), "tuning": ("fixed", {"name": "fixed"})})
+GONE: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {"target.weigh_by_loss": (0.0,), "tuning": ("fixed", {"name": "fixed"}), "distill.span": ()}
+)
 """A setting that a released version had -> its values that did nothing, with which files and records of that version still
 open."""
+
+REPLACED: Mapping[str, Mapping[str, str]] = MappingProxyType({"accept": {"held_out": "per_row"}, "distill": {"blocks": "kl"}})
+"""A setting -> each of its methods that a released version had, with the one to take."""
 
 
 def without_gone(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def refuse_unknown(names: Iterable[str], existing: set[str], dashes: str) -> Non
         if name in existing:
             continue
         if name in GONE or name.partition(".")[0] in GONE:
-            raise UserError(f"there is no setting {dashes}{name} any more, since it earned next to nothing: leave it out")
+            typed = name.removesuffix(".name")  # "tuning: {name: grid}" is "tuning: grid"
+            raise UserError(f"there is no setting {dashes}{typed} any more, since it earned next to nothing: leave it out")
         candidates = {entry.removesuffix(".name") for entry in existing}
         elsewhere, value = ELSEWHERE.get(name.replace("-", "_"), ("", ""))
         if elsewhere in candidates:

@@ -41,11 +41,11 @@ class TokenCache:
           draw: called by every process or by none; returns the same in each.
         """
 
-        def found() -> tuple[str | None, Tokens | None]:
+        def cached() -> tuple[str | None, Tokens | None]:
             name = key()
             return name, self.load(name) if name else None
 
-        name, tokens = from_first(found)
+        name, tokens = from_first(cached)
         if tokens is not None:
             return tokens._replace(cache="from the token cache")
         tokens = draw()

@@ -214,7 +214,7 @@ def _allocation_steps(opened: Opened) -> list[Step]:
 
 def _read_allocation(work: StageWork, journal: Journal) -> Allocated | None:
     if allocation := read_allocation(work.opened.directory):
-        work.progress.note(allocation.told)
+        work.progress.note(allocation.in_words)
     return allocation
 
 
@@ -222,7 +222,7 @@ def _allocate(work: StageWork, journal: Journal) -> Allocated:
     opened = work.opened
     allocation = allocated(walk_of(opened), opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
     KEPT.write(opened.directory, allocation)
-    work.progress.note(allocation.told)
+    work.progress.note(allocation.in_words)
     return allocation
 
 

@@ -42,7 +42,7 @@ class Stream(NamedTuple):
     kept: Mapping[str, HiddenStates] = {}
 
     @property
-    def found(self) -> Mapping[str, HiddenStates]:
+    def inputs(self) -> Mapping[str, HiddenStates]:
         """The inputs that are known behind this pass."""
         return {**self.known, **self.kept}
 

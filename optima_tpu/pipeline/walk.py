@@ -268,7 +268,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         tokens = _calibrate(walk, index, capture, entering)
         if capture.advance or any(part.kept):  # a run that goes on makes the pass again for what it leaves
             seconds += time.monotonic() - started
-        known = [stream.found for stream in entering]
+        known = [stream.inputs for stream in entering]
         added = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(added.parameters, block.masks | added.masks, block.layers + added.layers, block.scales | added.scales)
         del tokens, added  # frees their memory before the next statistics are made
@@ -312,7 +312,7 @@ def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden
         stream = _entering(walk, index, Stream(parameters, hidden, known), part.kept[dense])
         for each, first, last in _sets(walk, capture, len(hidden)):
             repeat(walk.decoder, index, each, stream.part(first, last), dense)
-        known = stream.found
+        known = stream.inputs
     if not dense or not passes:
         walk.decoder.apply(index, parameters, hidden, known=known)
 

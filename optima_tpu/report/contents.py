@@ -107,7 +107,7 @@ class Allocated(Record, frozen=True):
     scores: tuple[tuple[float | None, ...] | None, ...]
 
     @property
-    def told(self) -> str:
+    def in_words(self) -> str:
         """The range of sparsities, in words."""
         given = [sparsity for sparsity in self.sparsity if sparsity is not None]
         return f"the sparsity of the blocks is from {percent(min(given))} to {percent(max(given))}"

@@ -157,9 +157,9 @@ def _status(command: Callable[[], int], again: str) -> int:
         printed_by_first = processes is not None and isinstance(error, processes.SharedError) and not processes.is_first()
         return _ended(2, "" if printed_by_first else f"error: {legible(str(error))}")
     except signals.Stopped as stopped:
-        return _ended(signals.status_after(stopped.number), signals.told(stopped.number, again))
+        return _ended(signals.status_after(stopped.number), signals.stop_message(stopped.number, again))
     except KeyboardInterrupt:
-        return _ended(signals.INTERRUPTED, signals.told(signal.SIGINT, again))
+        return _ended(signals.INTERRUPTED, signals.stop_message(signal.SIGINT, again))
     except Exception as error:
         processes = _processes()
         if processes is None or processes.alone():

@@ -116,7 +116,7 @@ def check_record(values: Any, kind: type[T], where: object, remedy: str = DAMAGE
     try:
         read: T = msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {_told(str(error), inside)}; {remedy}") from None
+        raise UserError(f"{where}: {_field_first(str(error), inside)}; {remedy}") from None
     except RecursionError:
         raise UserError(f"{where}: expected JSON, got brackets that are nested too deeply; {remedy}") from None
     return values if typing.is_typeddict(kind) else read
@@ -134,10 +134,10 @@ def within(field: str, values: Mapping[str, Any], kind: type[T]) -> T:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        raise ValueError(_told(str(error), field)) from None
+        raise ValueError(_field_first(str(error), field)) from None
 
 
-def _told(problem: str, inside: str) -> str:
+def _field_first(problem: str, inside: str) -> str:
     """Turns "Expected `int` - at `$.a[3].b`" into "a[3].b: expected int"."""
     match = _AT.search(problem)
     field = ".".join(filter(None, (inside, match and match[1]))).replace(".[", "[")

@@ -87,7 +87,7 @@ def status_after(number: int) -> int:
     return _STATUS[number]
 
 
-def told(number: int, again: str, when: str = "") -> str:
+def stop_message(number: int, again: str, when: str = "") -> str:
     """A line that says what stopped the work."""
     return f"stopped{' by SIGTERM' if number == signal.SIGTERM else ''}{when}; {again}"
 
@@ -267,7 +267,7 @@ class _Listener:
         # Not through sys.stderr: the main thread may be stopped while it holds the stream's lock.
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # shows the cursor, which a progress bar hides
-        os.write(2, (told(self.number, self.again, when) + "\n").encode())
+        os.write(2, (stop_message(self.number, self.again, when) + "\n").encode())
         for undo in self.undo:
             with suppress(Exception):  # what cannot be undone must not keep the process
                 undo()

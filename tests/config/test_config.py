@@ -12,8 +12,8 @@ import pytest
 
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES
-from optima_tpu.config.names import ALIASES, ELSEWHERE, GONE
-from optima_tpu.config.parse import chosen_run, configure, parse
+from optima_tpu.config.names import ALIASES, ELSEWHERE, GONE, REPLACED
+from optima_tpu.config.parse import chosen_run, configure, parse, recorded_run
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import EMBEDDED, Calibration, CutStructures, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.config.written import dump, flags, on_preset
@@ -393,7 +393,7 @@ def test_weights_settings_tell_recipes_apart_and_not_where_and_how_fast_they_run
         ("a", dict(output="here"), "here"),
     ],
 )
-def test_run_directory(model, changes, directory):
+def test_a_run_directory_is_named_by_model_and_recipe(model, changes, directory):
     changes |= {"layers": parse_layers(changes["layers"])} if "layers" in changes else {}
     assert RunConfig(model).changed(**changes).run_directory == Path(directory)
 
@@ -536,7 +536,7 @@ def test_smollm2_yaml_spells_out_the_embedded_run():
     assert parse(["--config", str(CONFIGS / "smollm2.yaml")]) == EMBEDDED
 
 
-def test_the_papers_settings():
+def test_the_papers_configuration_is_the_solver_and_acceptance_of_its_code():
     config = parse(["--config", str(CONFIGS / "paper/llama-3.2-1b.yaml")])
     assert (config.recipe.selector, config.recipe.accept) == (Wanda(shift_zero=True), PerLayer(0.95))
     assert config.recipe.solver == MPAX() == MPAX(eps_abs=1e-2, eps_rel=1e-2, iteration_limit=100_000)
@@ -578,7 +578,21 @@ def test_a_setting_that_is_gone_is_read_where_it_did_nothing_and_refused_elsewhe
         assert parse(["org/model", "--config", file(lines(nothing))]) == parse(["org/model"])
     message = f"there is no setting {name} any more"
     assert message in refusal("--config", file(lines(0.5)))
+    if not option:
+        assert message in refusal("--config", file(lines({"name": "grid"})))
     assert message.replace(name, f"--{name}") in refusal(f"--{name}", "0.5")
+
+
+@pytest.mark.parametrize("setting", REPLACED)
+def test_a_method_that_is_gone_is_answered_by_the_one_to_take(setting, file):
+    """On a command line, in a file and in a run's record."""
+    for former, instead in REPLACED[setting].items():
+        message = f"no {setting} {former} any more, since it earned next to nothing: take {instead}"
+        assert message in refusal(f"--{setting}", former)
+        assert message in refusal("--config", file(f"{setting}: {former}"))
+        with pytest.raises(UserError, match=message):
+            recorded_run({"model": "org/model", setting: {"name": former}})
+        assert parse(["org/model", f"--{setting}", instead])
 
 
 @pytest.mark.parametrize("alias, name", ALIASES.items())

@@ -198,7 +198,7 @@ def test_a_weight_that_is_not_finite(refused, tmp_path, name, value):
         ("model.embed", "embed_tokens.weight holds only zeros"),
     ],
 )
-def test_weights_of_zeros(refused, tmp_path, names, message):
+def test_weights_of_zeros_are_refused_by_name(refused, tmp_path, names, message):
     def change(arrays):
         for name, array in arrays.items():
             array[...] *= not name.startswith(names) or "norm" in name
@@ -246,7 +246,7 @@ def test_a_weight_of_whole_numbers(refused, tmp_path):
 @pytest.mark.parametrize(
     ("norm", "layer"), [("post_attention_layernorm", "mlp.gate_proj"), ("input_layernorm", "self_attn.q_proj")]
 )
-def test_activations_that_overflow(refused, tmp_path, norm, layer):
+def test_activations_that_overflow_are_refused_with_a_wider_dtype(refused, tmp_path, norm, layer):
     """Every weight is a finite float16, but not the activations behind it."""
 
     def change(arrays):

@@ -158,7 +158,7 @@ def test_a_damaged_model_is_neither_exported_nor_evaluated_nor_pruned(finished, 
 
 
 @pytest.mark.slow
-def test_three_hundred_bits(finished, stopped, tmp_path, capsys):
+def test_three_hundred_flipped_bits_are_noticed_or_do_no_harm(finished, stopped, tmp_path, capsys):
     """Flips 100 bits each in a finished run, a stopped run and an export.
 
     Prints what became of the bits.

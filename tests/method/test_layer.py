@@ -27,7 +27,8 @@ for path in sorted(pathlib.Path("optima_tpu/method").rglob("*.py")):
 
 import dataclasses
 import numpy as np
-from optima_tpu.method.layer import FAST, prune_layer
+from optima_tpu.method import prune_layer
+from optima_tpu.method.layer import FAST
 from optima_tpu.method.patterns import NM
 
 rng = np.random.default_rng(0)

@@ -244,7 +244,7 @@ def test_the_summary_tells_how_much_came_in(tmp_path):
     assert "masks       5.00% of the kept weights came in by exchange" in console.file.getvalue()
 
 
-def test_the_settings():
+def test_exchanges_are_the_same_setting_by_flags_and_file_and_need_a_solver():
     config = parse(["--preset", "fast", "--refine", "swaps", "--refine.rounds", "2"])
     assert config.recipe.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
     assert configure({}, flags(config)[2:]) == config

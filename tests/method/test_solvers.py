@@ -88,7 +88,7 @@ def test_zeros_stay_and_no_row_gets_worse(solver, damping, target, pattern):
 
 @optimal_with_targets
 @patterns
-def test_reaches_the_optimum(solver, damping, gap, residual, target, pattern):
+def test_a_solver_reaches_the_optimum_of_every_row(solver, damping, gap, residual, target, pattern):
     problem = layer(np.random.default_rng(1), ROWS, SIZE, target=target)
     pruned = select(Magnitude(), problem, pattern)
     weight = solve(solver, problem, pruned, damping).weight

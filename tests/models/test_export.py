@@ -341,7 +341,7 @@ def test_the_pattern_is_read_in_its_groups(pattern, good, bad):
     assert pattern.holds(np.array(good) == 0) and not pattern.holds(np.array(bad) == 0)
 
 
-def test_the_command(run, tmp_path, capsys, monkeypatch):
+def test_the_command_splits_files_by_size_and_refuses_what_is_no_finished_run(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back after the test
     assert main([str(run), str(tmp_path / "out"), "--max-shard-size", "1KB"]) == 0
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1

@@ -89,7 +89,7 @@ def test_the_file_computes_what_the_model_did_and_transformers_reads_the_same_te
 
 
 @pytest.mark.parametrize(("arch", "pieces"), [("qwen2", ["cat", "Ġt", "h"]), ("gemma3", ["<bos>", "cat", "▁th"])])
-def test_the_tokenizer_survives(tmp_path, arch, pieces):
+def test_the_tokenizer_of_a_file_gives_its_pieces_and_decodes_to_the_text(tmp_path, arch, pieces):
     write(tmp_path / "m.gguf", arch)
     tokenizer = load_tokenizer(open_model(str(tmp_path / "m.gguf")))
     assert tokenizer.convert_ids_to_tokens(tokenizer("cat th").input_ids) == pieces

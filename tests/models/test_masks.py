@@ -72,7 +72,7 @@ def write_maskllm(path, masks, suffix=".mask"):
 
 
 @pytest.mark.parametrize("suffix", [".mask", ""])
-def test_maskllm(tmp_path, suffix):
+def test_the_masks_of_maskllm_are_read_as_they_are(tmp_path, suffix):
     masks = masks_of(dense_model())
     write_maskllm(tmp_path / "mask_compressed.npz", masks, suffix)
     for path in (tmp_path, tmp_path / "mask_compressed.npz"):
@@ -179,7 +179,7 @@ def test_a_dense_checkpoint_has_no_masks(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bool", "uint8", "float32"])
-def test_proxsparse(tmp_path, dtype):
+def test_the_masks_of_proxsparse_are_read_as_they_are(tmp_path, dtype):
     torch = pytest.importorskip("torch")
     masks = masks_of(dense_model())
     for name, keep in masks.items():

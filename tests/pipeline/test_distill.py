@@ -445,7 +445,7 @@ def test_wrong_settings_are_one_line(argv, said):
         parse(["--distill", "kl", *argv])
 
 
-def test_a_whole_run(one_device, tmp_path, capsys):
+def test_a_run_says_that_it_trains_and_measures_both_models(one_device, tmp_path, capsys):
     """The run says that it trains, and measures both models.
 
     Another number of windows is another run.

@@ -157,7 +157,7 @@ def test_the_result_is_at_the_top_of_the_page_and_the_end_of_the_console(tmp_pat
     ("count", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (538_060_032, "538 MB"), (16_060_000_000, "16.1 GB")],
 )
-def test_sizes_for_people(count, text):
+def test_a_size_has_three_digits_and_a_unit(count, text):
     assert size(count) == text
 
 

@@ -100,7 +100,7 @@ def test_numbers_have_three_significant_digits_and_few_zeros(value, text):
     assert number(value) == text
 
 
-def test_percent_and_duration():
+def test_shares_have_three_digits_and_durations_their_largest_unit():
     shares = {0: "0%", 0.5: "50.0%", 0.07123: "7.12%", 1e-6: "0.000100%", 1e-9: "< 0.00001%", 1: "100%"}
     assert {share: percent(share) for share in shares} == shares
     times = (0.4, 7, 59.7, 725, 3599.7, 3723)

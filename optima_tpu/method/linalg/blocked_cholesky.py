@@ -59,7 +59,7 @@ def inverse_by_panels(
         below = jnp.where((rows >= first + width)[:, None], product(column, corner.T), 0.0)
         done = product(corner, jax.lax.dynamic_slice_in_dim(root, first, width))
         root = jax.lax.dynamic_update_slice_in_dim(root - product(below, done), done, first, axis=0)
-        return rest - product(below, features.mine(below).T), root
+        return rest - product(below, features.part(below).T), root
 
     identity = features.on_diagonal(columns).astype(columns.dtype)
     _, root = jax.lax.fori_loop(0, devices * count, factor, (columns, identity))

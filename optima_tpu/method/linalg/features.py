@@ -58,7 +58,7 @@ class Features:
         """Gathers all features: [..., d] -> [..., d_in], by one all-gather."""
         return part if self.axis is None else jax.lax.all_gather(part, self.axis, axis=part.ndim - 1, tiled=True)
 
-    def mine(self, whole: Shaped[Array, "d_in ..."]) -> Shaped[Array, "d ..."]:
+    def part(self, whole: Shaped[Array, "d_in ..."]) -> Shaped[Array, "d ..."]:
         """[d_in, ...] -> [d, ...], this device's slice of the first axis."""
         if self.axis is None:
             return whole
@@ -88,11 +88,11 @@ class Features:
 
     def diagonal(self, columns: Float[Array, "d_in d"]) -> Float[Array, " d"]:
         """This device's part [d] of a matrix's diagonal, from its columns."""
-        return jnp.diagonal(self.mine(columns))
+        return jnp.diagonal(self.part(columns))
 
     def on_diagonal(self, columns: Float[Array, "d_in d"]) -> Bool[Array, "d_in d"]:
         """Which entries of a device's columns are on the diagonal."""
-        return self.mine(jnp.arange(columns.shape[0])) == jnp.arange(columns.shape[0])[:, None]
+        return self.part(jnp.arange(columns.shape[0])) == jnp.arange(columns.shape[0])[:, None]
 
     def transpose(self, columns: Float[Array, "d_in d"]) -> Float[Array, "d_in d"]:
         """The columns of ``M'`` from columns of ``M``, by one all-to-all."""

@@ -57,7 +57,7 @@ def together(matrix: Float[Array, "d d"], product: Product = matmul) -> tuple[Fl
 
     def share(matrix: Array) -> tuple[Array, Array]:
         features = Features(mesh.axis_names)
-        columns = features.mine(matrix).T  # the matrix is symmetric
+        columns = features.part(matrix).T  # the matrix is symmetric
         made, root = inverse_by_panels(columns, features, product=product)
         return features.whole(made), features.whole(root)
 
