@@ -25,9 +25,9 @@ from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Stream, accumulate
-from optima_tpu.pipeline.cutting import walk_of
+from optima_tpu.pipeline.cutting import pruned_model, smaller_walk
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.keeping import KeptResult, Stage, StageWork
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.sums import Capture
@@ -207,23 +207,19 @@ def with_sparsities(walk: Walk, allocation: Allocated | None) -> Walk:
     return dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
 
 
-def _allocation_steps(opened: Opened) -> list[Step]:
-    config = walk_of(opened).decoder.config
-    return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
+def allocating(walk: Walk) -> Stage[[Journal], Allocated]:
+    """The stage that chooses the sparsities of a walk's blocks."""
 
+    def make(work: StageWork, journal: Journal) -> Allocated:
+        opened = work.opened
+        blocks = smaller_walk(opened, walk)
+        return allocated(blocks, opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
 
-def _read_allocation(work: StageWork, journal: Journal) -> Allocated | None:
-    if allocation := read_allocation(work.opened.directory):
-        work.progress.note(allocation.in_words)
-    return allocation
+    def steps(opened: Opened) -> list[Step]:
+        config = pruned_model(opened).decoder.config
+        return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
 
-
-def _allocate(work: StageWork, journal: Journal) -> Allocated:
-    opened = work.opened
-    allocation = allocated(walk_of(opened), opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
-    KEPT.write(opened.directory, allocation)
-    work.progress.note(allocation.in_words)
-    return allocation
-
-
-ALLOCATING = Stage("allocating", _allocate, _read_allocation, _allocation_steps)
+    kept = KeptResult(
+        lambda opened: read_allocation(opened.directory), lambda opened, allocation: KEPT.write(opened.directory, allocation)
+    )
+    return Stage("allocating", make, kept, steps)

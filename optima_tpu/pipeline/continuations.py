@@ -11,7 +11,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.cutting import PrunedModel
-from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.keeping import Stage, StageWork, in_record
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.report.contents import Continuation, Continuations
 from optima_tpu.report.pace import Step
@@ -87,16 +87,11 @@ def continues(config: RunConfig) -> bool:
 
 def _continue(work: StageWork, pruned: PrunedModel) -> Continuations:
     opened = work.opened
-    texts = continuations(opened.model, pruned.decoder, device_budget(opened.config.device_memory), work.progress)
-    CONTINUED.write(opened.directory, texts)
-    return texts
+    return continuations(opened.model, pruned.decoder, device_budget(opened.config.device_memory), work.progress)
 
 
 def _steps(opened: Opened) -> list[Step]:
-    left = opened.model.decoder.config.generates and not CONTINUED.read(opened.directory)
-    return [Step("continuing prompts", 0)] * 2 if left else []
+    return [Step("continuing prompts", 0)] * 2 if opened.model.decoder.config.generates else []
 
 
-CONTINUING = Stage(
-    "continuing prompts with both models", _continue, lambda work, pruned: CONTINUED.read(work.opened.directory), _steps
-)
+CONTINUING = Stage("continuing prompts with both models", _continue, in_record(CONTINUED), _steps)

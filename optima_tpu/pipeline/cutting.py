@@ -17,7 +17,7 @@ from optima_tpu.models.model import Model, without_blocks
 from optima_tpu.pipeline.cut_blocks import TRIED, choices, expected_passes
 from optima_tpu.pipeline.experts import ExpertRemoval, done_blocks, keep_block, without_those
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.keeping import KeptResult, Stage, StageWork
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import kept_of_mixture
 from optima_tpu.pipeline.opened import Opened
@@ -28,8 +28,7 @@ from optima_tpu.report.pace import Step
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.kept import KeptRecord
 
-LEFT_OUT = "left_out.json"
-_KEPT = KeptRecord(LEFT_OUT, LeftOut)
+_KEPT = KeptRecord("left_out.json", LeftOut)
 
 
 def read_left_out(directory: Path) -> LeftOut:
@@ -80,14 +79,12 @@ class PrunedModel(NamedTuple):
     checkpoint: CheckpointTensors
 
 
-def walk_of(opened: Opened) -> Walk:
-    """The walk over the blocks that are not left out.
+def smaller_walk(opened: Opened, walk: Walk) -> Walk:
+    """A walk over all blocks, on the blocks that are not left out.
 
     Blocks before the first gap stay as they are, up to the first block that loses weights.
     """
-    if opened.walk is None:
-        raise ValueError("the blocks of a recovery are pruned already")
-    walk, decoder, kept = opened.walk, pruned_model(opened).decoder, kept_by(opened)
+    decoder, kept = pruned_model(opened).decoder, kept_by(opened)
     groups = groups_of_blocks(decoder) if opened.config.cut.experts else tuple(walk.groups[index] for index in kept)
     same = _same_as_dense(opened)
     groups = ((),) * same + groups[same:]
@@ -125,9 +122,9 @@ def _cut_steps(opened: Opened) -> list[Step]:
     return [Step("choosing a block to leave out", each * block + (1 + TRIED) * head, text[0].kind) for each in passes]
 
 
-def _read_cut(work: StageWork, journal: Journal) -> LeftOut | None:
-    chosen = read_left_out(work.opened.directory)
-    return chosen if len(chosen.blocks) == work.opened.config.cut.blocks else None
+def _all_left_out(opened: Opened) -> LeftOut | None:
+    chosen = read_left_out(opened.directory)
+    return chosen if len(chosen.blocks) == opened.config.cut.blocks else None
 
 
 def _cut(work: StageWork, journal: Journal) -> LeftOut:
@@ -142,7 +139,7 @@ def _cut(work: StageWork, journal: Journal) -> LeftOut:
     return chosen
 
 
-CUTTING = Stage("leaving out blocks", _cut, _read_cut, _cut_steps)
+CUTTING = Stage("leaving out blocks", _cut, KeptResult(_all_left_out), _cut_steps)
 
 
 def _removal_steps(opened: Opened) -> list[Step]:
@@ -150,8 +147,8 @@ def _removal_steps(opened: Opened) -> list[Step]:
     return [Step("removing the experts of a block")] * (opened.model.decoder.config.blocks - len(done))
 
 
-def _read_removal(work: StageWork, journal: Journal) -> LeftOut | None:
-    return None if _removal_steps(work.opened) else read_left_out(work.opened.directory)
+def _all_removed(opened: Opened) -> LeftOut | None:
+    return None if _removal_steps(opened) else read_left_out(opened.directory)
 
 
 def _remove(work: StageWork, journal: Journal) -> LeftOut:
@@ -175,7 +172,7 @@ def _remove(work: StageWork, journal: Journal) -> LeftOut:
     return chosen
 
 
-REMOVING = Stage("removing experts", _remove, _read_removal, _removal_steps)
+REMOVING = Stage("removing experts", _remove, KeptResult(_all_removed), _removal_steps)
 
 
 def cutting(config: RunConfig) -> list[Stage[[Journal], LeftOut]]:

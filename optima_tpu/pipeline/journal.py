@@ -71,7 +71,7 @@ from optima_tpu.runtime.signals import uninterrupted
 HIDDEN, DENSE = "hidden_states", "dense_states"
 """Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""
 
-_JOURNAL, _ACTIVATIONS = "journal", "activations"
+JOURNAL, _ACTIVATIONS = "journal", "activations"
 _ENTRY = re.compile(r"block_(\d{4,})")
 _ANOTHER = "choose another --output"
 
@@ -160,7 +160,7 @@ def open_journal(
             files = {f"{ASSETS}/{name}": data for name, data in assets.items()}
             if lost := {name: data for name, data in files.items() if not intact(directory, name)}:
                 keep(directory, lost, _ANOTHER)
-            (directory / _JOURNAL).mkdir(exist_ok=True)
+            (directory / JOURNAL).mkdir(exist_ok=True)
 
     def seen():
         if not (directory / RUN).exists():
@@ -183,7 +183,7 @@ def open_journal(
 
 def finished_blocks(directory: str | Path) -> list[int]:
     """The indices of a run's saved blocks, ascending, damaged ones too."""
-    names = {path.name for path in (as_path(directory) / _JOURNAL).glob("block_*")}
+    names = {path.name for path in (as_path(directory) / JOURNAL).glob("block_*")}
     return sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)) and name + PARTIAL not in names)
 
 
@@ -276,9 +276,9 @@ class Journal:
         if in_bucket(self.directory):
             return
         lost = [index for index in sorted(self.finished) if not self.entry(index).is_dir()]
-        if lost or not (self.directory / _JOURNAL).is_dir():
+        if lost or not (self.directory / JOURNAL).is_dir():
             raise UserError(
-                f"{self.directory / _JOURNAL} was removed, or a part of it, while this run was at work, and with it "
+                f"{self.directory / JOURNAL} was removed, or a part of it, while this run was at work, and with it "
                 f"{plural(len(lost), 'finished block')}; repeat the command, which prunes again what is lost"
             )
 
@@ -350,7 +350,7 @@ class Journal:
 
     def entry(self, index: int) -> Path:
         """The Orbax checkpoint of a finished block."""
-        return self.directory / _JOURNAL / f"block_{index:04d}"
+        return self.directory / JOURNAL / f"block_{index:04d}"
 
     def _states(self, index: int) -> Path:
         return self.directory / _ACTIVATIONS / f"block_{index:04d}"

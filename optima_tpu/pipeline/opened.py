@@ -10,7 +10,6 @@ from optima_tpu.config.run_config import RunConfig
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts
-from optima_tpu.pipeline.walk import Walk
 from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.processes import from_first
 
@@ -33,7 +32,6 @@ class Opened:
     Attributes:
       manifest: all that decides the pruned weights; see ``inputs.manifest_of``.
       configuration: the settings as they are recorded.
-      walk: what is done to every block, with the pattern's sparsity; None where the blocks are pruned already.
       dense: what the dense model makes of the evaluation text, if the caller knows it.
     """
 
@@ -43,7 +41,6 @@ class Opened:
     manifest: dict[str, Any]
     configuration: dict[str, Any]
     directory: Path
-    walk: Walk | None = None
     dense: TextPerplexity | None = None
 
     @property

@@ -18,7 +18,6 @@ from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.keeping import StageWork
 from optima_tpu.pipeline.opened import Opened, TextPerplexity
-from optima_tpu.pipeline.repair import perplexity_files
 from optima_tpu.report.contents import TokenChanges
 from optima_tpu.report.pace import Step
 from optima_tpu.runtime.checksums import keep
@@ -56,22 +55,21 @@ def measured(work: StageWork, decoder: Decoder) -> TextPerplexity:
     return TextPerplexity(perplexity_of(losses.sum(axis=1, dtype=np.float64), ids), first)
 
 
-def kept_perplexity(directory: Path, ids: np.ndarray, model: str) -> KeptPerplexity | None:
+def perplexity_files(model: str) -> tuple[str, str]:
+    """The two files of the "dense" or "pruned" model's perplexity in a run."""
+    return f"{model}.json", f"{model}_losses.npy"
+
+
+def read_perplexity(directory: Path, ids: np.ndarray, model: str) -> TextPerplexity | None:
     """The perplexity that an earlier start kept for the text ``ids``.
 
     None if nothing was kept. Every process calls it.
     """
     record = _kept(model).read(directory)
-    return record if record and record.tokens == token_digest(ids) else None
-
-
-def read_perplexity(directory: Path, ids: np.ndarray, model: str) -> TextPerplexity | None:
-    """As :func:`kept_perplexity`, with the losses. Every process calls it."""
-    record = kept_perplexity(directory, ids, model)
-    if record is None:
+    if record is None or record.tokens != token_digest(ids):
         return None
-    path = directory / perplexity_files(model)[1]
-    return TextPerplexity(record.perplexity, from_first(lambda: _losses(path, record.losses)))
+    path, digest = directory / perplexity_files(model)[1], record.losses
+    return TextPerplexity(record.perplexity, from_first(lambda: _losses(path, digest)))
 
 
 def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> None:
@@ -81,8 +79,8 @@ def keep_perplexity(opened: Opened, model: str, measured: TextPerplexity) -> Non
       UserError: the disk is full or not writable.
     """
     ids = opened.texts.evaluation.ids
-    kept = kept_perplexity(opened.directory, ids, model)
-    if kept and kept.perplexity == measured.perplexity and (kept.losses or measured.losses is None):
+    kept = read_perplexity(opened.directory, ids, model)
+    if kept and kept.perplexity == measured.perplexity and (kept.losses is not None or measured.losses is None):
         return
     name, losses = perplexity_files(model)[1], None
     if measured.losses is not None:

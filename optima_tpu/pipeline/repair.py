@@ -13,11 +13,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.export import FOLDER
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
 from optima_tpu.models.checkpoints.packed import INDEX
-from optima_tpu.pipeline.allocate import ALLOCATION
-from optima_tpu.pipeline.cutting import LEFT_OUT
-from optima_tpu.pipeline.distill.outcome import OUTCOME
-from optima_tpu.pipeline.journal import finished_blocks
-from optima_tpu.report.run_directory import names_kept
+from optima_tpu.pipeline.journal import JOURNAL, finished_blocks
+from optima_tpu.report.run_directory import FILES, lost_with, names_kept
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, recorded_command
 from optima_tpu.runtime.buckets import BucketError
 from optima_tpu.runtime.checksums import ALL, MISSING, SUMS, changes, damage, forget, known, listed
@@ -27,14 +24,6 @@ from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import known_record
 from optima_tpu.runtime.version import code_version
 
-
-def perplexity_files(model: str) -> tuple[str, str]:
-    """The two files of the "dense" or "pruned" model's perplexity in a run."""
-    return f"{model}.json", f"{model}_losses.npy"
-
-
-_PAIRS = tuple(map(perplexity_files, ("dense", "pruned")))
-"""One pass over the text measures both files of a pair."""
 _FOLDERS = names_kept("by block")
 """The folders of the folders that are written block by block, or check by check."""
 
@@ -176,15 +165,10 @@ def mend(directory: Path, exported: bool = True) -> list[str]:
     """
     remove_unfinished(directory)
     wrong = faults(directory) if (directory / RUN).exists() else {}
-    for name in (ALLOCATION, LEFT_OUT):
-        if name in wrong and finished_blocks(directory):
-            raise UserError(f"{directory / name} {wrong[name]}, and the run cannot be resumed; choose another --output")
-    lost = set(wrong) - {RUN}
-    if OUTCOME in lost:
-        lost.add(CHECKPOINT)  # training again needs the blocks as they were pruned
-    lost |= {name for pair in _PAIRS if lost & {*pair} for name in pair}
-    if CHECKPOINT in lost:
-        lost |= {*_PAIRS[1]}  # of the model in it
+    lost = lost_with(set(wrong) - {RUN})
+    if JOURNAL in lost and finished_blocks(directory):
+        name = next(name for name in FILES[JOURNAL].after if name in wrong)
+        raise UserError(f"{directory / name} {wrong[name]}, and the run cannot be resumed; choose another --output")
     for name in sorted(lost):
         with writing(directory / name, "remove it by hand"):
             remove(inside(directory, name, directory / ALL))

@@ -1,9 +1,6 @@
 """Does one run, from a dense checkpoint to a pruned one."""
 
-import contextlib
 import functools
-from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console
 
@@ -11,43 +8,35 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.model_spec import opening
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.method.selectors import Imported
-from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.checkpoints.hub import WANTED
-from optima_tpu.models.checkpoints.orbax import CHECKPOINT
 from optima_tpu.models.masks import open_given
 from optima_tpu.models.model import Model, without_last
 from optima_tpu.pipeline import stages
-from optima_tpu.pipeline.allocate import ALLOCATING, allocation_steps
+from optima_tpu.pipeline.allocate import allocating, allocation_steps
 from optima_tpu.pipeline.continuations import CONTINUING, continues
 from optima_tpu.pipeline.cutting import cutting
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.stages import TRAINING, UNTRAINED
 from optima_tpu.pipeline.distill.train import refuse_large
-from optima_tpu.pipeline.inputs import Texts, manifest_of, on_model, open_model_on_mesh, pruned_layers, read_texts, token_digest
+from optima_tpu.pipeline.inputs import Texts, manifest_of, on_model, open_model_on_mesh, pruned_layers, read_texts
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
-from optima_tpu.pipeline.keeping import Keep, Keeper, StageWork, traced
+from optima_tpu.pipeline.keeping import Keep, Summary, finish
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.opened import Opened, TextPerplexity
 from optima_tpu.pipeline.opening_lines import greet
 from optima_tpu.pipeline.plan.model import config_apart, open_declared
-from optima_tpu.pipeline.repair import faults, mend
 from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.speed import SPEED, cuts
 from optima_tpu.pipeline.stages import Results
 from optima_tpu.pipeline.walk import Walk
 from optima_tpu.report.contents import Allocated, Report
-from optima_tpu.report.file import REPORT
-from optima_tpu.report.progress import Progress, Terminal, say
+from optima_tpu.report.progress import Terminal, say
 from optima_tpu.report.sinks import Steps, check_sinks
 from optima_tpu.report.summary import print_summary
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import complete, only_program
-from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
-from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.processes import agree, check_signals, first_only, is_first, together
 from optima_tpu.runtime.version import code_version
-
-Summary = Callable[[Console, Report, Path], None]
 
 
 def run(
@@ -90,12 +79,15 @@ def run(
     together(lambda: pruned_layers(config, without_last(model, config.cut.blocks).decoder))
     for kind in model.decoder.config.kinds:
         model.decoder.positions(kind, config.calibration.window_length)
-    opened = _opened(config, model, texts or read_texts(config, model, console), console, dense)
-    return finish(opened, functools.partial(pruning, config), console, summary)
+    opened, walk = _opened(config, model, texts or read_texts(config, model, console), console, dense)
+    return finish(opened, functools.partial(pruning, config, walk), console, summary)
 
 
-def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, dense: TextPerplexity | None = None) -> Opened:
+def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, dense: TextPerplexity | None) -> tuple[Opened, Walk]:
     """Checks the inputs against each other and the devices; prints the run.
+
+    Returns:
+      The run, and what it does to every block, with the pattern's sparsity.
 
     Raises:
       UserError: pattern, rules, masks or allocation do not fit the model, a layer does not fit the devices, or the directory
@@ -113,10 +105,10 @@ def _opened(config: RunConfig, model: Model, texts: Texts, console: Console, den
         refuse_large(Trainer(left, config.distill, budget), "--distill null")
     directory = prepare_directory(config.run_directory, manifest, to_dict(config))
     greet(console, config, model, texts, directory, fit.words)
-    return Opened(config, model, texts, manifest, to_dict(config), directory, walk, dense)
+    return Opened(config, model, texts, manifest, to_dict(config), directory, dense), walk
 
 
-def pruning(config: RunConfig, keep: Keep) -> Report:
+def pruning(config: RunConfig, walk: Walk, keep: Keep) -> Report:
     """The stages of a run."""
     opened = keep(stages.WRITTEN_TEXT) if written_windows(config) else None
     dense = keep(stages.DENSE_PERPLEXITY)
@@ -124,8 +116,8 @@ def pruning(config: RunConfig, keep: Keep) -> Report:
     sinks = keep(stages.SINKS, journal)
     for choice in cutting(config):
         keep(choice, journal)
-    allocation = keep(ALLOCATING, journal) if config.allocation.measures else None
-    blocks = keep(stages.PRUNING, journal, sinks, allocation)
+    allocation = keep(allocating(walk), journal) if config.allocation.measures else None
+    blocks = keep(stages.pruning(walk), journal, sinks, allocation)
     return measuring(config, keep, dense, blocks, sinks, allocation)
 
 
@@ -150,42 +142,3 @@ def measuring(
         keep(stages.EXPORTING, results)
     entries = {"memory": memory, "continuations": keep(CONTINUING, pruned) if continues(config) else None}
     return keep(stages.REPORTING, results, pruned, entries)
-
-
-def finish(opened: Opened, body: Callable[[Keep], Report], console: Console, summary: Summary = print_summary) -> Report:
-    """Finishes an opened run, prints the summary and returns the report.
-
-    Args:
-      body: the stages.
-      summary: see :func:`run`.
-    """
-    check_signals()
-    if opened.checkpointed:
-        say(console, "checking     the files that an earlier start of this run wrote, by their checksums")
-    report = from_first(lambda: finished_report(opened))
-    if report is not None:
-        say(console, "finished     nothing is left to do")
-    console.print()
-    if report is None:
-        with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as resources:
-            for line in from_first(lambda: mend(opened.directory, opened.config.export)):
-                progress.note(line)
-            keep = Keeper(StageWork(opened, progress, resources), traced(body))
-            progress.note(f"stages: {', '.join(keep.names)}")
-            report = body(keep)
-        console.print()
-    summary(console, report, opened.directory)
-    return report
-
-
-def finished_report(opened: Opened) -> Report | None:
-    """The report of a finished run whose files are intact, else None."""
-    directory, config = opened.directory, opened.config
-    report = known_record(directory / REPORT, Report)
-    digest = token_digest(opened.texts.evaluation.ids)
-    if report is None or (report.manifest, report.evaluation.digest) != (opened.manifest, digest):
-        return None
-    # A sweep keeps the reports of finished cells, without their models.
-    if ("checkpoint" in report.files and not complete(directory / CHECKPOINT)) or faults(directory):
-        return None
-    return None if config.export and not is_export_of(directory, directory / FOLDER) else report

@@ -15,7 +15,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.models.whole_model import empty_cache, load, step, windows_at_once
 from optima_tpu.pipeline.cutting import PrunedModel
-from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.keeping import Stage, StageWork, in_record
 from optima_tpu.report.contents import Rates, Speed
 from optima_tpu.report.file import environment
 from optima_tpu.report.pace import Step
@@ -95,14 +95,7 @@ def _measure_speed(work: StageWork, pruned: PrunedModel) -> Speed | None:
         return None
     dense = opened.model.decoder
     narrow = Decoder.open(exported.config(), exported.source, dense.mesh, dense.batch)
-    measured = speed(opened.model, narrow, device_budget(opened.config.device_memory))
-    MEASURED.write(opened.directory, measured)
-    return measured
+    return speed(opened.model, narrow, device_budget(opened.config.device_memory))
 
 
-SPEED = Stage(
-    "measuring the speed",
-    _measure_speed,
-    lambda work, pruned: MEASURED.read(work.opened.directory),
-    lambda opened: [] if MEASURED.read(opened.directory) else [Step("measuring the speed", 0)],
-)
+SPEED = Stage("measuring the speed", _measure_speed, in_record(MEASURED), lambda opened: [Step("measuring the speed", 0)])

@@ -6,7 +6,7 @@ journal keeps block by block.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from msgspec import structs
@@ -15,28 +15,21 @@ from optima_tpu.data import Tokens, unigram_perplexity
 from optima_tpu.errors import plural
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.exported import Exported
-from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
+from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, write_checkpoint
 from optima_tpu.models.checkpoints.source import total_bytes, weight_count
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import read_allocation, with_sparsities
-from optima_tpu.pipeline.cutting import PrunedModel, kept_by, pruned_model, read_left_out, walk_of
+from optima_tpu.pipeline.cutting import PrunedModel, kept_by, pruned_model, read_left_out, smaller_walk
 from optima_tpu.pipeline.distill.outcome import trained_block
 from optima_tpu.pipeline.inputs import token_digest
 from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
-from optima_tpu.pipeline.keeping import Stage, StageWork
+from optima_tpu.pipeline.keeping import KeptResult, Stage, StageWork
 from optima_tpu.pipeline.memory_plan import block_bytes
 from optima_tpu.pipeline.opened import Opened, TextPerplexity
 from optima_tpu.pipeline.opening_lines import recipe_line
-from optima_tpu.pipeline.perplexities import (
-    changes,
-    keep_perplexity,
-    kept_perplexity,
-    measured,
-    perplexity_steps,
-    read_perplexity,
-)
+from optima_tpu.pipeline.perplexities import changes, keep_perplexity, measured, perplexity_steps, read_perplexity
 from optima_tpu.pipeline.self_calibration import keep_calibration
-from optima_tpu.pipeline.walk import WRITING, block_steps, prune_model
+from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
 from optima_tpu.report.contents import Allocated, FileSizes, ModelFacts, Outcome, Perplexities, Report, RunFacts, Speed, TextFacts
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
@@ -63,18 +56,14 @@ class Results(NamedTuple):
     speed: Speed | None
 
 
-# Each stage below: what it will do, what an earlier start kept, how it is done.
-
-
 def _open(work: StageWork) -> Journal:
     """Opens the journal. From here on the run can be resumed."""
-    opened, progress = work.opened, work.progress
+    opened = work.opened
     journal = open_journal(
         opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
     )
-    if opened.walk and journal.finished:
-        blocks = pruned_model(opened).decoder.config.blocks
-        progress.note(f"resuming     {len(journal.finished)} of {plural(blocks, 'block')} done")
+    if journal.finished:
+        work.progress.note(f"resuming     {len(journal.finished)} of {plural(count_blocks(opened), 'block')} done")
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.written))
     return journal
 
@@ -83,12 +72,11 @@ WRITTEN_TEXT = Stage("keeping the text", _open)
 """Keeps calibration text that the model wrote. It took minutes, and to write it shows that the model works in its dtype."""
 
 
-def _read(model: str, opened: Opened) -> TextPerplexity | None:
-    return read_perplexity(opened.directory, opened.texts.evaluation.ids, model)
-
-
-def _read_dense(work: StageWork) -> TextPerplexity | None:
-    return work.opened.dense or _read("dense", work.opened)
+def _kept_perplexity(model: str) -> KeptResult[TextPerplexity]:
+    return KeptResult(
+        lambda opened: read_perplexity(opened.directory, opened.texts.evaluation.ids, model),
+        lambda opened, perplexity: keep_perplexity(opened, model, perplexity),
+    )
 
 
 def _measure_dense(work: StageWork) -> TextPerplexity:
@@ -98,16 +86,13 @@ def _measure_dense(work: StageWork) -> TextPerplexity:
     return dense
 
 
-def _steps_of(model: str, read: Callable[[Opened], Model]) -> Callable[[Opened], list[Step]]:
-    def steps(opened: Opened) -> list[Step]:
-        given = model == "dense" and opened.dense  # as by a sweep, whose cells share it
-        saved = given or kept_perplexity(opened.directory, opened.texts.evaluation.ids, model)
-        return [] if saved else perplexity_steps(opened, read(opened).decoder)
-
-    return steps
-
-
-DENSE_PERPLEXITY = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense", lambda opened: opened.model))
+DENSE_PERPLEXITY = Stage(
+    "dense perplexity",
+    _measure_dense,
+    KeptResult(lambda opened: opened.dense or _kept_perplexity("dense").read(opened)),
+    lambda opened: perplexity_steps(opened, opened.model.decoder),
+)
+"""The next stage keeps it: a run directory shows that the model works."""
 
 
 def _record(work: StageWork, dense: TextPerplexity, journal: Journal | None) -> Journal:
@@ -149,47 +134,39 @@ def count_finished(opened: Opened) -> int:
     return count_blocks(opened) - len(unfinished(opened))
 
 
-def _pruning_steps(opened: Opened) -> list[Step]:
-    allocation = read_allocation(opened.directory) if opened.config.allocation.measures else None
-    walk = with_sparsities(walk_of(opened), allocation)
-    return [step for index in unfinished(opened) for step in block_steps(walk, index)]
+def pruning(walk: Walk) -> Stage[[Journal, Steps, Allocated | None], Journal]:
+    """The stage whose result is the journal with every block.
 
+    Args:
+      walk: what is done to every block of the dense model, with the pattern's sparsity.
+    """
 
-def read_pruned(work: StageWork, journal: Journal, *inputs: Any) -> Journal | None:
-    """The journal if the run has a checkpoint, which refers to all blocks."""
-    return journal if from_first(lambda: checkpointed_blocks(work.opened.directory)) is not None else None
+    def make(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocated | None) -> Journal:
+        opened, progress = work.opened, work.progress
+        if allocation:
+            progress.note(allocation.in_words)
+        if not opened.checkpointed:  # a checkpoint may refer to trained blocks alone, and needs none of the journal
+            own = with_sparsities(smaller_walk(opened, walk), allocation)
+            own = dataclasses.replace(own, tell=progress.layer, begin=progress.begin)
+            prune_model(own, opened.texts.calibration.ids, journal, progress, sinks.follow)
+        return journal
 
+    def steps(opened: Opened) -> list[Step]:
+        own = with_sparsities(smaller_walk(opened, walk), read_allocation(opened.directory))
+        return [step for index in unfinished(opened) for step in block_steps(own, index)]
 
-def _prune(work: StageWork, journal: Journal, sinks: Steps, allocation: Allocated | None) -> Journal:
-    opened, progress = work.opened, work.progress
-    walk = with_sparsities(walk_of(opened), allocation)
-    walk = dataclasses.replace(walk, tell=progress.layer, begin=progress.begin)
-    prune_model(walk, opened.texts.calibration.ids, journal, progress, sinks.follow)
-    return journal
-
-
-PRUNING = Stage("pruning", _prune, read_pruned, _pruning_steps, count_blocks, done=count_finished)
-"""Its result is the journal with every block."""
+    return Stage("pruning", make, steps=steps, count=count_blocks, done=count_finished)
 
 
 def _checkpoint_steps(opened: Opened) -> list[Step]:
-    if opened.checkpointed:
-        return []
     decoder = pruned_model(opened).decoder
     blocks = sum(block_bytes(decoder, index) for index in range(decoder.config.blocks))
     return [Step(WRITING, max(1.0, total_bytes(decoder.tensors) - blocks))]
 
 
-def _read_checkpoint(
-    work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None
-) -> PrunedModel | None:
-    directory = work.opened.directory
-    return _pruned(work) if from_first(lambda: checkpointed_blocks(directory) is not None) else None
-
-
-def _pruned(work: StageWork) -> PrunedModel:
-    tensors = CheckpointTensors(work.opened.directory)
-    return PrunedModel(dataclasses.replace(pruned_model(work.opened).decoder, tensors=tensors), tensors)
+def _pruned(opened: Opened) -> PrunedModel:
+    tensors = CheckpointTensors(opened.directory)
+    return PrunedModel(dataclasses.replace(pruned_model(opened).decoder, tensors=tensors), tensors)
 
 
 def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> PrunedModel:
@@ -200,20 +177,26 @@ def _write_checkpoint(work: StageWork, journal: Journal, outcome: Outcome | None
     sparsity, left_out = allocation.sparsity if allocation else None, read_left_out(directory)
     write_checkpoint(directory, lambda: journal.reports(entry), pretrained.tensors, decoder.mesh, sparsity, left_out)
     work.progress.advance()
-    return _pruned(work)
+    return _pruned(work.opened)
 
 
-CHECKPOINTING = Stage("writing the checkpoint", _write_checkpoint, _read_checkpoint, _checkpoint_steps)
+CHECKPOINTING = Stage(
+    "writing the checkpoint",
+    _write_checkpoint,
+    KeptResult(lambda opened: _pruned(opened) if opened.checkpointed else None),
+    _checkpoint_steps,
+)
 
 
 def _measure_pruned(work: StageWork, pruned: PrunedModel) -> TextPerplexity:
-    perplexity = measured(work, pruned.decoder)
-    keep_perplexity(work.opened, "pruned", perplexity)
-    return perplexity
+    return measured(work, pruned.decoder)
 
 
 PRUNED_PERPLEXITY = Stage(
-    "pruned perplexity", _measure_pruned, lambda work, pruned: _read("pruned", work.opened), _steps_of("pruned", pruned_model)
+    "pruned perplexity",
+    _measure_pruned,
+    _kept_perplexity("pruned"),
+    lambda opened: perplexity_steps(opened, pruned_model(opened).decoder),
 )
 
 
@@ -233,9 +216,9 @@ def _export_steps(opened: Opened) -> list[Step]:
     return [Step(WRITING, total_bytes(pruned_model(opened).decoder.tensors))]
 
 
-def _read_export(work: StageWork, results: Results) -> bool | None:
-    directory = work.opened.directory
-    return from_first(lambda: is_export_of(directory, directory / FOLDER)) or None
+def _exported(opened: Opened) -> bool | None:
+    directory = opened.directory
+    return (opened.checkpointed and from_first(lambda: is_export_of(directory, directory / FOLDER))) or None
 
 
 def _export(work: StageWork, results: Results) -> bool:
@@ -245,7 +228,7 @@ def _export(work: StageWork, results: Results) -> bool:
     return True
 
 
-EXPORTING = Stage("exporting for transformers", _export, _read_export, _export_steps)
+EXPORTING = Stage("exporting for transformers", _export, KeptResult(_exported), _export_steps)
 
 
 def _report(work: StageWork, results: Results, pruned: PrunedModel, entries: Mapping[str, Any]) -> Report:

@@ -404,7 +404,8 @@ class Report(RunFacts, frozen=True, kw_only=True):
       weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
       unusual: what needs a look, by layer.
       layer_kinds: empty; version 0.2.0 had means over each kind of layer, which follow from the blocks.
-      seconds, memory: of the last start of the run; the seconds by stage.
+      seconds: of each stage, over the starts of the run that finished it.
+      memory: of the last start.
       tokens: the tokens of the evaluation text that the pruned model predicts worse; None if the losses were not saved.
       continuations: the texts that both models write after a few prompts; None if nobody would read them.
       files: label -> path of each file that the run wrote.
@@ -460,7 +461,7 @@ class Report(RunFacts, frozen=True, kw_only=True):
 
     @property
     def earlier(self) -> float:
-        """The least seconds spent on blocks before the last resume, or 0."""
+        """The least seconds of stopped starts on blocks that they finished."""
         return max(0.0, sum(block.seconds for block in self.blocks) - self.seconds.get("pruning", 0.0))
 
     @property

@@ -18,8 +18,8 @@ from optima_tpu.runtime.program import program
 def cost(runs: Sequence[FinishedRun]) -> Section:
     """Section on time by stage and by block, and on peak memory."""
     text = [
-        f"{run.subject} was stopped and resumed: the tables below show stages and memory after the last resume. Together with "
-        f"the blocks finished before, the run took {run.time}; the time of other earlier work was not recorded."
+        f"{run.subject} was stopped and resumed: of the stage in which it was stopped, the table below has the time after the "
+        f"resume, and memory was measured since then. Together with the blocks finished before, the run took {run.time}."
         for run in runs
         if run.report.earlier
     ]

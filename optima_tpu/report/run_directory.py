@@ -4,7 +4,7 @@ The report's page and the documentation list these files, ``optima verify`` comp
 damaged ones again. So a step that keeps a result adds one row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 
@@ -16,11 +16,13 @@ class RunFile(NamedTuple):
       needed: what needs it after the run; "no" for a file that nothing reads again.
       kept: "whole" for a file that a resume reads back and makes again if its checksum differs; "by block" for a folder of
         folders, each written whole with its own checksums; empty for what has another owner.
+      after: the names of what it was made from, or together with: if one of them is lost, a resume makes this again too.
     """
 
     words: str
     needed: str = "no"
     kept: Literal["", "whole", "by block"] = ""
+    after: tuple[str, ...] = ()
 
 
 FILES: Mapping[str, RunFile] = {
@@ -39,6 +41,7 @@ FILES: Mapping[str, RunFile] = {
         "the pruned model for optima evaluate, optima export and JAX programs: an Orbax checkpoint of the tensors of no "
         "block, which names those of the blocks, in journal/ or distilled/",
         "to evaluate and to export",
+        after=("distillation.json",),  # a training that is done again begins with the blocks as they were pruned
     ),
     "evaluation.json": RunFile("the results of optima evaluate; the page shows them"),
     "lm_eval.json": RunFile("the results of the tasks, as the evaluation harness writes them"),
@@ -51,14 +54,27 @@ FILES: Mapping[str, RunFile] = {
         "whole",
     ),
     "assets": RunFile("the source’s config.json, tokenizer, licence and model card, byte for byte", "to export"),
-    "dense.json": RunFile("the dense model’s perplexity; a resumed run does not measure it again", kept="whole"),
-    "dense_losses.npy": RunFile(
-        "the dense model’s loss on every token of the evaluation text, to find the tokens that got worse", kept="whole"
+    "dense.json": RunFile(
+        "the dense model’s perplexity; a resumed run does not measure it again", kept="whole", after=("dense_losses.npy",)
     ),
-    "pruned.json": RunFile("the pruned model’s perplexity; a run that repairs its files does not measure it again", kept="whole"),
-    "pruned_losses.npy": RunFile("the pruned model’s loss on every token of the evaluation text, likewise", kept="whole"),
+    "dense_losses.npy": RunFile(
+        "the dense model’s loss on every token of the evaluation text, to find the tokens that got worse",
+        kept="whole",
+        after=("dense.json",),
+    ),
+    "pruned.json": RunFile(
+        "the pruned model’s perplexity; a run that repairs its files does not measure it again",
+        kept="whole",
+        after=("pruned_losses.npy", "checkpoint"),
+    ),
+    "pruned_losses.npy": RunFile(
+        "the pruned model’s loss on every token of the evaluation text, likewise",
+        kept="whole",
+        after=("pruned.json", "checkpoint"),
+    ),
     "continuations.json": RunFile("the texts that both models write after a few prompts", kept="whole"),
     "speed.json": RunFile("how fast the dense and the cut model computed on this machine", kept="whole"),
+    "seconds.json": RunFile("the seconds of every finished stage, of all starts of the run", kept="whole"),
     "calibration.npy": RunFile("the calibration windows that the dense model wrote, as token ids", "to go on", "whole"),
     "allocation.json": RunFile("the sparsity of every block, chosen by the allocation", "to go on", "whole"),
     "left_out.json": RunFile(
@@ -86,6 +102,7 @@ FILES: Mapping[str, RunFile] = {
         "every finished block with checksums, one Orbax checkpoint each; checkpoint/ refers to it",
         "to go on, and by checkpoint/",
         "by block",
+        after=("allocation.json", "left_out.json"),
     ),
     "activations": RunFile(
         "the hidden states after the last finished block, to resume a stopped run; the walk removes it at its end",
@@ -111,3 +128,11 @@ def shown(name: str) -> str:
 def names_kept(how: Literal["whole", "by block"]) -> tuple[str, ...]:
     """The names of the files, or of the folders, that are kept in a way."""
     return tuple(name for name, file in FILES.items() if file.kept == how)
+
+
+def lost_with(names: Iterable[str]) -> set[str]:
+    """The names of lost files, and of all that is made again with them."""
+    lost = set(names)
+    while more := {name for name, file in FILES.items() if name not in lost and not lost.isdisjoint(file.after)}:
+        lost |= more
+    return lost

@@ -71,6 +71,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, killed, capsys, moment,
     assert f"resuming     {blocks} of 3 blocks done" in capsys.readouterr().out
     assert_same_weights(run, finished.directory)
     assert not [path for path in run.rglob("*") if "partial" in path.name]
+    stages, whole = (json.loads((each / "report.json").read_text())["seconds"] for each in (run, finished.directory))
+    assert stages.keys() == whole.keys()  # those of the first start too
 
 
 def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):

@@ -16,8 +16,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.selectors import Magnitude
 from optima_tpu.pipeline.inputs import Texts, token_digest
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.pipeline.perplexities import KeptPerplexity
-from optima_tpu.pipeline.repair import perplexity_files
+from optima_tpu.pipeline.perplexities import KeptPerplexity, perplexity_files
 from optima_tpu.pipeline.sweep import runner, tables
 from optima_tpu.report import published
 from optima_tpu.report.contents import Perplexities

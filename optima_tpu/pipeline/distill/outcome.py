@@ -9,9 +9,9 @@ from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import first_only, from_first
 
 FOLDER = "distillation"
-OUTCOME, DISTILLED = "distillation.json", "distilled"
+DISTILLED = "distilled"
 REMEDY = "the pruned blocks are intact; make room and repeat the command"
-_KEPT = KeptRecord(OUTCOME, Outcome, REMEDY)
+_KEPT = KeptRecord("distillation.json", Outcome, REMEDY)
 
 
 def keep_outcome(directory: Path, outcome: Outcome) -> None:
@@ -20,7 +20,6 @@ def keep_outcome(directory: Path, outcome: Outcome) -> None:
     Removes the states from which a stopped training would have gone on, and the trained blocks if the model stays as it was
     pruned.
     """
-
     _KEPT.write(directory, outcome)
 
     def clear() -> None:

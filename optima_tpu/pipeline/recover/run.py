@@ -26,12 +26,12 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts, on_model
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
-from optima_tpu.pipeline.keeping import Keep, Stage, StageWork
+from optima_tpu.pipeline.keeping import Keep, Stage, StageWork, finish
 from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.opening_lines import training_words
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
-from optima_tpu.pipeline.run import finish, measuring
+from optima_tpu.pipeline.run import measuring
 from optima_tpu.report.contents import Report
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Terminal, say
@@ -122,9 +122,8 @@ def _taking(start: Start) -> Stage[[Journal], Journal]:
     return Stage(
         "taking the pruned blocks",
         take,
-        stages.read_pruned,
-        lambda opened: [Step("taking")] * len(stages.unfinished(opened)),
-        stages.count_blocks,
+        steps=lambda opened: [Step("taking")] * len(stages.unfinished(opened)),
+        count=stages.count_blocks,
         done=stages.count_finished,
     )
 
