@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optima_tpu.config.flat import flat
+from optima_tpu.config.flat import field_names, flat
 from optima_tpu.errors import UserError, plural
 from optima_tpu.report.contents import Report
 from optima_tpu.report.evaluation import EvaluationRecord
@@ -14,24 +14,11 @@ from optima_tpu.report.run_record import RUN, read_run, recorded_command
 from optima_tpu.report.settings import RunSettings
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import read_intact
+from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.inside import refuse_links
 
 # Settings that change neither weights nor layer errors; labels leave them out.
-_ELSEWHERE = (
-    "output",
-    "mesh",
-    "cpu_devices",
-    "batch",
-    "export",
-    "evaluation",
-    "coordinator",
-    "num_processes",
-    "process_id",
-    "join_timeout",
-    "device_memory",
-    "recompute",
-    "sinks",
-)
+_ELSEWHERE = ("output", "export", "evaluation", "recompute", "sinks", *field_names(Devices))
 
 
 class FinishedRun(NamedTuple):

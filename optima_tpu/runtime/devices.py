@@ -1,7 +1,7 @@
 """The settings of devices and processes, and their early checks."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Self
 
 from optima_tpu.runtime.bounds import Bound, Bounded
 from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh, refuse_count
@@ -42,6 +42,10 @@ class Devices(Bounded):
         super().__post_init__()
         if self.mesh is not None:
             parse_mesh(self.mesh)
+
+    def on(self, devices: "Devices") -> Self:
+        """These settings with the devices and processes of another command."""
+        return dataclasses.replace(self, **{field.name: getattr(devices, field.name) for field in dataclasses.fields(Devices)})
 
     def refuse_impossible(self) -> None:
         """Raises UserError for a partly named process, or an unfit mesh."""

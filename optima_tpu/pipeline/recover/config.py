@@ -141,14 +141,16 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
     """
     recovery, text = RecoverConfig(config.model, tokens, distill=config.distill or RecoverConfig.distill), config.calibration
     windows = recovery.training_windows(text.window_length)
-    return RunConfig(
+    run = RunConfig(
         config.model,
+        dtype=config.dtype,
         recipe=Recipe(selector=Imported(config.model, weights=True), solver=None),
         distill=dataclasses.replace(recovery.distill, windows=windows),
         calibration=dataclasses.replace(text, windows=windows),
         evaluation=config.evaluation,
-        **{name: getattr(config, name) for name in ("dtype", "mesh", "cpu_devices", "batch", "device_memory", "export")},
+        export=config.export,
     )
+    return run.on(config)
 
 
 def parse(argv: Sequence[str]) -> RecoverConfig:

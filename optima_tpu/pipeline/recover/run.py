@@ -176,12 +176,10 @@ def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, le
 
 def _run_config(config: RecoverConfig, base: RunConfig, source: str, evaluation: str, length: int, windows: int) -> RunConfig:
     """The settings by which the model was pruned, with the training added."""
-    shared = ("dtype", "token_cache", "mesh", "cpu_devices", "batch", "device_memory", "coordinator", "num_processes")
     return dataclasses.replace(
-        base,
-        **{name: getattr(config, name) for name in shared},
-        process_id=config.process_id,
-        join_timeout=config.join_timeout,
+        base.on(config),
+        dtype=config.dtype,
+        token_cache=config.token_cache,
         output=str(config.run_directory),
         distill=dataclasses.replace(config.distill, windows=windows),
         calibration=Calibration(source, windows, length, config.seed, config.held_out),
