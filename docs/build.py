@@ -28,9 +28,9 @@ from optima_tpu.config import options, presets
 from optima_tpu.config.choices import CHOICES, OPEN, default_options, method_class, method_name
 from optima_tpu.config.document import method_settings
 from optima_tpu.config.flat import flat
-from optima_tpu.config.options import PARTS, alternatives, field_texts, fields
+from optima_tpu.config.options import alternatives, field_texts, fields
 from optima_tpu.config.parse import parse
-from optima_tpu.config.run_config import EMBEDDED, RunConfig, to_dict
+from optima_tpu.config.run_config import EMBEDDED, PARTS, RunConfig, to_dict
 from optima_tpu.evaluate import config as evaluate_config
 from optima_tpu.pipeline.recover import config as recover_config
 from optima_tpu.report.run_directory import FILES, shown

@@ -161,7 +161,6 @@ def make_parser() -> Parser:
         description=_DESCRIPTION,
         epilog=f"All settings of a run may follow; {program('prune')} --help explains them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--topology",

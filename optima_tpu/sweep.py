@@ -102,7 +102,6 @@ def make_parser() -> Parser:
         "Markdown, CSV and JSON.\n\n" + grids.__doc__.partition("\n\n")[2].rstrip(),
         epilog="A setting of optima prune that no label sets overrides the file's, in all cells: --model org/name --mesh 4x2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="YAML file of the table, as shown above")
     parser.add_argument(

@@ -7,8 +7,7 @@ from typing import Any
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.names import ELSEWHERE, by_own_names
-from optima_tpu.config.options import PARTS
-from optima_tpu.config.run_config import SETTINGS
+from optima_tpu.config.run_config import PARTS, SETTINGS
 from optima_tpu.config.unknown import refuse_unknown
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.inside import refuse_special

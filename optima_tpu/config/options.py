@@ -16,7 +16,7 @@ import jsonargparse
 from optima_tpu.config.choices import CHOICES, OPEN, method_class
 from optima_tpu.config.flat import field_names
 from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
-from optima_tpu.config.run_config import SETTINGS, Calibration, CutStructures, Evaluation, RunConfig, Sinks
+from optima_tpu.config.run_config import PARTS, SETTINGS, RunConfig
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.runtime.printing import PrintsHelp
 from optima_tpu.runtime.program import program
@@ -56,7 +56,6 @@ _NOTHING = {
     "distill": "No training: one-shot pruning",
 }
 """What a setting does if the choice is ``null``."""
-PARTS = {"cut": CutStructures, "calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
 
 
 class SettingsParser(PrintsHelp, jsonargparse.ArgumentParser):

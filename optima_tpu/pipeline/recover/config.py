@@ -4,18 +4,18 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from optima_tpu.config.choices import method_name, options_of
 from optima_tpu.config.flat import field_names
 from optima_tpu.config.parse import parse_command
-from optima_tpu.config.run_config import MOST_TOKENS, RunConfig, few_tokens
+from optima_tpu.config.run_config import MOST_TOKENS, Dtype, OutputDirectory, RunConfig, WindowLength, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Distillation
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
-from optima_tpu.runtime.bounds import MOST_SEED, Bound, Filled
+from optima_tpu.runtime.bounds import Bound, Filled, Seed
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.devices import Devices
 from optima_tpu.runtime.program import program
@@ -72,14 +72,14 @@ class RecoverConfig(Devices):
     tokens: str | None = None
     against: str | None = None
     source: str | None = None
-    length: Annotated[int | None, Bound(2)] = None
-    seed: Annotated[int, Bound(0, MOST_SEED)] = 0
+    length: WindowLength = None
+    seed: Seed = 0
     held_out: Annotated[int, Bound(1)] = 8
     distill: Distillation = KL()
     evaluation: str | None = None
     windows: Annotated[int | None, Bound(1)] = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    output: Annotated[str | None, Filled("a directory", "leave it out for one in runs/")] = None
+    dtype: Dtype | None = None
+    output: OutputDirectory = None
     token_cache: bool = True
 
     def __post_init__(self) -> None:
