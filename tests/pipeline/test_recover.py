@@ -41,7 +41,7 @@ def pruned(one_device, tmp_path_factory):
     model = tiny_folder(root / "model", num_hidden_layers=2)
     magnitude = ["--selector", "magnitude", "--solver", "null", "--pattern", "0.6/row"]
     assert prune(["--model", str(model), "--output", str(root / "run"), *magnitude, *SMALL]) == 0
-    assert main([str(root / "run"), *TOKENS, *TEXT, "--output", str(root / "recovered")]) == 0
+    assert main([str(root / "run"), *TOKENS, *TEXT, "--join_timeout", "299", "--output", str(root / "recovered")]) == 0
     return root
 
 
@@ -270,6 +270,7 @@ def test_the_command_of_a_recovery_says_how_it_trained(pruned):
     configuration = json.loads((pruned / "recovered/run.json").read_text())["configuration"]
     name, words = recorded_words(configuration)
     assert configuration["calibration"]["length"] == 32, "as in the run, of which the command said nothing"
+    assert configuration["join_timeout"] == 299, "of the recovery, and not of the run"
     assert name == "recover" and parse(words).distill == KL(batch=4, learning_rate=1e-3, checks=2)
 
 
