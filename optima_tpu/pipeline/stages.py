@@ -35,7 +35,7 @@ from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_di
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.pace import Step
 from optima_tpu.report.sinks import Steps, open_sinks
-from optima_tpu.runtime.buckets import in_bucket
+from optima_tpu.runtime.files import entries_on_disk
 from optima_tpu.runtime.processes import first_only, from_first
 
 
@@ -309,6 +309,6 @@ def _weighed_layers(opened: Opened) -> list[str]:
 def _sizes(opened: Opened) -> FileSizes:
     """Bytes of the source, the exported weights and the run directory."""
     pretrained, directory = opened.model.pretrained, opened.directory
-    left = {} if in_bucket(directory) else {path.name: size_on_disk(path) for path in sorted(directory.iterdir())}
+    left = {path.name: size_on_disk(path) for path in entries_on_disk(directory)}
     exported = weights_on_disk(directory / FOLDER) if opened.config.export else None
     return FileSizes(pretrained.stored, total_bytes(pretrained.tensors), exported, left)

@@ -1,13 +1,14 @@
 """Page section on a run's files, and on how to load the pruned model."""
 
 import json
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from optima_tpu.report.facts import running, size, sizes
 from optima_tpu.report.run_directory import FILES, shown
 from optima_tpu.report.runs import FinishedRun
 from optima_tpu.report.view import NONE, Section, Table, command, commands
 from optima_tpu.runtime.buckets import in_bucket
+from optima_tpu.runtime.files import entries_on_disk
 
 _ALWAYS = ("report.json", "report.html")
 """Files that are written after the sizes are recorded."""
@@ -24,9 +25,9 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
 
 def run_files(run: FinishedRun) -> Section:
     """Section on the files in the directory of one run."""
-    report, directory = run.report, run.directory
+    report, directory, remote = run.report, run.directory, in_bucket(run.directory)
     recorded = report.sizes.left
-    names = {*recorded, *_ALWAYS, *_names_in(directory)}
+    names = {*recorded, *_ALWAYS, *(path.name for path in entries_on_disk(directory))}
     rows = [
         [shown(name), file.words, size(recorded[name]) if recorded.get(name) else NONE]
         for name, file in FILES.items()
@@ -38,10 +39,10 @@ def run_files(run: FinishedRun) -> Section:
     if not exported:
         again = command("export", str(directory), str(directory / "hf"))
         text.append(commands(f"The run did not write a folder for transformers. `{again}` writes one from checkpoint/."))
-    elif in_bucket(directory):
+    elif remote:
         text.append(f"Copy {directory / 'hf'} to this machine first: transformers does not read buckets.")
     text.append(f"transformers loads the pruned model like any other model. {running(report)}")
-    folder = json.dumps("hf" if in_bucket(directory) else str(directory / "hf"), ensure_ascii=False)
+    folder = json.dumps("hf" if remote else str(directory / "hf"), ensure_ascii=False)
     return Section(
         "left",
         "What the run left, and how to use it",
@@ -59,8 +60,3 @@ def run_files(run: FinishedRun) -> Section:
             ("Load the pruned model, in Python, from the directory in which the run was started", _SNIPPET.format(folder=folder))
         ],
     )
-
-
-def _names_in(directory: Path) -> set[str]:
-    """The names in a run's directory; empty if it is missing or a bucket."""
-    return set() if in_bucket(directory) or not directory.is_dir() else {path.name for path in directory.iterdir()}

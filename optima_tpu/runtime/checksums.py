@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.buckets import BucketError, in_bucket
-from optima_tpu.runtime.files import digest, files_in, write_bytes, writing
+from optima_tpu.runtime.buckets import BucketError
+from optima_tpu.runtime.files import digest, entries_on_disk, files_in, write_bytes, writing
 from optima_tpu.runtime.inside import OutsideError, inside, own
 from optima_tpu.runtime.records import DAMAGED, Count, read_record
 
@@ -129,8 +129,8 @@ def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
 def _records(folder: Path) -> list[Path]:
     """The files of checksums in a folder. Raises OSError if unreadable."""
     records = sorted(folder.glob(SUMS.format("*")))
-    if not records and not in_bucket(folder) and folder.is_dir():
-        os.listdir(folder)  # glob finds nothing in a folder that this user may not read
+    if not records:
+        entries_on_disk(folder)  # glob finds nothing in a folder that this user may not read
     return records
 
 

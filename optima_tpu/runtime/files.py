@@ -278,13 +278,10 @@ def left_over(path: Path) -> str:
 
     Nothing of it is removed: a program at work has such a folder too.
     """
-    if in_bucket(path):
-        return ""
-    path, folders = path.absolute(), _unfinished_in(path) if path.is_dir() else []
-    if path.parent.is_dir():
-        beside = [(each, _UNFINISHED.fullmatch(each.name)) for each in path.parent.iterdir()]
-        folders += [each for each, match in beside if match and match[1] == _short(path) and unfinished(each)]
-    names = ", ".join(map(str, sorted(folders)))
+    path = path.absolute()
+    beside = [(each, _UNFINISHED.fullmatch(each.name)) for each in entries_on_disk(path.parent)]
+    folders = [each for each, match in beside if match and match[1] == _short(path) and unfinished(each)]
+    names = ", ".join(map(str, sorted(folders + _unfinished_in(path))))
     return names and f"left over: {names}: a stopped program was writing there; remove it, unless a program is at work"
 
 
@@ -294,9 +291,7 @@ def _short(path: Path) -> str:
 
 
 def _unfinished_in(directory: Path) -> list[Path]:
-    if in_bucket(directory):
-        return []
-    folders = [child for child in directory.iterdir() if child.is_dir() and not child.is_symlink()]
+    folders = [child for child in entries_on_disk(directory) if child.is_dir() and not child.is_symlink()]
     return [left for left in [*folders, *(child for folder in folders for child in folder.iterdir())] if unfinished(left)]
 
 
@@ -346,6 +341,11 @@ def write_bytes(path: Path, data: bytes) -> tuple[int, str]:
     with _writing_anew(path) as partial:
         partial.write_bytes(data)
     return len(data), hashlib.sha256(data).hexdigest()
+
+
+def entries_on_disk(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; empty if it is missing or in a bucket."""
+    return [] if in_bucket(folder) or not folder.is_dir() else sorted(folder.iterdir())
 
 
 def files_in(folder: Path) -> Iterator[Path]:
