@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError, one_line, plural, refusing
 from optima_tpu.runtime import command, signals
-from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.buckets import as_path, refuse_bucket
 from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.program import Parser, program
 
@@ -164,8 +164,7 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
     if (path / RUN).is_file():
         refuse_links(path)
     folder = path / FOLDER if (path / RUN).is_file() else path
-    if in_bucket(folder):
-        raise UserError(f"expected a folder on a disk, got {folder}: copy it to a disk first")
+    refuse_bucket(folder, "to publish", "copy it to a disk first")
     if not (folder / SIDECAR).is_file() and not (folder / "packed.json").is_file():
         raise UserError(f"expected a finished run or an exported folder, got {run}, which has no {SIDECAR}: check the path")
     # The model card may be edited.

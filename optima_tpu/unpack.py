@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import command, signals
-from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.buckets import as_path, refuse_bucket
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -52,8 +52,8 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     from optima_tpu.runtime.files import making, refuse_occupied, writing
 
     packed, out = as_path(packed), as_path(out).resolve()
-    if remote := [path for path in (packed, out) if in_bucket(path)]:
-        raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")
+    refuse_bucket(packed, "to unpack", "copy it to a disk and unpack it there")
+    refuse_bucket(out, "to unpack to", "unpack to a disk, then copy the folder")
     if out.is_relative_to(packed.resolve()) and out != packed.resolve():
         raise UserError(f"expected a folder outside of the packed folder {packed} to unpack to, got {out}; choose another folder")
     refuse_occupied(out, "unpack to")

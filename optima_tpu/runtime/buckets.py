@@ -63,16 +63,17 @@ class BucketError(UserError):
 @contextlib.contextmanager
 def reached(path: Path) -> Iterator[None]:
     """Turns errors of a bucket's clients into :class:`BucketError`."""
+    if not in_bucket(path):
+        yield
+        return
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError as error:
-        if not in_bucket(path):
-            raise
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
     except Exception as error:
-        if not in_bucket(path) or not _of_client(error):
+        if not _of_client(error):
             raise
         status, text = _answer(error)
         forbidden = status in (401, 403)
@@ -189,6 +190,12 @@ def as_path(path: str | os.PathLike) -> Path:
 def in_bucket(path: Path) -> TypeGuard[BucketPath]:
     """Whether a path of :func:`as_path` is in a bucket."""
     return isinstance(path, BucketPath)
+
+
+def refuse_bucket(path: Path, purpose: str, remedy: str) -> None:
+    """Raises UserError if a folder that must be on a disk is in a bucket."""
+    if in_bucket(path):
+        raise UserError(f"expected a folder on a disk {purpose}, got {path}: {remedy}")
 
 
 def copy(source: Path, target: Path) -> None:

@@ -33,7 +33,7 @@ from optima_tpu.report.licence import CARD
 from optima_tpu.report.model_card import HUB_ID, Card, model_card
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.bounds import byte_count
-from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.buckets import as_path, refuse_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, read_intact, write_sums
 from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove_if, writing
 from optima_tpu.runtime.inside import own, refuse_special
@@ -109,8 +109,8 @@ def _asked(form: str, options: Options, out: Path) -> ExportForm:
         raise UserError(f"expected the format to be one of {', '.join(FORMS)}, got {form!r}")
     if not options.scan_layers and form != MaxText.name:
         raise UserError(f"--unscanned belongs to --format {MaxText.name}: the format {form} has no stacked blocks; leave it out")
-    if in_bucket(out) and not FORMS[form].buckets:
-        raise UserError(f"expected a folder on a disk for a {form} export, got {out}: export to a disk, then copy the folder")
+    if not FORMS[form].buckets:
+        refuse_bucket(out, f"for a {form} export", "export to a disk, then copy the folder")
     # A packed folder is written as the plain one, which it is unpacked to byte for byte.
     plain = Plain.name if form == PackedForm.name else form
     return ExportForm(plain, byte_count("a shard size", options.max_shard_size), options.scan_layers)

@@ -34,7 +34,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, refuse_idle_seeds, refuse_twins
 from optima_tpu.pipeline.sweep.labels import labelled_settings, refuse_relabelled
 from optima_tpu.runtime.bounds import Bound
-from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.buckets import as_path, refuse_bucket
 
 MOST_CELLS = 10_000
 """Cells of a table, those that are left out included. Reading them takes a minute, and pruning in each one as much and more."""
@@ -110,10 +110,7 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     first_model = configured(**{key: combinations[0][key] for key in _AXES}).model_name
     default = Path("runs", "tables", f"{name}-{first_model}")
     directory = default if chosen is None else as_path(chosen)
-    if in_bucket(directory):
-        raise UserError(
-            f"expected a local folder for the tables and runs of a sweep, got {chosen}; a single run can use a bucket"
-        )
+    refuse_bucket(directory, "for the tables and runs of a sweep", "a single run can use a bucket")
     cells = [_cell(combination, configured, varying, directory / "cells") for combination in combinations]
     refuse_twins(cells)
     refuse_idle_seeds(cells)
