@@ -14,8 +14,7 @@ from benchmarks.accelerator.rates import fastest
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.generate import Prompt, Sampling, _stretches, plan_generation
 from optima_tpu.models.whole_model import load
-from optima_tpu.pipeline.plan.estimate import TRANSFER
-from optima_tpu.pipeline.plan.topology import local_machine
+from optima_tpu.pipeline.plan.topology import TRANSFER, local_machine
 
 _PROMPT, _NEW = 32, 128
 

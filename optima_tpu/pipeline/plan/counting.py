@@ -91,6 +91,25 @@ def counted(call: Call, machine: Machine) -> Counted:
     return Counted(reader.body(needed, split).work, frozenset(reader.unknown))
 
 
+def counted_all(calls: Iterable[Call], machine: Machine) -> Counted:
+    """The work of several programs that run one after another."""
+    each = [counted(call, machine) for call in calls]
+    work = Work(*map(sum, zip(*(one.work for one in each))))
+    return Counted(work, frozenset[str]().union(*(one.unknown for one in each)))
+
+
+def carried(call: Call, *leaving: Any) -> int:
+    """Bytes of text between hosts and devices in a pass through a block.
+
+    The hidden states and the known inputs of layers enter.
+
+    Args:
+      leaving: what leaves the devices, as structs.
+    """
+    _, _, hidden, _, known = call.arguments
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves((hidden, known, leaving)))
+
+
 Axes = frozenset[str]
 _WHOLE: Axes = frozenset()
 

@@ -13,15 +13,11 @@ from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.plan.counting import Work
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.share import Planned, Share, Storage
-from optima_tpu.pipeline.plan.topology import GIB, Machine
+from optima_tpu.pipeline.plan.topology import GIB, READING, TRANSFER, WRITING, Machine
 from optima_tpu.pipeline.plan.walk import ForwardPasses
 
 EVALUATION_TOKENS = 300_000
 """Tokens of the perplexity text if ``evaluation.windows`` is null and the text is not on this machine."""
-TRANSFER, READING = 8e9, 1e9
-"""Bytes/s between a host and its devices, and of weights from the disk of a host."""
-WRITING = 0.5e9
-"""Bytes/s of the run directory, all hosts together."""
 _PROGRAM = GIB
 """Bytes of host memory before the first array: Python, jax, transformers, compiled programs."""
 _COMPRESSED, _MASK = 0.5, 0.2
@@ -117,14 +113,12 @@ class RunTime(NamedTuple):
 
     Attributes:
       forward: the forward passes.
-      before, walk, behind: the shares of the powers before the walk over the blocks, of the walk, and of the powers behind it.
+      shares: of the powers and of the walk over the blocks, in the order of the run.
     """
 
     run: Planned
     forward: ForwardPasses
-    before: Sequence[Share]
-    walk: Share
-    behind: Sequence[Share]
+    shares: Sequence[Share]
 
     def stages(self, compiling: float | None) -> dict[str, float]:
         """Seconds of a run, by stage.
@@ -132,20 +126,23 @@ class RunTime(NamedTuple):
         Args:
           compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
         """
-        machine, shares = self.run.machine, (*self.before, self.walk, *self.behind)
-        moved, read = self._transfers()
-        walk = self._seconds_of(self.walk) | {
-            "pruned blocks forward": self.run.blocks * self._seconds(self.forward.pruned, self.run.calibrated),
-            "hidden states to and from the devices": moved / (TRANSFER * machine.hosts),
-        }
-        before, behind = ([self._seconds_of(share) for share in each] for each in (self.before, self.behind))
-        stages = {"compiling (as here)": compiling or 0.0}
-        for each in (*before, walk, *behind):
-            stages |= each
+        run, machine = self.run, self.run.machine
+        stages, moved, written = {"compiling (as here)": compiling or 0.0}, 0.0, float(run.stored.left)
+        # The pruned model is read for its perplexity, the walk, the checkpoint.
+        read = (3.0 if run.calibrated else 2.0) * run.model.bytes
+        for share in self.shares:
+            seconds = self._seconds_of(share)
+            stages |= seconds
+            written += share.rewritten(sum(seconds.values()))
+            read += sum(each.dense for each in share.passes) * run.dense.bytes
+            through = sum(each.tokens for each in share.passes if each.moves)
+            moved += share.moved + 2 * run.blocks * run.model.state_bytes * through
+        programs = itertools.chain.from_iterable(share.programs for share in self.shares)
         stages |= {
-            "communication of these programs": sum(each.communication(machine) for share in shares for each in share.programs),
+            "hidden states to and from the devices": machine.moving(moved),
+            "communication of these programs": sum(program.communication(machine) for program in programs),
             "reading weights": read / (READING * machine.hosts),
-            "writing": self._written(walk, behind) / WRITING,
+            "writing": written / WRITING,
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
 
@@ -164,36 +161,6 @@ class RunTime(NamedTuple):
     def _seconds(self, window: Work, tokens: float) -> float:
         """Seconds of so many tokens, by the work of a window."""
         return window.seconds(self.run.machine) * tokens / self.run.config.calibration.window_length
-
-    def _transfers(self) -> tuple[float, float]:
-        """Bytes of hidden states to and from devices, and of weights read."""
-        forward, run, stored = self.forward, self.run, self.run.stored
-        passes = [each for share in (*self.before, *self.behind) for each in share.passes]
-        # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
-        # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
-        states = 0 if stored.resident else forward.passes + 1 + 1 / run.config.recipe.target.streams + forward.moved
-        moved = states * stored.hidden + 2 * run.model.state_bytes * sum(each.tokens for each in passes if each.moves)
-        # The pruned model is read for its perplexity, the walk, the checkpoint.
-        own = (3 if run.calibrated else 2) * run.model.bytes
-        return run.blocks * moved, own + sum(each.dense for each in passes) * run.dense.bytes
-
-    def _written(self, walk: Mapping[str, float], behind: Iterable[Mapping[str, float]]) -> float:
-        """Bytes that the run writes.
-
-        These are the files left at the end, hidden states that a resume would need, and what powers replace.
-
-        Args:
-          walk, behind: seconds by stage, of the walk and of each power behind it.
-        """
-        run, stored, recompute = self.run, self.run.stored, self.run.config.recompute
-        # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
-        streams = run.config.recipe.target.streams
-        moved = 0 if stored.resident else streams * run.blocks * 2 * run.calibrated * run.model.state_bytes
-        passes = moved / (TRANSFER * run.machine.hosts) + walk["pruned blocks forward"]
-        passes += walk["calibration"] if streams > 1 else 0
-        saves = int(min(run.blocks - 1, passes / (60 * recompute))) if recompute else run.blocks - 1
-        replaced = (share.rewritten(sum(seconds.values())) for share, seconds in zip(self.behind, behind))
-        return stored.left + saves * stored.hidden + sum(replaced)
 
 
 def assumptions(config: RunConfig, machine: Machine, shares: Iterable[Share], unknown: Collection[str]) -> list[str]:

@@ -17,7 +17,7 @@ from optima_tpu.pipeline.plan.removal import allocating, choosing, removing
 from optima_tpu.pipeline.plan.share import Planned, Share, Storage
 from optima_tpu.pipeline.plan.texts import counted as with_windows
 from optima_tpu.pipeline.plan.texts import perplexity, writing
-from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.plan.topology import WRITING, Machine
 from optima_tpu.pipeline.plan.training import training
 from optima_tpu.pipeline.plan.walk import BlockWalk, forward_passes, walk_of, walking
 from optima_tpu.pipeline.programs import windows_of_step
@@ -58,7 +58,7 @@ class Plan:
     @property
     def written(self) -> float:
         """Bytes that the run writes, in multiples of the model's own."""
-        return self.seconds["writing"] * estimate.WRITING / self.model.bytes
+        return self.seconds["writing"] * WRITING / self.model.bytes
 
     @property
     def largest(self) -> Program:
@@ -128,11 +128,10 @@ def make_plan(
     stored = estimate.storage(model, config, machine, patterns, forward.kept, bool(patterns) and not recovering)
     planned = Planned(config, dense, model, machine, budget, compile_call or compiler(machine, tell), stored, recovering)
     before, behind = ([power(planned) for power in powers] for powers in (RECOVERY if recovering else RUN))
-    blocks = walking(planned, walk)
-    shares = [*before, blocks, *behind]
+    shares = [*before, walking(planned, walk, forward), *behind]
     programs = tuple(itertools.chain.from_iterable(share.programs for share in shares))
     stored = estimate.with_shares(stored, shares)._replace(resident=walk.states > 0)
-    timed = estimate.RunTime(planned._replace(stored=stored), forward, before, blocks, behind)
+    timed = estimate.RunTime(planned._replace(stored=stored), forward, shares)
     narrow = model.narrow(config.recipe)
     return Plan(
         dense,

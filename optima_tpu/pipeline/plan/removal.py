@@ -1,8 +1,8 @@
 """Plans the work before the walk: cuts of blocks and experts, allocation."""
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -30,8 +30,7 @@ from optima_tpu.pipeline.grams import Sent
 from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.pipeline.memory_plan import kept_of_mixture
 from optima_tpu.pipeline.plan.compile import resident
-from optima_tpu.pipeline.plan.counting import Work, counted
-from optima_tpu.pipeline.plan.estimate import READING, TRANSFER
+from optima_tpu.pipeline.plan.counting import carried, counted_all
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.share import Planned, Share, TextPass
 from optima_tpu.pipeline.programs import Call, Entering, parameter, windows_of_step
@@ -112,73 +111,68 @@ _REMOVING = "removing experts"
 
 
 def removing(run: Planned) -> Share:
-    """The removal of experts for ``--cut.experts``.
-
-    Beside its programs it reads the dense weights, and moves hidden states to and from the devices.
-    """
+    """The removal of experts for ``--cut.experts``."""
     if not run.config.cut.experts:
         return Share()
-    cut, text, refit = expert_cut(run.config.cut.experts, run.dense.config), run.config.calibration, run.config.cut.refit
-    decoder, itemsize = run.dense.decoder, run.dense.dtype.itemsize
-    mixed, widths = mixed_blocks(decoder, cut), [decoder.config.d_model]
+    cut, text, decoder = expert_cut(run.config.cut.experts, run.dense.config), run.config.calibration, run.dense.decoder
+    mixed = mixed_blocks(decoder, cut)
     kept = kept_of_mixture(decoder, cut.names.down, (text.fitted, text.window_length), run.budget)
-    if not kept:
-        # Into and out of every block; of one with a mixture into the pass through attention, and with its output into each other.
-        priced, refitted = run.config.cut.expert_score.priced * (PRICE_STEPS + 2), (2 + refit) * bool(refit)
-        both = [decoder.config.d_model, decoder.input_width(decoder.attended)]
-        widths = 2 * len(mixed) * widths + sum(mixed) * (both + (1 + priced + refitted) * both + both[1:])
-    moved = sum(widths) * text.fitted * text.window_length * itemsize
-    seconds = (run.dense.all_blocks_bytes() / READING + moved / TRANSFER) / run.machine.hosts
+    tokens = text.fitted * text.window_length
+    # It reads the dense weights, and passes the text through the blocks without a mixture, too.
+    other = TextPass(_REMOVING, tokens * (1 - sum(mixed) / len(mixed)), moves=not kept, dense=1)
+    parts = [_removal(run, cut, kind, kept) for kind in decoder.config.kinds if mixed[kind]]
     down = decoder.at(mixed.index(True)).block_shapes[cut.names.down.replace("*", "0") + ".weight"]
-    solved = sum(mixed) * cut.kept * math.prod(down) * itemsize
-    programs = tuple(_removal_programs(run, cut, kept))
-    return Share(programs, seconds={_REMOVING: seconds}, disk={"solved experts": solved} if refit else {})
+    solved = sum(mixed) * cut.kept * math.prod(down) * run.dense.dtype.itemsize
+    return Share(
+        tuple(itertools.chain.from_iterable(part.programs for part in parts)),
+        (other,),
+        moved=tokens * run.dense.state_bytes if kept else sum(part.moved for part in parts),
+        disk={"solved experts": solved} if run.config.cut.refit else {},
+    )
 
 
-def _removal_programs(run: Planned, cut: ExpertCut, kept: int) -> Iterator[Program]:
-    """The programs that score experts, and solve the experts that stay.
+def _removal(run: Planned, cut: ExpertCut, kind: int, kept: int) -> Share:
+    """The programs that score and solve the experts of alike blocks.
+
+    What they move is that of a removal whose passes compute the inputs of mixtures each time.
 
     Args:
       kept: bytes of a device that hold the inputs of mixtures from one pass to the next; 0 where every pass computes them.
     """
     config, dense, left, machine = run.config, run.dense, run.model, run.machine
     mesh, length, windows = dense.decoder.mesh, config.calibration.window_length, config.calibration.fitted
-    mixed, batch = mixed_blocks(dense.decoder, cut), windows_of_step(dense.decoder, windows)
-    count, size = -(-windows // (batch * mesh.shape[DATA])), f"{batch} x {length} tokens a device"
-    priced, refit = config.cut.expert_score.priced, config.cut.refit
-    for kind in dense.decoder.config.kinds:
-        if not mixed[kind]:
-            continue
-        model, blocks = dense.at(kind), sum(dense.decoder.config.kind_of(index) == kind for index in range(len(mixed)))
-        whole, fewer = (_Mixture.of(each.at(kind).decoder, cut, length, windows) for each in (dense, left))
-        experts, width, inner = whole.down.shape
-        sketch = struct_on(mesh, (experts, experts * min(PRICE_ROWS, width), inner), whole.down.dtype, P(None, MODEL))
-        target = struct_on(mesh, (math.prod(whole.sent.shares.shape[:2]), width), jnp.float32, P(DATA, MODEL))
-        again, left_again = ([] if kept else [each.passing] for each in (whole, fewer))
-        scores = Call(expert_outputs, (mesh, whole.sent, whole.down, None))
-        # The last step of the prices stands with the scores, and that of the refit with what experts miss.
-        last = [Call(refit_gram, (mesh, whole.sent)), *again, Call(refit_squares, (mesh, whole.sent, sketch)), *again]
-        missed = [
-            fewer.passing,
-            *again,
-            *[scores][: len(again)],
-            Call(refit_squares, (mesh, fewer.sent, fewer.down)),
-            *left_again,
-        ]
-        parts = [
-            ("scores of experts", 1, scores, [whole.attention, whole.passing, *last * priced, fewer.behind]),
-            ("step of their prices", priced * PRICE_STEPS, Call(refit_product, (mesh, whole.sent, sketch)), again),
-            ("what experts miss", min(1, refit), Call(refit_sums, (mesh, target, fewer.sent, fewer.down, None)), missed),
-            ("step of their refit", max(0, refit - 1), Call(refit_product, (mesh, fewer.sent, fewer.down)), left_again),
-        ]
-        grams = 2 * 4 * cut.kept * inner**2
-        states = _STATES * bytes_on_device(struct_on(mesh, (sketch if priced else fewer.down).shape, jnp.float32, P(None, MODEL)))
-        resident_bytes = resident(model.decoder, (), False) + states + grams + kept
-        rough = resident_bytes + model.forward_bytes(linear_groups(model.decoder), length, batch)
-        for name, times, call, beside in parts:
-            if times:
-                name += f" (as in block {kind})" * (len(dense.decoder.config.kinds) > 1)
-                compiled = run.compile_call(f"{name}: {size}", call)
-                work = functools.reduce(Work.plus, (counted(each, machine).work for each in (call, *beside)))
-                memory = max(rough, resident_bytes + (compiled.memory if compiled and compiled.memory else 0))
-                yield Program(name, _REMOVING, blocks * count * times, None, None, work, memory, compiled)
+    every, batch = dense.decoder.config, windows_of_step(dense.decoder, windows)
+    steps, size = -(-windows // (batch * mesh.shape[DATA])), f"{batch} x {length} tokens a device"
+    calls = steps * sum(every.kind_of(index) == kind for index in range(every.blocks))
+    priced, refit, model = config.cut.expert_score.priced, config.cut.refit, dense.at(kind)
+    whole, fewer = (_Mixture.of(each.at(kind).decoder, cut, length, windows) for each in (dense, left))
+    experts, width, inner = whole.down.shape
+    sketch = struct_on(mesh, (experts, experts * min(PRICE_ROWS, width), inner), whole.down.dtype, P(None, MODEL))
+    target = struct_on(mesh, (math.prod(whole.sent.shares.shape[:2]), width), jnp.float32, P(DATA, MODEL))
+    again, left_again = ([] if kept else [each.passing] for each in (whole, fewer))
+    scores = Call(expert_outputs, (mesh, whole.sent, whole.down, None))
+    missed = Call(refit_sums, (mesh, target, fewer.sent, fewer.down, None))
+    # The last step of the prices stands with the scores, and that of the refit with what experts miss.
+    last = [Call(refit_gram, (mesh, whole.sent)), *again, Call(refit_squares, (mesh, whole.sent, sketch)), *again]
+    last_left = [*again, *[scores][: len(again)], Call(refit_squares, (mesh, fewer.sent, fewer.down)), *left_again]
+    parts = [
+        ("scores of experts", 1, [scores, whole.attention, whole.passing, *last * priced, fewer.behind]),
+        ("step of their prices", priced * PRICE_STEPS, [Call(refit_product, (mesh, whole.sent, sketch)), *again]),
+        ("what experts miss", min(1, refit), [missed, fewer.passing, *last_left]),
+        ("step of their refit", max(0, refit - 1), [Call(refit_product, (mesh, fewer.sent, fewer.down)), *left_again]),
+    ]
+    grams = 2 * 4 * cut.kept * inner**2
+    states = _STATES * bytes_on_device(struct_on(mesh, (sketch if priced else fewer.down).shape, jnp.float32, P(None, MODEL)))
+    resident_bytes = resident(model.decoder, (), False) + states + grams + kept
+    rough = resident_bytes + model.forward_bytes(linear_groups(model.decoder), length, batch)
+    # The pass behind the block reads what the others do; attention's output and what leaves the block are as large again.
+    programs, moved = [], 2 * carried(fewer.passing)
+    for name, times, together in parts:
+        if times:
+            name += f" (as in block {kind})" * (len(every.kinds) > 1)
+            compiled = run.compile_call(f"{name}: {size}", together[0])
+            work, unknown = counted_all(together, machine)
+            memory = max(rough, resident_bytes + (compiled.memory if compiled and compiled.memory else 0))
+            programs.append(Program(name, _REMOVING, calls * times, None, None, work, memory, compiled, unknown))
+        moved += times * sum(carried(call) for call in together if call.function is pass_batch)
+    return Share(tuple(programs), moved=calls * moved)

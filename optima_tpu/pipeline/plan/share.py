@@ -98,6 +98,7 @@ class Share(NamedTuple):
       programs: its own, whose seconds belong to their stage.
       passes: of text, through programs of the walk.
       seconds: of what else it does, by stage.
+      moved: bytes of hidden states to and from the devices, beside those of ``passes``.
       host: bytes of the memory of one host, by use.
       disk: bytes that stay in the run directory, by use.
       removed: bytes that are on the disk for a while, by use.
@@ -109,6 +110,7 @@ class Share(NamedTuple):
     programs: tuple[Program, ...] = ()
     passes: tuple[TextPass, ...] = ()
     seconds: Mapping[str, float] = {}
+    moved: float = 0.0
     host: Mapping[str, int] = {}
     disk: Mapping[str, int] = {}
     removed: Mapping[str, int] = {}

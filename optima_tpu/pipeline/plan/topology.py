@@ -23,6 +23,10 @@ from optima_tpu.runtime.device_memory import host_memory
 from optima_tpu.runtime.mesh import DATA, MODEL, make_mesh, parse_mesh, platform
 
 GIB = 2**30
+TRANSFER, READING = 8e9, 1e9
+"""Bytes/s between a host and its devices, and of weights from the disk of a host."""
+WRITING = 0.5e9
+"""Bytes/s of the run directory, all hosts together."""
 MOST_CHIPS = 1 << 16
 """Chips of a slice; the largest that Google Cloud has are below 10,000."""
 
@@ -112,6 +116,10 @@ class Machine(NamedTuple):
     def platform(self) -> str:
         """The platform of the devices; "tpu" if they are not attached."""
         return jax.default_backend() if self.here else "tpu"
+
+    def moving(self, size: float) -> float:
+        """Seconds in which hosts and devices exchange so many bytes."""
+        return size / (TRANSFER * self.hosts)
 
     @property
     def compiles(self) -> bool:

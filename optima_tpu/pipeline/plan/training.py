@@ -20,11 +20,11 @@ from optima_tpu.pipeline.distill.windows import TrainingParts
 from optima_tpu.pipeline.layer_groups import linear_groups
 from optima_tpu.pipeline.plan.compile import Compile
 from optima_tpu.pipeline.plan.counting import counted
-from optima_tpu.pipeline.plan.estimate import WRITING, evaluation_tokens
+from optima_tpu.pipeline.plan.estimate import evaluation_tokens
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.share import Planned, Share, TextPass
-from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.plan.topology import WRITING, Machine
 from optima_tpu.pipeline.programs import Call, Entering, windows_of_step
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.layer_groups import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan.compile import joined, resident
-from optima_tpu.pipeline.plan.counting import Work, counted
+from optima_tpu.pipeline.plan.counting import Work, carried, counted, counted_all
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.share import Planned, Share
@@ -59,6 +60,10 @@ class _Kind(NamedTuple):
     kept: Kept
     last: bool
 
+    def advances(self, recipe: Recipe) -> bool:
+        """Whether the pass also moves the dense stream behind the block."""
+        return recipe.target.dense_stream and self.last
+
     @property
     def after(self) -> Kept:
         """The inputs that are known behind the pass."""
@@ -88,16 +93,13 @@ class ForwardPasses(NamedTuple):
       whole: work of a device in the whole block.
       pruned: work of a device in the pruned block, for which the inputs of some layers may be known.
       head: work of a device in the head.
-      passes: number of passes of the calibration.
-      moved: the size of the kept inputs of layers, every time that they leave or enter the devices, in sizes of the hidden
-        states.
+      moved: bytes that enter and leave the devices for the pruned block.
       kept: the size of the kept inputs of layers, in sizes of the hidden states.
     """
 
     whole: Work
     pruned: Work
     head: Work
-    passes: float
     moved: float
     kept: float
 
@@ -154,52 +156,61 @@ def forward_passes(model: DeclaredModel, machine: Machine, config: RunConfig, ki
     last = {kind.block: kind.after.pruned for kind in kinds if kind.last}
     alike = [(count / blocks, model.at(block), last.get(block, ())) for block, count in shares.items()]
 
-    def width(kind: _Kind, names: Iterable[str]) -> float:
-        return sum(map(decoder.at(kind.block).input_width, names)) / decoder.config.d_model
-
-    def of_streams(kind: _Kind, inputs: Kept) -> float:
-        return sum(width(kind, names) for names in inputs[:streams]) / streams
-
-    # Every stream moves what a pass keeps once, and what a pass reads once; the pruned block reads what is known of its own
-    # stream.
-    moved = sum(
-        count
-        * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)
-        for kind, count in kinds.items()
-    )
+    def kept(kind: _Kind) -> float:
+        width = decoder.at(kind.block).input_width
+        return sum(map(width, itertools.chain(*kind.after[:streams]))) / (streams * decoder.config.d_model)
 
     def of_window(*calls: tuple[float, Call]) -> Work:
         return functools.reduce(Work.plus, (counted(call, machine).work.times(share / step) for share, call in calls), Work())
 
     whole = of_window(*((share, block_call(each.decoder, *sizes)) for share, each, _ in alike))
-    knows = any(known for *_, known in alike)
+    pruned = [(share, block_call(each.decoder, *sizes, known)) for share, each, known in alike]
     return ForwardPasses(
         whole,
-        of_window(*((share, block_call(each.decoder, *sizes, known)) for share, each, known in alike)) if knows else whole,
+        of_window(*pruned) if any(known for *_, known in alike) else whole,
         of_window((1.0, head_call(decoder, *sizes))),
-        sum(kinds.values()) / blocks,
-        moved / blocks,
-        max((of_streams(kind, kind.after) for kind in kinds), default=0.0),
+        sum(share * carried(call, call.arguments[2]) / step for share, call in pruned),
+        max(map(kept, kinds), default=0.0),
     )
 
 
-def walking(run: Planned, walk: BlockWalk) -> Share:
+def walking(run: Planned, walk: BlockWalk, forward: ForwardPasses) -> Share:
     """The calibration and the pruning of all blocks."""
-    programs = [_calibration(run, run.model.at(kind.block), kind, count) for kind, count in walk.kinds.items()]
+    machine, recipe, on_hosts = run.machine, run.config.recipe, not walk.states
+    passes = [(kind, *_calibration(run, run.model.at(kind.block), kind, count)) for kind, count in walk.kinds.items()]
+    programs = [program for _, program, _ in passes]
     if len(programs) == 1:  # otherwise a block is calibrated in several passes, each for some of its layers
         programs = [programs[0]._replace(name="calibration step")]
     programs += [_pruning(run, run.model.at(layers.block), shape, layers) for shape, layers in walk.layers.items()]
     own = (program._replace(memory=program.memory + walk.states) for program in programs)
-    return Share(tuple(own), refused=walk.refused)
+    windows = run.blocks * run.calibrated / run.config.calibration.window_length
+    moved, seconds = on_hosts * windows * forward.moved, windows * forward.pruned.seconds(machine)
+    # A run that goes on makes these passes again, and those of the calibration for what they leave; see ``Journal.save``.
+    again = seconds + machine.moving(moved)
+    for kind, program, size in passes:
+        moved += on_hosts * size
+        if any(kind.kept) or kind.advances(recipe):
+            again += program.seconds(machine) + machine.moving(on_hosts * size)
+    saves = run.blocks - 1
+    if run.config.recompute:
+        saves = min(saves, int(again / (60 * run.config.recompute)))
+    return Share(
+        tuple(own),
+        seconds={"pruned blocks forward": seconds},
+        moved=moved,
+        rewritten=lambda _: float(saves * run.stored.hidden),
+        refused=walk.refused,
+    )
 
 
-def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -> Program:
+def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -> tuple[Program, int]:
+    """The program of a calibration pass, and the bytes that it moves in all."""
     config, machine, compile_call = run.config, run.machine, run.compile_call
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     batch = windows_of_step(decoder, text.fitted)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
     streams, target = config.recipe.target.streams, config.recipe.target
-    capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.recipe.borrow)
+    capture = Capture(groups, target, advance=kind.advances(config.recipe), borrow=config.recipe.borrow)
     hessians = resident(decoder, groups, False, streams) - resident(decoder, (), False)
     # While the held-out windows pass through the block, the Hessians of the calibration windows are on the devices.
     beside = hessians if text.held_out else 0
@@ -215,9 +226,13 @@ def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -
         compiled = joined(calls, [each for each in passes if each], sums)
     if compiled and compiled.memory:
         memory = beside + compiled.memory
-    passes_work, sums_work = [counted(call, machine).work for call in calls.distinct], counted(calls.sums, machine).work
-    work = functools.reduce(Work.plus, (passes_work[calls.distinct.index(call)] for call in calls.passes), sums_work)
-    return Program(name, "calibration", blocks * steps, None, None, work, memory, compiled)
+    work, unknown = counted_all((*calls.passes, calls.sums), machine)
+    moved = 0
+    for call, names in zip(calls.passes, kind.kept):
+        output, inputs = call.function.eval_shape(*call.arguments)
+        moved += carried(call, output, [inputs[name] for name in names])
+    program = Program(name, "calibration", blocks * steps, None, None, work, memory, compiled, unknown)
+    return program, program.calls * moved
 
 
 def _pruning(run: Planned, model: DeclaredModel, shape: _Shape, layers: _Layers) -> Program:
