@@ -68,6 +68,18 @@ def load(decoder: Decoder, length: int) -> WholeModel:
     return WholeModel(tuple(stretches), positions_on_mesh(decoder, length), embedding, head)
 
 
+def structs(decoder: Decoder, windows: int, length: int) -> tuple[WholeModel, Caches]:
+    """The model and the caches of a step as structs; no weight is read."""
+    on_mesh, tensors, root = functools.partial(struct_on, decoder.mesh), decoder.tensors, decoder.root
+    embedding = {
+        name: on_mesh(decoder.end_shapes[root + name], tensors.dtype(root + name), P(MODEL, None))
+        for name in _embedding_names(decoder)
+    }
+    blocks = tuple(alike.state(_block_structs(alike, indices)) for alike, indices in decoder.stretches)
+    positions = jax.tree.map(lambda array: on_mesh(array.shape, array.dtype, P()), _positions(decoder, length))
+    return WholeModel(blocks, positions, embedding, decoder.head_struct()), _caches_of(decoder, windows, length)
+
+
 def step(
     decoder: Decoder, model: WholeModel, caches: Caches, tokens: Array, at: Array, end: Array | None = None
 ) -> tuple[Array, Caches]:

@@ -44,9 +44,16 @@ from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.table import summary
-from optima_tpu.pipeline.plan.texts import CHARACTERS
-from optima_tpu.pipeline.plan.texts import counted as with_windows
-from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
+from optima_tpu.pipeline.plan.texts import CHARACTERS, with_windows
+from optima_tpu.pipeline.plan.topology import (
+    CHIPS,
+    READING,
+    Machine,
+    fitting_mesh,
+    local_machine,
+    parse_topology,
+    topology_machine,
+)
 from optima_tpu.pipeline.programs import Call, Entering
 from optima_tpu.pipeline.recover.config import as_run
 from optima_tpu.pipeline.sums import Capture
@@ -478,8 +485,8 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     assert "does not fit calibration step: needs 37.29GiB" in "\n".join(summary(full))
 
 
-def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path):
-    config = run_config(config_folder(tmp_path))
+def test_each_token_that_the_model_writes_reads_weights_and_cache_of_a_device(tmp_path):
+    config = run_config(config_folder(tmp_path, **SIZES, vocab_size=512))
     machine = machine_of(SLICE)
     model = open_declared(config.model, None, config.batch).on(machine.mesh)
 
@@ -487,12 +494,13 @@ def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path
         text = dataclasses.replace(config.calibration, written=written)
         return make_plan(dataclasses.replace(config, calibration=text), model, machine)
 
-    stored, chip = model.all_blocks_bytes() + model.end_bytes(), machine.chip
-    reading = stored / 2 / (0.5 * chip.bandwidth)
-    multiplying = 2 * stored / model.dtype.itemsize * 8 / 8 / (0.5 * (chip.wide if model.dtype.itemsize == 4 else chip.narrow))
-    expected = (config.calibration.window_length - 1) * (reading + multiplying)
-    assert plan(8).seconds["text that the model writes"] == pytest.approx(expected)
+    # Of the embedding's table the tokens' rows alone; of 8 windows' keys and values an eighth.
+    table = math.prod(model.decoder.end_shapes["model.embed_tokens.weight"]) * model.dtype.itemsize
+    weights, cache = model.bytes - table, model.serving(config.calibration.window_length).cache
     without, beside = plan(0), plan(8)
+    seconds = (config.calibration.window_length - 1) * (weights / 2 + cache) / (0.5 * machine.chip.bandwidth)
+    assert 1 < beside.seconds["text that the model writes"] / seconds < 1.5
+    assert beside.seconds["reading weights"] - without.seconds["reading weights"] == pytest.approx(model.bytes / READING)
     assert "text that the model writes" not in without.seconds
     fitted = config.calibration.windows
     grown = (fitted + 8 + config.calibration.held_out) / (fitted + config.calibration.held_out)

@@ -15,8 +15,7 @@ from optima_tpu.pipeline.plan.model import DeclaredModel, Serving
 from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.removal import allocating, choosing, removing
 from optima_tpu.pipeline.plan.share import Planned, Share, Storage
-from optima_tpu.pipeline.plan.texts import counted as with_windows
-from optima_tpu.pipeline.plan.texts import perplexity, writing
+from optima_tpu.pipeline.plan.texts import perplexity, with_windows, writing
 from optima_tpu.pipeline.plan.topology import WRITING, Machine
 from optima_tpu.pipeline.plan.training import training
 from optima_tpu.pipeline.plan.walk import BlockWalk, forward_passes, walk_of, walking

@@ -1,6 +1,11 @@
 """The texts of a plan: the perplexity text, and what the model writes."""
 
 import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from optima_tpu import data
 from optima_tpu.config.run_config import RunConfig
@@ -8,19 +13,22 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.model import window_bos
-from optima_tpu.models.whole_model import windows_at_once
-from optima_tpu.pipeline.plan.counting import Work
+from optima_tpu.models.whole_model import step, structs, windows_at_once
+from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.estimate import evaluation_tokens
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.share import Planned, Share, TextPass
+from optima_tpu.pipeline.programs import Call
 from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
-from optima_tpu.runtime.mesh import MODEL
+from optima_tpu.runtime.mesh import DATA, struct_on
 
 CHARACTERS = 4
 """Characters of English for each token, where the tokenizer is not at hand."""
 
+_WRITTEN = "text that the model writes"
 
-def counted(config: RunConfig, model: DeclaredModel) -> RunConfig:
+
+def with_windows(config: RunConfig, model: DeclaredModel) -> RunConfig:
     """The run with its number of evaluation windows, if its text is here.
 
     If the text is not on this machine, returns the run as it is.
@@ -58,18 +66,18 @@ def perplexity(run: Planned) -> Share:
 def writing(run: Planned) -> Share:
     """The windows that the dense model writes.
 
-    Several windows are written at once. For each next token of all of them, the model reads its weights once.
+    Several windows are written at once. Each next token of all of them is a step of the whole model.
     """
     count, length, model = written_windows(run.config), run.config.calibration.window_length, run.dense
     if not count:
         return Share()
-    assumed = "for each token of the windows that the model writes at once a device reads its weights; attention is not counted"
+    assumed = "each token of the windows that the model writes at once attends to a whole window"
     try:
         at_once = windows_at_once(model.decoder, count, length, run.budget, ADVICE)
     except UserError as error:
         return Share(assumptions=(assumed,), refused=str(error))
-    flops = 2.0 * model.bytes / model.dtype.itemsize * at_once / run.machine.mesh.size
-    width = "wide" if model.dtype.itemsize == 4 else "narrow"
-    token = Work(**{width: flops}, traffic=model.bytes / run.machine.mesh.shape[MODEL])
-    seconds = -(-count // at_once) * (length - 1) * token.seconds(run.machine)
-    return Share(seconds={"text that the model writes": seconds}, assumptions=(assumed,))
+    on_mesh = functools.partial(struct_on, model.decoder.mesh, dtype=np.dtype(np.int32))
+    tokens, at = on_mesh(shape=(at_once, 1), spec=P(DATA)), on_mesh(shape=(), spec=P())
+    call = Call(jax.jit(functools.partial(step, model.decoder)), (*structs(model.decoder, at_once, length), tokens, at))
+    seconds = -(-count // at_once) * (length - 1) * counted(call, run.machine).work.seconds(run.machine)
+    return Share(passes=(TextPass(_WRITTEN, 0.0, dense=1),), seconds={_WRITTEN: seconds}, assumptions=(assumed,))

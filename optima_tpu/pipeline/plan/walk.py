@@ -204,7 +204,7 @@ def walking(run: Planned, walk: BlockWalk, forward: ForwardPasses) -> Share:
 
 
 def _calibration(run: Planned, model: DeclaredModel, kind: _Kind, blocks: int) -> tuple[Program, int]:
-    """The program of a calibration pass, and the bytes that it moves in all."""
+    """The program of a calibration pass, and the bytes that it moves."""
     config, machine, compile_call = run.config, run.machine, run.compile_call
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     batch = windows_of_step(decoder, text.fitted)
