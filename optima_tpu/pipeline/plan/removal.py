@@ -1,9 +1,8 @@
 """Plans the work before the walk: cuts of blocks and experts, allocation."""
 
-import functools
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import plural
 from optima_tpu.method.experts import PRICE_ROWS, PRICE_STEPS
 from optima_tpu.models.checkpoints.fewer_experts import ExpertCut, expert_cut
-from optima_tpu.models.decoder import Decoder, forward, run_block
+from optima_tpu.models.decoder import Decoder, run_block
 from optima_tpu.pipeline.calibrate import pass_batch
 from optima_tpu.pipeline.cut_blocks import TRIED, expected_passes
 from optima_tpu.pipeline.experts import (
@@ -59,22 +58,24 @@ class _Mixture(NamedTuple):
 
     @classmethod
     def of(cls, decoder: Decoder, cut: ExpertCut, length: int, windows: int) -> "_Mixture":
-        program, (state, hidden, positions) = mixture_program(decoder, cut.names), Entering.of(decoder, length, windows)
-        # Shapes alone: with shardings on a mesh that is not here, JAX would ask how every product is sharded.
-        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (state, hidden, positions))
-        sown = jax.eval_shape(functools.partial(forward, decoder.graph), *shapes)[1]
-        read, shares, attended = (
-            jax.tree.map(lambda array: struct_on(decoder.mesh, array.shape, array.dtype, P(DATA)), sown[name])
-            for name in (*program.names, decoder.attended)
-        )
-        valid, layer = struct_on(decoder.mesh, hidden.shape[:1], jnp.bool_, P(DATA)), program.names[0] + ".weight"
+        def returned(call: Call) -> dict[str, Any]:
+            inputs = call.function.eval_shape(*call.arguments)[1]
+            return jax.tree.map(lambda array: struct_on(decoder.mesh, array.shape, array.dtype, P(DATA)), inputs)
+
+        program, entering = mixture_program(decoder, cut.names), Entering.of(decoder, length, windows)
+        attention = Call(pass_batch, (attention_program(decoder), *entering, {}))
+        known = returned(attention)
+        passing = Call(pass_batch, (program, *entering, known))
+        read, shares = map(returned(passing).__getitem__, program.names)
+        valid = struct_on(decoder.mesh, entering.hidden.shape[:1], jnp.bool_, P(DATA))
+        layer = program.names[0] + ".weight"
         shape = read.experts, *decoder.block_shapes[layer]
         return cls(
             Sent(read, shares, valid),
             struct_on(decoder.mesh, shape, parameter(decoder, layer).dtype, P(None, None, MODEL)),
-            Call(pass_batch, (attention_program(decoder), state, hidden, positions, {})),
-            Call(pass_batch, (program, state, hidden, positions, {decoder.attended: attended})),
-            Call(run_block, (decoder.graph, state, hidden, positions, {decoder.attended: attended, program.names[0]: read.rows})),
+            attention,
+            passing,
+            Call(run_block, (decoder.graph, *entering, known | {program.names[0]: read.rows})),
         )
 
 

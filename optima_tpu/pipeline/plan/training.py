@@ -44,11 +44,12 @@ def training(run: Planned) -> Share:
     # The perplexity text measures the pruned model before it is trained, too.
     scored = (1 + method.reads_dense) * checked + evaluated
     passes = [TextPass(_BESIDE, checked + evaluated, scored, moves=False)]
+    batch, steps, at_once = TrainingParts.of(method, method.pass_windows, state)
     if method.reads_dense:  # the dense model's states are computed before the steps that read them
-        parts, windows = _dense_passes(method, state)
-        through = run.dense_blocks / run.blocks * (windows + text.held_out) * text.window_length
-        passes = [TextPass(_BESIDE, through, dense=parts), *passes]
-    batch, _, at_once = TrainingParts.of(method, method.pass_windows, state)
+        parts = -(-steps // at_once)
+        times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
+        through = run.dense_blocks / run.blocks * (steps * batch * times + text.held_out) * text.window_length
+        passes = [TextPass(_BESIDE, through, dense=parts * times), *passes]
     waiting, moving = 2 * (at_once * batch + text.held_out) * state, _moving(run.model, method)
     # A saved state: of what moves, weights and two moments in float32, and the best weights.
     one, blocks = (12 + run.model.end_itemsize) * moving, run.stored.disk["journal"]
@@ -65,18 +66,6 @@ def training(run: Planned) -> Share:
         rewritten=lambda seconds: one * int(seconds / ((SHARE + 1) * one / WRITING)),
         refused=refused,
     )
-
-
-def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
-    """How often training reads the dense model, and for how many windows.
-
-    Args:
-      state: bytes of the hidden states of a window.
-    """
-    batch, steps, at_once = TrainingParts.of(method, method.pass_windows, state)
-    parts = -(-steps // at_once)
-    times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
-    return parts * times, steps * batch * times
 
 
 def _moving(model: DeclaredModel, method: Distillation) -> int:
