@@ -68,8 +68,8 @@ def load(decoder: Decoder, length: int) -> WholeModel:
     return WholeModel(tuple(stretches), positions_on_mesh(decoder, length), embedding, head)
 
 
-def structs(decoder: Decoder, windows: int, length: int) -> tuple[WholeModel, Caches]:
-    """The model and the caches of a step as structs; no weight is read."""
+def step_structs(decoder: Decoder, windows: int, length: int) -> tuple[WholeModel, Caches, Array, Array]:
+    """What :func:`step` takes for one token, as structs; reads no weight."""
     on_mesh, tensors, root = functools.partial(struct_on, decoder.mesh), decoder.tensors, decoder.root
     embedding = {
         name: on_mesh(decoder.end_shapes[root + name], tensors.dtype(root + name), P(MODEL, None))
@@ -77,7 +77,8 @@ def structs(decoder: Decoder, windows: int, length: int) -> tuple[WholeModel, Ca
     }
     blocks = tuple(alike.state(_block_structs(alike, indices)) for alike, indices in decoder.stretches)
     positions = jax.tree.map(lambda array: on_mesh(array.shape, array.dtype, P()), _positions(decoder, length))
-    return WholeModel(blocks, positions, embedding, decoder.head_struct()), _caches_of(decoder, windows, length)
+    model, number = WholeModel(blocks, positions, embedding, decoder.head_struct()), np.dtype(np.int32)
+    return model, _caches_of(decoder, windows, length), on_mesh((windows, 1), number, P(DATA)), on_mesh((), number, P())
 
 
 def step(

@@ -9,6 +9,7 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Prompt, Sampling, generate, plan_generation
+from optima_tpu.models.whole_model import empty_cache, load, step_structs
 from tests.support.meshes import mesh
 from tests.support.oracles import logits_of
 from tests.support.tiny_models import MemoryTensors, tiny_llama
@@ -69,6 +70,17 @@ def test_a_plan_of_the_whole_model_serves_the_one_that_lost_blocks_heads_and_neu
     ):
         smaller = Decoder.open(*tiny_llama(**sizes), mesh(1, 1))
         assert generate(smaller, plan) == generate(smaller, planned(smaller, PROMPTS[:1]))
+
+
+def test_a_plan_counts_the_step_of_the_arrays_that_are_loaded():
+    """Also where the head is the table of the embedding."""
+    for tied in (False, True):
+        decoder = Decoder.open(*tiny_llama(tie_word_embeddings=tied), mesh(4, 2))
+        structs, real = step_structs(decoder, 8, 64)[:2], (load(decoder, 64), empty_cache(decoder, 8, 64))
+        assert jax.tree.structure(structs) == jax.tree.structure(real)
+        for struct, array in zip(jax.tree.leaves(structs), jax.tree.leaves(real), strict=True):
+            assert (struct.shape, struct.dtype) == (array.shape, array.dtype)
+            assert array.sharding.is_equivalent_to(struct.sharding, array.ndim)
 
 
 def test_a_second_model_of_the_same_shape_compiles_nothing(caplog):

@@ -4,8 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from optima_tpu import data
 from optima_tpu.config.run_config import RunConfig
@@ -13,14 +11,13 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.model import window_bos
-from optima_tpu.models.whole_model import step, structs, windows_at_once
+from optima_tpu.models.whole_model import step, step_structs, windows_at_once
 from optima_tpu.pipeline.plan.counting import counted
 from optima_tpu.pipeline.plan.estimate import evaluation_tokens
 from optima_tpu.pipeline.plan.model import DeclaredModel
 from optima_tpu.pipeline.plan.share import Planned, Share, TextPass
 from optima_tpu.pipeline.programs import Call
 from optima_tpu.pipeline.self_calibration import ADVICE, written_windows
-from optima_tpu.runtime.mesh import DATA, struct_on
 
 CHARACTERS = 4
 """Characters of English for each token, where the tokenizer is not at hand."""
@@ -76,8 +73,6 @@ def writing(run: Planned) -> Share:
         at_once = windows_at_once(model.decoder, count, length, run.budget, ADVICE)
     except UserError as error:
         return Share(assumptions=(assumed,), refused=str(error))
-    on_mesh = functools.partial(struct_on, model.decoder.mesh, dtype=np.dtype(np.int32))
-    tokens, at = on_mesh(shape=(at_once, 1), spec=P(DATA)), on_mesh(shape=(), spec=P())
-    call = Call(jax.jit(functools.partial(step, model.decoder)), (*structs(model.decoder, at_once, length), tokens, at))
+    call = Call(jax.jit(functools.partial(step, model.decoder)), step_structs(model.decoder, at_once, length))
     seconds = -(-count // at_once) * (length - 1) * counted(call, run.machine).work.seconds(run.machine)
     return Share(passes=(TextPass(_WRITTEN, 0.0, dense=1),), seconds={_WRITTEN: seconds}, assumptions=(assumed,))
