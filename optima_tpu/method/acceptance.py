@@ -100,18 +100,6 @@ def row_errors(hessian: Float32[Array, "d_in d"], features: Features = WHOLE) ->
     return measure
 
 
-class _HeldOutErrors(NamedTuple):
-    """Errors on held-out tokens, [d_out] float32 each.
-
-    Attributes:
-      own: against the layer's own outputs: energy, error of the old and of the new weights.
-      dense: the same against the dense model's outputs, and the error of the dense weights; None without a dense-model target.
-    """
-
-    own: tuple[Array, Array, Array]
-    dense: tuple[Array, Array, Array, Array] | None
-
-
 def accept_rows(
     problems: TokenSets[LayerProblem],
     pruned: Pruned,
@@ -136,13 +124,15 @@ def accept_rows(
     keep = pruned.keep if solution.keep is None else solution.keep
     old, new = (_stored(weight, mask, dtype) for weight, mask in (pruned, (solution.weight, keep)))
     errors = measure(problem.hessian, problem.weight, old, new)
-    held_out = None if unseen is None else _held_out_errors(unseen, old, new, measure)
+    own, dense = (None, None) if unseen is None else _held_out_errors(unseen, old, new, measure)
     accepted = jnp.ones(errors.energy.shape, bool)
     if accept is not None:
         aims = problem.value(old, errors.old), problem.value(new, errors.new)
         accepted = accept(*aims, solution.converged)
 
-    def taken(values: tuple[Array, ...]) -> Array:
+    def taken(values: tuple[Array, ...] | None) -> Array | None:
+        if values is None:
+            return None
         return jnp.stack((*values[:2], jnp.where(accepted, values[2], values[1]), *values[3:]))
 
     outcomes = RowOutcomes(
@@ -153,8 +143,8 @@ def accept_rows(
         solution.steps,
         solution.converged,
         ~accepted,
-        held_out=None if held_out is None else taken(held_out.own),
-        dense=None if held_out is None or held_out.dense is None else taken(held_out.dense),
+        held_out=taken(own),
+        dense=taken(dense),
     )
     if solution.keep is not None:
         keep = jnp.where(accepted[:, None], keep, pruned.keep)
@@ -169,16 +159,22 @@ def _stored(weight: Float32[Array, "rows d_in"], keep: Bool[Array, "rows d_in"],
 
 def _held_out_errors(
     problem: LayerProblem, old: Float32[Array, "rows d_in"], new: Float32[Array, "rows d_in"], measure: Measure
-) -> _HeldOutErrors:
+) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:
+    """The errors on held-out tokens of old and new weights, [d_out] each.
+
+    Returns:
+      Against the layer's own outputs: energy, old and new error. Against the dense model's: the same, and the error of the dense
+      weights; None without a dense target.
+    """
     energy, old_errors, new_errors = measure(problem.hessian, problem.weight, old, new)
     own = (energy, old_errors.output, new_errors.output)
     if problem.pull is None:
-        return _HeldOutErrors(own, None)
+        return own, None
     if problem.offset is None:
         raise ValueError("a dense target needs the drift of the held-out tokens")
     # With v = 0 the error is the energy of the dense outputs.
     zero_error = problem.value(jnp.zeros_like(old), Errors(energy, jnp.zeros_like(energy)))
-    return _HeldOutErrors(own, (zero_error, problem.value(old, old_errors), problem.value(new, new_errors), problem.offset))
+    return own, (zero_error, problem.value(old, old_errors), problem.value(new, new_errors), problem.offset)
 
 
 def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowOutcomes]) -> None:

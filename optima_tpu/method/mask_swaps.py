@@ -31,7 +31,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse
-from optima_tpu.method.linalg.scaling import unit_diagonal
+from optima_tpu.method.linalg.scaling import ridged, unit_diagonal
 from optima_tpu.method.linalg.traces import inverse_traces
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
@@ -208,14 +208,13 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
     """
     matrix, scale, live = unit_diagonal(hessian)
     size = matrix.shape[0]
-    eye = jnp.eye(size, dtype=matrix.dtype)
     damping = max(damping, _LEAST_DAMPING)
-    matrix = matrix + damping * eye
+    matrix = ridged(matrix, damping)
     kept = min(max(kept, 0.5 / size), 1 - 0.5 / size)
 
     def newton(state: _Search) -> _Search:
         # Finds the root of size - t tr X - |K| in log t; the derivative is t^2 |X|^2 - t tr X < 0.
-        inverted, ridge = inverse(matrix + state.ridge * eye, damping), state.ridge
+        inverted, ridge = inverse(ridged(matrix, state.ridge), damping), state.ridge
         diagonal, squares = jnp.diagonal(inverted), jnp.sum(inverted * inverted, axis=0)
         trace = ridge * jnp.sum(diagonal)
         slope = trace - ridge**2 * jnp.sum(squares)

@@ -40,6 +40,7 @@ from jaxtyping import Float32
 from optima_tpu.errors import UserError
 from optima_tpu.method.choice import Method
 from optima_tpu.method.linalg.features import WHOLE, Features, matmul
+from optima_tpu.method.linalg.scaling import damped
 from optima_tpu.method.patterns import WholeInputs
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
 from optima_tpu.method.resources import Footprint
@@ -141,7 +142,7 @@ class Quantizer(Method):
             raise ValueError("integers are chosen one input after the other: expected features that are not split over devices")
         d_in = len(hessian)
         self.check(d_in)
-        matrix = hessian + jnp.diag(damping * jnp.diagonal(hessian))
+        matrix = damped(hessian, damping)
         factor = inverse_factor(matrix, _RIDGE) if self.compensate else None
         grid = _Grid(self.bits, self.group or d_in, dtype)
         return lambda problem, pruned: self._quantize(LayerProblem(problem.weight, matrix, problem.pull), pruned, grid, factor)

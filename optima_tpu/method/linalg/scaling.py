@@ -1,6 +1,7 @@
 """Unit-diagonal variables, checks and batch sizes that the solvers share.
 
-In unit-diagonal variables, tolerances and damping are independent of scale.
+In unit-diagonal variables, tolerances and damping are independent of scale. A matrix with damping in it comes from
+:func:`ridged` or :func:`damped`.
 """
 
 import jax
@@ -68,3 +69,16 @@ def unit_diagonal(
     matrix = jnp.where(both, hessian / features.whole(scale)[:, None] / scale, 0.0)
     matrix = 0.5 * (matrix + features.transpose(matrix))
     return jnp.where(features.on_diagonal(hessian), jnp.ones((), hessian.dtype), matrix), scale, live
+
+
+def ridged(matrix: Float[Array, "d_in d"], ridge: float | Float[Array, ""], features: Features = WHOLE) -> Float[Array, "d_in d"]:
+    """``A + ridge I``, [d_in, d_in]: damping in unit-diagonal variables.
+
+    With sharded features, the function takes and returns a device's columns.
+    """
+    return matrix + ridge * features.on_diagonal(matrix).astype(matrix.dtype)
+
+
+def damped(hessian: Float[Array, "d_in d_in"], damping: float | Float[Array, ""]) -> Float[Array, "d_in d_in"]:
+    """``H + d diag H``, [d_in, d_in]: damping by a share of the diagonal."""
+    return hessian + jnp.diag(damping * jnp.diagonal(hessian))

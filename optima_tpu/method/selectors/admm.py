@@ -15,7 +15,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import rough_matmul
 from optima_tpu.method.linalg.inverses import inverse
-from optima_tpu.method.linalg.scaling import unit_diagonal
+from optima_tpu.method.linalg.scaling import ridged, unit_diagonal
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
 from optima_tpu.method.selectors.base import Selector
@@ -127,13 +127,13 @@ class ADMM(Selector):
     def choose(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> tuple[Pruned, ...]:
         matrix, scale, live = unit_diagonal(problems[0].hessian)
         matrices = [_Matrix.of(problem, pattern, scale, live) for problem, pattern in zip(problems, patterns)]
-        eye, stages = jnp.eye(len(scale), dtype=matrix.dtype), self.stages()
+        stages = self.stages()
         penalties = jnp.asarray([rho for stage in stages for rho in stage.penalties], jnp.float32)
         ends = np.cumsum([0, *(len(stage.penalties) * self.iterations for stage in stages)])
 
         def through(states: tuple[_State, ...], stage: tuple[Array, Array, Array]) -> tuple[tuple[_State, ...], None]:
             sigma, first, last = stage
-            solve = inverse(matrix + sigma * eye, self.damping + self.rho_first)
+            solve = inverse(ridged(matrix, sigma), self.damping + self.rho_first)
 
             def iteration(index: int | Array, states: tuple[_State, ...]) -> tuple[_State, ...]:
                 rho = penalties[index // self.iterations]

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from optima_tpu.method.linalg.features import rough_matmul
 from optima_tpu.method.linalg.inverses import inverse, inverse_cholesky
-from optima_tpu.method.linalg.scaling import unit_diagonal
+from optima_tpu.method.linalg.scaling import ridged, unit_diagonal
 from optima_tpu.method.linalg.smallest import lowest, totals
 from optima_tpu.method.patterns import Pattern, WholeInputs
 from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
@@ -172,7 +172,7 @@ class _Priced:
     def of(cls, problem: LayerProblem, damping: float) -> "_Priced":
         unit, scale, live = unit_diagonal(problem.hessian)
         weight, pull = (jnp.where(live, each, 0.0) for each in (problem.weight * scale, pull_of(problem) / scale))
-        return cls(weight, pull, unit + damping * jnp.eye(len(scale), dtype=unit.dtype), damping)
+        return cls(weight, pull, ridged(unit, damping), damping)
 
     def prices(self, left: Bool[Array, " d_in"], width: int) -> Float[Array, "rows parts"]:
         """What each row loses with each part of the inputs.

@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import matmul
-from optima_tpu.method.linalg.scaling import live_features
+from optima_tpu.method.linalg.scaling import damped, live_features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
 from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import Solver
@@ -72,10 +72,10 @@ class Adam(Solver):
 
         live = live_features(problem.hessian)
         hessian = jnp.where(live[:, None] & live, problem.hessian, 0.0)
-        pull, damped = pull_of(problem), problem
+        pull, solved = pull_of(problem), problem
         if problem.damping:
-            hessian = hessian + problem.damping * jnp.diag(jnp.diagonal(hessian))
-            damped = LayerProblem(problem.weight, hessian, problem.pull)
+            hessian = damped(hessian, problem.damping)
+            solved = LayerProblem(problem.weight, hessian, problem.pull)
         free = pruned.keep & live
         sound = jnp.all(jnp.isfinite(pull) & jnp.isfinite(problem.weight), axis=1)
         slope = jnp.where(free & sound[:, None], matmul(pruned.weight - problem.weight, hessian) - pull, 0.0)
@@ -110,7 +110,7 @@ class Adam(Solver):
         # One learning rate after another: in parallel, each would need its own moments in memory.
         best, ends = jax.lax.scan(descend, nowhere, jnp.asarray(self.learning_rates, jnp.float32))
         moved = jnp.where(free, pruned.weight + best.shift, jnp.where(pruned.keep, pruned.weight, 0.0))
-        residual = optimality_residual(damped, Pruned(moved, free), moved)
+        residual = optimality_residual(solved, Pruned(moved, free), moved)
         gap = jnp.where(sound & jnp.isfinite(residual), residual, jnp.inf)
         return Solution(moved, gap, best.step, sound & jnp.any(ends <= 0, axis=0))
 

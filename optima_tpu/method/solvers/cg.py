@@ -29,7 +29,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse_and_root
-from optima_tpu.method.linalg.scaling import RESOLUTION, unit_diagonal
+from optima_tpu.method.linalg.scaling import RESOLUTION, ridged, unit_diagonal
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import SolveMask, Solver, SolveRows
@@ -292,8 +292,7 @@ class _State(NamedTuple):
 
 def _share(hessian: Array, damping: float, features: Features) -> _Shared:
     matrix, scale, live = unit_diagonal(hessian, features)
-    eye = features.on_diagonal(hessian).astype(hessian.dtype)
-    matrix = matrix + damping * eye
+    matrix = ridged(matrix, damping, features)
     eps = jnp.finfo(hessian.dtype).eps
     # A bound must hold in spite of rounding: X is the inverse of a matrix within ``error`` of A, and a residual is off by up to
     # ``error`` times the length of the change that it was computed from.
@@ -310,7 +309,7 @@ def _share(hessian: Array, damping: float, features: Features) -> _Shared:
     looseness = jnp.where(smallest > 0, 1 + (ridge + error) / jnp.where(smallest > 0, smallest, 1.0), jnp.inf)
     noise = error * jax.lax.rsqrt(jnp.maximum(smallest, 0.0) + ridge)
     if features == WHOLE:
-        inverse, root = inverse_and_root(matrix + ridge * eye)
+        inverse, root = inverse_and_root(ridged(matrix, ridge))
     else:
         inverse, root = inverse_by_panels(matrix, features)
     root = features.transpose(root)

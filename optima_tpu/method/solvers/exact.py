@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optima_tpu.method.linalg.scaling import RESOLUTION, rows_at_once, unit_diagonal
+from optima_tpu.method.linalg.scaling import RESOLUTION, ridged, rows_at_once, unit_diagonal
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import Solver
@@ -38,7 +38,7 @@ class Exact(Solver):
         hessian = problem.hessian.astype(wide)
         matrix, scale, live = unit_diagonal(hessian)
         size = hessian.shape[0]
-        matrix = matrix + problem.damping * jnp.eye(size, dtype=wide)
+        matrix = ridged(matrix, problem.damping)
         # This ridge makes a singular block definite: about one ulp of the largest eigenvalue, as much as rounding may change it.
         ridge = size * jnp.finfo(wide).eps
         pull = pull_of(problem).astype(wide)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.method.linalg.features import matmul
-from optima_tpu.method.linalg.scaling import RESOLUTION, live_features, unit_diagonal
+from optima_tpu.method.linalg.scaling import RESOLUTION, damped, live_features, unit_diagonal
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
 from optima_tpu.method.resources import Footprint
 from optima_tpu.method.solvers.base import Solver
@@ -110,7 +110,7 @@ def _solve(
     weight, pull = problem.weight, pull_of(problem)
     live = live_features(problem.hessian)
     diagonal = jnp.where(live, jnp.diagonal(problem.hessian), 0.0)
-    hessian = jnp.where(live[:, None] & live, problem.hessian, 0.0) + jnp.diag(damping * diagonal)
+    hessian = damped(jnp.where(live[:, None] & live, problem.hessian, 0.0), damping)
     if in_unit_diagonal:
         matrix, scale, _ = unit_diagonal(hessian)
         scaled = jnp.where(live, weight * scale, 0.0)
@@ -140,8 +140,7 @@ def _solve(
 
     solved = sound & jnp.all(jnp.isfinite(change), axis=1, keepdims=True)
     moved = jnp.where(free & solved, weight + change * unit, jnp.where(pruned.keep, pruned.weight, 0.0))
-    damped = LayerProblem(weight, hessian, pull)
-    residual = optimality_residual(damped, Pruned(moved, free), moved)
+    residual = optimality_residual(LayerProblem(weight, hessian, pull), Pruned(moved, free), moved)
     converged = solved[:, 0] & optimal
     gap = jnp.where(solved[:, 0] & jnp.isfinite(residual), residual, jnp.inf)
     return Solution(moved, gap, steps.astype(jnp.int32), converged)
