@@ -181,6 +181,11 @@ def test_a_model_that_sees_later_tokens_is_refused():
         family_of(config)
 
 
+def test_a_block_that_counts_the_tokens_of_its_experts_is_refused():
+    with pytest.raises(UserError, match="its block 0 looks at values to choose what it computes, which no compiled program can"):
+        Shell(tiny_config("JetMoeForCausalLM"))
+
+
 def test_a_block_that_differs_from_torch_is_refused_by_the_name_of_its_layer(monkeypatch):
     config, _, tensors = tiny(BY_MODEL["GPTJForCausalLM"], dict(rotary_dim=2))
     decoder = Decoder.open(config, tensors, mesh(1, 1))

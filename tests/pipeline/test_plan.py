@@ -478,9 +478,13 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
 
     def refuse():
         needed = "the total memory required for HLO temporaries (37.29G) exceeds available HBM (15.75G)."
-        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {needed}")
+        resource_exhausted = 8  # the second argument is the status, as where XLA raises it
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {needed}", resource_exhausted)
 
     assert compiled(refuse).refused == "needs 37.29GiB of 15.75GiB"
+    assert compiled(lambda: jnp.zeros(1 << 50)).refused.startswith("RESOURCE_EXHAUSTED: ")  # XLA's own error
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compiled(lambda: jax.jit(jnp.negative).lower(1.0), options={"no_such_option": True})
     full = dataclasses.replace(plan, programs=(plan.programs[0]._replace(compiled=compiled(refuse)),))
     assert "does not fit calibration step: needs 37.29GiB" in "\n".join(summary(full))
 

@@ -76,7 +76,7 @@ def compiled(
     try:
         program = lower().compile(None if options is None else dict(options))
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if error.error_code_string != "RESOURCE_EXHAUSTED":
             raise
         refused = Compiled(time.monotonic() - start, refused=_reason(str(error)))
         tell(f"  does not fit: {refused.refused}; {refused.seconds:.0f} s")
