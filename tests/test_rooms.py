@@ -1,5 +1,6 @@
 """Rooms of the package import only the rooms below, as pyproject.toml says."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -23,3 +24,11 @@ def test_every_file_of_the_package_is_in_its_wheel():
     assert {path.relative_to(ROOT).as_posix() for path in other} == named
     # A folder without __init__.py is no package, so its modules would be missing.
     assert all((path.parent / "__init__.py").is_file() for path in (ROOT / "optima_tpu").rglob("*.py"))
+
+
+def test_one_file_reads_the_texts_of_errors():
+    """Elsewhere what happens hangs on an error's class, number or status."""
+    text = r"(str|repr|one_line)\((error|refused)\)"
+    looks = re.compile(rf"(search|match|find\w*)\([^()]*\b{text}|\bin {text}|{text}\.(\w+with|r?find|index|r?partition)\b")
+    files = {path.name for path in (ROOT / "optima_tpu").rglob("*.py") if looks.search(path.read_text())}
+    assert files == {"error_texts.py"}

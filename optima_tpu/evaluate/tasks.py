@@ -24,6 +24,7 @@ from optima_tpu.errors import UserError, one_line, plural
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.task_settings import Asking
 from optima_tpu.report.evaluation import TaskResult
+from optima_tpu.runtime.error_texts import nltk_resource
 from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.processes import SharedError, from_first, is_first
 
@@ -139,10 +140,10 @@ def _unfit(name: str, error: Exception, what: str) -> UserError:
         return UserError(
             f"task {name} needs the package {error.name}, which is not installed: pip install {_package(error.name)}"
         )
-    if resource := re.search(r"nltk\.download\('(\w+)'\)", str(error)):
+    if resource := nltk_resource(error):
         return UserError(
-            f"task {name} needs NLTK's {resource[1]}, which is not on this machine: on a machine with a network, "
-            f"python -m nltk.downloader {resource[1]}"
+            f"task {name} needs NLTK's {resource}, which is not on this machine: on a machine with a network, "
+            f"python -m nltk.downloader {resource}"
         )
     return UserError(
         f"task {name} can't be {what} its data ({type(error).__name__}: {one_line(error)}): expected the fields "

@@ -32,10 +32,10 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.error_texts import http_status, names_bucket
 
 _THIS_PROGRAM = uuid.uuid4().hex
 
-_STATUS = re.compile(r"http_response_code='(\d+)'")
 _DETAILS = re.compile(r" \[(tensorstore_spec|http_response_body|http_response_code|curl_code)=.*")
 """What TensorStore puts behind its messages."""
 
@@ -75,7 +75,7 @@ def reached(path: Path) -> Iterator[None]:
     except Exception as error:
         if not _of_client(error):
             raise
-        status, text = _answer(error)
+        status, text = http_status(error), _DETAILS.sub("", one_line(error))
         forbidden = status in (401, 403)
         remedy = (
             "check your permissions there, or run `gcloud auth application-default login`" if forbidden else "try again later"
@@ -231,19 +231,9 @@ def _of_client(error: Exception) -> bool:
     """Whether an error seems to come from the bucket or its clients."""
     if isinstance(error, OSError) and error.errno in _LOCAL:
         return False
-    if isinstance(error, (OSError, json.JSONDecodeError)) or str(error).startswith("Bad Request"):
+    if isinstance(error, (OSError, json.JSONDecodeError)):
         return True
-    return type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp") or "gs://" in str(error)
-
-
-def _answer(error: Exception) -> tuple[int, str]:
-    """The HTTP status of a client's error, else 0, and a one-line message."""
-    text = _DETAILS.sub("", one_line(error))
-    if match := _STATUS.search(str(error)):
-        return int(match[1]), text
-    # gcsfs has classes of its own for some statuses.
-    other = 403 if text.startswith("Forbidden") else 502 if type(error).__name__ == "ProxyError" else 0
-    return int(getattr(error, "code", 0) or other), text
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp") or names_bucket(error)
 
 
 def take_over(lock: Path) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import printing, signals
+from optima_tpu.runtime.error_texts import peer_gone
 from optima_tpu.runtime.host_memory import keep_freed_memory
 from optima_tpu.runtime.light import lightly, real, rehearsed
 from optima_tpu.runtime.program import COMMANDS, refuse_undecodable
@@ -33,10 +33,6 @@ _REMEDIES = {
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "check the path"),
 }
 """Number of an operating system's error that is about the user's files -> what to do."""
-# Words in the errors of gloo, NCCL and jax's coordination service when a peer is gone.
-_PEER_GONE = re.compile(
-    "gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.IGNORECASE
-)
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
@@ -164,7 +160,7 @@ def _status(command: Callable[[], int], again: str) -> int:
         processes = _processes()
         if processes is None or processes.alone():
             raise
-        if not _PEER_GONE.search(str(error)):
+        if not peer_gone(error):
             return _ended(1, traceback.format_exc())
         # Print the caught error too: it may be this process's own, such as a broken download or NCCL without a network.
         cause = f"{type(error).__name__}: {one_line(error)}"

@@ -21,6 +21,7 @@ import filelock
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, copy, in_bucket, objects_in, reached, refuse_other, stored_digest, take_over
+from optima_tpu.runtime.error_texts import system_number
 from optima_tpu.runtime.inside import below
 from optima_tpu.runtime.processes import first_only, is_first
 from optima_tpu.runtime.signals import undoing, uninterrupted
@@ -36,9 +37,6 @@ _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 LOCK = "run.lock"
 """Held by the process that works in a directory."""
-
-# TensorStore and safetensors report a failed system call in the text of an error of their own.
-_ERROR_NUMBER = re.compile(r"os[ _]error(?:_code=')? ?(\d+)")
 
 
 @contextlib.contextmanager
@@ -60,10 +58,7 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number is None and (match := _ERROR_NUMBER.search(str(error))):
-            number = int(match[1])
-        if number is None:
+        if (number := system_number(error)) is None:
             raise
         raise UserError(f"could not write {path}: {_elsewhere(error, path)}{os.strerror(number)}; {remedy}") from error
 

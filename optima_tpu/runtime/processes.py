@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from optima_tpu.errors import UserError, refusing
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.bounds import Bound, whole
+from optima_tpu.runtime.error_texts import no_cluster
 from optima_tpu.runtime.mesh import has_devices
 
 S = TypeVar("S")
@@ -103,8 +104,7 @@ def _join_announced(timeout: int, certain: bool) -> None:
     try:
         _initialize(timeout, method="mpi4py" if _open_mpi_5() else None)  # jax 0.10 uses mpi4py only if it is named
     except ValueError as error:
-        # Where jax finds no cluster it misses the argument that names one. Other values that it refuses are the environment's.
-        if certain or "coordinator_address" not in str(error):
+        if certain or not no_cluster(error):
             raise
 
 
