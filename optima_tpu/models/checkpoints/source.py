@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
-from optima_tpu.errors import UserError, one_line, plural, some
+from optima_tpu.errors import UserError, one_line, panics_refused, plural, some
 from optima_tpu.models import family_named, refuse_architecture
 from optima_tpu.models.checkpoints.declared import DECIDING, Declared, DeclaredKind
 from optima_tpu.runtime.records import check_record, parse_record
@@ -202,7 +202,14 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     if dtype is not None and record.get(key) != dtype:
         record[key] = dtype
         config = json.dumps(record, indent=2).encode() + b"\n"
-    parsed = _parsed(config, record, where)
+    parsed: PretrainedConfig = read_by_transformers(
+        AutoConfig,
+        {"config.json": config},
+        "config.json",
+        where,
+        f"{where}: config.json is not a model configuration that transformers can read",
+        "give a model that transformers has without such code",
+    )
     if not record.get("architectures"):
         raise UserError(f'{where}: config.json names no model under "architectures": add it, e.g. ["LlamaForCausalLM"]')
     if record.get("quantization_config"):
@@ -219,23 +226,33 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     return parsed, config
 
 
-def _parsed(config: bytes, record: Mapping[str, Any], where: str) -> PretrainedConfig:
-    """config.json as transformers reads it. Raises UserError if it cannot."""
+def read_by_transformers(auto: Any, files: Mapping[str, bytes], settings: str, where: str, what: str, remedy: str) -> Any:
+    """What a class of ``transformers`` makes of files in memory.
+
+    Args:
+      auto: AutoConfig or AutoTokenizer.
+      files: name -> content.
+      settings: the one of the files that may ask for code of the model's own.
+      where: the name of the model in messages.
+      what: the message for files that it cannot read.
+      remedy: what to do about code of the model's own.
+
+    Raises:
+      UserError: the settings ask for such code, or transformers or a library below cannot read the files.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_bytes(config)
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
         try:
-            parsed: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            return parsed
-        except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
-            if record.get("auto_map"):
-                raise UserError(
-                    f"{where}: config.json asks for code of the model's own (auto_map), which is never run: give a model that "
-                    "transformers has without such code"
-                ) from error
-            raise UserError(
-                f"{where}: config.json is not a model configuration that transformers can read "
-                f"({one_line(error).replace(folder, where)})"
-            ) from error
+            with panics_refused("the tokenizers library fails"):
+                return auto.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # from KeyError to their own classes; the tokenizers library raises plain Exception
+            if json.loads(files.get(settings, b"{}")).get("auto_map"):
+                own = f"{where}: {settings} asks for code of the model's own (auto_map), which is never run"
+                raise UserError(f"{own}: {remedy}") from error
+            raise UserError(f"{what} ({one_line(error).replace(folder, where)}): {_CHECK}") from error
 
 
 def _stated(record: Mapping[str, Any]) -> dict[str, Any]:
