@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -321,9 +321,10 @@ ANSWER = SimpleNamespace(headers={}, request=None)
     [
         (GatedRepoError("no", response=ANSWER), "is gated.*hf auth login"),
         (RepositoryNotFoundError("no", response=ANSWER), "no public model"),
+        (HfHubHTTPError("500 no", response=ANSWER), "^the hub refused org/name .500 no.: try again, or download it elsewhere"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "org/name could not be downloaded .*No space left on device"),
     ],
-    ids=["gated", "unknown", "no space"],
+    ids=["gated", "unknown", "refused", "no space"],
 )
 def test_a_download_that_fails_is_one_line_that_says_why(monkeypatch, error, message):
     monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error))

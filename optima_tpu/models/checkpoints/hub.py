@@ -5,7 +5,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,8 +44,25 @@ def download(spec: str, wanted: tuple[str, ...] = WANTED, needed: tuple[str, ...
       UserError: the model is gated or does not exist, or the hub can't be reached and the cache lacks the model.
     """
     name, _, revision = spec.partition("@")
-    try:
+    with asking(spec, needed or wanted):
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=UNWANTED))
+
+
+@contextlib.contextmanager
+def asking(spec: str, needed: tuple[str, ...]) -> Iterator[None]:
+    """Turns whatever a request for a hub model raises into a UserError.
+
+    Args:
+      spec: see :func:`download`.
+      needed: patterns of the files to download elsewhere if the hub can't be reached or refuses them.
+    """
+    name, _, revision = spec.partition("@")
+    files = "" if needed == WANTED else f" {' '.join(needed)}"
+    elsewhere = f"download it elsewhere with `hf download {name}{files} --local-dir DIR` and give DIR"
+    try:
+        yield
+    except UserError:
+        raise
     except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
         raise UserError(
             f"{name} is gated: accept its licence on https://huggingface.co/{name}, then log in here with `hf auth login`"
@@ -58,22 +75,17 @@ def download(spec: str, wanted: tuple[str, ...] = WANTED, needed: tuple[str, ...
             "for a private model log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise UserError(_unreachable(name, needed or wanted)) from error
+        raise UserError(
+            f"there is no folder {name} here, the hub can't be reached and its cache does not hold {name}: correct the path, or "
+            f"{elsewhere}"
+        ) from error
     except HfHubHTTPError as error:
-        raise UserError(f"the hub refused {name}: {one_line(error)}") from error
+        raise UserError(f"the hub refused {name} ({one_line(error)}): try again, or {elsewhere}") from error
     except Exception as error:  # a full or read-only cache, or the HTTP library's own, whose name depends on the version
         raise UserError(
             f"{name} could not be downloaded ({one_line(error)}): the finished part is kept, and the same command "
             "continues the download; HF_HOME is the folder of the cache"
         ) from error
-
-
-def _unreachable(name: str, needed: tuple[str, ...]) -> str:
-    files = "" if needed == WANTED else f" {' '.join(needed)}"
-    return (
-        f"there is no folder {name} here, the hub can't be reached and its cache does not hold {name}: correct the path, or "
-        f"download it elsewhere with `hf download {name}{files} --local-dir DIR` and give DIR"
-    )
 
 
 def files_of(folder: Path) -> list[Path]:

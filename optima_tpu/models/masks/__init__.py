@@ -3,16 +3,10 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from optima_tpu.config.model_spec import is_hub_id
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError
 from optima_tpu.method.problem import Given, ReadGiven
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.checkpoints import TensorSource, hub, open_model, refuse_damaged_model
@@ -145,17 +139,13 @@ def _published(spec: str) -> Path | None:
     """A hub model's mask file, downloaded if needed; None if it has none."""
     name, _, revision = spec.partition("@")
     for file in (MASKS, MASKLLM):
-        try:
-            path = Path(hf_hub_download(name, file, revision=revision or None))
-            hub.refuse_damaged([path])
-            return path
-        except EntryNotFoundError:
-            continue  # without a connection this means that the cache lacks it
-        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-            return None  # open_model then makes the same request, and its error says what to do
-        except HfHubHTTPError as error:
-            raise UserError(
-                f"the hub refused {file} of {name} ({one_line(error)}): try again, or download it with "
-                f"`hf download {name} {file}` elsewhere and give the file"
-            ) from error
+        with hub.asking(spec, (file,)):
+            try:
+                path = Path(hf_hub_download(name, file, revision=revision or None))
+            except EntryNotFoundError:
+                continue  # without a connection this means that the cache lacks it
+            except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+                return None  # the cache may hold the model; else open_model makes the same request, and its error says what to do
+        hub.refuse_damaged([path])
+        return path
     return None
