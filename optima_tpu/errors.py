@@ -50,6 +50,19 @@ def refusing(kinds: type[Exception] | tuple[type[Exception], ...], what: str, re
 
 
 @contextlib.contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turns an error of the system into a UserError about the file.
+
+    Args:
+      path: what is read; the error may name a file in it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def naming(name: object) -> Iterator[None]:
     """Puts a name, such as a file's, before the message of a UserError."""
     try:

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.errors import UserError, one_line, plural, refusing
+from optima_tpu.errors import UserError, plural, refusing
 from optima_tpu.runtime.bounds import MOST, Bound, whole
 
 DATA, MODEL = "data", "model"
@@ -128,15 +128,13 @@ def platform() -> str:
     Raises:
       UserError: JAX was told to use a platform that it cannot use here.
     """
-    try:
+    what = f"expected devices of JAX_PLATFORMS={jax.config.values['jax_platforms']}, but JAX finds none"
+    remedy = (
+        "install JAX for them (pip install '.[gpu]' or '.[tpu]' in the directory of the repository) on a machine that has them, "
+        "or unset JAX_PLATFORMS"
+    )
+    with refusing((RuntimeError, AssertionError), what, remedy):  # jax 0.10 asserts that there is a GPU
         return jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # jax 0.10 asserts that there is a GPU
-        wanted = jax.config.values["jax_platforms"]
-        raise UserError(
-            f"expected devices of JAX_PLATFORMS={wanted}, but JAX finds none ({one_line(error)}): install JAX for them "
-            "(pip install '.[gpu]' or '.[tpu]' in the directory of the repository) on a machine that has them, or unset "
-            "JAX_PLATFORMS"
-        ) from error
 
 
 def simulate_devices(count: int | None) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, reading
 from optima_tpu.runtime.buckets import BucketError
 from optima_tpu.runtime.inside import refuse_special
 
@@ -57,10 +57,8 @@ def read_record(path: Path, kind: type[T], remedy: str = DAMAGED) -> T:
       UserError: the file is missing, is a pipe or a device, is no JSON, or its values are not of the type.
     """
     refuse_special(path)
-    try:
+    with reading(path):
         data = None if path.stat().st_size > MOST_BYTES else path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     if data is None:
         raise UserError(f"{path}: expected JSON of at most {MOST_BYTES} bytes, got more; {remedy}")
     return parse_record(data, kind, path, remedy)

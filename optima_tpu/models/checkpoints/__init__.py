@@ -4,7 +4,7 @@ import importlib.metadata
 from pathlib import Path
 
 from optima_tpu.config.model_spec import is_hub_id, refuse_missing
-from optima_tpu.errors import UserError, refusing
+from optima_tpu.errors import UserError, reading, refusing
 from optima_tpu.models.checkpoints import hub
 from optima_tpu.models.checkpoints.folder import open_folder, refuse_damaged
 from optima_tpu.models.checkpoints.gguf_file import open_gguf
@@ -53,13 +53,11 @@ def refuse_damaged_model(spec: str) -> None:
 
 
 def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:
-    try:
+    with reading(path):
         if path.is_dir():
             return open_folder(path, origin, dtype)
         if path.suffix == ".gguf":
             return open_gguf(path, origin, dtype)
-    except OSError as error:
-        raise UserError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
     raise UserError(f"{path} is neither a folder nor a .gguf file: give the folder that it is in, {path.parent}")
 
 

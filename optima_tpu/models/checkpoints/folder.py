@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from optima_tpu.errors import UserError, refusing
+from optima_tpu.errors import UserError, reading, refusing
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import packed
 from optima_tpu.models.checkpoints.quantized import without_quantization
@@ -204,10 +204,8 @@ def assets_in(folder: Path) -> dict[str, bytes]:
     for path in paths:
         if (size := path.stat().st_size) > _LARGEST:
             raise UserError(f"{path} has {size:,} bytes, expected at most {_LARGEST:,}: it is damaged, or belongs to no model")
-    try:
+    with reading(folder):
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    except OSError as error:
-        raise UserError(f"{error.filename or folder} can't be read: {error.strerror or error}") from error
 
 
 def _open_shards(folder: Path) -> tuple[SafetensorsSource, list[Path]]:

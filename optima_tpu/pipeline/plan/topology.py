@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from optima_tpu.errors import UserError, one_line, plural
+from optima_tpu.errors import UserError, plural, refusing
 from optima_tpu.method.linalg.features import rough_matmul
 from optima_tpu.runtime.bounds import Bound
 from optima_tpu.runtime.device_memory import host_memory
@@ -252,10 +252,9 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
     options: dict[str, str | list[int]] = {} if math.prod(host) == 4 else {"chips_per_host_bounds": host}
     if kind == "v4":  # a real slice shows the two cores of a chip as one device; by default this description does not
         options["chip_config_name"] = "megacore"
-    try:
+    what = f"expected a TPU slice that exists, got {text!r}"
+    with refusing(jax.errors.JaxRuntimeError, what, f"give one such as {kind}:2x2"):
         return topologies.get_topology_desc(slice_name, platform="tpu", **options)
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"expected a TPU slice that exists, such as {kind}:2x2, got {text!r}: {one_line(error)}") from error
 
 
 def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[int, int]:
